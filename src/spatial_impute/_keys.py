@@ -1,0 +1,99 @@
+"""Every name under which the package writes to the data object. Nothing else spells these out."""
+
+from __future__ import annotations
+
+
+class Keys:
+    """Default names of elements, tables and slots (the data contract of the stack)."""
+
+    # sdata.attrs
+    ATTRS = "spatial_impute"
+    STACK = "stack"
+
+    # tables and their annotation columns
+    STACK_TABLE = "stack"
+    REGION = "region"
+    INSTANCE = "instance_id"
+    SECTION = "section"  # ordered categorical; squidpy's `library_key`
+    Z = "z"
+    MEASURED = "measured"  # obs column (bool) and layer of the same name
+
+    # transformations
+    ALIGNED = "aligned"  # coordinate system that all registered sections share
+
+    # obsm
+    SPATIAL = "spatial"
+    SPATIAL_3D = "spatial_3d"
+    X_SPOT = "X_spot"
+    X_REGION = "X_region"
+    X_GLOBAL = "X_global"
+
+    # uns
+    FEATURES = "features"
+    NORMALIZATION = "normalization"
+
+    # graph
+    OVERLAP = "overlap"
+    SIMILARITY = "similarity"
+
+    # results
+    ASIGN = "asign"
+    SUPPORT = "imputation_support"
+    PREDICTABILITY = "imputation_r"
+
+    LEVELS = (X_SPOT, X_REGION, X_GLOBAL)
+
+    @staticmethod
+    def image(section: str) -> str:
+        """Image element of a section."""
+        return f"{section}_image"
+
+    @staticmethod
+    def spots(section: str) -> str:
+        """Shapes element holding the spots of a section."""
+        return f"{section}_spots"
+
+    @staticmethod
+    def tissue(section: str) -> str:
+        """Labels element with the tissue mask of a section."""
+        return f"{section}_tissue"
+
+    @staticmethod
+    def tissue_outline(section: str) -> str:
+        """Shapes element with the outline of the tissue of a section."""
+        return f"{section}_tissue_outline"
+
+    @staticmethod
+    def counts(section: str) -> str:
+        """Table with the measured counts of a section."""
+        return f"{section}_counts"
+
+    @staticmethod
+    def connectivities(key: str) -> str:
+        """Edge weights in ``obsp`` (squidpy's naming)."""
+        return f"{key}_connectivities"
+
+    @staticmethod
+    def distances(key: str) -> str:
+        """Edge lengths in ``obsp`` (squidpy's naming)."""
+        return f"{key}_distances"
+
+    @staticmethod
+    def neighbors(key: str) -> str:
+        """Graph record in ``uns`` (squidpy's naming)."""
+        return f"{key}_neighbors"
+
+    @staticmethod
+    def graph_overlap(key: str) -> str:
+        """Overlap (IoU) of linked spots in ``obsp``."""
+        return f"{key}_{Keys.OVERLAP}"
+
+    @staticmethod
+    def graph_similarity(key: str) -> str:
+        """Feature similarity of linked spots in ``obsp``."""
+        return f"{key}_{Keys.SIMILARITY}"
+
+    @staticmethod
+    def baseline(method: str) -> str:
+        """Layer of a baseline imputation."""
+        return f"baseline_{method}"

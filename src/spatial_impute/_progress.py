@@ -1,0 +1,16 @@
+"""Progress bars that follow ``settings.show_progress_bar``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from spatial_impute._settings import settings
+
+
+def progress(items: Iterable[Any], label: str, *, show: bool | None = None, total: int | None = None) -> Any:
+    """Wrap an iterable in a tqdm bar; `show` overrides the setting."""
+    from tqdm.auto import tqdm
+
+    hidden = not (settings.show_progress_bar if show is None else show)
+    return tqdm(items, desc=label, total=total, disable=hidden)

@@ -1,0 +1,9 @@
+"""Registration of section images: arrays in, transforms out. Nothing here knows SpatialData."""
+
+from __future__ import annotations
+
+from spatial_impute._registration._chain import ChainResult, chain_to_reference
+from spatial_impute._registration._pair import register_pair
+from spatial_impute._registration._types import PairResult, RegistrationParams, SectionImage
+
+__all__ = ["ChainResult", "PairResult", "RegistrationParams", "SectionImage", "chain_to_reference", "register_pair"]

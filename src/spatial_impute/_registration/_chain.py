@@ -1,0 +1,160 @@
+"""From pairs of neighbours to one frame: compose matrices towards the reference section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatial_impute._registration._quality import disagreement
+from spatial_impute._registration._types import PairResult, RegistrationParams
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+_RANK = {"ok": 0, "weak": 1, "failed": 2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainResult:
+    """Where one section lies in the frame of the reference."""
+
+    matrix: NDArray[np.float64]
+    """``(3, 3)``: points of the section's frame to the reference frame, um."""
+    path: tuple[str, ...]
+    """Sections from this one to the reference, both included; each step is one pair."""
+    route: str
+    """``"reference"``, ``"sequential"`` (through the neighbours) or ``"direct"``."""
+    score: float
+    """Structure score of the weakest pair on the path."""
+    verdict: str
+    """``"ok"``, ``"weak"`` or ``"failed"``: the worst pair on the path."""
+    disagreement: float | None = None
+    """Distance in um between the chained and the direct placement (root mean square); None if there is only one."""
+    reasons: list[str] = field(default_factory=list)
+    """What is to be known about this section, one sentence each."""
+
+
+def chain_to_reference(
+    pairs: Mapping[tuple[str, str], PairResult],
+    sections: Sequence[str],
+    reference: str,
+    *,
+    params: RegistrationParams | None = None,
+) -> dict[str, ChainResult]:
+    """Place every section in the frame of the reference by composing pair matrices.
+
+    A section follows its neighbour on the side of the reference. If that pair failed and a pair that jumps over the
+    neighbour is given, that one is used. Where there is also a direct pair to the reference, the two placements are
+    compared: while they agree the chain is kept (its steps are between more similar sections), otherwise the one with the
+    better score is.
+
+    Parameters
+    ----------
+    pairs
+        Registrations by ``(fixed, moving)``. A pair given in the other direction is inverted.
+    sections
+        Names in the order of the stack, the reference among them.
+    reference
+        Section whose frame is the common one.
+    params
+        ``max_chain_disagreement`` is used.
+
+    Returns
+    -------
+    One result per section, in the order of `sections`. The reference has the identity.
+    """
+    params = RegistrationParams() if params is None else params
+    sections = list(sections)
+    if reference not in sections or len(set(sections)) != len(sections):
+        msg = f"`reference` must be one of the sections, which must be unique; found {reference!r} and {sections}."
+        raise ValueError(msg)
+    placed = {reference: ChainResult(np.eye(3), (reference,), "reference", 1.0, "ok")}
+    middle = sections.index(reference)
+    for side in (sections[:middle][::-1], sections[middle + 1 :]):
+        inner = [reference]  # sections already placed on this side, nearest to the next one last
+        for name in side:
+            placed[name] = _place(name, inner, pairs, placed, params)
+            inner.append(name)
+    return {name: placed[name] for name in sections}
+
+
+def _place(
+    name: str,
+    inner: list[str],
+    pairs: Mapping[tuple[str, str], PairResult],
+    placed: dict[str, ChainResult],
+    params: RegistrationParams,
+) -> ChainResult:
+    options = [_step(name, parent, pairs, placed) for parent in reversed(inner)]
+    options = [option for option in options if option is not None]
+    if not options:
+        msg = (
+            f"No registration links section {name!r} to the reference: none of {[(p, name) for p in reversed(inner)]} is among "
+            f"the pairs {sorted(pairs)}. Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
+        )
+        raise ValueError(msg)
+    # The nearest neighbour whose whole path did not fail; if all failed, the nearest.
+    chain = next((option for option in options if option.verdict != "failed"), options[0])
+    reasons = list(chain.reasons)
+    if chain.path[1] != inner[-1] and chain.route == "sequential":
+        reasons.append(f"Bridged: placed by {chain.path[1]!r}, because {inner[-1]!r} gave no usable link.")
+
+    direct = options[-1] if options[-1].route == "direct" else None
+    if direct is None or chain is direct or len(chain.path) == 2:
+        return _with(chain, reasons, None)
+    box = _moving_box(name, pairs)
+    distance = disagreement(chain.matrix, direct.matrix, _corners(box)) if box is not None else None
+    if distance is None or distance <= params.max_chain_disagreement:
+        return _with(chain, reasons, distance)
+    note = f"Chained and direct placement differ by {distance:.0f} um; "
+    if (_RANK[direct.verdict], -direct.score) < (_RANK[chain.verdict], -chain.score):
+        return _with(direct, [*direct.reasons, note + "the direct one has the better score and is used."], distance)
+    return _with(chain, [*reasons, note + "the chain has the better score and is used."], distance)
+
+
+def _step(
+    name: str, parent: str, pairs: Mapping[tuple[str, str], PairResult], placed: dict[str, ChainResult]
+) -> ChainResult | None:
+    """`name` placed through `parent`, or None if they were not registered."""
+    if (parent, name) in pairs:
+        pair = pairs[parent, name]
+        matrix = pair.matrix
+    elif (name, parent) in pairs:
+        pair = pairs[name, parent]
+        matrix = np.linalg.inv(pair.matrix)
+    else:
+        return None
+    before = placed[parent]
+    verdict = max(pair.verdict, before.verdict, key=_RANK.__getitem__)
+    reasons = [f"Pair {parent!r}, {name!r}: {reason}" for reason in pair.quality.get("reasons", [])]
+    if before.verdict != "ok":
+        reasons.append(f"Placed through {parent!r}, whose own placement is {before.verdict}.")
+    return ChainResult(
+        np.asarray(before.matrix, float) @ matrix,
+        (name, *before.path),
+        "direct" if len(before.path) == 1 else "sequential",
+        min(float(pair.quality.get("score", 0.0)), before.score),
+        verdict,
+        None,
+        reasons,
+    )
+
+
+def _with(result: ChainResult, reasons: list[str], distance: float | None) -> ChainResult:
+    return ChainResult(
+        result.matrix, result.path, result.route, result.score, result.verdict, distance, reasons
+    )
+
+
+def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple[float, float, float, float] | None:
+    """Extent of the section's tissue, known from any pair in which it was the moving one."""
+    return next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
+
+
+def _corners(box: tuple[float, float, float, float]) -> NDArray[np.float64]:
+    x0, y0, x1, y1 = box
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])

@@ -1,0 +1,144 @@
+"""Registration of one section to another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from spatial_impute._registration import _ants
+from spatial_impute._registration._channel import Channel, registration_channel, working_pixel
+from spatial_impute._registration._orientation import orientation_candidates
+from spatial_impute._registration._quality import (
+    StructureScore,
+    is_sane,
+    same_pose,
+    singular_values,
+    tissue_dice,
+    verdict,
+)
+from spatial_impute._registration._types import PairResult, RegistrationParams, SectionImage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_METHODS = ("rigid", "affine")
+_MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
+_SCORE_NOISE = 0.01  # an affine fit that moves no point by more than a few um changes the score by this much, either way
+_MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
+
+
+def register_pair(
+    fixed: SectionImage,
+    moving: SectionImage,
+    *,
+    method: Literal["rigid", "affine"] = "affine",
+    params: RegistrationParams | None = None,
+    seed: int = 0,
+) -> PairResult:
+    """Find where the moving section lies on the fixed one.
+
+    Search over all rotations and both faces, refinement of the best distinct candidates by a rigid fit, choice by the
+    structure inside the tissue, then (``"affine"``) a fit with stretch and shear that is kept only if it is plausible and no
+    worse.
+
+    Parameters
+    ----------
+    fixed, moving
+        Thumbnails of the two sections. Their resolution may differ.
+    method
+        ``"rigid"`` (rotation, shift, mirror) or ``"affine"``.
+    params
+        Advanced settings.
+    seed
+        Seed of the optimiser. The same seed gives the same result on the same machine with the same number of threads.
+
+    Returns
+    -------
+    Matrix from moving to fixed points in um, what was used, and its quality. A poor result is returned, never replaced by
+    the identity: look at ``verdict``.
+    """
+    if method not in _METHODS:
+        msg = f"`method` must be one of {_METHODS}, found {method!r}."
+        raise ValueError(msg)
+    params = RegistrationParams() if params is None else params
+    _check_areas(fixed, moving)
+    size = working_pixel(fixed, moving, params)
+    margin = params.mask_margin + 4 * size  # a rim beyond the fit's own, so that its gradient is defined everywhere
+    target, source = (registration_channel(section, size, margin) for section in (fixed, moving))
+    _check_pixels(target, source)
+
+    score = StructureScore(target, source)
+    starts = orientation_candidates(target, source, params)
+    fits = [_ants.fit_linear(target, source, start, "Rigid", params, seed) for start in starts]
+    scores = [score(fit) if is_sane(fit, params) else -1.0 for fit in fits]
+    best = int(np.argmax(scores))
+    matrix, used, notes = fits[best], "rigid", []
+    # Two starts that end in one pose are no alternatives to each other.
+    rivals = [s for fit, s in zip(fits, scores, strict=True) if not same_pose(fit, matrix, source)]
+    runner_up = max(rivals, default=0.0)
+
+    if method == "affine":
+        affine = _ants.fit_linear(target, source, matrix, "Affine", params, seed)
+        if not is_sane(affine, params):
+            largest, smallest = singular_values(affine)
+            notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
+        elif score(affine) < scores[best] - _SCORE_NOISE:
+            notes.append("The affine fit scored lower than the rigid fit, which was kept.")
+        else:
+            matrix, used = affine, "affine"
+
+    quality = _quality(target, source, matrix, score, runner_up)
+    quality |= _start(starts[best])
+    quality["verdict"], reasons = verdict(quality, params)
+    quality["reasons"] = reasons + notes
+    return PairResult(matrix, used, quality, moving.tissue_box)
+
+
+def _quality(
+    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], score: StructureScore, runner_up: float
+) -> dict[str, Any]:
+    largest, smallest = singular_values(matrix)
+    value = score(matrix)
+    return {
+        "dice_before": tissue_dice(fixed, moving, np.eye(3)),
+        "dice_after": tissue_dice(fixed, moving, matrix),
+        "correlation_before": score.correlation(np.eye(3)),
+        "correlation_after": score.correlation(matrix),
+        "score": value,
+        "margin": value - max(runner_up, 0.0),
+        "runner_up": runner_up,
+        "scale_min": smallest,
+        "scale_max": largest,
+        "folds": 0.0,
+        "working_pixel": float(fixed.size),
+    }
+
+
+def _start(matrix: NDArray[np.float64]) -> dict[str, Any]:
+    """Rotation in degrees (0 to 360) and face of the start that won."""
+    mirrored = bool(np.linalg.det(matrix[:2, :2]) < 0)
+    linear = matrix[:2, :2] @ np.diag([-1.0 if mirrored else 1.0, 1.0])
+    angle = float(np.rad2deg(np.arctan2(linear[1, 0], linear[0, 0])) % 360)
+    return {"start_rotation_deg": angle, "start_mirrored": mirrored}
+
+
+def _check_areas(fixed: SectionImage, moving: SectionImage) -> None:
+    areas = (fixed.tissue_area, moving.tissue_area)
+    if max(areas) > _MAX_AREA_RATIO * min(areas):
+        msg = (
+            f"The tissues have areas of {areas[0] / 1e6:.3g} and {areas[1] / 1e6:.3g} square mm; serial sections should be within "
+            f"a factor of {_MAX_AREA_RATIO:g}. Check the pixel sizes ({fixed.pixel_size} and {moving.pixel_size} um per pixel), "
+            "and look at the tissue masks."
+        )
+        raise ValueError(msg)
+
+
+def _check_pixels(fixed: Channel, moving: Channel) -> None:
+    found = min(int(fixed.mask.sum()), int(moving.mask.sum()))
+    if found < _MIN_WORKING_PIXELS:
+        msg = (
+            f"The tissue covers only {found} pixels at the working resolution of {fixed.size:.3g} um; at least "
+            f"{_MIN_WORKING_PIXELS} are needed. Give finer thumbnails, or check the tissue mask."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,157 @@
+"""How good is a pose: scores from images and masks, and a verdict with reasons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage as ndi
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._types import RegistrationParams
+
+# Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working grid, not um,
+# because what can be compared between serial sections is structure on the scale of the section.
+_STRUCTURE_SCALES = (2.0, 6.0)
+_FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
+_MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
+_SAME_POSE = 0.2  # poses whose tissue points differ by less than this fraction of the tissue's radius are one and the same
+
+
+def pull_back(image: NDArray, moving: Channel, fixed: Channel, matrix: NDArray, *, order: int = 1) -> NDArray[np.float32]:
+    """`image` on the grid of `moving`, resampled on the grid of `fixed` through `matrix` (moving to fixed, um); 0 outside."""
+    index = moving.to_index() @ np.linalg.inv(matrix) @ np.linalg.inv(fixed.to_index())
+    return ndi.affine_transform(
+        image.astype(np.float32, copy=False), index[:2, :2], index[:2, 2], output_shape=fixed.image.shape, order=order
+    )
+
+
+def dice(fixed_mask: NDArray[np.bool_], moved_mask: NDArray[np.bool_]) -> float:
+    """Overlap of two masks on one grid, 0 to 1."""
+    total = int(fixed_mask.sum()) + int(moved_mask.sum())
+    return 2.0 * int((fixed_mask & moved_mask).sum()) / total if total else 0.0
+
+
+def tissue_dice(fixed: Channel, moving: Channel, matrix: NDArray) -> float:
+    """Dice of the tissue masks after `matrix`. Tissue moved out of the fixed frame counts as not overlapping."""
+    moved = pull_back(moving.mask, moving, fixed, matrix) > 0.5
+    moved_area = moving.mask.sum() * abs(np.linalg.det(matrix[:2, :2]))
+    return float(2.0 * (fixed.mask & moved).sum() / (fixed.mask.sum() + max(moved_area, moved.sum())))
+
+
+class StructureScore:
+    """Agreement of structure inside the common tissue; the fixed side is prepared once for many poses.
+
+    The score is the mean over scales of the correlation inside the overlap of the masks, times the share of the smaller
+    tissue that overlaps. Unlike Dice it sees content, so that it can tell 0 from 180 degrees, and a section that lost half
+    of its tissue can still score well.
+    """
+
+    def __init__(self, fixed: Channel, moving: Channel) -> None:
+        self.fixed, self.moving = fixed, moving
+        self._fixed = [_masked_blur(fixed.image, fixed.mask, scale) for scale in _STRUCTURE_SCALES]
+        self._moving = [_masked_blur(moving.image, moving.mask, scale) for scale in _STRUCTURE_SCALES]
+
+    def __call__(self, matrix: NDArray[np.float64]) -> float:
+        """Score of a pose (moving to fixed, um), -1 to 1."""
+        overlap, share = self._overlap(matrix)
+        correlation = float(np.mean(self._correlations(matrix, overlap)))
+        return correlation * float(min(1.0, share / _FULL_OVERLAP))
+
+    def correlation(self, matrix: NDArray[np.float64]) -> float:
+        """Correlation inside the common tissue at the finer scale, -1 to 1; 0 where tissues do not meet."""
+        return self._correlations(matrix, self._overlap(matrix)[0])[0]
+
+    def _overlap(self, matrix: NDArray) -> tuple[NDArray[np.bool_], float]:
+        moved = pull_back(self.moving.mask, self.moving, self.fixed, matrix) > 0.5
+        scale = abs(np.linalg.det(matrix[:2, :2])) * (self.moving.size / self.fixed.size) ** 2
+        smaller = min(float(self.fixed.mask.sum()), float(self.moving.mask.sum()) * scale)
+        overlap = self.fixed.mask & moved
+        share = float(overlap.sum()) / max(smaller, 1.0)
+        return (overlap, share) if share >= _MIN_OVERLAP else (np.zeros_like(overlap), 0.0)
+
+    def _correlations(self, matrix: NDArray, overlap: NDArray[np.bool_]) -> list[float]:
+        if not overlap.any():
+            return [0.0] * len(_STRUCTURE_SCALES)
+        moved = (pull_back(image, self.moving, self.fixed, matrix)[overlap] for image in self._moving)
+        return [_correlation(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
+
+
+def same_pose(first: NDArray[np.float64], second: NDArray[np.float64], moving: Channel) -> bool:
+    """Whether two matrices put the moving tissue in practically the same place."""
+    points = moving.centres()[:: max(1, int(moving.mask.sum()) // 500)]
+    radius = np.sqrt(np.mean(np.sum((points - points.mean(0)) ** 2, axis=1)))
+    return disagreement(first, second, points) < _SAME_POSE * radius
+
+
+def disagreement(first: NDArray[np.float64], second: NDArray[np.float64], points: NDArray[np.float64]) -> float:
+    """Root mean square distance in um between `points` ``(n, 2)`` moved by one matrix and by the other."""
+    difference = (first - second)[:2]
+    return float(np.sqrt(np.mean(np.sum((points @ difference[:, :2].T + difference[:, 2]) ** 2, axis=1))))
+
+
+def singular_values(matrix: NDArray[np.float64]) -> tuple[float, float]:
+    """Largest and smallest stretch of a linear map."""
+    values = np.linalg.svd(matrix[:2, :2], compute_uv=False)
+    return float(values[0]), float(values[1])
+
+
+def is_sane(matrix: NDArray[np.float64], params: RegistrationParams) -> bool:
+    """Whether a matrix stretches no more than a serial section can."""
+    largest, smallest = singular_values(matrix)
+    return bool(np.isfinite(matrix).all()) and largest <= params.max_scale and smallest >= 1 / params.max_scale
+
+
+def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
+    """``"ok"``, ``"weak"`` or ``"failed"``, with one sentence per reason.
+
+    Every test is needed: each one alone can be fooled (overlap by symmetric tissue, score by a repeating texture, margin by
+    two starts that are both wrong).
+    """
+    reasons: list[str] = []
+    failed = False
+    if quality["dice_after"] < params.min_dice:
+        failed |= quality["dice_after"] < params.failed_dice and not params.partial_tissue
+        reasons.append(f"The tissues overlap by a Dice of only {quality['dice_after']:.2f} (expected {params.min_dice:.2f}).")
+    if quality["score"] < params.min_score:
+        failed |= quality["score"] < 0.5 * params.min_score
+        reasons.append(f"The structure score is only {quality['score']:.2f} (expected {params.min_score:.2f}).")
+    if quality["margin"] < params.min_margin:
+        reasons.append(
+            f"Another pose scores almost as well: margin {quality['margin']:.2f} (expected {params.min_margin:.2f})."
+        )
+    if max(quality["scale_max"], 1 / max(quality["scale_min"], 1e-12)) > params.max_scale:
+        failed = True
+        reasons.append(f"The fit stretches by {quality['scale_min']:.2f} to {quality['scale_max']:.2f}.")
+    return ("failed" if failed else "weak" if reasons else "ok"), reasons
+
+
+def _masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
+    """Blur that neither takes in background nor fades at the tissue's edge; continued smoothly just outside it."""
+    weight = ndi.gaussian_filter(mask.astype(np.float32), sigma)
+    return ndi.gaussian_filter(image * mask, sigma) / np.maximum(weight, 1e-3)
+
+
+def _correlation(first: Sequence[float] | NDArray, second: Sequence[float] | NDArray) -> float:
+    first = np.asarray(first, float) - np.mean(first)
+    second = np.asarray(second, float) - np.mean(second)
+    norm = np.sqrt(np.sum(first**2) * np.sum(second**2))
+    return float(np.sum(first * second) / norm) if norm > 1e-12 else 0.0
+
+
+__all__ = [
+    "StructureScore",
+    "dice",
+    "disagreement",
+    "is_sane",
+    "pull_back",
+    "same_pose",
+    "singular_values",
+    "tissue_dice",
+    "verdict",
+]

@@ -1,0 +1,85 @@
+"""Package-wide settings: device, verbosity, progress bars, data cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from spatial_impute._logging import logger
+
+DATA_DIR_VARIABLE = "SPATIAL_IMPUTE_DATA_DIR"
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+
+
+class Settings:
+    """Settings that functions fall back on when an argument is ``None``.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> si.settings.verbosity = "warning"
+    >>> si.settings.verbosity
+    'warning'
+    >>> si.settings.verbosity = "info"
+    """
+
+    def __init__(self) -> None:
+        self.show_progress_bar: bool = True
+        """Draw progress bars in functions that take long."""
+        self._device: str | None = None
+        self._data_dir: Path | None = None
+
+    @property
+    def device(self) -> str:
+        """Torch device; ``"cuda"`` or ``"mps"`` where there is one, else ``"cpu"``. Looked up on first use."""
+        if self._device is None:
+            import torch  # not at import time: torch costs over a second
+
+            if torch.cuda.is_available():
+                self._device = "cuda"
+            elif torch.backends.mps.is_available():
+                self._device = "mps"
+            else:
+                self._device = "cpu"
+        return self._device
+
+    @device.setter
+    def device(self, value: str | None) -> None:
+        self._device = value
+
+    @property
+    def verbosity(self) -> str:
+        """One of ``"error"``, ``"warning"``, ``"info"``, ``"debug"``."""
+        return logging.getLevelName(logger.level).lower()
+
+    @verbosity.setter
+    def verbosity(self, value: str) -> None:
+        if value not in _LEVELS:
+            msg = f"`verbosity` must be one of {list(_LEVELS)}, found {value!r}."
+            raise ValueError(msg)
+        logger.setLevel(_LEVELS[value])
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of downloaded data; ``SPATIAL_IMPUTE_DATA_DIR`` or the cache folder of the operating system."""
+        if self._data_dir is not None:
+            return self._data_dir
+        if value := os.environ.get(DATA_DIR_VARIABLE):
+            return Path(value).expanduser()
+        import pooch
+
+        return Path(pooch.os_cache("spatial_impute"))
+
+    @data_dir.setter
+    def data_dir(self, value: str | Path | None) -> None:
+        self._data_dir = None if value is None else Path(value).expanduser()
+
+    def __repr__(self) -> str:
+        return (
+            f"Settings(verbosity={self.verbosity!r}, show_progress_bar={self.show_progress_bar}, "
+            f"data_dir={str(self.data_dir)!r})"
+        )
+
+
+settings = Settings()

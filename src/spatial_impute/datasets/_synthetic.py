@@ -1,0 +1,287 @@
+"""Sections cut from one synthetic block of tissue, with everything that is unknown in real tissue kept as truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from spatial_impute._geometry import apply_affine, grid_in_box
+from spatial_impute._keys import Keys
+from spatial_impute._validation import require_key, require_positive
+from spatial_impute.datasets._reader import section_object
+from spatial_impute.pp._assemble import assemble_stack, image_element
+from spatial_impute.pp._genes import log_normalize, select_genes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+_LIBRARY_SIZE = 8000.0  # mean counts of a spot, between ST arrays and Visium
+_HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density per unit of stain in r, g, b (Ruifrok and Johnston)
+_EOSIN = np.array([0.07, 0.99, 0.11])
+
+
+def synthetic_stack(
+    n_sections: int = 3,
+    *,
+    measured: Sequence[str] | None = None,
+    extent: float = 2400.0,
+    section_spacing: float = 20.0,
+    mpp: float = 4.0,
+    spot_diameter: float = 100.0,
+    spot_pitch: float = 160.0,
+    n_genes: int = 36,
+    max_rotation: float = 25.0,
+    max_shift: float = 150.0,
+    elastic_amplitude: float = 20.0,
+    seed: int = 0,
+    truth: bool = False,
+) -> SpatialData | tuple[SpatialData, AnnData]:
+    """Serial sections of a synthetic tissue, each moved by a known affine and elastic motion.
+
+    A third of the genes is smooth in 3D, so that neighbouring sections tell them; a third follows the density of
+    nuclei, which varies over short distances and can be read from the H&E image of the section itself only; a third is
+    pure noise. The images are drawn from the same fields: eosin follows smooth structure, nuclei are dots.
+
+    Parameters
+    ----------
+    n_sections
+        Number of sections, named ``"s0"``, ``"s1"``, ...
+    measured
+        Sections whose expression is given to the stack; by default the middle one. The frame of the first of them is
+        that of the tissue, without motion.
+    extent
+        Edge length of the imaged square in um.
+    section_spacing
+        Distance of consecutive sections in um.
+    mpp
+        Pixel size of the images in um.
+    spot_diameter, spot_pitch
+        Diameter and centre-to-centre distance of the spots in um, on a hexagonal lattice.
+    n_genes
+        Number of genes, a third of each kind.
+    max_rotation, max_shift
+        Largest rotation (degrees) and shift (um) of a section.
+    elastic_amplitude
+        Root mean square of the elastic part of the motion in um.
+    seed
+        Seed; the same seed gives the same stack.
+    truth
+        Also return what is true of all spots.
+
+    Returns
+    -------
+    The stack. With ``truth=True`` also an AnnData with one row per spot of all sections (``obs_names`` as in the stack
+    table): ``X`` log1p of counts per 10,000, ``layers["counts"]`` counts, ``layers["expected"]`` the same without
+    counting noise, ``var["kind"]`` (``"smooth"``, ``"texture"``, ``"noise"``), ``obsm["spatial_3d"]`` (um) in the
+    tissue.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata, truth = si.datasets.synthetic_stack(truth=True)
+    >>> truth.var["kind"].value_counts().to_dict()
+    {'smooth': 12, 'texture': 12, 'noise': 12}
+    """
+    from anndata import AnnData, concat
+
+    if n_sections < 1 or n_genes < 3:
+        msg = f"Need `n_sections` >= 1 and `n_genes` >= 3, found {n_sections} and {n_genes}."
+        raise ValueError(msg)
+    for name, value in {"extent": extent, "mpp": mpp, "spot_diameter": spot_diameter, "spot_pitch": spot_pitch}.items():
+        require_positive(value, name=name, unit="um")
+    names = [f"s{i}" for i in range(n_sections)]
+    measured = [names[n_sections // 2]] if measured is None else list(measured)
+    for name in measured:
+        require_key(name, names, where="sections")
+
+    rng = np.random.default_rng(seed)
+    tissue = _make_tissue(rng, extent, n_genes)
+    inputs, tables = {}, []
+    for i, name in enumerate(names):
+        still = name == measured[0] if measured else i == n_sections // 2
+        motion = _make_motion(
+            rng,
+            extent,
+            rotation=0.0 if still else max_rotation,
+            shift=0.0 if still else max_shift,
+            amplitude=0.0 if still else elastic_amplitude,
+        )
+        height = i * section_spacing
+        spots = grid_in_box(0, 0, extent, extent, spacing=spot_pitch, layout="hex")
+        positions = motion(spots)
+        on_tissue = tissue.inside(positions, 0.5 * spot_diameter)
+        spots, positions = spots[on_tissue], np.column_stack([positions[on_tissue], np.full(on_tissue.sum(), height)])
+        counts, expected = _draw_counts(rng, tissue, positions, spot_diameter)
+        image = _draw_image(rng, tissue, motion, height, extent, mpp)
+        table = AnnData(
+            X=sparse.csr_matrix(counts),
+            obs=pd.DataFrame(index=[str(k) for k in range(len(spots))]),
+            var=tissue.var.copy(),
+            layers={"expected": expected},
+            obsm={Keys.SPATIAL_3D: positions},
+        )
+        inputs[name] = section_object(
+            name,
+            image_element([image], "global", 1.0),
+            centers=spots / mpp,
+            radius=spot_diameter / 2 / mpp,
+            ids=list(table.obs_names),
+            table=_as_measured(table) if name in measured else None,
+        )
+        tables.append(table)
+    sdata = assemble_stack(inputs, mpp=mpp, section_spacing=section_spacing)
+    if measured:
+        select_genes(sdata, genes=list(tissue.var.index))
+    if not truth:
+        return sdata
+    for name, table in zip(names, tables, strict=True):
+        table.layers["counts"] = table.X.copy()
+        table.X = log_normalize(table.X, 1e4).astype(np.float32)
+        table.obs[Keys.SECTION] = name
+        table.obs_names = [f"{name}_{i}" for i in table.obs_names]
+    return sdata, concat(tables, merge="same")
+
+
+def _as_measured(table: AnnData) -> AnnData:
+    """Counts only: the truth stays outside the stack."""
+    counts = table.copy()
+    del counts.layers["expected"], counts.obsm[Keys.SPATIAL_3D], counts.var["kind"]
+    return counts
+
+
+@dataclass
+class _Tissue:
+    """The block: fields over (n, 3) positions in um."""
+
+    extent: float
+    outline: Callable[[np.ndarray], np.ndarray]
+    smooth: Callable[[np.ndarray], np.ndarray]
+    """Structure over several spots and through the block, (n, k)."""
+    density: Callable[[np.ndarray], np.ndarray]
+    """Density of nuclei: varies within a few spots and from section to section, (n, 1)."""
+    log_mean: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+    var: pd.DataFrame
+
+    def inside(self, xy: np.ndarray, margin: float = 0.0) -> np.ndarray:
+        """Whether points (n, 2) lie in the tissue, at least `margin` um from its rim."""
+        offset = xy - self.extent / 2
+        angle = np.arctan2(offset[:, 1], offset[:, 0])
+        return np.hypot(*offset.T) + margin <= self.outline(angle)
+
+
+def _random_field(
+    rng: np.random.Generator, n_fields: int, length_xy: float, length_z: float, n_waves: int = 60
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Gaussian random fields of unit variance as sums of plane waves with the given correlation lengths (um)."""
+    frequency = rng.normal(size=(n_fields, n_waves, 3)) / [length_xy, length_xy, length_z]
+    phase = rng.uniform(0, 2 * np.pi, size=(n_fields, n_waves))
+
+    def field(xyz: np.ndarray) -> np.ndarray:
+        values = [np.cos(xyz @ f.T + p).sum(axis=1) for f, p in zip(frequency, phase, strict=True)]
+        return np.sqrt(2 / n_waves) * np.column_stack(values)
+
+    return field
+
+
+def _make_tissue(rng: np.random.Generator, extent: float, n_genes: int) -> _Tissue:
+    # An outline without symmetry, so that registration has a unique answer.
+    harmonics = np.arange(1, 5)
+    amplitude = 0.10 / harmonics * rng.uniform(0.5, 1.0, 4)
+    phase = rng.uniform(0, 2 * np.pi, 4)
+
+    def outline(angle: np.ndarray) -> np.ndarray:
+        wobble = (amplitude * np.cos(angle[:, None] * harmonics + phase)).sum(axis=1)
+        return extent * 0.38 * (1 + wobble)
+
+    smooth = _random_field(rng, 3, length_xy=extent / 6, length_z=extent / 6)
+    density = _random_field(rng, 1, length_xy=extent / 20, length_z=10.0)
+    kinds = np.array(["smooth", "texture", "noise"])[np.arange(n_genes) * 3 // n_genes]
+    weights = rng.normal(size=(n_genes, 3))
+    weights *= 0.9 / np.linalg.norm(weights, axis=1, keepdims=True)
+    slope = rng.uniform(0.6, 1.0, n_genes) * rng.choice([-1, 1], n_genes)
+    level = rng.normal(0.0, 0.5, n_genes)
+
+    def log_mean(structure: np.ndarray, nuclei: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        values = np.tile(level, (len(structure), 1))
+        values += np.where(kinds == "smooth", structure @ weights.T, 0.0)
+        values += np.where(kinds == "texture", nuclei * slope, 0.0)
+        return values + np.where(kinds == "noise", 0.5 * rng.normal(size=values.shape), 0.0)
+
+    var = pd.DataFrame({"kind": kinds}, index=[f"{kind}_{i}" for i, kind in enumerate(kinds)])
+    return _Tissue(extent, outline, smooth, density, log_mean, var)
+
+
+def _make_motion(
+    rng: np.random.Generator, extent: float, *, rotation: float, shift: float, amplitude: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Map from the section's frame to the tissue (um): rotation about the centre, stretch, shift, elastic part."""
+    angle = np.deg2rad(rng.uniform(-rotation, rotation))
+    stretch = 1 + (0.02 if rotation else 0.0) * rng.uniform(-1, 1, 2)
+    offset = rng.uniform(-shift, shift, 2)
+    elastic = _random_field(rng, 2, length_xy=extent / 5, length_z=1.0, n_waves=20)
+    linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
+    matrix = np.eye(3)
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = extent / 2 + offset - linear @ np.full(2, extent / 2)
+
+    def motion(xy: np.ndarray) -> np.ndarray:
+        moved = apply_affine(xy, matrix)
+        if amplitude == 0:
+            return moved
+        return moved + amplitude * elastic(np.column_stack([xy, np.zeros(len(xy))]))
+
+    return motion
+
+
+def _draw_counts(
+    rng: np.random.Generator, tissue: _Tissue, positions: np.ndarray, diameter: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson counts per spot and gene, and log1p of their expectation per 10,000."""
+    # A spot sees the mean of the fields over its disc.
+    ring = np.linspace(0, 2 * np.pi, 6, endpoint=False)
+    offsets = np.vstack([[0.0, 0.0], 0.33 * diameter * np.column_stack([np.cos(ring), np.sin(ring)])])
+    where = positions[:, None, :] + np.column_stack([offsets, np.zeros(len(offsets))])
+    fields = [f(where.reshape(-1, 3)).reshape(*where.shape[:2], -1).mean(axis=1) for f in (tissue.smooth, tissue.density)]
+    rate = np.exp(tissue.log_mean(*fields, rng))
+    rate /= rate.sum(axis=1, keepdims=True)
+    library = _LIBRARY_SIZE * rng.lognormal(0, 0.3, size=(len(positions), 1))
+    counts = rng.poisson(rate * library).astype(np.float32)
+    return counts, np.log1p(1e4 * rate).astype(np.float32)
+
+
+def _draw_image(
+    rng: np.random.Generator,
+    tissue: _Tissue,
+    motion: Callable[[np.ndarray], np.ndarray],
+    height: float,
+    extent: float,
+    mpp: float,
+) -> np.ndarray:
+    """H&E-like image (c, y, x) uint8: eosin from the smooth structure, nuclei as dots where the density is high."""
+    from scipy.ndimage import gaussian_filter
+
+    n = int(round(extent / mpp))
+    axis = (np.arange(n) + 0.5) * mpp
+    xy = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    where = motion(xy)
+    inside = tissue.inside(where)
+    where = np.column_stack([where[inside], np.full(inside.sum(), height)])
+    eosin = np.zeros(n * n)
+    eosin[inside] = 0.30 + 0.12 * np.tanh(tissue.smooth(where)[:, :2]).sum(axis=1)
+    eosin += inside * 0.03 * rng.normal(size=n * n)
+    # One nucleus per pixel at most: about 8 um across at the default pixel size.
+    probability = np.zeros(n * n)
+    probability[inside] = 0.08 / (1 + np.exp(-1.5 * tissue.density(where)[:, 0]))
+    nuclei = (rng.random(n * n) < probability).reshape(n, n).astype(float)
+    hematoxylin = np.clip(gaussian_filter(nuclei, 3.0 / mpp) * 2.0, 0, 1.5).ravel()
+    density = np.clip(eosin, 0, None)[:, None] * _EOSIN + hematoxylin[:, None] * _HEMATOXYLIN
+    rgb = 243.0 * np.exp(-density) + rng.normal(0, 1.5, size=density.shape)
+    return np.clip(rgb, 0, 255).astype(np.uint8).reshape(n, n, 3).transpose(2, 0, 1)

@@ -1,0 +1,202 @@
+"""Normalise the measured sections over all genes, choose genes on them, and put them into the stack table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from spatial_impute._keys import Keys
+from spatial_impute._logging import log_added
+from spatial_impute._stack import load_record, stack_table
+from spatial_impute._validation import looks_like_counts, require_positive
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def select_genes(
+    sdata: SpatialData,
+    *,
+    n_top_genes: int = 250,
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
+    log_normalized: bool = False,
+    target_sum: float = 1e4,
+) -> None:
+    """Choose genes on the measured sections and write their log-normalised expression into the stack table.
+
+    Counts are divided by the total over **all** genes of the spot, scaled to `target_sum`, and log1p is taken; only
+    then are genes chosen, so that values do not depend on the panel. Unmeasured sections play no part.
+
+    Parameters
+    ----------
+    sdata
+        Stack with at least one measured section.
+    n_top_genes
+        Number of genes with the highest mean log-normalised expression (mean over measured sections). Ties go to the
+        gene that comes first in the table.
+    genes
+        Take these genes instead.
+    layer
+        Layer of the count tables to read; ``X`` by default.
+    log_normalized
+        The tables hold log-normalised values already; they are taken as they are.
+    target_sum
+        Counts per spot after normalisation.
+
+    Returns
+    -------
+    ``None``. Writes:
+
+    `sdata.tables['stack'].layers['measured']` : :class:`numpy.ndarray` (``float32``)
+        (n_spots, n_genes) log1p of counts per `target_sum`; NaN where nothing was measured.
+    `sdata.tables['stack'].var`
+        The chosen genes. Other layers of the table are dropped, since they belong to other genes.
+    `sdata.tables['stack'].uns['normalization']` : :class:`dict`
+        How the values were made.
+
+    Raises
+    ------
+    ValueError
+        If no section is measured, values are not counts (or are, with ``log_normalized=True``), or a measured spot has
+        no counts at all.
+    KeyError
+        For genes that a measured section lacks.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.pp.select_genes(sdata, n_top_genes=5)
+    >>> sdata.tables["stack"].layers["measured"].shape[1]
+    5
+    """
+    record = load_record(sdata)
+    table = stack_table(sdata)
+    measured = [section for section in record.sections if section.counts is not None]
+    if not measured:
+        msg = (
+            f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
+            "measured section (image, spots and table) to `si.pp.assemble_stack`."
+        )
+        raise ValueError(msg)
+    target_sum = require_positive(target_sum, name="target_sum")
+    values = {}
+    for section in measured:
+        counts = sdata.tables[section.counts]
+        where = f"sdata.tables[{section.counts!r}]"
+        values[section.name] = _log_values(
+            counts, layer=layer, log_normalized=log_normalized, target_sum=target_sum, where=where
+        )
+    var_names = {section.name: sdata.tables[section.counts].var_names for section in measured}
+    chosen = _choose(values, var_names, n_top_genes=n_top_genes, genes=genes)
+
+    expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
+    row_of = pd.Series(np.arange(table.n_obs), index=table.obs_names)
+    for section in measured:
+        counts = sdata.tables[section.counts]
+        columns = var_names[section.name].get_indexer(chosen)
+        names = [f"{section.name}_{i}" for i in counts.obs[Keys.INSTANCE]]
+        present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
+        rows = row_of[np.asarray(names)[present]].to_numpy()
+        picked = values[section.name][np.flatnonzero(present)][:, columns]
+        expression[rows] = picked.toarray() if sparse.issparse(picked) else picked
+
+    _write(sdata, table, expression, chosen)
+    sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
+        "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
+        "target_sum": float("nan") if log_normalized else target_sum,
+        "sections": [section.name for section in measured],
+    }
+    log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")
+
+
+def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np.ndarray | sparse.csr_matrix:
+    """Log1p of counts per `target_sum`; rows are spots, totals run over all columns. Sparse stays sparse."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    values = AnnData(sparse.csr_matrix(counts, dtype=np.float64) if sparse.issparse(counts) else np.array(counts, float))
+    sc.pp.normalize_total(values, target_sum=target_sum)
+    sc.pp.log1p(values)
+    return values.X
+
+
+def _log_values(
+    table: AnnData, *, layer: str | None, log_normalized: bool, target_sum: float, where: str
+) -> np.ndarray | sparse.csr_matrix:
+    """Log-normalised expression of one measured table, after checking what it really holds."""
+    matrix = table.X if layer is None else table.layers[layer]
+    where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
+    data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
+    if not np.isfinite(data).all():
+        msg = f"`{where}` holds NaN or infinite values; remove those spots or genes first."
+        raise ValueError(msg)
+    counts = looks_like_counts(data)
+    if log_normalized:
+        if counts:
+            msg = f"`{where}` holds raw counts (integers up to {data.max():g}), but `log_normalized=True` was given."
+            raise ValueError(msg)
+        return matrix.tocsr() if sparse.issparse(matrix) else np.asarray(matrix)
+    if data.size and ((data < 0).any() or (data != np.round(data)).any()):
+        msg = (
+            f"`{where}` must hold raw counts (non-negative integers), found {data.min():g} to {data.max():g} with "
+            "fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+        )
+        raise ValueError(msg)
+    totals = np.asarray(matrix.sum(axis=1)).ravel()
+    if (totals == 0).any():
+        empty = table.obs[Keys.INSTANCE].to_numpy()[totals == 0]
+        msg = f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}; remove them first."
+        raise ValueError(msg)
+    return log_normalize(matrix, target_sum)
+
+
+def _choose(
+    values: dict[str, np.ndarray | sparse.csr_matrix],
+    var_names: dict[str, pd.Index],
+    *,
+    n_top_genes: int,
+    genes: Sequence[str] | None,
+) -> list[str]:
+    """Names of the chosen genes: the given ones, or the highest means among those that all sections measured."""
+    if genes is not None:
+        wanted = list(dict.fromkeys(genes))
+        for name, names in var_names.items():
+            missing = [gene for gene in wanted if gene not in names]
+            if missing:
+                msg = f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}."
+                raise KeyError(msg)
+        return wanted
+    if int(n_top_genes) < 1:
+        msg = f"`n_top_genes` must be at least 1, found {n_top_genes!r}."
+        raise ValueError(msg)
+    first = next(iter(var_names.values()))
+    shared = [gene for gene in first if all(gene in names for names in var_names.values())]
+    means = [
+        np.asarray(matrix.mean(axis=0)).ravel()[var_names[name].get_indexer(shared)] for name, matrix in values.items()
+    ]
+    order = np.argsort(-np.mean(means, axis=0), kind="stable")[: int(n_top_genes)]
+    return [shared[i] for i in order]
+
+
+def _write(sdata: SpatialData, old: AnnData, expression: np.ndarray, genes: list[str]) -> None:
+    """Replace the stack table by one with the chosen genes; what hangs on the spots is kept."""
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    new = AnnData(
+        obs=old.obs.copy(),
+        var=pd.DataFrame(index=pd.Index(genes, dtype=str)),
+        layers={Keys.MEASURED: expression},
+        obsm=dict(old.obsm),
+        obsp=dict(old.obsp),
+        uns=dict(old.uns),
+    )
+    sdata.tables[Keys.STACK_TABLE] = TableModel.parse(new)
