@@ -59,7 +59,7 @@ fi
 say "[2/4] torch"
 torch_index=()
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
-    torch_index=(--index-url "$TORCH_INDEX_URL")
+    torch_index=(--index-url "$TORCH_INDEX_URL" --no-deps) # what torch needs comes from the usual index in step 3
     say "      from TORCH_INDEX_URL"
 elif ! "$py" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null && [ "$(uname -s)" = Linux ]; then
     say "      no NVIDIA GPU found and TORCH_INDEX_URL not set: the default build of torch is taken, which can bring"

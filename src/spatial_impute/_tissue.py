@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 # All levels are relative to the image's own white level, so uint8, uint16 and float images need no flag.
-_BLACK_LEVEL = 0.2  # darker than stained tissue in all channels at once: fill value, slide holder, or fluorescence background
+_BLACK_LEVEL = 0.2  # darker than stained tissue in all channels: fill value, slide holder, background of fluorescence
 _BLACK_SMOOTHING = 2.0  # pixels; a slide holder is rough, and must come out as one piece
-_GLASS_LEVEL = 0.35  # what surrounds a padded scan is glass or tissue, both brighter than this; a fluorescent signal fades out
+_GLASS_LEVEL = 0.35  # next to padding comes glass or tissue, both brighter than this; a fluorescent signal fades out
 _DARKEST_RATIO = 1 / 255  # floor of transmitted light, keeps the logarithm finite
-_RED_MISSES = 0.67  # share of the green-channel tissue below which the red channel is taken to be blind (eosin-only tissue)
+_RED_MISSES = 0.67  # share of the green-channel tissue below which red is taken to be blind (eosin-only tissue)
+_CLEAR_VALLEY = 0.6  # real slides without pale tissue dip by at most 0.35 at that place, one with it by 0.83
+_MIN_PALE_SHARE = 0.05  # of the pixels: fewer are an edge, not a kind of tissue
+_N_BINS = 60
 _MIN_OD = 0.02  # a threshold below 2 % absorption separates noise from noise: there is no tissue
 
 
@@ -26,13 +29,13 @@ def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
     """Optical density of a brightfield image, ``-ln(I / I0)``, against the image's own background.
 
     ``I0`` is the median colour of the bright class of the pixels. Padding (transparent pixels, a black frame around the
-    scan) is left out of that estimate and gets density 0. An image on a dark background (fluorescence) is inverted first, so
-    that signal is always positive.
+    scan) is left out of that estimate and gets density 0. An image on a dark background (fluorescence) is inverted
+    first, so that signal is always positive.
 
     Parameters
     ----------
     rgb
-        Image ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (the last channel is alpha); any numeric type and range.
+        Image ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (alpha last); any numeric type and range.
 
     Returns
     -------
@@ -78,12 +81,12 @@ def tissue_mask(
     pixel_size
         Micrometres per pixel, one number or ``(x, y)``.
     smoothing
-        Standard deviation in um of the blur before thresholding; about one cell, so that a mask follows tissue, not nuclei.
+        Standard deviation in um of the blur before thresholding: about one cell, so that a mask follows tissue.
     threshold_scale
         Factor on Otsu's threshold. Below 1 because pale tissue lies between the two classes that Otsu finds.
     min_island_area
-        Isolated specks up to this area in square um are dropped before closing can join them: dust, fiducial dots (about
-        100 um across). They stay if the tissue itself is of that size.
+        Isolated specks up to this area in square um are dropped before closing can join them: dust, fiducial dots
+        (about 100 um across). They stay if the tissue itself is of that size.
     closing_radius
         Gaps narrower than twice this length in um (cracks, sinusoids) are closed.
     opening_radius
@@ -126,11 +129,27 @@ def _threshold(
     """Smoothed channel above its scaled Otsu threshold, and how much of the variance that split explains (0 to 1)."""
     channel = ndi.gaussian_filter(density, [smoothing / s for s in sampling])
     threshold = scale * _otsu(channel)
+    below = channel[channel <= threshold]
+    if below.size:
+        # Dark and pale tissue on one slide: Otsu splits those two. Then what lies below still has two clear peaks.
+        second = _otsu(below)
+        if _valley_depth(below, second) > _CLEAR_VALLEY:
+            threshold = second
     mask = channel > threshold
     if threshold < _MIN_OD or not mask.any() or mask.all():
         return np.zeros(mask.shape, bool), 0.0
     contrast = float(channel[mask].mean() - channel[~mask].mean())
     return mask, float(mask.mean() * (1 - mask.mean()) * contrast**2 / channel.var())
+
+
+def _valley_depth(values: NDArray, threshold: float) -> float:
+    """How far the histogram dips near `threshold`, relative to the smaller of its two peaks (0 not at all, 1 empty)."""
+    counts, edges = np.histogram(values, bins=_N_BINS)
+    split = int(np.clip(np.searchsorted(edges, threshold), 1, _N_BINS - 1))
+    peak = min(counts[:split].max(), counts[split:].max())
+    if counts[split:].sum() < _MIN_PALE_SHARE * values.size or peak == 0:
+        return 0.0
+    return 1.0 - float(counts[split - 1 : split + _N_BINS // 12].min()) / float(peak)
 
 
 def _split_alpha(image: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -145,8 +164,9 @@ def _split_alpha(image: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]
         raise ValueError(msg)
     visible = np.ones(image.shape[:2], bool)
     if image.shape[-1] == 4:
-        opaque = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else max(1.0, np.nanmax(image[..., 3]))
-        visible = image[..., 3] > 0.5 * opaque
+        alpha = image[..., 3]
+        opaque = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else max(1.0, np.nanmax(alpha))
+        visible = alpha > 0.5 * opaque
         image = image[..., :3]
     image = image.astype(np.float32)
     finite = np.isfinite(image).all(-1)
@@ -161,8 +181,8 @@ def _white_level(image: NDArray, visible: NDArray[np.bool_]) -> float:
 def _find_padding(image: NDArray, visible: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], bool]:
     """Take black frames out of `visible`, and tell whether the whole image lies on a dark background.
 
-    Both look the same at the border. They differ one step further in: a black frame ends in a jump to glass (or tissue),
-    while the signal on a dark background starts from darkness.
+    Both look the same at the border. They differ one step further in: a black frame ends in a jump to glass (or
+    tissue), while the signal on a dark background starts from darkness.
     """
     if not visible.any():
         return visible, False
@@ -201,7 +221,7 @@ def _otsu(values: NDArray) -> float:
     return low if high - low < 1e-6 * max(abs(high), 1e-6) else float(threshold_otsu(values))
 
 
-# Discs of a given radius in um by the distance transform: exact for any pixel size and as fast for large radii as for small.
+# Discs of a given radius in um by the distance transform: exact for any pixel size, and as fast for large radii.
 def _dilate(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
     if not mask.any():
         return mask

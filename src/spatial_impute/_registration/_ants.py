@@ -1,9 +1,9 @@
 """The only place that talks to antspyx, and the only one that knows its conventions.
 
-* ITK wants ``[x, y]`` arrays and the position of the first pixel centre; :func:`_image` gives both, so that ITK's physical space
-  is the section's corner-based frame in um at any resolution.
-* An ITK transform maps points of the fixed image to the moving one, because that is what resampling an image needs. The
-  matrices of this package map moving points to fixed ones. The inverse is taken here and nowhere else.
+* ITK wants ``[x, y]`` arrays and the position of the first pixel centre; :func:`_image` gives both, so that ITK's
+  physical space is the section's corner-based frame in um (up to a shift) at any resolution.
+* An ITK transform maps points of the fixed image to the moving one, because that is what resampling an image needs.
+  The matrices of this package map moving points to fixed ones. The inverse is taken here and nowhere else.
 * antsRegistration passes everything by files. They live in a temporary folder that is gone when the call returns.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spatial_impute._registration._channel import Channel
-    from spatial_impute._registration._types import RegistrationParams
 
 
 def fit_linear(
@@ -32,7 +30,9 @@ def fit_linear(
     moving: Channel,
     initial: NDArray[np.float64],
     kind: Literal["Rigid", "Affine"],
-    params: RegistrationParams,
+    *,
+    iterations: tuple[int, ...],
+    mask_margin: float,
     seed: int,
 ) -> NDArray[np.float64]:
     """Refine a linear transform by global correlation inside the (widened) tissue masks.
@@ -43,6 +43,10 @@ def fit_linear(
     ----------
     initial
         Matrix ``(3, 3)`` to start from, moving to fixed, um. A mirrored one stays mirrored.
+    iterations
+        One number per level. Each level is twice as fine as the one before; the last one is the grid of the channels.
+    mask_margin
+        Width in um of the rim of background that takes part.
 
     Returns
     -------
@@ -50,56 +54,61 @@ def fit_linear(
     """
     import ants
 
-    # antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and shift are so
-    # entangled that the fit can stop half way or run off; so each image gets its own origin at the centre of its tissue.
-    to_fixed, to_moving = _shift(fixed.centres().mean(0)), _shift(moving.centres().mean(0))
-    fixed, moving = _centred(fixed, to_fixed), _centred(moving, to_moving)
+    # antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and
+    # shift are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections). So each
+    # image gets its own origin, at the centre of its tissue.
+    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
     initial = np.linalg.inv(to_fixed) @ initial @ to_moving
+    levels = tuple(range(len(iterations)))[::-1]
     with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _random_seed(seed):
         start = str(Path(folder) / "initial.mat")
         _write_matrix(initial, start)
         result = ants.registration(
-            _image(fixed, fixed.image),
-            _image(moving, moving.image),
+            _image(fixed, fixed.image, to_fixed),
+            _image(moving, moving.image, to_moving),
             kind,
             initial_transform=[start],
             outprefix=str(Path(folder) / "linear_"),
-            mask=_image(fixed, _widen(fixed, params.mask_margin)),
-            moving_mask=_image(moving, _widen(moving, params.mask_margin)),
+            mask=_image(fixed, _widen(fixed, mask_margin), to_fixed),
+            moving_mask=_image(moving, _widen(moving, mask_margin), to_moving),
             mask_all_stages=True,
             aff_metric="GC",
             aff_random_sampling_rate=1.0,
-            aff_iterations=params.linear_iterations,
-            aff_shrink_factors=(8, 4, 2, 1),
-            aff_smoothing_sigmas=(3, 2, 1, 0),
+            aff_iterations=tuple(iterations),
+            aff_shrink_factors=tuple(2**level for level in levels),
+            aff_smoothing_sigmas=levels,
         )
         matrix = _read_matrix(result["fwdtransforms"][0])
     return to_fixed @ matrix @ np.linalg.inv(to_moving)
 
 
-def _shift(offset: NDArray) -> NDArray[np.float64]:
+def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
+    """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
     matrix = np.eye(3)
-    matrix[:2, 2] = offset
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = np.asarray(translation, float) + centre - matrix[:2, :2] @ np.asarray(centre, float)
     return matrix
 
 
-def _centred(channel: Channel, shift: NDArray) -> Channel:
-    """The same channel in coordinates whose origin lies at `shift`."""
-    x0, y0 = channel.origin
-    return replace(channel, origin=(x0 - shift[0, 2], y0 - shift[1, 2]))
+def _translation(offset: NDArray) -> NDArray[np.float64]:
+    return itk_matrix(np.eye(2), np.zeros(2), offset)
 
 
-def _image(channel: Channel, array: NDArray) -> Any:
+def _image(channel: Channel, array: NDArray, shift: NDArray) -> Any:
+    """`array` on the grid of `channel` as an ANTs image, in coordinates whose origin lies at the translation `shift`."""
     import ants
 
-    half = 0.5 * channel.size
-    origin = (channel.origin[0] + half, channel.origin[1] + half)
-    array = np.ascontiguousarray(array.T, dtype=np.float32)
-    return ants.from_numpy(array, origin=origin, spacing=(channel.size, channel.size))
+    corner = np.asarray(channel.origin) - shift[:2, 2]
+    return ants.from_numpy(
+        np.ascontiguousarray(array.T, dtype=np.float32),
+        origin=tuple(float(c) for c in corner + 0.5 * channel.size),
+        spacing=(channel.size, channel.size),
+    )
 
 
 def _widen(channel: Channel, margin: float) -> NDArray[np.bool_]:
-    return ndi.distance_transform_edt(~channel.mask, sampling=channel.size) <= margin
+    """Tissue and a rim of background, as far as the image goes."""
+    return channel.visible() & (ndi.distance_transform_edt(~channel.mask, sampling=channel.size) <= margin)
 
 
 def _write_matrix(matrix: NDArray[np.float64], path: str) -> None:
@@ -120,19 +129,11 @@ def _read_matrix(path: str) -> NDArray[np.float64]:
     return np.linalg.inv(itk_matrix(linear, transform.fixed_parameters, transform.parameters[4:6]))
 
 
-def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
-    """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = np.asarray(translation) + centre - matrix[:2, :2] @ np.asarray(centre)
-    return matrix
-
-
 @contextmanager
 def _random_seed(seed: int) -> Iterator[None]:
     """Give antsRegistration a seed.
 
-    antspyx reads it from a module variable. Its public setter would also reseed NumPy and change the environment for good.
+    antspyx reads it from a module variable. Its public setter would also reseed NumPy and change the environment.
     """
     import ants.config
 

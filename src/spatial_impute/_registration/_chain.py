@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +49,8 @@ def chain_to_reference(
 
     A section follows its neighbour on the side of the reference. If that pair failed and a pair that jumps over the
     neighbour is given, that one is used. Where there is also a direct pair to the reference, the two placements are
-    compared: while they agree the chain is kept (its steps are between more similar sections), otherwise the one with the
-    better score is.
+    compared: while they agree the chain is kept (its steps are between more similar sections), otherwise the one with
+    the better score is.
 
     Parameters
     ----------
@@ -93,8 +93,8 @@ def _place(
     options = [option for option in options if option is not None]
     if not options:
         msg = (
-            f"No registration links section {name!r} to the reference: none of {[(p, name) for p in reversed(inner)]} is among "
-            f"the pairs {sorted(pairs)}. Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
+            f"No registration links section {name!r} to the reference: expected one of "
+            f"{[(parent, name) for parent in reversed(inner)]}, found the pairs {sorted(pairs)}. Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
         )
         raise ValueError(msg)
     # The nearest neighbour whose whole path did not fail; if all failed, the nearest.
@@ -145,9 +145,7 @@ def _step(
 
 
 def _with(result: ChainResult, reasons: list[str], distance: float | None) -> ChainResult:
-    return ChainResult(
-        result.matrix, result.path, result.route, result.score, result.verdict, distance, reasons
-    )
+    return replace(result, reasons=reasons, disagreement=distance)
 
 
 def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple[float, float, float, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration._types import RegistrationParams, SectionImage
 
-_CLIP_PERCENTILES = (1.0, 99.0)  # within tissue: folds, ink and lumina must not set the scale
+_CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
 _BLUR = 1.0  # working pixels: takes off pixel noise, which differs between sections
-_SOFT_EDGE = 1.0  # working pixels: a hard mask edge would alias under rotation
+_SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
+_RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Channel:
-    """Registration channel on an isotropic grid: pixel ``(row, col)`` is centred at ``origin + (col + 0.5, row + 0.5) * size``."""
+    """Registration channel on an isotropic grid.
+
+    Pixel ``(row, col)`` is centred at ``origin + (col + 0.5, row + 0.5) * size``.
+    """
 
     image: NDArray[np.float32]
     """``(y, x)``, 0 to 1, exactly 0 far from tissue."""
@@ -32,6 +36,18 @@ class Channel:
     """Corner of the grid in the section's frame, um ``(x, y)``."""
     size: float
     """Micrometres per pixel."""
+    frame: tuple[float, float]
+    """Width and height of the whole image in um. Tissue that ends there is cut, not finished: beyond, nothing is known."""
+
+    def in_frame(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which points ``(n, 2)``, um, lie inside the image."""
+        return ((points >= 0) & (points <= self.frame)).all(1)
+
+    def visible(self) -> NDArray[np.bool_]:
+        """Which pixels ``(y, x)`` of the grid lie inside the image."""
+        axes = [o + (np.arange(n) + 0.5) * self.size for o, n in zip(self.origin, self.image.shape[::-1], strict=True)]
+        inside = [(axis > 0) & (axis < length) for axis, length in zip(axes, self.frame, strict=True)]
+        return inside[1][:, None] & inside[0]
 
     def centres(self) -> NDArray[np.float64]:
         """Centres of the tissue pixels, ``(n, 2)`` as ``(x, y)`` in um."""
@@ -41,7 +57,8 @@ class Channel:
     def to_index(self) -> NDArray[np.float64]:
         """``(3, 3)`` matrix from um ``(x, y, 1)`` to continuous array index ``(row, col, 1)``."""
         x0, y0 = self.origin
-        return np.array([[0, 1 / self.size, -y0 / self.size - 0.5], [1 / self.size, 0, -x0 / self.size - 0.5], [0, 0, 1]])
+        step = 1 / self.size
+        return np.array([[0, step, -y0 * step - 0.5], [step, 0, -x0 * step - 0.5], [0, 0, 1]])
 
 
 def working_pixel(fixed: SectionImage, moving: SectionImage, params: RegistrationParams) -> float:
@@ -53,7 +70,7 @@ def working_pixel(fixed: SectionImage, moving: SectionImage, params: Registratio
 
 
 def registration_channel(section: SectionImage, size: float, margin: float) -> Channel:
-    """Summed optical density, scaled to the tissue's own range and faded out at the tissue's edge.
+    """Summed optical density, from glass (0) to the densest tissue (1), faded out a little outside the tissue.
 
     Parameters
     ----------
@@ -62,25 +79,25 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
     size
         Working resolution, um per pixel.
     margin
-        Width in um of background kept round the tissue. Everything further away is cut off, so a small section in a large
-        frame costs no more than a cropped one.
+        Width in um of background kept round the tissue. Everything further away is cut off, so a small section in a
+        large frame costs no more than a cropped one.
     """
     density = optical_density(section.rgb).sum(-1)
-    low, high = np.percentile(density[section.mask], _CLIP_PERCENTILES)
-    if high - low < 1e-6:  # a flat piece of tissue still has its outline
-        low, high = low - 1.0, low
-    density = np.clip((density - low) / (high - low), 0, 1)
+    densest = float(np.percentile(density[section.mask], _CLIP_PERCENTILE))
+    density = np.clip(density / max(densest, 1e-6), 0, 1)
 
     x0, y0, x1, y1 = section.tissue_box
     origin = (x0 - margin, y0 - margin)
     shape = tuple(int(np.ceil((length + 2 * margin) / size)) for length in (y1 - y0, x1 - x0))
+    # Both are continued beyond the image: a tissue cut by the frame must not get an outline there.
     density = _resample(density, section.pixel_size, origin, shape, size)
-    tissue = np.clip(_resample(section.mask.astype(np.float32), section.pixel_size, origin, shape, size), 0, 1)
-    soft = ndi.gaussian_filter(tissue, _SOFT_EDGE)
-    soft[soft < 0.01] = 0  # exact zeros: the background must carry no gradient at all
-    # Tissue starts from a pedestal, so that its outline shows even where it is as pale as the background.
-    image = (0.25 + 0.75 * ndi.gaussian_filter(density, _BLUR)) * soft
-    return Channel(image.astype(np.float32), tissue > 0.5, origin, size)
+    tissue = _resample(section.mask, section.pixel_size, origin, shape, size)
+    near = ndi.distance_transform_edt(tissue < 0.5, sampling=size) <= _RIM
+    soft = ndi.gaussian_filter(near.astype(np.float32), _SOFT_EDGE)
+    image = ndi.gaussian_filter(density, _BLUR) * soft
+    frame = (section.rgb.shape[1] * section.pixel_size[0], section.rgb.shape[0] * section.pixel_size[1])
+    channel = Channel(image.astype(np.float32), tissue > 0.5, origin, size, frame)
+    return replace(channel, mask=channel.mask & channel.visible())
 
 
 def shrink(channel: Channel, size: float) -> Channel:
@@ -95,7 +112,8 @@ def shrink(channel: Channel, size: float) -> Channel:
         rows, cols = array.shape[0] // factor, array.shape[1] // factor
         return array.reshape(rows, factor, cols, factor).mean((1, 3))
 
-    return Channel(mean(channel.image), mean(channel.mask) > 0.5, channel.origin, channel.size * factor)
+    image, mask = mean(channel.image), mean(channel.mask) > 0.5
+    return replace(channel, image=image, mask=mask, size=channel.size * factor)
 
 
 def _resample(
@@ -105,12 +123,12 @@ def _resample(
     shape: tuple[int, ...],
     size: float,
 ) -> NDArray[np.float32]:
-    """Image on the grid of pixel `size` starting at `origin` (um), smoothed as much as the coarser grid asks for; 0 outside."""
+    """Image on the grid of pixel `size` starting at `origin` (um), smoothed as much as the coarser grid asks for."""
     steps = [size / s for s in (pixel_size[1], pixel_size[0])]
     image = image.astype(np.float32, copy=False)
-    # A box of `step` pixels has a standard deviation of step / sqrt(12); less is needed as linear interpolation smooths too.
+    # A box of `step` pixels has a standard deviation of step / sqrt(12); linear interpolation smooths a little as well.
     sigma = [np.sqrt(max(step**2 - 1, 0) / 12) for step in steps]
     if max(sigma) > 0:
         image = ndi.gaussian_filter(image, sigma, mode="nearest")
     offset = [(origin[1] + 0.5 * size) / pixel_size[1] - 0.5, (origin[0] + 0.5 * size) / pixel_size[0] - 0.5]
-    return ndi.affine_transform(image, np.diag(steps), offset, output_shape=shape, order=1, mode="grid-constant", cval=0.0)
+    return ndi.affine_transform(image, np.diag(steps), offset, output_shape=shape, order=1, mode="nearest")

@@ -20,7 +20,7 @@ _BLUR = 1.5  # search pixels: a step of 10 degrees moves the rim of the tissue b
 
 
 def pose(angle: float, mirrored: bool, moving_centre: NDArray, fixed_centre: NDArray) -> NDArray[np.float64]:
-    """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees and carries one centre onto the other, um."""
+    """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees and carries one centre onto the other."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
     matrix = np.eye(3)
@@ -32,14 +32,14 @@ def pose(angle: float, mirrored: bool, moving_centre: NDArray, fixed_centre: NDA
 def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
     """Distinct rigid poses of the moving section on the fixed one, best first.
 
-    Every rotation and mirror image of the moving section is laid over the fixed one at every shift by a Fourier transform.
-    The measure is the correlation of what is inside the tissue plus the overlap of the outlines: outlines alone cannot tell
-    a roughly symmetric section from itself turned by 180 degrees.
+    Every rotation and mirror image of the moving section is laid over the fixed one at every shift by a Fourier
+    transform. The measure is the correlation of what is inside the tissue plus the overlap of the outlines: outlines
+    alone cannot tell a roughly symmetric section from itself turned by 180 degrees.
 
     Returns
     -------
-    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um. One for each peak over the angles; the search
-    leaves errors of up to half a step of angle.
+    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um. One for each peak over the angles; the
+    search leaves errors of up to half a step of angle.
     """
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)

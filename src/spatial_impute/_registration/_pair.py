@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from spatial_impute._registration import _ants
-from spatial_impute._registration._channel import Channel, registration_channel, working_pixel
+from spatial_impute._registration._channel import Channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration._orientation import orientation_candidates
 from spatial_impute._registration._quality import (
     StructureScore,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _METHODS = ("rigid", "affine")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
-_SCORE_NOISE = 0.01  # an affine fit that moves no point by more than a few um changes the score by this much, either way
+_SCORE_NOISE = 0.01  # a fit that differs by a few um changes the score by this much, either way
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -39,8 +40,8 @@ def register_pair(
     """Find where the moving section lies on the fixed one.
 
     Search over all rotations and both faces, refinement of the best distinct candidates by a rigid fit, choice by the
-    structure inside the tissue, then (``"affine"``) a fit with stretch and shear that is kept only if it is plausible and no
-    worse.
+    structure inside the tissue, then (``"affine"``) a fit with stretch and shear that is kept only if it is plausible
+    and no worse.
 
     Parameters
     ----------
@@ -55,8 +56,8 @@ def register_pair(
 
     Returns
     -------
-    Matrix from moving to fixed points in um, what was used, and its quality. A poor result is returned, never replaced by
-    the identity: look at ``verdict``.
+    Matrix from moving to fixed points in um, what was used, and its quality. A poor result is returned, never replaced
+    by the identity: look at ``verdict``.
     """
     if method not in _METHODS:
         msg = f"`method` must be one of {_METHODS}, found {method!r}."
@@ -70,20 +71,24 @@ def register_pair(
 
     score = StructureScore(target, source)
     starts = orientation_candidates(target, source, params)
-    fits = [_ants.fit_linear(target, source, start, "Rigid", params, seed) for start in starts]
-    scores = [score(fit) if is_sane(fit, params) else -1.0 for fit in fits]
+    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner is fitted further.
+    coarse = shrink(target, 2 * size), shrink(source, 2 * size)
+    fit = partial(_ants.fit_linear, mask_margin=params.mask_margin, seed=seed)
+    iterations = params.linear_iterations
+    fits = [fit(*coarse, start, "Rigid", iterations=(*iterations[:2], 0)) for start in starts]
+    scores = [score(pose) if is_sane(pose, params) else -1.0 for pose in fits]
     best = int(np.argmax(scores))
-    matrix, used, notes = fits[best], "rigid", []
+    matrix, used, notes = fit(target, source, fits[best], "Rigid", iterations=iterations[2:]), "rigid", []
     # Two starts that end in one pose are no alternatives to each other.
-    rivals = [s for fit, s in zip(fits, scores, strict=True) if not same_pose(fit, matrix, source)]
+    rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], source)]
     runner_up = max(rivals, default=0.0)
 
     if method == "affine":
-        affine = _ants.fit_linear(target, source, matrix, "Affine", params, seed)
+        affine = fit(target, source, matrix, "Affine", iterations=iterations[1:])
         if not is_sane(affine, params):
             largest, smallest = singular_values(affine)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        elif score(affine) < scores[best] - _SCORE_NOISE:
+        elif score(affine) < score(matrix) - _SCORE_NOISE:
             notes.append("The affine fit scored lower than the rigid fit, which was kept.")
         else:
             matrix, used = affine, "affine"
@@ -127,9 +132,9 @@ def _check_areas(fixed: SectionImage, moving: SectionImage) -> None:
     areas = (fixed.tissue_area, moving.tissue_area)
     if max(areas) > _MAX_AREA_RATIO * min(areas):
         msg = (
-            f"The tissues have areas of {areas[0] / 1e6:.3g} and {areas[1] / 1e6:.3g} square mm; serial sections should be within "
-            f"a factor of {_MAX_AREA_RATIO:g}. Check the pixel sizes ({fixed.pixel_size} and {moving.pixel_size} um per pixel), "
-            "and look at the tissue masks."
+            f"The tissues have areas of {areas[0] / 1e6:.3g} and {areas[1] / 1e6:.3g} square mm; serial sections should "
+            f"be within a factor of {_MAX_AREA_RATIO:g}. Check the pixel sizes (now {fixed.pixel_size} and "
+            f"{moving.pixel_size} um per pixel), and look at the tissue masks."
         )
         raise ValueError(msg)
 

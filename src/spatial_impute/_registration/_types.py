@@ -1,4 +1,7 @@
-"""What goes into a registration and what comes out. Lengths are micrometres, matrices are 3x3 on ``(x, y, 1)`` columns."""
+"""What goes into a registration and what comes out.
+
+Lengths are micrometres. Matrices are 3x3 and act on columns ``(x, y, 1)``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class RegistrationParams:
     """Advanced settings of the registration of a pair of sections."""
 
     working_side: int = 320
-    """Longer side, in pixels, of the tissue at the working resolution. Finer brings no measurable gain on serial sections."""
+    """Longer side, in pixels, of the tissue at the working resolution. Finer brings no measurable gain."""
     min_working_pixel: float = 2.0
     """Finest working resolution in um per pixel. Below a nucleus, serial sections do not show the same objects."""
     search_side: int = 160
@@ -31,7 +34,10 @@ class RegistrationParams:
     n_candidates: int = 6
     """Number of distinct orientations refined before the best one is chosen."""
     linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 0)
-    """Iterations of the rigid and affine fits at 8, 4, 2 and 1 times the working pixel."""
+    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after the first two.
+
+    Iterations on the last level cost more than all others together and move real sections by 1 to 2 um.
+    """
     max_scale: float = 1.18
     """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
     mask_margin: float = 100.0
@@ -76,7 +82,8 @@ class RegistrationParams:
 class SectionImage:
     """Thumbnail of one section.
 
-    The frame of a section has its origin at the corner of the image: the centre of pixel ``i`` lies at ``(i + 0.5) * size``.
+    The frame of a section has its origin at the corner of the image: the centre of pixel ``i`` lies at
+    ``(i + 0.5) * size``.
     """
 
     rgb: NDArray
@@ -90,14 +97,14 @@ class SectionImage:
         rgb = np.asarray(self.rgb)
         if rgb.ndim not in (2, 3) or min(rgb.shape[:2]) < _MIN_PIXELS:
             msg = (
-                f"Expected a thumbnail of shape (y, x, 3) with at least {_MIN_PIXELS} pixels a side, found shape {rgb.shape}. "
-                "Give a finer pyramid level of the image."
+                f"Expected a thumbnail of shape (y, x, 3) with at least {_MIN_PIXELS} pixels a side, found shape "
+                f"{rgb.shape}. Give a finer pyramid level of the image."
             )
             raise ValueError(msg)
         if not np.issubdtype(rgb.dtype, np.number) or not np.isfinite(rgb).all():
             msg = (
-                f"Expected a numeric image without NaN or infinity, found dtype {rgb.dtype}"
-                f"{'' if rgb.dtype == object else ' with non-finite values'}. Fill missing pixels with the background colour."
+                f"Expected a numeric image without NaN or infinity, found non-finite values or a non-numeric type (dtype "
+                f"{rgb.dtype}). Fill missing pixels with the background colour."
             )
             raise ValueError(msg)
         size = tuple(float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
@@ -110,8 +117,8 @@ class SectionImage:
             raise ValueError(msg)
         if not mask.any():
             msg = (
-                "No tissue found: the image is blank or the mask is empty. Expected stained tissue on a bright background. "
-                "Check that this is the right image, leave the section out, or give a tissue mask of your own."
+                "No tissue found: the image is blank or the mask is empty. Expected stained tissue on a bright "
+                "background. Check that this is the right image, leave the section out, or give a tissue mask of your own."
             )
             raise ValueError(msg)
         for name, value in (("rgb", rgb), ("pixel_size", size), ("mask", mask)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
@@ -11,7 +12,6 @@ from spatial_impute._keys import Keys
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from anndata import AnnData
     from spatialdata import SpatialData
     from xarray import DataArray, DataTree
@@ -47,7 +47,9 @@ def section_object(
     from spatialdata.transformations import Identity
 
     circles = gpd.GeoDataFrame(
-        {"radius": radius}, geometry=gpd.points_from_xy(centers[:, 0], centers[:, 1]), index=pd.Index(ids)
+        {"radius": np.full(len(centers), radius)},
+        geometry=gpd.points_from_xy(centers[:, 0], centers[:, 1]),
+        index=pd.Index(ids),
     )
     sdata = SpatialData(
         images={Keys.image(name): image},

@@ -40,7 +40,7 @@ def synthetic_stack(
     n_genes: int = 36,
     max_rotation: float = 25.0,
     max_shift: float = 150.0,
-    elastic_amplitude: float = 20.0,
+    elastic_amplitude: float = 8.0,
     seed: int = 0,
     truth: bool = False,
 ) -> SpatialData | tuple[SpatialData, AnnData]:
@@ -165,6 +165,8 @@ class _Tissue:
     outline: Callable[[np.ndarray], np.ndarray]
     smooth: Callable[[np.ndarray], np.ndarray]
     """Structure over several spots and through the block, (n, k)."""
+    glands: Callable[[np.ndarray], np.ndarray]
+    """Landmarks that run through all sections: pale lumina where the field is high, (n, 1)."""
     density: Callable[[np.ndarray], np.ndarray]
     """Density of nuclei: varies within a few spots and from section to section, (n, 1)."""
     log_mean: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
@@ -202,7 +204,8 @@ def _make_tissue(rng: np.random.Generator, extent: float, n_genes: int) -> _Tiss
         return extent * 0.38 * (1 + wobble)
 
     smooth = _random_field(rng, 3, length_xy=extent / 6, length_z=extent / 6)
-    density = _random_field(rng, 1, length_xy=extent / 20, length_z=10.0)
+    glands = _random_field(rng, 1, length_xy=extent / 40, length_z=extent / 6)
+    density = _random_field(rng, 1, length_xy=extent / 30, length_z=10.0)
     kinds = np.array(["smooth", "texture", "noise"])[np.arange(n_genes) * 3 // n_genes]
     weights = rng.normal(size=(n_genes, 3))
     weights *= 0.9 / np.linalg.norm(weights, axis=1, keepdims=True)
@@ -216,7 +219,7 @@ def _make_tissue(rng: np.random.Generator, extent: float, n_genes: int) -> _Tiss
         return values + np.where(kinds == "noise", 0.5 * rng.normal(size=values.shape), 0.0)
 
     var = pd.DataFrame({"kind": kinds}, index=[f"{kind}_{i}" for i, kind in enumerate(kinds)])
-    return _Tissue(extent, outline, smooth, density, log_mean, var)
+    return _Tissue(extent, outline, smooth, glands, density, log_mean, var)
 
 
 def _make_motion(
@@ -276,6 +279,7 @@ def _draw_image(
     where = np.column_stack([where[inside], np.full(inside.sum(), height)])
     eosin = np.zeros(n * n)
     eosin[inside] = 0.30 + 0.12 * np.tanh(tissue.smooth(where)[:, :2]).sum(axis=1)
+    eosin[inside] *= 1 - 0.8 / (1 + np.exp(-8 * (tissue.glands(where)[:, 0] - 1.0)))  # pale where the field exceeds 1 sd
     eosin += inside * 0.03 * rng.normal(size=n * n)
     # One nucleus per pixel at most: about 8 um across at the default pixel size.
     probability = np.zeros(n * n)

@@ -119,7 +119,7 @@ def tile_spots(
             )
             raise ValueError(msg)
     for name, points in centers.items():
-        frame = gpd.GeoDataFrame({"radius": diameter / 2}, geometry=gpd.points_from_xy(*points.T))
+        frame = gpd.GeoDataFrame({"radius": np.full(len(points), diameter / 2)}, geometry=gpd.points_from_xy(*points.T))
         sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations={name: Identity()})
         log_added(f"shapes[{Keys.spots(name)!r}]")
         record = record.with_section(_with_spots(record, name))

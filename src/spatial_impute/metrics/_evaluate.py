@@ -1,0 +1,123 @@
+"""Compare imputed layers with the truth, section by section."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._keys import Keys
+from spatial_impute._stack import measured_mask, stack_table
+from spatial_impute._validation import require_key, require_log_values
+from spatial_impute.metrics._scores import pearson_by_gene, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+
+def evaluate(
+    sdata: SpatialData,
+    truth: AnnData,
+    *,
+    layers: str | Sequence[str] | None = None,
+    sections: Sequence[str] | None = None,
+    by: str = "layer",
+    table_key: str = Keys.STACK_TABLE,
+) -> pd.DataFrame:
+    """Score imputed layers on spots that were not measured.
+
+    The headline is ``pearson_gene``: the correlation of a gene across the spots of a section, mean over genes. The
+    correlation across genes within a spot (``pearson_spot``) stands beside it for comparison with publications; alone
+    it says nothing, since the mean profile of the measured section already scores high on it.
+
+    Parameters
+    ----------
+    sdata
+        Stack with imputed layers.
+    truth
+        Log-normalised expression in ``X`` with ``obs_names`` and ``var_names`` as in the stack table; spots and genes
+        it lacks are left out.
+    layers
+        Layers to score; by default all but ``"measured"``.
+    sections
+        Sections to score; by default all on which nothing was measured.
+    by
+        ``"layer"``: one row per layer, the mean over sections. ``"section"``: one row per layer and section.
+        ``"gene"``: Pearson correlation per gene (rows) and layer (columns), the mean over sections.
+    table_key
+        Stack table.
+
+    Returns
+    -------
+    Scores, see the columns of :func:`spatial_impute.metrics._scores.summarise`. Genes whose truth is constant on a
+    section cannot be scored there and are left out of its mean; ``n_genes`` counts the others. A constant prediction
+    scores 0.
+
+    Raises
+    ------
+    KeyError
+        For layers or sections that do not exist, or if no spot or gene is shared with the truth.
+    ValueError
+        If the truth holds raw counts.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata, truth = si.datasets.synthetic_stack(truth=True)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
+    >>> for method in ("mean", "kernel"):
+    ...     si.tl.impute_baseline(sdata, method)
+    >>> scores = si.metrics.evaluate(sdata, truth)
+    >>> bool(scores.loc["baseline_kernel", "pearson_gene"] > scores.loc["baseline_mean", "pearson_gene"])
+    True
+    """
+    table = stack_table(sdata, table_key)
+    if by not in ("layer", "section", "gene"):
+        msg = f"`by` must be one of ['gene', 'layer', 'section'], found {by!r}."
+        raise ValueError(msg)
+    wanted = [layers] if isinstance(layers, str) else layers
+    if wanted is None:
+        wanted = [key for key in table.layers if key != Keys.MEASURED]
+    for key in wanted:
+        require_key(key, table.layers, where=f"sdata.tables[{table_key!r}].layers")
+    measured = measured_mask(table)
+    profile = _mean_profile(table, measured)
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    names = list(table.obs[Keys.SECTION].cat.categories)
+    if sections is None:
+        sections = [name for name in names if not measured[section == name].any() and (section == name).any()]
+    for name in sections:
+        require_key(name, names, where="the stack's sections")
+    genes = [gene for gene in table.var_names if gene in truth.var_names]
+    if not genes:
+        msg = f"The truth shares no gene with the stack (e.g. {list(table.var_names[:3])}, {list(truth.var_names[:3])})."
+        raise KeyError(msg)
+    columns = table.var_names.get_indexer(genes)
+    rows, scores, by_gene = [], [], {key: [] for key in wanted}
+    for name in sections:
+        spots = np.flatnonzero((section == name) & ~measured & table.obs_names.isin(truth.obs_names))
+        if not len(spots):
+            msg = f"The truth has no unmeasured spot of section {name!r}; its spots are named like {truth.obs_names[:3]}."
+            raise KeyError(msg)
+        true = truth[table.obs_names[spots], genes].X
+        true = np.asarray(true.toarray() if hasattr(true, "toarray") else true, dtype=float)
+        require_log_values(true, where="truth.X")
+        for key in wanted:
+            predicted = np.asarray(table.layers[key], dtype=float)[np.ix_(spots, columns)]
+            rows.append((key, name))
+            scores.append(summarise(predicted, true, profile[columns]))
+            by_gene[key].append(pearson_by_gene(predicted, true))
+    if by == "gene":
+        means = {key: pd.DataFrame(values).mean().to_numpy() for key, values in by_gene.items()}
+        return pd.DataFrame(means, index=pd.Index(genes, name="gene"))
+    result = pd.DataFrame(scores, index=pd.MultiIndex.from_tuples(rows, names=["layer", "section"]))
+    return result if by == "section" else result.groupby(level="layer", sort=False).mean()
+
+
+def _mean_profile(table: AnnData, measured: np.ndarray) -> np.ndarray:
+    """(g,) mean of the measured spots."""
+    return np.asarray(table.layers[Keys.MEASURED][measured], dtype=float).mean(axis=0)

@@ -1,0 +1,46 @@
+"""Quality of a registration as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from spatial_impute._stack import load_record
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+
+def registration_quality(sdata: SpatialData) -> pd.DataFrame:
+    """Quality of every registered pair of sections.
+
+    Parameters
+    ----------
+    sdata
+        Stack registered by :func:`~spatial_impute.tl.register_stack`.
+
+    Returns
+    -------
+    One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it before
+    and after, score of the chosen pose and its lead over the best other one, the chosen start, share of folds, the
+    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons.
+
+    Raises
+    ------
+    KeyError
+        If the stack is not registered.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
+    >>> list(si.metrics.registration_quality(sdata)["verdict"])
+    ['ok', 'ok']
+    """
+    registration = load_record(sdata).registration
+    if registration is None:
+        msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
+        raise KeyError(msg)
+    return pd.DataFrame(registration["pairs"]).set_index(["fixed", "moving"])

@@ -1,0 +1,78 @@
+"""Scores of predicted against true expression: pure functions on (spots, genes) arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Pearson correlation across spots, one value per gene.
+
+    A prediction without any variation says nothing about where a gene is high and scores 0. A gene whose truth does
+    not vary cannot be scored: NaN.
+
+    Parameters
+    ----------
+    predicted, true
+        (n_spots, n_genes).
+
+    Examples
+    --------
+    >>> true = np.array([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]])
+    >>> pearson_by_gene(np.array([[1.0, 1.0], [2.0, 2.0], [4.0, 3.0]]), true)
+    array([ 1., nan])
+    >>> pearson_by_gene(np.ones((3, 2)), true)
+    array([ 0., nan])
+    """
+    p = np.asarray(predicted, dtype=float)
+    t = np.asarray(true, dtype=float)
+    p_centred, t_centred = p - p.mean(axis=0), t - t.mean(axis=0)
+    p_norm, t_norm = np.linalg.norm(p_centred, axis=0), np.linalg.norm(t_centred, axis=0)
+    # What centring leaves of a constant is rounding error, proportional to its size.
+    p_flat = p_norm <= 1e-6 * np.sqrt(len(p)) * np.abs(p).max(axis=0, initial=0)
+    t_flat = t_norm <= 1e-6 * np.sqrt(len(t)) * np.abs(t).max(axis=0, initial=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (p_centred * t_centred).sum(axis=0) / (p_norm * t_norm)
+    r[p_flat] = 0.0
+    r[t_flat] = np.nan
+    return r
+
+
+def pearson_by_spot(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Pearson correlation across genes, one value per spot. High for any guess of the mean profile."""
+    return pearson_by_gene(np.asarray(predicted).T, np.asarray(true).T)
+
+
+def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray) -> dict[str, float]:
+    """Score one set of spots.
+
+    Parameters
+    ----------
+    predicted, true
+        (n_spots, n_genes) log-normalised expression.
+    reference_profile
+        (n_genes,) mean of the measured spots, the prediction without any spatial knowledge.
+
+    Returns
+    -------
+    ``pearson_gene`` and its ``_median``, ``_q1`` and ``_positive`` share; ``pearson_spot``; ``mse``; ``mae``; ``skill``
+    = 1 - mse / mse of the reference profile; numbers of spots and of genes that could be scored.
+    """
+    p, t = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
+    r = pearson_by_gene(p, t)
+    scored = r[np.isfinite(r)]
+    by_spot = pearson_by_spot(p, t)
+    mse = float(np.mean((p - t) ** 2))
+    nothing = float("nan")
+    return {
+        "pearson_gene": float(scored.mean()) if scored.size else nothing,
+        "pearson_gene_median": float(np.median(scored)) if scored.size else nothing,
+        "pearson_gene_q1": float(np.quantile(scored, 0.25)) if scored.size else nothing,
+        "pearson_gene_positive": float((scored > 0).mean()) if scored.size else nothing,
+        "pearson_spot": float(np.nanmean(by_spot)) if np.isfinite(by_spot).any() else nothing,
+        "mse": mse,
+        "mae": float(np.mean(np.abs(p - t))),
+        "skill": 1 - mse / float(np.mean((reference_profile - t) ** 2)),
+        "n_spots": len(t),
+        "n_genes": int(scored.size),
+    }

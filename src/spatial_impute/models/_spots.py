@@ -1,0 +1,99 @@
+"""What an imputation method gets to see: plain arrays over the spots of one stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Spots of all sections, of which some are known.
+
+    Expression is held for known spots only: nothing that stands elsewhere can reach a prediction.
+    """
+
+    xyz: np.ndarray
+    """(n, 3) registered coordinates, um."""
+    section: np.ndarray
+    """(n,) rank of the section in the stack."""
+    known: np.ndarray
+    """(n,) bool."""
+    expression: np.ndarray
+    """(n_known, n_genes) log-normalised, rows in the order of the known spots."""
+    spacing: float
+    """Typical distance to the nearest spot of the section, um."""
+    features: np.ndarray | None = None
+    """(n, d) image features, standardised within sections."""
+    graph: sparse.csr_matrix | None = None
+    """(n, n) weights of the 3D graph."""
+    tokens: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
+    edge_features: np.ndarray | None = None
+    """(nnz, n_edge_features), in the order of the entries of `graph`."""
+
+    def hide(self, rows: np.ndarray) -> Spots:
+        """Return the same spots with some known ones made unknown.
+
+        Parameters
+        ----------
+        rows
+            (n,) bool.
+        """
+        still_known = self.known & ~rows
+        return replace(self, known=still_known, expression=self.expression[still_known[self.known]])
+
+
+def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
+    """Split the known spots for cross-validation, so that what is held out lies together.
+
+    With two or more known sections each of them is a fold. In a single one, square blocks are held out, dealt to the
+    folds at random.
+
+    Parameters
+    ----------
+    spots
+        The spots.
+    n_folds
+        Number of folds within a single section.
+    block_spacings
+        Edge of a block in spot spacings.
+    seed
+        Seed of the dealing.
+
+    Returns
+    -------
+    One (n,) bool mask of held-out spots per fold; each known spot is held out once.
+
+    Raises
+    ------
+    ValueError
+        If there are too few known spots to hold any out.
+    """
+    codes = np.unique(spots.section[spots.known])
+    if len(codes) > 1:
+        return [spots.known & (spots.section == code) for code in codes]
+    rows = np.flatnonzero(spots.known)
+    cell = np.floor(spots.xyz[rows, :2] / (block_spacings * spots.spacing)).astype(int)
+    _, block = np.unique(cell, axis=0, return_inverse=True)
+    block = block.ravel()
+    n_blocks = int(block.max(initial=-1)) + 1
+    n_folds = min(n_folds, n_blocks)
+    if n_folds < 2:
+        msg = (
+            f"Cross-validation needs at least two blocks of measured spots, found {n_blocks} "
+            f"({len(rows)} spots, blocks of {block_spacings * spots.spacing:.0f} um). Measure more spots."
+        )
+        raise ValueError(msg)
+    fold_of_block = np.random.default_rng(seed).permutation(n_blocks) % n_folds
+    folds = []
+    for fold in range(n_folds):
+        held_out = np.zeros(len(spots.known), dtype=bool)
+        held_out[rows[fold_of_block[block] == fold]] = True
+        folds.append(held_out)
+    return folds

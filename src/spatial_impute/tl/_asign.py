@@ -1,0 +1,245 @@
+"""Fit ASIGN and impute with it. The model itself lives in ``spatial_impute.models``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._keys import Keys
+from spatial_impute._logging import log_added, logger
+from spatial_impute._progress import progress
+from spatial_impute._settings import settings
+from spatial_impute._stack import load_record
+from spatial_impute._validation import require_key, resolve_params
+from spatial_impute.tl._read import read_spots
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from spatial_impute.models import AsignModel, AsignParams
+
+
+def fit_asign(
+    sdata: SpatialData | Sequence[SpatialData],
+    *,
+    table_key: str = Keys.STACK_TABLE,
+    layer: str = Keys.MEASURED,
+    graph_key: str = Keys.SPATIAL_3D,
+    model_params: AsignParams | Mapping[str, Any] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    show_progress_bar: bool | None = None,
+) -> AsignModel:
+    """Fit ASIGN :cite:p:`Zhu2025` on the measured spots of one or several stacks.
+
+    Blocks of the measured section (whole sections, where several are measured) are hidden in turn. Every baseline
+    predicts them; the best one becomes the base. A network with attention over three fields of view and over the 3D
+    graph learns to correct it, starting exactly at the base. Its correction is kept only as far as it significantly
+    helps on the hidden blocks. Expression of unmeasured spots is never read.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack with features and graph, or several stacks with the same genes.
+    table_key, layer, graph_key
+        Stack table, layer with log-normalised expression, graph.
+    model_params
+        Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
+    device
+        Torch device; ``settings.device`` by default.
+    seed
+        Seed; same seed, same model.
+    show_progress_bar
+        ``settings.show_progress_bar`` by default.
+
+    Returns
+    -------
+    The fitted model. ``model.cross_validation`` has the scores of all baselines and of ASIGN on the hidden blocks.
+    Nothing is written.
+
+    Raises
+    ------
+    KeyError
+        If features, graph or registration are missing.
+    ValueError
+        If nothing is measured, values are raw counts, or stacks have different genes.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> si.settings.show_progress_bar = False
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.tl.register_stack(sdata)
+    >>> si.pp.extract_features(sdata)
+    >>> si.tl.build_3d_graph(sdata)
+    >>> model = si.tl.fit_asign(sdata, model_params={"n_epochs": 20})
+    >>> si.tl.impute_3d(sdata, model)
+    >>> bool(np.isfinite(sdata.tables["stack"].layers["asign"]).all())
+    True
+    >>> si.settings.show_progress_bar = True
+    """
+    from spatial_impute.models._asign import fit
+    from spatial_impute.models._baselines import METHODS
+    from spatial_impute.models._params import AsignParams
+
+    params = resolve_params(model_params, AsignParams)
+    if params.base != "auto":
+        require_key(params.base, METHODS, where="baselines")
+    stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    if not stacks:
+        msg = "`sdata` is an empty sequence; pass at least one stack."
+        raise ValueError(msg)
+    read = [read_spots(s, table_key=table_key, layer=layer, graph_key=graph_key) for s in stacks]
+    genes = list(read[0][0].var_names)
+    encoders = {_encoder(table) for table, _ in read}
+    for i, (table, _) in enumerate(read):
+        if list(table.var_names) != genes:
+            msg = (
+                f"All stacks must have the same genes in the same order; stack {i} differs from stack 0. "
+                "Use `si.pp.select_genes(sdata, genes=...)` on each."
+            )
+            raise ValueError(msg)
+    if len(encoders) > 1:
+        msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
+        raise ValueError(msg)
+    config = {
+        "encoder": encoders.pop(),
+        "units": _units(read[0][0]),
+        "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
+        "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
+    }
+    with _steps("Fitting ASIGN", show_progress_bar) as steps:
+        model = fit(
+            [spots for _, spots in read],
+            genes,
+            params,
+            config=config,
+            seed=seed,
+            device=device or settings.device,
+            progress=steps,
+        )
+    logger.info("Fitted %r", model)
+    return model
+
+
+def impute_3d(
+    sdata: SpatialData,
+    model: AsignModel,
+    *,
+    table_key: str = Keys.STACK_TABLE,
+    layer: str = Keys.MEASURED,
+    graph_key: str = Keys.SPATIAL_3D,
+    device: str | None = None,
+    key_added: str = Keys.ASIGN,
+    inplace: bool = True,
+) -> AnnData | None:
+    """Impute expression at every spot of every section.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack with features and graph; at least one section is measured.
+    model
+        Model of :func:`~spatial_impute.tl.fit_asign`.
+    table_key, layer, graph_key
+        Stack table, layer with log-normalised expression, graph.
+    device
+        Torch device; ``settings.device`` by default.
+    key_added
+        Layer to write.
+    inplace
+        Write to the stack table, or return a new AnnData with the result in ``X``.
+
+    Returns
+    -------
+    ``None``, or an AnnData with ``inplace=False``. Writes to `sdata.tables['stack']`:
+
+    `.layers['asign']` : :class:`numpy.ndarray` (``float32``)
+        (n_spots, n_genes) in the units of the model (log1p counts); measured spots keep their measurement.
+    `.obs['imputation_support']` : (``float32``)
+        0-1: how much of the measurement reaches the spot over the 3D graph; 1 at measured spots, 0 where none does.
+    `.var['imputation_r']` : (``float64``)
+        Pearson correlation of each gene on held-out blocks of the measured sections, the trust a gene deserves.
+    `.uns['asign']` : :class:`dict`
+        Provenance.
+
+    Raises
+    ------
+    KeyError
+        If the stack lacks genes, features, graph or registration.
+    ValueError
+        If features come from another encoder, or nothing is measured.
+    """
+    record = load_record(sdata)
+    table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
+    if list(table.var_names) != model.var_names:
+        missing = [gene for gene in model.var_names if gene not in table.var_names]
+        msg = (
+            f"The stack must have the {len(model.var_names)} genes of the model in the same order; "
+            f"{len(missing)} are missing, e.g. {missing[:5]}. Use `si.pp.select_genes(sdata, genes=model.var_names)`."
+        )
+        raise KeyError(msg)
+    if _encoder(table) != model.config["encoder"]:
+        msg = (
+            f"The model was fitted on features of encoder {model.config['encoder']!r}, the stack has those of "
+            f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
+        )
+        raise ValueError(msg)
+    result = model.impute(spots, device=device or settings.device)
+    provenance = {
+        "base": model.base,
+        "encoder": model.config["encoder"],
+        "units": model.config["units"],
+        "measured_sections": sorted(table.obs[Keys.SECTION][spots.known].unique()),
+        "registration_method": "" if record.registration is None else record.registration["method"],
+        "version": version("spatial-impute"),
+        "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
+    }
+    predictability = model.predictability.reindex(table.var_names).to_numpy()
+    if not inplace:
+        from anndata import AnnData
+
+        obs = table.obs.assign(**{Keys.SUPPORT: result.support})
+        var = pd.DataFrame({Keys.PREDICTABILITY: predictability}, index=table.var_names)
+        obsm = {Keys.SPATIAL: table.obsm[Keys.SPATIAL], Keys.SPATIAL_3D: table.obsm[Keys.SPATIAL_3D]}
+        return AnnData(X=result.expression, obs=obs, var=var, obsm=obsm, uns={key_added: provenance})
+    table.layers[key_added] = result.expression
+    log_added(f"tables[{table_key!r}].layers[{key_added!r}]")
+    table.obs[Keys.SUPPORT] = result.support
+    log_added(f"tables[{table_key!r}].obs[{Keys.SUPPORT!r}]")
+    table.var[Keys.PREDICTABILITY] = predictability
+    log_added(f"tables[{table_key!r}].var[{Keys.PREDICTABILITY!r}]")
+    table.uns[key_added] = provenance
+    log_added(f"tables[{table_key!r}].uns[{key_added!r}]")
+    return None
+
+
+def _encoder(table: AnnData) -> str:
+    return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
+
+
+def _units(table: AnnData) -> str:
+    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
+
+
+@contextmanager
+def _steps(label: str, show: bool | None) -> Iterator[Callable[[int], Callable[[], None]]]:
+    """Progress bar whose length is known only later."""
+    bar = progress(None, label, show=show)
+
+    def start(total: int) -> Callable[[], None]:
+        bar.reset(total=total)
+        return bar.update
+
+    try:
+        yield start
+    finally:
+        bar.close()

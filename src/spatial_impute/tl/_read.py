@@ -1,0 +1,128 @@
+"""Turn the stack table into the plain arrays that the models see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatial_impute._graph import standardise_by_section, typical_spacing
+from spatial_impute._keys import Keys
+from spatial_impute._stack import measured_mask, stack_table
+from spatial_impute._validation import require_finite, require_key, require_log_values
+from spatial_impute.models._spots import Spots
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy import sparse
+    from spatialdata import SpatialData
+
+_REGISTER = "Run `si.tl.register_stack(sdata)` first."
+_EXTRACT = "Run `si.pp.extract_features(sdata)` first."
+_BUILD = "Run `si.tl.build_3d_graph(sdata)` first."
+
+
+def read_spots(
+    sdata: SpatialData,
+    *,
+    table_key: str = Keys.STACK_TABLE,
+    layer: str = Keys.MEASURED,
+    graph_key: str = Keys.SPATIAL_3D,
+    features: bool = True,
+    graph: bool = True,
+) -> tuple[AnnData, Spots]:
+    """Read the stack table and check everything the wanted parts need.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack.
+    table_key, layer, graph_key
+        Where to read.
+    features, graph
+        Whether image features and the graph are needed.
+
+    Raises
+    ------
+    KeyError
+        If a slot is missing; the message names the function that writes it.
+    ValueError
+        If nothing is measured, or the values are raw counts or not finite.
+    """
+    table = stack_table(sdata, table_key)
+    where = f"sdata.tables[{table_key!r}]"
+    known = measured_mask(table, layer=layer)
+    expression = np.asarray(table.layers[layer][known], dtype=np.float64)
+    require_log_values(expression, where=f"{where}.layers[{layer!r}]")
+    require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then=_REGISTER)
+    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
+    require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
+    section = table.obs[Keys.SECTION].cat.codes.to_numpy().astype(np.int64)
+    tokens = _read_tokens(table, section, where) if features else None
+    weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
+    spots = Spots(
+        xyz=xyz,
+        section=section,
+        known=known,
+        expression=expression,
+        spacing=typical_spacing(xyz, section),
+        # The field as a whole is the first token of every level.
+        features=None if tokens is None else np.concatenate([t[:, 0] for t in tokens], axis=1),
+        graph=weights,
+        tokens=tokens,
+        edge_features=edge_features,
+    )
+    return table, spots
+
+
+def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of the three levels, (n, t, d) each, standardised within sections."""
+    for key in Keys.LEVELS:
+        require_key(key, table.obsm, where=f"{where}.obsm", then=_EXTRACT)
+        require_finite(np.asarray(table.obsm[key]), name=f"{where}.obsm[{key!r}]", row_names=table.obs_names)
+    width = table.obsm[Keys.X_SPOT].shape[1]
+    tokens = []
+    for key in Keys.LEVELS:
+        values = np.asarray(table.obsm[key])
+        if values.shape[1] % width:
+            msg = (
+                f"{where}.obsm[{key!r}] has {values.shape[1]} columns, which is no multiple of the {width} features of "
+                f"{Keys.X_SPOT!r}. {_EXTRACT}"
+            )
+            raise ValueError(msg)
+        n_tokens = values.shape[1] // width
+        flat = standardise_by_section(values.reshape(-1, width), np.repeat(section, n_tokens))
+        tokens.append(flat.reshape(len(values), n_tokens, width))
+    return tuple(tokens)
+
+
+def _read_graph(
+    table: AnnData, section: np.ndarray, key: str, where: str
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Weights of the 3D graph and the features of its edges, (nnz, 6)."""
+    from scipy import sparse
+
+    for name in (Keys.connectivities(key), Keys.distances(key), Keys.graph_overlap(key), Keys.graph_similarity(key)):
+        require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
+    weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64)
+    weights.sort_indices()
+    bandwidth = float(table.uns[Keys.neighbors(key)]["params"]["bandwidth_um"])
+    coo = weights.tocoo()
+    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
+    length = np.linalg.norm(xyz[coo.row] - xyz[coo.col], axis=1) / bandwidth
+    apart = np.abs(section[coo.row] - section[coo.col])
+
+    def on_edges(name: str) -> np.ndarray:
+        return np.asarray(sparse.csr_matrix(table.obsp[name])[coo.row, coo.col]).ravel()
+
+    edge_features = np.column_stack(
+        [
+            np.exp(-0.5 * length**2),
+            np.log1p(length),
+            on_edges(Keys.graph_overlap(key)),
+            on_edges(Keys.graph_similarity(key)),
+            apart == 0,
+            apart,
+        ]
+    )
+    return weights, edge_features
