@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # All levels are relative to the image's own white level, so uint8, uint16 and float images need no flag.
 _BLACK_LEVEL = 0.2  # darker than stained tissue in all channels: fill value, slide holder, background of fluorescence
 _BLACK_SMOOTHING = 2.0  # pixels; a slide holder is rough, and must come out as one piece
-_GLASS_LEVEL = 0.35  # next to padding comes glass or tissue, both brighter than this; a fluorescent signal fades out
+_GLASS_LEVEL = 0.5  # next to padding comes glass or tissue, both brighter than this; a fluorescent signal fades out
 _DARKEST_RATIO = 1 / 255  # floor of transmitted light, keeps the logarithm finite
 _RED_MISSES = 0.67  # share of the green-channel tissue below which red is taken to be blind (eosin-only tissue)
 _CLEAR_VALLEY = 0.6  # real slides without pale tissue dip by at most 0.35 at that place, one with it by 0.83

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage as ndi
 
+from spatial_impute._registration._field import DisplacementField
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._types import RegistrationParams
+
+_SYN_STEP = 0.1  # small steps: serial sections need displacements of a few pixels, and larger steps follow the noise
 
 
 def fit_linear(
@@ -82,6 +87,38 @@ def fit_linear(
     return to_fixed @ matrix @ np.linalg.inv(to_moving)
 
 
+def fit_deformable(
+    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], *, params: RegistrationParams, seed: int
+) -> DisplacementField:
+    """Diffeomorphic fit (SyN) by local correlation on top of `matrix` (moving to fixed, um), which stays as it is."""
+    import ants
+
+    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
+    flow, total = params.syn_smoothing
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _random_seed(seed):
+        start = str(Path(folder) / "initial.mat")
+        _write_matrix(np.linalg.inv(to_fixed) @ matrix @ to_moving, start)
+        result = ants.registration(
+            _image(fixed, fixed.image, to_fixed),
+            _image(moving, moving.image, to_moving),
+            "SyNOnly",
+            initial_transform=[start],
+            outprefix=str(Path(folder) / "syn_"),
+            mask=_image(fixed, _widen(fixed, params.mask_margin), to_fixed),
+            moving_mask=_image(moving, _widen(moving, params.mask_margin), to_moving),
+            syn_metric="CC",
+            syn_sampling=max(2, round(params.syn_radius / fixed.size)),
+            reg_iterations=params.syn_iterations,
+            flow_sigma=flow,
+            total_sigma=total,
+            grad_step=_SYN_STEP,
+        )
+        # Forward is [warp, matrix] (pull-back of images), inverse is [matrix, inverse warp] (points).
+        fields = [ants.image_read(path).numpy() for path in (result["fwdtransforms"][0], result["invtransforms"][-1])]
+    pull, push = (np.ascontiguousarray(field.transpose(1, 0, 2), np.float32) for field in fields)
+    return DisplacementField(pull, push, fixed.origin, fixed.size)
+
+
 def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
     """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
     matrix = np.eye(3)
@@ -95,7 +132,7 @@ def _translation(offset: NDArray) -> NDArray[np.float64]:
 
 
 def _image(channel: Channel, array: NDArray, shift: NDArray) -> Any:
-    """`array` on the grid of `channel` as an ANTs image, in coordinates whose origin lies at the translation `shift`."""
+    """`array` on the grid of `channel` as an ANTs image, in coordinates whose origin is at the translation `shift`."""
     import ants
 
     corner = np.asarray(channel.origin) - shift[:2, 2]

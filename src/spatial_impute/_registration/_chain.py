@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from spatial_impute._registration._types import PairResult, RegistrationParams
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
 
@@ -82,6 +83,19 @@ def chain_to_reference(
     return {name: placed[name] for name in sections}
 
 
+def warp_along_path(
+    points: ArrayLike, path: Sequence[str], pairs: Mapping[tuple[str, str], PairResult]
+) -> NDArray[np.float64]:
+    """Carry points ``(n, 2)``, um, of the first section of `path` to the frame of the last one, deformations included."""
+    points = np.asarray(points, float).reshape(-1, 2)
+    for moving, fixed in pairwise(path):
+        if (fixed, moving) in pairs:
+            points = pairs[fixed, moving].warp_points(points)
+        else:
+            points = pairs[moving, fixed].pull_points(points)
+    return points
+
+
 def _place(
     name: str,
     inner: list[str],
@@ -94,7 +108,8 @@ def _place(
     if not options:
         msg = (
             f"No registration links section {name!r} to the reference: expected one of "
-            f"{[(parent, name) for parent in reversed(inner)]}, found the pairs {sorted(pairs)}. Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
+            f"{[(parent, name) for parent in reversed(inner)]}, found the pairs {sorted(pairs)}. "
+            f"Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
         )
         raise ValueError(msg)
     # The nearest neighbour whose whole path did not fail; if all failed, the nearest.

@@ -37,7 +37,7 @@ class Channel:
     size: float
     """Micrometres per pixel."""
     frame: tuple[float, float]
-    """Width and height of the whole image in um. Tissue that ends there is cut, not finished: beyond, nothing is known."""
+    """Width and height of the whole image in um. Nothing is known beyond: tissue that ends there is cut."""
 
     def in_frame(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which points ``(n, 2)``, um, lie inside the image."""

@@ -11,7 +11,7 @@ from scipy import ndimage as ndi
 from spatial_impute._registration._channel import shrink
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from spatial_impute._registration._channel import Channel
     from spatial_impute._registration._types import RegistrationParams
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _BLUR = 1.5  # search pixels: a step of 10 degrees moves the rim of the tissue by several pixels
 
 
-def pose(angle: float, mirrored: bool, moving_centre: NDArray, fixed_centre: NDArray) -> NDArray[np.float64]:
+def pose(
+    angle: float, moving_centre: ArrayLike, fixed_centre: ArrayLike, *, mirrored: bool = False
+) -> NDArray[np.float64]:
     """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees and carries one centre onto the other."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
@@ -62,7 +64,7 @@ def orientation_candidates(fixed: Channel, moving: Channel, params: Registration
     middle = np.array([side, side]) * (0.5 * moving.size)
     for f, mirrored in enumerate(faces):
         for a, angle in enumerate(angles):
-            turn = pose(angle, mirrored, centre, middle)
+            turn = pose(angle, centre, middle, mirrored=mirrored)
             content, mask = (_turned(image, moving, turn, side) for image in (moving_content, moving_mask))
             content /= np.sqrt(np.sum(content**2)) + 1e-12
             # Both correlations are linear: one inverse transform does for their sum.

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spatial_impute._registration import _ants
-from spatial_impute._registration._channel import Channel, registration_channel, shrink, working_pixel
+from spatial_impute._registration._channel import registration_channel, shrink, working_pixel
 from spatial_impute._registration._orientation import orientation_candidates
 from spatial_impute._registration._quality import (
     StructureScore,
+    field_quality,
     is_sane,
     same_pose,
     singular_values,
@@ -23,9 +24,15 @@ from spatial_impute._registration._types import PairResult, RegistrationParams, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_METHODS = ("rigid", "affine")
+    from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._field import DisplacementField
+
+_METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _SCORE_NOISE = 0.01  # a fit that differs by a few um changes the score by this much, either way
+_MIN_GAIN = (
+    0.04  # share of the missing coarse correlation that a deformation must explain; real neighbours: 0.05 to 0.12
+)
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -33,7 +40,7 @@ def register_pair(
     fixed: SectionImage,
     moving: SectionImage,
     *,
-    method: Literal["rigid", "affine"] = "affine",
+    method: Literal["rigid", "affine", "syn"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
 ) -> PairResult:
@@ -48,7 +55,8 @@ def register_pair(
     fixed, moving
         Thumbnails of the two sections. Their resolution may differ.
     method
-        ``"rigid"`` (rotation, shift, mirror) or ``"affine"``.
+        ``"rigid"`` (rotation, shift, mirror), ``"affine"``, or ``"syn"`` (affine and a smooth deformation, kept only
+        if it is plausible and brings regions, not just texture, into better agreement).
     params
         Advanced settings.
     seed
@@ -71,7 +79,7 @@ def register_pair(
 
     score = StructureScore(target, source)
     starts = orientation_candidates(target, source, params)
-    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner is fitted further.
+    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner goes on.
     coarse = shrink(target, 2 * size), shrink(source, 2 * size)
     fit = partial(_ants.fit_linear, mask_margin=params.mask_margin, seed=seed)
     iterations = params.linear_iterations
@@ -83,7 +91,7 @@ def register_pair(
     rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], source)]
     runner_up = max(rivals, default=0.0)
 
-    if method == "affine":
+    if method != "rigid":
         affine = fit(target, source, matrix, "Affine", iterations=iterations[1:])
         if not is_sane(affine, params):
             largest, smallest = singular_values(affine)
@@ -93,23 +101,50 @@ def register_pair(
         else:
             matrix, used = affine, "affine"
 
-    quality = _quality(target, source, matrix, score, runner_up)
-    quality |= _start(starts[best])
+    start = _start(starts[best])
+    quality = start | _quality(score, matrix, None, runner_up)
+    field = None
+    # A deformation would only make a wrong pose look better.
+    if method == "syn" and verdict(quality, params)[0] != "failed":
+        field, problem = _deform(score, matrix, params, seed)
+        if field is None:
+            notes.append(problem)
+        else:
+            used, quality = "syn", start | _quality(score, matrix, field, runner_up)
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
-    return PairResult(matrix, used, quality, moving.tissue_box)
+    return PairResult(matrix, used, quality, moving.tissue_box, field)
+
+
+def _deform(
+    score: StructureScore, matrix: NDArray[np.float64], params: RegistrationParams, seed: int
+) -> tuple[DisplacementField | None, str]:
+    """Deformable fit on top of `matrix`, or None and the reason why it was discarded."""
+    field = _ants.fit_deformable(score.fixed, score.moving, matrix, params=params, seed=seed)
+    found = field_quality(field, score.fixed.mask)
+    low, high = params.jacobian_limits
+    if found["folds"] > 0 or found["jacobian_min"] < low or found["jacobian_max"] > high:
+        limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
+        return None, f"The deformable fit changed local areas by {limits}; it was discarded."
+    # Correlation of fine texture always rises, also where it is noise. Only the coarse scale is evidence.
+    before, after = score.correlation(matrix)[1], score.correlation(matrix, field)[1]
+    if after - before < _MIN_GAIN * (1 - before):
+        return None, "The deformable fit did not bring regions into better agreement; it was discarded."
+    return field, ""
 
 
 def _quality(
-    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], score: StructureScore, runner_up: float
+    score: StructureScore, matrix: NDArray[np.float64], field: DisplacementField | None, runner_up: float
 ) -> dict[str, Any]:
+    fixed, moving = score.fixed, score.moving
     largest, smallest = singular_values(matrix)
+    # Score and margin are those of the matrix: a deformation can make any pose look better.
     value = score(matrix)
-    return {
+    quality = {
         "dice_before": tissue_dice(fixed, moving, np.eye(3)),
-        "dice_after": tissue_dice(fixed, moving, matrix),
-        "correlation_before": score.correlation(np.eye(3)),
-        "correlation_after": score.correlation(matrix),
+        "dice_after": tissue_dice(fixed, moving, matrix, field),
+        "correlation_before": score.correlation(np.eye(3))[0],
+        "correlation_after": score.correlation(matrix, field)[0],
         "score": value,
         "margin": value - max(runner_up, 0.0),
         "runner_up": runner_up,
@@ -118,6 +153,7 @@ def _quality(
         "folds": 0.0,
         "working_pixel": float(fixed.size),
     }
+    return quality if field is None else quality | field_quality(field, fixed.mask)
 
 
 def _start(matrix: NDArray[np.float64]) -> dict[str, Any]:
@@ -132,8 +168,8 @@ def _check_areas(fixed: SectionImage, moving: SectionImage) -> None:
     areas = (fixed.tissue_area, moving.tissue_area)
     if max(areas) > _MAX_AREA_RATIO * min(areas):
         msg = (
-            f"The tissues have areas of {areas[0] / 1e6:.3g} and {areas[1] / 1e6:.3g} square mm; serial sections should "
-            f"be within a factor of {_MAX_AREA_RATIO:g}. Check the pixel sizes (now {fixed.pixel_size} and "
+            f"The tissues have areas of {areas[0] / 1e6:.3g} and {areas[1] / 1e6:.3g} square mm; serial sections "
+            f"should be within a factor of {_MAX_AREA_RATIO:g}. Check the pixel sizes (now {fixed.pixel_size} and "
             f"{moving.pixel_size} um per pixel), and look at the tissue masks."
         )
         raise ValueError(msg)

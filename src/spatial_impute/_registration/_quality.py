@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._field import DisplacementField
     from spatial_impute._registration._types import RegistrationParams
 
 # Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working
@@ -24,15 +25,24 @@ _MIN_SEEN = 0.5  # see common_tissue
 _SAME_POSE = 0.2  # poses are one and the same if tissue points differ by less than this fraction of the tissue's radius
 
 
-def pull_back(image: NDArray, moving: Channel, fixed: Channel, matrix: NDArray) -> NDArray[np.float32]:
-    """`image` on the grid of `moving`, resampled on that of `fixed` through `matrix` (moving to fixed, um); 0 outside."""
-    index = moving.to_index() @ np.linalg.inv(matrix) @ np.linalg.inv(fixed.to_index())
-    return ndi.affine_transform(
-        image.astype(np.float32, copy=False), index[:2, :2], index[:2, 2], output_shape=fixed.image.shape, order=1
-    )
+def pull_back(
+    image: NDArray, moving: Channel, fixed: Channel, matrix: NDArray, field: DisplacementField | None = None
+) -> NDArray[np.float32]:
+    """`image` on the grid of `moving`, resampled on that of `fixed` through `matrix` and `field`; 0 outside."""
+    image = image.astype(np.float32, copy=False)
+    index = moving.to_index() @ np.linalg.inv(matrix)
+    if field is None:
+        index = index @ np.linalg.inv(fixed.to_index())
+        return ndi.affine_transform(image, index[:2, :2], index[:2, 2], output_shape=fixed.image.shape, order=1)
+    rows, cols = np.indices(fixed.image.shape).reshape(2, -1)
+    points = field.pulled(np.column_stack([cols, rows]) * fixed.size + (np.asarray(fixed.origin) + 0.5 * fixed.size))
+    where = index[:2, :2] @ points.T + index[:2, 2:]
+    return ndi.map_coordinates(image, where, order=1).reshape(fixed.image.shape)
 
 
-def common_tissue(fixed: Channel, moving: Channel, matrix: NDArray) -> tuple[NDArray[np.bool_], float, float]:
+def common_tissue(
+    fixed: Channel, moving: Channel, matrix: NDArray, field: DisplacementField | None = None
+) -> tuple[NDArray[np.bool_], float, float]:
     """Common tissue after `matrix`, and how much tissue of each section lies inside the image of the other one.
 
     Tissue that the other image does not show is no evidence for or against a pose. But at least half of each tissue
@@ -42,7 +52,7 @@ def common_tissue(fixed: Channel, moving: Channel, matrix: NDArray) -> tuple[NDA
     -------
     Overlap on the fixed grid ``(y, x)``, and the two areas in pixels of that grid.
     """
-    moved = pull_back(moving.mask, moving, fixed, matrix) > 0.5
+    moved = pull_back(moving.mask, moving, fixed, matrix, field) > 0.5
     areas = []
     for channel, other, mapping in ((fixed, moving, np.linalg.inv(matrix)), (moving, fixed, matrix)):
         points = channel.centres()
@@ -52,9 +62,9 @@ def common_tissue(fixed: Channel, moving: Channel, matrix: NDArray) -> tuple[NDA
     return fixed.mask & moved, areas[0], areas[1] * float(scale)
 
 
-def tissue_dice(fixed: Channel, moving: Channel, matrix: NDArray) -> float:
-    """Dice coefficient of the two tissues after `matrix` (moving to fixed, um), where both images show something."""
-    overlap, fixed_area, moving_area = common_tissue(fixed, moving, matrix)
+def tissue_dice(fixed: Channel, moving: Channel, matrix: NDArray, field: DisplacementField | None = None) -> float:
+    """Dice coefficient of the two tissues after `matrix` and `field`, where both images show something."""
+    overlap, fixed_area, moving_area = common_tissue(fixed, moving, matrix, field)
     return min(1.0, 2.0 * float(overlap.sum()) / (fixed_area + moving_area))
 
 
@@ -71,25 +81,28 @@ class StructureScore:
         self._fixed = [_masked_blur(fixed.image, fixed.mask, scale) for scale in _STRUCTURE_SCALES]
         self._moving = [_masked_blur(moving.image, moving.mask, scale) for scale in _STRUCTURE_SCALES]
 
-    def __call__(self, matrix: NDArray[np.float64]) -> float:
+    def __call__(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> float:
         """Score of a pose (moving to fixed, um), -1 to 1."""
-        overlap, share = self._overlap(matrix)
-        correlation = float(np.mean(self._correlations(matrix, overlap)))
+        overlap, share = self._overlap(matrix, field)
+        correlation = float(np.mean(self._correlations(matrix, overlap, field)))
         return correlation * float(min(1.0, share / _FULL_OVERLAP))
 
-    def correlation(self, matrix: NDArray[np.float64]) -> float:
-        """Correlation inside the common tissue at the finer scale, -1 to 1; 0 where tissues do not meet."""
-        return self._correlations(matrix, self._overlap(matrix)[0])[0]
+    def correlation(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> tuple[float, float]:
+        """Correlation inside the common tissue at the finer and the coarser scale; 0 if the tissues do not meet."""
+        fine, coarse = self._correlations(matrix, self._overlap(matrix, field)[0], field)
+        return fine, coarse
 
-    def _overlap(self, matrix: NDArray) -> tuple[NDArray[np.bool_], float]:
-        overlap, *areas = common_tissue(self.fixed, self.moving, matrix)
+    def _overlap(self, matrix: NDArray, field: DisplacementField | None) -> tuple[NDArray[np.bool_], float]:
+        overlap, *areas = common_tissue(self.fixed, self.moving, matrix, field)
         share = float(overlap.sum()) / max(min(areas), 1.0)
         return (overlap, share) if share >= _MIN_OVERLAP else (np.zeros_like(overlap), 0.0)
 
-    def _correlations(self, matrix: NDArray, overlap: NDArray[np.bool_]) -> list[float]:
+    def _correlations(
+        self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
+    ) -> list[float]:
         if not overlap.any():
             return [0.0] * len(_STRUCTURE_SCALES)
-        moved = (pull_back(image, self.moving, self.fixed, matrix)[overlap] for image in self._moving)
+        moved = (pull_back(image, self.moving, self.fixed, matrix, field)[overlap] for image in self._moving)
         return [_correlation(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
 
 
@@ -118,17 +131,32 @@ def is_sane(matrix: NDArray[np.float64], params: RegistrationParams) -> bool:
     return bool(np.isfinite(matrix).all()) and largest <= params.max_scale and smallest >= 1 / params.max_scale
 
 
+def field_quality(field: DisplacementField, mask: NDArray[np.bool_]) -> dict[str, float]:
+    """Folds, change of area and size of the displacements in tissue."""
+    jacobian = field.jacobian()[mask]
+    lengths = np.linalg.norm(field.pull[mask].astype(float), axis=1)
+    return {
+        "folds": float(np.mean(jacobian <= 0)),
+        "jacobian_min": float(jacobian.min()),
+        "jacobian_max": float(jacobian.max()),
+        "displacement_median": float(np.median(lengths)),
+        "displacement_p99": float(np.percentile(lengths, 99)),
+    }
+
+
 def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     """``"ok"``, ``"weak"`` or ``"failed"``, with one sentence per reason.
 
-    Every test is needed: each one alone can be fooled (overlap by symmetric tissue, score by a repeating texture, margin
-    by two starts that are both wrong).
+    Every test is needed: each one alone can be fooled (overlap by symmetric tissue, score by a repeating texture,
+    margin by two starts that are both wrong).
     """
     reasons: list[str] = []
     failed = False
     if quality["dice_after"] < params.min_dice:
         failed |= quality["dice_after"] < params.failed_dice and not params.partial_tissue
-        reasons.append(f"The tissues overlap by a Dice of {quality['dice_after']:.2f} (expected {params.min_dice:.2f}).")
+        reasons.append(
+            f"The tissues overlap by a Dice of {quality['dice_after']:.2f} (expected {params.min_dice:.2f})."
+        )
     if quality["score"] < params.min_score:
         failed |= quality["score"] < 0.5 * params.min_score
         reasons.append(f"The structure score is {quality['score']:.2f} (expected {params.min_score:.2f}).")
@@ -139,6 +167,8 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     if max(quality["scale_max"], 1 / max(quality["scale_min"], 1e-12)) > params.max_scale:
         failed = True
         reasons.append(f"The fit stretches by {quality['scale_min']:.2f} to {quality['scale_max']:.2f}.")
+    if quality.get("displacement_p99", 0.0) > params.max_displacement:
+        reasons.append(f"The deformable fit moves tissue by up to {quality['displacement_p99']:.0f} um.")
     return ("failed" if failed else "weak" if reasons else "ok"), reasons
 
 

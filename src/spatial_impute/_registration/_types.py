@@ -5,8 +5,9 @@ Lengths are micrometres. Matrices are 3x3 and act on columns ``(x, y, 1)``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy as np
 from spatial_impute._tissue import tissue_mask
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+
+    from spatial_impute._registration._field import DisplacementField
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,20 @@ class RegistrationParams:
     n_candidates: int = 6
     """Number of distinct orientations refined before the best one is chosen."""
     linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 0)
-    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after the first two.
+    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after two.
 
     Iterations on the last level cost more than all others together and move real sections by 1 to 2 um.
     """
+    syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
+    """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
+    syn_radius: float = 50.0
+    """Half side in um of the window in which the deformable fit correlates: larger than a cell, smaller than a region."""
+    syn_smoothing: tuple[float, float] = (6.0, 3.0)
+    """Smoothing of the update and of the total field in the deformable fit, working pixels. Less overfits."""
+    jacobian_limits: tuple[float, float] = (0.5, 2.0)
+    """Local change of area in tissue beyond which a deformable fit is discarded."""
+    max_displacement: float = 250.0
+    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak."""
     max_scale: float = 1.18
     """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
     mask_margin: float = 100.0
@@ -61,7 +74,7 @@ class RegistrationParams:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 msg = f"`{name}` must be an integer of at least {low}, found {value!r}."
                 raise ValueError(msg)
-        for name in ("min_working_pixel", "mask_margin", "max_chain_disagreement"):
+        for name in ("min_working_pixel", "mask_margin", "max_chain_disagreement", "syn_radius", "max_displacement"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 msg = f"`{name}` must be a positive length in um, found {getattr(self, name)!r}."
                 raise ValueError(msg)
@@ -72,9 +85,18 @@ class RegistrationParams:
         if not (math.isfinite(self.max_scale) and self.max_scale > 1):
             msg = f"`max_scale` must be above 1, found {self.max_scale!r}."
             raise ValueError(msg)
-        iterations = self.linear_iterations
-        if len(iterations) != 4 or any(not isinstance(n, int) or n < 0 for n in iterations) or sum(iterations) == 0:
-            msg = f"`linear_iterations` must be four non-negative integers, not all zero; found {iterations!r}."
+        for name in ("linear_iterations", "syn_iterations"):
+            found = getattr(self, name)
+            if len(found) != 4 or any(not isinstance(n, int) or n < 0 for n in found) or sum(found) == 0:
+                msg = f"`{name}` must be four non-negative integers, not all zero; found {found!r}."
+                raise ValueError(msg)
+        if len(self.syn_smoothing) != 2 or not all(math.isfinite(s) and s >= 0 for s in self.syn_smoothing):
+            msg = f"`syn_smoothing` must be two non-negative numbers, found {self.syn_smoothing!r}."
+            raise ValueError(msg)
+        if len(self.jacobian_limits) != 2 or not 0 < self.jacobian_limits[0] < 1 < self.jacobian_limits[1]:
+            msg = (
+                f"`jacobian_limits` must be one number between 0 and 1 and one above 1, found {self.jacobian_limits!r}."
+            )
             raise ValueError(msg)
 
 
@@ -103,8 +125,8 @@ class SectionImage:
             raise ValueError(msg)
         if not np.issubdtype(rgb.dtype, np.number) or not np.isfinite(rgb).all():
             msg = (
-                f"Expected a numeric image without NaN or infinity, found non-finite values or a non-numeric type (dtype "
-                f"{rgb.dtype}). Fill missing pixels with the background colour."
+                f"Expected a numeric image without NaN or infinity, found non-finite values or a non-numeric "
+                f"type (dtype {rgb.dtype}). Fill missing pixels with the background colour."
             )
             raise ValueError(msg)
         size = tuple(float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
@@ -118,7 +140,7 @@ class SectionImage:
         if not mask.any():
             msg = (
                 "No tissue found: the image is blank or the mask is empty. Expected stained tissue on a bright "
-                "background. Check that this is the right image, leave the section out, or give a tissue mask of your own."
+                "background. Check that this is the right image, leave the section out, or give a tissue mask."
             )
             raise ValueError(msg)
         for name, value in (("rgb", rgb), ("pixel_size", size), ("mask", mask)):
@@ -134,7 +156,8 @@ class SectionImage:
         """Bounding box of the tissue in um: ``(x0, y0, x1, y1)``."""
         rows, cols = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         size_x, size_y = self.pixel_size
-        return (cols[0] * size_x, rows[0] * size_y, (cols[-1] + 1) * size_x, (rows[-1] + 1) * size_y)
+        box = (cols[0] * size_x, rows[0] * size_y, (cols[-1] + 1) * size_x, (rows[-1] + 1) * size_y)
+        return tuple(float(value) for value in box)
 
 
 _MIN_PIXELS = 16  # a section of fewer pixels a side shows no structure to register
@@ -148,10 +171,26 @@ class PairResult:
     """``(3, 3)``: points of the moving frame to the fixed frame, um."""
     method: str
     """What was used in the end. May be simpler than what was asked for; `quality` says why."""
-    quality: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Plain floats, booleans, strings and lists of strings; ready for JSON."""
     moving_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     """Bounding box of the moving tissue in its own frame, um: ``(x0, y0, x1, y1)``."""
+
+    field: DisplacementField | None = None
+    """Non-linear part, if there is one. It acts in the fixed frame, after the matrix."""
+
+    def warp_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the moving section in the fixed frame, um."""
+        points = np.asarray(points, float).reshape(-1, 2)
+        points = points @ self.matrix[:2, :2].T + self.matrix[:2, 2]
+        return points if self.field is None else self.field.pushed(points)
+
+    def pull_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the fixed section in the moving frame, um: where an image has to be sampled."""
+        points = np.asarray(points, float).reshape(-1, 2)
+        points = points if self.field is None else self.field.pulled(points)
+        inverse = np.linalg.inv(self.matrix)
+        return points @ inverse[:2, :2].T + inverse[:2, 2]
 
     @property
     def verdict(self) -> str:

@@ -51,7 +51,7 @@ def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.nda
     predicted, true
         (n_spots, n_genes) log-normalised expression.
     reference_profile
-        (n_genes,) mean of the measured spots, the prediction without any spatial knowledge.
+        (n_genes,) or (n_spots, n_genes) mean of the measured spots, the prediction without any spatial knowledge.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The ASIGN model: a base prediction and the ensemble of networks that corrects it."""
+"""The ASIGN model: baselines and an ensemble of networks, blended by what they achieve on held-out spots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from torch import Tensor
 
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
 from spatial_impute.models._base import load_directory, save_directory
-from spatial_impute.models._baselines import METHODS, available_methods, section_mean
+from spatial_impute.models._baselines import METHODS, available_methods
+from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._msagnet import GraphInputs, MSAGNet
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._propagation import propagate
 from spatial_impute.models._spots import Spots, spatial_folds
-from spatial_impute.models._train import Target, train
+from spatial_impute.models._train import Episode, train
+
+_NETWORK = "network"
+# The mean is where every blend starts, and the nearest spot is the k-NN of one.
+_NOT_BLENDED = frozenset({"mean", "nearest"})
 
 
 @dataclass
@@ -41,10 +46,11 @@ class AsignModel:
         Settings.
     var_names
         Genes.
-    base
-        Name of the baseline that is corrected.
+    weights
+        Weight of each blended method (columns) in each group of genes (rows).
     cross_validation
-        One row per method: scores on held-out blocks of the measured sections, the baselines beside ``"asign"``.
+        One row per method: scores on held-out blocks of the measured sections. All baselines, the network alone, and
+        the blend ``"asign"``, whose weights for a block come from the other blocks.
     predictability
         Pearson correlation on held-out blocks per gene (the later ``var["imputation_r"]``).
     history
@@ -58,7 +64,7 @@ class AsignModel:
         *,
         params: AsignParams,
         var_names: Sequence[str],
-        base: str,
+        experts: Sequence[str],
         n_features: int,
         networks: list[dict[str, Tensor]],
         tensors: dict[str, Tensor],
@@ -69,11 +75,11 @@ class AsignModel:
     ) -> None:
         self.params = params
         self.var_names = list(var_names)
-        self.base = base
         self.cross_validation = cross_validation
         self.predictability = predictability
         self.history = history
         self.config = config
+        self._experts = list(experts)
         self._n_features = n_features
         self._networks = networks
         self._tensors = tensors
@@ -81,9 +87,13 @@ class AsignModel:
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
         return (
-            f"AsignModel({len(self.var_names)} genes, base={self.base!r}, {len(self._networks)} networks, "
-            f"held-out r per gene {r:.3f})"
+            f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
         )
+
+    @property
+    def weights(self) -> pd.DataFrame:
+        """Weight of each blended method (columns) in each group of genes, worst predicted group first."""
+        return pd.DataFrame(self._tensors["weights"].numpy(), columns=self._experts)
 
     def impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
         """Impute the unknown spots of one stack."""
@@ -91,24 +101,33 @@ class AsignModel:
             found = None if spots.tokens is None else spots.tokens[0].shape[2]
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
-        prepared = _prepare(spots, self.base, self._folds(spots))
-        scaled = _scaled_inputs(spots, prepared, self._tensors).to(device)
-        correction = torch.zeros_like(scaled.base)
+        centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
+        group = self._tensors["group"].numpy()
+        inputs = graph_inputs(spots, self._tensors)
+        deviation = np.zeros((len(spots.known), len(centre)))
+        for k, name in enumerate(self._experts):
+            if not weights[:, k].any():
+                continue
+            if name == _NETWORK:
+                found = self._network_prediction(inputs, device)
+            else:
+                found = (METHODS[name](spots) - centre) / scale
+            deviation += found * weights[group, k]
+        expression = centre + deviation * scale
+        expression[spots.known] = spots.expression
+        return Imputation(expression.astype(np.float32), inputs.support[:, 0].numpy())
+
+    def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
+        """(n, g) mean over the networks, standardised."""
+        inputs = inputs.to(device)
+        total = torch.zeros_like(inputs.propagated)
         for state in self._networks:
-            network = _build(self.params, self._n_features, self._tensors["group"])
+            network = build_network(self.params, self._n_features, self._tensors["group"])
             network.load_state_dict(state)
             network.eval().to(device)
             with torch.inference_mode():
-                correction += (network(scaled) - scaled.base) / len(self._networks)
-        shrunk = correction.cpu() * self._tensors["shrinkage"][self._tensors["group"]] * self._tensors["scale"]
-        expression = prepared.base + shrunk.numpy().astype(np.float64)
-        expression[spots.known] = spots.expression
-        return Imputation(expression.astype(np.float32), prepared.full_support.astype(np.float32))
-
-    def _folds(self, spots: Spots) -> list[np.ndarray]:
-        return spatial_folds(
-            spots, n_folds=self.params.n_folds, block_spacings=self.params.block_spacings, seed=self.config["seed"]
-        )
+                total += network(inputs)
+        return (total / len(self._networks)).cpu().numpy()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory.
@@ -124,7 +143,7 @@ class AsignModel:
         config = {
             "params": asdict(self.params),
             "var_names": self.var_names,
-            "base": self.base,
+            "experts": self._experts,
             "n_features": self._n_features,
             "n_networks": len(self._networks),
             "cross_validation": self.cross_validation.reset_index().to_dict(orient="list"),
@@ -153,7 +172,7 @@ class AsignModel:
             prefix = f"network{k}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             try:
-                _build(params, config["n_features"], own["group"]).load_state_dict(state)
+                build_network(params, config["n_features"], own["group"]).load_state_dict(state)
             except (RuntimeError, KeyError) as error:
                 msg = f"The weights in {str(path)!r} do not fit their configuration: {error}"
                 raise ValueError(msg) from error
@@ -161,7 +180,7 @@ class AsignModel:
         return cls(
             params=params,
             var_names=config["var_names"],
-            base=config["base"],
+            experts=config["experts"],
             n_features=config["n_features"],
             networks=networks,
             tensors=own,
@@ -201,131 +220,110 @@ def fit(
     progress
         Given the number of steps to come, returns what to call after each.
     """
-    folds = [
-        spatial_folds(s, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed) for s in stacks
-    ]
+    folds = [_folds(s, params, seed) for s in stacks]
     methods = available_methods(stacks[0])
-    n_fits = max(len(f) for f in folds)
-    step = progress(len(methods) * sum(len(f) for f in folds) + n_fits * params.n_epochs)
-    held_out = {name: _held_out_predictions(stacks, folds, METHODS[name], step) for name in methods}
-    known = [s.known for s in stacks]
+    n_networks = max(len(f) for f in folds)
+    step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
     truth = np.concatenate([s.expression for s in stacks])
-    profile = _held_out_predictions(stacks, folds, section_mean, lambda: None)
-
-    def errors(name: str) -> float:
-        predicted = np.concatenate([p[k] for p, k in zip(held_out[name], known, strict=True)])
-        return float(np.mean((predicted - truth) ** 2))
-
-    base = min(methods, key=errors) if params.base == "auto" else params.base
-    base_known = np.concatenate([p[k] for p, k in zip(held_out[base], known, strict=True)])
+    held_out = {name: _held_out(stacks, folds, METHODS[name], step) for name in methods}
+    centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
+    # Genes are grouped by how well the best baseline predicts them.
+    best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))
+    group = _gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)
     tensors = {
-        "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
-        "scale": torch.tensor(np.maximum(truth.std(axis=0), 1e-3), dtype=torch.float32),
-        "group": _gene_groups(pearson_by_gene(base_known, truth), params.n_gene_groups),
+        "centre": torch.tensor(centre, dtype=torch.float32),
+        "scale": torch.tensor(scale, dtype=torch.float32),
+        "group": torch.from_numpy(group),
     }
-    prepared = [_prepare(s, base, f) for s, f in zip(stacks, folds, strict=True)]
-    inputs = [_scaled_inputs(s, p, tensors) for s, p in zip(stacks, prepared, strict=True)]
-    n_features = stacks[0].tokens[0].shape[2]
+    networks, held_out[_NETWORK], history = _fit_networks(stacks, folds, params, tensors, seed, device, step)
 
-    runs = []
-    for k in range(n_fits):
-        # A stack with fewer folds lends its last one again.
-        out = [f[min(k, len(f) - 1)] for f in folds]
-        runs.append(
-            train(
-                lambda: _build(params, n_features, tensors["group"]),
-                inputs,
-                [_target(s, s.known & ~o, tensors) for s, o in zip(stacks, out, strict=True)],
-                [_target(s, o, tensors) for s, o in zip(stacks, out, strict=True)],
-                n_epochs=params.n_epochs,
-                learning_rate=params.learning_rate,
-                weight_decay=params.weight_decay,
-                correlation_weight=params.correlation_weight,
-                seed=seed + k,
-                device=device,
-                on_epoch=step,
-            )
-        )
-    best = int(np.argmin(np.mean([[row["held_out_mse"] for row in history] for _, history, _ in runs], axis=0)))
-    corrected = [p.base.copy() for p in prepared]
-    for k, (_, _, predictions) in enumerate(runs):
-        for i, found in enumerate(predictions[best]):
-            if k < len(folds[i]):
-                scaled = found * tensors["scale"] + tensors["centre"]
-                corrected[i][folds[i][k]] = scaled.numpy()
-    correction = np.concatenate([c[k] - p.base[k] for c, p, k in zip(corrected, prepared, known, strict=True)])
-    tensors["shrinkage"] = _shrinkage(correction, truth - base_known, tensors)
-    group = tensors["group"].numpy()
-    asign_known = base_known + correction * tensors["shrinkage"].numpy()[group]
+    experts = [name for name in held_out if name not in _NOT_BLENDED]
+    fold_of_spot = _fold_of_spot(stacks, folds)
+    deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
+    weights, blended = blend_weights(deviations, (truth - centre) / scale, group, fold_of_spot)
+    tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
+    held_out["asign"] = centre + blended * scale
 
-    reference = np.concatenate([p[k] for p, k in zip(profile, known, strict=True)])
-    rows = {
-        name: summarise(np.concatenate([p[k] for p, k in zip(held_out[name], known, strict=True)]), truth, reference)
-        for name in methods
-    }
-    rows["asign"] = summarise(asign_known, truth, reference)
-    history = pd.concat(
-        [pd.DataFrame(rows_).assign(network=k) for k, (_, rows_, _) in enumerate(runs)], ignore_index=True
-    )
+    scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}
     return AsignModel(
         params=params,
         var_names=var_names,
-        base=base,
-        n_features=n_features,
-        networks=[states[best] for states, _, _ in runs],
+        experts=experts,
+        n_features=stacks[0].tokens[0].shape[2],
+        networks=networks,
         tensors=tensors,
-        cross_validation=pd.DataFrame(rows).T.rename_axis("method"),
-        predictability=pd.Series(pearson_by_gene(asign_known, truth), index=list(var_names)),
+        cross_validation=pd.DataFrame(scores).T.rename_axis("method"),
+        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth), index=list(var_names)),
         history=history,
-        config=config | {"seed": seed, "epoch": int(runs[0][1][best]["epoch"])},
+        config=config | {"seed": seed},
     )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Base and propagation of one stack; known spots are predicted with their own block hidden."""
+def _fit_networks(
+    stacks: list[Spots],
+    folds: list[list[np.ndarray]],
+    params: AsignParams,
+    tensors: dict[str, Tensor],
+    seed: int,
+    device: str,
+    step: Callable[[], None],
+) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
+    """One network per fold, stopped at the epoch that is best for all of them.
 
-    base: np.ndarray
-    propagated: np.ndarray
-    support: np.ndarray
-    full_support: np.ndarray
-    """Support with all known spots in place, 1 at these."""
+    Returns
+    -------
+    Their weights; the (n_known, g) predictions of each known spot by the network that did not see it; the history.
+    """
+    n_features = stacks[0].tokens[0].shape[2]
+    runs = []
+    for k in range(max(len(f) for f in folds)):
+        # A stack with fewer folds lends its last one again.
+        out = [f[min(k, len(f) - 1)] for f in folds]
+        rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
+        # Hidden for watching, and of the rest one block after the other hidden for training.
+        episodes = [_episode(r, mask, tensors) for r in rest for mask in _folds(r, params, seed)]
+        run = train(
+            lambda: build_network(params, n_features, tensors["group"]),
+            episodes,
+            [_episode(s, o, tensors) for s, o in zip(stacks, out, strict=True)],
+            n_steps=params.n_steps,
+            learning_rate=params.learning_rate,
+            weight_decay=params.weight_decay,
+            correlation_weight=params.correlation_weight,
+            seed=seed + k,
+            device=device,
+            on_step=step,
+        )
+        runs.append(run)
+    best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
+    predicted = []
+    for i, spots in enumerate(stacks):
+        full = np.empty((len(spots.known), spots.expression.shape[1]))
+        for k, fold in enumerate(folds[i]):
+            full[fold] = (runs[k][2][best][i] * tensors["scale"] + tensors["centre"]).numpy()
+        predicted.append(full[spots.known])
+    history = [pd.DataFrame(rows).assign(network=k, kept=lambda frame: frame.index == best) for k, (_, rows, _) in enumerate(runs)]
+    return [states[best] for states, _, _ in runs], np.concatenate(predicted), pd.concat(history, ignore_index=True)
 
 
-def _prepare(spots: Spots, base: str, folds: list[np.ndarray]) -> _Prepared:
-    predicted = METHODS[base](spots)
-    propagated, support = propagate(spots.graph, spots.known, spots.expression)
-    full_support = support.copy()
-    for fold in folds:
-        hidden = spots.hide(fold)
-        predicted[fold] = METHODS[base](hidden)[fold]
-        values, mass = propagate(hidden.graph, hidden.known, hidden.expression)
-        propagated[fold], support[fold] = values[fold], mass[fold]
-    # Where nothing arrives there is nothing to merge.
-    propagated = np.where(np.isfinite(propagated), propagated, predicted)
-    return _Prepared(predicted, propagated, support, full_support)
+def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
+    return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
 
 
-def _held_out_predictions(
-    stacks: list[Spots], folds: list[list[np.ndarray]], method: Callable[[Spots], np.ndarray], step: Callable[[], None]
-) -> list[np.ndarray]:
-    """(n, g) per stack, filled for the known spots, each predicted with its fold hidden."""
-    result = []
-    for spots, own in zip(stacks, folds, strict=True):
-        predicted = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
-        for fold in own:
-            predicted[fold] = method(spots.hide(fold))[fold]
-            step()
-        result.append(predicted)
-    return result
+def _episode(spots: Spots, masked: np.ndarray, tensors: dict[str, Tensor]) -> Episode:
+    """Hide some known spots from the network; they are what it has to predict."""
+    expression = torch.from_numpy(spots.expression[masked[spots.known]].astype(np.float32))
+    return Episode(
+        inputs=graph_inputs(spots.hide(masked), tensors),
+        rows=torch.from_numpy(np.flatnonzero(masked)),
+        expression=(expression - tensors["centre"]) / tensors["scale"],
+    )
 
 
-def _scaled_inputs(spots: Spots, prepared: _Prepared, tensors: dict[str, Tensor]) -> GraphInputs:
-    """Tensors of one stack; expression in standard deviations of the training spots."""
-
-    def scaled(values: np.ndarray) -> Tensor:
-        return (torch.from_numpy(values.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
-
+def graph_inputs(spots: Spots, tensors: dict[str, Tensor]) -> GraphInputs:
+    """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
+    values, support = propagate(spots.graph, spots.known, spots.expression)
+    propagated = (torch.from_numpy(values.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
     spot, region, surroundings = (torch.from_numpy(t.astype(np.float32)) for t in spots.tokens)
     coo = spots.graph.tocoo()
     # Messages flow from column to row.
@@ -334,15 +332,15 @@ def _scaled_inputs(spots: Spots, prepared: _Prepared, tensors: dict[str, Tensor]
         spot=spot[:, 0],
         region=region,
         surroundings=surroundings,
-        base=scaled(prepared.base),
-        propagated=scaled(prepared.propagated),
-        support=torch.from_numpy(prepared.support.astype(np.float32))[:, None],
+        propagated=torch.nan_to_num(propagated),  # the mean where nothing arrives
+        support=torch.from_numpy(support.astype(np.float32))[:, None],
         edge_index=edge_index,
         edge_features=torch.from_numpy(spots.edge_features.astype(np.float32)),
     )
 
 
-def _build(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
+def build_network(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
+    """Untrained network of the given size."""
     return MSAGNet(
         n_features,
         len(group),
@@ -355,32 +353,30 @@ def _build(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
     )
 
 
-def _target(spots: Spots, rows: np.ndarray, tensors: dict[str, Tensor]) -> Target:
-    expression = torch.from_numpy(spots.expression[rows[spots.known]].astype(np.float32))
-    return Target(
-        rows=torch.from_numpy(np.flatnonzero(rows)), expression=(expression - tensors["centre"]) / tensors["scale"]
-    )
+def _held_out(
+    stacks: list[Spots], folds: list[list[np.ndarray]], method: Callable[[Spots], np.ndarray], step: Callable[[], None]
+) -> np.ndarray:
+    """(n_known, g) predictions of the known spots of all stacks, each with its fold hidden."""
+    result = []
+    for spots, own in zip(stacks, folds, strict=True):
+        predicted = np.empty((len(spots.known), spots.expression.shape[1]))
+        for fold in own:
+            predicted[fold] = method(spots.hide(fold))[fold]
+            step()
+        result.append(predicted[spots.known])
+    return np.concatenate(result)
 
 
-def _gene_groups(r: np.ndarray, n_groups: int) -> Tensor:
-    """(g,) group of each gene: equal shares by how well the base predicts it."""
+def _fold_of_spot(stacks: list[Spots], folds: list[list[np.ndarray]]) -> np.ndarray:
+    """(n_known,) fold of each known spot, numbered over all stacks."""
+    result, n_before = [], 0
+    for spots, own in zip(stacks, folds, strict=True):
+        result.append(n_before + np.argmax(np.stack(own)[:, spots.known], axis=0))
+        n_before += len(own)
+    return np.concatenate(result)
+
+
+def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
+    """(g,) group of each gene: equal shares by how well it is predicted, worst first."""
     rank = np.argsort(np.argsort(np.nan_to_num(r, nan=-1.0), kind="stable"), kind="stable")
-    return torch.from_numpy((rank * min(n_groups, len(r)) // len(r)).astype(np.int64))
-
-
-def _shrinkage(correction: np.ndarray, residual: np.ndarray, tensors: dict[str, Tensor]) -> Tensor:
-    """(n_groups,) share of the correction to keep: what fits held-out spots best, 0 unless it helps significantly."""
-    group = tensors["group"].numpy()
-    scale = tensors["scale"].numpy()
-    result = np.zeros(group.max() + 1)
-    for g in range(len(result)):
-        c = correction[:, group == g] / scale[group == g]
-        r = residual[:, group == g] / scale[group == g]
-        size = float((c**2).sum())
-        if size == 0:
-            continue
-        share = float(np.clip((c * r).sum() / size, 0.0, 1.0))
-        gain = (r**2 - (r - share * c) ** 2).mean(axis=1)  # per spot
-        if gain.mean() > 2 * gain.std() / np.sqrt(len(gain)):
-            result[g] = share
-    return torch.tensor(result, dtype=torch.float32)
+    return (rank * min(n_groups, len(r)) // len(r)).astype(np.int64)

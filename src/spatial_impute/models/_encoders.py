@@ -140,10 +140,18 @@ def resolve_encoder(encoder: object, *, patch_px: int, device: str | None) -> En
         For what is neither a name, a module nor a callable.
     """
     if isinstance(encoder, str):
-        if encoder != TextureEncoder.name:
-            msg = f"Unknown encoder {encoder!r}; available by name: ['texture']. Or pass a callable or nn.Module."
-            raise ValueError(msg)
-        return TextureEncoder()
+        if encoder == TextureEncoder.name:
+            return TextureEncoder()
+        if encoder == "tellez-multitask":
+            from spatial_impute._settings import settings
+            from spatial_impute.models._tellez import TellezEncoder
+
+            return TellezEncoder(device or settings.device)
+        msg = (
+            f"Unknown encoder {encoder!r}; available by name: ['tellez-multitask', 'texture']. "
+            "Or pass a callable or nn.Module."
+        )
+        raise ValueError(msg)
     if isinstance(encoder, Encoder):
         return encoder
     if hasattr(encoder, "state_dict") and hasattr(encoder, "forward"):  # an nn.Module, without importing torch

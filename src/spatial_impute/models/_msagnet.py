@@ -1,6 +1,6 @@
 """MSAGNet, the network of ASIGN :cite:p:`Zhu2025`: three fields of view, a 3D graph, and a learned merge.
 
-It does not predict expression from nothing: it corrects a base prediction, and starts exactly at it.
+Expression is in standard deviations around the mean of the measured spots. The network starts exactly at that mean.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ class GraphInputs:
     """(n, t, d) tokens of the regions."""
     surroundings: Tensor
     """(n, t, d) tokens of the global fields."""
-    base: Tensor
-    """(n, g) base prediction."""
     propagated: Tensor
-    """(n, g) label propagation."""
+    """(n, g) labels propagated over the 3D graph, standardised."""
     support: Tensor
     """(n, 1) mass of the propagation, 0-1."""
     edge_index: Tensor
@@ -110,7 +108,7 @@ class MSAGNet(nn.Module):
         super().__init__()
         self.embed = nn.ModuleList([nn.Linear(n_features, width) for _ in range(N_LEVELS)])
         self.place = nn.Parameter(torch.zeros(N_LEVELS, width))  # tells the levels apart
-        self.embed_base = nn.Linear(n_genes, width)
+        self.embed_labels = nn.Linear(n_genes, width)
         self.to_region = LevelAttention(width, n_heads, dropout)
         self.to_surroundings = LevelAttention(width, n_heads, dropout)
         self.graph = nn.ModuleList([GraphLayer(width, n_heads, dropout) for _ in range(n_graph_layers)])
@@ -126,7 +124,7 @@ class MSAGNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at the base: both heads give zero."""
+        """Start at the mean: both heads give zero."""
         nn.init.normal_(self.place, std=0.02)
         for head in (self.correction, self.merge):
             nn.init.zeros_(head.weight)
@@ -135,10 +133,10 @@ class MSAGNet(nn.Module):
     def forward(self, x: GraphInputs) -> Tensor:
         """Predict (n, g).
 
-        The result is ``base + a * (propagated - base) + correction``. The merge weight ``a`` of a spot and gene group
-        sees the spot's support; 0 is the base, 1 the propagated labels.
+        The result is ``a * propagated + correction``. The merge weight ``a`` of a spot and gene group sees the spot's
+        support; 0 is the mean, 1 the propagated labels.
         """
-        spot = self.embed[0](x.spot) + self.embed_base(x.base)  # (n, w)
+        spot = self.embed[0](x.spot) + self.embed_labels(x.propagated)  # (n, w)
         region = self.embed[1](x.region)  # (n, t, w)
         surroundings = self.embed[2](x.surroundings)
         nodes = self.to_surroundings(self.to_region(spot, region), surroundings)
@@ -148,4 +146,4 @@ class MSAGNet(nn.Module):
         sequence = torch.stack([nodes, region.mean(dim=1), surroundings.mean(dim=1)], dim=1) + self.place
         state = self.dropout(self.norm(self.levels(sequence).mean(dim=1)))
         merge = torch.tanh(self.merge(torch.cat([state, x.support], dim=1)))[:, self.group]  # (n, g)
-        return x.base + merge * (x.propagated - x.base) + self.correction(state)
+        return merge * x.propagated + self.correction(state)

@@ -20,8 +20,6 @@ class AsignParams:
     4
     """
 
-    base: str = "auto"
-    """Baseline to correct; ``"auto"`` takes the one with the lowest squared error in cross-validation."""
     width: int = 64
     """Width of the network."""
     n_heads: int = 4
@@ -30,25 +28,25 @@ class AsignParams:
     """Layers of attention over the 3D graph."""
     n_level_layers: int = 1
     """Layers of the transformer over the levels of a spot."""
-    dropout: float = 0.3
+    dropout: float = 0.5
     """Share of activations dropped in training."""
     correlation_weight: float = 0.5
     """Weight of 1 - Pearson correlation in the loss, beside the squared error of standardised expression."""
     learning_rate: float = 1e-3
     """Step size of AdamW at the start; it decays to zero along a cosine."""
-    weight_decay: float = 0.05
+    weight_decay: float = 0.5
     """Weight decay of AdamW."""
-    n_epochs: int = 120
-    """Passes over the data; the best one on held-out blocks is kept."""
+    n_steps: int = 200
+    """Steps of training, each on one masked block; the best on held-out blocks is kept."""
     n_folds: int = 5
     """Folds of the cross-validation within one measured section."""
     block_spacings: float = 2.0
     """Edge of the held-out blocks in spot spacings."""
     n_gene_groups: int = 4
-    """Groups of genes, by how well the base predicts them, that share a merge weight and a shrinkage."""
+    """Groups of genes, by how well the best baseline predicts them, that share merge and blend weights."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_epochs", "n_gene_groups"):
+        for name in ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 msg = f"`{name}` must be an integer of at least 1, found {value!r}."

@@ -13,13 +13,21 @@ from spatial_impute.models._msagnet import GraphInputs, MSAGNet
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is to be predicted on one stack."""
+class Episode:
+    """One masking of one stack: what the network sees, and the spots it has to predict from it.
 
+    The labels of these spots, and of all that are kept for watching, reach none of the inputs.
+    """
+
+    inputs: GraphInputs
     rows: Tensor
-    """(m,) spots."""
+    """(m,) spots to predict."""
     expression: Tensor
-    """(m, g)."""
+    """(m, g) their expression, standardised."""
+
+    def to(self, device: str) -> Episode:
+        """Move all tensors."""
+        return Episode(self.inputs.to(device), self.rows.to(device), self.expression.to(device))
 
 
 def correlation_loss(predicted: Tensor, true: Tensor) -> Tensor:
@@ -39,37 +47,48 @@ def correlation_loss(predicted: Tensor, true: Tensor) -> Tensor:
 
 def train(
     build: Callable[[], MSAGNet],
-    inputs: list[GraphInputs],
-    targets: list[Target],
-    held_out: list[Target],
+    episodes: list[Episode],
+    held_out: list[Episode],
     *,
-    n_epochs: int,
+    n_steps: int,
     learning_rate: float,
     weight_decay: float,
     correlation_weight: float,
     seed: int,
     device: str,
-    on_epoch: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, float]], list[list[Tensor]]]:
-    """Train one network and watch it on held-out spots.
+    """Train one network, one episode at a time, and watch it on held-out spots.
 
     Parameters
     ----------
     build
         Makes the network; called after seeding.
-    inputs, targets, held_out
-        One entry per stack.
-    on_epoch
-        Called after every epoch, for progress.
+    episodes
+        To train on, in turn.
+    held_out
+        To watch.
+    n_steps
+        Steps of the optimiser.
+    learning_rate, weight_decay
+        Settings of AdamW.
+    correlation_weight
+        Weight of :func:`correlation_loss` beside the squared error.
+    seed
+        Seed of weights and dropout.
+    device
+        Torch device.
+    on_step
+        Called after every step, for progress.
 
     Returns
     -------
     states
-        Weights after each checked epoch, the untrained network first.
+        Weights at some 20 steps, the untrained network first.
     history
-        Epoch, training loss, squared error on the held-out spots, for the same epochs.
+        Step, training loss, squared error on the held-out spots at the same steps.
     predictions
-        For the same epochs, the held-out spots of each stack, (m, g).
+        The held-out spots of each episode at the same steps, (m, g).
 
     Raises
     ------
@@ -80,43 +99,46 @@ def train(
         torch.manual_seed(seed)
         network = build().to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        inputs = [x.to(device) for x in inputs]
-        check_every = max(1, n_epochs // 20)
-        states, history, predictions = [], [], []
-        loss_value = math.nan
-        for epoch in range(n_epochs + 1):
-            if epoch % check_every == 0:
-                found = _predict(network, inputs, held_out)
-                errors = torch.cat([(p - t.expression).flatten() for p, t in zip(found, held_out, strict=True)])
-                history.append({"epoch": epoch, "loss": loss_value, "held_out_mse": float(errors.square().mean())})
+        episodes = [episode.to(device) for episode in episodes]
+        held_out = [episode.to(device) for episode in held_out]
+        check_every = max(1, n_steps // 20)
+        states, history, predictions, losses = [], [], [], []
+        for step in range(n_steps + 1):
+            if step % check_every == 0 or step == n_steps:
+                found = _predict(network, held_out)
+                errors = torch.cat([(p - e.expression).flatten() for p, e in zip(found, held_out, strict=True)])
+                loss = sum(losses) / len(losses) if losses else math.nan
+                history.append({"step": step, "loss": loss, "held_out_mse": float(errors.square().mean())})
                 states.append({key: value.detach().cpu().clone() for key, value in network.state_dict().items()})
-                predictions.append(found)
-            if epoch == n_epochs:
+                predictions.append([p.cpu() for p in found])
+                losses = []
+            if step == n_steps:
                 break
-            network.train()
-            optimiser.zero_grad()
-            # Cosine decay to zero: the last epochs settle instead of wandering.
+            # Cosine decay to zero: the last steps settle instead of wandering.
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / n_epochs))
-            loss = torch.zeros((), device=device)
-            for x, target in zip(inputs, targets, strict=True):
-                predicted = network(x)[target.rows.to(device)]
-                true = target.expression.to(device)
-                loss = loss + torch.nn.functional.mse_loss(predicted, true)
-                loss = loss + correlation_weight * correlation_loss(predicted, true)
-            loss = loss / len(inputs)
-            loss_value = float(loss.detach())
-            if not math.isfinite(loss_value):
-                msg = f"The loss became {loss_value} in epoch {epoch + 1}; lower `learning_rate` (now {learning_rate:g})."
+                group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / n_steps))
+            losses.append(_step(network, optimiser, episodes[step % len(episodes)], correlation_weight))
+            if not math.isfinite(losses[-1]):
+                msg = f"The loss became {losses[-1]} in step {step + 1}; lower `learning_rate` (now {learning_rate:g})."
                 raise ValueError(msg)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimiser.step()
-            on_epoch()
+            on_step()
     return states, history, predictions
 
 
-def _predict(network: MSAGNet, inputs: list[GraphInputs], targets: list[Target]) -> list[Tensor]:
+def _step(network: MSAGNet, optimiser: torch.optim.Optimizer, episode: Episode, correlation_weight: float) -> float:
+    """One step on one episode; returns the loss before it."""
+    network.train()
+    optimiser.zero_grad()
+    predicted = network(episode.inputs)[episode.rows]
+    loss = torch.nn.functional.mse_loss(predicted, episode.expression)
+    loss = loss + correlation_weight * correlation_loss(predicted, episode.expression)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimiser.step()
+    return float(loss.detach())
+
+
+def _predict(network: MSAGNet, episodes: list[Episode]) -> list[Tensor]:
     network.eval()
     with torch.inference_mode():
-        return [network(x)[t.rows.to(x.base.device)].cpu() for x, t in zip(inputs, targets, strict=True)]
+        return [network(episode.inputs)[episode.rows] for episode in episodes]

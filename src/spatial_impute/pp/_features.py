@@ -44,7 +44,8 @@ def extract_features(
     sdata
         Stack with spots.
     encoder
-        ``"texture"`` (stain and texture statistics, no download), a ``torch.nn.Module`` that takes ImageNet-normalised
+        ``"texture"`` (stain and texture statistics, no download), ``"tellez-multitask"`` (a small pathology network
+        :cite:p:`Tellez2020`, 2.4 MB download), a ``torch.nn.Module`` that takes ImageNet-normalised
         (n, 3, `patch_px`, `patch_px`), or a callable that takes (n, `patch_px`, `patch_px`, 3) in 0-255.
     region_scale, global_scale
         Edge lengths of the two larger fields in spot diameters.

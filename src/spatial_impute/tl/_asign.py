@@ -15,7 +15,7 @@ from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
 from spatial_impute._settings import settings
 from spatial_impute._stack import load_record
-from spatial_impute._validation import require_key, resolve_params
+from spatial_impute._validation import resolve_params
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ def fit_asign(
 ) -> AsignModel:
     """Fit ASIGN :cite:p:`Zhu2025` on the measured spots of one or several stacks.
 
-    Blocks of the measured section (whole sections, where several are measured) are hidden in turn. Every baseline
-    predicts them; the best one becomes the base. A network with attention over three fields of view and over the 3D
-    graph learns to correct it, starting exactly at the base. Its correction is kept only as far as it significantly
-    helps on the hidden blocks. Expression of unmeasured spots is never read.
+    Blocks of the measured section (whole sections, where several are measured) are hidden in turn and predicted by
+    every baseline, and by a network with attention over three fields of view and over the 3D graph, which merges what
+    it reads from the image with the labels propagated over the graph. Baselines and networks are then blended by
+    non-negative weights that do best on the hidden blocks, so that each is used only as far as it helps. Expression of
+    unmeasured spots is never read.
 
     Parameters
     ----------
@@ -62,8 +63,8 @@ def fit_asign(
 
     Returns
     -------
-    The fitted model. ``model.cross_validation`` has the scores of all baselines and of ASIGN on the hidden blocks.
-    Nothing is written.
+    The fitted model. ``model.cross_validation`` has the scores of all baselines, of the network alone and of the blend
+    on the hidden blocks. Nothing is written.
 
     Raises
     ------
@@ -80,19 +81,16 @@ def fit_asign(
     >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
-    >>> model = si.tl.fit_asign(sdata, model_params={"n_epochs": 20})
+    >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 20})
     >>> si.tl.impute_3d(sdata, model)
     >>> bool(np.isfinite(sdata.tables["stack"].layers["asign"]).all())
     True
     >>> si.settings.show_progress_bar = True
     """
     from spatial_impute.models._asign import fit
-    from spatial_impute.models._baselines import METHODS
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
-    if params.base != "auto":
-        require_key(params.base, METHODS, where="baselines")
     stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     if not stacks:
         msg = "`sdata` is an empty sequence; pass at least one stack."
@@ -195,7 +193,7 @@ def impute_3d(
         raise ValueError(msg)
     result = model.impute(spots, device=device or settings.device)
     provenance = {
-        "base": model.base,
+        "weights": {name: float(w) for name, w in model.weights.mean().items()},
         "encoder": model.config["encoder"],
         "units": model.config["units"],
         "measured_sections": sorted(table.obs[Keys.SECTION][spots.known].unique()),

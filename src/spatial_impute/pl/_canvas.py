@@ -1,0 +1,130 @@
+"""Sections resampled on one grid, so that they can be compared pixel by pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from spatial_impute._geometry import apply_affine
+from spatial_impute._raster import read_thumbnail
+from spatial_impute._tissue import optical_density, tissue_mask
+
+if TYPE_CHECKING:
+    from spatial_impute._raster import Level
+
+_PIXELS = 600  # along the longer side of a panel: sharp at 200 dots per inch
+_CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
+_BLUR = 10.0  # um, the size of a nucleus: serial sections share structure, not single nuclei
+_FULL_INK = 0.85  # of the densest tissue: colours can still be told apart where both are dense
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One section at the resolution of the plot."""
+
+    rgb: np.ndarray
+    """(y, x, 3) 0-255, glass white."""
+    stain: np.ndarray
+    """(y, x) 0-1, 0 outside the tissue."""
+    mask: np.ndarray
+    to_um: np.ndarray
+
+    def tissue_corners(self, matrix: np.ndarray) -> np.ndarray:
+        """(2, 2) lowest and highest x, y of the tissue after `matrix`, um; of the image if there is no tissue."""
+        y, x = np.nonzero(self.mask if self.mask.any() else np.ones_like(self.mask))
+        points = apply_affine(np.column_stack([x, y]) + 0.5, matrix @ self.to_um)
+        return np.array([points.min(axis=0), points.max(axis=0)])
+
+
+def read_scan(levels: list[Level], resolution: float | None) -> Scan:
+    """Read a section, by default 600 pixels along its longer side, else at `resolution` um per pixel."""
+    finest = levels[0]
+    rgb, to_um = read_thumbnail(levels, resolution or max(finest.shape) * finest.pixel_size / _PIXELS)
+    size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
+    mask = tissue_mask(rgb, (size_x, size_y))
+    density = optical_density(rgb)
+    # Glass of any tint becomes white, or the tiles of the checkerboard would show where there is no tissue.
+    balanced = 255.0 * np.exp(-density)
+    stain = ndi.gaussian_filter(density.sum(axis=-1), (_BLUR / size_y, _BLUR / size_x))
+    densest = np.percentile(stain[mask], _CLIP_PERCENTILE) if mask.any() else 1.0
+    return Scan(balanced, _FULL_INK * np.clip(stain / max(densest, 1e-6), 0, 1) * mask, mask, to_um)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A section resampled on the canvas."""
+
+    rgb: np.ndarray
+    stain: np.ndarray
+    mask: np.ndarray
+    seen: np.ndarray
+    """(y, x) bool: inside the image."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Common grid of all panels in the frame of the reference."""
+
+    x0: float
+    y0: float
+    width: float
+    height: float
+    pixel: float
+
+    @classmethod
+    def around(cls, points: np.ndarray) -> Canvas:
+        low, high = points.min(axis=0), points.max(axis=0)
+        margin = 0.03 * (high - low).max()
+        width, height = high - low + 2 * margin
+        return cls(low[0] - margin, low[1] - margin, width, height, max(width, height) / _PIXELS)
+
+    @property
+    def limits(self) -> tuple[float, float, float, float]:
+        return self.x0, self.y0, self.x0 + self.width, self.y0 + self.height
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(np.ceil(self.height / self.pixel)), int(np.ceil(self.width / self.pixel))
+
+    @property
+    def to_um(self) -> np.ndarray:
+        return np.array([[self.pixel, 0, self.x0], [0, self.pixel, self.y0], [0, 0, 1.0]])
+
+    def draw(self, scan: Scan, matrix: np.ndarray) -> Drawn:
+        """Resample a section that `matrix` (um to um) places in the frame of the reference."""
+        half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])  # from indices to pixel corners
+        to_scan = np.linalg.inv(half) @ np.linalg.inv(matrix @ scan.to_um) @ self.to_um @ half
+        rows_columns = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
+
+        def sample(image: np.ndarray, outside: float) -> np.ndarray:
+            return ndi.affine_transform(image, *rows_columns, output_shape=self.shape, order=1, cval=outside)
+
+        rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
+        everywhere = np.ones(scan.mask.shape, dtype=np.float32)
+        return Drawn(
+            rgb,
+            sample(scan.stain, 0.0),
+            sample(scan.mask.astype(np.float32), 0.0) > 0.5,
+            sample(everywhere, 0.0) > 0.5,
+        )
+
+    def checkerboard(self, first: Drawn, second: Drawn, tile: float) -> np.ndarray:
+        """Tiles of edge `tile` (um) from both sections in turn."""
+        y, x = ((np.arange(n) + 0.5) * self.pixel // tile for n in self.shape)
+        odd = (y[:, None] + x) % 2 == 1
+        return np.where(odd[..., None], second.rgb, first.rgb)
+
+
+def overlay(reference: Drawn, moved: Drawn) -> np.ndarray:
+    """Inks on white paper: magenta takes away green light, green takes away red and blue."""
+    return 255.0 * (1 - np.stack([moved.stain, reference.stain, moved.stain], axis=-1))
+
+
+def tissue_dice(first: Drawn, second: Drawn) -> float:
+    """Overlap of the tissues where both images show something."""
+    seen = first.seen & second.seen
+    total = (first.mask & seen).sum() + (second.mask & seen).sum()
+    return float(2 * (first.mask & second.mask).sum() / total) if total else 0.0

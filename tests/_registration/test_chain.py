@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spatial_impute._registration import DisplacementField, PairResult, chain_to_reference, warp_along_path
+from spatial_impute._registration._orientation import pose
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def pair(matrix, *, verdict="ok", score=0.5) -> PairResult:
+    quality = {"verdict": verdict, "score": score, "reasons": [] if verdict == "ok" else ["It looked wrong."]}
+    return PairResult(np.asarray(matrix, float), "affine", quality, (0.0, 0.0, 1000.0, 800.0))
+
+
+def shift(x: float, y: float = 0.0) -> np.ndarray:
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
+
+
+@pytest.fixture
+def truth():
+    """Matrix of every section to the frame of 'b'."""
+    return {
+        "a": pose(20, [0, 0], [5, 7]),
+        "b": np.eye(3),
+        "c": pose(-70, [10, 0], [0, 3], mirrored=True),
+        "d": pose(180, [1, 2], [300, 40]) @ np.diag([1.02, 0.97, 1]),
+    }
+
+
+def between(truth, fixed, moving):
+    return np.linalg.inv(truth[fixed]) @ truth[moving]
+
+
+def test_quarter_turn_by_hand():
+    matrix = np.array([[0, -1, 10], [1, 0, 0], [0, 0, 1.0]])
+    placed = chain_to_reference({("b", "a"): pair(matrix)}, ["a", "b"], "b")
+    np.testing.assert_allclose(placed["a"].matrix @ [1, 2, 1], [8, 1, 1])
+    np.testing.assert_allclose(np.linalg.inv(placed["a"].matrix) @ [8, 1, 1], [1, 2, 1])
+    np.testing.assert_array_equal(placed["b"].matrix, np.eye(3))
+    assert placed["b"].route == "reference"
+    assert placed["b"].path == ("b",)
+
+
+def test_matrices_compose_towards_the_reference(truth):
+    pairs = {("b", "a"): pair(between(truth, "b", "a")), ("b", "c"): pair(between(truth, "b", "c"))}
+    pairs["c", "d"] = pair(between(truth, "c", "d"))
+    placed = chain_to_reference(pairs, NAMES, "b")
+    assert list(placed) == NAMES
+    for name in NAMES:
+        np.testing.assert_allclose(placed[name].matrix, truth[name], atol=1e-9)
+    assert placed["d"].path == ("d", "c", "b")
+    assert placed["d"].route == "sequential"
+    assert placed["c"].route == "direct"
+
+
+def test_pairs_of_either_direction(truth):
+    pairs = {(f, m): pair(between(truth, f, m)) for f, m in (("a", "b"), ("b", "c"), ("d", "c"))}
+    placed = chain_to_reference(pairs, NAMES, "a")
+    for name in NAMES:
+        np.testing.assert_allclose(placed[name].matrix, between(truth, "a", name), atol=1e-9)
+
+
+def test_chain_is_kept_while_direct_agrees():
+    pairs = {("a", "b"): pair(shift(10)), ("b", "c"): pair(shift(10)), ("a", "c"): pair(shift(40), score=0.9)}
+    placed = chain_to_reference(pairs, ["a", "b", "c"], "a")["c"]
+    assert placed.route == "sequential"
+    assert placed.disagreement == pytest.approx(20)
+    assert placed.reasons == []
+
+
+@pytest.mark.parametrize(("score", "route", "x"), [(0.9, "direct", 400), (0.1, "sequential", 20)])
+def test_better_score_wins_when_they_disagree(score, route, x):
+    pairs = {("a", "b"): pair(shift(10)), ("b", "c"): pair(shift(10)), ("a", "c"): pair(shift(400), score=score)}
+    placed = chain_to_reference(pairs, ["a", "b", "c"], "a")["c"]
+    assert placed.route == route
+    assert placed.matrix[0, 2] == x
+    assert placed.disagreement == pytest.approx(380)
+    assert any("380 um" in reason for reason in placed.reasons)
+
+
+def test_weak_direct_loses_against_sound_chain():
+    pairs = {("a", "b"): pair(shift(10), score=0.4), ("b", "c"): pair(shift(10), score=0.4)}
+    pairs["a", "c"] = pair(shift(400), verdict="weak", score=0.9)
+    assert chain_to_reference(pairs, ["a", "b", "c"], "a")["c"].route == "sequential"
+
+
+def test_failed_section_is_bridged():
+    pairs = {
+        ("a", "b"): pair(shift(10)),
+        ("b", "c"): pair(shift(999), verdict="failed", score=0.1),
+        ("c", "d"): pair(shift(5)),
+        ("b", "d"): pair(shift(30)),
+    }
+    placed = chain_to_reference(pairs, NAMES, "a")
+    assert placed["c"].verdict == "failed"
+    assert placed["c"].reasons
+    assert placed["d"].verdict == "ok"
+    assert placed["d"].path == ("d", "b", "a")
+    assert placed["d"].matrix[0, 2] == 40
+    assert any("Bridged" in reason for reason in placed["d"].reasons)
+
+
+def test_failure_is_inherited_without_a_bridge():
+    pairs = {("a", "b"): pair(shift(10), verdict="failed"), ("b", "c"): pair(shift(10))}
+    placed = chain_to_reference(pairs, ["a", "b", "c"], "a")
+    assert placed["c"].verdict == "failed"
+    assert any("'b'" in reason for reason in placed["c"].reasons)
+
+
+def test_score_and_verdict_are_those_of_the_weakest_link():
+    pairs = {("a", "b"): pair(shift(1), score=0.3, verdict="weak"), ("b", "c"): pair(shift(1), score=0.8)}
+    placed = chain_to_reference(pairs, ["a", "b", "c"], "a")["c"]
+    assert (placed.score, placed.verdict) == (0.3, "weak")
+
+
+def test_points_follow_the_path(truth):
+    pairs = {("b", "a"): pair(between(truth, "b", "a")), ("c", "b"): pair(between(truth, "c", "b"))}
+    placed = chain_to_reference(pairs, NAMES[:3], "a")["c"]
+    points = np.array([[3.0, 4.0], [100.0, -20.0]])
+    expected = points @ placed.matrix[:2, :2].T + placed.matrix[:2, 2]
+    np.testing.assert_allclose(warp_along_path(points, placed.path, pairs), expected, atol=1e-9)
+    assert warp_along_path(np.zeros((0, 2)), placed.path, pairs).shape == (0, 2)
+
+
+def test_points_follow_deformations():
+    push = np.zeros((10, 10, 2), np.float32)
+    push[..., 0] = 7
+    field = DisplacementField(-push, push, (0.0, 0.0), 10.0)
+    pairs = {("a", "b"): PairResult(shift(10), "syn", {"verdict": "ok"}, field=field)}
+    np.testing.assert_allclose(warp_along_path([[30, 40]], ("b", "a"), pairs), [[47, 40]])
+    np.testing.assert_allclose(warp_along_path([[47, 40]], ("a", "b"), pairs), [[30, 40]])
+    np.testing.assert_allclose(warp_along_path([[500, 40]], ("b", "a"), pairs), [[510, 40]])  # outside: matrix only
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="'c'"):
+        chain_to_reference({("a", "b"): pair(shift(1))}, ["a", "b", "c"], "a")
+    with pytest.raises(ValueError, match="reference"):
+        chain_to_reference({}, ["a", "b"], "z")
+    with pytest.raises(ValueError, match="unique"):
+        chain_to_reference({}, ["a", "a"], "a")
+
+
+def test_single_section():
+    assert list(chain_to_reference({}, ["a"], "a")) == ["a"]

@@ -1,0 +1,83 @@
+"""Stacks with the answer built in, a stack where there is nothing to find, and the real data where they are."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anndata import AnnData
+from spatialdata import SpatialData
+
+import spatial_impute as si
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet():
+    si.settings.show_progress_bar = False
+    si.settings.verbosity = "warning"
+    si.settings.device = "cpu"
+    yield
+    si.settings.show_progress_bar = True
+    si.settings.verbosity = "info"
+    si.settings.device = None
+
+
+@pytest.fixture(scope="session")
+def synthetic(_quiet) -> tuple[SpatialData, AnnData]:
+    """Default synthetic stack and its truth. Shared: never write to it, take `stack` for that."""
+    return si.datasets.synthetic_stack(truth=True)
+
+
+@pytest.fixture(scope="session")
+def prepared(synthetic) -> SpatialData:
+    """Synthetic stack with registration, features and graph. Shared: never write to it, take `prepared_stack`."""
+    sdata = copy.deepcopy(synthetic[0])
+    si.tl.register_stack(sdata)
+    si.pp.extract_features(sdata)
+    si.tl.build_3d_graph(sdata)
+    return sdata
+
+
+@pytest.fixture
+def stack(synthetic) -> SpatialData:
+    """Copy of the synthetic stack, to write to."""
+    return copy.deepcopy(synthetic[0])
+
+
+@pytest.fixture
+def truth(synthetic) -> AnnData:
+    """What is true of all spots of `stack`."""
+    return synthetic[1]
+
+
+@pytest.fixture
+def prepared_stack(prepared) -> SpatialData:
+    """Copy of the prepared stack, to write to."""
+    return copy.deepcopy(prepared)
+
+
+@pytest.fixture
+def negative_control(prepared) -> SpatialData:
+    """Prepared stack whose measured expression is shuffled between spots: nothing can be predicted from it."""
+    sdata = copy.deepcopy(prepared)
+    table = sdata.tables["stack"]
+    rows = np.flatnonzero(table.obs["measured"])
+    shuffled = np.random.default_rng(0).permutation(rows)
+    table.layers["measured"][rows] = table.layers["measured"][shuffled]
+    return sdata
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real data, set as ``settings.data_dir``."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SPATIAL_IMPUTE_DATA_DIR", beside)).expanduser()
+    if not (folder / "her2st" / "ST-cnts").is_dir():
+        pytest.skip(f"HER2ST is not cached in {folder}; set SPATIAL_IMPUTE_DATA_DIR")
+    before = si.settings._data_dir
+    si.settings.data_dir = folder
+    yield folder
+    si.settings.data_dir = before

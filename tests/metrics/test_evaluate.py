@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import spatial_impute as si
+from spatial_impute.metrics._scores import pearson_by_gene, summarise
+
+
+@pytest.fixture
+def scored(stack, truth):
+    """Stack with a layer of known quality: truth plus noise, and one of the mean."""
+    table = stack.tables["stack"]
+    true = truth[table.obs_names, table.var_names].X.toarray().astype(np.float64)
+    noise = np.random.default_rng(0).normal(size=true.shape)
+    table.layers["close"] = (true + 0.5 * noise).astype(np.float32)
+    table.layers["flat"] = np.tile(np.nanmean(table.layers["measured"], axis=0), (len(true), 1)).astype(np.float32)
+    return stack
+
+
+def arrays(sdata, truth, layer: str, section: str) -> tuple[np.ndarray, np.ndarray]:
+    table = sdata.tables["stack"]
+    rows = (table.obs["section"] == section).to_numpy()
+    return table.layers[layer][rows].astype(float), truth[table.obs_names[rows], table.var_names].X.toarray().astype(float)
+
+
+def test_evaluate_scores_each_section_by_itself(scored, truth):
+    scores = si.metrics.evaluate(scored, truth, by="section")
+    assert list(scores.index.names) == ["layer", "section"]
+    assert set(scores.index) == {(layer, section) for layer in ("close", "flat") for section in ("s0", "s2")}
+    profile = np.nanmean(scored.tables["stack"].layers["measured"].astype(float), axis=0)
+    for layer, section in scores.index:
+        expected = summarise(*arrays(scored, truth, layer, section), profile)
+        for key, value in expected.items():
+            assert scores.loc[(layer, section), key] == pytest.approx(value, nan_ok=True), key
+
+
+def test_evaluate_by_layer_is_the_mean_over_sections(scored, truth):
+    by_section = si.metrics.evaluate(scored, truth, by="section")
+    by_layer = si.metrics.evaluate(scored, truth)
+    assert list(by_layer.index) == ["close", "flat"]
+    for layer in by_layer.index:
+        np.testing.assert_allclose(by_layer.loc[layer, "pearson_gene"], by_section.loc[layer, "pearson_gene"].mean())
+    assert by_layer.loc["close", "pearson_gene"] > 0.5
+    assert by_layer.loc["flat", "pearson_gene"] == 0
+    assert by_layer.loc["flat", "pearson_spot"] > 0.5
+    assert by_layer.loc["flat", "skill"] == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_by_gene_is_the_mean_over_sections(scored, truth):
+    table = si.metrics.evaluate(scored, truth, layers=["flat", "close"], by="gene")
+    assert list(table.columns) == ["flat", "close"]
+    assert list(table.index) == list(scored.tables["stack"].var_names)
+    expected = np.mean([pearson_by_gene(*arrays(scored, truth, "close", s)) for s in ("s0", "s2")], axis=0)
+    np.testing.assert_allclose(table["close"], expected)
+
+
+def test_evaluate_never_scores_measured_spots(scored, truth):
+    before = si.metrics.evaluate(scored, truth)
+    table = scored.tables["stack"]
+    table.layers["close"][table.obs["measured"].to_numpy()] = 99.0
+    pd.testing.assert_frame_equal(si.metrics.evaluate(scored, truth), before)
+
+
+def test_evaluate_of_a_measured_section_takes_its_unmeasured_spots(scored, truth):
+    table = scored.tables["stack"]
+    names = table.obs_names[table.obs["section"] == "s1"][:20]
+    table.obs.loc[names, "measured"] = False
+    scores = si.metrics.evaluate(scored, truth, sections=["s1"], by="section")
+    assert (scores["n_spots"] == 20).all()
+    assert set(si.metrics.evaluate(scored, truth, by="section").index.get_level_values("section")) == {"s0", "s2"}
+
+
+def test_evaluate_joins_by_name(scored, truth):
+    before = si.metrics.evaluate(scored, truth)
+    rng = np.random.default_rng(0)
+    turned = truth[rng.permutation(truth.n_obs), rng.permutation(truth.n_vars)].copy()
+    after = si.metrics.evaluate(scored, turned)
+    np.testing.assert_allclose(after, before, rtol=1e-9)
+
+
+def test_evaluate_leaves_out_what_the_truth_lacks(scored, truth):
+    names = scored.tables["stack"].obs_names
+    part = truth[[n for n in names if n != "s0_3"], :20].copy()
+    scores = si.metrics.evaluate(scored, part, by="section", layers="close")
+    n_s0 = (scored.tables["stack"].obs["section"] == "s0").sum()
+    assert scores.loc[("close", "s0"), "n_spots"] == n_s0 - 1
+    assert scores.loc[("close", "s0"), "n_genes"] == 20
+
+
+@pytest.mark.parametrize("make", [lambda x: x.toarray(), sparse.csc_matrix, lambda x: sparse.csr_array(x)])
+def test_evaluate_takes_truth_of_any_form(scored, truth, make):
+    other = truth.copy()
+    other.X = make(truth.X)
+    pd.testing.assert_frame_equal(si.metrics.evaluate(scored, other), si.metrics.evaluate(scored, truth))
+
+
+def test_evaluate_refuses_raw_counts_as_truth(scored, truth):
+    counts = truth.copy()
+    counts.X = counts.layers["counts"]
+    with pytest.raises(ValueError, match=r"`truth.X` must hold log-normalised expression, found raw counts"):
+        si.metrics.evaluate(scored, counts)
+
+
+def test_evaluate_names_what_does_not_exist(scored, truth):
+    with pytest.raises(KeyError, match=r"'asign' not found in .*layers`; available: \['close', 'flat', 'measured'\]"):
+        si.metrics.evaluate(scored, truth, layers="asign")
+    with pytest.raises(KeyError, match=r"'s9' not found in `the stack's sections`; available: \['s0', 's1', 's2'\]"):
+        si.metrics.evaluate(scored, truth, sections=["s9"])
+    with pytest.raises(ValueError, match=r"`by` must be one of \['gene', 'layer', 'section'\], found 'spot'"):
+        si.metrics.evaluate(scored, truth, by="spot")
+
+
+def test_evaluate_says_when_nothing_is_shared(scored, truth):
+    genes = truth.copy()
+    genes.var_names = [f"x{i}" for i in range(genes.n_vars)]
+    with pytest.raises(KeyError, match="shares no gene with the stack"):
+        si.metrics.evaluate(scored, genes)
+    spots = truth.copy()
+    spots.obs_names = [f"x{i}" for i in range(spots.n_obs)]
+    with pytest.raises(KeyError, match="no unmeasured spot of section 's0'"):
+        si.metrics.evaluate(scored, spots)
+
+
+def test_evaluate_says_when_nothing_is_to_score(scored, truth):
+    table = scored.tables["stack"]
+    table.layers["measured"] = np.nan_to_num(table.layers["measured"])
+    table.obs["measured"] = True
+    with pytest.raises((KeyError, ValueError), match="measured"):
+        si.metrics.evaluate(scored, truth)
+
+
+def test_evaluate_says_when_there_is_no_layer_to_score(stack, truth):
+    with pytest.raises((KeyError, ValueError), match="impute"):
+        si.metrics.evaluate(stack, truth)
+
+
+def test_evaluate_refuses_predictions_that_are_not_finite(scored, truth):
+    scored.tables["stack"].layers["close"][0, 0] = np.nan
+    with pytest.raises(ValueError, match="close"):
+        si.metrics.evaluate(scored, truth)
+
+
+def test_evaluate_writes_nothing(scored, truth):
+    before = repr(scored.tables["stack"])
+    si.metrics.evaluate(scored, truth)
+    assert repr(scored.tables["stack"]) == before
+
+
+def test_registration_quality_has_a_row_per_pair(prepared, stack):
+    quality = si.metrics.registration_quality(prepared)
+    assert list(quality.index.names) == ["fixed", "moving"]
+    assert {frozenset(pair) for pair in quality.index} == {frozenset({"s1", "s0"}), frozenset({"s1", "s2"})}
+    assert (quality["verdict"] == "ok").all()
+    with pytest.raises(KeyError, match="not registered.*si.tl.register_stack"):
+        si.metrics.registration_quality(stack)

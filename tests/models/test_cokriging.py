@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spatial_impute.models import _cokriging
+from spatial_impute.models._cokriging import cokriging
+from spatial_impute.models._spots import Spots
+
+
+def field_spots(
+    *, side: int = 16, noise: float = 0.3, seed: int = 0, features: bool = False, scale: float = 1.0, n_genes: int = 4
+) -> tuple[Spots, np.ndarray]:
+    """Two lattices over each other, the lower known; returns the true values of all spots."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(side, dtype=float), np.arange(side, dtype=float))
+    plane = np.column_stack([x.ravel(), y.ravel()])
+    xyz = np.concatenate([np.column_stack([plane + 0.3 * k, np.full(side**2, 0.2 * k)]) for k in (0, 1)])
+    waves = np.column_stack([np.sin(xyz[:, 0] / 2.5), np.cos(xyz[:, 1] / 3), np.sin((xyz[:, 0] + xyz[:, 1]) / 4)])
+    image = rng.normal(size=(len(xyz), 5))
+    signal = (image if features else waves) @ rng.normal(size=(5 if features else 3, n_genes))
+    signal += 2.0
+    known = np.repeat([True, False], side**2)
+    spots = Spots(
+        xyz=xyz * 100 * scale,
+        section=np.repeat([0, 1], side**2),
+        known=known,
+        expression=signal[known] + noise * rng.normal(size=(side**2, n_genes)),
+        spacing=100.0 * scale,
+        features=image if features else None,
+    )
+    return spots, signal
+
+
+def error(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
+    return float(np.mean((predicted[rows] - true[rows]) ** 2))
+
+
+def test_cokriging_recovers_a_smooth_field():
+    spots, true = field_spots()
+    predicted = cokriging(spots)
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert predicted.shape == true.shape
+    assert error(predicted, true, ~spots.known) < 0.1 * error(mean, true, ~spots.known)
+
+
+def test_cokriging_averages_noise_at_known_spots():
+    """It says what is expected, and at known spots that is better than the noisy measurement."""
+    spots, true = field_spots(noise=0.5)
+    predicted = cokriging(spots)
+    measured = np.zeros_like(true)
+    measured[spots.known] = spots.expression
+    assert error(predicted, true, spots.known) < 0.5 * error(measured, true, spots.known)
+
+
+def test_cokriging_reads_the_image():
+    spots, true = field_spots(features=True)
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert error(cokriging(spots), true, ~spots.known) < 0.15 * error(mean, true, ~spots.known)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("features", [False, True])
+def test_cokriging_of_noise_is_about_the_mean(seed, features):
+    spots, _ = field_spots(features=features)
+    rng = np.random.default_rng(seed)
+    noise = Spots(**(vars(spots) | {"expression": rng.normal(size=spots.expression.shape)}))
+    predicted = cokriging(noise) - noise.expression.mean(axis=0)
+    assert predicted[~spots.known].std() < 0.15
+
+
+def test_cokriging_of_constant_expression_is_that_constant():
+    spots, _ = field_spots(side=6)
+    constant = Spots(**(vars(spots) | {"expression": np.full(spots.expression.shape, 1.5)}))
+    np.testing.assert_allclose(cokriging(constant), 1.5)
+
+
+def test_cokriging_does_not_depend_on_the_unit_of_length():
+    a, b = (cokriging(field_spots(side=8, scale=scale)[0]) for scale in (1.0, 1e3))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_cokriging_shifts_with_expression():
+    spots, _ = field_spots(side=8)
+    moved = Spots(**(vars(spots) | {"expression": spots.expression + 10}))
+    np.testing.assert_allclose(cokriging(moved), cokriging(spots) + 10, atol=1e-4)
+
+
+def test_cokriging_of_more_known_spots_than_it_can_solve_agrees_with_exact(monkeypatch):
+    spots, true = field_spots()
+    exact = cokriging(spots)
+    monkeypatch.setattr(_cokriging, "_MAX_KNOWN", 128)
+    part = cokriging(spots)
+    assert not np.array_equal(part, exact)
+    for gene in range(true.shape[1]):
+        assert np.corrcoef(part[~spots.known, gene], exact[~spots.known, gene])[0, 1] > 0.9
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert error(part, true, ~spots.known) < 0.25 * error(mean, true, ~spots.known)
+    np.testing.assert_array_equal(part, cokriging(spots))
+
+
+def test_cokriging_in_blocks_of_rows_equals_whole(monkeypatch):
+    spots, _ = field_spots(side=8)
+    whole = cokriging(spots)
+    monkeypatch.setattr(_cokriging, "_ROWS_AT_A_TIME", 17)
+    np.testing.assert_allclose(cokriging(spots), whole, atol=1e-9)
+
+
+def test_cokriging_gradient_is_that_of_the_likelihood():
+    """The fit must end where no parameter can be improved."""
+    spots, _ = field_spots(side=8, features=True)
+    inputs = _cokriging._inputs(spots)[np.flatnonzero(spots.known)]
+    target = spots.expression[:, 0]
+    target = (target - target.mean()) / target.std()
+    theta = _cokriging._fit(inputs, target)
+
+    def posterior(theta: np.ndarray) -> float:
+        covariance = _cokriging._kernel(inputs, inputs, theta) + np.exp(theta[3]) * np.eye(len(target))
+        z = (theta - _cokriging._PRIOR_MEAN) / _cokriging._PRIOR_SD
+        return float(
+            -0.5 * target @ np.linalg.solve(covariance, target) - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * z @ z
+        )
+
+    best = posterior(theta)
+    for i in range(4):
+        for step in (-0.1, 0.1):
+            assert posterior(theta + step * np.eye(4)[i]) < best

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spatial_impute.models._spots import Spots, spatial_folds
+
+
+def spots_of(side: int = 8, n_sections: int = 2, known_sections=(0,)) -> Spots:
+    x, y = np.meshgrid(np.arange(side) * 100.0, np.arange(side) * 100.0)
+    plane = np.column_stack([x.ravel(), y.ravel()])
+    section = np.repeat(np.arange(n_sections), side**2)
+    known = np.isin(section, known_sections)
+    return Spots(
+        xyz=np.column_stack([np.tile(plane, (n_sections, 1)), section * 10.0]),
+        section=section,
+        known=known,
+        expression=np.arange(known.sum(), dtype=float)[:, None],
+        spacing=100.0,
+    )
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 5])
+def test_spatial_folds_hold_out_each_known_spot_once(n_folds):
+    spots = spots_of()
+    folds = spatial_folds(spots, n_folds=n_folds, block_spacings=2.0, seed=0)
+    assert len(folds) == n_folds
+    np.testing.assert_array_equal(np.sum(folds, axis=0), spots.known)
+    sizes = [fold.sum() for fold in folds]
+    assert max(sizes) - min(sizes) <= 4  # a block of 2 x 2
+
+
+def test_spatial_folds_hold_out_whole_blocks():
+    spots = spots_of()
+    folds = spatial_folds(spots, n_folds=4, block_spacings=2.0, seed=0)
+    block = (spots.xyz[:, :2] // 200).astype(int) @ [100, 1]
+    for fold in folds:
+        held = set(block[fold])
+        rest = set(block[spots.known & ~fold])
+        assert not held & rest
+
+
+def test_spatial_folds_take_known_sections_as_folds():
+    spots = spots_of(n_sections=4, known_sections=(0, 2, 3))
+    folds = spatial_folds(spots, n_folds=5, block_spacings=2.0, seed=0)
+    assert [set(spots.section[fold]) for fold in folds] == [{0}, {2}, {3}]
+    np.testing.assert_array_equal(np.sum(folds, axis=0), spots.known)
+
+
+def test_spatial_folds_follow_the_seed():
+    spots = spots_of()
+    a, b, c = (np.stack(spatial_folds(spots, n_folds=4, block_spacings=2.0, seed=s)) for s in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_spatial_folds_do_not_depend_on_where_unknown_spots_lie():
+    spots = spots_of()
+    moved = Spots(**(vars(spots) | {"xyz": spots.xyz + 1e4 * ~spots.known[:, None]}))
+    for one, two in zip(
+        *(spatial_folds(s, n_folds=4, block_spacings=2.0, seed=0) for s in (spots, moved)), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_spatial_folds_are_as_many_as_there_are_blocks():
+    folds = spatial_folds(spots_of(side=4), n_folds=9, block_spacings=2.0, seed=0)
+    assert len(folds) == 4
+
+
+def test_spatial_folds_say_when_there_are_too_few_spots():
+    with pytest.raises(ValueError, match=r"at least two blocks of measured spots, found 1 \(4 spots, blocks of 200 um\)"):
+        spatial_folds(spots_of(side=2), n_folds=5, block_spacings=2.0, seed=0)
+
+
+def test_spots_hide_makes_known_spots_unknown():
+    spots = spots_of()
+    rows = np.zeros(len(spots.known), bool)
+    rows[[0, 3, 100]] = True  # the last one is not known
+    hidden = spots.hide(rows)
+    np.testing.assert_array_equal(np.flatnonzero(spots.known & ~hidden.known), [0, 3])
+    np.testing.assert_array_equal(hidden.expression[:, 0], np.delete(np.arange(64.0), [0, 3]))
+    assert spots.known.sum() == 64
+    assert len(spots.expression) == 64

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from spatial_impute.models._propagation import propagate
+
+
+def path(n: int) -> sparse.csr_matrix:
+    return sparse.csr_matrix(np.diag(np.ones(n - 1), 1) + np.diag(np.ones(n - 1), -1))
+
+
+def random_graph(n: int = 40, *, seed: int = 0, density: float = 0.15) -> sparse.csr_matrix:
+    """Connected symmetric graph with weights in 0.1-2."""
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.uniform(0.1, 2, (n, n)) * (rng.random((n, n)) < density), 1)
+    chain = np.triu(path(n).toarray()) * rng.uniform(0.1, 2, (n, n))
+    return sparse.csr_matrix(np.maximum(upper, chain) + np.maximum(upper, chain).T)
+
+
+def mask(n: int, *known: int) -> np.ndarray:
+    return np.isin(np.arange(n), [i % n for i in known])
+
+
+def solve(weights: sparse.csr_matrix, known: np.ndarray, values: np.ndarray, leak: float) -> tuple[np.ndarray, np.ndarray]:
+    """The same fixed point by a direct solution."""
+    w = weights.toarray()
+    unknown = ~known
+    system = np.diag(w[unknown].sum(axis=1) + leak) - w[np.ix_(unknown, unknown)]
+    mass = np.linalg.solve(system, w[np.ix_(unknown, known)].sum(axis=1))
+    weighted = np.linalg.solve(system, w[np.ix_(unknown, known)] @ values)
+    return weighted / mass[:, None], mass
+
+
+def test_propagate_takes_the_mean_of_two_neighbours():
+    values, mass = propagate(path(3), mask(3, 0, 2), np.array([[1.0], [3.0]]), leak=0.0)
+    np.testing.assert_allclose(values[:, 0], [1, 2, 3], atol=1e-5)
+    np.testing.assert_allclose(mass, 1, atol=1e-5)
+
+
+def test_propagate_interpolates_along_a_path():
+    values, _ = propagate(path(4), mask(4, 0, 3), np.array([[0.0], [3.0]]), leak=0.0)
+    np.testing.assert_allclose(values[:, 0], [0, 1, 2, 3], atol=1e-4)
+
+
+def test_propagate_shifts_with_the_known_values():
+    values, _ = propagate(path(4), mask(4, 0, 3), np.array([[-6.0], [-3.0]]), leak=0.0)
+    np.testing.assert_allclose(values[:, 0], [-6, -5, -4, -3], atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [30, 100])
+def test_propagate_without_leak_converges_on_long_paths(n):
+    """To the harmonic solution, not to wherever the iterations happened to stop."""
+    values, mass = propagate(path(n), mask(n, 0, -1), np.array([[0.0], [1.0]]), leak=0.0)
+    np.testing.assert_allclose(values[:, 0], np.linspace(0, 1, n), atol=0.01)
+    np.testing.assert_allclose(mass, 1, atol=0.01)
+
+
+def test_propagate_keeps_a_single_negative_value_along_a_chain():
+    values, _ = propagate(path(12), mask(12, 0), np.array([[-5.0]]), leak=0.0)
+    np.testing.assert_allclose(values, -5, atol=1e-9)
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.1, 5.0])
+def test_propagate_from_one_known_spot_is_constant(leak):
+    values, mass = propagate(random_graph(), mask(40, 7), np.array([[2.0, -3.0]]), leak=leak)
+    np.testing.assert_allclose(values, np.broadcast_to([2.0, -3.0], (40, 2)), atol=1e-9)
+    assert mass[7] == 1
+    assert ((mass > 0) & (mass <= 1)).all()
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.1, 1.0])
+def test_propagate_equals_the_direct_solution(leak):
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    values, mass = propagate(graph, known, given_values, leak=leak)
+    expected, expected_mass = solve(graph, known, given_values, leak)
+    np.testing.assert_allclose(values[~known], expected, atol=1e-3)
+    np.testing.assert_allclose(mass[~known], expected_mass, atol=1e-3)
+    np.testing.assert_array_equal(values[known], given_values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), leak=st.sampled_from([0.0, 0.1, 2.0]), offset=st.floats(-50, 50))
+def test_propagate_stays_within_the_known_values(seed, leak, offset):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 25))
+    known = rng.random(n) < 0.3
+    known[0] = True
+    given_values = rng.normal(size=(known.sum(), 2)) + offset
+    values, mass = propagate(random_graph(n, seed=seed), known, given_values, leak=leak)
+    slack = 1e-6 * (1 + abs(offset))
+    assert (values >= given_values.min(axis=0) - slack).all()
+    assert (values <= given_values.max(axis=0) + slack).all()
+    assert ((mass >= 0) & (mass <= 1)).all()
+
+
+def test_propagate_flags_spots_that_nothing_reaches():
+    graph = sparse.block_diag([path(3), path(2), np.zeros((1, 1))]).tocsr()
+    values, mass = propagate(graph, mask(6, 0), np.array([[4.0]]))
+    np.testing.assert_allclose(values[:3], 4)
+    assert np.isnan(values[3:]).all()
+    assert (mass[3:] == 0).all()
+    assert (mass[:3] > 0).all()
+
+
+def test_propagate_explicit_zeros_are_no_edges():
+    graph = path(3)
+    graph.data[(graph.tocoo().row == 2) | (graph.tocoo().col == 2)] = 0
+    values, mass = propagate(graph, mask(3, 0), np.array([[1.0]]))
+    assert np.isnan(values[2, 0])
+    assert mass[2] == 0
+
+
+def test_propagate_of_all_known_is_the_identity():
+    given_values = np.random.default_rng(0).normal(size=(5, 2))
+    values, mass = propagate(path(5), np.ones(5, bool), given_values)
+    np.testing.assert_array_equal(values, given_values)
+    assert (mass == 1).all()
+
+
+def test_propagate_of_nothing_known_flags_all():
+    values, mass = propagate(path(5), np.zeros(5, bool), np.empty((0, 2)))
+    assert values.shape == (5, 2)
+    assert np.isnan(values).all()
+    assert (mass == 0).all()
+
+
+def test_propagate_is_linear_and_treats_genes_apart():
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    a, b = np.random.default_rng(0).normal(size=(2, 4, 2))
+    one, two = propagate(graph, known, a)[0], propagate(graph, known, b)[0]
+    np.testing.assert_allclose(propagate(graph, known, 2 * a - 3 * b)[0], 2 * one - 3 * two, atol=1e-4)
+    np.testing.assert_allclose(propagate(graph, known, a[:, :1])[0], one[:, :1], atol=1e-4)
+
+
+def test_propagate_is_equivariant_to_permutation():
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    full = np.full((40, 1), np.nan)
+    full[known] = np.random.default_rng(0).normal(size=(4, 1))
+    order = np.random.default_rng(1).permutation(40)
+    values, mass = propagate(graph, known, full[known])
+    turned, turned_mass = propagate(graph[order][:, order], known[order], full[order][known[order]])
+    np.testing.assert_allclose(turned, values[order], atol=1e-8)
+    np.testing.assert_allclose(turned_mass, mass[order], atol=1e-8)
+
+
+def test_propagate_without_leak_ignores_the_scale_of_a_row():
+    graph, known = random_graph(), mask(40, 0, 5, 11)
+    given_values = np.random.default_rng(0).normal(size=(3, 2))
+    scaled = sparse.diags(np.random.default_rng(1).uniform(0.5, 4, 40)) @ graph
+    np.testing.assert_allclose(
+        propagate(scaled.tocsr(), known, given_values, leak=0.0)[0], propagate(graph, known, given_values, leak=0.0)[0], atol=1e-4
+    )
+
+
+def test_propagate_leaves_nothing_of_where_it_started():
+    """Few known neighbours everywhere: what is left of the start after 20 steps would be (5/6)^20 = 2.6 %."""
+    n = 60
+    weights = sparse.csr_matrix((np.ones((n, n)) - np.eye(n)))
+    known = np.arange(n) < n // 6
+    values, _ = propagate(weights, known, np.full((n // 6, 1), 7.0), leak=0.0)
+    np.testing.assert_allclose(values, 7, atol=1e-8)
+    given_values = np.linspace(5, 9, n // 6)[:, None]
+    values, _ = propagate(weights, known, given_values, leak=0.0)
+    np.testing.assert_allclose(values[~known], 7, atol=1e-3)
+
+
+def test_propagate_support_falls_with_distance_and_weak_edges():
+    _, mass = propagate(path(8), mask(8, 0), np.array([[1.0]]))
+    assert (np.diff(mass) < 0).all()
+    _, weak = propagate(path(8) * 0.1, mask(8, 0), np.array([[1.0]]))
+    assert (weak[1:] < mass[1:]).all()
+
+
+def test_propagate_leak_favours_the_near_value():
+    known, given_values = mask(5, 0, 4), np.array([[0.0], [1.0]])
+    leaky, _ = propagate(path(5), known, given_values, leak=1.0)
+    assert leaky[1, 0] < 0.25 - 0.05
+    assert leaky[2, 0] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_propagate_leaves_its_input():
+    graph, known, given_values = random_graph(), mask(40, 0, 5), np.ones((2, 1))
+    before = graph.copy()
+    propagate(graph, known, given_values)
+    assert abs(graph - before).max() == 0
+    assert (given_values == 1).all()

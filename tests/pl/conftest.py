@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+import spatial_impute as si
+
+
+@pytest.fixture(autouse=True)
+def _agg():
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="session")
+def plot_stack():
+    """Registered stack with a kernel baseline, and with what impute_3d writes (made up: plots only read it)."""
+    sdata, _ = si.datasets.synthetic_stack(truth=True)
+    # A coarse search is enough for pictures and takes a third of the time.
+    quick = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "search_side": 96}
+    si.tl.register_stack(sdata, method="rigid", registration_params=quick, show_progress_bar=False)
+    si.tl.impute_baseline(sdata, "kernel")
+    table = sdata.tables["stack"]
+    table.layers["asign"] = table.layers["baseline_kernel"].copy()
+    table.obs["imputation_support"] = np.where(table.obs["measured"], 1.0, 0.6)
+    table.var["imputation_r"] = np.linspace(0.9, 0.0, table.n_vars)
+    table.uns["asign"] = {"base": "kernel"}
+    return sdata
+
+
+@pytest.fixture
+def unregistered(plot_stack, monkeypatch):
+    """The same stack before registration."""
+    ours = plot_stack.attrs["spatial_impute"]
+    monkeypatch.setitem(ours, "stack", {**ours["stack"], "registration": None})
+    return plot_stack

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.collections import EllipseCollection
+
+import spatial_impute as si
+
+GENES = ["smooth_0", "texture_12"]
+
+
+def spots_of(ax):
+    return next(c for c in ax.collections if isinstance(c, EllipseCollection))
+
+
+def test_imputed_rows_columns_and_labels(plot_stack):
+    axes = si.pl.imputed(plot_stack, GENES, return_ax=True)
+    assert axes.shape == (3, 3)
+    assert [ax.get_title() for ax in axes[0]] == ["s0\nz = 0 µm", "s1 (measured)\nz = 20 µm", "s2\nz = 40 µm"]
+    r = plot_stack.tables["stack"].var["imputation_r"]
+    expected = [f"{gene}\nr = {r[gene]:.2f}" for gene in GENES]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == [*expected, "imputation\nsupport"]
+
+
+def test_imputed_marks_measured_sections(plot_stack):
+    axes = si.pl.imputed(plot_stack, GENES, return_ax=True)
+    for row in axes:
+        assert [ax.spines["left"].get_visible() for ax in row] == [False, True, False]
+    assert [ax.title.get_fontweight() for ax in axes[0]] == ["normal", "bold", "normal"]
+
+
+def test_imputed_spots_in_the_common_frame(plot_stack):
+    table = plot_stack.tables["stack"]
+    axes = si.pl.imputed(plot_stack, "smooth_0", show_support=False, return_ax=True)
+    assert axes.shape == (1, 3)
+    for ax, name in zip(axes[0], ["s0", "s1", "s2"], strict=True):
+        rows = (table.obs["section"] == name).to_numpy()
+        np.testing.assert_allclose(spots_of(ax).get_offsets(), table.obsm["spatial_3d"][rows, :2])
+        np.testing.assert_allclose(spots_of(ax).get_array(), table[rows, "smooth_0"].layers["asign"].ravel())
+        np.testing.assert_allclose(spots_of(ax).get_widths(), 100.0, rtol=1e-6)  # rigid: size is kept
+        assert ax.get_ylim()[0] > ax.get_ylim()[1]
+        assert ax.get_aspect() == 1
+
+
+def test_imputed_colour_scale_is_shared_by_sections(plot_stack):
+    values = np.asarray(plot_stack.tables["stack"][:, GENES].layers["asign"])
+    axes = si.pl.imputed(plot_stack, GENES, return_ax=True)
+    for k in range(2):
+        limits = {spots_of(ax).get_clim() for ax in axes[k]}
+        assert len(limits) == 1
+        assert limits.pop() == pytest.approx(tuple(np.percentile(values[:, k], [1, 99])))
+    assert {spots_of(ax).get_clim() for ax in axes[2]} == {(0, 1)}
+
+
+def test_imputed_limits_per_gene(plot_stack):
+    values = np.asarray(plot_stack.tables["stack"][:, GENES].layers["asign"])
+    axes = si.pl.imputed(plot_stack, GENES, vmin=0, vmax=[5.0, None], return_ax=True)
+    assert spots_of(axes[0, 0]).get_clim() == (0, 5)
+    assert spots_of(axes[1, 0]).get_clim() == pytest.approx((0, values[:, 1].max()))
+
+
+def test_imputed_colourbar_has_units(plot_stack):
+    axes = si.pl.imputed(plot_stack, GENES, show_support=False, return_ax=True)
+    bars = [ax for ax in axes[0, 0].figure.axes if ax not in axes.ravel()]
+    assert len(bars) == 2
+    units = plot_stack.tables["stack"].uns["normalization"]["units"]
+    assert all(bar.get_ylabel().replace("\n", " ") == units for bar in bars)
+
+
+def test_imputed_baseline_shows_no_r_of_another_layer(plot_stack):
+    axes = si.pl.imputed(plot_stack, "smooth_0", layer="baseline_kernel", return_ax=True)
+    assert axes[0, 0].get_ylabel() == "smooth_0"
+
+
+def test_imputed_without_support(plot_stack, monkeypatch):
+    table = plot_stack.tables["stack"]
+    kept = table.obs.copy()
+    table.obs = table.obs.drop(columns="imputation_support")
+    try:
+        assert si.pl.imputed(plot_stack, GENES, return_ax=True).shape == (2, 3)
+    finally:
+        table.obs = kept
+
+
+def test_imputed_unmeasured_spots_are_grey(plot_stack):
+    axes = si.pl.imputed(plot_stack, "smooth_0", layer="measured", show_support=False, return_ax=True)
+    axes[0, 0].figure.draw_without_rendering()
+    np.testing.assert_allclose(spots_of(axes[0, 0]).get_facecolor()[:, :3], 0.85)
+
+
+def test_imputed_sections_size_title_and_save(plot_stack, tmp_path):
+    save = tmp_path / "imputed.pdf"
+    axes = si.pl.imputed(
+        plot_stack, GENES, sections=["s2", "s0"], size=1.5, title=["a", "b"], save=save, return_ax=True
+    )
+    assert [ax.get_title() for ax in axes[0]] == ["a", "b"]
+    np.testing.assert_allclose(spots_of(axes[0, 0]).get_widths(), 150.0, rtol=1e-6)
+    assert save.read_bytes().startswith(b"%PDF")
+
+
+def test_imputed_reads_only(plot_stack):
+    table = plot_stack.tables["stack"]
+    before = table.layers["asign"].copy(), list(table.obs.columns), list(table.uns), str(plot_stack)
+    si.pl.imputed(plot_stack, GENES)
+    np.testing.assert_array_equal(table.layers["asign"], before[0])
+    assert (list(table.obs.columns), list(table.uns), str(plot_stack)) == before[1:]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "match"),
+    [
+        (["TP53"], {}, KeyError, r"'TP53' not found.*smooth_0.*select_genes"),
+        ([[]], {}, ValueError, "`genes` is empty"),
+        (["smooth_0"], {"layer": "nope"}, KeyError, r"'nope' not found.*'asign'.*impute_3d"),
+        (["smooth_0"], {"sections": "s9"}, KeyError, r"'s9' not found"),
+        ([GENES], {"vmax": [1, 2, 3]}, ValueError, "`vmax` must be one limit or one per gene"),
+        (["smooth_0"], {"size": 0}, ValueError, "`size` must be a positive number"),
+    ],
+)
+def test_imputed_errors(plot_stack, args, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        si.pl.imputed(plot_stack, *args, **kwargs)
+
+
+def test_imputed_unregistered(plot_stack):
+    table = plot_stack.tables["stack"]
+    kept = table.obsm.pop("spatial_3d")
+    try:
+        with pytest.raises(KeyError, match=r"'spatial_3d' not found.*si\.tl\.register_stack"):
+            si.pl.imputed(plot_stack, "smooth_0")
+    finally:
+        table.obsm["spatial_3d"] = kept

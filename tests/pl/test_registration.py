@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import spatial_impute as si
+from spatial_impute.pl._canvas import Canvas, Scan
+
+
+def test_registration_rows_and_their_text(plot_stack):
+    axes = si.pl.registration(plot_stack, return_ax=True)
+    assert axes.shape == (2, 3)
+    assert [ax.get_title() for ax in axes[0]] == ["before", "after", "checkerboard, after"]
+    record = plot_stack.attrs["spatial_impute"]["stack"]["registration"]["sections"]
+    for ax, name in zip(axes[:, 0], ["s0", "s2"], strict=True):
+        text = ax.get_ylabel()
+        assert text.startswith(f"{name}: {record[name]['verdict']}\n{record[name]['route']}")
+        assert text.endswith(f"score {record[name]['score']:.2f}")
+        before, after = (float(part) for part in text.split("Dice ")[1].split("\n")[0].split(" → "))
+        assert 0.5 < before < after <= 1
+
+
+def test_registration_dice_is_that_of_the_quality_table(plot_stack):
+    quality = si.metrics.registration_quality(plot_stack).loc[("s1", "s0")]
+    text = si.pl.registration(plot_stack, sections="s0", return_ax=True)[0, 0].get_ylabel()
+    after = float(text.split(" → ")[1].split("\n")[0])
+    assert after == pytest.approx(quality["dice_after"], abs=0.02)
+
+
+def test_registration_overlay_agrees_more_after_than_before(plot_stack):
+    axes = si.pl.registration(plot_stack, return_ax=True)
+
+    def disagreement(ax):
+        picture = np.asarray(ax.images[0].get_array(), dtype=float)
+        return np.abs(picture[..., 0] - picture[..., 1]).mean()  # green ink against magenta ink
+
+    for row in axes:
+        assert disagreement(row[1]) < 0.8 * disagreement(row[0])
+
+
+def test_registration_panels_share_frame_with_y_down(plot_stack):
+    axes = si.pl.registration(plot_stack, return_ax=True).ravel()
+    limits = [[*ax.get_xlim(), *ax.get_ylim()] for ax in axes]
+    np.testing.assert_allclose(limits, [limits[0]] * 6)
+    assert limits[0][2] > limits[0][3]
+    legend = axes[4].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["s1 (reference)", "section", "both"]
+
+
+def test_registration_title_sections_and_save(plot_stack, tmp_path):
+    save = tmp_path / "registration.png"
+    axes = si.pl.registration(plot_stack, sections=["s1", "s2"], title="mine", save=save, return_ax=True)
+    assert axes.shape == (1, 3)
+    assert axes[0, 0].get_ylabel() == "mine"
+    assert save.stat().st_size > 10_000
+
+
+def test_registration_resampling_is_exact_at_pixel_centres():
+    """A section twice as coarse, moved by (40, -10) um, on a canvas of pixel 5 um: compared with the true function."""
+    size = 10.0
+    y, x = np.mgrid[:30, :40]
+    gradient = (3.0 * (x + 0.5) + 2.0 * (y + 0.5)) * size  # linear in um, so bilinear sampling is exact
+    rgb = np.repeat(gradient[..., None], 3, axis=2)
+    scan = Scan(rgb, gradient, np.ones((30, 40), bool), np.diag([size, size, 1.0]))
+    matrix = np.array([[1, 0, 40.0], [0, 1, -10.0], [0, 0, 1]])
+    canvas = Canvas(x0=100, y0=50, width=200, height=150, pixel=5.0)
+    drawn = canvas.draw(scan, matrix)
+    assert drawn.stain.shape == (30, 40)
+    cy, cx = (np.mgrid[:30, :40] + 0.5) * 5.0
+    expected = 3.0 * (cx + 100 - 40) + 2.0 * (cy + 50 + 10)
+    np.testing.assert_allclose(drawn.stain, expected, rtol=1e-5)
+    np.testing.assert_allclose(drawn.rgb[..., 0], expected, rtol=1e-5)
+
+
+def test_registration_unregistered(unregistered):
+    with pytest.raises(KeyError, match=r"not registered.*si\.tl\.register_stack"):
+        si.pl.registration(unregistered)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"sections": "s9"}, KeyError, r"'s9' not found.*\['s0', 's1', 's2'\]"),
+        ({"sections": "s1"}, ValueError, "Nothing to compare with the reference 's1'"),
+        ({"n_tiles": 1}, ValueError, "`n_tiles` must be at least 2"),
+        ({"title": "one"}, ValueError, "one entry per section"),
+    ],
+)
+def test_registration_errors(plot_stack, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        si.pl.registration(plot_stack, **kwargs)

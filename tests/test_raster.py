@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+from spatialdata.models import Image2DModel
+
+from spatial_impute import _raster
+from spatial_impute._geometry import apply_affine, scaling
+from spatial_impute._raster import Level, best_level, image_levels, iter_patches, read_thumbnail, read_window, to_rgb
+
+RAMP = np.array([0.5, 0.25, 10.0])  # value = 0.5 x + 0.25 y + 10, in pixels from the corner
+
+
+def ramp(height: int, width: int, dtype=np.float32) -> np.ndarray:
+    """(3, y, x) image that is linear in the position of the pixel centres; channels are offset by 1."""
+    y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+    plane = RAMP[0] * x + RAMP[1] * y + RAMP[2]
+    return np.stack([plane, plane + 1, plane + 2]).astype(dtype)
+
+
+def value_at(pixels: np.ndarray) -> np.ndarray:
+    return pixels @ RAMP[:2] + RAMP[2]
+
+
+def level_of(array: np.ndarray, to_um: np.ndarray | None = None, chunks: int | None = None) -> Level:
+    data = array if chunks is None else da.from_array(array, chunks=(-1, chunks, chunks))
+    return Level(xr.DataArray(data, dims=("c", "y", "x")), scaling(1.0) if to_um is None else to_um)
+
+
+def patch_positions(centers: np.ndarray, side: float, n_px: int) -> np.ndarray:
+    """(n, n_px, n_px, 2) um: middle of every pixel of every patch."""
+    offset = (np.arange(n_px) + 0.5) / n_px * side - side / 2
+    x, y = np.meshgrid(offset, offset)
+    return centers[:, None, None] + np.stack([x, y], axis=-1)
+
+
+def read_patches(levels: list[Level], centers: np.ndarray, side: float, n_px: int) -> np.ndarray:
+    result = np.full((len(centers), n_px, n_px, 3), np.nan, dtype=np.float32)
+    for index, patches in iter_patches(levels, centers, side, n_px):
+        assert np.isnan(result[index]).all()  # each patch comes once
+        result[index] = patches
+    return result
+
+
+def test_level_shape_and_pixel_size():
+    level = level_of(np.zeros((3, 5, 7)), scaling(0.5))
+    assert level.shape == (5, 7)
+    assert level.pixel_size == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (101, 77), (67, 130)])
+def test_image_levels_of_odd_pyramids_lie_on_each_other(size):
+    """To within a pixel of the level: spatialdata trims odd sizes at the left and top and keeps no record of it."""
+    element = Image2DModel.parse(ramp(*size), dims=("c", "y", "x"), scale_factors=[2, 2])
+    levels = image_levels(element, scaling(0.5))
+    assert [level.pixel_size for level in levels] == pytest.approx([0.5, 1.0, 2.0])
+    for level in levels:
+        height, width = level.shape
+        pixels = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1).reshape(-1, 2)
+        in_full_resolution = apply_affine(pixels, level.to_um) / 0.5
+        read = read_window(level, 0, height, 0, width)[..., 0].ravel()
+        lost = max(0.0, level.pixel_size / 0.5 - 1) * any(n % 2 for n in size)
+        np.testing.assert_allclose(read, value_at(in_full_resolution), atol=1e-3 + RAMP[:2].sum() * lost)
+
+
+def test_image_levels_of_levels_that_are_rounded_up():
+    # libjpeg rounds sizes up: 101 -> 51 -> 26.
+    arrays = {f"scale{i}": np.zeros((3, n, n), np.uint8) for i, n in enumerate((101, 51, 26))}
+    tree = xr.DataTree.from_dict(
+        {key: xr.Dataset({"image": (("c", "y", "x"), value)}) for key, value in arrays.items()}
+    )
+    assert [level.pixel_size for level in image_levels(tree, scaling(1.0))] == pytest.approx([1, 2, 4])
+
+
+def test_image_levels_of_one_scale_keeps_the_affine():
+    matrix = np.array([[0, -2.0, 5], [2, 0, 7], [0, 0, 1]])
+    element = Image2DModel.parse(np.zeros((3, 8, 9), np.uint8), dims=("c", "y", "x"))
+    (level,) = image_levels(element, matrix)
+    np.testing.assert_array_equal(level.to_um, matrix)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(0.1, 0.5), (0.5, 0.5), (0.99, 0.5), (1.0, 1.0), (3.9, 2.0), (50, 4.0)])
+def test_best_level_is_the_coarsest_that_is_fine_enough(wanted, expected):
+    levels = [level_of(np.zeros((3, 8, 8)), scaling(s)) for s in (0.5, 1.0, 2.0, 4.0)]
+    assert best_level(levels, wanted).pixel_size == pytest.approx(expected)
+
+
+def test_to_rgb_repeats_grey_and_drops_alpha():
+    grey = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    np.testing.assert_array_equal(to_rgb(grey), np.repeat(grey[0][..., None], 3, axis=2))
+    rgba = np.stack([np.full((2, 2), v, np.uint8) for v in (1, 2, 3, 200)])
+    np.testing.assert_array_equal(to_rgb(rgba), np.broadcast_to([1, 2, 3], (2, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535), (np.uint32, 2**32 - 1), (np.float32, 1.0), (np.float64, 255.0)]
+)
+def test_to_rgb_brings_every_depth_to_255(dtype, white):
+    array = np.array([0, 0.5 * white, white], dtype=dtype).reshape(1, 1, 3)
+    result = to_rgb(array)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[0, :, 0], [0, 127.5, 255], atol=0.51)
+
+
+@pytest.mark.parametrize("channels", [2, 5, 16])
+def test_to_rgb_rejects_other_numbers_of_channels(channels):
+    with pytest.raises(ValueError, match=f"1, 3 or 4 channels, found {channels}"):
+        to_rgb(np.zeros((channels, 2, 2), np.uint8))
+
+
+def test_read_window_of_float_image_does_not_depend_on_what_else_is_read():
+    """A float image in 0-255 with a black corner: the corner alone must not be taken for an image in 0-1."""
+    array = np.full((3, 8, 8), 200.0, np.float32)
+    array[:, :4, :4] = 0.5
+    level = level_of(array)
+    whole = read_window(level, 0, 8, 0, 8)
+    np.testing.assert_array_equal(read_window(level, 0, 4, 0, 4), whole[:4, :4])
+
+
+def test_read_window_reads_the_pixels_asked_for():
+    array = np.random.default_rng(0).integers(0, 255, (3, 9, 11), dtype=np.uint8)
+    for level in (level_of(array), level_of(array, chunks=4)):
+        np.testing.assert_array_equal(read_window(level, 2, 7, 3, 11), np.moveaxis(array[:, 2:7, 3:11], 0, -1))
+
+
+@pytest.mark.parametrize("chunks", [None, 16, 50])
+def test_read_thumbnail_takes_area_means(chunks):
+    array = np.random.default_rng(0).integers(0, 255, (3, 103, 77), dtype=np.uint8)
+    rgb, to_um = read_thumbnail([level_of(array, scaling(0.5), chunks)], 2.0)
+    expected = array[:, :100, :76].reshape(3, 25, 4, 19, 4).mean(axis=(2, 4))
+    assert rgb.dtype == np.float32
+    np.testing.assert_allclose(rgb, np.moveaxis(expected, 0, -1), rtol=1e-6)
+    np.testing.assert_allclose(to_um, scaling(2.0))
+
+
+def test_read_thumbnail_in_strips_equals_that_in_one_piece(monkeypatch):
+    level = level_of(ramp(200, 60), scaling(0.5), chunks=32)
+    whole, _ = read_thumbnail([level], 1.5)
+    monkeypatch.setattr(_raster, "_TILE", 16)
+    strips, _ = read_thumbnail([level], 1.5)
+    np.testing.assert_array_equal(strips, whole)
+
+
+def test_read_thumbnail_of_ramp_is_the_ramp():
+    matrix = np.array([[0, -0.5, 40], [0.5, 0, 3], [0, 0, 1]])
+    rgb, to_um = read_thumbnail([level_of(ramp(90, 70), matrix)], 2.5)
+    height, width = rgb.shape[:2]
+    assert (height, width) == (18, 14)
+    pixels = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1).reshape(-1, 2)
+    in_full_resolution = apply_affine(apply_affine(pixels, to_um), np.linalg.inv(matrix))
+    np.testing.assert_allclose(rgb[..., 0].ravel(), value_at(in_full_resolution), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mpp", [0.1, 0.25, 0.3, 0.344, 0.499, 0.688, 0.7])
+@pytest.mark.parametrize("factor", [2, 3, 5, 6, 9, 10])
+def test_read_thumbnail_averages_the_whole_factor_asked_for(mpp, factor):
+    """Multiples of the pixel size must not fall to the next lower factor by rounding."""
+    _, to_um = read_thumbnail([level_of(np.zeros((1, 60, 60), np.uint8), scaling(mpp))], factor * mpp)
+    assert to_um[0, 0] == pytest.approx(factor * mpp)
+
+
+def test_read_thumbnail_never_goes_below_one_pixel():
+    rgb, _ = read_thumbnail([level_of(ramp(3, 5))], 1000.0)
+    assert rgb.shape[0] >= 1
+    assert rgb.shape[1] >= 1
+
+
+def test_read_thumbnail_uses_the_pyramid():
+    fine = level_of(np.zeros((3, 64, 64), np.uint8), scaling(1.0))
+    coarse = level_of(np.full((3, 16, 16), 9, np.uint8), scaling(4.0))
+    rgb, to_um = read_thumbnail([fine, coarse], 4.0)
+    assert (rgb == 9).all()
+    np.testing.assert_allclose(to_um, scaling(4.0))
+
+
+@pytest.mark.parametrize("side", [8.0, 11.0])
+@pytest.mark.parametrize("n_px", [8, 5])
+def test_iter_patches_reads_a_ramp_exactly(side, n_px):
+    centers = np.array([[30.0, 20.0], [31.3, 22.7], [50.25, 40.5]])
+    found = read_patches([level_of(ramp(80, 90))], centers, side, n_px)
+    expected = value_at(patch_positions(centers, side, n_px))
+    for channel in range(3):
+        np.testing.assert_allclose(found[..., channel], expected + channel, rtol=1e-5)
+
+
+def test_iter_patches_of_whole_pixels_are_the_pixels():
+    array = np.random.default_rng(0).integers(0, 255, (3, 40, 50), dtype=np.uint8)
+    found = read_patches([level_of(array)], np.array([[20.0, 12.0]]), 8.0, 8)
+    np.testing.assert_array_equal(found[0], np.moveaxis(array[:, 8:16, 16:24], 0, -1))
+
+
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+@pytest.mark.parametrize("degrees", [0, 30, 90, 200])
+def test_iter_patches_follow_the_axes_of_a_rotated_or_flipped_section(degrees, flip):
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    matrix = np.array([[c, -s, 3], [s, c, -8], [0, 0, 1.0]]) @ np.diag([0.5 * flip, 0.5, 1])
+    centers = apply_affine(np.array([[60.0, 50.0], [48.0, 61.0]]), matrix)
+    found = read_patches([level_of(ramp(110, 120), matrix)], centers, 12.0, 6)
+    pixels = apply_affine(patch_positions(centers, 12.0, 6).reshape(-1, 2), np.linalg.inv(matrix))
+    np.testing.assert_allclose(found[..., 0].ravel(), value_at(pixels), rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [None, 24])
+def test_iter_patches_by_tile_equal_those_in_one_read(monkeypatch, chunks):
+    level = level_of(np.random.default_rng(1).integers(0, 255, (3, 150, 170), dtype=np.uint8), chunks=chunks)
+    centers = np.random.default_rng(2).uniform(-3, 170, (60, 2))
+    whole = read_patches([level], centers, 20.0, 7)
+    monkeypatch.setattr(_raster, "_TILE", 32)
+    np.testing.assert_array_equal(read_patches([level], centers, 20.0, 7), whole)
+    if chunks is not None:
+        assert len(list(iter_patches([level], centers, 20.0, 7))) > 10
+
+
+def test_iter_patches_repeats_the_rim_beyond_the_image():
+    array = ramp(30, 30)
+    centers = np.array([[0.0, 15.0], [30.0, 30.0]])
+    found = read_patches([level_of(array)], centers, 10.0, 10)
+    np.testing.assert_allclose(found[0, :, :5], np.repeat(found[0, :, 5:6], 5, axis=1))
+    np.testing.assert_allclose(found[0, :, 5:, 0], array[0, 10:20, :5])
+    assert (found[1, 5:, 5:] == array[:, -1, -1]).all()
+
+
+def test_iter_patches_of_image_smaller_than_the_patch():
+    found = read_patches([level_of(np.full((3, 1, 2), 7, np.uint8))], np.array([[1.0, 0.5]]), 40.0, 9)
+    assert (found == 7).all()
+
+
+def test_iter_patches_reads_the_coarse_level_for_large_fields():
+    fine = level_of(np.zeros((3, 64, 64), np.uint8))
+    coarse = level_of(np.full((3, 16, 16), 9, np.uint8), scaling(4.0))
+    centers = np.array([[32.0, 32.0]])
+    assert (read_patches([fine, coarse], centers, 40.0, 10) == 9).all()
+    assert (read_patches([fine, coarse], centers, 10.0, 10) == 0).all()
+
+
+def test_iter_patches_of_no_center_yields_nothing():
+    assert list(iter_patches([level_of(ramp(9, 9))], np.empty((0, 2)), 4.0, 4)) == []
+
+
+def test_iter_patches_memory_does_not_grow_with_the_spots_of_a_tile():
+    """Millions of bins: a tile of 1 mm holds 15,000 bins of 8 um, whose patches must not all be made at once."""
+    level = level_of(np.zeros((3, 256, 256), np.uint8))
+    centers = np.random.default_rng(0).uniform(0, 256, (16_000, 2))
+    tracemalloc.start()
+    n_seen = sum(len(index) for index, _ in iter_patches([level], centers, 8.0, 16))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_seen == len(centers)
+    assert peak < 200e6
