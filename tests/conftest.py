@@ -13,6 +13,8 @@ from spatialdata import SpatialData
 
 import spatial_impute as si
 
+os.environ.setdefault("MPLBACKEND", "agg")  # before anything draws
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
@@ -68,6 +70,29 @@ def negative_control(prepared) -> SpatialData:
     shuffled = np.random.default_rng(0).permutation(rows)
     table.layers["measured"][rows] = table.layers["measured"][shuffled]
     return sdata
+
+
+@pytest.fixture(scope="session")
+def small_prepared(_quiet) -> SpatialData:
+    """Three small sections with registration, features and graph, for tests that fit. Shared: never write to it."""
+    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9)
+    si.tl.register_stack(sdata, method="rigid")
+    si.pp.extract_features(sdata)
+    si.tl.build_3d_graph(sdata)
+    return sdata
+
+
+@pytest.fixture
+def small_stack(small_prepared) -> SpatialData:
+    """Copy of the small prepared stack, to write to."""
+    return copy.deepcopy(small_prepared)
+
+
+@pytest.fixture(scope="session")
+def quick_params() -> dict[str, int]:
+    """`model_params` of the smallest and shortest fit: enough to see what reaches the output, not to be good."""
+    wanted = {"n_steps": 5, "n_epochs": 5, "width": 8, "n_heads": 2, "n_folds": 2}
+    return {key: value for key, value in wanted.items() if key in si.models.AsignParams.__dataclass_fields__}
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,9 @@ def write_ome_zarr(path: Path, image: np.ndarray, *, version: str, unit: str | N
     for i, array in enumerate((np.moveaxis(image, -1, 0), np.moveaxis(image[::2, ::2], -1, 0))):
         group.create_array(str(i), data=np.ascontiguousarray(array))
         factor = scale * 2**i
-        datasets.append({"path": str(i), "coordinateTransformations": [{"type": "scale", "scale": [1, factor, factor]}]})
+        datasets.append(
+            {"path": str(i), "coordinateTransformations": [{"type": "scale", "scale": [1, factor, factor]}]}
+        )
     multiscales = [{"axes": axes, "datasets": datasets, "version": version}]
     group.attrs.update({"multiscales": multiscales} if version == "0.4" else {"ome": {"multiscales": multiscales}})
 
@@ -48,9 +50,7 @@ def test_open_image_reads_tiff(tmp_path, name):
 @pytest.mark.parametrize(("unit", "per_um"), [("CENTIMETER", 1e4), ("INCH", 25_400.0)])
 def test_open_image_reads_pixel_size_from_tiff_resolution(tmp_path, unit, per_um):
     resolution = (per_um / 0.25, per_um / 0.25)
-    tifffile.imwrite(
-        tmp_path / "a.tif", picture(20, 30), photometric="rgb", resolution=resolution, resolutionunit=unit
-    )
+    tifffile.imwrite(tmp_path / "a.tif", picture(20, 30), photometric="rgb", resolution=resolution, resolutionunit=unit)
     assert open_image(tmp_path / "a.tif").mpp == pytest.approx(0.25)
 
 
@@ -63,7 +63,8 @@ def test_open_image_takes_no_pixel_size_from_screen_resolutions(tmp_path, dpi):
 
 
 @pytest.mark.parametrize(
-    ("size", "unit", "expected"), [(0.325, "µm", 0.325), (325, "nm", 0.325), (0.0005, "mm", 0.5), (3.25e-05, "cm", 0.325)]
+    ("size", "unit", "expected"),
+    [(0.325, "µm", 0.325), (325, "nm", 0.325), (0.0005, "mm", 0.5), (3.25e-05, "cm", 0.325)],
 )
 def test_open_image_reads_pixel_size_from_ome_xml(tmp_path, size, unit, expected):
     metadata = {"axes": "YXS", "PhysicalSizeX": size, "PhysicalSizeXUnit": unit, "PhysicalSizeY": size}

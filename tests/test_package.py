@@ -141,7 +141,16 @@ def test_api_page_lists_exactly_the_public_names():
 @pytest.mark.parametrize("path", SOURCE_FILES, ids=lambda p: p.relative_to(SOURCE).as_posix())
 def test_source_unpickles_and_evaluates_nothing(path):
     unsafe_modules = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
-    unsafe_calls = {"torch.load", "torch.save", "pd.read_pickle", "joblib.load", "joblib.dump", "yaml.load", "eval", "exec"}
+    unsafe_calls = {
+        "torch.load",
+        "torch.save",
+        "pd.read_pickle",
+        "joblib.load",
+        "joblib.dump",
+        "yaml.load",
+        "eval",
+        "exec",
+    }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not unsafe_modules & {alias.name.split(".")[0] for alias in node.names}

@@ -83,7 +83,9 @@ def test_image_levels_of_one_scale_keeps_the_affine():
     np.testing.assert_array_equal(level.to_um, matrix)
 
 
-@pytest.mark.parametrize(("wanted", "expected"), [(0.1, 0.5), (0.5, 0.5), (0.99, 0.5), (1.0, 1.0), (3.9, 2.0), (50, 4.0)])
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [(0.1, 0.5), (0.5, 0.5), (0.99, 0.5), (1.0, 1.0), (3.9, 2.0), (50, 4.0)]
+)
 def test_best_level_is_the_coarsest_that_is_fine_enough(wanted, expected):
     levels = [level_of(np.zeros((3, 8, 8)), scaling(s)) for s in (0.5, 1.0, 2.0, 4.0)]
     assert best_level(levels, wanted).pixel_size == pytest.approx(expected)
@@ -97,7 +99,8 @@ def test_to_rgb_repeats_grey_and_drops_alpha():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535), (np.uint32, 2**32 - 1), (np.float32, 1.0), (np.float64, 255.0)]
+    ("dtype", "white"),
+    [(np.uint8, 255), (np.uint16, 65535), (np.uint32, 2**32 - 1), (np.float32, 1.0), (np.float64, 255.0)],
 )
 def test_to_rgb_brings_every_depth_to_255(dtype, white):
     array = np.array([0, 0.5 * white, white], dtype=dtype).reshape(1, 1, 3)

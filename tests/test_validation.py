@@ -59,7 +59,9 @@ def test_require_finite_names_the_first_bad_row():
     require_finite(values, name="xyz")
     values[2, 1] = np.nan
     values[3] = np.inf
-    with pytest.raises(ValueError, match=r"xyz must be finite; found 3 NaN or infinite values, the first in row 2 \('c'\)"):
+    with pytest.raises(
+        ValueError, match=r"xyz must be finite; found 3 NaN or infinite values, the first in row 2 \('c'\)"
+    ):
         require_finite(values, name="xyz", row_names=list("abcd"))
 
 
@@ -86,7 +88,9 @@ def test_looks_like_counts(values, expected):
 
 def test_require_log_values_rejects_counts_and_names_the_remedy():
     require_log_values(np.log1p([[0.0, 3.0], [7.0, 2.0]]), where="X")
-    with pytest.raises(ValueError, match=r"`X` must hold log-normalised .* raw counts \(integers up to 12\).*select_genes"):
+    with pytest.raises(
+        ValueError, match=r"`X` must hold log-normalised .* raw counts \(integers up to 12\).*select_genes"
+    ):
         require_log_values(np.array([[0, 12], [1, np.nan]]), where="X")
 
 

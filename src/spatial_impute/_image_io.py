@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,8 +119,9 @@ def _open_plain(path: Path) -> ImageFile:
     levels = []
     for fraction in fractions:
         shape = (bands, -(-height // fraction), -(-width // fraction))
-        array = da.from_delayed(dask.delayed(_decode_plain, pure=True)(str(path), fraction), shape, dtype=np.uint8)
-        levels.append(array)
+        decoded = dask.delayed(_decode_plain, pure=True)(str(path), fraction, path.stat().st_mtime_ns)
+        # Chunks of a usual size, so that the image can be written to zarr as it is.
+        levels.append(da.from_delayed(decoded, shape, dtype=np.uint8).rechunk((bands, _CHUNK, _CHUNK)))
     return ImageFile(levels, None)
 
 
@@ -144,8 +146,13 @@ def _plain_shape(path: Path) -> tuple[int, int, int, tuple[int, ...]]:
         return image.width, image.height, bands, fractions
 
 
-def _decode_plain(path: str, fraction: int) -> np.ndarray:
-    """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG."""
+@lru_cache(maxsize=2)
+def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
+    """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG.
+
+    These formats can only be decoded in one piece, so the last two images are kept while their windows are read;
+    `modified` (time of change, ns) keeps the memory from going stale.
+    """
     with _pil_open(path) as image:
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.

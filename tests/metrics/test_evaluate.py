@@ -23,7 +23,9 @@ def scored(stack, truth):
 def arrays(sdata, truth, layer: str, section: str) -> tuple[np.ndarray, np.ndarray]:
     table = sdata.tables["stack"]
     rows = (table.obs["section"] == section).to_numpy()
-    return table.layers[layer][rows].astype(float), truth[table.obs_names[rows], table.var_names].X.toarray().astype(float)
+    return table.layers[layer][rows].astype(float), truth[table.obs_names[rows], table.var_names].X.toarray().astype(
+        float
+    )
 
 
 def test_evaluate_scores_each_section_by_itself(scored, truth):

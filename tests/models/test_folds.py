@@ -69,7 +69,9 @@ def test_spatial_folds_are_as_many_as_there_are_blocks():
 
 
 def test_spatial_folds_say_when_there_are_too_few_spots():
-    with pytest.raises(ValueError, match=r"at least two blocks of measured spots, found 1 \(4 spots, blocks of 200 um\)"):
+    with pytest.raises(
+        ValueError, match=r"at least two blocks of measured spots, found 1 \(4 spots, blocks of 200 um\)"
+    ):
         spatial_folds(spots_of(side=2), n_folds=5, block_spacings=2.0, seed=0)
 
 

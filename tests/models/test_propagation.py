@@ -25,7 +25,9 @@ def mask(n: int, *known: int) -> np.ndarray:
     return np.isin(np.arange(n), [i % n for i in known])
 
 
-def solve(weights: sparse.csr_matrix, known: np.ndarray, values: np.ndarray, leak: float) -> tuple[np.ndarray, np.ndarray]:
+def solve(
+    weights: sparse.csr_matrix, known: np.ndarray, values: np.ndarray, leak: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The same fixed point by a direct solution."""
     w = weights.toarray()
     unknown = ~known
@@ -153,14 +155,16 @@ def test_propagate_without_leak_ignores_the_scale_of_a_row():
     given_values = np.random.default_rng(0).normal(size=(3, 2))
     scaled = sparse.diags(np.random.default_rng(1).uniform(0.5, 4, 40)) @ graph
     np.testing.assert_allclose(
-        propagate(scaled.tocsr(), known, given_values, leak=0.0)[0], propagate(graph, known, given_values, leak=0.0)[0], atol=1e-4
+        propagate(scaled.tocsr(), known, given_values, leak=0.0)[0],
+        propagate(graph, known, given_values, leak=0.0)[0],
+        atol=1e-4,
     )
 
 
 def test_propagate_leaves_nothing_of_where_it_started():
     """Few known neighbours everywhere: what is left of the start after 20 steps would be (5/6)^20 = 2.6 %."""
     n = 60
-    weights = sparse.csr_matrix((np.ones((n, n)) - np.eye(n)))
+    weights = sparse.csr_matrix(np.ones((n, n)) - np.eye(n))
     known = np.arange(n) < n // 6
     values, _ = propagate(weights, known, np.full((n // 6, 1), 7.0), leak=0.0)
     np.testing.assert_allclose(values, 7, atol=1e-8)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import same_color
 
 import spatial_impute as si
 from spatial_impute.pl._canvas import Canvas, Scan
@@ -70,6 +71,16 @@ def test_registration_resampling_is_exact_at_pixel_centres():
     expected = 3.0 * (cx + 100 - 40) + 2.0 * (cy + 50 + 10)
     np.testing.assert_allclose(drawn.stain, expected, rtol=1e-5)
     np.testing.assert_allclose(drawn.rgb[..., 0], expected, rtol=1e-5)
+
+
+def test_registration_says_when_a_section_is_weak_and_shortens_long_paths(plot_stack, monkeypatch):
+    row = plot_stack.attrs["spatial_impute"]["stack"]["registration"]["sections"]["s2"]
+    monkeypatch.setitem(row, "verdict", "weak")
+    monkeypatch.setitem(row, "route", "sequential")
+    monkeypatch.setitem(row, "path", ["s2", "a", "b", "c", "s1"])
+    label = si.pl.registration(plot_stack, sections="s2", return_ax=True)[0, 0].yaxis.label
+    assert label.get_text().startswith("s2: weak\nsequential:\ns2 → a → … → s1\n")
+    assert not same_color(label.get_color(), "black")
 
 
 def test_registration_unregistered(unregistered):

@@ -32,7 +32,9 @@ def visium_like(
 ) -> SpatialData:
     """What a reader returns: everything in pixels of the full resolution; image at half of it."""
     element = Image2DModel.parse(
-        np.moveaxis(image(seed=seed), -1, 0), dims=("c", "y", "x"), transformations={system: Scale([2, 2], axes=("x", "y"))}
+        np.moveaxis(image(seed=seed), -1, 0),
+        dims=("c", "y", "x"),
+        transformations={system: Scale([2, 2], axes=("x", "y"))},
     )
     circles = gpd.GeoDataFrame(
         {"radius": np.full(len(ids), 5.0)}, geometry=gpd.points_from_xy(*CENTERS[: len(ids)].T), index=pd.Index(ids)
@@ -43,7 +45,9 @@ def visium_like(
     if with_table:
         counts = AnnData(
             X=sparse.csr_matrix(np.arange(1.0, 1 + 3 * (len(ids) - 1)).reshape(-1, 3)),
-            obs=pd.DataFrame({"region": pd.Categorical(["spots"] * (len(ids) - 1)), "id": list(ids[:-1])}, index=ids[:-1]),
+            obs=pd.DataFrame(
+                {"region": pd.Categorical(["spots"] * (len(ids) - 1)), "id": list(ids[:-1])}, index=ids[:-1]
+            ),
             var=pd.DataFrame(index=["g0", "g1", "g2"]),
         )
         sdata.tables["table"] = TableModel.parse(counts, region="spots", region_key="region", instance_key="id")
@@ -101,7 +105,9 @@ def test_assemble_stack_leaves_images_lazy():
     def explode(block):
         raise AssertionError("read")
 
-    lazy = da.zeros((3, 64, 64), dtype=np.uint8, chunks=32).map_blocks(explode, dtype=np.uint8, meta=np.empty((0, 0, 0)))
+    lazy = da.zeros((3, 64, 64), dtype=np.uint8, chunks=32).map_blocks(
+        explode, dtype=np.uint8, meta=np.empty((0, 0, 0))
+    )
     sdata = si.pp.assemble_stack({"s": lazy}, mpp=1.0, z=[0])
     with pytest.raises(AssertionError, match="read"):
         sdata.images["s_image"].data.compute()
@@ -345,7 +351,9 @@ def test_assemble_stack_asks_which_table():
 def test_assemble_stack_takes_the_finest_image():
     source = visium_like()
     source.images["lowres"] = Image2DModel.parse(
-        np.zeros((3, 6, 8), np.uint8), dims=("c", "y", "x"), transformations={"global": Scale([20, 20], axes=("x", "y"))}
+        np.zeros((3, 6, 8), np.uint8),
+        dims=("c", "y", "x"),
+        transformations={"global": Scale([20, 20], axes=("x", "y"))},
     )
     assert si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0]).images["m_image"].shape == (3, 60, 80)
     chosen = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0], image_key="lowres")

@@ -31,9 +31,7 @@ def measured(ids: list) -> SpatialData:
     grid = np.stack(np.meshgrid(np.arange(4), np.arange(4)), axis=-1).reshape(-1, 2) * 110.0 / MPP + 80
     circles = gpd.GeoDataFrame({"radius": np.full(16, 30 / MPP)}, geometry=gpd.points_from_xy(*grid.T), index=ids)
     obs = pd.DataFrame({"region": pd.Categorical(["spots"] * 16), "id": ids}, index=[str(i) for i in ids])
-    counts = AnnData(
-        X=np.random.default_rng(0).poisson(5, (16, 3)) + 1.0, obs=obs, var=pd.DataFrame(index=list("abc"))
-    )
+    counts = AnnData(X=np.random.default_rng(0).poisson(5, (16, 3)) + 1.0, obs=obs, var=pd.DataFrame(index=list("abc")))
     return SpatialData(
         images={"image": Image2DModel.parse(np.moveaxis(slide(1), -1, 0), dims=("c", "y", "x"))},
         shapes={"spots": ShapesModel.parse(circles, transformations={"global": Identity()})},
@@ -74,7 +72,10 @@ def test_tile_spots_keeps_spots_with_the_tissue_asked_for(fraction):
     centers, radius = centers_of(sdata, "u")
     outline = sdata.shapes["u_tissue_outline"].union_all()
     share = np.array(
-        [shapely.Point(c).buffer(r).intersection(outline).area / (np.pi * r**2) for c, r in zip(centers, radius, strict=True)]
+        [
+            shapely.Point(c).buffer(r).intersection(outline).area / (np.pi * r**2)
+            for c, r in zip(centers, radius, strict=True)
+        ]
     )
     assert share.min() > fraction - 0.06
     if fraction < 1:
@@ -111,7 +112,9 @@ def test_tile_spots_adds_its_rows_to_the_table():
 
 
 @pytest.mark.parametrize(
-    "ids", [[f"spot-{i}" for i in range(16)], list(range(16)), list(range(100, 116))], ids=["str", "int", "int from 100"]
+    "ids",
+    [[f"spot-{i}" for i in range(16)], list(range(16)), list(range(100, 116))],
+    ids=["str", "int", "int from 100"],
 )
 def test_tile_spots_table_joins_with_the_spots_of_every_section(ids):
     """Also where the measured section names its spots by barcodes, which plots and squidpy rely on."""

@@ -83,7 +83,10 @@ def test_impute_baseline_knn_is_a_mean_of_the_nearest(prepared_stack):
     order = known[np.linalg.norm(xyz[:, None] - xyz[None, known], axis=2).argsort(axis=1)]
     rows = unmeasured(prepared_stack)
     values = table.layers["measured"].astype(float)
-    fits = [np.abs(values[order[rows, :k]].mean(axis=1) - table.layers["baseline_knn"][rows]).max() for k in (1, 2, 4, 8, 16, 32)]
+    fits = [
+        np.abs(values[order[rows, :k]].mean(axis=1) - table.layers["baseline_knn"][rows]).max()
+        for k in (1, 2, 4, 8, 16, 32)
+    ]
     assert min(fits) < 1e-4
 
 

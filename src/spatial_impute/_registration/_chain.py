@@ -86,7 +86,7 @@ def chain_to_reference(
 def warp_along_path(
     points: ArrayLike, path: Sequence[str], pairs: Mapping[tuple[str, str], PairResult]
 ) -> NDArray[np.float64]:
-    """Carry points ``(n, 2)``, um, of the first section of `path` to the frame of the last one, deformations included."""
+    """Carry points ``(n, 2)``, um, of the first section of `path` to the frame of the last, deformations included."""
     points = np.asarray(points, float).reshape(-1, 2)
     for moving, fixed in pairwise(path):
         if (fixed, moving) in pairs:

@@ -20,7 +20,7 @@ class DisplacementField:
     """
 
     pull: NDArray[np.float32]
-    """``(y, x, 2)``, last axis ``(dx, dy)``: from a point of the fixed section to the aligned moving one. For images."""
+    """``(y, x, 2)`` as ``(dx, dy)``: from a point of the fixed section to the aligned moving one: for images."""
     push: NDArray[np.float32]
     """``(y, x, 2)``: from a point of the moving section, aligned by the matrix, to the fixed one. For points."""
     origin: tuple[float, float]

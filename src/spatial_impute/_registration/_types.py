@@ -44,7 +44,7 @@ class RegistrationParams:
     syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
     """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
     syn_radius: float = 50.0
-    """Half side in um of the window in which the deformable fit correlates: larger than a cell, smaller than a region."""
+    """Half side in um of the window in which the deformable fit correlates: above a cell, below a region."""
     syn_smoothing: tuple[float, float] = (6.0, 3.0)
     """Smoothing of the update and of the total field in the deformable fit, working pixels. Less overfits."""
     jacobian_limits: tuple[float, float] = (0.5, 2.0)

@@ -36,7 +36,7 @@ class AsignParams:
     """Step size of AdamW at the start; it decays to zero along a cosine."""
     weight_decay: float = 0.5
     """Weight decay of AdamW."""
-    n_steps: int = 200
+    n_steps: int = 150
     """Steps of training, each on one masked block; the best on held-out blocks is kept."""
     n_folds: int = 5
     """Folds of the cross-validation within one measured section."""

@@ -156,8 +156,9 @@ def registration(
 
 
 def _describe(name: str, row: dict[str, Any], before: float, after: float) -> str:
-    # The path is worth a line only if it leads over other sections.
-    route = row["route"] if len(row["path"]) <= 2 else f"{row['route']}:\n" + " → ".join(row["path"])
+    # The path is worth a line only if it leads over other sections; a long one would push the panels aside.
+    path = row["path"] if len(row["path"]) <= 4 else [*row["path"][:2], "…", row["path"][-1]]
+    route = row["route"] if len(path) <= 2 else f"{row['route']}:\n" + " → ".join(path)
     return f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\nscore {row['score']:.2f}"
 
 

@@ -1,0 +1,99 @@
+"""The demo: from H&E sections and one measured section to imputed expression, with the baselines beside it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import spatial_impute as si
+from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+_BASELINES = ("mean", "nearest", "knn", "kernel", "propagation", "ridge", "cokriging")
+_HEADLINE = ["pearson_gene", "pearson_gene_median", "pearson_gene_positive", "mse", "mae", "skill", "pearson_spot"]
+
+
+def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
+    """Run the whole path and leave figures, data and scores in a folder.
+
+    Parameters
+    ----------
+    output
+        Folder to write to; what an earlier demo left there is replaced.
+    data
+        ``"her2st"``, ``"synthetic"``, or ``"auto"`` for HER2ST where cache or network give it.
+
+    Returns
+    -------
+    Scores of all methods on the sections that were not measured.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    start = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    sdata, truth, genes = _load(data)
+    si.tl.register_stack(sdata)
+    si.pp.extract_features(sdata)
+    si.tl.build_3d_graph(sdata)
+    for method in _BASELINES:
+        si.tl.impute_baseline(sdata, method)
+    model = si.tl.fit_asign(sdata)
+    si.tl.impute_3d(sdata, model)
+    scores = si.metrics.evaluate(sdata, truth)
+
+    si.pl.stack(sdata, save=output / "stack.png")
+    si.pl.registration(sdata, save=output / "registration.png")
+    si.pl.imputed(sdata, genes, save=output / "imputed.png")
+    scores.to_csv(output / "scores.csv")
+    model.save(output / "asign_model", overwrite=True)
+    sdata.tables[Keys.STACK_TABLE].write_h5ad(output / "imputed.h5ad")
+    store = output / "stack.zarr"
+    if store.exists():
+        shutil.rmtree(store)
+    with warnings.catch_warnings():
+        # zarr's remark that consolidated metadata is not yet part of its format 3.
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        sdata.write(store)
+
+    logger.info("Scores on unmeasured sections (mean over sections):\n%s", scores[_HEADLINE].round(3).to_string())
+    contents = {
+        "stack.png": "the sections and their spots",
+        "registration.png": "each section before and after registration",
+        "imputed.png": f"imputed {', '.join(genes)} with the support of every spot",
+        "scores.csv": "scores of the baselines and of ASIGN against the measured truth",
+        "imputed.h5ad": "the stack table: layers, coordinates, graph",
+        "stack.zarr": "the whole SpatialData object",
+        "asign_model": "the fitted model",
+    }
+    lines = [f"  {output / name}: {what}" for name, what in contents.items()]
+    logger.info("Wrote in %.0f s:\n%s", time.perf_counter() - start, "\n".join(lines))
+    return scores
+
+
+def _load(data: str) -> tuple[SpatialData, AnnData, list[str]]:
+    """The stack, its truth, and genes to draw."""
+    if data in ("auto", "her2st"):
+        try:
+            sdata, truth = si.datasets.her2st("C", measured=["C4"], truth=True)
+        except OSError as error:  # no cache and no network; requests' errors are OSErrors
+            if data == "her2st":
+                raise
+            logger.warning("HER2ST cannot be had (%s); using the synthetic stack.", error)
+        else:
+            logger.info("Data: HER2ST, patient C, five sections, C4 measured (files in %s)", si.settings.data_dir)
+            genes = [gene for gene in ("ERBB2", "MDK") if gene in sdata.tables[Keys.STACK_TABLE].var_names]
+            return sdata, truth, genes or list(sdata.tables[Keys.STACK_TABLE].var_names[:2])
+    logger.info("Data: synthetic stack of three sections, the middle one measured")
+    sdata, truth = si.datasets.synthetic_stack(truth=True)
+    kinds = truth.var["kind"]
+    return sdata, truth, [kinds.index[kinds == kind][0] for kind in ("smooth", "texture")]
