@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from anndata import AnnData
-from spatialdata import SpatialData
 
 import spatial_impute as si
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
 
 os.environ.setdefault("MPLBACKEND", "agg")  # before anything draws
 

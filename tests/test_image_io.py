@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +10,9 @@ from PIL import Image
 
 from spatial_impute import _image_io
 from spatial_impute._image_io import open_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def picture(height: int, width: int, *, seed: int = 0, dtype=np.uint8) -> np.ndarray:
@@ -205,7 +208,7 @@ def test_open_image_refuses_a_zarr_without_image(tmp_path):
 
 
 def test_open_image_names_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.tif"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.tif"):
         open_image(tmp_path / "gone.tif")
 
 
@@ -247,7 +250,7 @@ def test_open_image_leaves_the_pixel_limit_of_pil(tmp_path):
 def test_open_image_says_what_to_do_with_images_too_large_for_pil(tmp_path, monkeypatch):
     Image.fromarray(picture(100, 100)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="too large to decode in one piece.*tiled TIFF"):
+    with pytest.raises(ValueError, match=r"too large to decode in one piece.*tiled TIFF"):
         open_image(tmp_path / "a.png")
 
 

@@ -184,7 +184,7 @@ def test_source_prints_nothing_and_swallows_nothing():
     for path in SOURCE_FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
-            if path.name != "__main__.py" and isinstance(node, ast.Call):
+            if path.name not in {"__main__.py", "_demo.py"} and isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in {"print", "logging.basicConfig", "warnings.filterwarnings"}, path
 
 

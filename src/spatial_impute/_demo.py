@@ -61,8 +61,8 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     if store.exists():
         shutil.rmtree(store)
     with warnings.catch_warnings():
-        # zarr's remark that consolidated metadata is not yet part of its format 3.
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        # Remarks of zarr on its own future, one per chunked array.
+        warnings.filterwarnings("ignore", message="Consolidated metadata|zarr v3 autosharding")
         sdata.write(store)
 
     logger.info("Scores on unmeasured sections (mean over sections):\n%s", scores[_HEADLINE].round(3).to_string())

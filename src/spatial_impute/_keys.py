@@ -64,6 +64,21 @@ class Keys:
         return f"{section}_tissue_outline"
 
     @staticmethod
+    def displacement(section: str) -> str:
+        """Image element with the deformation of a section, for images (pull-back)."""
+        return f"{section}_displacement"
+
+    @staticmethod
+    def displacement_inverse(section: str) -> str:
+        """Image element with the deformation of a section, for points."""
+        return f"{section}_displacement_inverse"
+
+    @staticmethod
+    def aligned(key: str) -> str:
+        """Copy of an element in the common frame, deformation included."""
+        return f"{key}_{Keys.ALIGNED}"
+
+    @staticmethod
     def counts(section: str) -> str:
         """Table with the measured counts of a section."""
         return f"{section}_counts"

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
+_MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
+
 
 def require_key(key: str, available: Iterable[str], *, where: str, then: str | None = None) -> None:
     """Raise a ``KeyError`` that lists what there is and names the next call.
@@ -24,7 +26,8 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
     names = sorted(map(str, available))
     if key in names:
         return
-    msg = f"{key!r} not found in `{where}`; available: {names}."
+    shown = f"{names}" if len(names) <= _MAX_SHOWN else f"{names[:_MAX_SHOWN]} and {len(names) - _MAX_SHOWN} more"
+    msg = f"{key!r} not found in `{where}`; available: {shown}."
     raise KeyError(f"{msg} {then}" if then else msg)
 
 

@@ -223,7 +223,7 @@ def test_her2st_refuses_a_tampered_download(data_dir, server, tmp_path):
     serve(data_dir, server, FILES)
     with (server / FILES[2]).open("ab") as file:
         file.write(b"\n")
-    with pytest.raises(ValueError, match="(?i)hash"):
+    with pytest.raises(ValueError, match=r"(?i)hash"):
         _her2st._fetch_section("C4", IMAGE)
     assert not (tmp_path / "cache" / "her2st" / FILES[2]).exists()
 

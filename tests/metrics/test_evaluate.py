@@ -156,5 +156,5 @@ def test_registration_quality_has_a_row_per_pair(prepared, stack):
     assert list(quality.index.names) == ["fixed", "moving"]
     assert {frozenset(pair) for pair in quality.index} == {frozenset({"s1", "s0"}), frozenset({"s1", "s2"})}
     assert (quality["verdict"] == "ok").all()
-    with pytest.raises(KeyError, match="not registered.*si.tl.register_stack"):
+    with pytest.raises(KeyError, match=r"not registered.*si.tl.register_stack"):
         si.metrics.registration_quality(stack)

@@ -59,14 +59,14 @@ def test_cokriging_reads_the_image():
     assert error(cokriging(spots), true, ~spots.known) < 0.15 * error(mean, true, ~spots.known)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 5, 6])
 @pytest.mark.parametrize("features", [False, True])
 def test_cokriging_of_noise_is_about_the_mean(seed, features):
     spots, _ = field_spots(features=features)
     rng = np.random.default_rng(seed)
     noise = Spots(**(vars(spots) | {"expression": rng.normal(size=spots.expression.shape)}))
     predicted = cokriging(noise) - noise.expression.mean(axis=0)
-    assert predicted[~spots.known].std() < 0.15
+    assert predicted[~spots.known].std() < 0.03
 
 
 def test_cokriging_of_constant_expression_is_that_constant():

@@ -51,7 +51,11 @@ def test_extract_features_equals_the_encoder_on_each_patch(prepared):
                 views = [(center, side)]
                 if key != "X_spot":
                     quarter = side / 4
-                    views += [(center + [dx, dy], side / 2) for dy in (-quarter, quarter) for dx in (-quarter, quarter)]
+                    views += [
+                        (center + np.array([dx, dy]), side / 2)
+                        for dy in (-quarter, quarter)
+                        for dx in (-quarter, quarter)
+                    ]
                 patches = np.stack([sample_patch(image, c, s, encode.patch_px, 4.0) for c, s in views])
                 np.testing.assert_allclose(table.obsm[key][row], encode(patches).ravel(), rtol=2e-3, atol=2e-4)
 
@@ -257,5 +261,5 @@ def test_spot_geometry_refuses_ellipses(small_stack):
 
     record = load_record(small_stack)
     set_transformation(small_stack.shapes["s0_spots"], Scale([4, 8], axes=("x", "y")), "s0")
-    with pytest.raises(ValueError, match="stretches one axis 2.00 times more"):
+    with pytest.raises(ValueError, match=r"stretches one axis 2\.00 times more"):
         spot_geometry(small_stack, record["s0"])

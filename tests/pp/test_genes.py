@@ -20,7 +20,7 @@ GENES = ["low", "high", "mid", "none", "top"]
 
 def counts_matrix(seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return rng.poisson([1.0, 20.0, 5.0, 0.0, 60.0], size=(N, 5)).astype(float) + [0, 1, 0, 0, 0]
+    return rng.poisson([1.0, 20.0, 5.0, 0.0, 60.0], size=(N, 5)).astype(float) + np.array([0, 1, 0, 0, 0])
 
 
 def section(matrix: np.ndarray | None, *, genes=GENES, ids=None, seed: int = 0, **layers) -> SpatialData:
@@ -215,7 +215,7 @@ def test_select_genes_reads_a_layer():
     np.testing.assert_allclose(
         sdata.tables["stack"].layers["measured"], expected_values(counts_matrix())[:, [4]], rtol=1e-6
     )
-    with pytest.raises(KeyError, match="'nope' not found in .*available.*raw"):
+    with pytest.raises(KeyError, match=r"'nope' not found in .*available.*raw"):
         si.pp.select_genes(sdata, layer="nope")
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
-from scipy import sparse
 
 import spatial_impute as si
 from spatial_impute._geometry import disc_iou
 from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 OPTIONS = {
     "n_neighs": 4,

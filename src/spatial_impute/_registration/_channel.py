@@ -38,13 +38,23 @@ class Channel:
     """Micrometres per pixel."""
     frame: tuple[float, float]
     """Width and height of the whole image in um. Nothing is known beyond: tissue that ends there is cut."""
+    seen: NDArray[np.bool_] | None = None
+    """``(y, x)``: inside the image, where that is no rectangle from the origin (a section drawn in another frame)."""
 
     def in_frame(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which points ``(n, 2)``, um, lie inside the image."""
-        return ((points >= 0) & (points <= self.frame)).all(1)
+        if self.seen is None:
+            return ((points >= 0) & (points <= self.frame)).all(1)
+        col, row = np.floor((points - self.origin) / self.size).astype(int).T
+        height, width = self.seen.shape
+        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        inside[inside] = self.seen[row[inside], col[inside]]
+        return inside
 
     def visible(self) -> NDArray[np.bool_]:
         """Which pixels ``(y, x)`` of the grid lie inside the image."""
+        if self.seen is not None:
+            return self.seen
         axes = [o + (np.arange(n) + 0.5) * self.size for o, n in zip(self.origin, self.image.shape[::-1], strict=True)]
         inside = [(axis > 0) & (axis < length) for axis, length in zip(axes, self.frame, strict=True)]
         return inside[1][:, None] & inside[0]
@@ -113,7 +123,8 @@ def shrink(channel: Channel, size: float) -> Channel:
         return array.reshape(rows, factor, cols, factor).mean((1, 3))
 
     image, mask = mean(channel.image), mean(channel.mask) > 0.5
-    return replace(channel, image=image, mask=mask, size=channel.size * factor)
+    seen = None if channel.seen is None else mean(channel.seen) > 0.5
+    return replace(channel, image=image, mask=mask, size=channel.size * factor, seen=seen)
 
 
 def _resample(

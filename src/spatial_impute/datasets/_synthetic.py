@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-_LIBRARY_SIZE = 8000.0  # mean counts of a spot, between ST arrays and Visium
+_LIBRARY_SIZE = 15_000.0  # mean counts of a spot, as in Visium
+# Most counts of a spot go to genes that do not vary, so that normalisation does not carry structure into other genes.
+_N_HOUSEKEEPING = 4
+_HOUSEKEEPING_SHARE = 0.8
 _HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density per unit of stain in r, g, b (Ruifrok and Johnston)
 _EOSIN = np.array([0.07, 0.99, 0.11])
 
@@ -48,7 +51,7 @@ def synthetic_stack(
 
     A third of the genes is smooth in 3D, so that neighbouring sections tell them; a third follows the density of
     nuclei, which varies over short distances and can be read from the H&E image of the section itself only; a third is
-    pure noise. The images are drawn from the same fields: eosin follows smooth structure, nuclei are dots.
+    pure noise. Four housekeeping genes take most of the counts; they are not in the stack table. The images are drawn from the same fields: eosin follows smooth structure, nuclei are dots.
 
     Parameters
     ----------
@@ -66,7 +69,7 @@ def synthetic_stack(
     spot_diameter, spot_pitch
         Diameter and centre-to-centre distance of the spots in um, on a hexagonal lattice.
     n_genes
-        Number of genes, a third of each kind.
+        Number of genes in the stack table, a third of each kind.
     max_rotation, max_shift
         Largest rotation (degrees) and shift (um) of a section.
     elastic_amplitude
@@ -80,15 +83,15 @@ def synthetic_stack(
     -------
     The stack. With ``truth=True`` also an AnnData with one row per spot of all sections (``obs_names`` as in the stack
     table): ``X`` log1p of counts per 10,000, ``layers["counts"]`` counts, ``layers["expected"]`` the same without
-    counting noise, ``var["kind"]`` (``"smooth"``, ``"texture"``, ``"noise"``), ``obsm["spatial_3d"]`` (um) in the
-    tissue.
+    counting noise, ``var["kind"]`` (``"smooth"``, ``"texture"``, ``"noise"``, ``"housekeeping"``),
+    ``obsm["spatial_3d"]`` (um) in the tissue.
 
     Examples
     --------
     >>> import spatial_impute as si
     >>> sdata, truth = si.datasets.synthetic_stack(truth=True)
     >>> truth.var["kind"].value_counts().to_dict()
-    {'smooth': 12, 'texture': 12, 'noise': 12}
+    {'smooth': 12, 'texture': 12, 'noise': 12, 'housekeeping': 4}
     """
     from anndata import AnnData, concat
 
@@ -139,7 +142,7 @@ def synthetic_stack(
         tables.append(table)
     sdata = assemble_stack(inputs, mpp=mpp, section_spacing=section_spacing)
     if measured:
-        select_genes(sdata, genes=list(tissue.var.index))
+        select_genes(sdata, genes=list(tissue.var.index[tissue.var["kind"] != "housekeeping"]))
     if not truth:
         return sdata
     for name, table in zip(names, tables, strict=True):
@@ -207,10 +210,15 @@ def _make_tissue(rng: np.random.Generator, extent: float, n_genes: int) -> _Tiss
     glands = _random_field(rng, 1, length_xy=extent / 40, length_z=extent / 6)
     density = _random_field(rng, 1, length_xy=extent / 30, length_z=10.0)
     kinds = np.array(["smooth", "texture", "noise"])[np.arange(n_genes) * 3 // n_genes]
+    kinds = np.append(kinds, ["housekeeping"] * _N_HOUSEKEEPING)
+    n_genes = len(kinds)
     weights = rng.normal(size=(n_genes, 3))
     weights *= 0.9 / np.linalg.norm(weights, axis=1, keepdims=True)
     slope = rng.uniform(0.6, 1.0, n_genes) * rng.choice([-1, 1], n_genes)
     level = rng.normal(0.0, 0.5, n_genes)
+    constant = kinds == "housekeeping"
+    others = np.exp(level[~constant]).sum()
+    level[constant] = np.log(others * _HOUSEKEEPING_SHARE / (1 - _HOUSEKEEPING_SHARE) / _N_HOUSEKEEPING)
 
     def log_mean(structure: np.ndarray, nuclei: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         values = np.tile(level, (len(structure), 1))

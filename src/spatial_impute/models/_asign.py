@@ -47,7 +47,7 @@ class AsignModel:
     var_names
         Genes.
     weights
-        Weight of each blended method (columns) in each group of genes (rows).
+        Weight of each blended method (columns) in the prediction of each gene (rows).
     cross_validation
         One row per method: scores on held-out blocks of the measured sections. All baselines, the network alone, and
         the blend ``"asign"``, whose weights for a block come from the other blocks.
@@ -92,8 +92,8 @@ class AsignModel:
 
     @property
     def weights(self) -> pd.DataFrame:
-        """Weight of each blended method (columns) in each group of genes, worst predicted group first."""
-        return pd.DataFrame(self._tensors["weights"].numpy(), columns=self._experts)
+        """Weight of each blended method (columns) in the prediction of each gene (rows)."""
+        return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
 
     def impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
         """Impute the unknown spots of one stack."""
@@ -102,7 +102,6 @@ class AsignModel:
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
         centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
-        group = self._tensors["group"].numpy()
         inputs = graph_inputs(spots, self._tensors)
         deviation = np.zeros((len(spots.known), len(centre)))
         for k, name in enumerate(self._experts):
@@ -112,7 +111,7 @@ class AsignModel:
                 found = self._network_prediction(inputs, device)
             else:
                 found = (METHODS[name](spots) - centre) / scale
-            deviation += found * weights[group, k]
+            deviation += found * weights[:, k]
         expression = centre + deviation * scale
         expression[spots.known] = spots.expression
         return Imputation(expression.astype(np.float32), inputs.support[:, 0].numpy())
@@ -240,7 +239,7 @@ def fit(
     experts = [name for name in held_out if name not in _NOT_BLENDED]
     fold_of_spot = _fold_of_spot(stacks, folds)
     deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-    weights, blended = blend_weights(deviations, (truth - centre) / scale, group, fold_of_spot)
+    weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot)
     tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
     held_out["asign"] = centre + blended * scale
 

@@ -3,58 +3,66 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import nnls
 
+# From weights of every gene's own (0.01 of the size of its data) to the same weights for all genes.
+_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
 
-def blend_weights(
-    predictions: np.ndarray, truth: np.ndarray, group: np.ndarray, folds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Non-negative weights of several predictions per group of genes.
 
-    A group takes its blend only if it is better than the single best prediction on folds that had no part in choosing
-    the weights; otherwise it takes that one alone.
+def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Non-negative weights of several predictions for every gene.
+
+    The weights of a gene are drawn to weights common to all genes, as strongly as is best for folds that had no part
+    in them. If even the best blend is worse there than a single prediction, that one is taken alone.
 
     Parameters
     ----------
     predictions
-        (k, n, g) held-out predictions as deviations from the mean profile, in comparable units for all genes.
+        (k, n, g) held-out predictions as deviations from the mean profile, in units comparable between genes.
     truth
         (n, g) in the same units.
-    group
-        (g,) group of each gene.
     folds
         (n,) fold of each spot.
 
     Returns
     -------
     weights
-        (n_groups, k). They need not add up to one: less than one leans to the mean.
+        (g, k). They need not add up to one: less than one leans to the mean.
     held_out
         (n, g) the blend of each spot with weights from the other folds.
     """
-    n_groups = int(group.max()) + 1
-    weights = np.zeros((n_groups, len(predictions)))
-    held_out = np.zeros(truth.shape)
-    for g in range(n_groups):
-        columns = group == g
-        p, t = predictions[:, :, columns], truth[:, columns]
-        blended = np.empty(t.shape)
-        single = np.empty(t.shape)
-        for fold in np.unique(folds):
-            out = folds == fold
-            w = _solve(p[:, ~out], t[~out])
-            blended[out] = np.tensordot(w, p[:, out], axes=1)
-            single[out] = p[_best(p[:, ~out], t[~out]), out]
-        if np.mean((blended - t) ** 2) < np.mean((single - t) ** 2):
-            weights[g], held_out[:, columns] = _solve(p, t), blended
-        else:
-            weights[g, _best(p, t)], held_out[:, columns] = 1.0, single
-    return weights, held_out
+    codes = np.unique(folds)
+    # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
+    gram = np.stack([np.einsum("kng,lng->gkl", p, p, optimize=True) for p in (predictions[:, folds == c] for c in codes)])
+    moment = np.stack([np.einsum("kng,ng->gk", predictions[:, folds == c], truth[folds == c]) for c in codes])
+    candidates = {}
+    for strength in _STRENGTHS:
+        blended = np.empty(truth.shape)
+        for i, code in enumerate(codes):
+            weights = _weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
+            blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
+        candidates[strength] = blended
+    strength = min(candidates, key=lambda s: np.mean((candidates[s] - truth) ** 2))
+    best = int(np.argmin(((predictions - truth) ** 2).mean(axis=(1, 2))))
+    if np.mean((candidates[strength] - truth) ** 2) >= np.mean((predictions[best] - truth) ** 2):
+        return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
+    return _weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
 
 
-def _solve(predictions: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return nnls(predictions.reshape(len(predictions), -1).T, truth.ravel())[0]
+def _weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
+    """(g, k) weights from the sums of products of each gene, drawn to the weights that suit all genes together."""
+    common = _solve(gram.sum(axis=0), moment.sum(axis=0))
+    k = gram.shape[1]
+    ridge = strength * np.trace(gram.mean(axis=0)) / k
+    return np.stack([_solve(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)])
 
 
-def _best(predictions: np.ndarray, truth: np.ndarray) -> int:
-    return int(np.argmin(((predictions - truth) ** 2).mean(axis=(1, 2))))
+def _solve(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Non-negative least squares from sums of products."""
+    size = np.trace(gram)
+    if size <= 0:
+        return np.zeros(len(moment))
+    # A touch of ridge keeps the factor well defined where two predictions are the same.
+    factor = cholesky(gram + 1e-10 * size * np.eye(len(gram)), lower=False)
+    return nnls(factor, solve_triangular(factor, moment, trans="T"))[0]

@@ -48,26 +48,26 @@ class TextureEncoder:
         from skimage.color import rgb2hed
 
         scaled = np.clip(np.asarray(patches, dtype=np.float32), 0, 255) / 255.0
-        stains = rgb2hed(scaled).astype(np.float32)
-        channels = np.stack([stains[..., 0], stains[..., 1], scaled.mean(axis=-1)], axis=-1)  # (n, y, x, 3)
-        blurs = [channels] + [gaussian_filter(channels, (0, s, s, 0), mode="nearest") for s in self._SCALES]
-        bands = [a - b for a, b in zip(blurs[:-1], blurs[1:], strict=True)]
-        gradient = np.hypot(np.diff(blurs[1], axis=1)[:, :, 1:], np.diff(blurs[1], axis=2)[:, 1:])
-        plane = (1, 2)
-        low, high = np.percentile(channels, [10, 90], axis=plane)
-        centred = channels - channels.mean(axis=plane, keepdims=True)
-        spread = channels.std(axis=plane)
-        together = (centred[..., 0] * centred[..., 1]).mean(axis=plane)
-        correlation = together / np.maximum(spread[:, 0] * spread[:, 1], 1e-8)
+        stains = rgb2hed(scaled)
+        # (n, 3, y, x): sums over a patch then run over contiguous memory.
+        channels = np.stack([stains[..., 0], stains[..., 1], scaled.mean(axis=-1)], axis=1).astype(np.float32)
+        blurs = [channels] + [gaussian_filter(channels, (0, 0, s, s), mode="nearest") for s in self._SCALES]
+        gradient = np.hypot(np.diff(blurs[1], axis=2)[..., 1:], np.diff(blurs[1], axis=3)[:, :, 1:])
+        flat = channels.reshape(*channels.shape[:2], -1)  # (n, 3, pixels)
+        low, high = np.percentile(flat[..., ::4], [10, 90], axis=2)  # every fourth pixel: 1024 of them settle it
+        centred = flat - flat.mean(axis=2, keepdims=True)
+        spread = centred.std(axis=2)
+        together = (centred[:, 0] * centred[:, 1]).mean(axis=1)
+        bands = [(a - b).reshape(flat.shape).std(axis=2) for a, b in zip(blurs[:-1], blurs[1:], strict=True)]
         return np.concatenate(
             [
-                channels.mean(axis=plane),
+                flat.mean(axis=2),
                 spread,
                 low,
                 high,
-                *(band.std(axis=plane) for band in bands),
-                gradient.mean(axis=plane),
-                correlation[:, None],
+                *bands,
+                gradient.mean(axis=(2, 3)),
+                (together / np.maximum(spread[:, 0] * spread[:, 1], 1e-8))[:, None],
             ],
             axis=1,
         ).astype(np.float32)

@@ -43,7 +43,8 @@ class AsignParams:
     block_spacings: float = 2.0
     """Edge of the held-out blocks in spot spacings."""
     n_gene_groups: int = 4
-    """Groups of genes, by how well the best baseline predicts them, that share merge and blend weights."""
+    """Groups of genes, by how well the best baseline predicts them, that share the weight of propagated labels
+    within the network."""
 
     def __post_init__(self) -> None:
         for name in ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):

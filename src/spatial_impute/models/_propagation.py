@@ -11,7 +11,7 @@ def propagate(
     known: np.ndarray,
     values: np.ndarray,
     *,
-    leak: float = 0.1,
+    leak: float = 3.6,
     tolerance: float = 1e-6,
     max_iterations: int = 2000,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +34,9 @@ def propagate(
     values
         (n_known, g).
     leak
-        :math:`\lambda`, in units of edge weight.
+        :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the pull of six
+        neighbours at the distance of one spacing, so that a mass of one half means: as much from measured spots as
+        from the own section.
     tolerance
         Largest change of a step, relative to the spread of the values, at which to stop.
     max_iterations
