@@ -93,9 +93,9 @@ def test_best_level_is_the_coarsest_that_is_fine_enough(wanted, expected):
 
 def test_to_rgb_repeats_grey_and_drops_alpha():
     grey = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
-    np.testing.assert_array_equal(to_rgb(grey), np.repeat(grey[0][..., None], 3, axis=2))
+    np.testing.assert_array_equal(to_rgb(grey, 255.0), np.repeat(grey[0][..., None], 3, axis=2))
     rgba = np.stack([np.full((2, 2), v, np.uint8) for v in (1, 2, 3, 200)])
-    np.testing.assert_array_equal(to_rgb(rgba), np.broadcast_to([1, 2, 3], (2, 2, 3)))
+    np.testing.assert_array_equal(to_rgb(rgba, 255.0), np.broadcast_to([1, 2, 3], (2, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_to_rgb_repeats_grey_and_drops_alpha():
 )
 def test_to_rgb_brings_every_depth_to_255(dtype, white):
     array = np.array([0, 0.5 * white, white], dtype=dtype).reshape(1, 1, 3)
-    result = to_rgb(array)
+    result = to_rgb(array, white)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result[0, :, 0], [0, 127.5, 255], atol=0.51)
 
@@ -112,7 +112,7 @@ def test_to_rgb_brings_every_depth_to_255(dtype, white):
 @pytest.mark.parametrize("channels", [2, 5, 16])
 def test_to_rgb_rejects_other_numbers_of_channels(channels):
     with pytest.raises(ValueError, match=f"1, 3 or 4 channels, found {channels}"):
-        to_rgb(np.zeros((channels, 2, 2), np.uint8))
+        to_rgb(np.zeros((channels, 2, 2), np.uint8), 255.0)
 
 
 def test_read_window_of_float_image_does_not_depend_on_what_else_is_read():

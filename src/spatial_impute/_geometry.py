@@ -87,7 +87,9 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     """
     row_step = spacing * (np.sqrt(3) / 2 if layout == "hex" else 1.0)
     n_rows = int(np.floor((y1 - y0) / row_step)) + 1
-    n_columns = int(np.floor((x1 - x0) / spacing)) + 1
+    # Rows of a hexagonal lattice are shifted by a quarter of the spacing to either side.
+    width = x1 - x0 - (spacing / 2 if layout == "hex" else 0.0)
+    n_columns = int(np.floor(max(width, 0.0) / spacing)) + 1
     ys = (y0 + y1) / 2 + (np.arange(n_rows) - (n_rows - 1) / 2) * row_step
     xs = (x0 + x1) / 2 + (np.arange(n_columns) - (n_columns - 1) / 2) * spacing
     grid_x, grid_y = np.meshgrid(xs, ys)

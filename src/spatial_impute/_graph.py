@@ -95,12 +95,18 @@ def build_graph(
     for a, rows_a in members.items():
         if len(rows_a) > 1:
             k = min(n_neighs, len(rows_a) - 1)
-            found = trees[a].query(xyz[rows_a, :2], k=k + 1)[1][:, 1:]
-            pairs.append(_pairs(rows_a, rows_a, found, np.ones(found.shape, bool)))
+            found = trees[a].query(xyz[rows_a, :2], k=k + 1)[1]
+            others = found != np.arange(len(rows_a))[:, None]
+            # The spot itself need not come first, nor come at all, where several lie at one place.
+            others &= np.cumsum(others, axis=1) <= k
+            pairs.append(_pairs(rows_a, rows_a, found, others))
         for b, rows_b in members.items():
             if not 0 < b - a <= max_section_gap:
                 continue
-            pairs.extend(_cross_pairs(xyz, rows_a, rows_b, trees[a], trees[b], n_cross_neighs, max_distance))
+            if n_cross_neighs > 0:
+                pairs.extend(
+                    _cross_pairs(xyz, rows_a, rows_b, trees[a], trees[b], n_cross_neighs, max_distance)
+                )
             pairs.extend(_overlap_pairs(rows_a, rows_b, trees[a], trees[b], radius))
             if features is not None and n_similar > 0:
                 ij, cosine = _similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)

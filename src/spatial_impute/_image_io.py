@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, centimetre
+_OME_UNITS = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 _CHUNK = 2048
 
 
@@ -95,9 +96,9 @@ def _tiff_mpp(tiff: object) -> float | None:
     if tiff.ome_metadata:
         size = re.search(r'PhysicalSizeX="([0-9.eE+-]+)"', tiff.ome_metadata)
         unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', tiff.ome_metadata)
-        factor = {"nm": 1e-3, "mm": 1e3, "cm": 1e4}.get(unit.group(1) if unit else "um", 1.0)
-        if size:
-            return float(size.group(1)) * factor
+        # Micrometres are the default of the format; pixels and reference frames are no lengths.
+        factor = _OME_UNITS.get(unit.group(1) if unit else "um")
+        return float(size.group(1)) * factor if size and factor else None
     page = tiff.pages[0]
     if found := re.search(r"MPP\s*=\s*([0-9.]+)", page.description or ""):
         return float(found.group(1))
@@ -115,13 +116,13 @@ def _open_plain(path: Path) -> ImageFile:
     import dask
     import dask.array as da
 
-    width, height, bands, fractions = _plain_shape(path)
+    width, height, bands, dtype, fractions = _plain_shape(path)
     levels = []
     for fraction in fractions:
         shape = (bands, -(-height // fraction), -(-width // fraction))
         decoded = dask.delayed(_decode_plain, pure=True)(str(path), fraction, path.stat().st_mtime_ns)
         # Chunks of a usual size, so that the image can be written to zarr as it is.
-        levels.append(da.from_delayed(decoded, shape, dtype=np.uint8).rechunk((bands, _CHUNK, _CHUNK)))
+        levels.append(da.from_delayed(decoded, shape, dtype=dtype).rechunk((bands, _CHUNK, _CHUNK)))
     return ImageFile(levels, None)
 
 
@@ -138,12 +139,14 @@ def _pil_open(path: str | Path) -> Image.Image:
             raise ValueError(msg) from error
 
 
-def _plain_shape(path: Path) -> tuple[int, int, int, tuple[int, ...]]:
+def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
+    """Width, height, bands, type, and the fractions of the size at which the file can be decoded."""
     with _pil_open(path) as image:
         bands = 1 if image.mode in {"1", "L", "I;16"} else 3
+        dtype = np.uint16 if image.mode == "I;16" else np.uint8
         # libjpeg scales by powers of two while decoding.
         fractions = (1, 2, 4, 8) if image.format == "JPEG" and min(image.size) >= 1024 else (1,)
-        return image.width, image.height, bands, fractions
+        return image.width, image.height, bands, dtype, fractions
 
 
 @lru_cache(maxsize=2)
@@ -157,7 +160,8 @@ def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
-        pixels = np.asarray(image if image.mode in {"L", "RGB"} else image.convert("RGB"))
+        mode = {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, "RGB")
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return np.moveaxis(pixels, -1, 0)
 

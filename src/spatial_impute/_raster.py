@@ -28,6 +28,8 @@ class Level:
     data: DataArray
     to_um: np.ndarray
     """(3, 3) affine from pixel corners (x, y) to the section frame (um)."""
+    white: float = 255.0
+    """Value of full brightness."""
 
     @property
     def pixel_size(self) -> float:
@@ -51,17 +53,29 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
         (3, 3) affine from pixel corners of the finest level to the section frame.
     """
     if not hasattr(element, "children"):
-        return [Level(element, to_um)]
+        return [Level(element, to_um, _white(element))]
     arrays = [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
     height, width = arrays[0].sizes["y"], arrays[0].sizes["x"]
     levels = []
+    white = _white(arrays[-1])
     for array in arrays:
         # Pyramids halve and trim odd sizes, so that the quotient of the sizes is slightly off the true factor.
         factor_x, factor_y = width / array.sizes["x"], height / array.sizes["y"]
         if round(factor_x) == round(factor_y) and abs(factor_x - round(factor_x)) * array.sizes["x"] <= round(factor_x):
             factor_x = factor_y = float(round(factor_x))
-        levels.append(Level(array, to_um @ scaling(factor_x, factor_y)))
+        levels.append(Level(array, to_um @ scaling(factor_x, factor_y), white))
     return levels
+
+
+def _white(array: DataArray) -> float:
+    """Value of full brightness: that of the type for integers; floats come in 0-1 or in 0-255."""
+    if np.issubdtype(array.dtype, np.integer):
+        return float(np.iinfo(array.dtype).max)
+    # Decided once for the whole image, on a sample of its pixels: a single window may be dark.
+    step = max(1, max(array.sizes["y"], array.sizes["x"]) // 256)
+    sample = array.isel(y=slice(None, None, step), x=slice(None, None, step)).data
+    sample = np.asarray(sample.compute(scheduler="synchronous") if hasattr(sample, "compute") else sample)
+    return 1.0 if np.nanmax(sample, initial=0.0) <= 1.0 else 255.0
 
 
 def best_level(levels: list[Level], pixel_size: float) -> Level:
@@ -70,8 +84,8 @@ def best_level(levels: list[Level], pixel_size: float) -> Level:
     return fine_enough[-1] if fine_enough else levels[0]
 
 
-def to_rgb(array: np.ndarray) -> np.ndarray:
-    """Bring (c, y, x) of any depth to (y, x, 3) float32 in 0-255: grey is repeated, alpha is dropped.
+def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
+    """Bring (c, y, x) to (y, x, 3) float32 in 0-255: grey is repeated, alpha is dropped, `white` becomes 255.
 
     Raises
     ------
@@ -83,14 +97,8 @@ def to_rgb(array: np.ndarray) -> np.ndarray:
         msg = f"An H&E image has 1, 3 or 4 channels, found {channels}. Select three channels before assembling."
         raise ValueError(msg)
     rgb = np.repeat(array, 3, axis=0) if channels == 1 else array[:3]
-    rgb = np.moveaxis(rgb, 0, -1)
-    if rgb.dtype == np.uint8:
-        return rgb.astype(np.float32)
-    if np.issubdtype(rgb.dtype, np.integer):
-        return rgb.astype(np.float32) * (255.0 / np.iinfo(rgb.dtype).max)
-    rgb = rgb.astype(np.float32)
-    # Float images come in 0-1 or in 0-255.
-    return rgb * 255.0 if np.nanmax(rgb, initial=0.0) <= 1.0 else rgb
+    rgb = np.moveaxis(rgb, 0, -1).astype(np.float32)
+    return rgb if white == 255.0 else rgb * np.float32(255.0 / white)
 
 
 def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
@@ -99,7 +107,7 @@ def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
     if hasattr(window, "compute"):
         # Threads inside DataLoader or distributed workers can deadlock; one window is too small to gain from them.
         window = window.compute(scheduler="synchronous")
-    return to_rgb(np.asarray(window))
+    return to_rgb(np.asarray(window), level.white)
 
 
 def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +129,7 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
     """
     level = best_level(levels, pixel_size)
     height, width = level.shape
-    factor = max(1, min(int(pixel_size / level.pixel_size), height, width))
+    factor = max(1, min(int(pixel_size / level.pixel_size + 1e-6), height, width))
     rows, columns = height // factor, width // factor
     chunk_rows = level.data.data.chunks[1][0] if hasattr(level.data.data, "chunks") else height
     strip = max(factor, max(chunk_rows, _TILE) // factor * factor)
@@ -136,11 +144,12 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
 
 
 def iter_patches(
-    levels: list[Level], centers: np.ndarray, side: float, n_px: int
+    levels: list[Level], centers: np.ndarray, side: float, n_px: int, *, batch_size: int = 128
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Square patches around points, resampled to a fixed number of pixels.
 
-    Patches are read tile by tile: neighbouring ones share one read, and memory is bounded by a tile and its halo.
+    Patches are read tile by tile: neighbouring ones share one read, and memory is bounded by a tile with its halo and
+    a batch of patches.
 
     Parameters
     ----------
@@ -152,11 +161,13 @@ def iter_patches(
         Edge length of a patch in um; its edges are parallel to the axes of the section frame.
     n_px
         Pixels along an edge of the result.
+    batch_size
+        Patches made at a time.
 
     Yields
     ------
     index
-        Rows of `centers` in this tile.
+        Rows of `centers` in this batch.
     patches
         (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond
         the image.
@@ -172,13 +183,17 @@ def iter_patches(
     tile = (centers_px[:, 1] // tile_y).astype(int) * (width // tile_x + 2) + (centers_px[:, 0] // tile_x).astype(int)
     for which in np.unique(tile):
         index = np.flatnonzero(tile == which)
-        where = centers[index][:, None, :] + offsets  # (n, n_px ** 2, 2)
-        pixels = apply_affine(where.reshape(-1, 2), from_um) - 0.5  # to pixel indices
-        pixels = np.clip(pixels, 0, [width - 1, height - 1])
-        x0, y0 = np.floor(pixels.min(axis=0)).astype(int)
-        x1, y1 = np.minimum(np.floor(pixels.max(axis=0)).astype(int) + 2, [width, height])
+        corners = centers[index][:, None, :] + offsets[[0, n_px - 1, -n_px, -1]]
+        extent = np.clip(apply_affine(corners.reshape(-1, 2), from_um) - 0.5, 0, [width - 1, height - 1])
+        x0, y0 = np.floor(extent.min(axis=0)).astype(int)
+        x1, y1 = np.minimum(np.floor(extent.max(axis=0)).astype(int) + 2, [width, height])
         window = read_window(level, y0, y1, x0, x1)
-        yield index, _bilinear(window, pixels - [x0, y0]).reshape(len(index), n_px, n_px, 3)
+        for start in range(0, len(index), batch_size):
+            rows = index[start : start + batch_size]
+            where = centers[rows][:, None, :] + offsets  # (n, n_px ** 2, 2)
+            pixels = apply_affine(where.reshape(-1, 2), from_um) - 0.5  # to pixel indices
+            pixels = np.clip(pixels, 0, [width - 1, height - 1]) - [x0, y0]
+            yield rows, _bilinear(window, pixels).reshape(len(rows), n_px, n_px, 3)
 
 
 def _bilinear(image: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -206,8 +206,13 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     if not frames:
         return
     obs = pd.concat(frames)
-    if obs[Keys.INSTANCE].dtype == object:  # ids of different type in different sections
-        obs[Keys.INSTANCE] = obs[Keys.INSTANCE].astype(str)
+    if not obs.index.is_unique:
+        repeated = obs.index[obs.index.duplicated()][0]
+        msg = (
+            f"Two spots of the stack would both be named {repeated!r} (section, then id): rename the sections, or give "
+            "the spots of each section unique ids."
+        )
+        raise ValueError(msg)
     obs[Keys.SECTION] = pd.Categorical(obs[Keys.SECTION], categories=list(record.names), ordered=True)
     obs[Keys.REGION] = pd.Categorical(obs[Keys.REGION])
     table = AnnData(obs=obs, obsm={Keys.SPATIAL: np.concatenate(coordinates)})

@@ -79,7 +79,7 @@ def test_tile_spots_keeps_spots_with_the_tissue_asked_for(fraction):
     )
     assert share.min() > fraction - 0.06
     if fraction < 1:
-        assert share.min() < fraction + 0.3
+        assert share.min() < fraction + 0.4
 
 
 def test_tile_spots_takes_its_sizes_from_the_measured_section():

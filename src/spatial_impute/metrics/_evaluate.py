@@ -9,7 +9,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import measured_mask, stack_table
-from spatial_impute._validation import require_key, require_log_values
+from spatial_impute._validation import require_finite, require_key, require_log_values
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ def evaluate(
         wanted = [key for key in table.layers if key != Keys.MEASURED]
     for key in wanted:
         require_key(key, table.layers, where=f"sdata.tables[{table_key!r}].layers")
+    if not wanted:
+        msg = (
+            f"`sdata.tables[{table_key!r}].layers` holds nothing but the measurement. Run `si.tl.impute_baseline(sdata)` "
+            "or `si.tl.impute_3d(sdata, model)` first."
+        )
+        raise ValueError(msg)
     measured = measured_mask(table)
     profile = _mean_profile(table, measured)
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
@@ -92,6 +98,9 @@ def evaluate(
         sections = [name for name in names if not measured[section == name].any() and (section == name).any()]
     for name in sections:
         require_key(name, names, where="the stack's sections")
+    if not len(sections):
+        msg = "Something was measured on every section, so none is scored by default; name some with `sections=`."
+        raise ValueError(msg)
     genes = [gene for gene in table.var_names if gene in truth.var_names]
     if not genes:
         msg = f"The truth shares no gene with the stack (e.g. {list(table.var_names[:3])}, {list(truth.var_names[:3])})."
@@ -108,6 +117,9 @@ def evaluate(
         require_log_values(true, where="truth.X")
         for key in wanted:
             predicted = np.asarray(table.layers[key], dtype=float)[np.ix_(spots, columns)]
+            require_finite(
+                predicted, name=f"sdata.tables[{table_key!r}].layers[{key!r}]", row_names=table.obs_names[spots]
+            )
             rows.append((key, name))
             scores.append(summarise(predicted, true, profile[columns]))
             by_gene[key].append(pearson_by_gene(predicted, true))

@@ -63,6 +63,7 @@ def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.nda
     scored = r[np.isfinite(r)]
     by_spot = pearson_by_spot(p, t)
     mse = float(np.mean((p - t) ** 2))
+    reference_mse = float(np.mean((reference_profile - t) ** 2))
     nothing = float("nan")
     return {
         "pearson_gene": float(scored.mean()) if scored.size else nothing,
@@ -72,7 +73,7 @@ def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.nda
         "pearson_spot": float(np.nanmean(by_spot)) if np.isfinite(by_spot).any() else nothing,
         "mse": mse,
         "mae": float(np.mean(np.abs(p - t))),
-        "skill": 1 - mse / float(np.mean((reference_profile - t) ** 2)),
+        "skill": 1 - mse / reference_mse if reference_mse > 0 else nothing,
         "n_spots": len(t),
         "n_genes": int(scored.size),
     }

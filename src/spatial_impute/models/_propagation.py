@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
+from spatial_impute._logging import logger
+
 
 def propagate(
     weights: sparse.csr_matrix,
@@ -12,7 +14,7 @@ def propagate(
     values: np.ndarray,
     *,
     leak: float = 3.6,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-8,
     max_iterations: int = 2000,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Spread known values over a graph until nothing changes any more.
@@ -38,9 +40,9 @@ def propagate(
         neighbours at the distance of one spacing, so that a mass of one half means: as much from measured spots as
         from the own section.
     tolerance
-        Largest change of a step, relative to the spread of the values, at which to stop.
+        Residual, relative to the right-hand side, at which to stop.
     max_iterations
-        Steps after which to stop anyway.
+        Steps of conjugate gradients per gene after which to stop anyway, with a warning.
 
     Returns
     -------
@@ -69,23 +71,43 @@ def propagate(
         return result, mass
 
     degree = np.asarray(weights.sum(axis=1)).ravel()[unknown] + leak
-    step = sparse.diags(1.0 / degree) @ weights[unknown]
-    among = step[:, unknown].tocsr()
+    system = sparse.diags(degree) - weights[unknown][:, unknown]
     # The values are centred, so that rounding and stopping are relative to their spread.
     centre = values.mean(axis=0)
     scale = max(float(np.abs(values - centre).max()), 1e-300)
-    source = step[:, np.flatnonzero(known)] @ np.column_stack([values - centre, np.full(len(values), scale)])
-    state = source.copy()
-    for _ in range(max_iterations):
-        following = source + among @ state
-        change = np.abs(following - state).max()
-        state = following
-        if change <= tolerance * scale:
-            break
-    reached = np.clip(state[:, -1] / scale, np.finfo(float).tiny, 1.0)
-    result[unknown] = state[:, :-1] / reached[:, None] + centre
+    known_columns = np.column_stack([(values - centre) / scale, np.ones(len(values))])
+    source = weights[unknown][:, np.flatnonzero(known)] @ known_columns
+    state = _conjugate_gradients(system.tocsr(), source, degree, tolerance, max_iterations)
+    reached = np.clip(state[:, -1], np.finfo(float).tiny, 1.0)
+    result[unknown] = state[:, :-1] / reached[:, None] * scale + centre
     mass[unknown] = reached
     return result, mass
+
+
+def _conjugate_gradients(
+    system: sparse.csr_matrix, source: np.ndarray, diagonal: np.ndarray, tolerance: float, max_iterations: int
+) -> np.ndarray:
+    """Solve a symmetric positive definite system for all columns at once, preconditioned by its diagonal."""
+    solution = source / diagonal[:, None]
+    residual = source - system @ solution
+    direction = residual / diagonal[:, None]
+    rho = (residual * direction).sum(axis=0)
+    target = tolerance * np.maximum(np.linalg.norm(source, axis=0), np.finfo(float).tiny)
+    for _ in range(max_iterations):
+        active = np.linalg.norm(residual, axis=0) > target
+        if not active.any():
+            return solution
+        image = system @ direction
+        curvature = (direction * image).sum(axis=0)
+        step = np.where(active & (curvature > 0), rho / np.where(curvature > 0, curvature, 1.0), 0.0)
+        solution += step * direction
+        residual -= step * image
+        scaled = residual / diagonal[:, None]
+        following = (residual * scaled).sum(axis=0)
+        direction = scaled + np.where(rho > 0, following / np.where(rho > 0, rho, 1.0), 0.0) * direction
+        rho = following
+    logger.warning("Label propagation stopped after %d steps before it had settled", max_iterations)
+    return solution
 
 
 def _reachable(weights: sparse.csr_matrix, known: np.ndarray) -> np.ndarray:

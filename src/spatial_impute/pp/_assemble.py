@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from spatial_impute._geometry import linear_scale
 from spatial_impute._image_io import open_image
@@ -108,6 +109,15 @@ def assemble_stack(
     inputs = _named_inputs(sections)
     names = list(inputs)
     heights = _heights(names, z, section_spacing)
+    for argument, value in {
+        "mpp": mpp,
+        "coordinate_system": coordinate_system,
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+    }.items():
+        for name in value if isinstance(value, Mapping) else ():
+            require_key(name, names, where="sections", then=f"`{argument}` names a section that is not there.")
     sdata = SpatialData()
     records = []
     for name in names:
@@ -167,6 +177,9 @@ def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> di
     for name, value in pairs:
         if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
             msg = f"Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found {name!r}."
+            raise ValueError(msg)
+        if name == Keys.ALIGNED:
+            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
             raise ValueError(msg)
         if name.lower() in seen_names:
             msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
@@ -305,6 +318,8 @@ def _from_spatialdata(
     )
     if shapes_key is not None:
         parts.spots = _moved(source.shapes[shapes_key], system, name, mpp)
+        # One table annotates the spots of all sections, so their ids must be of one type; barcodes are strings.
+        parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, table_key, name, where)
     return parts
 
@@ -403,10 +418,10 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     if not counts.var_names.is_unique:
         logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
         counts.var_names_make_unique()
-    instance = counts.obs[attrs["instance_key"]].to_numpy()
+    instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
     counts.obs[Keys.REGION] = Keys.spots(name)
     counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")
-    counts.obs[Keys.INSTANCE] = instance
+    counts.obs[Keys.INSTANCE] = pd.array(instance, dtype=object)
     del counts.uns["spatialdata_attrs"]
     return TableModel.parse(counts, region=Keys.spots(name), region_key=Keys.REGION, instance_key=Keys.INSTANCE)

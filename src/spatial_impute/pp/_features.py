@@ -29,7 +29,7 @@ def extract_features(
     region_scale: float = 2.3,
     global_scale: float = 4.6,
     patch_px: int = 224,
-    batch_size: int = 256,
+    batch_size: int = 128,
     device: str | None = None,
     show_progress_bar: bool | None = None,
 ) -> None:
@@ -162,17 +162,15 @@ def _encode_patches(
     levels: list[Level], centers: np.ndarray, side: float, encode: Encoder, batch_size: int
 ) -> np.ndarray:
     features: np.ndarray | None = None
-    for index, patches in iter_patches(levels, centers, side, encode.patch_px):
-        for start in range(0, len(index), batch_size):
-            rows = index[start : start + batch_size]
-            encoded = encode(patches[start : start + batch_size])
-            if encoded.ndim != 2 or len(encoded) != len(rows) or not np.isfinite(encoded).all():
-                msg = (
-                    f"Encoder {encode.name!r} must return finite numbers of shape ({len(rows)}, n_features), found "
-                    f"shape {encoded.shape}{'' if np.isfinite(encoded).all() else ' with NaN or inf'}."
-                )
-                raise ValueError(msg)
-            if features is None:
-                features = np.empty((len(centers), encoded.shape[1]), dtype=np.float32)
-            features[rows] = encoded
+    for rows, patches in iter_patches(levels, centers, side, encode.patch_px, batch_size=batch_size):
+        encoded = encode(patches)
+        if encoded.ndim != 2 or len(encoded) != len(rows) or not np.isfinite(encoded).all():
+            msg = (
+                f"Encoder {encode.name!r} must return finite numbers of shape ({len(rows)}, n_features), found "
+                f"shape {encoded.shape}{'' if np.isfinite(encoded).all() else ' with NaN or inf'}."
+            )
+            raise ValueError(msg)
+        if features is None:
+            features = np.empty((len(centers), encoded.shape[1]), dtype=np.float32)
+        features[rows] = encoded
     return features

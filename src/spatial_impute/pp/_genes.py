@@ -11,7 +11,7 @@ from scipy import sparse
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import looks_like_counts, require_positive
+from spatial_impute._validation import looks_like_counts, require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,6 +132,11 @@ def _log_values(
     table: AnnData, *, layer: str | None, log_normalized: bool, target_sum: float, where: str
 ) -> np.ndarray | sparse.csr_matrix:
     """Log-normalised expression of one measured table, after checking what it really holds."""
+    if layer is not None:
+        require_key(layer, table.layers, where=f"{where}.layers")
+    elif table.X is None:
+        msg = f"`{where}.X` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
+        raise ValueError(msg)
     matrix = table.X if layer is None else table.layers[layer]
     where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
     data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
@@ -179,6 +184,9 @@ def _choose(
         raise ValueError(msg)
     first = next(iter(var_names.values()))
     shared = [gene for gene in first if all(gene in names for names in var_names.values())]
+    if not shared:
+        msg = f"The measured sections {list(var_names)} have no gene in common; check that their gene names match."
+        raise ValueError(msg)
     means = [
         np.asarray(matrix.mean(axis=0)).ravel()[var_names[name].get_indexer(shared)] for name, matrix in values.items()
     ]

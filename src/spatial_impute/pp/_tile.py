@@ -119,7 +119,12 @@ def tile_spots(
             )
             raise ValueError(msg)
     for name, points in centers.items():
-        frame = gpd.GeoDataFrame({"radius": np.full(len(points), diameter / 2)}, geometry=gpd.points_from_xy(*points.T))
+        # Ids are strings, as barcodes are: one table cannot join both strings and numbers.
+        frame = gpd.GeoDataFrame(
+            {"radius": np.full(len(points), diameter / 2)},
+            geometry=gpd.points_from_xy(*points.T),
+            index=[str(i) for i in range(len(points))],
+        )
         sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations={name: Identity()})
         log_added(f"shapes[{Keys.spots(name)!r}]")
         record = record.with_section(_with_spots(record, name))

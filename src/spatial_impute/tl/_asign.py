@@ -175,6 +175,10 @@ def impute_3d(
         If the stack lacks genes, features, graph or registration.
     ValueError
         If features come from another encoder, or nothing is measured.
+
+    Examples
+    --------
+    See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
     """
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)

@@ -111,9 +111,17 @@ def build_3d_graph(
         require_key(
             use_rep, table.obsm, where=where, then="Run `si.pp.extract_features(sdata)` first, or pass `use_rep=None`."
         )
-    for name, value in {"n_neighs": n_neighs, "max_section_gap": max_section_gap}.items():
-        if int(value) < 1:
-            msg = f"`{name}` must be at least 1, found {value!r}."
+    least = {"n_neighs": 1, "max_section_gap": 1, "n_cross_neighs": 0, "n_similar": 0, "similarity_weight": 0}
+    given = {
+        "n_neighs": n_neighs,
+        "max_section_gap": max_section_gap,
+        "n_cross_neighs": n_cross_neighs,
+        "n_similar": n_similar,
+        "similarity_weight": similarity_weight,
+    }
+    for name, value in given.items():
+        if not np.isfinite(value) or value < least[name]:
+            msg = f"`{name}` must be at least {least[name]}, found {value!r}."
             raise ValueError(msg)
     if not -1 <= similarity_threshold < 1:
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
