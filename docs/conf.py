@@ -100,7 +100,12 @@ nb_output_stderr = "remove"
 html_theme = "sphinx_book_theme"
 html_title = "spatial_impute"
 html_static_path = ["_static"]
-html_theme_options = {"repository_url": repository_url, "use_repository_button": True, "path_to_docs": "docs/"}
+html_theme_options = {
+    "repository_url": repository_url,
+    "use_repository_button": True,
+    "path_to_docs": "docs/",
+    "navbar_persistent": [],  # the search field is in the sidebar; not a second one above the page
+}
 
 # -- prose in Returns, short type names -------------------------------------------------------------------------------
 # How types are written in signatures (string annotations are not resolved) -> where they are documented.

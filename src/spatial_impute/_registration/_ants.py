@@ -40,9 +40,9 @@ def fit_linear(
     mask_margin: float,
     seed: int,
 ) -> NDArray[np.float64]:
-    """Refine a linear transform by global correlation inside the (widened) tissue masks.
+    """Refine a linear transform by mutual information inside the (widened) tissue masks.
 
-    Every pixel is a sample: correlation over all pixels has no random part, unlike sampled mutual information.
+    Mutual information does not mind other stains. Every pixel is a sample, so that there is no random part.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def fit_linear(
             mask=_image(fixed, _widen(fixed, mask_margin), to_fixed),
             moving_mask=_image(moving, _widen(moving, mask_margin), to_moving),
             mask_all_stages=True,
-            aff_metric="GC",
+            aff_metric="mattes",
             aff_random_sampling_rate=1.0,
             aff_iterations=tuple(iterations),
             aff_shrink_factors=tuple(2**level for level in levels),

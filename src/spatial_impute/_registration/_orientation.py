@@ -9,8 +9,11 @@ from scipy import fft
 from scipy import ndimage as ndi
 
 from spatial_impute._registration._channel import shrink
+from spatial_impute._registration._quality import disagreement
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
     from spatial_impute._registration._channel import Channel
@@ -32,28 +35,55 @@ def pose(
 
 
 def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
-    """Distinct rigid poses of the moving section on the fixed one, best first.
+    """Distinct rigid poses of the moving section on the fixed one, most promising first.
 
     Every rotation and mirror image of the moving section is laid over the fixed one at every shift by a Fourier
     transform. The measure is the correlation of what is inside the tissue plus the overlap of the outlines: outlines
-    alone cannot tell a roughly symmetric section from itself turned by 180 degrees.
+    alone cannot tell a roughly symmetric section from itself turned by 180 degrees. Content is looked at twice, as
+    stain and as edges: another stain may turn dark into pale, but edges stay where they are.
 
     Returns
     -------
-    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um. One for each peak over the angles; the
-    search leaves errors of up to half a step of angle.
+    ``params.n_candidates`` matrices ``(3, 3)`` at most, moving to fixed, um: peaks over the angles, of both looks in
+    turn; the search leaves errors of up to half a step of angle. Then, always, the section as it lies, and as it lies
+    with the centres of the tissues on each other: most sections come with about the right face and turn.
     """
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)
     centre = moving.centres().mean(0)
-    fixed_content, fixed_mask = _content(fixed)
+    rankings = []
+    for look in (_stain, _edges):
+        scores, poses = _search(fixed, moving, look, centre, params)
+        rankings.append([poses[key] for key in _peaks(scores)[: params.n_candidates]])
+    chosen: list[NDArray] = []
+    for i in range(params.n_candidates):
+        for ranking in rankings:
+            if i < len(ranking) and len(chosen) < params.n_candidates:
+                _add(chosen, ranking[i], moving)
+    _add(chosen, pose(0.0, centre, fixed.centres().mean(0)), moving)
+    _add(chosen, np.eye(3), moving)
+    return chosen
+
+
+def _add(chosen: list[NDArray], candidate: NDArray, moving: Channel) -> None:
+    """Append a pose unless it repeats one, up to the precision of the search (3 pixels)."""
+    points = moving.centres()[:: max(1, int(moving.mask.sum()) // 500)]
+    if all(disagreement(candidate, other, points) > 3 * moving.size for other in chosen):
+        chosen.append(candidate)
+
+
+def _search(
+    fixed: Channel, moving: Channel, look: Callable, centre: NDArray, params: RegistrationParams
+) -> tuple[NDArray, dict[tuple[int, int], NDArray]]:
+    """Score ``(face, angle)`` at the best shift, and the poses."""
+    fixed_mask, moving_mask = (channel.mask.astype(np.float32) for channel in (fixed, moving))
+    fixed_content, moving_content = look(fixed), look(moving)
     # Every rotation of the moving tissue about its centre fits a square of this half side.
     radius = float(np.linalg.norm(moving.centres() - centre, axis=1).max()) / moving.size
     side = 2 * int(np.ceil(radius)) + 3
     shape = [fft.next_fast_len(n + side, real=True) for n in fixed.image.shape]
     fixed_content /= np.sqrt(np.sum(fixed_content**2)) + 1e-12
     spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_content, fixed_mask)]
-    moving_content, moving_mask = _content(moving)
     # The overlap is relative to the smaller tissue, so that a torn section is not punished for what it lost.
     area = min(float(fixed_mask.sum()), float(moving_mask.sum()))
 
@@ -77,14 +107,23 @@ def orientation_candidates(fixed: Channel, moving: Channel, params: Registration
             move = np.eye(3)
             move[:2, 2] = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
             poses[f, a] = move @ turn
-    return [poses[key] for key in _peaks(scores)[: params.n_candidates]]
+    return scores, poses
 
 
-def _content(channel: Channel) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Structure inside the tissue (zero mean there, zero outside) and the tissue itself."""
-    mask = channel.mask.astype(np.float32)
-    blurred = ndi.gaussian_filter(channel.image * mask, _BLUR) / np.maximum(ndi.gaussian_filter(mask, _BLUR), 1e-3)
-    return (blurred - blurred[channel.mask].mean()) * mask, mask
+def _stain(channel: Channel) -> NDArray[np.float32]:
+    """Stain inside the tissue: zero mean there, zero outside."""
+    return _centred(channel.image, channel.mask)
+
+
+def _edges(channel: Channel) -> NDArray[np.float32]:
+    """Edges inside the tissue, whatever their sign: zero mean there, zero outside."""
+    return _centred(ndi.gaussian_gradient_magnitude(channel.image, 1.0), channel.mask)
+
+
+def _centred(image: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    weight = mask.astype(np.float32)
+    blurred = ndi.gaussian_filter(image * weight, _BLUR) / np.maximum(ndi.gaussian_filter(weight, _BLUR), 1e-3)
+    return (blurred - blurred[mask].mean()) * weight
 
 
 def _turned(image: NDArray, channel: Channel, turn: NDArray, side: int) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
@@ -102,7 +103,7 @@ class AsignModel:
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
         centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
-        inputs = graph_inputs(spots, self._tensors)
+        inputs = graph_inputs(spots, self._tensors, self.params.n_neighs)
         deviation = np.zeros((len(spots.known), len(centre)))
         for k, name in enumerate(self._experts):
             if not weights[:, k].any():
@@ -280,11 +281,11 @@ def _fit_networks(
         out = [f[min(k, len(f) - 1)] for f in folds]
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
         # Hidden for watching, and of the rest one block after the other hidden for training.
-        episodes = [_episode(r, mask, tensors) for r in rest for mask in _folds(r, params, seed)]
+        episodes = [_episode(r, mask, tensors, params.n_neighs) for r in rest for mask in _folds(r, params, seed)]
         run = train(
             lambda: build_network(params, n_features, tensors["group"]),
             episodes,
-            [_episode(s, o, tensors) for s, o in zip(stacks, out, strict=True)],
+            [_episode(s, o, tensors, params.n_neighs) for s, o in zip(stacks, out, strict=True)],
             n_steps=params.n_steps,
             learning_rate=params.learning_rate,
             weight_decay=params.weight_decay,
@@ -309,24 +310,25 @@ def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
     return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
 
 
-def _episode(spots: Spots, masked: np.ndarray, tensors: dict[str, Tensor]) -> Episode:
+def _episode(spots: Spots, masked: np.ndarray, tensors: dict[str, Tensor], n_neighs: int) -> Episode:
     """Hide some known spots from the network; they are what it has to predict."""
     expression = torch.from_numpy(spots.expression[masked[spots.known]].astype(np.float32))
     return Episode(
-        inputs=graph_inputs(spots.hide(masked), tensors),
+        inputs=graph_inputs(spots.hide(masked), tensors, n_neighs),
         rows=torch.from_numpy(np.flatnonzero(masked)),
         expression=(expression - tensors["centre"]) / tensors["scale"],
     )
 
 
-def graph_inputs(spots: Spots, tensors: dict[str, Tensor]) -> GraphInputs:
+def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
     """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
     values, support = propagate(spots.graph, spots.known, spots.expression)
     propagated = (torch.from_numpy(values.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
     spot, region, surroundings = (torch.from_numpy(t.astype(np.float32)) for t in spots.tokens)
     coo = spots.graph.tocoo()
+    strong = _strongest(spots.graph, n_neighs)
     # Messages flow from column to row.
-    edge_index = torch.from_numpy(np.stack([coo.col, coo.row]).astype(np.int64))
+    edge_index = torch.from_numpy(np.stack([coo.col[strong], coo.row[strong]]).astype(np.int64))
     return GraphInputs(
         spot=spot[:, 0],
         region=region,
@@ -334,8 +336,16 @@ def graph_inputs(spots: Spots, tensors: dict[str, Tensor]) -> GraphInputs:
         propagated=torch.nan_to_num(propagated),  # the mean where nothing arrives
         support=torch.from_numpy(support.astype(np.float32))[:, None],
         edge_index=edge_index,
-        edge_features=torch.from_numpy(spots.edge_features.astype(np.float32)),
+        edge_features=torch.from_numpy(spots.edge_features[strong].astype(np.float32)),
     )
+
+
+def _strongest(graph: sparse.csr_matrix, k: int) -> np.ndarray:
+    """Positions of the k largest entries of every row."""
+    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
+    order = np.lexsort((graph.indices, -graph.data, row))
+    rank = np.arange(len(row)) - graph.indptr[row[order]]
+    return np.sort(order[rank < k])
 
 
 def build_network(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:

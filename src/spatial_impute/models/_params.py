@@ -24,6 +24,8 @@ class AsignParams:
     """Width of the network."""
     n_heads: int = 4
     """Attention heads."""
+    n_neighs: int = 12
+    """Strongest edges into a spot that the network attends to; 12 as published. Propagation uses all edges."""
     n_graph_layers: int = 2
     """Layers of attention over the 3D graph."""
     n_level_layers: int = 1
@@ -47,7 +49,7 @@ class AsignParams:
     within the network."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):
+        for name in ("width", "n_heads", "n_neighs", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 msg = f"`{name}` must be an integer of at least 1, found {value!r}."

@@ -1,0 +1,85 @@
+"""How far off is the result: match patches of the registered images and see how far they still have to move."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from spatial_impute._registration._quality import pull_back
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._field import DisplacementField
+
+# All in working pixels, of which a section has about 320 along its longer side.
+_HALF = 12  # half side of a patch: several cells and vessels across, a tenth of the section
+_REACH = 12  # largest shift looked for; larger errors show in the score
+_STEP = 12  # from patch to patch
+_EDGE = 1.5  # scale of the edges that are compared, so that another stain does not matter
+_TISSUE = 0.8  # share of a patch that must be tissue: outlines match, whatever is inside
+_RETURN = 2.0  # a match counts if the match of its target leads back to within this distance
+_MIN_PATCHES = 5  # fewer say nothing about a section
+
+
+def residual_error(
+    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], field: DisplacementField | None = None
+) -> tuple[float, int]:
+    """Median shift in um by which patches of the registered section fit the fixed one better, and their number.
+
+    Only patches count whose best match on the fixed section is matched back to where they came from. An estimate: it
+    includes the noise of the matching (about a working pixel on serial sections), and sees no error beyond 12 pixels.
+
+    Returns
+    -------
+    Shift and number of patches; the shift is NaN if fewer than 5 patches match.
+    """
+    first = ndi.gaussian_gradient_magnitude(fixed.image, _EDGE)
+    second = ndi.gaussian_gradient_magnitude(pull_back(moving.image, moving, fixed, matrix, field), _EDGE)
+    tissue = fixed.mask & (pull_back(moving.mask, moving, fixed, matrix, field) > 0.5)
+    share = ndi.uniform_filter(tissue.astype(np.float32), 2 * _HALF + 1)
+    margin = _HALF + _REACH
+    shifts = []
+    for row in range(margin, first.shape[0] - margin, _STEP):
+        for column in range(margin, first.shape[1] - margin, _STEP):
+            if share[row, column] < _TISSUE:
+                continue
+            there = _match(second, first, row, column)
+            if there is None:
+                continue
+            target = np.rint(there).astype(int) + (row, column)
+            if (target < margin).any() or (target >= np.array(first.shape) - margin).any():
+                continue
+            back = _match(first, second, *target)
+            if back is not None and np.hypot(*(target + back - (row, column))) <= _RETURN:
+                shifts.append(float(np.hypot(*there)))
+    if len(shifts) < _MIN_PATCHES:
+        return float("nan"), len(shifts)
+    return float(np.median(shifts)) * fixed.size, len(shifts)
+
+
+def _match(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:
+    """Shift (rows, columns) at which the patch of `source` fits `target` best; None if the best lies at the limit."""
+    from skimage.feature import match_template
+
+    patch = source[row - _HALF : row + _HALF + 1, column - _HALF : column + _HALF + 1]
+    reach = _HALF + _REACH
+    window = target[row - reach : row + reach + 1, column - reach : column + reach + 1]
+    if np.ptp(patch) == 0 or np.ptp(window) == 0:
+        return None
+    surface = match_template(window, patch)
+    peak = np.array(np.unravel_index(np.argmax(surface), surface.shape))
+    if (peak == 0).any() or (peak == 2 * _REACH).any():
+        return None
+    return peak + [_vertex(surface, peak, axis) for axis in (0, 1)] - float(_REACH)
+
+
+def _vertex(surface: NDArray, peak: NDArray, axis: int) -> float:
+    """Offset of the maximum of the parabola through a peak and its two neighbours."""
+    step = np.eye(2, dtype=int)[axis]
+    low, here, high = (float(surface[tuple(peak + k * step)]) for k in (-1, 0, 1))
+    curvature = low - 2 * here + high
+    return 0.5 * (low - high) / curvature if curvature < 0 else 0.0
