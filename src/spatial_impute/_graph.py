@@ -104,9 +104,7 @@ def build_graph(
             if not 0 < b - a <= max_section_gap:
                 continue
             if n_cross_neighs > 0:
-                pairs.extend(
-                    _cross_pairs(xyz, rows_a, rows_b, trees[a], trees[b], n_cross_neighs, max_distance)
-                )
+                pairs.extend(_cross_pairs(xyz, rows_a, rows_b, trees[a], trees[b], n_cross_neighs, max_distance))
             pairs.extend(_overlap_pairs(rows_a, rows_b, trees[a], trees[b], radius))
             if features is not None and n_similar > 0:
                 ij, cosine = _similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)
@@ -144,7 +142,9 @@ def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndar
         rows = section == code
         block = features[rows].astype(np.float64)
         spread = block.std(axis=0)
-        result[rows] = (block - block.mean(axis=0)) / np.where(spread > 1e-6 * (1 + np.abs(block).max()), spread, np.inf)
+        result[rows] = (block - block.mean(axis=0)) / np.where(
+            spread > 1e-6 * (1 + np.abs(block).max()), spread, np.inf
+        )
     return result
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spatial_impute._settings import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def progress(items: Iterable[Any], label: str, *, show: bool | None = None, total: int | None = None) -> Any:

@@ -111,7 +111,9 @@ def test_permuting_the_table_permutes_the_result(small_stack, model):
     small_stack.tables["stack"] = TableModel.parse(shuffled)
     si.tl.impute_3d(small_stack, model)
     result = small_stack.tables["stack"].to_df(layer="asign")
-    np.testing.assert_allclose(result.loc[expected.index], expected, atol=0.02)  # optimisers stop within their tolerance
+    np.testing.assert_allclose(
+        result.loc[expected.index], expected, atol=0.02
+    )  # optimisers stop within their tolerance
 
 
 def test_save_and_load_give_the_same_prediction(small_stack, model, tmp_path):
@@ -211,7 +213,15 @@ def test_fit_stops_when_the_loss_is_not_finite(spots):
     params = AsignParams(**SMALL)
     broken = replace(spots, tokens=tuple(np.full_like(t, np.nan) for t in spots.tokens))
     with pytest.raises(ValueError, match=r"loss became nan|finite"):
-        fit([broken], ["g"] * spots.expression.shape[1], params, config={}, seed=0, device="cpu", progress=lambda n: lambda: None)
+        fit(
+            [broken],
+            ["g"] * spots.expression.shape[1],
+            params,
+            config={},
+            seed=0,
+            device="cpu",
+            progress=lambda n: lambda: None,
+        )
 
 
 def test_paper_parameters_are_the_published_ones():

@@ -48,7 +48,7 @@ def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
     changed = truth.copy()
     changed[folds == 2] = np.random.default_rng(3).normal(size=changed[folds == 2].shape)
     _, after = blend_weights(predictions, changed, folds)
-    np.testing.assert_array_equal(after[folds == 2], before[folds == 2])
+    np.testing.assert_allclose(after[folds == 2], before[folds == 2], atol=1e-9)  # rounding of the sums
     assert np.abs(after[folds != 2] - before[folds != 2]).max() > 1e-3
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from spatial_impute._registration._channel import Channel
     from spatial_impute._registration._types import RegistrationParams
 
+_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
 _SYN_STEP = 0.1  # small steps: serial sections need displacements of a few pixels, and larger steps follow the noise
 
 
@@ -65,7 +67,7 @@ def fit_linear(
     to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
     initial = np.linalg.inv(to_fixed) @ initial @ to_moving
     levels = tuple(range(len(iterations)))[::-1]
-    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _random_seed(seed):
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
         start = str(Path(folder) / "initial.mat")
         _write_matrix(initial, start)
         result = ants.registration(
@@ -88,14 +90,23 @@ def fit_linear(
 
 
 def fit_deformable(
-    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], *, params: RegistrationParams, seed: int
+    fixed: Channel,
+    moving: Channel,
+    matrix: NDArray[np.float64],
+    *,
+    smoothing: tuple[float, float],
+    params: RegistrationParams,
+    seed: int,
 ) -> DisplacementField:
-    """Diffeomorphic fit (SyN) by local correlation on top of `matrix` (moving to fixed, um), which stays as it is."""
+    """Diffeomorphic fit (SyN) by local correlation on top of `matrix` (moving to fixed, um), which stays as it is.
+
+    `smoothing` is that of the update and of the total field, working pixels.
+    """
     import ants
 
     to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
-    flow, total = params.syn_smoothing
-    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _random_seed(seed):
+    flow, total = smoothing
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
         start = str(Path(folder) / "initial.mat")
         _write_matrix(np.linalg.inv(to_fixed) @ matrix @ to_moving, start)
         result = ants.registration(
@@ -167,17 +178,23 @@ def _read_matrix(path: str) -> NDArray[np.float64]:
 
 
 @contextmanager
-def _random_seed(seed: int) -> Iterator[None]:
-    """Give antsRegistration a seed.
+def _controlled(seed: int) -> Iterator[None]:
+    """Give antsRegistration a seed and one thread.
 
-    antspyx reads it from a module variable. Its public setter would also reseed NumPy and change the environment.
+    antspyx reads the seed from a module variable; its public setter would also reseed NumPy and change the environment.
+    ITK reads the number of threads from the environment at its first use in a process and never again. With several,
+    mutual information is summed in another order each time and the result moves; so it is one, unless the variable is
+    set. Stacks are faster by registering several pairs at a time instead.
     """
     import ants.config
 
-    before = ants.config._random_seed
+    before, threads = ants.config._random_seed, os.environ.get(_THREADS)
     # antsRegistration takes 0 as "use the clock".
     ants.config._random_seed = int(seed) % (2**31 - 1) + 1
+    os.environ.setdefault(_THREADS, "1")
     try:
         yield
     finally:
         ants.config._random_seed = before
+        if threads is None:
+            os.environ.pop(_THREADS, None)

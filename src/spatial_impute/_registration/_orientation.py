@@ -9,7 +9,7 @@ from scipy import fft
 from scipy import ndimage as ndi
 
 from spatial_impute._registration._channel import shrink
-from spatial_impute._registration._quality import disagreement
+from spatial_impute._registration._quality import disagreement, edges_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +117,7 @@ def _stain(channel: Channel) -> NDArray[np.float32]:
 
 def _edges(channel: Channel) -> NDArray[np.float32]:
     """Edges inside the tissue, whatever their sign: zero mean there, zero outside."""
-    return _centred(ndi.gaussian_gradient_magnitude(channel.image, 1.0), channel.mask)
+    return _centred(edges_inside(channel), channel.mask)
 
 
 def _centred(image: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:

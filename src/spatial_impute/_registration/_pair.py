@@ -9,16 +9,17 @@ import numpy as np
 
 from spatial_impute._registration import _ants
 from spatial_impute._registration._channel import registration_channel, shrink, working_pixel
+from spatial_impute._registration._deform import fit_deformation
 from spatial_impute._registration._orientation import orientation_candidates
 from spatial_impute._registration._quality import (
     StructureScore,
-    field_quality,
     is_sane,
     same_pose,
     singular_values,
     tissue_dice,
     verdict,
 )
+from spatial_impute._registration._residual import residual_error
 from spatial_impute._registration._types import PairResult, RegistrationParams, SectionImage
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 _METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _SCORE_NOISE = 0.01  # a fit that differs by a few um changes the score by this much, either way
-_MIN_GAIN = (
-    0.04  # share of the missing coarse correlation that a deformation must explain; real neighbours: 0.05 to 0.12
-)
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -43,6 +41,7 @@ def register_pair(
     method: Literal["rigid", "affine", "syn"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
+    initial: NDArray[np.float64] | None = None,
 ) -> PairResult:
     """Find where the moving section lies on the fixed one.
 
@@ -61,6 +60,8 @@ def register_pair(
         Advanced settings.
     seed
         Seed of the optimiser. The same seed gives the same result on the same machine with the same number of threads.
+    initial
+        Matrix ``(3, 3)`` to start from, moving to fixed, um, instead of the search.
 
     Returns
     -------
@@ -78,7 +79,7 @@ def register_pair(
     _check_pixels(target, source)
 
     score = StructureScore(target, source)
-    starts = orientation_candidates(target, source, params)
+    starts = orientation_candidates(target, source, params) if initial is None else [np.asarray(initial, float)]
     # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner goes on.
     coarse = shrink(target, 2 * size), shrink(source, 2 * size)
     fit = partial(_ants.fit_linear, mask_margin=params.mask_margin, seed=seed)
@@ -106,31 +107,15 @@ def register_pair(
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
-        field, problem = _deform(score, matrix, params, seed)
+        found = fit_deformation(target, source, matrix, params, seed)
+        field = found.field
         if field is None:
-            notes.append(problem)
+            notes.append(found.note)
         else:
-            used, quality = "syn", start | _quality(score, matrix, field, runner_up)
+            used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)
-
-
-def _deform(
-    score: StructureScore, matrix: NDArray[np.float64], params: RegistrationParams, seed: int
-) -> tuple[DisplacementField | None, str]:
-    """Deformable fit on top of `matrix`, or None and the reason why it was discarded."""
-    field = _ants.fit_deformable(score.fixed, score.moving, matrix, params=params, seed=seed)
-    found = field_quality(field, score.fixed.mask)
-    low, high = params.jacobian_limits
-    if found["folds"] > 0 or found["jacobian_min"] < low or found["jacobian_max"] > high:
-        limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
-        return None, f"The deformable fit changed local areas by {limits}; it was discarded."
-    # Correlation of fine texture always rises, also where it is noise. Only the coarse scale is evidence.
-    before, after = score.correlation(matrix)[1], score.correlation(matrix, field)[1]
-    if after - before < _MIN_GAIN * (1 - before):
-        return None, "The deformable fit did not bring regions into better agreement; it was discarded."
-    return field, ""
 
 
 def _quality(
@@ -153,7 +138,8 @@ def _quality(
         "folds": 0.0,
         "working_pixel": float(fixed.size),
     }
-    return quality if field is None else quality | field_quality(field, fixed.mask)
+    error, n_patches = residual_error(fixed, moving, matrix, field)
+    return quality | {"residual_um": error, "residual_patches": n_patches}
 
 
 def _start(matrix: NDArray[np.float64]) -> dict[str, Any]:

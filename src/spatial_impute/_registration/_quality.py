@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working
 # grid, not um, because what can be compared between serial sections is structure on the scale of the section.
 _STRUCTURE_SCALES = (2.0, 6.0)
+_EDGE = 1.0  # working pixels: scale of the edges
+_RIM = 2  # working pixels that the channel's own blur mixes with glass
 _FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
 _MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
 _MIN_SEEN = 0.5  # see common_tissue
@@ -75,13 +77,13 @@ class StructureScore:
     share of the smaller tissue that overlaps. Unlike Dice it sees content, so that it can tell 0 from 180 degrees, and
     a section that lost half of its tissue can still score well. Edges, because another stain may turn dark into pale;
     between H&E sections they tell right from wrong poses better than the stain does, too: over all faces and turns the
-    true pose of HER2ST neighbours stands 9 to 11 standard deviations out, with the stain 3.6 to 4.4.
+    true poses of neighbours stand 5 to 7 standard deviations out, with the stain 3 to 4.
     """
 
     def __init__(self, fixed: Channel, moving: Channel) -> None:
         self.fixed, self.moving = fixed, moving
         self._fixed, self._moving = (
-            [ndi.gaussian_gradient_magnitude(channel.image, scale) for scale in _STRUCTURE_SCALES]
+            [_masked_blur(edges_inside(channel), channel.mask, scale) for scale in _STRUCTURE_SCALES]
             for channel in (fixed, moving)
         )
 
@@ -108,6 +110,23 @@ class StructureScore:
             return [0.0] * len(_STRUCTURE_SCALES)
         moved = (pull_back(image, self.moving, self.fixed, matrix, field)[overlap] for image in self._moving)
         return [_correlation(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
+
+
+def edges_inside(channel: Channel) -> NDArray[np.float32]:
+    """Strength of edges ``(y, x)``, whatever their sign, without the outline of the tissue.
+
+    The outline is taken away by continuing the tissue, less a rim where it is mixed with glass, to the outside.
+    """
+    core = ndi.binary_erosion(channel.mask, iterations=_RIM)
+    core = core if core.any() else channel.mask
+    nearest = ndi.distance_transform_edt(~core, return_distances=False, return_indices=True)
+    return ndi.gaussian_gradient_magnitude(channel.image[tuple(nearest)], _EDGE)
+
+
+def _masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
+    """Blur that neither takes in background nor fades at the tissue's edge."""
+    weight = ndi.gaussian_filter(mask.astype(np.float32), sigma)
+    return ndi.gaussian_filter(image * mask, sigma) / np.maximum(weight, 1e-3)
 
 
 def same_pose(first: NDArray[np.float64], second: NDArray[np.float64], moving: Channel) -> bool:

@@ -36,17 +36,17 @@ class RegistrationParams:
     """Whether a section may lie upside down on its slide."""
     n_candidates: int = 6
     """Number of distinct orientations refined before the best one is chosen."""
-    linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 0)
-    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after two.
-
-    Iterations on the last level cost more than all others together and move real sections by 1 to 2 um.
-    """
+    linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 50)
+    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after two."""
     syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
     """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
     syn_radius: float = 50.0
     """Half side in um of the window in which the deformable fit correlates: above a cell, below a region."""
-    syn_smoothing: tuple[float, float] = (6.0, 3.0)
-    """Smoothing of the update and of the total field in the deformable fit, working pixels. Less overfits."""
+    syn_smoothing: tuple[tuple[float, float], ...] = ((6.0, 3.0), (6.0, 1.0))
+    """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
+
+    A softer one is used only if it is better on tissue that the fit has not seen.
+    """
     jacobian_limits: tuple[float, float] = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
     max_displacement: float = 250.0
@@ -90,8 +90,9 @@ class RegistrationParams:
             if len(found) != 4 or any(not isinstance(n, int) or n < 0 for n in found) or sum(found) == 0:
                 msg = f"`{name}` must be four non-negative integers, not all zero; found {found!r}."
                 raise ValueError(msg)
-        if len(self.syn_smoothing) != 2 or not all(math.isfinite(s) and s >= 0 for s in self.syn_smoothing):
-            msg = f"`syn_smoothing` must be two non-negative numbers, found {self.syn_smoothing!r}."
+        pairs = [np.ravel(pair) for pair in self.syn_smoothing]
+        if not pairs or any(len(pair) != 2 or not (np.isfinite(pair) & (pair >= 0)).all() for pair in pairs):
+            msg = f"`syn_smoothing` must be pairs of non-negative numbers, found {self.syn_smoothing!r}."
             raise ValueError(msg)
         if len(self.jacobian_limits) != 2 or not 0 < self.jacobian_limits[0] < 1 < self.jacobian_limits[1]:
             msg = (

@@ -152,9 +152,7 @@ def _fetch_section(name: str, image: str) -> dict[str, Path]:
         "counts": f"ST-cnts/{name}.tsv.gz",
         "spots": f"ST-spotfiles/{name}_selection.tsv",
     }
-    return {
-        kind: Path(cache.fetch(file, progressbar=settings.show_progress_bar)) for kind, file in wanted.items()
-    }
+    return {kind: Path(cache.fetch(file, progressbar=settings.show_progress_bar)) for kind, file in wanted.items()}
 
 
 def _read_counts(path: Path) -> AnnData:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,15 @@ from spatial_impute.pp._assemble import assemble_stack, image_element
 from spatial_impute.pp._genes import log_normalize, select_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
 
-_LIBRARY_SIZE = 15_000.0  # mean counts of a spot, as in Visium
+_LIBRARY_SIZE = 20_000.0  # mean counts of a spot, as in Visium
 # Most counts of a spot go to genes that do not vary, so that normalisation does not carry structure into other genes.
 _N_HOUSEKEEPING = 4
-_HOUSEKEEPING_SHARE = 0.8
+_HOUSEKEEPING_SHARE = 0.9
 _HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density per unit of stain in r, g, b (Ruifrok and Johnston)
 _EOSIN = np.array([0.07, 0.99, 0.11])
 
@@ -260,7 +259,9 @@ def _draw_counts(
     ring = np.linspace(0, 2 * np.pi, 6, endpoint=False)
     offsets = np.vstack([[0.0, 0.0], 0.33 * diameter * np.column_stack([np.cos(ring), np.sin(ring)])])
     where = positions[:, None, :] + np.column_stack([offsets, np.zeros(len(offsets))])
-    fields = [f(where.reshape(-1, 3)).reshape(*where.shape[:2], -1).mean(axis=1) for f in (tissue.smooth, tissue.density)]
+    fields = [
+        f(where.reshape(-1, 3)).reshape(*where.shape[:2], -1).mean(axis=1) for f in (tissue.smooth, tissue.density)
+    ]
     rate = np.exp(tissue.log_mean(*fields, rng))
     rate /= rate.sum(axis=1, keepdims=True)
     library = _LIBRARY_SIZE * rng.lognormal(0, 0.3, size=(len(positions), 1))
@@ -279,7 +280,7 @@ def _draw_image(
     """H&E-like image (c, y, x) uint8: eosin from the smooth structure, nuclei as dots where the density is high."""
     from scipy.ndimage import gaussian_filter
 
-    n = int(round(extent / mpp))
+    n = round(extent / mpp)
     axis = (np.arange(n) + 0.5) * mpp
     xy = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     where = motion(xy)
@@ -287,7 +288,9 @@ def _draw_image(
     where = np.column_stack([where[inside], np.full(inside.sum(), height)])
     eosin = np.zeros(n * n)
     eosin[inside] = 0.30 + 0.12 * np.tanh(tissue.smooth(where)[:, :2]).sum(axis=1)
-    eosin[inside] *= 1 - 0.8 / (1 + np.exp(-8 * (tissue.glands(where)[:, 0] - 1.0)))  # pale where the field exceeds 1 sd
+    eosin[inside] *= 1 - 0.8 / (
+        1 + np.exp(-8 * (tissue.glands(where)[:, 0] - 1.0))
+    )  # pale where the field exceeds 1 sd
     eosin += inside * 0.03 * rng.normal(size=n * n)
     # One nucleus per pixel at most: about 8 um across at the default pixel size.
     probability = np.zeros(n * n)

@@ -53,9 +53,10 @@ def evaluate(
 
     Returns
     -------
-    Scores, see the columns of :func:`spatial_impute.metrics._scores.summarise`. Genes whose truth is constant on a
-    section cannot be scored there and are left out of its mean; ``n_genes`` counts the others. A constant prediction
-    scores 0.
+    Scores: ``pearson_gene`` and its ``_median``, first quartile ``_q1`` and ``_positive`` share; ``pearson_spot``;
+    ``mse``; ``mae``; ``skill`` = 1 - mse / mse of the mean profile of the measured spots; ``n_spots``; ``n_genes``.
+    Genes whose truth is constant on a section cannot be scored there and are left out of its mean; ``n_genes`` counts
+    the others. A constant prediction scores 0.
 
     Raises
     ------
@@ -103,14 +104,18 @@ def evaluate(
         raise ValueError(msg)
     genes = [gene for gene in table.var_names if gene in truth.var_names]
     if not genes:
-        msg = f"The truth shares no gene with the stack (e.g. {list(table.var_names[:3])}, {list(truth.var_names[:3])})."
+        msg = (
+            f"The truth shares no gene with the stack (e.g. {list(table.var_names[:3])}, {list(truth.var_names[:3])})."
+        )
         raise KeyError(msg)
     columns = table.var_names.get_indexer(genes)
     rows, scores, by_gene = [], [], {key: [] for key in wanted}
     for name in sections:
         spots = np.flatnonzero((section == name) & ~measured & table.obs_names.isin(truth.obs_names))
         if not len(spots):
-            msg = f"The truth has no unmeasured spot of section {name!r}; its spots are named like {truth.obs_names[:3]}."
+            msg = (
+                f"The truth has no unmeasured spot of section {name!r}; its spots are named like {truth.obs_names[:3]}."
+            )
             raise KeyError(msg)
         true = truth[table.obs_names[spots], genes].X
         true = np.asarray(true.toarray() if hasattr(true, "toarray") else true, dtype=float)

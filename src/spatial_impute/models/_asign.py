@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
@@ -22,6 +19,12 @@ from spatial_impute.models._params import AsignParams
 from spatial_impute.models._propagation import propagate
 from spatial_impute.models._spots import Spots, spatial_folds
 from spatial_impute.models._train import Episode, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from scipy import sparse
 
 _NETWORK = "network"
 # The mean is where every blend starts, and the nearest spot is the k-NN of one.
@@ -47,15 +50,13 @@ class AsignModel:
         Settings.
     var_names
         Genes.
-    weights
-        Weight of each blended method (columns) in the prediction of each gene (rows).
     cross_validation
         One row per method: scores on held-out blocks of the measured sections. All baselines, the network alone, and
         the blend ``"asign"``, whose weights for a block come from the other blocks.
     predictability
         Pearson correlation on held-out blocks per gene (the later ``var["imputation_r"]``).
     history
-        Loss and held-out error of each network by epoch.
+        Loss and held-out error of each network by step; ``kept`` marks the step that is used.
     config
         Encoder, normalisation and provenance of the training data.
     """
@@ -87,16 +88,14 @@ class AsignModel:
 
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
-        return (
-            f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
-        )
+        return f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
 
     @property
     def weights(self) -> pd.DataFrame:
         """Weight of each blended method (columns) in the prediction of each gene (rows)."""
         return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
 
-    def impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
+    def _impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
         """Impute the unknown spots of one stack."""
         if spots.tokens is None or spots.tokens[0].shape[2] != self._n_features:
             found = None if spots.tokens is None else spots.tokens[0].shape[2]
@@ -302,7 +301,10 @@ def _fit_networks(
         for k, fold in enumerate(folds[i]):
             full[fold] = (runs[k][2][best][i] * tensors["scale"] + tensors["centre"]).numpy()
         predicted.append(full[spots.known])
-    history = [pd.DataFrame(rows).assign(network=k, kept=lambda frame: frame.index == best) for k, (_, rows, _) in enumerate(runs)]
+    history = [
+        pd.DataFrame(rows).assign(network=k, kept=lambda frame: frame.index == best)
+        for k, (_, rows, _) in enumerate(runs)
+    ]
     return [states[best] for states, _, _ in runs], np.concatenate(predicted), pd.concat(history, ignore_index=True)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._propagation import propagate
-from spatial_impute.models._spots import Spots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spatial_impute.models._spots import Spots
 
 # Distances are tried in spot spacings: from one that sees hardly more than the nearest spot to one that sees a region.
 _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -105,7 +109,10 @@ def available_methods(spots: Spots) -> list[str]:
 
 
 def _by_neighbours(
-    spots: Spots, options: tuple | list, n_neighbours: int, predict: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    spots: Spots,
+    options: tuple | list,
+    n_neighbours: int,
+    predict: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
 ) -> np.ndarray:
     """Predict from the nearest known spots with the option that has the lowest leave-one-out error among them."""
     tree = cKDTree(spots.xyz[spots.known])

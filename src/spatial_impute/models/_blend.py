@@ -34,7 +34,9 @@ def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray)
     """
     codes = np.unique(folds)
     # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
-    gram = np.stack([np.einsum("kng,lng->gkl", p, p, optimize=True) for p in (predictions[:, folds == c] for c in codes)])
+    gram = np.stack(
+        [np.einsum("kng,lng->gkl", p, p, optimize=True) for p in (predictions[:, folds == c] for c in codes)]
+    )
     moment = np.stack([np.einsum("kng,ng->gk", predictions[:, folds == c], truth[folds == c]) for c in codes])
     candidates = {}
     for strength in _STRENGTHS:

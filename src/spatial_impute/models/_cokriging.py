@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-from spatial_impute.models._spots import Spots
+if TYPE_CHECKING:
+    from spatial_impute.models._spots import Spots
 
 _MAX_KNOWN = 2000  # exact up to here: a Cholesky factor of 32 MB and a few seconds per component
 _N_FEATURES = 10  # principal components of the image features; more add noise faster than signal at some 100 spots
@@ -80,7 +82,7 @@ def _inputs(spots: Spots) -> _Inputs:
         image = np.empty((len(spots.known), 0))
     else:
         centred = spots.features - spots.features.mean(axis=0)
-        values, vectors = np.linalg.eigh(centred.T @ centred)
+        _values, vectors = np.linalg.eigh(centred.T @ centred)
         image = centred @ vectors[:, ::-1][:, :_N_FEATURES]
         image = image / max(np.sqrt((image**2).sum(axis=1).mean()), 1e-12)
     return _Inputs(spots.xyz / spots.spacing, image)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -58,7 +60,7 @@ class TextureEncoder:
         centred = flat - flat.mean(axis=2, keepdims=True)
         spread = centred.std(axis=2)
         together = (centred[:, 0] * centred[:, 1]).mean(axis=1)
-        bands = [(a - b).reshape(flat.shape).std(axis=2) for a, b in zip(blurs[:-1], blurs[1:], strict=True)]
+        bands = [(a - b).reshape(flat.shape).std(axis=2) for a, b in itertools.pairwise(blurs)]
         return np.concatenate(
             [
                 flat.mean(axis=2),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from spatial_impute.models._msagnet import GraphInputs, MSAGNet
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spatial_impute.models._msagnet import GraphInputs, MSAGNet
 
 
 @dataclass(frozen=True)

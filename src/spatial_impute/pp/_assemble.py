@@ -176,7 +176,9 @@ def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> di
     seen_inputs: dict[object, str] = {}
     for name, value in pairs:
         if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
-            msg = f"Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found {name!r}."
+            msg = (
+                f"Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found {name!r}."
+            )
             raise ValueError(msg)
         if name == Keys.ALIGNED:
             msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
@@ -187,7 +189,9 @@ def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> di
         seen_names.add(name.lower())
         identity = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
         if identity in seen_inputs:
-            msg = f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image."
+            msg = (
+                f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image."
+            )
             raise ValueError(msg)
         seen_inputs[identity] = name
     return dict(pairs)
@@ -243,7 +247,11 @@ def _read_section(name: str, value: SectionInput, **options: Any) -> _Parts:
 def _array_levels(name: str, value: object) -> list[Any]:
     """(c, y, x) arrays of an image given as ndarray, dask array, DataArray or DataTree; finest first."""
     if hasattr(value, "children") and hasattr(value, "to_dict"):
-        return [level for child in value.children.values() for level in _array_levels(name, next(iter(child.ds.data_vars.values())))]
+        return [
+            level
+            for child in value.children.values()
+            for level in _array_levels(name, next(iter(child.ds.data_vars.values())))
+        ]
     if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
         return [(value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x").data]
     shape = getattr(value, "shape", None)

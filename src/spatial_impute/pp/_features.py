@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,8 @@ from spatial_impute._stack import load_record, section_levels, spot_geometry, st
 from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from spatialdata import SpatialData
 
@@ -154,7 +155,7 @@ def _encode_field(
     if quadrants:
         for dy in (-side / 4, side / 4):
             for dx in (-side / 4, side / 4):
-                tokens.append(_encode_patches(levels, centers + [dx, dy], side / 2, encode, batch_size))
+                tokens.append(_encode_patches(levels, centers + np.array([dx, dy]), side / 2, encode, batch_size))
     return np.concatenate(tokens, axis=1)
 
 

@@ -122,7 +122,9 @@ def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np
     import scanpy as sc
     from anndata import AnnData
 
-    values = AnnData(sparse.csr_matrix(counts, dtype=np.float64) if sparse.issparse(counts) else np.array(counts, float))
+    values = AnnData(
+        sparse.csr_matrix(counts, dtype=np.float64) if sparse.issparse(counts) else np.array(counts, float)
+    )
     sc.pp.normalize_total(values, target_sum=target_sum)
     sc.pp.log1p(values)
     return values.X
@@ -135,7 +137,9 @@ def _log_values(
     if layer is not None:
         require_key(layer, table.layers, where=f"{where}.layers")
     elif table.X is None:
-        msg = f"`{where}.X` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
+        msg = (
+            f"`{where}.X` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
+        )
         raise ValueError(msg)
     matrix = table.X if layer is None else table.layers[layer]
     where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"

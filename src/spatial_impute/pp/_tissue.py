@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import Section
 
 
-def segment_tissue(
-    sdata: SpatialData, *, sections: str | Sequence[str] | None = None, resolution: float = 8.0
-) -> None:
+def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None = None, resolution: float = 8.0) -> None:
     """Find the tissue on the H&E image of each section.
 
     Parameters

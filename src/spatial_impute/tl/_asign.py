@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
@@ -114,7 +113,7 @@ def fit_asign(
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
         "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
     }
-    with _steps("Fitting ASIGN", show_progress_bar) as steps:
+    with _steps("Fitting ASIGN", show=show_progress_bar) as steps:
         model = fit(
             [spots for _, spots in read],
             genes,
@@ -195,7 +194,7 @@ def impute_3d(
             f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
-    result = model.impute(spots, device=device or settings.device)
+    result = model._impute(spots, device=device or settings.device)
     provenance = {
         "weights": {name: float(w) for name, w in model.weights.mean().items()},
         "encoder": model.config["encoder"],
@@ -233,7 +232,7 @@ def _units(table: AnnData) -> str:
 
 
 @contextmanager
-def _steps(label: str, show: bool | None) -> Iterator[Callable[[int], Callable[[], None]]]:
+def _steps(label: str, *, show: bool | None) -> Iterator[Callable[[int], Callable[[], None]]]:
     """Progress bar whose length is known only later."""
     bar = progress(None, label, show=show)
 

@@ -130,7 +130,9 @@ def build_3d_graph(
     require_finite(xyz, name=f"{where}[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
     section = table.obs[Keys.SECTION].cat.codes.to_numpy()
     spacing = typical_spacing(xyz, section)
-    max_distance = 3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
+    max_distance = (
+        3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
+    )
     features = None if use_rep is None else standardise_by_section(np.asarray(table.obsm[use_rep]), section)
 
     graph = build_graph(

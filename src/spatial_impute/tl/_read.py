@@ -96,9 +96,7 @@ def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.nd
     return tuple(tokens)
 
 
-def _read_graph(
-    table: AnnData, section: np.ndarray, key: str, where: str
-) -> tuple[sparse.csr_matrix, np.ndarray]:
+def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Weights of the 3D graph and the features of its edges, (nnz, 6)."""
     from scipy import sparse
 

@@ -1,0 +1,114 @@
+"""The deformable part of a registration, kept only where it proves itself on tissue that it has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from spatial_impute._registration import _ants
+from spatial_impute._registration._quality import field_quality, pull_back
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from spatial_impute._registration._channel import Channel
+    from spatial_impute._registration._field import DisplacementField
+    from spatial_impute._registration._types import RegistrationParams
+
+_BLOCK = 400.0  # um: wider than what the fit may smooth over, so that a block is no more than guessed from its rim
+_MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
+_CORE = 2.0  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
+_MIN_SHARE = 0.25  # of a core that must be tissue to count
+_SIGNIFICANT = 2.0  # standard errors over blocks by which a deformation has to be better
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deformation:
+    """Outcome of a deformable fit."""
+
+    field: DisplacementField | None
+    """None if there is no deformation worth having; then `note` says why."""
+    note: str
+    quality: dict[str, Any]
+    """Of the field: folds, change of area, displacements; and the gain on held-out blocks with its standard error."""
+
+
+def fit_deformation(
+    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], params: RegistrationParams, seed: int
+) -> Deformation:
+    """Deform on top of `matrix` (moving to fixed, um), as softly as the tissue allows.
+
+    More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
+    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard; a
+    trial fit sees the blocks of one colour, and is judged by the local correlation in the others. The stiffest fit must
+    not be worse than none there (that sections deform a little is known beforehand); each softer one must be better
+    than the one before by two standard errors over the blocks. What is chosen is then fitted to all tissue.
+    """
+    black, labels = _blocks(fixed, params)
+    sees = replace(fixed, seen=fixed.visible() & ~black)
+    before = _local_correlation(fixed, moving, matrix, None, params)
+    best, chosen, gains = before, None, {}
+    for smoothing in params.syn_smoothing:
+        trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+        after = _local_correlation(fixed, moving, matrix, trial, params)
+        gain, error = _gain(after - best, labels)
+        if not gain > (0.0 if chosen is None else _SIGNIFICANT * error):
+            break
+        best, chosen = after, smoothing
+        gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
+    if chosen is None:
+        note = "A deformation did not bring tissue that it had not seen into better agreement; it was discarded."
+        return Deformation(None, note, {})
+
+    for smoothing in params.syn_smoothing[params.syn_smoothing.index(chosen) :: -1]:  # to stiffer ones, if need be
+        field = _ants.fit_deformable(fixed, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+        found = field_quality(field, fixed.mask)
+        low, high = params.jacobian_limits
+        if found["folds"] == 0 and found["jacobian_min"] >= low and found["jacobian_max"] <= high:
+            return Deformation(field, "", found | gains | {"syn_smoothing": list(smoothing)})
+    limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
+    return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", {})
+
+
+def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Held-out blocks ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
+    area = float(channel.mask.sum()) * channel.size**2
+    side = max(6, round(min(_BLOCK, np.sqrt(area / (2 * _MIN_BLOCKS))) / channel.size))
+    row, column = np.indices(channel.image.shape) // side
+    black = (row + column) % 2 == 1
+    core = max(1, min(round(_CORE * params.syn_radius / channel.size), side // 3))
+    inner = ndi.binary_erosion(black, iterations=core) & channel.mask
+    labels = np.where(inner, row * (column.max() + 1) + column + 1, 0)
+    size = np.bincount(labels.ravel())
+    return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
+
+
+def _gain(difference: NDArray, labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean over blocks, and its standard error."""
+    blocks = np.setdiff1d(np.unique(labels), [0])
+    if len(blocks) < 2:
+        return 0.0, 0.0
+    means = ndi.mean(difference, labels, blocks)
+    return float(np.mean(means)), float(np.std(means, ddof=1) / np.sqrt(len(blocks)))
+
+
+def _local_correlation(
+    fixed: Channel,
+    moving: Channel,
+    matrix: NDArray[np.float64],
+    field: DisplacementField | None,
+    params: RegistrationParams,
+) -> NDArray[np.float32]:
+    """Squared correlation ``(y, x)`` in a window around each pixel: what the fit maximises where it sees."""
+    sigma = 0.5 * max(2.0, params.syn_radius / fixed.size)
+    moved = pull_back(moving.image, moving, fixed, matrix, field)
+
+    def mean(image: NDArray) -> NDArray:
+        return ndi.gaussian_filter(image, sigma)
+
+    first, second = mean(fixed.image), mean(moved)
+    variances = (mean(fixed.image**2) - first**2) * (mean(moved**2) - second**2)
+    return (mean(fixed.image * moved) - first * second) ** 2 / np.maximum(variances, 1e-8)
