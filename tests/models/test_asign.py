@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import spatial_impute as si
-from spatial_impute.models._asign import _episode, _folds, fit
+from spatial_impute.models._fit_asign import _episode, _folds, fit
 from spatial_impute.models._params import AsignParams
 from spatial_impute.tl._read import read_spots
 
@@ -164,7 +164,7 @@ def test_fit_on_several_stacks_and_several_sections(small_prepared):
     model = si.tl.fit_asign(both, model_params=SMALL)
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
 
-    sdata = si.datasets.synthetic_stack(3, extent=1200.0, n_genes=6, measured=["s0", "s2"])
+    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
     si.tl.register_stack(sdata, method="rigid")
     si.pp.extract_features(sdata)
     si.tl.build_3d_graph(sdata)

@@ -238,7 +238,7 @@ def test_extract_features_follows_the_pyramid(small_stack):
     """Large fields are read from a coarse level, and give what the full resolution gives."""
     import xarray as xr
 
-    from spatial_impute.pp._assemble import image_element
+    from spatial_impute.pp._section import image_element
 
     si.pp.extract_features(small_stack, mean_colour, patch_px=8)
     expected = small_stack.tables["stack"].obsm["X_global"].copy()

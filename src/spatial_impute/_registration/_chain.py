@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
+_NAMES = {"direct": "direct one", "sequential": "other one"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,13 +29,13 @@ class ChainResult:
     path: tuple[str, ...]
     """Sections from this one to the reference, both included; each step is one pair."""
     route: str
-    """``"reference"``, ``"sequential"`` (through the neighbours) or ``"direct"``."""
+    """``"reference"``, ``"sequential"`` (through the neighbours), ``"direct"`` or ``"given"`` (not registered)."""
     score: float
     """Structure score of the weakest pair on the path."""
     verdict: str
     """``"ok"``, ``"weak"`` or ``"failed"``: the worst pair on the path."""
     disagreement: float | None = None
-    """Distance in um between the chained and the direct placement (root mean square); None if there is only one."""
+    """Distance in um to the best other placement, mostly the direct one (root mean square); None without another."""
     reasons: list[str] = field(default_factory=list)
     """What is to be known about this section, one sentence each."""
 
@@ -44,14 +45,16 @@ def chain_to_reference(
     sections: Sequence[str],
     reference: str,
     *,
+    given: Mapping[str, NDArray[np.float64]] | None = None,
     params: RegistrationParams | None = None,
 ) -> dict[str, ChainResult]:
     """Place every section in the frame of the reference by composing pair matrices.
 
     A section follows its neighbour on the side of the reference. If that pair failed and a pair that jumps over the
-    neighbour is given, that one is used. Where there is also a direct pair to the reference, the two placements are
-    compared: while they agree the chain is kept (its steps are between more similar sections), otherwise the one with
-    the better score is.
+    neighbour is given, that one is used. Where there is another pair, mostly the direct one to the reference, the two
+    placements are compared: while they agree the chain is kept (its steps are between more similar sections), otherwise
+    the one with the better score is. Two sound registrations that contradict each other make the section weak: one of
+    them is wrong, perhaps upside down.
 
     Parameters
     ----------
@@ -61,6 +64,8 @@ def chain_to_reference(
         Names in the order of the stack, the reference among them.
     reference
         Section whose frame is the common one.
+    given
+        Matrices of sections whose place is known; they are not looked for in `pairs`.
     params
         ``max_chain_disagreement`` is used.
 
@@ -73,12 +78,17 @@ def chain_to_reference(
     if reference not in sections or len(set(sections)) != len(sections):
         msg = f"`reference` must be one of the sections, which must be unique; found {reference!r} and {sections}."
         raise ValueError(msg)
+    given = {} if given is None else given
     placed = {reference: ChainResult(np.eye(3), (reference,), "reference", 1.0, "ok")}
     middle = sections.index(reference)
     for side in (sections[:middle][::-1], sections[middle + 1 :]):
         inner = [reference]  # sections already placed on this side, nearest to the next one last
         for name in side:
-            placed[name] = _place(name, inner, pairs, placed, params)
+            if name in given:
+                matrix = np.asarray(given[name], float)
+                placed[name] = ChainResult(matrix, (name, reference), "given", 1.0, "ok")
+            else:
+                placed[name] = _place(name, inner, pairs, placed, params)
             inner.append(name)
     return {name: placed[name] for name in sections}
 
@@ -118,17 +128,30 @@ def _place(
     if chain.path[1] != inner[-1] and chain.route == "sequential":
         reasons.append(f"Bridged: placed by {chain.path[1]!r}, because {inner[-1]!r} gave no usable link.")
 
-    direct = options[-1] if options[-1].route == "direct" else None
-    if direct is None or chain is direct or len(chain.path) == 2:
+    rivals = [option for option in options if option is not chain]
+    if not rivals:
         return _with(chain, reasons, None)
+    rival = min(rivals, key=_order)
     box = _moving_box(name, pairs)
-    distance = disagreement(chain.matrix, direct.matrix, _corners(box)) if box is not None else None
+    distance = disagreement(chain.matrix, rival.matrix, _corners(box)) if box is not None else None
     if distance is None or distance <= params.max_chain_disagreement:
         return _with(chain, reasons, distance)
-    note = f"Chained and direct placement differ by {distance:.0f} um; "
-    if (_RANK[direct.verdict], -direct.score) < (_RANK[chain.verdict], -chain.score):
-        return _with(direct, [*direct.reasons, note + "the direct one has the better score and is used."], distance)
-    return _with(chain, [*reasons, note + "the chain has the better score and is used."], distance)
+    kinds = "Chained and direct placement" if rival.route == "direct" else f"Placements by {chain.path[1]!r} and "
+    kinds += "" if rival.route == "direct" else repr(rival.path[1])
+    note = f"{kinds} differ by {distance:.0f} um; "
+    if _order(rival) < _order(chain):
+        better, note = rival, note + f"the {_NAMES[rival.route]} has the better score and is used."
+    else:
+        better, note = chain, note + "the chain has the better score and is used."
+    notes = [*(reasons if better is chain else rival.reasons), note]
+    if chain.verdict == rival.verdict == "ok":
+        better = replace(better, verdict="weak")
+    return _with(better, notes, distance)
+
+
+def _order(option: ChainResult) -> tuple[int, float]:
+    """Better verdict first, then better score."""
+    return _RANK[option.verdict], -option.score
 
 
 def _step(

@@ -190,6 +190,10 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     if max(quality["scale_max"], 1 / max(quality["scale_min"], 1e-12)) > params.max_scale:
         failed = True
         reasons.append(f"The fit stretches by {quality['scale_min']:.2f} to {quality['scale_max']:.2f}.")
+    if (quality.get("residual_um") or 0.0) > params.max_residual:
+        reasons.append(
+            f"Patches still fit better {quality['residual_um']:.0f} um away (expected {params.max_residual:.0f} um)."
+        )
     if quality.get("displacement_p99", 0.0) > params.max_displacement:
         reasons.append(f"The deformable fit moves tissue by up to {quality['displacement_p99']:.0f} um.")
     return ("failed" if failed else "weak" if reasons else "ok"), reasons

@@ -94,10 +94,19 @@ def resampled(
                 continue
             ys, xs = window
             local = to_section @ np.array([[1, 0, xs.start], [0, 1, ys.start], [0, 0, 1.0]])
-            block = warp(source[:, ys, xs], shared, here, size, local, level.data.dtype, nearest=nearest, fill=fill)
+            block = warp(
+                source[:, ys, xs],
+                shared,
+                grid=here,
+                size=size,
+                to_section=local,
+                dtype=level.data.dtype,
+                nearest=nearest,
+                fill=fill,
+            )
             row.append(da.from_delayed(block, block_shape, dtype=level.data.dtype))
         rows.append(row)
-    result = da.block([[block for block in row] for row in rows])
+    result = da.block(rows)
     return result[0] if flat else result
 
 
@@ -128,11 +137,11 @@ def _window(
 def _warp_block(
     source: NDArray,
     transform: SectionTransform,
+    *,
     grid: NDArray[np.float64],
     size: tuple[int, int],
     to_section: NDArray[np.float64],
     dtype: np.dtype,
-    *,
     nearest: bool,
     fill: float,
 ) -> NDArray:

@@ -27,7 +27,7 @@ _MIN_PATCHES = 5  # fewer say nothing about a section
 
 def residual_error(
     fixed: Channel, moving: Channel, matrix: NDArray[np.float64], field: DisplacementField | None = None
-) -> tuple[float, int]:
+) -> tuple[float | None, int]:
     """Median shift in um by which patches of the registered section fit the fixed one better, and their number.
 
     Only patches count whose best match on the fixed section is matched back to where they came from. An estimate: it
@@ -35,7 +35,7 @@ def residual_error(
 
     Returns
     -------
-    Shift and number of patches; the shift is NaN if fewer than 5 patches match.
+    Shift and number of patches; the shift is None if fewer than 5 patches match.
     """
     first = ndi.gaussian_gradient_magnitude(fixed.image, _EDGE)
     second = ndi.gaussian_gradient_magnitude(pull_back(moving.image, moving, fixed, matrix, field), _EDGE)
@@ -50,14 +50,14 @@ def residual_error(
             there = _match(second, first, row, column)
             if there is None:
                 continue
-            target = np.rint(there).astype(int) + (row, column)
+            target = np.array([row, column]) + np.rint(there).astype(int)
             if (target < margin).any() or (target >= np.array(first.shape) - margin).any():
                 continue
             back = _match(first, second, *target)
-            if back is not None and np.hypot(*(target + back - (row, column))) <= _RETURN:
+            if back is not None and np.hypot(*(target + back - [row, column])) <= _RETURN:
                 shifts.append(float(np.hypot(*there)))
     if len(shifts) < _MIN_PATCHES:
-        return float("nan"), len(shifts)
+        return None, len(shifts)
     return float(np.median(shifts)) * fixed.size, len(shifts)
 
 

@@ -63,6 +63,8 @@ class RegistrationParams:
     """Overlap of the tissue masks (Dice) below which a pair is called weak."""
     failed_dice: float = 0.8
     """Overlap of the tissue masks below which a pair has failed, unless `partial_tissue`."""
+    max_residual: float = 50.0
+    """Estimated residual error in um above which a pair is called weak: half a spot of an ST array."""
     partial_tissue: bool = False
     """Whether sections may have lost a large part of their tissue. A low overlap is then weak, never failed."""
     max_chain_disagreement: float = 50.0
@@ -74,7 +76,8 @@ class RegistrationParams:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 msg = f"`{name}` must be an integer of at least {low}, found {value!r}."
                 raise ValueError(msg)
-        for name in ("min_working_pixel", "mask_margin", "max_chain_disagreement", "syn_radius", "max_displacement"):
+        lengths = ("min_working_pixel", "mask_margin", "max_chain_disagreement", "syn_radius", "max_displacement")
+        for name in (*lengths, "max_residual"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 msg = f"`{name}` must be a positive length in um, found {getattr(self, name)!r}."
                 raise ValueError(msg)

@@ -13,8 +13,9 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.datasets._reader import section_object
-from spatial_impute.pp._assemble import assemble_stack, image_element
+from spatial_impute.pp._assemble import assemble_stack
 from spatial_impute.pp._genes import log_normalize, select_genes
+from spatial_impute.pp._section import image_element
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -86,7 +86,7 @@ def fit_asign(
     True
     >>> si.settings.show_progress_bar = True
     """
-    from spatial_impute.models._asign import fit
+    from spatial_impute.models._fit_asign import fit
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import apply_affine, scaling
+from spatial_impute._geometry import scaling
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
 from spatial_impute._raster import read_thumbnail
-from spatial_impute._registration import RegistrationParams, SectionImage, chain_to_reference, register_pair
+from spatial_impute._registration import (
+    ChainResult,
+    RegistrationParams,
+    SectionImage,
+    SectionTransform,
+    deform_stack,
+    register_chain,
+    run_all,
+)
+from spatial_impute._registration._elements import displacement_elements
+from spatial_impute._registration._manual import check_matrix, landmark_matrix
 from spatial_impute._stack import element_affine, load_record, save_record, section_levels
 from spatial_impute._validation import require_key, require_one_of, require_positive, resolve_params
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from spatialdata import SpatialData
 
-    from spatial_impute._registration import ChainResult, PairResult
+    from spatial_impute._registration import PairResult
     from spatial_impute._stack import StackRecord
+
+    Placement = str | np.ndarray | Sequence
 
 # Tissue rarely fills less than half of the side of its scan, so this leaves it the 320 px that registration works at.
 _THUMBNAIL_SIDE = 700
@@ -37,6 +50,10 @@ class RegistrationResult:
     """Section name to (3, 3) affine from its frame to that of the reference, um."""
     quality: pd.DataFrame
     """One row per pair of sections."""
+    transforms: dict[str, SectionTransform]
+    """Section name to its whole way into the common frame, with ``points`` and ``inverse``."""
+    sections: pd.DataFrame
+    """One row per section: route, verdict, estimated residual error, deformation."""
 
 
 def register_stack(
@@ -47,6 +64,9 @@ def register_stack(
     policy: str = "auto",
     on_failure: str = "raise",
     resolution: float | None = None,
+    transformations: Mapping[str, Placement] | None = None,
+    initial: Mapping[str, Placement] | None = None,
+    skip: str | Sequence[str] = (),
     registration_params: RegistrationParams | Mapping[str, Any] | None = None,
     target_coordinate_system: str = Keys.ALIGNED,
     seed: int = 0,
@@ -57,7 +77,12 @@ def register_stack(
 
     For each pair of sections all rotations and both faces are searched; the best starts are refined by a rigid and an
     affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
-    reference.
+    reference; where a neighbour gives no sound link, the next one is tried. With ``method="syn"`` each section then
+    gets one smooth deformation onto the next one on its way to the reference, if that improves tissue which the fit has
+    not seen; otherwise it keeps its affine place, and its row says why.
+
+    Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
+    repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
 
     Parameters
     ----------
@@ -66,7 +91,7 @@ def register_stack(
     reference
         Section that stays where it is; that of the stack record by default (the first measured one).
     method
-        ``"rigid"`` or ``"affine"``.
+        ``"rigid"``, ``"affine"`` or ``"syn"`` (affine and a deformation).
     policy
         ``"sequential"`` registers neighbours and chains them; ``"star"`` registers every section to the reference;
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
@@ -76,6 +101,16 @@ def register_stack(
     resolution
         Pixel size in um at which the images are read; by default 700 pixels along the longer side of the image, but
         no finer than ``registration_params.min_working_pixel``.
+    transformations
+        Sections whose place is known. A (3, 3) matrix from the section's frame to that of the reference (um), a pair
+        of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is
+        aligned already: its transformation to `target_coordinate_system` is kept, or its frame taken for that of the
+        reference if it has none. Taken as they are, without deformation; neighbours are registered to them.
+    initial
+        The same, as starts: such a section is fitted from there and no other pose is searched.
+    skip
+        Sections (damaged, wrong stain) that are not registered and to which none is; their neighbours are linked over
+        them. Without an entry in `transformations` they are left out of the common frame, so they must have no spots.
     registration_params
         Advanced settings.
     target_coordinate_system
@@ -92,17 +127,21 @@ def register_stack(
     ``None``, or a :class:`RegistrationResult` with ``inplace=False``. Writes:
 
     every element of a section
-        a transformation to `target_coordinate_system` (um, frame of the reference).
+        the affine part as a transformation to `target_coordinate_system` (um, frame of the reference).
+    `sdata.images['{section}_displacement']`, `sdata.images['{section}_displacement_inverse']`
+        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first
+        leads from a point of the common frame to its place by the affine part alone (for images), the second back (for
+        points). :func:`warp_element` applies them.
     `sdata.tables['stack'].obsm['spatial_3d']` : :class:`numpy.ndarray` (``float64``)
-        (n_spots, 3) x, y in the common frame and z, um.
+        (n_spots, 3) x, y in the common frame, deformation included, and z, um.
     `sdata.attrs['spatial_impute']['stack']['registration']`
         Matrices, quality of every pair, settings (JSON); see :func:`spatial_impute.metrics.registration_quality`.
 
     Raises
     ------
     ValueError
-        If a section has no tissue, tissue areas differ tenfold (wrong pixel size), or a section fails and
-        ``on_failure="raise"``. Nothing is written then.
+        If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
+        place, or a section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -115,29 +154,71 @@ def register_stack(
     record = load_record(sdata)
     reference = record.reference if reference is None else reference
     require_key(reference, record.names, where="the stack's sections")
-    require_one_of(method, {"rigid", "affine"}, name="method")
+    require_one_of(method, {"rigid", "affine", "syn"}, name="method")
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um per pixel")
     params = resolve_params(registration_params, RegistrationParams)
+    kind = "rigid" if method == "rigid" else "affine"
+    given, starts = (
+        _placements(sdata, record, reference, found or {}, argument=name, kind=kind, target=target_coordinate_system)
+        for found, name in ((transformations, "transformations"), (initial, "initial"))
+    )
+    skipped = _check_skip(sdata, record, reference, [skip] if isinstance(skip, str) else list(skip), given)
+    if both := sorted(set(given) & set(starts)):
+        msg = f"Sections {both} stand in `transformations` and in `initial`; a known place needs no start."
+        raise ValueError(msg)
 
-    images, to_section = _thumbnails(sdata, record, resolution, params)
-    pairs: dict[tuple[str, str], PairResult] = {}
-    for fixed, moving in progress(_pairs(record.names, reference, policy), "Registering pairs", show=show_progress_bar):
-        pairs[fixed, moving] = register_pair(images[fixed], images[moving], method=method, params=params, seed=seed)
-    placed = chain_to_reference(pairs, record.names, reference, params=params)
-    _report(placed, pairs, on_failure)
-    # From the frames of the thumbnails to those of the sections.
-    matrices = {
-        name: to_section[reference] @ placed[name].matrix @ np.linalg.inv(to_section[name]) for name in record.names
-    }
+    linked = [name for name in record.names if name not in skipped]
+    images, to_section = _thumbnails(sdata, record, linked, resolution, params)
+    base = to_section[reference]
+    in_thumbnails = [  # from the frames of the sections to those of the thumbnails
+        {name: np.linalg.inv(base) @ m @ to_section[name] for name, m in some.items() if name in images}
+        for some in (given, starts)
+    ]
+    run = partial(run_all, show=show_progress_bar)
+    pairs, placed = register_chain(
+        images,
+        reference,
+        policy=policy,
+        method=kind,
+        given=in_thumbnails[0],
+        initial=in_thumbnails[1],
+        params=params,
+        seed=seed,
+        run=run,
+    )
+    fields: dict[str, Any] = {}
+    if method == "syn" and not (on_failure == "raise" and any(r.verdict == "failed" for r in placed.values())):
+        fields = deform_stack(images, placed, reference, params=params, seed=seed, run=run)
+    _report(placed, on_failure)
+
+    transforms, sections = {}, {}
+    for name in record.names:
+        if name in placed:
+            field, deformation = fields.get(name, (None, None))
+            matrix = base @ placed[name].matrix @ np.linalg.inv(to_section[name])
+            transforms[name] = SectionTransform.from_field(matrix, field, base)
+            sections[name] = _section_row(
+                placed[name], matrix, deformation=deformation, deformed=field is not None, pairs=pairs
+            )
+        elif name in given:
+            transforms[name] = SectionTransform(given[name])
+            sections[name] = _section_row(ChainResult(given[name], (name, reference), "given", 1.0, "ok"), given[name])
     rows = [{"fixed": f, "moving": m, "method": pair.method, **pair.quality} for (f, m), pair in pairs.items()]
     if not inplace:
-        return RegistrationResult(matrices, pd.DataFrame(rows))
+        matrices = {name: transform.matrix for name, transform in transforms.items()}
+        frame = pd.DataFrame([{"section": name, **row} for name, row in sections.items()]).set_index("section")
+        return RegistrationResult(matrices, pd.DataFrame(rows), transforms, frame)
 
-    _write_transformations(sdata, record, matrices, target_coordinate_system)
-    _write_coordinates(sdata, record, matrices)
+    elements = [displacement_elements(transforms[name], name, target_coordinate_system) for name in transforms]
+    coordinates = _coordinates(sdata, record, transforms)
+    _write_transformations(sdata, record, transforms, target_coordinate_system)
+    _write_displacements(sdata, record, {key: new for some in elements for key, new in some.items()})
+    if coordinates is not None:
+        sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
+        log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
     registration = {
         "method": method,
         "policy": policy,
@@ -145,7 +226,8 @@ def register_stack(
         "resolution_um": resolution,
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
-        "sections": {name: _section_row(placed[name], matrices[name]) for name in record.names},
+        "skipped": skipped,
+        "sections": sections,
         "pairs": _jsonable(rows),
     }
     save_record(sdata, replace(record, reference=reference, registration=registration))
@@ -153,12 +235,79 @@ def register_stack(
     return None
 
 
+def _placements(
+    sdata: SpatialData,
+    record: StackRecord,
+    reference: str,
+    found: Mapping[str, Placement],
+    *,
+    argument: str,
+    kind: str,
+    target: str,
+) -> dict[str, np.ndarray]:
+    """Matrices from the frames of sections to that of the reference, from what the user gave."""
+    matrices = {}
+    for name, value in found.items():
+        require_key(name, record.names, where="the stack's sections")
+        if name == reference:
+            msg = f"`{argument}` must not name the reference {reference!r}: it stays where it is."
+            raise ValueError(msg)
+        try:
+            if isinstance(value, str):
+                require_one_of(value, {"aligned"}, name=f"{argument}[{name!r}]")
+                matrices[name] = _present_matrix(sdata, record, name, target)
+            elif isinstance(value, list | tuple) and len(value) == 2:
+                matrices[name] = landmark_matrix(*value, kind)
+                errors = np.linalg.norm(_moved(value[0], matrices[name]) - np.asarray(value[1], float), axis=1)
+                logger.info("Section %s: landmarks lie %.1f um off (median)", name, np.median(errors))
+            else:
+                matrices[name] = check_matrix(value)
+        except ValueError as error:
+            msg = f"`{argument}[{name!r}]`: {error}"
+            raise ValueError(msg) from error
+    return matrices
+
+
+def _moved(points: Any, matrix: np.ndarray) -> np.ndarray:
+    return np.asarray(points, float) @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def _present_matrix(sdata: SpatialData, record: StackRecord, name: str, target: str) -> np.ndarray:
+    """Where the section's image lies in `target` now; the identity if it has no transformation to it."""
+    from spatialdata.transformations import get_transformation
+
+    image = sdata.images[record[name].image]
+    if target not in get_transformation(image, get_all=True):
+        return np.eye(3)
+    return element_affine(image, target) @ np.linalg.inv(element_affine(image, name))
+
+
+def _check_skip(
+    sdata: SpatialData, record: StackRecord, reference: str, skip: list[str], given: Mapping[str, np.ndarray]
+) -> list[str]:
+    for name in skip:
+        require_key(name, record.names, where="the stack's sections")
+        if name == reference:
+            msg = f"The reference {reference!r} cannot be skipped; choose another `reference`."
+            raise ValueError(msg)
+        in_table = False
+        if Keys.STACK_TABLE in sdata.tables:
+            in_table = bool((sdata.tables[Keys.STACK_TABLE].obs[Keys.SECTION] == name).any())
+        if name not in given and (in_table or record[name].spots is not None):
+            msg = (
+                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Place it "
+                f"with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack without it."
+            )
+            raise ValueError(msg)
+    return skip
+
+
 def _thumbnails(
-    sdata: SpatialData, record: StackRecord, resolution: float | None, params: RegistrationParams
+    sdata: SpatialData, record: StackRecord, names: Sequence[str], resolution: float | None, params: RegistrationParams
 ) -> tuple[dict[str, SectionImage], dict[str, np.ndarray]]:
     """Thumbnail of every section and the affine from its own frame (um from the corner) to that of the section."""
     images, to_section = {}, {}
-    for section in record.sections:
+    for section in (record[name] for name in names):
         levels = section_levels(sdata, section)
         longest = max(levels[0].shape) * levels[0].pixel_size
         rgb, to_um = read_thumbnail(levels, resolution or max(params.min_working_pixel, longest / _THUMBNAIL_SIDE))
@@ -166,28 +315,16 @@ def _thumbnails(
         try:
             images[section.name] = SectionImage(rgb, pixel_size=(size_x, size_y))
         except ValueError as error:
-            msg = f"Section {section.name!r} (`sdata.images[{section.image!r}]`): {error}"
+            msg = (
+                f"Section {section.name!r} (`sdata.images[{section.image!r}]`): {error} A section that cannot be "
+                f"registered can be left to `skip=[{section.name!r}]`, with its place in `transformations`."
+            )
             raise ValueError(msg) from error
         to_section[section.name] = to_um @ scaling(1 / size_x, 1 / size_y)
     return images, to_section
 
 
-def _pairs(names: Sequence[str], reference: str, policy: str) -> list[tuple[str, str]]:
-    """Pairs (fixed, moving) to register: neighbours towards the reference, and each section to the reference."""
-    middle = list(names).index(reference)
-    pairs = []
-    for i, name in enumerate(names):
-        if i == middle:
-            continue
-        neighbour = names[i + 1] if i < middle else names[i - 1]
-        if policy != "star" or neighbour == reference:
-            pairs.append((neighbour, name))
-        if policy != "sequential" and neighbour != reference:
-            pairs.append((reference, name))
-    return pairs
-
-
-def _report(placed: dict[str, ChainResult], pairs: dict[tuple[str, str], PairResult], on_failure: str) -> None:
+def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
     """Say what went wrong: warn of weak sections, raise or warn for failed ones."""
     for name, result in placed.items():
         logger.info("Section %s: %s (%s, score %.2f)", name, result.verdict, result.route, result.score)
@@ -201,39 +338,71 @@ def _report(placed: dict[str, ChainResult], pairs: dict[tuple[str, str], PairRes
             "Look at `si.pl.registration(sdata)`"
         )
         if verdict == "failed" and on_failure == "raise":
-            msg += " after `on_failure='warn'`, or leave the section out of the stack."
+            msg += (
+                " after `on_failure='warn'`, then give the section a start (`initial`) or its place "
+                "(`transformations`), or leave it out (`skip`)."
+            )
             raise ValueError(msg)
         warnings.warn(msg + ".", UserWarning, stacklevel=3)
 
 
 def _write_transformations(
-    sdata: SpatialData, record: StackRecord, matrices: dict[str, np.ndarray], target: str
+    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
 ) -> None:
-    from spatialdata.transformations import Affine, Sequence, get_transformation, set_transformation
+    from spatialdata.transformations import (
+        Affine,
+        Sequence,
+        get_transformation,
+        remove_transformation,
+        set_transformation,
+    )
 
     for _, name, element in list(sdata.gen_spatial_elements()):
         own = get_transformation(element, get_all=True)
         for section in record.names:
-            if section in own:
-                affine = Affine(matrices[section], input_axes=("x", "y"), output_axes=("x", "y"))
+            if section in own and section in transforms:
+                affine = Affine(transforms[section].matrix, input_axes=("x", "y"), output_axes=("x", "y"))
                 set_transformation(element, Sequence([own[section], affine]), to_coordinate_system=target)
                 logger.debug("Transformation of %r to %r", name, target)
+            elif section in own and target in own:  # left over from a registration in which it was not skipped
+                remove_transformation(element, to_coordinate_system=target)
 
 
-def _write_coordinates(sdata: SpatialData, record: StackRecord, matrices: dict[str, np.ndarray]) -> None:
-    """Registered coordinates of all spots in the stack table, if there is one."""
+def _write_displacements(sdata: SpatialData, record: StackRecord, elements: dict[str, Any]) -> None:
+    """Write the new displacements, and take away those of an earlier registration."""
+    for name in record.names:
+        for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
+            if key in sdata.images:
+                del sdata.images[key]
+    for key, element in elements.items():
+        sdata.images[key] = element
+        log_added(f"images[{key!r}]")
+
+
+def _coordinates(sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform]) -> np.ndarray | None:
+    """(n_spots, 3) registered coordinates of all spots in the stack table; None if there is no table."""
     if Keys.STACK_TABLE not in sdata.tables:
-        return
+        return None
     table = sdata.tables[Keys.STACK_TABLE]
     xyz = np.column_stack([table.obsm[Keys.SPATIAL], table.obs[Keys.Z].to_numpy(float)])
-    for name in record.names:
+    for name, transform in transforms.items():
         rows = (table.obs[Keys.SECTION] == name).to_numpy()
-        xyz[rows, :2] = apply_affine(xyz[rows, :2], matrices[name])
-    table.obsm[Keys.SPATIAL_3D] = xyz
-    log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
+        xyz[rows, :2] = transform.points(xyz[rows, :2])
+    return xyz
 
 
-def _section_row(result: ChainResult, matrix: np.ndarray) -> dict[str, Any]:
+def _section_row(
+    result: ChainResult,
+    matrix: np.ndarray,
+    *,
+    deformation: dict[str, Any] | None = None,
+    deformed: bool = False,
+    pairs: Mapping[tuple[str, str], PairResult] | None = None,
+) -> dict[str, Any]:
+    link = (pairs or {}).get(result.path[1::-1]) if len(result.path) > 1 else None
+    reasons = list(result.reasons)
+    if deformation is not None and deformation["note"]:
+        reasons.append(deformation["note"])
     return _jsonable(
         {
             "matrix": matrix.tolist(),
@@ -242,7 +411,11 @@ def _section_row(result: ChainResult, matrix: np.ndarray) -> dict[str, Any]:
             "score": result.score,
             "verdict": result.verdict,
             "disagreement": result.disagreement,
-            "reasons": list(result.reasons),
+            "deformed": deformed,
+            # Against the next section on the path, deformation included.
+            "residual_um": deformation["residual_um"] if deformation else link and link.quality["residual_um"],
+            "deformation": deformation,
+            "reasons": reasons,
         }
     )
 

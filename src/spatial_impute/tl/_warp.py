@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from spatial_impute._geometry import apply_affine, linear_scale
 from spatial_impute._keys import Keys
@@ -19,6 +18,7 @@ from spatial_impute._validation import require_key, require_positive
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pandas as pd
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 

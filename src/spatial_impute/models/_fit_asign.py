@@ -1,0 +1,191 @@
+"""Fit ASIGN: hide blocks of known spots in turn, train on the rest, blend by what is reached on the hidden ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spatial_impute.metrics._scores import pearson_by_gene, summarise
+from spatial_impute.models._asign import NETWORK, AsignModel
+from spatial_impute.models._baselines import METHODS, available_methods
+from spatial_impute.models._blend import blend_weights
+from spatial_impute.models._inputs import build_network, graph_inputs
+from spatial_impute.models._spots import Spots, spatial_folds
+from spatial_impute.models._train import Episode, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from spatial_impute.models._params import AsignParams
+
+# The mean is where every blend starts, and the nearest spot is the k-NN of one.
+_NOT_BLENDED = frozenset({"mean", "nearest"})
+
+
+def fit(
+    stacks: list[Spots],
+    var_names: Sequence[str],
+    params: AsignParams,
+    *,
+    config: dict[str, Any],
+    seed: int,
+    device: str,
+    progress: Callable[[int], Callable[[], None]],
+) -> AsignModel:
+    """Fit a model on the known spots of one or several stacks.
+
+    Parameters
+    ----------
+    stacks
+        Spots of each stack; all with the same genes and features.
+    var_names
+        Genes.
+    params
+        Settings.
+    config
+        Provenance to keep in the model.
+    seed
+        Seed.
+    device
+        Torch device.
+    progress
+        Given the number of steps to come, returns what to call after each.
+    """
+    folds = [_folds(s, params, seed) for s in stacks]
+    methods = available_methods(stacks[0])
+    n_networks = max(len(f) for f in folds)
+    step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
+    truth = np.concatenate([s.expression for s in stacks])
+    held_out = {name: _held_out(stacks, folds, METHODS[name], step) for name in methods}
+    centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
+    # Genes are grouped by how well the best baseline predicts them.
+    best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))
+    group = _gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)
+    tensors = {
+        "centre": torch.tensor(centre, dtype=torch.float32),
+        "scale": torch.tensor(scale, dtype=torch.float32),
+        "group": torch.from_numpy(group),
+    }
+    networks, held_out[NETWORK], history = _fit_networks(
+        stacks, folds, params, tensors, seed=seed, device=device, step=step
+    )
+
+    experts = [name for name in held_out if name not in _NOT_BLENDED]
+    fold_of_spot = _fold_of_spot(stacks, folds)
+    deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
+    weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot)
+    tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
+    held_out["asign"] = centre + blended * scale
+
+    scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}
+    return AsignModel(
+        params=params,
+        var_names=var_names,
+        experts=experts,
+        n_features=stacks[0].tokens[0].shape[2],
+        networks=networks,
+        tensors=tensors,
+        cross_validation=pd.DataFrame(scores).T.rename_axis("method"),
+        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth), index=list(var_names)),
+        history=history,
+        config=config | {"seed": seed},
+    )
+
+
+def _fit_networks(
+    stacks: list[Spots],
+    folds: list[list[np.ndarray]],
+    params: AsignParams,
+    tensors: dict[str, Tensor],
+    *,
+    seed: int,
+    device: str,
+    step: Callable[[], None],
+) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
+    """One network per fold, stopped at the epoch that is best for all of them.
+
+    Returns
+    -------
+    Their weights; the (n_known, g) predictions of each known spot by the network that did not see it; the history.
+    """
+    n_features = stacks[0].tokens[0].shape[2]
+    runs = []
+    for k in range(max(len(f) for f in folds)):
+        # A stack with fewer folds lends its last one again.
+        out = [f[min(k, len(f) - 1)] for f in folds]
+        rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
+        # Hidden for watching, and of the rest one block after the other hidden for training.
+        episodes = [_episode(r, mask, tensors, params.n_neighs) for r in rest for mask in _folds(r, params, seed)]
+        run = train(
+            lambda: build_network(params, n_features, tensors["group"]),
+            episodes,
+            [_episode(s, o, tensors, params.n_neighs) for s, o in zip(stacks, out, strict=True)],
+            n_steps=params.n_steps,
+            learning_rate=params.learning_rate,
+            weight_decay=params.weight_decay,
+            correlation_weight=params.correlation_weight,
+            seed=seed + k,
+            device=device,
+            on_step=step,
+        )
+        runs.append(run)
+    best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
+    predicted = []
+    for i, spots in enumerate(stacks):
+        full = np.empty((len(spots.known), spots.expression.shape[1]))
+        for k, fold in enumerate(folds[i]):
+            full[fold] = (runs[k][2][best][i] * tensors["scale"] + tensors["centre"]).numpy()
+        predicted.append(full[spots.known])
+    history = [
+        pd.DataFrame(rows).assign(network=k, kept=lambda frame: frame.index == best)
+        for k, (_, rows, _) in enumerate(runs)
+    ]
+    return [states[best] for states, _, _ in runs], np.concatenate(predicted), pd.concat(history, ignore_index=True)
+
+
+def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
+    return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
+
+
+def _episode(spots: Spots, masked: np.ndarray, tensors: dict[str, Tensor], n_neighs: int) -> Episode:
+    """Hide some known spots from the network; they are what it has to predict."""
+    expression = torch.from_numpy(spots.expression[masked[spots.known]].astype(np.float32))
+    return Episode(
+        inputs=graph_inputs(spots.hide(masked), tensors, n_neighs),
+        rows=torch.from_numpy(np.flatnonzero(masked)),
+        expression=(expression - tensors["centre"]) / tensors["scale"],
+    )
+
+
+def _held_out(
+    stacks: list[Spots], folds: list[list[np.ndarray]], method: Callable[[Spots], np.ndarray], step: Callable[[], None]
+) -> np.ndarray:
+    """(n_known, g) predictions of the known spots of all stacks, each with its fold hidden."""
+    result = []
+    for spots, own in zip(stacks, folds, strict=True):
+        predicted = np.empty((len(spots.known), spots.expression.shape[1]))
+        for fold in own:
+            predicted[fold] = method(spots.hide(fold))[fold]
+            step()
+        result.append(predicted[spots.known])
+    return np.concatenate(result)
+
+
+def _fold_of_spot(stacks: list[Spots], folds: list[list[np.ndarray]]) -> np.ndarray:
+    """(n_known,) fold of each known spot, numbered over all stacks."""
+    result, n_before = [], 0
+    for spots, own in zip(stacks, folds, strict=True):
+        result.append(n_before + np.argmax(np.stack(own)[:, spots.known], axis=0))
+        n_before += len(own)
+    return np.concatenate(result)
+
+
+def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
+    """(g,) group of each gene: equal shares by how well it is predicted, worst first."""
+    rank = np.argsort(np.argsort(np.nan_to_num(r, nan=-1.0), kind="stable"), kind="stable")
+    return (rank * min(n_groups, len(r)) // len(r)).astype(np.int64)

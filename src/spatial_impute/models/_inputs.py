@@ -1,0 +1,60 @@
+"""From spots to the tensors of MSAGNet, and the network for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from spatial_impute.models._msagnet import GraphInputs, MSAGNet
+from spatial_impute.models._propagation import propagate
+
+if TYPE_CHECKING:
+    from scipy import sparse
+    from torch import Tensor
+
+    from spatial_impute.models._params import AsignParams
+    from spatial_impute.models._spots import Spots
+
+
+def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
+    """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
+    values, support = propagate(spots.graph, spots.known, spots.expression)
+    propagated = (torch.from_numpy(values.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
+    spot, region, surroundings = (torch.from_numpy(t.astype(np.float32)) for t in spots.tokens)
+    coo = spots.graph.tocoo()
+    strong = _strongest(spots.graph, n_neighs)
+    # Messages flow from column to row.
+    edge_index = torch.from_numpy(np.stack([coo.col[strong], coo.row[strong]]).astype(np.int64))
+    return GraphInputs(
+        spot=spot[:, 0],
+        region=region,
+        surroundings=surroundings,
+        propagated=torch.nan_to_num(propagated),  # the mean where nothing arrives
+        support=torch.from_numpy(support.astype(np.float32))[:, None],
+        edge_index=edge_index,
+        edge_features=torch.from_numpy(spots.edge_features[strong].astype(np.float32)),
+    )
+
+
+def build_network(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
+    """Untrained network of the given size."""
+    return MSAGNet(
+        n_features,
+        len(group),
+        group=group,
+        width=params.width,
+        n_heads=params.n_heads,
+        n_graph_layers=params.n_graph_layers,
+        n_level_layers=params.n_level_layers,
+        dropout=params.dropout,
+    )
+
+
+def _strongest(graph: sparse.csr_matrix, k: int) -> np.ndarray:
+    """Positions of the k largest entries of every row."""
+    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
+    order = np.lexsort((graph.indices, -graph.data, row))
+    rank = np.arange(len(row)) - graph.indptr[row[order]]
+    return np.sort(order[rank < k])

@@ -1,0 +1,251 @@
+"""Read one section from whatever people have. The only reader of foreign SpatialData objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._geometry import linear_scale
+from spatial_impute._image_io import open_image
+from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
+from spatial_impute._stack import element_affine
+from spatial_impute._validation import require_key, require_positive
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
+
+    SectionInput = SpatialData | DataArray | DataTree | np.ndarray | str | Path
+
+
+@dataclass
+class SectionParts:
+    """Elements of one section in its own frame, and the pixel size of its image."""
+
+    image: DataArray | DataTree
+    mpp: float
+    mpp_source: str
+    spots: GeoDataFrame | None = None
+    counts: AnnData | None = None
+
+
+def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts:
+    """Read one section; `options` are the arguments of ``assemble_stack`` that may differ between sections."""
+    from spatialdata import SpatialData
+
+    if isinstance(value, SpatialData):
+        return _from_spatialdata(name, value, **options)
+    mpp, source = options["mpp"], "argument"
+    if isinstance(value, str | Path):
+        opened = open_image(value)
+        levels = opened.levels
+        if mpp is None:
+            mpp, source = opened.mpp, "metadata"
+    else:
+        levels = _array_levels(name, value)
+    if mpp is None:
+        msg = (
+            f"Pixel size of section {name!r} is unknown: its image carries no physical size. "
+            f"Pass `mpp=` (um per pixel), e.g. `mpp={{{name!r}: 0.5}}`."
+        )
+        raise ValueError(msg)
+    mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
+    return SectionParts(image_element(levels, name, mpp), mpp, source)
+
+
+def _array_levels(name: str, value: object) -> list[Any]:
+    """(c, y, x) arrays of an image given as ndarray, dask array, DataArray or DataTree; finest first."""
+    if hasattr(value, "children") and hasattr(value, "to_dict"):
+        return [
+            level
+            for child in value.children.values()
+            for level in _array_levels(name, next(iter(child.ds.data_vars.values())))
+        ]
+    if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
+        return [(value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x").data]
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) not in (2, 3):
+        msg = (
+            f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
+            f"found {type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}."
+        )
+        raise ValueError(msg)
+    if len(shape) == 2:
+        return [value[None]]
+    return [value.transpose(2, 0, 1)] if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else [value]
+
+
+def image_element(levels: list[Any], name: str, mpp: float) -> DataArray | DataTree:
+    """Image element whose transformation to the section is the scale by `mpp`; multi-scale if there are levels."""
+    import xarray as xr
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    channels = {1: ["grey"], 3: ["r", "g", "b"], 4: ["r", "g", "b", "a"]}.get(levels[0].shape[0])
+    if channels is None or 0 in levels[0].shape:
+        msg = (
+            f"Section {name!r}: an H&E image has 1, 3 or 4 channels and at least one pixel; found an array of shape "
+            f"{tuple(levels[0].shape)} (c, y, x)."
+        )
+        raise ValueError(msg)
+    elements = []
+    for level in levels:
+        factor = (round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1) * mpp
+        scale = Scale([factor, factor], axes=("x", "y"))
+        elements.append(
+            Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=channels, transformations={name: scale})
+        )
+    if len(elements) == 1:
+        return elements[0]
+    return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
+
+
+def _from_spatialdata(
+    name: str,
+    source: SpatialData,
+    *,
+    mpp: float | None,
+    spot_pitch: float | None,
+    coordinate_system: str | None,
+    image_key: str | None,
+    shapes_key: str | None,
+    table_key: str | None,
+) -> SectionParts:
+    """Take image, spots and table of one section out of somebody else's object."""
+    where = f"sections[{name!r}]"
+    system = _choose_system(source, coordinate_system, where)
+    image_key = _choose_image(source, image_key, system, where)
+    shapes_key = _choose_circles(source, shapes_key, system, where)
+    image = source.images[image_key]
+    if mpp is not None:
+        mpp_source = "argument"
+    elif spot_pitch is not None and shapes_key is not None:
+        mpp, mpp_source = _mpp_from_pitch(source.shapes[shapes_key], system, spot_pitch), "spot pitch"
+    else:
+        msg = (
+            f"Pixel size of {where} is unknown. Pass `mpp=` (um per unit of its coordinate system {system!r}) or, for "
+            "spots on a regular lattice, `spot_pitch=` (um, 100 for Visium)."
+        )
+        raise ValueError(msg)
+    mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
+    parts = SectionParts(
+        image=_moved(image, system, name, mpp),
+        mpp=linear_scale(element_affine(image, system)) * mpp,
+        mpp_source=mpp_source,
+    )
+    if shapes_key is not None:
+        parts.spots = _moved(source.shapes[shapes_key], system, name, mpp)
+        # One table annotates the spots of all sections, so their ids must be of one type; barcodes are strings.
+        parts.spots.index = parts.spots.index.astype(str)
+        parts.counts = _take_counts(source, shapes_key, table_key, name, where)
+    return parts
+
+
+def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
+    systems = list(source.coordinate_systems)
+    if wanted is not None:
+        require_key(wanted, systems, where=f"{where}.coordinate_systems")
+        return wanted
+    if len(systems) == 1 or "global" in systems:
+        return systems[0] if len(systems) == 1 else "global"
+    msg = f"{where} has the coordinate systems {systems}; say which one to read with `coordinate_system=`."
+    raise ValueError(msg)
+
+
+def _in_system(element: object, system: str) -> bool:
+    from spatialdata.transformations import get_transformation
+
+    return system in get_transformation(element, get_all=True)
+
+
+def _choose_image(source: SpatialData, wanted: str | None, system: str, where: str) -> str:
+    if wanted is not None:
+        require_key(wanted, source.images, where=f"{where}.images")
+        return wanted
+    keys = [key for key, element in source.images.items() if _in_system(element, system)]
+    if not keys:
+        msg = f"{where} has no image in the coordinate system {system!r}; images: {sorted(source.images)}."
+        raise ValueError(msg)
+    # The finest image: the fewest units of the coordinate system per pixel.
+    best = min(keys, key=lambda key: linear_scale(element_affine(source.images[key], system)))
+    if len(keys) > 1:
+        logger.info("%s: taking the finest image %r of %s", where, best, sorted(keys))
+    return best
+
+
+def _choose_circles(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
+    if wanted is not None:
+        require_key(wanted, source.shapes, where=f"{where}.shapes")
+        return wanted
+    keys = [key for key, shape in source.shapes.items() if "radius" in shape and _in_system(shape, system)]
+    if len(keys) > 1:
+        msg = f"{where} has several circle elements {sorted(keys)}; say which ones are the spots with `shapes_key=`."
+        raise ValueError(msg)
+    return keys[0] if keys else None
+
+
+def _mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
+    """Units of the pitch per unit of the coordinate system, from the median distance to the nearest neighbour."""
+    from scipy.spatial import cKDTree
+
+    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
+    if len(circles) < 2:
+        msg = f"`spot_pitch` needs at least two spots to compare with, found {len(circles)}; pass `mpp=`."
+        raise ValueError(msg)
+    centers = np.column_stack([circles.geometry.x, circles.geometry.y])
+    nearest = cKDTree(centers).query(centers, k=2)[0][:, 1]
+    return pitch / (float(np.median(nearest)) * linear_scale(element_affine(circles, system)))
+
+
+def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
+    """Shallow copy of an element whose only transformation goes to the section's frame in um."""
+    from spatialdata.transformations import Scale, Sequence, get_transformation, set_transformation
+
+    to_system = get_transformation(element, to_coordinate_system=system)
+    copy = element.copy()
+    copy.attrs = dict(copy.attrs)
+    to_section = Sequence([to_system, Scale([mpp, mpp], axes=("x", "y"))])
+    set_transformation(copy, {name: to_section}, set_all=True)
+    return copy
+
+
+def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
+    """Copy of the rows of the table that annotate the spots, re-labelled for the stack."""
+    from spatialdata.models import TableModel
+
+    annotating = {}
+    for key, table in source.tables.items():
+        attrs = table.uns.get("spatialdata_attrs", {})
+        regions = attrs.get("region")
+        if shapes_key in ([regions] if isinstance(regions, str) else list(regions or [])):
+            annotating[key] = table
+    if table_key is not None:
+        require_key(table_key, source.tables, where=f"{where}.tables")
+        require_key(table_key, annotating, where=f"tables of {where} that annotate {shapes_key!r}")
+        annotating = {table_key: annotating[table_key]}
+    if not annotating:
+        return None
+    if len(annotating) > 1:
+        msg = f"{where} has several tables {sorted(annotating)} for {shapes_key!r}; choose with `table_key=`."
+        raise ValueError(msg)
+    table = next(iter(annotating.values()))
+    attrs = table.uns["spatialdata_attrs"]
+    rows = (table.obs[attrs["region_key"]] == shapes_key).to_numpy()
+    counts = table[rows].copy()
+    if not counts.var_names.is_unique:
+        logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
+        counts.var_names_make_unique()
+    instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
+    counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
+    counts.obs[Keys.REGION] = Keys.spots(name)
+    counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")
+    counts.obs[Keys.INSTANCE] = pd.array(instance, dtype=object)
+    del counts.uns["spatialdata_attrs"]
+    return TableModel.parse(counts, region=Keys.spots(name), region_key=Keys.REGION, instance_key=Keys.INSTANCE)
