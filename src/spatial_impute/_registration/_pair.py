@@ -14,6 +14,7 @@ from spatial_impute._registration._orientation import orientation_candidates
 from spatial_impute._registration._quality import (
     StructureScore,
     is_sane,
+    mutual_information,
     same_pose,
     singular_values,
     tissue_dice,
@@ -78,22 +79,23 @@ def register_pair(
     target, source = (registration_channel(section, size, margin) for section in (fixed, moving))
     _check_pixels(target, source)
 
-    score = StructureScore(target, source)
     starts = orientation_candidates(target, source, params) if initial is None else [np.asarray(initial, float)]
-    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner goes on.
-    coarse = shrink(target, 2 * size), shrink(source, 2 * size)
     fit = partial(_ants.fit_linear, mask_margin=params.mask_margin, seed=seed)
     iterations = params.linear_iterations
+    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner goes on.
+    coarse = shrink(target, 2 * size), shrink(source, 2 * size)
     fits = [fit(*coarse, start, "Rigid", iterations=(*iterations[:2], 0)) for start in starts]
-    scores = [score(pose) if is_sane(pose, params) else -1.0 for pose in fits]
-    best = int(np.argmax(scores))
-    matrix, used, notes = fit(target, source, fits[best], "Rigid", iterations=iterations[2:]), "rigid", []
-    # Two starts that end in one pose are no alternatives to each other.
-    rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], source)]
-    runner_up = max(rivals, default=0.0)
+    if method != "rigid":  # stretched sections match no fine structure before they are stretched back
+        stretched = [fit(*coarse, pose, "Affine", iterations=(*iterations[:2], 0)) for pose in fits]
+        fits = [new if is_sane(new, params) else old for new, old in zip(stretched, fits, strict=True)]
+    score, best, runner_up = _choose(target, source, fits, params)
+    start, matrix, used, notes = starts[best], fits[best], "rigid", []
+    if method != "rigid":
+        matrix = _nearest_rigid(matrix, source)
+    matrix = fit(target, source, matrix, "Rigid", iterations=iterations[2:])
 
     if method != "rigid":
-        affine = fit(target, source, matrix, "Affine", iterations=iterations[1:])
+        affine = fit(target, source, fits[best], "Affine", iterations=iterations[1:])
         if not is_sane(affine, params):
             largest, smallest = singular_values(affine)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
@@ -102,7 +104,7 @@ def register_pair(
         else:
             matrix, used = affine, "affine"
 
-    start = _start(starts[best])
+    start = _start(start) | {"look": score.look}
     quality = start | _quality(score, matrix, None, runner_up)
     field = None
     # A deformation would only make a wrong pose look better.
@@ -116,6 +118,39 @@ def register_pair(
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)
+
+
+def _choose(
+    fixed: Channel, moving: Channel, fits: list[NDArray[np.float64]], params: RegistrationParams
+) -> tuple[StructureScore, int, float]:
+    """Best pose; its score, its index, and the score of the best different one.
+
+    Stain and edges each have a favourite. Of two different ones, the pose with more mutual information is taken: it does
+    not mind what another stain does to either. Of one and the same, the look that sets it off better scores it.
+    """
+    options = []
+    for look in ("stain", "edges"):
+        score = StructureScore(fixed, moving, look)
+        scores = [score(pose) if is_sane(pose, params) else -1.0 for pose in fits]
+        best = int(np.argmax(scores))
+        # Two starts that end in one pose are no alternatives to each other.
+        rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], moving)]
+        options.append((score, best, max(rivals, default=0.0), scores[best]))
+    if not same_pose(fits[options[0][1]], fits[options[1][1]], moving):
+        chosen = max(options, key=lambda option: mutual_information(fixed, moving, fits[option[1]]))
+    else:
+        chosen = max(options, key=lambda option: option[3] - max(option[2], 0.0))
+    return chosen[:3]
+
+
+def _nearest_rigid(matrix: NDArray[np.float64], moving: Channel) -> NDArray[np.float64]:
+    """Rotation (and mirror) and shift closest to a matrix on the moving tissue."""
+    u, _, vt = np.linalg.svd(matrix[:2, :2])
+    centre = moving.centres().mean(0)
+    rigid = np.eye(3)
+    rigid[:2, :2] = u @ vt
+    rigid[:2, 2] = matrix[:2, :2] @ centre + matrix[:2, 2] - rigid[:2, :2] @ centre
+    return rigid
 
 
 def _quality(

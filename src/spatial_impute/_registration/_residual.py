@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from spatial_impute._registration._field import DisplacementField
 
 # All in working pixels, of which a section has about 320 along its longer side.
-_HALF = 12  # half side of a patch: several cells and vessels across, a tenth of the section
+_HALF = 20  # half side of a patch: an eighth of the section, which holds structure that two sections share
 _REACH = 12  # largest shift looked for; larger errors show in the score
 _STEP = 12  # from patch to patch
 _EDGE = 1.5  # scale of the edges that are compared, so that another stain does not matter
 _TISSUE = 0.8  # share of a patch that must be tissue: outlines match, whatever is inside
-_RETURN = 2.0  # a match counts if the match of its target leads back to within this distance
-_MIN_PATCHES = 5  # fewer say nothing about a section
+_PEAK = 4.0  # radius of what belongs to a peak
+_LEAD = 0.1  # in correlation, of the best match over the best elsewhere
+_MIN_PATCHES = 10  # fewer say nothing about a section
 
 
 def residual_error(
@@ -30,39 +31,32 @@ def residual_error(
 ) -> tuple[float | None, int]:
     """Median shift in um by which patches of the registered section fit the fixed one better, and their number.
 
-    Only patches count whose best match on the fixed section is matched back to where they came from. An estimate: it
-    includes the noise of the matching (about a working pixel on serial sections), and sees no error beyond 12 pixels.
+    Only patches count that match one place clearly better than any other. An estimate: it includes the noise of the
+    matching (one to several working pixels on serial sections), and sees no error beyond 12 pixels.
 
     Returns
     -------
-    Shift and number of patches; the shift is None if fewer than 5 patches match.
+    Shift and number of patches; the shift is None if fewer than 10 patches match.
     """
     first = ndi.gaussian_gradient_magnitude(fixed.image, _EDGE)
     second = ndi.gaussian_gradient_magnitude(pull_back(moving.image, moving, fixed, matrix, field), _EDGE)
     tissue = fixed.mask & (pull_back(moving.mask, moving, fixed, matrix, field) > 0.5)
     share = ndi.uniform_filter(tissue.astype(np.float32), 2 * _HALF + 1)
     margin = _HALF + _REACH
-    shifts = []
-    for row in range(margin, first.shape[0] - margin, _STEP):
-        for column in range(margin, first.shape[1] - margin, _STEP):
-            if share[row, column] < _TISSUE:
-                continue
-            there = _match(second, first, row, column)
-            if there is None:
-                continue
-            target = np.array([row, column]) + np.rint(there).astype(int)
-            if (target < margin).any() or (target >= np.array(first.shape) - margin).any():
-                continue
-            back = _match(first, second, *target)
-            if back is not None and np.hypot(*(target + back - [row, column])) <= _RETURN:
-                shifts.append(float(np.hypot(*there)))
-    if len(shifts) < _MIN_PATCHES:
-        return None, len(shifts)
-    return float(np.median(shifts)) * fixed.size, len(shifts)
+    shifts = [
+        _shift(second, first, row, column)
+        for row in range(margin, first.shape[0] - margin, _STEP)
+        for column in range(margin, first.shape[1] - margin, _STEP)
+        if share[row, column] >= _TISSUE
+    ]
+    lengths = [float(np.hypot(*shift)) for shift in shifts if shift is not None]
+    if len(lengths) < _MIN_PATCHES:
+        return None, len(lengths)
+    return float(np.median(lengths)) * fixed.size, len(lengths)
 
 
-def _match(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:
-    """Shift (rows, columns) at which the patch of `source` fits `target` best; None if the best lies at the limit."""
+def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:
+    """Shift (rows, columns) at which the patch of `source` fits `target` best; None if it fits elsewhere as well."""
     from skimage.feature import match_template
 
     patch = source[row - _HALF : row + _HALF + 1, column - _HALF : column + _HALF + 1]
@@ -73,6 +67,9 @@ def _match(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[n
     surface = match_template(window, patch)
     peak = np.array(np.unravel_index(np.argmax(surface), surface.shape))
     if (peak == 0).any() or (peak == 2 * _REACH).any():
+        return None
+    away = np.hypot(*(np.indices(surface.shape) - peak[:, None, None])) > _PEAK
+    if surface[tuple(peak)] - surface[away].max() < _LEAD:
         return None
     return peak + [_vertex(surface, peak, axis) for axis in (0, 1)] - float(_REACH)
 

@@ -63,8 +63,8 @@ class RegistrationParams:
     """Overlap of the tissue masks (Dice) below which a pair is called weak."""
     failed_dice: float = 0.8
     """Overlap of the tissue masks below which a pair has failed, unless `partial_tissue`."""
-    max_residual: float = 50.0
-    """Estimated residual error in um above which a pair is called weak: half a spot of an ST array."""
+    max_residual: float = 100.0
+    """Estimated residual error in um above which a pair is called weak: a spot of an ST array."""
     partial_tissue: bool = False
     """Whether sections may have lost a large part of their tissue. A low overlap is then weak, never failed."""
     max_chain_disagreement: float = 50.0
