@@ -90,9 +90,10 @@ def register_pair(
         fits = [new if is_sane(new, params) else old for new, old in zip(stretched, fits, strict=True)]
     score, best, runner_up = _choose(target, source, fits, params)
     start, matrix, used, notes = starts[best], fits[best], "rigid", []
-    if method != "rigid":
-        matrix = _nearest_rigid(matrix, source)
-    matrix = fit(target, source, matrix, "Rigid", iterations=iterations[2:])
+    if method == "rigid":
+        matrix = fit(target, source, matrix, "Rigid", iterations=iterations[2:])
+    else:  # to fall back on: the finest level, most of the time of a fit, would change it by 1 to 2 um
+        matrix = fit(target, source, _nearest_rigid(matrix, source), "Rigid", iterations=(iterations[2], 0))
 
     if method != "rigid":
         affine = fit(target, source, fits[best], "Affine", iterations=iterations[1:])
