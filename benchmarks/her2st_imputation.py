@@ -1,6 +1,6 @@
 """Imputation on HER2ST: one measured section, the others as truth; every baseline beside ASIGN.
 
-Run ``python benchmarks/her2st_imputation.py [--encoder texture|tellez-multitask] [--measured C4]``. Prints a markdown
+Run ``python benchmarks/her2st_imputation.py [--encoder texture|tellez-multitask] [--measured C4]``. Prints a
 table, and the paired interval over genes of ASIGN minus each baseline. Everything is chosen on the measured section.
 """
 
@@ -40,11 +40,11 @@ def main() -> None:
     sections = si.metrics.evaluate(sdata, truth, by="section")["pearson_gene"].unstack()
 
     print(f"Measured: {options.measured}; encoder: {options.encoder}; {time.perf_counter() - start:.0f} s\n")
-    print(scores[[*COLUMNS, "pearson_spot"]].round(3).to_markdown(), "\n")
+    print(scores[[*COLUMNS, "pearson_spot"]].round(3).to_string(), "\n")
     print("Per-gene r by section:\n")
-    print(sections.round(3).to_markdown(), "\n")
+    print(sections.round(3).to_string(), "\n")
     print("ASIGN minus baseline, per-gene r, mean and 95 % interval over genes:\n")
-    print(paired_intervals(genes).round(4).to_markdown(), "\n")
+    print(paired_intervals(genes).round(4).to_string(), "\n")
     print("Blend weights:", model.weights.mean().round(2).to_dict())
     trust = genes["asign"].corr(model.predictability, method="spearman")
     print(f"imputation_r: mean {model.predictability.mean():.3f}; Spearman with the reached r {trust:.2f}")

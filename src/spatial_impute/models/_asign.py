@@ -11,7 +11,7 @@ import torch
 
 from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._baselines import METHODS
-from spatial_impute.models._inputs import build_network, graph_inputs
+from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads
 from spatial_impute.models._params import AsignParams
 
 if TYPE_CHECKING:
@@ -116,12 +116,11 @@ class AsignModel:
         """(n, g) mean over the networks, standardised."""
         inputs = inputs.to(device)
         total = torch.zeros_like(inputs.propagated)
-        for state in self._networks:
-            network = build_network(self.params, self._n_features, self._tensors["group"])
-            network.load_state_dict(state)
-            network.eval().to(device)
-            with torch.inference_mode():
-                total += network(inputs)
+        with suitable_threads(len(inputs.spot), self.params.width), torch.inference_mode():
+            for state in self._networks:
+                network = build_network(self.params, self._n_features, self._tensors["group"])
+                network.load_state_dict(state)
+                total += network.eval().to(device)(inputs)
         return (total / len(self._networks)).cpu().numpy()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

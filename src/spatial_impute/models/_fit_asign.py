@@ -12,7 +12,7 @@ from spatial_impute.metrics._scores import pearson_by_gene, summarise
 from spatial_impute.models._asign import NETWORK, AsignModel
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
-from spatial_impute.models._inputs import build_network, graph_inputs
+from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads
 from spatial_impute.models._spots import Spots, spatial_folds
 from spatial_impute.models._train import Episode, train
 
@@ -121,18 +121,19 @@ def _fit_networks(
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
         # Hidden for watching, and of the rest one block after the other hidden for training.
         episodes = [_episode(r, mask, tensors, params.n_neighs) for r in rest for mask in _folds(r, params, seed)]
-        run = train(
-            lambda: build_network(params, n_features, tensors["group"]),
-            episodes,
-            [_episode(s, o, tensors, params.n_neighs) for s, o in zip(stacks, out, strict=True)],
-            n_steps=params.n_steps,
-            learning_rate=params.learning_rate,
-            weight_decay=params.weight_decay,
-            correlation_weight=params.correlation_weight,
-            seed=seed + k,
-            device=device,
-            on_step=step,
-        )
+        with suitable_threads(max(len(s.known) for s in stacks), params.width):
+            run = train(
+                lambda: build_network(params, n_features, tensors["group"]),
+                episodes,
+                [_episode(s, o, tensors, params.n_neighs) for s, o in zip(stacks, out, strict=True)],
+                n_steps=params.n_steps,
+                learning_rate=params.learning_rate,
+                weight_decay=params.weight_decay,
+                correlation_weight=params.correlation_weight,
+                seed=seed + k,
+                device=device,
+                on_step=step,
+            )
         runs.append(run)
     best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
     predicted = []

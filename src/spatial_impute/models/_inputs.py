@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,29 @@ from spatial_impute.models._msagnet import GraphInputs, MSAGNet
 from spatial_impute.models._propagation import propagate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from scipy import sparse
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models._spots import Spots
+
+
+# Below this many numbers per layer, threads wait for each other longer than they compute.
+_WORTH_THREADS = 500_000
+
+
+@contextmanager
+def suitable_threads(n_spots: int, width: int) -> Iterator[None]:
+    """Run small networks on one thread. Other libraries reset the number of threads of torch when they are imported."""
+    before = torch.get_num_threads()
+    if n_spots * width < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
