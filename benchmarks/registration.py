@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 
-from spatial_impute._registration import RegistrationParams, SectionImage, register_pair
+from spatial_impute._registration import SectionImage, register_pair
 from spatial_impute._registration._orientation import pose
 
 ROOT = Path(os.environ.get("SPATIAL_IMPUTE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -50,7 +49,7 @@ def table(rows: list[dict], title: str) -> pd.DataFrame:
 # ---------------------------------------------------------------- landmarks
 
 
-def bench_landmarks(quick: bool) -> None:
+def bench_landmarks(*, quick: bool) -> None:
     """Median landmark error as share of the image diagonal, beside antspyx with its defaults."""
     folder = ROOT / "landmarks"
     rows = []
@@ -101,3 +100,291 @@ def _ants_points(fixed: np.ndarray, moving: np.ndarray, points: np.ndarray, meth
         frame = pd.DataFrame(points, columns=["x", "y"])
         moved = ants.apply_transforms_to_points(2, frame, result["invtransforms"], whichtoinvert=flags)
     return moved.to_numpy()
+
+
+# ---------------------------------------------------------------- known motions of HER2ST C
+
+
+def her2st_images(names: tuple[str, ...] = ("C2", "C3", "C4", "C5", "C6")) -> dict[str, SectionImage]:
+    from PIL import Image
+
+    images = {}
+    for name in names:
+        path = next((ROOT / "her2st" / "ST-imgs" / "C" / name).glob("*.jpg"))
+        rgb = read_image(path, 1024)
+        with Image.open(path) as file:
+            size = HER2ST_MPP * file.width / rgb.shape[1], HER2ST_MPP * file.height / rgb.shape[0]
+        images[name] = SectionImage(rgb, size)
+    return images
+
+
+def moved_section(
+    section: SectionImage, rng: np.random.Generator, *, angle: float, mirrored: bool
+) -> tuple[SectionImage, np.ndarray, np.ndarray]:
+    """The section under a known motion, restained; 400 points in its tissue, and where they come from (um).
+
+    Shift up to 25 % of the frame, scale 0.9 to 1.1, elastic with a largest displacement of 50 to 200 um and a
+    correlation length of 500 um, gain of the stain in each channel 0.7 to 1.3, noise.
+    """
+    rgb, size = section.rgb.astype(np.float32), section.pixel_size[0]
+    height, width = rgb.shape[:2]
+    side = int(1.5 * max(height, width))
+    rows, columns = np.nonzero(section.mask)
+    centre = np.array([columns.mean() + 0.5, rows.mean() + 0.5]) * size
+    shift = rng.uniform(-0.25, 0.25, 2) * [width * size, height * size]
+    forward = pose(angle, centre, np.full(2, side * size / 2) + shift, mirrored=mirrored)
+    scale = rng.uniform(0.9, 1.1)
+    forward[:2, :2] *= scale
+    forward[:2, 2] += forward[:2, :2] @ centre * (1 / scale - 1)
+    bend = np.stack([ndi.gaussian_filter(rng.normal(size=(side, side)), 500 / size) for _ in range(2)], axis=-1)
+    bend *= rng.uniform(50, 200) / np.hypot(*np.moveaxis(bend, -1, 0)).max()
+    y, x = np.indices((side, side)) + 0.5
+    back = np.linalg.inv(forward)
+    source = np.stack([x, y], axis=-1) * size @ back[:2, :2].T + back[:2, 2] + bend
+    glass = np.median(rgb[:30].reshape(-1, 3), axis=0)
+    where = [source[..., 1] / section.pixel_size[1] - 0.5, source[..., 0] / size - 0.5]
+    image = np.stack([ndi.map_coordinates(rgb[..., k], where, order=1, cval=glass[k]) for k in range(3)], axis=-1)
+    density = -np.log(np.clip(image, 1, None) / glass) * rng.uniform(0.7, 1.3, 3)
+    image = ndi.gaussian_filter(glass * np.exp(-density), (0.7, 0.7, 0)) + rng.normal(0, 3, image.shape)
+    moving = SectionImage(np.clip(image, 0, 255).astype(np.uint8), (size, size))
+    rows, columns = np.nonzero(moving.mask)
+    chosen = rng.choice(len(rows), 400)
+    points = np.column_stack([columns[chosen] + 0.5, rows[chosen] + 0.5]) * size
+    return moving, points, source[rows[chosen], columns[chosen]]
+
+
+def bench_synthetic(*, quick: bool) -> None:
+    """Every section, moved in a known way, to C4. Its true place is the truth for C4, else the place found unmoved."""
+    images = her2st_images()
+    rng = np.random.default_rng(0)
+    angles = np.arange(0, 360, 15) if not quick else np.array([0, 105, 225])
+    rows = []
+    for name, image in images.items():
+        still = None if name == "C4" else register_pair(images["C4"], image, method="syn")
+        for angle in angles:
+            for mirrored in (False, True):
+                moving, points, origin = moved_section(image, rng, angle=float(angle), mirrored=mirrored)
+                truth = origin if still is None else still.warp_points(origin)
+                start = time.perf_counter()
+                result = register_pair(images["C4"], moving, method="syn")
+                seconds = time.perf_counter() - start
+                linear = points @ result.matrix[:2, :2].T + result.matrix[:2, 2]
+                error, before = (
+                    np.linalg.norm(found - truth, axis=1) for found in (result.warp_points(points), linear)
+                )
+                rows.append(
+                    {
+                        "section": name,
+                        "angle": angle,
+                        "mirrored": mirrored,
+                        "affine": np.median(before),
+                        "syn": np.median(error),
+                        "p90": np.percentile(error, 90),
+                        "used": result.method,
+                        "verdict": result.verdict,
+                        "folds": result.quality["folds"],
+                        "residual_um": result.quality["residual_um"],
+                        "s": seconds,
+                    }
+                )
+    frame = pd.DataFrame(rows)
+    summary = frame.groupby("section").agg(
+        starts=("syn", "size"),
+        success=("syn", lambda e: float((e < 50).mean())),
+        affine=("affine", "median"),
+        syn=("syn", "median"),
+        worst=("syn", "max"),
+        p90=("p90", "median"),
+        deformed=("used", lambda u: float((u == "syn").mean())),
+        folds=("folds", "max"),
+        seconds=("s", "median"),
+    )
+    print(f"\n## Known motions, um (bars: success 1, syn <= 15, folds 0)\n{summary.round(2).to_string()}", flush=True)
+    bad = frame[frame["syn"] >= 50]
+    if len(bad):
+        print(f"not within 50 um:\n{bad.round(1).to_string(index=False)}")
+
+
+# ---------------------------------------------------------------- real pairs
+
+
+def bench_real(*, quick: bool) -> None:
+    """HER2ST C, every section on C4: Dice, and correlation per gene with the nearest measured spot, 250 genes."""
+    import spatial_impute as si
+
+    si.settings.data_dir = ROOT
+    sdata, truth = si.datasets.her2st("C", measured=["C4"], truth=True)
+    rows = {}
+    for method in ("affine", "syn"):
+        start = time.perf_counter()
+        si.tl.register_stack(sdata, method=method, show_progress_bar=False)
+        seconds = time.perf_counter() - start
+        for name, r in expression_check(sdata, truth).items():
+            row = sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"][name]
+            found = rows.setdefault(name, {"section": name})
+            found |= {f"r {method}": round(r, 4), f"stack {method} s": round(seconds, 1)}
+            found |= {f"residual {method}": row["residual_um"], f"verdict {method}": row["verdict"]}
+            if method == "syn":
+                found |= {"deformed": row["deformed"], "Dice syn": round(row["deformation"]["dice_after"], 3)}
+            else:
+                pairs = si.metrics.registration_quality(sdata)
+                found["Dice affine"] = round(pairs.loc[(row["path"][1], name), "dice_after"], 3)
+    table(list(rows.values()), "Real pairs of HER2ST C (bars: Dice >= 0.97, r of syn not below affine)")
+
+
+def expression_check(sdata: object, truth: object) -> dict[str, float]:
+    from scipy.spatial import cKDTree
+
+    spots = sdata.tables["stack"]
+    values = truth[spots.obs_names].X
+    values = np.asarray(values.toarray() if hasattr(values, "toarray") else values, float)
+    section = spots.obs["section"].astype(str).to_numpy()
+    fixed = section == "C4"
+    genes = np.argsort(-values[fixed].mean(axis=0))[:250]
+    result = {}
+    for name in dict.fromkeys(section):
+        if name == "C4":
+            continue
+        own = section == name
+        xy = spots.obsm["spatial_3d"][:, :2]
+        nearest = cKDTree(xy[fixed]).query(xy[own])[1]
+        a, b = values[own][:, genes], values[fixed][nearest][:, genes]
+        a, b = a - a.mean(0), b - b.mean(0)
+        norm = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+        result[name] = float(np.mean((a * b).sum(0)[norm > 0] / norm[norm > 0]))
+    return result
+
+
+# ---------------------------------------------------------------- layers of the cortex
+
+
+def bench_dlpfc(*, quick: bool) -> None:
+    """Cortical layer of the nearest spot of the other section, from random starts."""
+    from scipy.spatial import cKDTree
+
+    labels = pd.read_csv(ROOT / "dlpfc" / "layers.tsv", sep="\t", names=["barcode", "section", "layer"])
+    sections = {}
+    for name in ("151507", "151508", "151509", "151510"):
+        folder = ROOT / "dlpfc" / name / "spatial"
+        scale = json.loads((folder / "scalefactors_json.json").read_text())["tissue_lowres_scalef"]
+        spots = pd.read_csv(folder / "tissue_positions_list.csv", header=None, index_col=0)
+        own = labels[labels["section"].astype(str) == name].set_index("barcode")["layer"].dropna()
+        spots = spots.loc[spots.index.intersection(own.index)]
+        xy = spots[[5, 4]].to_numpy(float) * scale * 16.2
+        sections[name] = read_image(folder / "tissue_lowres_image.png"), xy, own.loc[spots.index].to_numpy()
+    rng = np.random.default_rng(0)
+    rows = []
+    for a, b, gap in (("151507", "151508", 10), ("151509", "151510", 10), ("151508", "151509", 300)):
+        for _ in range(1 if quick else 4):
+            angle, mirrored = float(rng.uniform(0, 360)), bool(rng.random() < 0.5)
+            fixed = SectionImage(sections[a][0], (16.2, 16.2))
+            rgb, xy, layer = sections[b]
+            side = int(1.5 * max(rgb.shape[:2])) * 16.2
+            centre = np.array(rgb.shape[1::-1]) * 16.2 / 2
+            motion = pose(angle, centre, np.full(2, side / 2), mirrored=mirrored)
+            back = np.linalg.inv(motion)
+            y, x = (np.indices((int(side / 16.2),) * 2) + 0.5) * 16.2
+            source = np.stack([x, y], -1) @ back[:2, :2].T + back[:2, 2]
+            where = [source[..., 1] / 16.2 - 0.5, source[..., 0] / 16.2 - 0.5]
+            glass = np.median(rgb[:30].reshape(-1, 3), axis=0)
+            image = np.stack([ndi.map_coordinates(rgb[..., k], where, order=1, cval=glass[k]) for k in range(3)], -1)
+            row = {"fixed": a, "moving": b, "gap_um": gap, "angle": round(angle), "mirrored": mirrored}
+            for method in ("affine", "syn"):
+                result = register_pair(fixed, SectionImage(image, (16.2, 16.2)), method=method)
+                placed = result.warp_points(xy @ motion[:2, :2].T + motion[:2, 2])
+                nearest = cKDTree(sections[a][1]).query(placed)[1]
+                row[method] = round(float((sections[a][2][nearest] == layer).mean()), 3)
+            rows.append(row | {"used": result.method, "verdict": result.verdict})
+    table(rows, "DLPFC: accuracy of the transferred layer (bar 0.85 on adjacent sections, 10 um apart)")
+
+
+# ---------------------------------------------------------------- size
+
+_CHILD = """
+import json, resource, sys, time, warnings
+warnings.simplefilter("ignore")
+import ants, spatial_impute as si
+si.settings.verbosity = "error"
+stack = si.pp.assemble_stack({n: f"{sys.argv[1]}/images/{n}" for n in ("a", "b")}, mpp=float(sys.argv[2]), section_spacing=10.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+si.tl.register_stack(stack, reference="a", method=sys.argv[3], show_progress_bar=False, on_failure="warn")
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "before": before / 1024, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
+
+def bench_size(*, quick: bool) -> None:
+    """Time of a pair and peak memory for pyramids of growing size of the same 10 mm tissue."""
+    import dask.array as da
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+
+    rng = np.random.default_rng(0)
+    base = 1280
+    y, x = (np.indices((base, base)) - base / 2) / (0.33 * base)
+    angle = np.arctan2(y, x)
+    inside = ndi.gaussian_filter((np.hypot(x, y) < 1 + 0.2 * np.cos(angle) + 0.15 * np.sin(2 * angle)).astype(float), 2)
+    texture = sum(ndi.gaussian_filter(rng.normal(size=(base, base)), s) * s for s in (4, 16, 40))
+    density = np.clip(0.7 + 0.25 * texture / texture.std(), 0.1, 1.6) * inside
+    first = (240 * np.exp(-density * np.array([0.8, 1.0, 0.5])[:, None, None])).astype(np.uint8)
+    second = np.stack([ndi.rotate(c, 35, reshape=False, order=1, cval=240) for c in first])
+    rows = []
+    for factor in (2, 4) if quick else (2, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            images = {}
+            for name, image in (("a", first), ("b", second)):
+                small = da.from_array(image, chunks=(3, 2048 // factor, 2048 // factor))
+                large = small.map_blocks(
+                    lambda block, f: block.repeat(f, axis=1).repeat(f, axis=2),
+                    factor,
+                    dtype=np.uint8,
+                    chunks=tuple(tuple(n * (factor if i else 1) for n in c) for i, c in enumerate(small.chunks)),
+                )
+                images[name] = Image2DModel.parse(
+                    large, dims=("c", "y", "x"), scale_factors=[2] * 4, chunks={"c": 3, "y": 2048, "x": 2048}
+                )
+            SpatialData(images=images).write(Path(folder) / "s.zarr")
+            for method in ("affine", "syn"):
+                run = subprocess.run(
+                    [sys.executable, "-c", _CHILD, f"{folder}/s.zarr", str(10_000 / (base * factor)), method],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                found = json.loads(run.stdout.strip().splitlines()[-1])
+                row = {"side_px": base * factor, "method": method, "seconds": round(found["seconds"], 1)}
+                rows.append(row | {f"{key} MiB": round(found[key]) for key in ("before", "peak")})
+    table(rows, "Size: one pair from pyramids (bars: 30 s on one core, peak independent of the size)")
+
+
+PARTS = {
+    "landmarks": bench_landmarks,
+    "synthetic": bench_synthetic,
+    "real": bench_real,
+    "dlpfc": bench_dlpfc,
+    "size": bench_size,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer starts and smaller images, minutes instead of hours"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    pd.set_option("display.width", 250, "display.max_columns", 50)
+    folders = {"landmarks": "landmarks", "synthetic": "her2st", "real": "her2st", "dlpfc": "dlpfc"}
+    for name in arguments.only:
+        if name in folders and not (ROOT / folders[name]).is_dir():
+            print(f"\n## {name}: no data in {ROOT / folders[name]}, skipped")
+            continue
+        start = time.perf_counter()
+        PARTS[name](quick=arguments.quick)
+        print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

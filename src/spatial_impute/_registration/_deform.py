@@ -22,7 +22,8 @@ _BLOCK = 400.0  # um: wider than what the fit may smooth over, so that a block i
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
 _CORE = 2.0  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-_SIGNIFICANT = 2.0  # standard errors over blocks by which a deformation has to be better
+_WORSE = 1.0  # standard errors over blocks by which the stiffest deformation may seem worse than none
+_SIGNIFICANT = 2.0  # standard errors by which a softer one has to be better
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +44,10 @@ def fit_deformation(
 
     More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
     same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard; a
-    trial fit sees the blocks of one colour, and is judged by the local correlation in the others. The stiffest fit must
-    not be worse than none there (that sections deform a little is known beforehand); each softer one must be better
-    than the one before by two standard errors over the blocks. What is chosen is then fitted to all tissue.
+    trial fit sees the blocks of one colour, and is judged by the local correlation in the others. That sections deform
+    a little is known beforehand, so the stiffest fit is dropped if it is worse than none there, by more than one
+    standard error over the blocks; each softer one must be better than the one before by two. What is chosen is then
+    fitted to all tissue.
     """
     black, labels = _blocks(fixed, params)
     sees = replace(fixed, seen=fixed.visible() & ~black)
@@ -55,12 +57,12 @@ def fit_deformation(
         trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
         after = _local_correlation(fixed, moving, matrix, trial, params)
         gain, error = _gain(after - best, labels)
-        if not gain > (0.0 if chosen is None else _SIGNIFICANT * error):
+        if not gain > (-_WORSE if chosen is None else _SIGNIFICANT) * error:
             break
         best, chosen = after, smoothing
         gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
     if chosen is None:
-        note = "A deformation did not bring tissue that it had not seen into better agreement; it was discarded."
+        note = "A deformation made tissue that it had not seen agree less; it was discarded."
         return Deformation(None, note, {})
 
     for smoothing in params.syn_smoothing[params.syn_smoothing.index(chosen) :: -1]:  # to stiffer ones, if need be

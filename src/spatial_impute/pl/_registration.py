@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
+from scipy import ndimage as ndi
 
+from spatial_impute._geometry import apply_affine
+from spatial_impute._registration._elements import load_transform, require_registration
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_positive
-from spatial_impute.pl._canvas import Canvas, overlay, read_scan, tissue_dice
+from spatial_impute.pl._canvas import Canvas, Drawn, overlay, read_scan, tissue_dice
 from spatial_impute.pl._utils import (
+    add_colorbar,
     add_scale_bar,
     check_titles,
+    color_limits,
     finish,
     frame_panel,
     label_row,
     make_panels,
     nice_length,
+    resolve_cmap,
     sections_in_z,
     show_image,
 )
@@ -29,9 +36,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
+    from spatial_impute._registration._transform import SectionTransform
+    from spatial_impute.pl._canvas import Scan
+
 _COLUMNS = ("before", "after", "checkerboard, after")
 _REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # magenta and green, told apart by the colour-blind
 _ALARM = "#D55E00"
+_GRID_LINES = 18  # along the longer side of a panel
+_GRID_STEP = 0.2  # points on a grid line per spacing: the deformation is smooth
+_FULL_BEND = 0.7  # of the spacing: how far the largest displacement may be drawn, so that lines rarely cross
+_PALE = 0.35  # of the ink of the tissue under the grid
 
 
 def registration(
@@ -52,10 +66,13 @@ def registration(
     The overlays show the stain inside the tissue, the reference in magenta and the section in green on white, so that
     what agrees is grey. "before" lays the frames of the two images on each other as they are. The checkerboard
     alternates the H&E of both; its upper left tile is of the reference. Vessels, glands and the outline should run on
-    across tiles.
+    across tiles. Where a section is deformed (``method="syn"``) a fourth column shows by how much: a grid that is
+    straight in the affine placement, bent by the deformation, exaggerated by the factor in the title and coloured by
+    the true displacement.
 
     The text beside a row tells the route to the reference, the verdict, the overlap of the two tissues as drawn (Dice)
-    before and after, and the structure score of the weakest pair on the route.
+    before and after, the estimated residual error, and the structure score of the weakest pair on the route. Sections
+    that were left out of the registration are not shown.
 
     Parameters
     ----------
@@ -68,7 +85,7 @@ def registration(
     n_tiles
         Tiles of the checkerboard along the longer side of a panel, at least; their size is a round length.
     ax
-        Axes to draw on, three per section, row by row, instead of a new figure.
+        Axes to draw on, three per section (four if one is deformed), row by row, instead of a new figure.
     figsize
         Size of the figure in inches.
     title
@@ -82,7 +99,7 @@ def registration(
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array (n_sections, 3) of :class:`~matplotlib.axes.Axes`.
+    ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`.
 
     Raises
     ------
@@ -100,11 +117,12 @@ def registration(
     (2, 3)
     """
     record = load_record(sdata)
-    if record.registration is None:
-        msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
-        raise KeyError(msg)
+    rows = require_registration(record)["sections"]
     reference = record[record.reference]
     wanted = [section for section in sections_in_z(record, sections) if section.name != reference.name]
+    if sections is None:
+        wanted = [section for section in wanted if section.name in rows]
+    transforms = {section.name: load_transform(sdata, record, section.name) for section in wanted}
     if not wanted:
         msg = (
             f"Nothing to compare with the reference {reference.name!r}; `sections` must name others of {record.names}."
@@ -116,28 +134,27 @@ def registration(
     if int(n_tiles) < 2:
         msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
         raise ValueError(msg)
-    rows = record.registration["sections"]
-
     fixed = read_scan(section_levels(sdata, reference), resolution)
     moving = {section.name: read_scan(section_levels(sdata, section), resolution) for section in wanted}
-    matrices = {name: np.asarray(rows[name]["matrix"], dtype=float) for name in moving}
-    poses = [(fixed, np.eye(3))] + [(moving[n], m) for n in moving for m in (np.eye(3), matrices[n])]
+    poses = [(fixed, np.eye(3))]
+    poses += [(moving[n], m) for n, transform in transforms.items() for m in (np.eye(3), transform.matrix)]
     canvas = Canvas.around(np.concatenate([scan.tissue_corners(matrix) for scan, matrix in poses]))
     tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
 
+    deformed = any(transform.deforms for transform in transforms.values())
     axes = make_panels(
-        len(wanted), 3, aspect=canvas.height / canvas.width, ax=ax, figsize=figsize, margin=(1.6, 0.7)
-    ).reshape(-1, 3)
-    on_canvas = canvas.draw(fixed, np.eye(3))
+        len(wanted), 3 + deformed, aspect=canvas.height / canvas.width, ax=ax, figsize=figsize, margin=(1.6, 0.7)
+    ).reshape(-1, 3 + deformed)
+    on_canvas, drawn = canvas.draw(fixed, np.eye(3)), []
     for i, section in enumerate(wanted):
         before = canvas.draw(moving[section.name], np.eye(3))
-        after = canvas.draw(moving[section.name], matrices[section.name])
+        after = _draw(canvas, moving[section.name], transforms[section.name])
         pictures = [
             overlay(on_canvas, before),
             overlay(on_canvas, after),
             canvas.checkerboard(on_canvas, after, tile),
         ]
-        for panel, picture in zip(axes[i], pictures, strict=True):
+        for panel, picture in zip(axes[i, :3], pictures, strict=True):
             frame_panel(panel, canvas.limits)
             show_image(panel, picture, canvas.to_um)
         _draw_tiles(axes[i, 2], canvas, tile)
@@ -148,7 +165,10 @@ def registration(
             else _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
         )
         label_row(axes[i, 0], text, color="black" if row["verdict"] == "ok" else _ALARM)
-    for panel, head in zip(axes[0], _COLUMNS, strict=True):
+        drawn.append(after)
+    if deformed:
+        _draw_deformations(axes[:, 3], canvas, drawn, list(transforms.values()))
+    for panel, head in zip(axes[0, :3], _COLUMNS, strict=True):
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
     _add_legend(axes[-1, 1], reference.name)
@@ -159,7 +179,75 @@ def _describe(name: str, row: dict[str, Any], before: float, after: float) -> st
     # The path is worth a line only if it leads over other sections; a long one would push the panels aside.
     path = row["path"] if len(row["path"]) <= 4 else [*row["path"][:2], "…", row["path"][-1]]
     route = row["route"] if len(path) <= 2 else f"{row['route']}:\n" + " → ".join(path)
-    return f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\nscore {row['score']:.2f}"
+    residual = row.get("residual_um")
+    residual = "" if residual is None else f"residual {residual:.0f} µm\n"
+    return f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\n{residual}score {row['score']:.2f}"
+
+
+def _draw(canvas: Canvas, scan: Scan, transform: SectionTransform) -> Drawn:
+    """Resample a section in its registered place, with its deformation."""
+    if not transform.deforms:
+        return canvas.draw(scan, transform.matrix)
+    rows, columns = np.indices(canvas.shape).reshape(2, -1) + 0.5
+    points = transform.inverse(apply_affine(np.column_stack([columns, rows]), canvas.to_um))
+    x, y = apply_affine(points, np.linalg.inv(scan.to_um)).T - 0.5
+
+    def sample(image: np.ndarray, outside: float) -> np.ndarray:
+        return ndi.map_coordinates(image, [y, x], order=1, cval=outside).reshape(canvas.shape)
+
+    rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
+    mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
+    return Drawn(rgb, sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5)
+
+
+def _draw_deformations(
+    panels: np.ndarray, canvas: Canvas, drawn: list[Drawn], transforms: list[SectionTransform]
+) -> None:
+    """Bent grids over pale tissue, all with one exaggeration and one colour scale."""
+    spacing = nice_length(max(canvas.width, canvas.height) / _GRID_LINES)
+    x0, y0, x1, y1 = canvas.limits
+    fine = [np.arange(low, high + spacing, _GRID_STEP * spacing) for low, high in ((x0, x1), (y0, y1))]
+    coarse = [np.arange(low, high + spacing, spacing) for low, high in ((x0, x1), (y0, y1))]
+    lines = [np.column_stack([np.full(len(fine[1]), x), fine[1]]) for x in coarse[0]]
+    lines += [np.column_stack([fine[0], np.full(len(fine[0]), y)]) for y in coarse[1]]
+    bends = [_bends(lines, section, transform, canvas) for section, transform in zip(drawn, transforms, strict=True)]
+    lengths = np.concatenate([np.hypot(*shift.T) for some in bends for _, shift in some] or [np.ones(1)])
+    largest = max(float(lengths.max()), 1e-6)
+    factor = max(1.0, nice_length(_FULL_BEND * spacing / largest))
+    cmap, norm = resolve_cmap("viridis"), color_limits(lengths, 0.0, None)
+    for panel, section, some in zip(panels, drawn, bends, strict=True):
+        frame_panel(panel, canvas.limits)
+        show_image(panel, 255.0 * (1 - _PALE * np.repeat(section.stain[..., None], 3, axis=2)), canvas.to_um)
+        for line, shift in some:
+            bent = line + factor * shift
+            pieces = LineCollection(np.stack([bent[:-1], bent[1:]], axis=1), cmap=cmap, norm=norm, linewidths=0.8)
+            pieces.set_array(np.hypot(*shift.T)[:-1])
+            panel.add_collection(pieces, autolim=False)
+        if not some:
+            panel.text(0.5, 0.5, "affine only", transform=panel.transAxes, ha="center", va="center", fontsize="small")
+    head = "deformation" if factor == 1 else f"deformation, × {factor:g}"
+    panels[0].set_title(head, fontsize="medium")
+    add_colorbar(panels, lengths, norm, cmap, "displacement, µm", n_rows=len(panels))
+
+
+def _bends(
+    lines: list[np.ndarray], section: Drawn, transform: SectionTransform, canvas: Canvas
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of the lines in the tissue, and the displacement (um) of their points."""
+    if not transform.deforms:
+        return []
+    back = np.linalg.inv(transform.matrix)
+    result = []
+    for line in lines:
+        column, row = ((line - [canvas.x0, canvas.y0]) // canvas.pixel).astype(int).T
+        height, width = section.mask.shape
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        inside[inside] = section.mask[row[inside], column[inside]]
+        # Points placed by the matrix alone, and where the deformation takes them.
+        shift = transform.points(apply_affine(line, back)) - line
+        edges = np.flatnonzero(np.diff(np.r_[False, inside, False]))
+        result += [(line[a:b], shift[a:b]) for a, b in edges.reshape(-1, 2) if b - a > 1]
+    return result
 
 
 def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:

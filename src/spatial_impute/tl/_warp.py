@@ -173,7 +173,7 @@ def _warp_points(points: Any, mapping: Mapping, target: str) -> Any:
 
     attrs = points.attrs.get("spatialdata_attrs", {})
     moved = points.map_partitions(move, meta=move(points._meta))
-    moved.attrs = {}  # inherited ones hold the transformations of the original
+    moved.attrs.pop("transform", None)  # inherited from the original, which keeps its own
     known = {key: attrs[key] for key in ("feature_key", "instance_key") if attrs.get(key) is not None}
     return PointsModel.parse(moved, transformations={target: Identity()}, **known)
 
