@@ -157,6 +157,7 @@ def test_load_refuses_what_is_no_model(model, tmp_path):
         si.models.AsignModel.load(tmp_path / "model")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_fit_on_several_stacks_and_several_sections(small_prepared):
     import copy
 
@@ -165,7 +166,7 @@ def test_fit_on_several_stacks_and_several_sections(small_prepared):
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
 
     sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
-    si.tl.register_stack(sdata, method="rigid")
+    si.tl.register_stack(sdata, method="rigid", on_failure="warn")  # the fit is tested here, not the pose
     si.pp.extract_features(sdata)
     si.tl.build_3d_graph(sdata)
     model = si.tl.fit_asign(sdata, model_params=SMALL)
