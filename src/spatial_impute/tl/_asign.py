@@ -74,6 +74,7 @@ def fit_asign(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack()
