@@ -17,6 +17,7 @@ class Keys:
     SECTION = "section"  # ordered categorical; squidpy's `library_key`
     Z = "z"
     MEASURED = "measured"  # obs column (bool) and layer of the same name
+    TOTAL_COUNTS = "total_counts"  # as scanpy names it
 
     # transformations
     ALIGNED = "aligned"  # coordinate system that all registered sections share

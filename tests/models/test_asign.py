@@ -9,6 +9,7 @@ import torch
 
 import spatial_impute as si
 from spatial_impute.models._fit_asign import _episode, _folds, fit
+from spatial_impute.models._inputs import with_components
 from spatial_impute.models._params import AsignParams
 from spatial_impute.tl._read import read_spots
 
@@ -17,7 +18,7 @@ SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3}
 
 @pytest.fixture(scope="module")
 def spots(small_prepared):
-    return read_spots(small_prepared)[1]
+    return with_components(read_spots(small_prepared)[1])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_labels_of_held_out_spots_reach_no_input(spots):
         for s in (spots, replace(spots, expression=changed)):
             mask = mask_of(s)
             source = s if mask is fold else s.hide(fold)
-            episodes.append(_episode(source, mask, tensors, params.n_neighs))
+            episodes.append(_episode(source, mask, np.ones(source.known.sum()), tensors, params.n_neighs))
         for name, a in vars(episodes[0].inputs).items():
             assert torch.equal(a, getattr(episodes[1].inputs, name)), name
 

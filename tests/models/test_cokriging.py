@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -112,16 +114,39 @@ def test_cokriging_gradient_is_that_of_the_likelihood():
     inputs = _cokriging._inputs(spots)[np.flatnonzero(spots.known)]
     target = spots.expression[:, 0]
     target = (target - target.mean()) / target.std()
-    theta = _cokriging._fit(inputs, target)
+    counting = np.random.default_rng(0).gamma(2.0, size=len(target))
+    theta = _cokriging._fit(inputs, target, counting)
+    kernels = _cokriging._Kernels(inputs)
 
     def posterior(theta: np.ndarray) -> float:
-        covariance = _cokriging._kernel(inputs, inputs, theta) + np.exp(theta[3]) * np.eye(len(target))
+        covariance = kernels(inputs, theta) + np.diag(_cokriging._noise(theta, counting))
         z = (theta - _cokriging._PRIOR_MEAN) / _cokriging._PRIOR_SD
         return float(
             -0.5 * target @ np.linalg.solve(covariance, target) - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * z @ z
         )
 
     best = posterior(theta)
-    for i in range(4):
+    for i in range(len(theta)):
         for step in (-0.1, 0.1):
-            assert posterior(theta + step * np.eye(4)[i]) < best
+            assert posterior(theta + step * np.eye(len(theta))[i]) < best
+
+
+def test_cokriging_trusts_spots_with_many_counts():
+    spots, true = field_spots(noise=0.0)
+    rng = np.random.default_rng(1)
+    totals = np.where(rng.random(len(spots.expression)) < 0.5, 100.0, 10_000.0)
+    noise = np.sqrt(100.0 / totals)[:, None] * rng.normal(size=spots.expression.shape)
+    noisy = replace(spots, expression=spots.expression + noise)
+    known_depth = error(cokriging(replace(noisy, total_counts=totals)), true, ~spots.known)
+    assert known_depth < 0.8 * error(cokriging(noisy), true, ~spots.known)
+
+
+def test_leave_one_out_does_not_see_the_own_label():
+    spots, _ = field_spots()
+    changed = spots.expression.copy()
+    changed[0] += 5.0
+    before, after = (
+        cokriging(replace(spots, expression=values), leave_one_out=True) for values in (spots.expression, changed)
+    )
+    moved = np.abs(after - before)[spots.known].max(axis=1)
+    assert moved[0] < 0.2 < moved[1:].max()

@@ -23,6 +23,7 @@ def inputs() -> GraphInputs:
         spot=torch.randn(N, D),
         region=torch.randn(N, T, D),
         surroundings=torch.randn(N, T, D),
+        base=torch.randn(N, G),
         propagated=torch.randn(N, G),
         support=torch.rand(N, 1),
         edge_index=edges,
@@ -41,10 +42,10 @@ def network(**kwargs) -> MSAGNet:
     return net.eval()
 
 
-def test_network_starts_at_the_mean(inputs):
+def test_network_starts_exactly_at_the_base(inputs):
     net = network()
     net.reset_parameters()
-    assert torch.equal(net(inputs), torch.zeros(N, G))
+    assert torch.equal(net(inputs), inputs.base)
 
 
 @pytest.mark.parametrize("level", ["spot", "region", "surroundings"])
@@ -71,6 +72,7 @@ def test_permuting_spots_permutes_predictions(inputs):
         spot=inputs.spot[order],
         region=inputs.region[order],
         surroundings=inputs.surroundings[order],
+        base=inputs.base[order],
         propagated=inputs.propagated[order],
         support=inputs.support[order],
         edge_index=position[inputs.edge_index],
@@ -116,19 +118,28 @@ def test_every_parameter_receives_a_gradient(inputs):
 
 def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs):
     net = network()
-    torch.nn.init.zeros_(net.correction.weight)
     torch.nn.init.zeros_(net.merge.weight)
     torch.nn.init.constant_(net.merge.bias, 20.0)  # tanh saturates at 1
     torch.testing.assert_close(net(inputs), inputs.propagated)
     torch.nn.init.zeros_(net.merge.bias)
-    assert torch.equal(net(inputs), torch.zeros(N, G))
+    assert torch.equal(net(inputs), net(replace(inputs, propagated=inputs.propagated + 1.0)))
 
 
 def test_correlation_loss_is_one_minus_pearson():
     true = torch.tensor([[1.0, 4.0, 2.0], [2.0, 3.0, 2.0], [3.0, 1.0, 2.0], [4.0, 2.0, 2.0]])
     predicted = torch.tensor([[1.0, 1.0, 5.0], [3.0, 2.0, 1.0], [2.0, 3.0, 0.0], [4.0, 4.0, 2.0]])
     # r = 0.8 and -0.8; the third gene does not vary and does not count.
-    torch.testing.assert_close(correlation_loss(predicted, true), torch.tensor(1.0))
-    torch.testing.assert_close(correlation_loss(true[:, :2], true[:, :2]), torch.tensor(0.0), atol=1e-6, rtol=0)
+    same = torch.ones(4)
+    torch.testing.assert_close(correlation_loss(predicted, true, same), torch.tensor(1.0))
+    torch.testing.assert_close(correlation_loss(true[:, :2], true[:, :2], same), torch.tensor(0.0), atol=1e-6, rtol=0)
     tiny = 1e-3 * true[:, :2]
-    torch.testing.assert_close(correlation_loss(tiny, tiny), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(correlation_loss(tiny, tiny, same), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_correlation_loss_counts_a_spot_of_weight_two_twice():
+    torch.manual_seed(0)
+    predicted, true = torch.randn(5, 3), torch.randn(5, 3)
+    weight = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0])
+    twice = [0, 0, 1, 2, 3, 4]
+    expected = correlation_loss(predicted[twice], true[twice], torch.ones(6))
+    torch.testing.assert_close(correlation_loss(predicted, true, weight), expected)

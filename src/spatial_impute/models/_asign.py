@@ -11,7 +11,7 @@ import torch
 
 from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._baselines import METHODS
-from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads
+from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._params import AsignParams
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class AsignModel:
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
         centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
-        inputs = graph_inputs(spots, self._tensors, self.params.n_neighs)
+        inputs = graph_inputs(with_components(spots), self._tensors, self.params.n_neighs)
         deviation = np.zeros((len(spots.known), len(centre)))
         for k, name in enumerate(self._experts):
             if not weights[:, k].any():
@@ -115,7 +115,7 @@ class AsignModel:
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""
         inputs = inputs.to(device)
-        total = torch.zeros_like(inputs.propagated)
+        total = torch.zeros_like(inputs.base)
         with suitable_threads(len(inputs.spot), self.params.width), torch.inference_mode():
             for state in self._networks:
                 network = build_network(self.params, self._n_features, self._tensors["group"])

@@ -10,7 +10,9 @@ from scipy.optimize import nnls
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
 
 
-def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def blend_weights(
+    predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Non-negative weights of several predictions for every gene.
 
     The weights of a gene are drawn to weights common to all genes, as strongly as is best for folds that had no part
@@ -24,6 +26,8 @@ def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray)
         (n, g) in the same units.
     folds
         (n,) fold of each spot.
+    spot_weights
+        (n,) weight of the squared error of each spot; 1 by default.
 
     Returns
     -------
@@ -33,11 +37,24 @@ def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray)
         (n, g) the blend of each spot with weights from the other folds.
     """
     codes = np.unique(folds)
+    w = np.ones(len(truth)) if spot_weights is None else spot_weights
     # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
     gram = np.stack(
-        [np.einsum("kng,lng->gkl", p, p, optimize=True) for p in (predictions[:, folds == c] for c in codes)]
+        [
+            np.einsum("n,kng,lng->gkl", w[folds == c], p, p, optimize=True)
+            for c, p in ((c, predictions[:, folds == c]) for c in codes)
+        ]
     )
-    moment = np.stack([np.einsum("kng,ng->gk", predictions[:, folds == c], truth[folds == c]) for c in codes])
+    moment = np.stack(
+        [
+            np.einsum("n,kng,ng->gk", w[folds == c], predictions[:, folds == c], truth[folds == c], optimize=True)
+            for c in codes
+        ]
+    )
+
+    def error(predicted: np.ndarray) -> float:
+        return float(np.mean(w[:, None] * (predicted - truth) ** 2))
+
     candidates = {}
     for strength in _STRENGTHS:
         blended = np.empty(truth.shape)
@@ -45,9 +62,9 @@ def blend_weights(predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray)
             weights = _weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
             blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
         candidates[strength] = blended
-    strength = min(candidates, key=lambda s: np.mean((candidates[s] - truth) ** 2))
-    best = int(np.argmin(((predictions - truth) ** 2).mean(axis=(1, 2))))
-    if np.mean((candidates[strength] - truth) ** 2) >= np.mean((predictions[best] - truth) ** 2):
+    strength = min(candidates, key=lambda s: error(candidates[s]))
+    best = int(np.argmin([error(p) for p in predictions]))
+    if error(candidates[strength]) >= error(predictions[best]):
         return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
     return _weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
 

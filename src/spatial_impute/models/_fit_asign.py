@@ -12,7 +12,8 @@ from spatial_impute.metrics._scores import pearson_by_gene, summarise
 from spatial_impute.models._asign import NETWORK, AsignModel
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
-from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads
+from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
+from spatial_impute.models._noise import counting_weights
 from spatial_impute.models._spots import Spots, spatial_folds
 from spatial_impute.models._train import Episode, train
 
@@ -56,6 +57,7 @@ def fit(
     progress
         Given the number of steps to come, returns what to call after each.
     """
+    stacks = [with_components(spots) for spots in stacks]
     folds = [_folds(s, params, seed) for s in stacks]
     methods = available_methods(stacks[0])
     n_networks = max(len(f) for f in folds)
@@ -66,19 +68,22 @@ def fit(
     # Genes are grouped by how well the best baseline predicts them.
     best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))
     group = _gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)
+    # What is left after the best baseline is mostly noise, which tells how much each spot is worth.
+    weight = counting_weights(held_out[best] - truth, np.concatenate([s.counting_noise for s in stacks]))
+    weights_of = np.split(weight, np.cumsum([int(s.known.sum()) for s in stacks])[:-1])
     tensors = {
         "centre": torch.tensor(centre, dtype=torch.float32),
         "scale": torch.tensor(scale, dtype=torch.float32),
         "group": torch.from_numpy(group),
     }
     networks, held_out[NETWORK], history = _fit_networks(
-        stacks, folds, params, tensors, seed=seed, device=device, step=step
+        stacks, weights_of, folds, params, tensors, seed=seed, device=device, step=step
     )
 
     experts = [name for name in held_out if name not in _NOT_BLENDED]
     fold_of_spot = _fold_of_spot(stacks, folds)
     deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-    weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot)
+    weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot, weight)
     tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
     held_out["asign"] = centre + blended * scale
 
@@ -99,6 +104,7 @@ def fit(
 
 def _fit_networks(
     stacks: list[Spots],
+    weights: list[np.ndarray],
     folds: list[list[np.ndarray]],
     params: AsignParams,
     tensors: dict[str, Tensor],
@@ -107,7 +113,7 @@ def _fit_networks(
     device: str,
     step: Callable[[], None],
 ) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
-    """One network per fold, stopped at the epoch that is best for all of them.
+    """One network per fold, stopped at the step that is best for all of them.
 
     Returns
     -------
@@ -120,12 +126,16 @@ def _fit_networks(
         out = [f[min(k, len(f) - 1)] for f in folds]
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
         # Hidden for watching, and of the rest one block after the other hidden for training.
-        episodes = [_episode(r, mask, tensors, params.n_neighs) for r in rest for mask in _folds(r, params, seed)]
+        episodes = [
+            _episode(r, mask, w[~o[s.known]], tensors, params.n_neighs)
+            for s, r, o, w in zip(stacks, rest, out, weights, strict=True)
+            for mask in _folds(r, params, seed)
+        ]
         with suitable_threads(max(len(s.known) for s in stacks), params.width):
             run = train(
                 lambda: build_network(params, n_features, tensors["group"]),
                 episodes,
-                [_episode(s, o, tensors, params.n_neighs) for s, o in zip(stacks, out, strict=True)],
+                [_episode(s, o, w, tensors, params.n_neighs) for s, o, w in zip(stacks, out, weights, strict=True)],
                 n_steps=params.n_steps,
                 learning_rate=params.learning_rate,
                 weight_decay=params.weight_decay,
@@ -153,13 +163,17 @@ def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
     return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
 
 
-def _episode(spots: Spots, masked: np.ndarray, tensors: dict[str, Tensor], n_neighs: int) -> Episode:
-    """Hide some known spots from the network; they are what it has to predict."""
-    expression = torch.from_numpy(spots.expression[masked[spots.known]].astype(np.float32))
+def _episode(
+    spots: Spots, masked: np.ndarray, weight: np.ndarray, tensors: dict[str, Tensor], n_neighs: int
+) -> Episode:
+    """Hide some known spots from the network; they are what it has to predict. `weight` is that of the known spots."""
+    chosen = masked[spots.known]
+    expression = torch.from_numpy(spots.expression[chosen].astype(np.float32))
     return Episode(
         inputs=graph_inputs(spots.hide(masked), tensors, n_neighs),
         rows=torch.from_numpy(np.flatnonzero(masked)),
         expression=(expression - tensors["centre"]) / tensors["scale"],
+        weight=torch.from_numpy(weight[chosen].astype(np.float32)),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from spatial_impute.models._agreement import agreeing_components
+from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._msagnet import GraphInputs, MSAGNet
 from spatial_impute.models._propagation import propagate
 
@@ -37,10 +40,22 @@ def suitable_threads(n_spots: int, width: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def with_components(spots: Spots) -> Spots:
+    """Add the components of the features on which sections agree: the base of the network is predicted from them."""
+    return replace(spots, components=agreeing_components(spots.features, spots.graph, spots.section))
+
+
 def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
     """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
     values, support = propagate(spots.graph, spots.known, spots.expression)
-    propagated = (torch.from_numpy(values.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
+    # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
+    # would find much noisier neighbours than it was trained with.
+    base = cokriging(replace(spots, features=spots.components), leave_one_out=True)
+
+    def standardised(expression: np.ndarray) -> Tensor:
+        return (torch.from_numpy(expression.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
+
+    base, propagated = standardised(base), standardised(values)
     spot, region, surroundings = (torch.from_numpy(t.astype(np.float32)) for t in spots.tokens)
     coo = spots.graph.tocoo()
     strong = _strongest(spots.graph, n_neighs)
@@ -50,7 +65,8 @@ def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> Gra
         spot=spot[:, 0],
         region=region,
         surroundings=surroundings,
-        propagated=torch.nan_to_num(propagated),  # the mean where nothing arrives
+        base=base,
+        propagated=torch.where(propagated.isfinite(), propagated, base),  # where nothing arrives
         support=torch.from_numpy(support.astype(np.float32))[:, None],
         edge_index=edge_index,
         edge_features=torch.from_numpy(spots.edge_features[strong].astype(np.float32)),

@@ -1,6 +1,7 @@
 """MSAGNet, the network of ASIGN :cite:p:`Zhu2025`: three fields of view, a 3D graph, and a learned merge.
 
-Expression is in standard deviations around the mean of the measured spots. The network starts exactly at that mean.
+Expression is in standard deviations around the mean of the measured spots. The network starts exactly at the base
+prediction it is given.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ class GraphInputs:
     """(n, t, d) tokens of the regions."""
     surroundings: Tensor
     """(n, t, d) tokens of the global fields."""
+    base: Tensor
+    """(n, g) prediction to start from, standardised; that of a known spot does not see its own label."""
     propagated: Tensor
-    """(n, g) labels propagated over the 3D graph, standardised."""
+    """(n, g) labels propagated over the 3D graph, standardised; the labels themselves at known spots."""
     support: Tensor
     """(n, 1) mass of the propagation, 0-1."""
     edge_index: Tensor
@@ -108,7 +111,7 @@ class MSAGNet(nn.Module):
         super().__init__()
         self.embed = nn.ModuleList([nn.Linear(n_features, width) for _ in range(N_LEVELS)])
         self.place = nn.Parameter(torch.zeros(N_LEVELS, width))  # tells the levels apart
-        self.embed_labels = nn.Linear(n_genes, width)
+        self.embed_base = nn.Linear(n_genes, width)
         self.to_region = LevelAttention(width, n_heads, dropout)
         self.to_surroundings = LevelAttention(width, n_heads, dropout)
         self.graph = nn.ModuleList([GraphLayer(width, n_heads, dropout) for _ in range(n_graph_layers)])
@@ -124,7 +127,7 @@ class MSAGNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at the mean: both heads give zero."""
+        """Start exactly at the base: both heads give zero."""
         nn.init.normal_(self.place, std=0.02)
         for head in (self.correction, self.merge):
             nn.init.zeros_(head.weight)
@@ -133,10 +136,10 @@ class MSAGNet(nn.Module):
     def forward(self, x: GraphInputs) -> Tensor:
         """Predict (n, g).
 
-        The result is ``a * propagated + correction``. The merge weight ``a`` of a spot and gene group sees the spot's
-        support; 0 is the mean, 1 the propagated labels.
+        The result is ``a * propagated + (1 - a) * (base + correction)``. The merge weight ``a`` of a spot and gene group
+        sees the spot's support; 0 is the network, 1 the propagated labels.
         """
-        spot = self.embed[0](x.spot) + self.embed_labels(x.propagated)  # (n, w)
+        spot = self.embed[0](x.spot) + self.embed_base(x.base)  # (n, w)
         region = self.embed[1](x.region)  # (n, t, w)
         surroundings = self.embed[2](x.surroundings)
         nodes = self.to_surroundings(self.to_region(spot, region), surroundings)
@@ -146,4 +149,4 @@ class MSAGNet(nn.Module):
         sequence = torch.stack([nodes, region.mean(dim=1), surroundings.mean(dim=1)], dim=1) + self.place
         state = self.dropout(self.norm(self.levels(sequence).mean(dim=1)))
         merge = torch.tanh(self.merge(torch.cat([state, x.support], dim=1)))[:, self.group]  # (n, g)
-        return merge * x.propagated + self.correction(state)
+        return torch.lerp(x.base + self.correction(state), x.propagated, merge)

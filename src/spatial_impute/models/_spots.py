@@ -30,12 +30,24 @@ class Spots:
     """Typical distance to the nearest spot of the section, um."""
     features: np.ndarray | None = None
     """(n, d) image features, standardised within sections."""
+    components: np.ndarray | None = None
+    """(n, k) components of them on which registered sections agree."""
     graph: sparse.csr_matrix | None = None
     """(n, n) weights of the 3D graph."""
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
     edge_features: np.ndarray | None = None
     """(nnz, n_edge_features), in the order of the entries of `graph`."""
+    total_counts: np.ndarray | None = None
+    """(n_known,) counts of a spot over all genes, where they are known."""
+
+    @property
+    def counting_noise(self) -> np.ndarray:
+        """(n_known,) relative variance that counting adds to a spot, of mean 1; all 1 without total counts."""
+        if self.total_counts is None or not len(self.total_counts):
+            return np.ones(int(self.known.sum()))
+        variance = 1.0 / self.total_counts
+        return variance / variance.mean()
 
     def hide(self, rows: np.ndarray) -> Spots:
         """Return the same spots with some known ones made unknown.
@@ -46,7 +58,9 @@ class Spots:
             (n,) bool.
         """
         still_known = self.known & ~rows
-        return replace(self, known=still_known, expression=self.expression[still_known[self.known]])
+        kept = still_known[self.known]
+        totals = None if self.total_counts is None else self.total_counts[kept]
+        return replace(self, known=still_known, expression=self.expression[kept], total_counts=totals)
 
 
 def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:

@@ -27,19 +27,22 @@ class Episode:
     """(m,) spots to predict."""
     expression: Tensor
     """(m, g) their expression, standardised."""
+    weight: Tensor
+    """(m,) weight of each of them in the loss."""
 
     def to(self, device: str) -> Episode:
         """Move all tensors."""
-        return Episode(self.inputs.to(device), self.rows.to(device), self.expression.to(device))
+        return Episode(self.inputs.to(device), self.rows.to(device), self.expression.to(device), self.weight.to(device))
 
 
-def correlation_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """1 - Pearson correlation of each gene across spots, mean over the genes that vary.
+def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor) -> Tensor:
+    """1 - weighted Pearson correlation of each gene across spots, mean over the genes that vary.
 
-    Shapes: both (m, g) -> scalar.
+    Shapes: (m, g), (m, g), (m,) -> scalar.
     """
-    p = predicted - predicted.mean(dim=0)
-    t = true - true.mean(dim=0)
+    share = (weight / weight.sum())[:, None]
+    p = (predicted - (share * predicted).sum(dim=0)) * share.sqrt()
+    t = (true - (share * true).sum(dim=0)) * share.sqrt()
     t_norm = t.norm(dim=0)
     varies = t_norm > 0
     if not varies.any():
@@ -109,9 +112,12 @@ def train(
         for step in range(n_steps + 1):
             if step % check_every == 0 or step == n_steps:
                 found = _predict(network, held_out)
-                errors = torch.cat([(p - e.expression).flatten() for p, e in zip(found, held_out, strict=True)])
+                errors = [
+                    (e.weight[:, None] * (p - e.expression).square()).mean(dim=1)
+                    for p, e in zip(found, held_out, strict=True)
+                ]
                 loss = sum(losses) / len(losses) if losses else math.nan
-                history.append({"step": step, "loss": loss, "held_out_mse": float(errors.square().mean())})
+                history.append({"step": step, "loss": loss, "held_out_mse": float(torch.cat(errors).mean())})
                 states.append({key: value.detach().cpu().clone() for key, value in network.state_dict().items()})
                 predictions.append([p.cpu() for p in found])
                 losses = []
@@ -133,8 +139,8 @@ def _step(network: MSAGNet, optimiser: torch.optim.Optimizer, episode: Episode, 
     network.train()
     optimiser.zero_grad()
     predicted = network(episode.inputs)[episode.rows]
-    loss = torch.nn.functional.mse_loss(predicted, episode.expression)
-    loss = loss + correlation_weight * correlation_loss(predicted, episode.expression)
+    loss = (episode.weight[:, None] * (predicted - episode.expression).square()).mean()
+    loss = loss + correlation_weight * correlation_loss(predicted, episode.expression, episode.weight)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimiser.step()

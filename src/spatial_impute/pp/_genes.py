@@ -56,6 +56,9 @@ def select_genes(
 
     `sdata.tables['stack'].layers['measured']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) log1p of counts per `target_sum`; NaN where nothing was measured.
+    `sdata.tables['stack'].obs['total_counts']` : (``float32``)
+        Counts of each measured spot over all genes, NaN elsewhere: how precisely a spot is known. Not with
+        ``log_normalized=True``.
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table are dropped, since they belong to other genes.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
@@ -98,6 +101,7 @@ def select_genes(
     chosen = _choose(values, var_names, n_top_genes=n_top_genes, genes=genes)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
+    totals = np.full(table.n_obs, np.nan, dtype=np.float32)
     row_of = pd.Series(np.arange(table.n_obs), index=table.obs_names)
     for section in measured:
         counts = sdata.tables[section.counts]
@@ -107,8 +111,10 @@ def select_genes(
         rows = row_of[np.asarray(names)[present]].to_numpy()
         picked = values[section.name][np.flatnonzero(present)][:, columns]
         expression[rows] = picked.toarray() if sparse.issparse(picked) else picked
+        raw = counts.X if layer is None else counts.layers[layer]
+        totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
 
-    _write(sdata, table, expression, chosen)
+    _write(sdata, table, expression, chosen, None if log_normalized else totals)
     sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
         "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
         "target_sum": float("nan") if log_normalized else target_sum,
@@ -198,13 +204,16 @@ def _choose(
     return [shared[i] for i in order]
 
 
-def _write(sdata: SpatialData, old: AnnData, expression: np.ndarray, genes: list[str]) -> None:
+def _write(
+    sdata: SpatialData, old: AnnData, expression: np.ndarray, genes: list[str], totals: np.ndarray | None
+) -> None:
     """Replace the stack table by one with the chosen genes; what hangs on the spots is kept."""
     from anndata import AnnData
     from spatialdata.models import TableModel
 
+    obs = old.obs.drop(columns=Keys.TOTAL_COUNTS, errors="ignore")
     new = AnnData(
-        obs=old.obs.copy(),
+        obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),
         var=pd.DataFrame(index=pd.Index(genes, dtype=str)),
         layers={Keys.MEASURED: expression},
         obsm=dict(old.obsm),

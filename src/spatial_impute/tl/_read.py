@@ -71,8 +71,28 @@ def read_spots(
         graph=weights,
         tokens=tokens,
         edge_features=edge_features,
+        total_counts=_read_totals(table, known, where),
     )
     return table, spots
+
+
+def _read_totals(table: AnnData, known: np.ndarray, where: str) -> np.ndarray | None:
+    """(n_known,) total counts, or None if the expression came without them."""
+    if Keys.TOTAL_COUNTS not in table.obs:
+        return None
+    totals = table.obs[Keys.TOTAL_COUNTS].to_numpy(dtype=np.float64)[known]
+    missing = np.isnan(totals)
+    bad = ~missing & ~(np.isfinite(totals) & (totals > 0))
+    if bad.any():
+        msg = (
+            f"{where}.obs[{Keys.TOTAL_COUNTS!r}] must be positive at measured spots; it is {totals[bad][0]} at "
+            f"{table.obs_names[known][bad][0]!r}. Run `si.pp.select_genes(sdata)` again, or delete the column."
+        )
+        raise ValueError(msg)
+    if missing.all():
+        return None
+    totals[missing] = 1.0 / np.mean(1.0 / totals[~missing])  # as noisy as the others on average
+    return totals
 
 
 def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
