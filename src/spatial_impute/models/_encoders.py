@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+import os
+import sys
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from spatial_impute._validation import require_one_of, require_positive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -177,6 +179,24 @@ def resolve_encoder(
         return CallableEncoder(encoder, **sizes)
     msg = f"`encoder` must be a name, a callable or an nn.Module, found {type(encoder).__name__}."
     raise TypeError(msg)
+
+
+@contextmanager
+def requested_threads() -> Iterator[None]:
+    """Run torch on as many threads as ``OMP_NUM_THREADS`` asks for: other libraries reset that when imported.
+
+    On a shared machine, more threads than cores that are free wait for each other and take ten times as long.
+    """
+    torch, wanted = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS", "")
+    if torch is None or not wanted.isdigit() or wanted == "0":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(wanted))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _by_name(

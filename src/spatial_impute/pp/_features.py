@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._raster import Level
-    from spatial_impute._stain import StainMap
     from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stain import StainMap
     from spatial_impute.models._encoders import Encoder
     from spatial_impute.models._tokens import Layout
 
@@ -125,7 +125,7 @@ def extract_features(
     50
     """
     from spatial_impute._stain import METHODS
-    from spatial_impute.models._encoders import resolve_encoder
+    from spatial_impute.models._encoders import requested_threads, resolve_encoder
     from spatial_impute.models._tokens import section_tokens
 
     record = load_record(sdata)
@@ -154,18 +154,27 @@ def extract_features(
         name = section.name
         centers, radius, _ = spots[name]
         diameters[name] = 2 * float(np.median(radius))
-        keys[name] = _key(encode, levels[name], centers, diameters[name], layout, recolour.get(name), folder)
+        keys[name] = _key(
+            encode,
+            levels[name],
+            centers,
+            diameter=diameters[name],
+            layout=layout,
+            recolour=recolour.get(name),
+            folder=folder,
+        )
         tokens = _kept(table, rows[name], name, keys[name], folder)
         if tokens is None:
-            tokens = section_tokens(
-                levels[name],
-                centers,
-                diameters[name],
-                encode,
-                layout,
-                batch_size=int(batch_size),
-                recolour=recolour.get(name),
-            )
+            with requested_threads():
+                tokens = section_tokens(
+                    levels[name],
+                    centers,
+                    diameters[name],
+                    encode,
+                    layout,
+                    batch_size=int(batch_size),
+                    recolour=recolour.get(name),
+                )
             if folder is not None and keys[name]:
                 save_tokens(folder, keys[name], tokens)
         found[name] = tokens
@@ -175,13 +184,15 @@ def extract_features(
         "stain_normalization": stain_normalization or "",
         "sections": keys,
     }
-    write_features(table, rows, found, layout, float(np.median(list(diameters.values()))), provenance)
+    diameter = float(np.median(list(diameters.values())))
+    write_features(table, rows, found, layout=layout, diameter=diameter, provenance=provenance)
 
 
 def write_features(
     table: AnnData,
     rows: Mapping[str, np.ndarray],
     found: Mapping[str, Mapping[str, np.ndarray]],
+    *,
     layout: Layout,
     diameter: float,
     provenance: Mapping[str, Any],
@@ -277,6 +288,7 @@ def _key(
     encoder: Encoder,
     levels: list[Level],
     centers: np.ndarray,
+    *,
     diameter: float,
     layout: Layout,
     recolour: StainMap | None,

@@ -90,15 +90,17 @@ def pool_features(
     for section in sections:
         require_key(section.name, features, where="features", then="Every section with spots needs features.")
         centers, radius, _ = spots[section.name]
-        values, positions = _tiles(sdata, section, features[section.name], centers, features_key, spatial_key)
+        values, positions = _tiles(
+            sdata, section, features[section.name], centers, features_key=features_key, spatial_key=spatial_key
+        )
         diameters.append(2 * float(np.median(radius)))
         found[section.name] = pool_tiles(positions, values, centers, diameters[-1], layout)
     provenance = {"encoder": name, "mpp": float("nan"), "stain_normalization": "", "sections": {}}
-    write_features(table, rows, found, layout, float(np.median(diameters)), provenance)
+    write_features(table, rows, found, layout=layout, diameter=float(np.median(diameters)), provenance=provenance)
 
 
 def _tiles(
-    sdata: SpatialData, section: Section, given: Any, centers: np.ndarray, features_key: str | None, spatial_key: str
+    sdata: SpatialData, section: Section, given: Any, centers: np.ndarray, *, features_key: str | None, spatial_key: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(m, d) features and (m, 2) middles in um of the tiles of a section."""
     where = f"features[{section.name!r}]"
