@@ -77,7 +77,7 @@ def test_pool_features_takes_slides_of_lazyslide(stack):
         si.pp.pool_features(stack, slides)
     si.pp.pool_features(stack, slides, features_key="uni_tiles")
     slides["s0"].shapes["tiles"] = slides["s0"].shapes["tiles"].iloc[1:]
-    with pytest.raises(ValueError, match=r"tile 0 of table 'uni_tiles' is not in `shapes\['tiles'\]`"):
+    with pytest.raises(ValueError, match=r"tile '0' of table 'uni_tiles' is not in `shapes\['tiles'\]`"):
         si.pp.pool_features(stack, slides, features_key="uni_tiles")
 
 

@@ -141,7 +141,7 @@ def _from_slide(slide: SpatialData, features_key: str | None, where: str) -> tup
     order = shapes.index.get_indexer(table.obs[attrs["instance_key"]])
     if (order < 0).any():
         missing = table.obs[attrs["instance_key"]].iloc[int(np.flatnonzero(order < 0)[0])]
-        msg = f"{where}: tile {missing!r} of table {features_key!r} is not in `shapes[{region!r}]`."
+        msg = f"{where}: tile {str(missing)!r} of table {features_key!r} is not in `shapes[{region!r}]`."
         raise ValueError(msg)
     middles = shapely.centroid(shapes.geometry.to_numpy()[order])
     return _dense(table.X), np.column_stack([shapely.get_x(middles), shapely.get_y(middles)])
