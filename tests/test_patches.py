@@ -106,6 +106,20 @@ def test_iter_patches_reads_the_coarse_level_for_large_fields():
     assert (read_patches([fine, coarse], centers, 10.0, 10) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("tile", [12, 2048])
+def test_iter_patches_averages_pixels_that_are_far_too_fine(dtype, tile, monkeypatch):
+    """A patch of 2 um per px from pixels of 0.6 um takes means of 3 x 3, not every third pixel; sizes need not divide."""
+    monkeypatch.setattr(_patches, "_TILE", tile)
+    image = np.random.default_rng(0).integers(0, 255, (3, 50, 65)).astype(dtype)
+    centers = np.array([[18.0, 15.0], [20.1, 12.3], [0.0, 29.0]])
+    level = Level(xr.DataArray(da.from_array(image, chunks=(-1, 8, 8)), dims=("c", "y", "x")), scaling(0.6))
+    found = read_patches([level], centers, 16.0, 8)
+    means = image[:, :48, :63].reshape(3, 16, 3, 21, 3).astype(float).mean(axis=(2, 4))
+    expected = read_patches([level_of(means.astype(np.float32), scaling(1.8))], centers, 16.0, 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_iter_patches_of_no_center_yields_nothing():
     assert list(iter_patches([level_of(ramp(9, 9))], np.empty((0, 2)), 4.0, 4)) == []
 

@@ -131,7 +131,26 @@ class _Tiles:
         data = require_colours(np.asarray(data))
         if f == 1:
             return np.ascontiguousarray(data)
-        return data.reshape(len(data), y1 - y0, f, x1 - x0, f).mean(axis=(2, 4), dtype=np.float32)
+        averaged = np.empty((len(data), y1 - y0, x1 - x0), dtype=np.float32)
+        _average(data, averaged)
+        return averaged
+
+
+@numba.njit(cache=True, nogil=True)
+def _average(image: np.ndarray, out: np.ndarray) -> None:
+    """Means of square blocks of (c, y, x); the size of `out` says how many pixels a block has along its edge."""
+    factor = image.shape[1] // out.shape[1]
+    weight = np.float32(1.0 / factor**2)
+    for c in range(out.shape[0]):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                out[c, i, j] = 0.0
+            for k in range(i * factor, (i + 1) * factor):
+                for j in range(out.shape[2]):
+                    total = np.float32(0)
+                    for m in range(j * factor, (j + 1) * factor):
+                        total += np.float32(image[c, k, m])
+                    out[c, i, j] += total * weight
 
 
 @numba.njit(cache=True, nogil=True)
