@@ -59,7 +59,7 @@ def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
     path = folder / f"{key}.npz"
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path) as file:
         return {name: file[name] for name in file.files}
 
 

@@ -7,10 +7,15 @@ whose middles lie in it. Sums over a field come from cumulative sums, so that a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _CHANNELS = 16  # summed at a time: tables of cumulative sums in float64 stay small beside the features themselves
+_NO_AREA = 1e-9  # of a cell; below it a field has no known cell, but for rounding
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ def cell_centers(first: tuple[int, int], mask: np.ndarray, step: float) -> np.nd
     return (np.column_stack([columns + first[1], rows + first[0]]) + 0.5) * step
 
 
-def pool_field(lattice: Lattice, centers: np.ndarray, side: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the features over a square field, cells weighted by the area they share with it.
+def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and standard deviation of the features over square fields, cells weighted by the area they share with them.
 
     A field without any known cell (beyond the edge of the image) takes the values of the nearest known cell.
 
@@ -74,54 +79,58 @@ def pool_field(lattice: Lattice, centers: np.ndarray, side: float) -> tuple[np.n
     ----------
     lattice
         Features of the section.
-    centers
-        (n, 2) middles of the fields, um.
-    side
-        Edge length of the field, um.
+    fields
+        (n, 2) middles in um and edge length in um, per kind of field.
 
     Returns
     -------
-    mean, spread
-        (n, d) float64.
+    Mean and spread, (n, d) float64 each, per kind of field.
     """
-    known = lattice.known
+    known, n_features = lattice.known, lattice.values.shape[2]
     origin = np.array([lattice.first[1], lattice.first[0]], dtype=float)  # x, y
-    low = centers / lattice.step - side / (2 * lattice.step) - origin
-    high = centers / lattice.step + side / (2 * lattice.step) - origin
-    area = _box_sums(known[..., None].astype(np.float64), low, high)[:, 0]
-    covered = area > 1e-9
-    mean = np.empty((len(centers), lattice.values.shape[2]))
-    spread = np.zeros_like(mean)
+    boxes, results, weights = [], [], []
+    area = _cumulative(known[..., None].astype(np.float64))
+    for centers, side in fields:
+        middle, half = np.asarray(centers) / lattice.step - origin, side / (2 * lattice.step)
+        boxes.append((middle - half, middle + half))
+        weights.append(_box_sums(area, *boxes[-1]))
+        results.append((np.zeros((len(middle), n_features)), np.zeros((len(middle), n_features))))
     offset = lattice.values[known].mean(axis=0, dtype=np.float64)  # squares of centred values lose no digits
-    weight = np.where(covered, area, 1.0)[:, None]
-    for start in range(0, lattice.values.shape[2], _CHANNELS):
+    for start in range(0, n_features, _CHANNELS):
         part = slice(start, start + _CHANNELS)
         values = np.where(known[..., None], lattice.values[..., part] - offset[part], 0.0)
-        average = _box_sums(values, low, high) / weight
-        square = _box_sums(values**2, low, high) / weight
-        mean[:, part] = average + offset[part]
-        variance = square - average**2
-        spread[:, part] = np.sqrt(np.where(variance > 1e-12 * square, variance, 0.0))
-    if not covered.all():
-        cells = np.argwhere(known)
-        middle = (low + high)[~covered, ::-1] / 2 - 0.5  # row, column
-        nearest = np.array([((cells - m) ** 2).sum(axis=1).argmin() for m in middle])
-        mean[~covered] = lattice.values[tuple(cells[nearest].T)]
-        spread[~covered] = 0.0
-    return mean, spread
+        sums, squares = _cumulative(values), _cumulative(values**2)
+        for box, weight, (mean, spread) in zip(boxes, weights, results, strict=True):
+            shared = np.where(weight > _NO_AREA, weight, 1.0)
+            average, square = _box_sums(sums, *box) / shared, _box_sums(squares, *box) / shared
+            variance = square - average**2
+            mean[:, part] = average + offset[part]
+            spread[:, part] = np.sqrt(np.where(variance > 1e-12 * square, variance, 0.0))
+    cells = np.argwhere(known)
+    for (low, high), weight, (mean, spread) in zip(boxes, weights, results, strict=True):
+        for row in np.flatnonzero(weight[:, 0] <= _NO_AREA):
+            middle = (low[row] + high[row])[::-1] / 2 - 0.5  # row, column
+            mean[row] = lattice.values[tuple(cells[((cells - middle) ** 2).sum(axis=1).argmin()])]
+            spread[row] = 0.0
+    return results
 
 
-def _box_sums(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(n, d) integrals of a cell-wise constant function (rows, columns, d) over boxes from `low` to `high` (x, y)."""
+def _cumulative(values: np.ndarray) -> np.ndarray:
+    """Integrals from the first corner: (rows, columns, d) to (rows + 1, columns + 1, d)."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1, values.shape[2]))
     np.cumsum(values, axis=0, out=table[1:, 1:])
     np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
+    return table
+
+
+def _box_sums(table: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(n, d) integrals over boxes from `low` to `high` (x, y), from the integrals of :func:`_cumulative`."""
+    rows, columns = table.shape[0] - 1, table.shape[1] - 1
 
     def corner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        # The integral from the origin is bilinear between the corners of a cell.
-        x, y = np.clip(x, 0, values.shape[1]), np.clip(y, 0, values.shape[0])
-        column = np.minimum(x.astype(np.int64), values.shape[1] - 1)
-        row = np.minimum(y.astype(np.int64), values.shape[0] - 1)
+        # The integral from the first corner is bilinear between the corners of a cell.
+        x, y = np.clip(x, 0, columns), np.clip(y, 0, rows)
+        column, row = np.minimum(x.astype(np.int64), columns - 1), np.minimum(y.astype(np.int64), rows - 1)
         fx, fy = (x - column)[:, None], (y - row)[:, None]
         above = table[row, column] * (1 - fx) + table[row, column + 1] * fx
         below = table[row + 1, column] * (1 - fx) + table[row + 1, column + 1] * fx

@@ -96,8 +96,8 @@ class _Tiles:
         if not hasattr(level.data.data, "chunks"):
             chunk = 1  # an array in memory can be cut anywhere
         edge = lcm(chunk, self._factor)
-        self.edge = edge * max(1, _TILE * self._factor // edge) // self._factor
-        """Edge of a tile in averaged px: whole chunks and whole averages."""
+        self.edge = edge * max(1, _TILE // edge) // self._factor
+        """Edge of a tile in averaged px: as many whole chunks as make `_TILE` px of the level, and whole averages."""
         self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:

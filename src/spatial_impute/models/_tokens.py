@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute._fields import Field, Lattice, cell_centers, needed_cells, pool_field
+from spatial_impute._fields import Field, Lattice, cell_centers, needed_cells, pool_fields
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
 from spatial_impute._patches import iter_patches
@@ -102,10 +102,15 @@ def section_tokens(
         values = np.zeros((*known.shape, width), dtype=np.float32)
         values[known] = encoded[len(centers) * per_edge**2 :]
         lattice = Lattice(step, first, values, known)
-    for key, fields in layout.items():
-        if key not in result:
-            pooled = [pool_field(lattice, centers + np.multiply(f.shift, diameter), f.scale * diameter) for f in fields]
-            result[key] = np.concatenate([part for pair in pooled for part in pair], axis=1)
+    missing = [key for key in layout if key not in result]
+    fields = [
+        (centers + np.multiply(field.shift, diameter), field.scale * diameter)
+        for key in missing
+        for field in layout[key]
+    ]
+    pooled = iter(pool_fields(lattice, fields))
+    for key in missing:
+        result[key] = np.concatenate([part for _ in layout[key] for part in next(pooled)], axis=1)
     return {key: result[key].astype(np.float32) for key in layout}
 
 

@@ -69,11 +69,11 @@ def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tenso
 
         found: object = load_file(path)
     else:
-        import pickle
-
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
             msg = (
                 f"{path} holds more than tensors; reading it would run code from the file, so it is refused. "
                 "Take a file that stores a plain state dict, best as safetensors."

@@ -140,7 +140,7 @@ def _read_counts(folder: Path) -> AnnData:
     import scanpy as sc
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Variable names are not unique")  # numbered later, and said then
+        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are numbered later
         for pattern in _COUNTS:
             for path in sorted(folder.glob(pattern)):
                 return sc.read_10x_h5(path)
