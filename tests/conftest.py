@@ -109,3 +109,9 @@ def data_dir() -> Path:
     si.settings.data_dir = folder
     yield folder
     si.settings.data_dir = before
+
+
+@pytest.fixture(scope="session")
+def weights_at_hand() -> bool:
+    """Whether the weights of the small pathology encoder are in the data folder; tests download nothing."""
+    return (si.settings.data_dir / "weights" / "encoder_multitask-4.h5").exists()

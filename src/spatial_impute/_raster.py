@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, linear_scale, scaling
+from spatial_impute._geometry import linear_scale, scaling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from xarray import DataArray, DataTree
 
 _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
@@ -84,6 +82,20 @@ def best_level(levels: list[Level], pixel_size: float) -> Level:
     return fine_enough[-1] if fine_enough else levels[0]
 
 
+def require_colours(array: np.ndarray) -> np.ndarray:
+    """Colour channels of (c, y, x), alpha dropped.
+
+    Raises
+    ------
+    ValueError
+        If there are 2 or more than 4 channels: such an image is no H&E scan.
+    """
+    if array.shape[0] not in (1, 3, 4):
+        msg = f"An H&E image has 1, 3 or 4 channels, found {array.shape[0]}. Select three channels before assembling."
+        raise ValueError(msg)
+    return array[:3]
+
+
 def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
     """Bring (c, y, x) to (y, x, 3) float32 in 0-255: grey is repeated, alpha is dropped, `white` becomes 255.
 
@@ -92,11 +104,8 @@ def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
     ValueError
         If there are 2 or more than 4 channels: such an image is no H&E scan.
     """
-    channels = array.shape[0]
-    if channels not in (1, 3, 4):
-        msg = f"An H&E image has 1, 3 or 4 channels, found {channels}. Select three channels before assembling."
-        raise ValueError(msg)
-    rgb = np.repeat(array, 3, axis=0) if channels == 1 else array[:3]
+    colours = require_colours(array)
+    rgb = np.repeat(colours, 3, axis=0) if len(colours) == 1 else colours
     rgb = np.moveaxis(rgb, 0, -1).astype(np.float32)
     return rgb if white == 255.0 else rgb * np.float32(255.0 / white)
 
@@ -141,70 +150,3 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
             rgb = rgb.reshape(rgb.shape[0] // factor, factor, columns, factor, 3).mean(axis=(1, 3))
         strips.append(rgb)
     return np.concatenate(strips), level.to_um @ scaling(float(factor))
-
-
-def iter_patches(
-    levels: list[Level], centers: np.ndarray, side: float, n_px: int, *, batch_size: int = 128
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Square patches around points, resampled to a fixed number of pixels.
-
-    Patches are read tile by tile: neighbouring ones share one read, and memory is bounded by a tile with its halo and
-    a batch of patches.
-
-    Parameters
-    ----------
-    levels
-        Resolutions of one image.
-    centers
-        (n, 2) x, y in um in the section frame.
-    side
-        Edge length of a patch in um; its edges are parallel to the axes of the section frame.
-    n_px
-        Pixels along an edge of the result.
-    batch_size
-        Patches made at a time.
-
-    Yields
-    ------
-    index
-        Rows of `centers` in this batch.
-    patches
-        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond
-        the image.
-    """
-    level = best_level(levels, side / n_px)
-    from_um = np.linalg.inv(level.to_um)
-    height, width = level.shape
-    chunks = level.data.data.chunks[1:] if hasattr(level.data.data, "chunks") else ((height,), (width,))
-    tile_y, tile_x = max(_TILE, chunks[0][0]), max(_TILE, chunks[1][0])
-    offsets_1d = (np.arange(n_px) + 0.5) / n_px * side - side / 2
-    offsets = np.stack(np.meshgrid(offsets_1d, offsets_1d), axis=-1).reshape(-1, 2)
-    centers_px = apply_affine(centers, from_um)
-    tile = (centers_px[:, 1] // tile_y).astype(int) * (width // tile_x + 2) + (centers_px[:, 0] // tile_x).astype(int)
-    for which in np.unique(tile):
-        index = np.flatnonzero(tile == which)
-        corners = centers[index][:, None, :] + offsets[[0, n_px - 1, -n_px, -1]]
-        extent = np.clip(apply_affine(corners.reshape(-1, 2), from_um) - 0.5, 0, [width - 1, height - 1])
-        x0, y0 = np.floor(extent.min(axis=0)).astype(int)
-        x1, y1 = np.minimum(np.floor(extent.max(axis=0)).astype(int) + 2, [width, height])
-        window = read_window(level, y0, y1, x0, x1)
-        for start in range(0, len(index), batch_size):
-            rows = index[start : start + batch_size]
-            where = centers[rows][:, None, :] + offsets  # (n, n_px ** 2, 2)
-            pixels = apply_affine(where.reshape(-1, 2), from_um) - 0.5  # to pixel indices
-            pixels = np.clip(pixels, 0, [width - 1, height - 1]) - [x0, y0]
-            yield rows, _bilinear(window, pixels).reshape(len(rows), n_px, n_px, 3)
-
-
-def _bilinear(image: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Sample (y, x, 3) at (n, 2) pixel indices x, y."""
-    height, width = image.shape[:2]
-    x, y = where[:, 0], where[:, 1]
-    left = np.minimum(x.astype(np.intp), width - 1)
-    top = np.minimum(y.astype(np.intp), height - 1)
-    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
-    fx = (x - left).astype(np.float32)[:, None]
-    fy = (y - top).astype(np.float32)[:, None]
-    above = image[top, left] * (1 - fx) + image[top, right] * fx
-    below = image[bottom, left] * (1 - fx) + image[bottom, right] * fx
-    return above * (1 - fy) + below * fy

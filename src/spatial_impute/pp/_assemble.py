@@ -36,6 +36,8 @@ def assemble_stack(
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Mapping[str, str] | None = None,
     table_key: str | Mapping[str, str] | None = None,
+    fullres_image: Mapping[str, str | Path] | None = None,
+    bin_size: float | Mapping[str, float] | None = None,
 ) -> SpatialData:
     """Assemble serial sections into one SpatialData object under the data contract of the stack.
 
@@ -46,12 +48,13 @@ def assemble_stack(
     ----------
     sections
         Section names in their order in the block, each with an image file (TIFF, OME-TIFF, SVS, PNG, JPEG, OME-Zarr),
-        an image as array ((y, x, 3), (c, y, x) or (y, x)) or DataArray / DataTree, or a SpatialData object such as
-        ``spatialdata_io.visium`` returns.
+        an image as array ((y, x, 3), (c, y, x) or (y, x)) or DataArray / DataTree, a folder of Space Ranger (Visium,
+        CytAssist, Visium HD), or a SpatialData object such as ``spatialdata_io.visium``, ``visium_hd`` or ``xenium``
+        return.
     mpp
         Micrometres per pixel of the images; per unit of `coordinate_system` for SpatialData objects (a full-resolution
         pixel in those of ``spatialdata_io``). One number or one per section. If missing, it is read from the metadata
-        of the file or derived from `spot_pitch`.
+        of the file or folder, or derived from `spot_pitch`.
     z
         Height of each section in um.
     section_spacing
@@ -64,8 +67,14 @@ def assemble_stack(
     coordinate_system
         Coordinate system to read from SpatialData objects; may be left out if there is only one, or one ``"global"``.
     image_key, shapes_key, table_key
-        Elements to take from SpatialData objects; by default the image of the highest resolution, the only circles
-        (if any) and the only table that annotates them. One name, or one per section.
+        Elements to take from SpatialData objects; by default the colour image of the highest resolution, the only circles
+        (else the only squares of one size, which become circles) and the only table that annotates them. One name, or
+        one per section.
+    fullres_image
+        For folders of Space Ranger, the scan that was given to it. Without it the best image of the folder is taken, and
+        a warning says how coarse that is.
+    bin_size
+        For folders of Visium HD, the edge of the bins to take in um; 8 by default.
 
     Returns
     -------
@@ -87,7 +96,9 @@ def assemble_stack(
     ValueError
         For missing pixel sizes or heights, duplicate or illegal names, the same image given twice, ambiguous elements.
     KeyError
-        For elements or coordinate systems that do not exist.
+        For elements, coordinate systems or bin sizes that do not exist.
+    FileNotFoundError
+        For files that do not exist, and files that a folder of Space Ranger lacks.
 
     Examples
     --------
@@ -109,6 +120,8 @@ def assemble_stack(
         "image_key": image_key,
         "shapes_key": shapes_key,
         "table_key": table_key,
+        "fullres_image": fullres_image,
+        "bin_size": bin_size,
     }.items():
         for name in value if isinstance(value, Mapping) else ():
             require_key(name, names, where="sections", then=f"`{argument}` names a section that is not there.")
@@ -124,6 +137,8 @@ def assemble_stack(
             image_key=_for_section(image_key, name),
             shapes_key=_for_section(shapes_key, name),
             table_key=_for_section(table_key, name),
+            fullres_image=_for_section(fullres_image, name),
+            bin_size=_for_section(bin_size, name),
         )
         sdata.images[Keys.image(name)] = parts.image
         if parts.spots is not None:

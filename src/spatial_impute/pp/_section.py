@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
 from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._spaceranger import SCALEFACTORS, find_spaceranger, read_spaceranger
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from xarray import DataArray, DataTree
 
     SectionInput = SpatialData | DataArray | DataTree | np.ndarray | str | Path
+
+
+_SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
 @dataclass
@@ -40,6 +44,16 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     """Read one section; `options` are the arguments of ``assemble_stack`` that may differ between sections."""
     from spatialdata import SpatialData
 
+    fullres_image, bin_size = options.pop("fullres_image"), options.pop("bin_size")
+    if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
+        folder = _require_spaceranger(name, Path(value), bin_size)
+        sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        given = options["mpp"] is not None or options["spot_pitch"] is not None
+        parts = _from_spatialdata(name, sdata, **(options if given else options | {"mpp": mpp}))
+        return parts if given else replace(parts, mpp_source=source)
+    if fullres_image is not None:
+        msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
+        raise ValueError(msg)
     if isinstance(value, SpatialData):
         return _from_spatialdata(name, value, **options)
     mpp, source = options["mpp"], "argument"
@@ -58,6 +72,23 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
         raise ValueError(msg)
     mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
     return SectionParts(image_element(levels, name, mpp), mpp, source)
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists()
+
+
+def _require_spaceranger(name: str, path: Path, bin_size: float | None) -> Path:
+    folder = find_spaceranger(path, bin_size)
+    if folder is None:
+        found = sorted(entry.name for entry in path.iterdir())
+        msg = (
+            f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
+            f"{found[:8]}). Give the folder that has 'spatial' or 'binned_outputs' in it, the path of an image, or a "
+            "SpatialData object made of the files."
+        )
+        raise FileNotFoundError(msg)
+    return folder
 
 
 def _array_levels(name: str, value: object) -> list[Any]:
@@ -122,12 +153,13 @@ def _from_spatialdata(
     where = f"sections[{name!r}]"
     system = _choose_system(source, coordinate_system, where)
     image_key = _choose_image(source, image_key, system, where)
-    shapes_key = _choose_circles(source, shapes_key, system, where)
+    shapes_key = _choose_spots(source, shapes_key, system, where)
+    circles = None if shapes_key is None else _as_circles(source.shapes[shapes_key], shapes_key, where)
     image = source.images[image_key]
     if mpp is not None:
         mpp_source = "argument"
     elif spot_pitch is not None and shapes_key is not None:
-        mpp, mpp_source = _mpp_from_pitch(source.shapes[shapes_key], system, spot_pitch), "spot pitch"
+        mpp, mpp_source = _mpp_from_pitch(circles, system, spot_pitch), "spot pitch"
     else:
         msg = (
             f"Pixel size of {where} is unknown. Pass `mpp=` (um per unit of its coordinate system {system!r}) or, for "
@@ -141,7 +173,7 @@ def _from_spatialdata(
         mpp_source=mpp_source,
     )
     if shapes_key is not None:
-        parts.spots = _moved(source.shapes[shapes_key], system, name, mpp)
+        parts.spots = _moved(circles, system, name, mpp)
         # One table annotates the spots of all sections, so their ids must be of one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, table_key, name, where)
@@ -155,6 +187,10 @@ def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
         return wanted
     if len(systems) == 1 or "global" in systems:
         return systems[0] if len(systems) == 1 else "global"
+    # Readers of Visium HD add frames of the small images beside that of the full resolution.
+    full = [system for system in systems if "downscaled_" not in system]
+    if len(full) == 1:
+        return full[0]
     msg = f"{where} has the coordinate systems {systems}; say which one to read with `coordinate_system=`."
     raise ValueError(msg)
 
@@ -173,22 +209,69 @@ def _choose_image(source: SpatialData, wanted: str | None, system: str, where: s
     if not keys:
         msg = f"{where} has no image in the coordinate system {system!r}; images: {sorted(source.images)}."
         raise ValueError(msg)
-    # The finest image: the fewest units of the coordinate system per pixel.
-    best = min(keys, key=lambda key: linear_scale(element_affine(source.images[key], system)))
+    # Colour images first (fluorescence has other numbers of channels), then the fewest units per pixel.
+    colour = [key for key in keys if _n_channels(source.images[key]) == 3] or keys
+    best = min(colour, key=lambda key: linear_scale(element_affine(source.images[key], system)))
     if len(keys) > 1:
         logger.info("%s: taking the finest image %r of %s", where, best, sorted(keys))
     return best
 
 
-def _choose_circles(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
+def _n_channels(image: DataArray | DataTree) -> int:
+    array = next(iter(image["scale0"].ds.data_vars.values())) if hasattr(image, "children") else image
+    return int(array.sizes["c"])
+
+
+def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
+    """Name of the spots: the only circles, else the only squares that a table annotates (bins of Visium HD)."""
     if wanted is not None:
         require_key(wanted, source.shapes, where=f"{where}.shapes")
         return wanted
-    keys = [key for key, shape in source.shapes.items() if "radius" in shape and _in_system(shape, system)]
+    here = [key for key, shape in source.shapes.items() if _in_system(shape, system)]
+    circles = [key for key in here if "radius" in source.shapes[key]]
+    annotated = {key for table in source.tables.values() for key in _regions(table)}
+    keys = circles or [key for key in here if key in annotated and _square_edge(source.shapes[key]) is not None]
     if len(keys) > 1:
-        msg = f"{where} has several circle elements {sorted(keys)}; say which ones are the spots with `shapes_key=`."
+        kind = "circle" if circles else "bin"
+        msg = f"{where} has several {kind} elements {sorted(keys)}; say which ones are the spots with `shapes_key=`."
         raise ValueError(msg)
     return keys[0] if keys else None
+
+
+def _regions(table: AnnData) -> list[str]:
+    regions = table.uns.get("spatialdata_attrs", {}).get("region")
+    return [regions] if isinstance(regions, str) else list(regions or [])
+
+
+def _square_edge(shapes: GeoDataFrame) -> float | None:
+    """Edge of polygons that all are squares of one size; None for anything else."""
+    if not len(shapes) or not (shapes.geom_type == "Polygon").all():
+        return None
+    area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
+    edge = float(np.sqrt(np.median(area)))
+    # Among shapes of four corners only a square has this relation of area and circumference.
+    same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
+    square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
+    return edge if same.all() and square.all() else None
+
+
+def _as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
+    """Spots as circles: squares become the circles inscribed in them."""
+    import geopandas as gpd
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import get_transformation
+
+    if "radius" in shapes:
+        return shapes
+    edge = _square_edge(shapes)
+    if edge is None:
+        msg = (
+            f"{where}.shapes[{key!r}] holds neither circles nor squares of one size; make circles of it with "
+            "`spatialdata.to_circles`, or choose others with `shapes_key=`."
+        )
+        raise ValueError(msg)
+    circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
+    return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
 
 
 def _mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
@@ -222,9 +305,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
 
     annotating = {}
     for key, table in source.tables.items():
-        attrs = table.uns.get("spatialdata_attrs", {})
-        regions = attrs.get("region")
-        if shapes_key in ([regions] if isinstance(regions, str) else list(regions or [])):
+        if shapes_key in _regions(table):
             annotating[key] = table
     if table_key is not None:
         require_key(table_key, source.tables, where=f"{where}.tables")

@@ -66,8 +66,7 @@ def read_spots(
         known=known,
         expression=expression,
         spacing=typical_spacing(xyz, section),
-        # The field as a whole is the first token of every level.
-        features=None if tokens is None else np.concatenate([t[:, 0] for t in tokens], axis=1),
+        features=None if tokens is None else _field_features(table, tokens),
         graph=weights,
         tokens=tokens,
         edge_features=edge_features,
@@ -110,10 +109,15 @@ def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.nd
                 f"{Keys.X_SPOT!r}. {_EXTRACT}"
             )
             raise ValueError(msg)
-        n_tokens = values.shape[1] // width
-        flat = standardise_by_section(values.reshape(-1, width), np.repeat(section, n_tokens))
-        tokens.append(flat.reshape(len(values), n_tokens, width))
+        tokens.append(standardise_by_section(values, section).reshape(len(values), -1, width))
     return tuple(tokens)
+
+
+def _field_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndarray:
+    """(n, d) features of the fields centred on the spots; the first token of each level where nothing else is said."""
+    which = table.uns.get(Keys.FEATURES, {}).get("field_tokens", {})
+    chosen = [t[:, np.asarray(which.get(key, [0]))] for key, t in zip(Keys.LEVELS, tokens, strict=True)]
+    return np.concatenate([t.reshape(len(t), -1) for t in chosen], axis=1)
 
 
 def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tuple[sparse.csr_matrix, np.ndarray]:

@@ -1,0 +1,144 @@
+"""Mean and spread of image features over square fields of view.
+
+Features are encoded once on a lattice of patches that covers the section, and every field is described by the patches
+whose middles lie in it. Sums over a field come from cumulative sums, so that a field costs the same whatever its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CHANNELS = 16  # summed at a time: tables of cumulative sums in float64 stay small beside the features themselves
+_NO_AREA = 1e-9  # of a cell; below it a field has no known cell, but for rounding
+
+
+@dataclass(frozen=True)
+class Field:
+    """A square field of view around a spot."""
+
+    scale: float
+    """Edge length in spot diameters."""
+    shift: tuple[float, float] = (0.0, 0.0)
+    """Middle of the field relative to that of the spot (x, y), in spot diameters."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Features on the cells of a regular lattice in the section frame."""
+
+    step: float
+    """Edge of a cell in um."""
+    first: tuple[int, int]
+    """(row, column) of the first cell; cell (0, 0) begins at the origin of the section frame."""
+    values: np.ndarray
+    """(rows, columns, d) float32 features of the patch in the middle of each cell."""
+    known: np.ndarray
+    """(rows, columns) bool: cells that were encoded."""
+
+
+def needed_cells(centers: np.ndarray, side: float, step: float) -> tuple[tuple[int, int], np.ndarray]:
+    """Cells that squares of edge `side` around `centers` (um) touch.
+
+    Returns
+    -------
+    first
+        (row, column) of the first cell of the mask.
+    mask
+        (rows, columns) bool.
+    """
+    low = np.floor((centers - side / 2) / step).astype(np.int64)[:, ::-1]
+    high = np.floor((centers + side / 2) / step).astype(np.int64)[:, ::-1] + 1
+    first = low.min(axis=0)
+    low, high = low - first, high - first
+    # Squares are marked at their corners; cumulative sums fill them.
+    marks = np.zeros(high.max(axis=0) + 1, dtype=np.int64)
+    for sign, rows, columns in ((1, low, low), (-1, low, high), (-1, high, low), (1, high, high)):
+        np.add.at(marks, (rows[:, 0], columns[:, 1]), sign)
+    mask = marks.cumsum(axis=0).cumsum(axis=1)[:-1, :-1] > 0
+    return (int(first[0]), int(first[1])), mask
+
+
+def cell_centers(first: tuple[int, int], mask: np.ndarray, step: float) -> np.ndarray:
+    """(n, 2) x, y in um of the middles of the marked cells, row by row."""
+    rows, columns = np.nonzero(mask)
+    return (np.column_stack([columns + first[1], rows + first[0]]) + 0.5) * step
+
+
+def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and standard deviation of the features over square fields, cells weighted by the area they share with them.
+
+    A field without any known cell (beyond the edge of the image) takes the values of the nearest known cell.
+
+    Parameters
+    ----------
+    lattice
+        Features of the section.
+    fields
+        (n, 2) middles in um and edge length in um, per kind of field.
+
+    Returns
+    -------
+    Mean and spread, (n, d) float64 each, per kind of field.
+    """
+    known, n_features = lattice.known, lattice.values.shape[2]
+    origin = np.array([lattice.first[1], lattice.first[0]], dtype=float)  # x, y
+    boxes, results, weights = [], [], []
+    area = _cumulative(known[..., None].astype(np.float64))
+    for centers, side in fields:
+        middle, half = np.asarray(centers) / lattice.step - origin, side / (2 * lattice.step)
+        boxes.append((middle - half, middle + half))
+        weights.append(_box_sums(area, *boxes[-1]))
+        results.append((np.zeros((len(middle), n_features)), np.zeros((len(middle), n_features))))
+    offset = lattice.values[known].mean(axis=0, dtype=np.float64)  # squares of centred values lose no digits
+    for start in range(0, n_features, _CHANNELS):
+        part = slice(start, start + _CHANNELS)
+        values = np.where(known[..., None], lattice.values[..., part] - offset[part], 0.0)
+        sums, squares = _cumulative(values), _cumulative(values**2)
+        for box, weight, (mean, spread) in zip(boxes, weights, results, strict=True):
+            shared = np.where(weight > _NO_AREA, weight, 1.0)
+            average, square = _box_sums(sums, *box) / shared, _box_sums(squares, *box) / shared
+            variance = square - average**2
+            mean[:, part] = average + offset[part]
+            spread[:, part] = np.sqrt(np.where(variance > 1e-12 * square, variance, 0.0))
+    cells = np.argwhere(known)
+    for (low, high), weight, (mean, spread) in zip(boxes, weights, results, strict=True):
+        for row in np.flatnonzero(weight[:, 0] <= _NO_AREA):
+            middle = (low[row] + high[row])[::-1] / 2 - 0.5  # row, column
+            mean[row] = lattice.values[tuple(cells[((cells - middle) ** 2).sum(axis=1).argmin()])]
+            spread[row] = 0.0
+    return results
+
+
+def _cumulative(values: np.ndarray) -> np.ndarray:
+    """Integrals from the first corner: (rows, columns, d) to (rows + 1, columns + 1, d)."""
+    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1, values.shape[2]))
+    np.cumsum(values, axis=0, out=table[1:, 1:])
+    np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
+    return table
+
+
+def _box_sums(table: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(n, d) integrals over boxes from `low` to `high` (x, y), from the integrals of :func:`_cumulative`."""
+    rows, columns = table.shape[0] - 1, table.shape[1] - 1
+
+    def corner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        # The integral from the first corner is bilinear between the corners of a cell.
+        x, y = np.clip(x, 0, columns), np.clip(y, 0, rows)
+        column, row = np.minimum(x.astype(np.int64), columns - 1), np.minimum(y.astype(np.int64), rows - 1)
+        fx, fy = (x - column)[:, None], (y - row)[:, None]
+        above = table[row, column] * (1 - fx) + table[row, column + 1] * fx
+        below = table[row + 1, column] * (1 - fx) + table[row + 1, column + 1] * fx
+        return above * (1 - fy) + below * fy
+
+    return (
+        corner(high[:, 0], high[:, 1])
+        - corner(low[:, 0], high[:, 1])
+        - corner(high[:, 0], low[:, 1])
+        + corner(low[:, 0], low[:, 1])
+    )
