@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 import spatial_impute as si
 
-BASELINES = ("mean", "nearest", "knn", "kernel", "propagation", "ridge", "cokriging")
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+BASELINES = ("mean", "nearest", "knn", "kernel", "propagation", "ridge", "transfer_ridge", "cokriging")
 COLUMNS = ["pearson_gene", "pearson_gene_median", "pearson_gene_q1", "pearson_gene_positive", "mse", "mae", "skill"]
 
 
@@ -45,9 +50,21 @@ def main() -> None:
     print(sections.round(3).to_string(), "\n")
     print("ASIGN minus baseline, per-gene r, mean and 95 % interval over genes:\n")
     print(paired_intervals(genes).round(4).to_string(), "\n")
+    print("Share of truth within 90 % intervals:\n")
+    print(coverage(sdata, truth).round(3).to_string(), "\n")
     print("Blend weights:", model.weights.mean().round(2).to_dict())
     trust = genes["asign"].corr(model.predictability, method="spearman")
     print(f"imputation_r: mean {model.predictability.mean():.3f}; Spearman with the reached r {trust:.2f}")
+
+
+def coverage(sdata: SpatialData, truth: AnnData) -> pd.Series:
+    """Share of true values within 1.645 standard deviations, by unmeasured section."""
+    table = sdata.tables["stack"]
+    table = table[~table.obs["measured"].to_numpy() & table.obs_names.isin(truth.obs_names)]
+    true = truth[table.obs_names, table.var_names].X
+    true = true.toarray() if hasattr(true, "toarray") else np.asarray(true)
+    inside = np.abs(true - table.layers["asign"]) <= 1.645 * table.layers["asign_sd"]
+    return pd.Series(inside.mean(axis=1), index=table.obs["section"].astype(str).to_numpy()).groupby(level=0).mean()
 
 
 def paired_intervals(genes: pd.DataFrame, n_draws: int = 2000, seed: int = 0) -> pd.DataFrame:

@@ -110,6 +110,11 @@ class Keys:
         return f"{key}_{Keys.SIMILARITY}"
 
     @staticmethod
+    def sd(key: str) -> str:
+        """Layer with the standard deviation of an imputed layer."""
+        return f"{key}_sd"
+
+    @staticmethod
     def baseline(method: str) -> str:
         """Layer of a baseline imputation."""
         return f"baseline_{method}"

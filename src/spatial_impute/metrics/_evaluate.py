@@ -42,7 +42,7 @@ def evaluate(
         Log-normalised expression in ``X`` with ``obs_names`` and ``var_names`` as in the stack table; spots and genes
         it lacks are left out.
     layers
-        Layers to score; by default all but ``"measured"``.
+        Layers to score; by default all but ``"measured"`` and standard deviations.
     sections
         Sections to score; by default all on which nothing was measured.
     by
@@ -82,7 +82,7 @@ def evaluate(
         raise ValueError(msg)
     wanted = [layers] if isinstance(layers, str) else layers
     if wanted is None:
-        wanted = [key for key in table.layers if key != Keys.MEASURED]
+        wanted = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
     for key in wanted:
         require_key(key, table.layers, where=f"sdata.tables[{table_key!r}].layers")
     if not wanted:

@@ -43,6 +43,35 @@ def pearson_by_spot(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     return pearson_by_gene(np.asarray(predicted).T, np.asarray(true).T)
 
 
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, n_draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of the mean of values, by drawing them with replacement; NaN are left out.
+
+    Parameters
+    ----------
+    values
+        (n,) one per gene.
+    level
+        Share of draws within the interval.
+    n_draws, seed
+        Of the bootstrap.
+
+    Examples
+    --------
+    >>> low, high = bootstrap_interval(np.arange(100.0))
+    >>> bool(low < 49.5 < high)
+    True
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(0, values.size, (n_draws, values.size))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray) -> dict[str, float]:
     """Score one set of spots.
 

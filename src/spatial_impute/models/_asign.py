@@ -12,6 +12,7 @@ import torch
 from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
+from spatial_impute.models._intervals import spread_by_support
 from spatial_impute.models._params import AsignParams
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Imputation:
 
     expression: np.ndarray
     """(n, g) log-normalised; measured spots keep their measurement."""
+    sd: np.ndarray
+    """(n, g) standard deviation of a measurement around the imputed value; 0 at measured spots."""
     support: np.ndarray
     """(n,) 0-1: how much of the measurement reaches a spot over the graph."""
 
@@ -110,7 +113,11 @@ class AsignModel:
             deviation += found * weights[:, k]
         expression = centre + deviation * scale
         expression[spots.known] = spots.expression
-        return Imputation(expression.astype(np.float32), inputs.support[:, 0].numpy())
+        support = inputs.support[:, 0].numpy()
+        usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
+        sd = spread_by_support(support, float(usual[0]), *spreads)
+        sd[spots.known] = 0.0
+        return Imputation(expression.astype(np.float32), sd.astype(np.float32), support)
 
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""

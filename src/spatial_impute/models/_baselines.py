@@ -84,6 +84,15 @@ def ridge(spots: Spots) -> np.ndarray:
     return (spots.features - offset) @ weights + centre
 
 
+def transfer_ridge(spots: Spots) -> np.ndarray:
+    """Kernel and ridge, averaged after both are brought to the same spread for each gene."""
+    parts = [method(spots) for method in (kernel, ridge)]
+    centre = spots.expression.mean(axis=0)
+    spreads = [np.maximum((part - centre).std(axis=0), 1e-12) for part in parts]
+    scores = sum((part - centre) / spread for part, spread in zip(parts, spreads, strict=True)) / 2
+    return centre + scores * np.mean(spreads, axis=0)
+
+
 METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
     "mean": section_mean,
     "nearest": nearest,
@@ -91,11 +100,12 @@ METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
     "kernel": kernel,
     "propagation": propagation,
     "ridge": ridge,
+    "transfer_ridge": transfer_ridge,
     "cokriging": cokriging,
 }
 """Every baseline by name."""
 
-NEEDS_FEATURES = frozenset({"ridge", "cokriging"})
+NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging"})
 NEEDS_GRAPH = frozenset({"propagation"})
 
 

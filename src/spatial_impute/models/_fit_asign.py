@@ -13,6 +13,7 @@ from spatial_impute.models._asign import NETWORK, AsignModel
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
+from spatial_impute.models._intervals import held_out_spread, held_out_support
 from spatial_impute.models._noise import counting_weights
 from spatial_impute.models._spots import Spots, spatial_folds
 from spatial_impute.models._train import Episode, train
@@ -86,6 +87,12 @@ def fit(
     weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot, weight)
     tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
     held_out["asign"] = centre + blended * scale
+    support = np.concatenate([held_out_support(s, f) for s, f in zip(stacks, folds, strict=True)])
+    tensors |= {
+        "spread": torch.tensor(held_out_spread(held_out["asign"] - truth), dtype=torch.float32),
+        "spread_of_mean": torch.tensor(held_out_spread(held_out["mean"] - truth), dtype=torch.float32),
+        "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
+    }
 
     scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}
     return AsignModel(

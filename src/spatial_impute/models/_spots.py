@@ -92,6 +92,11 @@ def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: in
     codes = np.unique(spots.section[spots.known])
     if len(codes) > 1:
         return [spots.known & (spots.section == code) for code in codes]
+    return block_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
+
+
+def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
+    """Hold out square blocks of the registered frame, on all known sections alike; see :func:`spatial_folds`."""
     rows = np.flatnonzero(spots.known)
     cell = np.floor(spots.xyz[rows, :2] / (block_spacings * spots.spacing)).astype(int)
     _, block = np.unique(cell, axis=0, return_inverse=True)

@@ -2,8 +2,17 @@
 
 from spatial_impute.tl._asign import fit_asign, impute_3d
 from spatial_impute.tl._baselines import impute_baseline
+from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._graph import build_3d_graph
 from spatial_impute.tl._register import register_stack
 from spatial_impute.tl._warp import warp_element
 
-__all__ = ["build_3d_graph", "fit_asign", "impute_3d", "impute_baseline", "register_stack", "warp_element"]
+__all__ = [
+    "build_3d_graph",
+    "cross_validate",
+    "fit_asign",
+    "impute_3d",
+    "impute_baseline",
+    "register_stack",
+    "warp_element",
+]

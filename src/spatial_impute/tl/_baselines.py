@@ -37,7 +37,7 @@ def impute_baseline(
     method
         ``"mean"`` (mean profile of the measured sections), ``"nearest"``, ``"knn"``, ``"kernel"`` (Gaussian of the
         registered distance), ``"propagation"`` (clamped label propagation on the 3D graph :cite:p:`Zhu2002`),
-        ``"ridge"`` (on image features) or ``"cokriging"`` (Gaussian processes over place and image).
+        ``"ridge"`` (on image features), ``"transfer_ridge"`` (mean of kernel and ridge at the same spread) or ``"cokriging"`` (Gaussian processes over place and image).
     table_key, layer, graph_key
         Stack table, layer with log-normalised expression, graph (for ``"propagation"`` only).
     key_added

@@ -1,0 +1,72 @@
+"""How far imputed values may be off, from what held-out spots were off."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatial_impute.models._propagation import propagate
+
+if TYPE_CHECKING:
+    from spatial_impute.models._spots import Spots
+
+_LEVEL = 0.9
+_HALF_WIDTH = NormalDist().inv_cdf(0.5 + _LEVEL / 2)  # of a 90 % interval, in standard deviations
+
+
+def held_out_spread(residuals: np.ndarray) -> np.ndarray:
+    """Standard deviation of each gene with which 90 % intervals cover 90 % of held-out spots.
+
+    Counts are not normal, so the spread is set by the interval that it is there for.
+
+    Parameters
+    ----------
+    residuals
+        (n, g) prediction minus measurement of held-out spots.
+
+    Returns
+    -------
+    (g,).
+
+    Examples
+    --------
+    >>> spread = held_out_spread(np.random.default_rng(0).normal(size=(10_000, 1)))
+    >>> round(float(spread[0]), 1)
+    1.0
+    """
+    return np.quantile(np.abs(residuals), _LEVEL, axis=0) / _HALF_WIDTH
+
+
+def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
+    """(n_known,) support of each known spot while its fold is hidden."""
+    support = np.zeros(len(spots.known))
+    for fold in folds:
+        known = spots.known & ~fold
+        _, mass = propagate(spots.graph, known, np.ones((int(known.sum()), 1)))
+        support[fold] = mass[fold]
+    return support[spots.known]
+
+
+def spread_by_support(
+    support: np.ndarray, usual_support: float, spread: np.ndarray, spread_of_mean: np.ndarray
+) -> np.ndarray:
+    """Spread at every spot: that of held-out spots where support is like theirs, growing to that of the mean.
+
+    Parameters
+    ----------
+    support
+        (n,) 0-1.
+    usual_support
+        Typical support of held-out spots.
+    spread, spread_of_mean
+        (g,) of the model and of the mean profile on held-out spots.
+
+    Returns
+    -------
+    (n, g); the mean profile is where a spot without any support ends.
+    """
+    share = np.clip(support / max(usual_support, 1e-12), 0.0, 1.0)[:, None]
+    worst = np.maximum(spread, spread_of_mean) ** 2
+    return np.sqrt(share * spread**2 + (1 - share) * worst)
