@@ -40,10 +40,12 @@ def fit_asign(
     """Fit ASIGN :cite:p:`Zhu2025` on the measured spots of one or several stacks.
 
     Blocks of the measured section (whole sections, where several are measured) are hidden in turn and predicted by
-    every baseline, and by a network with attention over three fields of view and over the 3D graph, which merges what
-    it reads from the image with the labels propagated over the graph. Baselines and networks are then blended by
-    non-negative weights that do best on the hidden blocks, so that each is used only as far as it helps. Expression of
-    unmeasured spots is never read.
+    every baseline, and by a network with attention over three fields of view and over the 3D graph. The network starts
+    exactly at a base, co-kriging on those components of the image features on which registered sections agree, and
+    learns a correction of it and how far to follow the labels propagated over the graph. Baselines and networks are
+    then blended by non-negative weights that do best on the hidden blocks, so that each is used only as far as it
+    helps. Spots count by how precisely they are known (``obs["total_counts"]``). Expression of unmeasured spots is
+    never read.
 
     Parameters
     ----------
