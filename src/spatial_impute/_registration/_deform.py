@@ -22,8 +22,7 @@ _BLOCK = 400.0  # um: wider than what the fit may smooth over, so that a block i
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
 _CORE = 2.0  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-_WORSE = 1.0  # standard errors over blocks by which the stiffest deformation may seem worse than none
-_SIGNIFICANT = 2.0  # standard errors by which a softer one has to be better
+_SIGNIFICANT = 2.0  # standard errors over blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,24 +42,29 @@ def fit_deformation(
     """Deform on top of `matrix` (moving to fixed, um), as softly as the tissue allows.
 
     More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
-    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard; a
-    trial fit sees the blocks of one colour, and is judged by the local correlation in the others. That sections deform
-    a little is known beforehand, so the stiffest fit is dropped if it is worse than none there, by more than one
-    standard error over the blocks; each softer one must be better than the one before by two. What is chosen is then
-    fitted to all tissue.
+    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard;
+    trial fits see the blocks of one colour each, and are judged by the local correlation in those of the other. The
+    stiffest deformation is dropped if it is worse than none there. A softer one is tried only if the one before is
+    better by more than two standard errors over the blocks, and has to be better still by as much. What is chosen is
+    then fitted to all tissue.
     """
     black, labels = _blocks(fixed, params)
-    sees = replace(fixed, seen=fixed.visible() & ~black)
     before = _local_correlation(fixed, moving, matrix, None, params)
     best, chosen, gains = before, None, {}
     for smoothing in params.syn_smoothing:
-        trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
-        after = _local_correlation(fixed, moving, matrix, trial, params)
+        after = np.empty_like(before)
+        for hidden in (black, ~black):
+            sees = replace(fixed, seen=fixed.visible() & ~hidden)
+            trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+            after[hidden] = _local_correlation(fixed, moving, matrix, trial, params)[hidden]
         gain, error = _gain(after - best, labels)
-        if not gain > (-_WORSE if chosen is None else _SIGNIFICANT) * error:
+        clear = gain > _SIGNIFICANT * error
+        if not (clear if chosen else gain > 0):
             break
         best, chosen = after, smoothing
         gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
+        if not clear:
+            break
     if chosen is None:
         note = "A deformation made tissue that it had not seen agree less; it was discarded."
         return Deformation(None, note, {})
@@ -76,14 +80,16 @@ def fit_deformation(
 
 
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Held-out blocks ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
+    """Blocks of one colour ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
     area = float(channel.mask.sum()) * channel.size**2
     side = max(6, round(min(_BLOCK, np.sqrt(area / (2 * _MIN_BLOCKS))) / channel.size))
     row, column = np.indices(channel.image.shape) // side
     black = (row + column) % 2 == 1
     core = max(1, min(round(_CORE * params.syn_radius / channel.size), side // 3))
-    inner = ndi.binary_erosion(black, iterations=core) & channel.mask
-    labels = np.where(inner, row * (column.max() + 1) + column + 1, 0)
+    inner = np.zeros_like(black)
+    for colour in (black, ~black):
+        inner |= ndi.binary_erosion(colour, iterations=core)
+    labels = np.where(inner & channel.mask, row * (column.max() + 1) + column + 1, 0)
     size = np.bincount(labels.ravel())
     return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
 
