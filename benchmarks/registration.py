@@ -23,7 +23,7 @@ from scipy import ndimage as ndi
 
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
 from spatial_impute._registration._ants import fit_deformable
-from spatial_impute._registration._channel import registration_channel, working_pixel
+from spatial_impute._registration._channel import deformation_channel, working_pixel
 from spatial_impute._registration._orientation import pose
 
 ROOT = Path(os.environ.get("SPATIAL_IMPUTE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
@@ -67,7 +67,7 @@ def bench_landmarks(*, quick: bool) -> None:
         for method in ("affine", "syn"):
             start = time.perf_counter()
             images = [SectionImage(image, (mpp, mpp)) for image in (fixed, moving)]
-            result = register_pair(*images, method=method)
+            result = register_pair(*images, method=method, params=RegistrationParams(syn_side=640))
             row[f"{method}"] = _share(result.warp_points(b * mpp) / mpp, a, diagonal)
             row[f"{method} s"] = round(time.perf_counter() - start, 1)
         row |= {"used": result.method, "verdict": result.verdict, "residual_um": result.quality.get("residual_um")}
@@ -158,8 +158,8 @@ def moved_section(
 def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> PairResult:
     params = RegistrationParams()
     result = register_pair(fixed, moving, method="affine", params=params)
-    size = working_pixel(fixed, moving, params)
-    channels = [registration_channel(image, size, params.mask_margin + 4 * size) for image in (fixed, moving)]
+    size = working_pixel(fixed, moving, params, side=params.syn_side)
+    channels = [deformation_channel(image, size, params.max_displacement + 4 * size) for image in (fixed, moving)]
     field = fit_deformable(*channels, result.matrix, smoothing=params.syn_smoothing[0], params=params, seed=0)
     return PairResult(result.matrix, "syn", result.quality, result.moving_box, field)
 

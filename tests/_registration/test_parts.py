@@ -131,7 +131,7 @@ def test_blocks_cover_half_the_tissue_and_cores_lie_inside():
     assert 0.4 < black[fixed.mask].mean() < 0.6
     for colour in (black, ~black):
         distance = ndi.distance_transform_edt(colour) * SIZE
-        assert distance[(labels > 0) & colour].min() > 80
+        assert distance[(labels > 0) & colour].min() >= 60  # no window (4 px) round them touches what a fit has seen
         assert len(np.unique(labels[colour])) > 8
 
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from spatial_impute._registration._field import DisplacementField
     from spatial_impute._registration._types import RegistrationParams
 
-_BLOCK = 400.0  # um: wider than what the fit may smooth over, so that a block is no more than guessed from its rim
+_BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
-_CORE = 2.0  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
+_CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
 _SIGNIFICANT = 2.0  # standard errors over blocks
 
@@ -81,11 +81,10 @@ def fit_deformation(
 
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Blocks of one colour ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
-    area = float(channel.mask.sum()) * channel.size**2
-    side = max(6, round(min(_BLOCK, np.sqrt(area / (2 * _MIN_BLOCKS))) / channel.size))
+    side = max(6, min(_BLOCK, round(np.sqrt(channel.mask.sum() / (2 * _MIN_BLOCKS)))))
     row, column = np.indices(channel.image.shape) // side
     black = (row + column) % 2 == 1
-    core = max(1, min(round(_CORE * params.syn_radius / channel.size), side // 3))
+    core = max(1, min(_CORE * _ants.correlation_window(channel, params), side // 3))
     inner = np.zeros_like(black)
     for colour in (black, ~black):
         inner |= ndi.binary_erosion(colour, iterations=core)
@@ -111,7 +110,7 @@ def _local_correlation(
     params: RegistrationParams,
 ) -> NDArray[np.float32]:
     """Squared correlation ``(y, x)`` in a window around each pixel: what the fit maximises where it sees."""
-    sigma = 0.5 * max(2.0, params.syn_radius / fixed.size)
+    sigma = 0.5 * _ants.correlation_window(fixed, params)
     moved = pull_back(moving.image, moving, fixed, matrix, field)
 
     def mean(image: NDArray) -> NDArray:
