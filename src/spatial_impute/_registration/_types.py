@@ -77,7 +77,8 @@ class RegistrationParams:
     """Distance in um between chained and direct registration up to which the chain is kept."""
 
     def __post_init__(self) -> None:
-        for name, low in (("working_side", 64), ("syn_side", 64), ("search_side", 32), ("n_angles", 4), ("n_candidates", 1)):
+        counts = {"working_side": 64, "syn_side": 64, "search_side": 32, "n_angles": 4, "n_candidates": 1}
+        for name, low in counts.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 msg = f"`{name}` must be an integer of at least {low}, found {value!r}."
