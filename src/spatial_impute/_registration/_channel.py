@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
 _BLUR = 1.0  # working pixels: takes off pixel noise, which differs between sections
-_SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
-_RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
+SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
+RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,16 +98,16 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
         large frame costs no more than a cropped one.
     """
     channel = _on_grid(section, optical_density(section.rgb).sum(-1), size, margin)
-    near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= _RIM
-    soft = ndi.gaussian_filter(near.astype(np.float32), _SOFT_EDGE)
+    near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
+    soft = ndi.gaussian_filter(near.astype(np.float32), SOFT_EDGE)
     return replace(channel, image=channel.image * soft, mask=channel.mask & channel.visible())
 
 
 def deformation_channel(section: SectionImage, size: float, margin: float) -> Channel:
     """Share of light absorbed, from glass (0) to the darkest tissue (1), as far as the image goes.
 
-    For the deformable fit, which sees details. The logarithm of a density would blow up the noise of dark pixels. And
-    nothing is faded out: two masks never end at the same place, and edges that they cut into tissue would be matched.
+    For the deformable fit, which sees details: the logarithm of a density would blow up the noise of dark pixels. What
+    lies on the glass is faded out there, where the tissue of both sections is known.
     """
     absorbed = 1 - np.exp(-optical_density(section.rgb)).mean(-1)
     channel = _on_grid(section, absorbed, size, margin)

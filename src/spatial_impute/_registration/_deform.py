@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import _ants
+from spatial_impute._registration._channel import RIM, SOFT_EDGE
 from spatial_impute._registration._quality import field_quality, pull_back
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def fit_deformation(
     better by more than two standard errors over the blocks, and has to be better still by as much. What is chosen is
     then fitted to all tissue.
     """
+    fixed, moving = _common_view(fixed, moving, matrix)
     black, labels = _blocks(fixed, params)
     before = _local_correlation(fixed, moving, matrix, None, params)
     best, chosen, gains = before, None, {}
@@ -77,6 +79,20 @@ def fit_deformation(
             return Deformation(field, "", found | gains | {"syn_smoothing": list(smoothing)})
     limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
     return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", {})
+
+
+def _common_view(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> tuple[Channel, Channel]:
+    """Both images near the tissue of either, glass elsewhere.
+
+    Fiducials, haze and ink on the glass move with other things than the tissue. But fading each image round its own mask
+    would cut edges into what the masks do not agree on.
+    """
+    views = []
+    for own, other, way in ((fixed, moving, matrix), (moving, fixed, np.linalg.inv(matrix))):
+        tissue = ndi.binary_fill_holes(own.mask | (pull_back(other.mask, other, own, way) > 0.5))
+        near = ndi.distance_transform_edt(~tissue, sampling=own.size) <= RIM
+        views.append(replace(own, image=own.image * ndi.gaussian_filter(near.astype(np.float32), SOFT_EDGE)))
+    return views[0], views[1]
 
 
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
