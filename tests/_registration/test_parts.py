@@ -12,13 +12,14 @@ from spatial_impute._registration import (
     DisplacementField,
     PairResult,
     RegistrationParams,
+    SectionImage,
     SectionTransform,
     chain_to_reference,
     run_all,
 )
 from spatial_impute._registration._align import Placed
-from spatial_impute._registration._channel import Channel, shrink
-from spatial_impute._registration._deform import _blocks, _gain, fit_deformation
+from spatial_impute._registration._channel import Channel, deformation_channel, shrink
+from spatial_impute._registration._deform import _blocks, _common_view, _gain, fit_deformation
 from spatial_impute._registration._manual import check_matrix, landmark_matrix
 from spatial_impute._registration._orientation import orientation_candidates, pose
 from spatial_impute._registration._quality import StructureScore, edges_inside, mutual_information, pull_back
@@ -133,6 +134,36 @@ def test_blocks_cover_half_the_tissue_and_cores_lie_inside():
         distance = ndi.distance_transform_edt(colour) * SIZE
         assert distance[(labels > 0) & colour].min() >= 60  # no window (4 px) round them touches what a fit has seen
         assert len(np.unique(labels[colour])) > 8
+
+
+def test_fit_sees_the_tissue_of_either_section_and_no_fiducials():
+    fixed, moving = channel(), channel(seed=1)
+    frame, piece = (slice(0, 6), slice(None)), (slice(70, 90), slice(20, 40))
+    fixed.image[frame] = moving.image[frame] = 0.9  # fiducials: far from any tissue
+    fixed.mask[piece] = False  # the masks do not agree on a piece of the rim, and on a pale core
+    fixed.mask[75:85, 85:95] = moving.mask[75:85, 85:95] = False
+    moved = replace(moving, origin=(300.0, -200.0))
+    first, second = _common_view(fixed, moved, shift(-300, 200))
+    for view, own in ((first, fixed), (second, moving)):
+        assert view.image[frame].max() < 1e-6
+        np.testing.assert_allclose(view.image[piece], own.image[piece], atol=1e-6)
+        np.testing.assert_allclose(view.image[75:85, 85:95], own.image[75:85, 85:95], atol=1e-6)
+        assert view.mask is own.mask
+
+
+def test_light_absorbed_by_hand():
+    """Half of the light in each colour, on glass: 0 outside, 1 in the darkest tissue; noise in black stays bounded."""
+    rgb = np.full((120, 120, 3), 240, np.uint8)
+    rgb[30:90, 30:90] = 120
+    rgb[50:70, 50:70] = 2
+    mask = np.zeros((120, 120), bool)
+    mask[30:90, 30:90] = True
+    found = deformation_channel(SectionImage(rgb, (10.0, 10.0), mask), 10.0, 200.0)
+    assert found.image.shape == (100, 100)
+    assert found.image[5, 5] == pytest.approx(0, abs=1e-3)
+    assert found.image[50, 50] == pytest.approx(1, abs=0.01)
+    assert found.image[25, 50] == pytest.approx(0.5 / (1 - 2 / 240), abs=0.01)
+    assert found.mask.sum() == mask.sum()
 
 
 def test_gain_by_hand():

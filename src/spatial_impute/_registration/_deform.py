@@ -23,7 +23,8 @@ _BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block i
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
 _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-_SIGNIFICANT = 2.0  # standard errors over blocks
+# Standard errors over blocks. Any deformation has to beat none by one: of models that are as good the simpler is taken.
+_BETTER, _CLEARLY_BETTER = 1.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,9 +46,9 @@ def fit_deformation(
     More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
     same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard;
     trial fits see the blocks of one colour each, and are judged by the local correlation in those of the other. The
-    stiffest deformation is dropped if it is worse than none there. A softer one is tried only if the one before is
-    better by more than two standard errors over the blocks, and has to be better still by as much. What is chosen is
-    then fitted to all tissue.
+    stiffest deformation is kept if it is better than none there by more than one standard error over the blocks. A
+    softer one is tried only if the one before is better by more than two, and has to be better still by as much. What
+    is chosen is then fitted to all tissue.
     """
     fixed, moving = _common_view(fixed, moving, matrix)
     black, labels = _blocks(fixed, params)
@@ -60,15 +61,15 @@ def fit_deformation(
             trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
             after[hidden] = _local_correlation(fixed, moving, matrix, trial, params)[hidden]
         gain, error = _gain(after - best, labels)
-        clear = gain > _SIGNIFICANT * error
-        if not (clear if chosen else gain > 0):
+        clear = gain > _CLEARLY_BETTER * error
+        if not (clear if chosen else gain > _BETTER * error):
             break
         best, chosen = after, smoothing
         gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
         if not clear:
             break
     if chosen is None:
-        note = "A deformation made tissue that it had not seen agree less; it was discarded."
+        note = "A deformation did not make tissue that it had not seen agree better; it was discarded."
         return Deformation(None, note, {})
 
     for smoothing in params.syn_smoothing[params.syn_smoothing.index(chosen) :: -1]:  # to stiffer ones, if need be
