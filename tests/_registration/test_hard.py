@@ -12,7 +12,7 @@ from spatial_impute._registration._orientation import pose
 SIZE = 16.0  # um per pixel
 SHAPE = (200, 240)
 GLASS = 240.0
-PARAMS = RegistrationParams(working_side=160, search_side=80, n_angles=24)
+PARAMS = RegistrationParams(working_side=160, syn_side=160, search_side=80, n_angles=24)
 MIDDLE = np.array([SHAPE[1], SHAPE[0]]) * SIZE / 2
 # Turned, mirrored and shifted: a start from which nothing comes right by itself.
 TRUTH = pose(130, MIDDLE, MIDDLE + np.array([80, -60]), mirrored=True)
@@ -122,7 +122,7 @@ def test_damaged_sections_are_found(fixed, damage, limit):
 
 def test_damaged_section_is_not_deformed_into_nonsense(fixed):
     moving = SectionImage(np.clip(moved(missing_third(fixed.rgb)), 0, 255).astype(np.uint8), (SIZE, SIZE))
-    params = RegistrationParams(working_side=160, search_side=80, n_angles=24, partial_tissue=True)
+    params = RegistrationParams(working_side=160, syn_side=160, search_side=80, n_angles=24, partial_tissue=True)
     result = register_pair(fixed, moving, method="syn", params=params)
     if result.field is not None:
         assert result.quality["folds"] == 0

@@ -15,7 +15,7 @@ import spatial_impute as si
 from spatial_impute._stack import element_affine, load_record
 
 # A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
-QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "search_side": 96}
+QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
 # One softness less, and deformations of small tissue in one go.
 SOFT = QUICK | {"syn_smoothing": ((6.0, 1.0),)}
 
