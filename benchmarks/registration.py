@@ -426,6 +426,7 @@ def bench_size(*, quick: bool) -> None:
                 found = json.loads(run.stdout.strip().splitlines()[-1])
                 row = {"side_px": base * factor, "method": method, "seconds": round(found["seconds"], 1)}
                 rows.append(row | {f"{key} MiB": round(found[key]) for key in ("before", "peak")})
+                print(rows[-1], flush=True)
     table(rows, "Size: one pair from pyramids (bars: 30 s on one core, peak independent of the size)")
 
 
