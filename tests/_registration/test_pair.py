@@ -16,7 +16,7 @@ from spatial_impute._registration._quality import pull_back
 
 SIZE = 16.0  # um per pixel: a tissue of about 2.5 x 2 mm
 SHAPE = (200, 240)
-FAST = RegistrationParams(working_side=160, search_side=80)
+FAST = RegistrationParams(working_side=160, syn_side=160, search_side=80)
 MIDDLE = np.array([SHAPE[1], SHAPE[0]]) * SIZE / 2
 
 
@@ -100,7 +100,7 @@ def test_affine_recovers_stretch_and_shear(fixed):
 def test_implausible_affine_falls_back_to_rigid(fixed):
     stretch = itk_matrix(np.diag([1.12, 0.92]), MIDDLE, np.zeros(2))
     moving = section(warped(fixed.rgb, np.linalg.inv(stretch)))
-    strict = RegistrationParams(working_side=160, search_side=80, max_scale=1.05)
+    strict = RegistrationParams(working_side=160, syn_side=160, search_side=80, max_scale=1.05)
     result = register_pair(fixed, moving, method="affine", params=strict)
     assert result.method == "rigid"
     assert any("rigid" in reason for reason in result.quality["reasons"])
@@ -191,7 +191,7 @@ def test_syn_adds_nothing_where_nothing_is_deformed(fixed):
 
 
 def test_implausible_deformation_is_discarded(fixed, deformed):
-    strict = RegistrationParams(working_side=160, search_side=80, jacobian_limits=(0.99, 1.01))
+    strict = RegistrationParams(working_side=160, syn_side=160, search_side=80, jacobian_limits=(0.99, 1.01))
     result = register_pair(fixed, deformed[-1], method="syn", params=strict)
     assert result.field is None
     assert result.method == "affine"
@@ -287,6 +287,7 @@ def test_bad_method_and_params(fixed):
         register_pair(fixed, fixed, method="magic")
     for bad in (
         {"working_side": 3},
+        {"syn_side": 3},
         {"min_score": 2.0},
         {"max_scale": 0.5},
         {"linear_iterations": (1, 2)},

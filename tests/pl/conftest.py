@@ -21,7 +21,7 @@ def plot_stack():
     """Registered stack with a kernel baseline, and with what impute_3d writes (made up: plots only read it)."""
     sdata, _ = si.datasets.synthetic_stack(truth=True)
     # A coarse search is enough for pictures and takes a third of the time.
-    quick = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "search_side": 96}
+    quick = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
     si.tl.register_stack(sdata, method="rigid", registration_params=quick, show_progress_bar=False)
     si.tl.impute_baseline(sdata, "kernel")
     table = sdata.tables["stack"]

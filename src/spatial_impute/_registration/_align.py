@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._registration._channel import Channel, registration_channel, working_pixel
+from spatial_impute._registration._channel import Channel, deformation_channel, working_pixel
 from spatial_impute._registration._deform import fit_deformation
 from spatial_impute._registration._quality import pull_back, tissue_dice
 from spatial_impute._registration._residual import residual_error
@@ -76,8 +76,8 @@ def deform_stack(
     -------
     Field (None if there is none worth having) and quality for every section that was tried.
     """
-    size = max(working_pixel(image, images[reference], params) for image in images.values())
-    channels = {name: registration_channel(images[name], size, _margin(size, params)) for name in images}
+    size = max(working_pixel(i, images[reference], params, side=params.syn_side) for i in images.values())
+    channels = {name: deformation_channel(images[name], size, _margin(size, params)) for name in images}
     done = {reference: Placed(channels[reference], np.eye(3))}
     done |= {n: Placed(channels[n], placed[n].matrix) for n in channels if placed[n].route == "given"}
     found = {}
@@ -122,4 +122,4 @@ def deform_onto(
 
 
 def _margin(size: float, params: RegistrationParams) -> float:
-    return params.mask_margin + 4 * size
+    return params.max_displacement + 4 * size

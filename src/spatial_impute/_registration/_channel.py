@@ -1,4 +1,4 @@
-"""The image that is registered: optical density of the tissue on a small isotropic grid."""
+"""The images that are registered: stain of the tissue on a small isotropic grid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
 _BLUR = 1.0  # working pixels: takes off pixel noise, which differs between sections
-_SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
-_RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
+SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
+RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,12 +71,17 @@ class Channel:
         return np.array([[0, step, -y0 * step - 0.5], [step, 0, -x0 * step - 0.5], [0, 0, 1]])
 
 
-def working_pixel(fixed: SectionImage, moving: SectionImage, params: RegistrationParams) -> float:
-    """Micrometres per working pixel for a pair: set by the larger tissue, and never finer than the thumbnails."""
+def working_pixel(
+    fixed: SectionImage, moving: SectionImage, params: RegistrationParams, *, side: int | None = None
+) -> float:
+    """Micrometres per working pixel for a pair: set by the larger tissue, and never finer than the thumbnails.
+
+    Its longer side has `side` pixels, ``params.working_side`` by default.
+    """
     boxes = np.array([fixed.tissue_box, moving.tissue_box])
     extent = float((boxes[:, 2:] - boxes[:, :2]).max())
     finest = max(min(fixed.pixel_size), min(moving.pixel_size), params.min_working_pixel)
-    return max(extent / params.working_side, finest)
+    return max(extent / (side or params.working_side), finest)
 
 
 def registration_channel(section: SectionImage, size: float, margin: float) -> Channel:
@@ -92,21 +97,20 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
         Width in um of background kept round the tissue. Everything further away is cut off, so a small section in a
         large frame costs no more than a cropped one.
     """
-    density = optical_density(section.rgb).sum(-1)
-    densest = float(np.percentile(density[section.mask], _CLIP_PERCENTILE))
-    density = np.clip(density / max(densest, 1e-6), 0, 1)
+    channel = _on_grid(section, optical_density(section.rgb).sum(-1), size, margin)
+    near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
+    soft = ndi.gaussian_filter(near.astype(np.float32), SOFT_EDGE)
+    return replace(channel, image=channel.image * soft, mask=channel.mask & channel.visible())
 
-    x0, y0, x1, y1 = section.tissue_box
-    origin = (x0 - margin, y0 - margin)
-    shape = tuple(int(np.ceil((length + 2 * margin) / size)) for length in (y1 - y0, x1 - x0))
-    # Both are continued beyond the image: a tissue cut by the frame must not get an outline there.
-    density = _resample(density, section.pixel_size, origin, shape, size)
-    tissue = _resample(section.mask, section.pixel_size, origin, shape, size)
-    near = ndi.distance_transform_edt(tissue < 0.5, sampling=size) <= _RIM
-    soft = ndi.gaussian_filter(near.astype(np.float32), _SOFT_EDGE)
-    image = ndi.gaussian_filter(density, _BLUR) * soft
-    frame = (section.rgb.shape[1] * section.pixel_size[0], section.rgb.shape[0] * section.pixel_size[1])
-    channel = Channel(image.astype(np.float32), tissue > 0.5, origin, size, frame)
+
+def deformation_channel(section: SectionImage, size: float, margin: float) -> Channel:
+    """Share of light absorbed, from glass (0) to the darkest tissue (1), as far as the image goes.
+
+    For the deformable fit, which sees details: the logarithm of a density would blow up the noise of dark pixels. What
+    lies on the glass is faded out there, where the tissue of both sections is known.
+    """
+    absorbed = 1 - np.exp(-optical_density(section.rgb)).mean(-1)
+    channel = _on_grid(section, absorbed, size, margin)
     return replace(channel, mask=channel.mask & channel.visible())
 
 
@@ -125,6 +129,20 @@ def shrink(channel: Channel, size: float) -> Channel:
     image, mask = mean(channel.image), mean(channel.mask) > 0.5
     seen = None if channel.seen is None else mean(channel.seen) > 0.5
     return replace(channel, image=image, mask=mask, size=channel.size * factor, seen=seen)
+
+
+def _on_grid(section: SectionImage, image: NDArray[np.float32], size: float, margin: float) -> Channel:
+    """`image` of a section, 1 at its darkest tissue, and the tissue, on a grid that leaves `margin` um round it."""
+    darkest = float(np.percentile(image[section.mask], _CLIP_PERCENTILE))
+    image = np.clip(image / max(darkest, 1e-6), 0, 1)
+    x0, y0, x1, y1 = section.tissue_box
+    origin = (x0 - margin, y0 - margin)
+    shape = tuple(int(np.ceil((length + 2 * margin) / size)) for length in (y1 - y0, x1 - x0))
+    # Both are continued beyond the image: a tissue cut by the frame must not get an outline there.
+    image = ndi.gaussian_filter(_resample(image, section.pixel_size, origin, shape, size), _BLUR)
+    tissue = _resample(section.mask, section.pixel_size, origin, shape, size) >= 0.5
+    frame = (section.rgb.shape[1] * section.pixel_size[0], section.rgb.shape[0] * section.pixel_size[1])
+    return Channel(image.astype(np.float32), tissue, origin, size, frame)
 
 
 def _resample(

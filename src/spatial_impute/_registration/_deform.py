@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import _ants
+from spatial_impute._registration._channel import RIM, SOFT_EDGE
 from spatial_impute._registration._quality import field_quality, pull_back
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from spatial_impute._registration._field import DisplacementField
     from spatial_impute._registration._types import RegistrationParams
 
-_BLOCK = 400.0  # um: wider than what the fit may smooth over, so that a block is no more than guessed from its rim
+_BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
-_CORE = 2.0  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
+_CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-_WORSE = 1.0  # standard errors over blocks by which the stiffest deformation may seem worse than none
-_SIGNIFICANT = 2.0  # standard errors by which a softer one has to be better
+# Standard errors over blocks. Any deformation has to beat none by one: of models that are as good the simpler is taken.
+_BETTER, _CLEARLY_BETTER = 1.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,26 +44,32 @@ def fit_deformation(
     """Deform on top of `matrix` (moving to fixed, um), as softly as the tissue allows.
 
     More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
-    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard; a
-    trial fit sees the blocks of one colour, and is judged by the local correlation in the others. That sections deform
-    a little is known beforehand, so the stiffest fit is dropped if it is worse than none there, by more than one
-    standard error over the blocks; each softer one must be better than the one before by two. What is chosen is then
-    fitted to all tissue.
+    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard;
+    trial fits see the blocks of one colour each, and are judged by the local correlation in those of the other. The
+    stiffest deformation is kept if it is better than none there by more than one standard error over the blocks. A
+    softer one is tried only if the one before is better by more than two, and has to be better still by as much. What
+    is chosen is then fitted to all tissue.
     """
+    fixed, moving = _common_view(fixed, moving, matrix)
     black, labels = _blocks(fixed, params)
-    sees = replace(fixed, seen=fixed.visible() & ~black)
     before = _local_correlation(fixed, moving, matrix, None, params)
     best, chosen, gains = before, None, {}
     for smoothing in params.syn_smoothing:
-        trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
-        after = _local_correlation(fixed, moving, matrix, trial, params)
+        after = np.empty_like(before)
+        for hidden in (black, ~black):
+            sees = replace(fixed, seen=fixed.visible() & ~hidden)
+            trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+            after[hidden] = _local_correlation(fixed, moving, matrix, trial, params)[hidden]
         gain, error = _gain(after - best, labels)
-        if not gain > (-_WORSE if chosen is None else _SIGNIFICANT) * error:
+        clear = gain > _CLEARLY_BETTER * error
+        if not (clear if chosen else gain > _BETTER * error):
             break
         best, chosen = after, smoothing
         gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
+        if not clear:
+            break
     if chosen is None:
-        note = "A deformation made tissue that it had not seen agree less; it was discarded."
+        note = "A deformation did not make tissue that it had not seen agree better; it was discarded."
         return Deformation(None, note, {})
 
     for smoothing in params.syn_smoothing[params.syn_smoothing.index(chosen) :: -1]:  # to stiffer ones, if need be
@@ -75,15 +82,30 @@ def fit_deformation(
     return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", {})
 
 
+def _common_view(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> tuple[Channel, Channel]:
+    """Both images near the tissue of either, glass elsewhere.
+
+    Fiducials, haze and ink on the glass move with other things than the tissue. But fading each image round its own mask
+    would cut edges into what the masks do not agree on.
+    """
+    views = []
+    for own, other, way in ((fixed, moving, matrix), (moving, fixed, np.linalg.inv(matrix))):
+        tissue = ndi.binary_fill_holes(own.mask | (pull_back(other.mask, other, own, way) > 0.5))
+        near = ndi.distance_transform_edt(~tissue, sampling=own.size) <= RIM
+        views.append(replace(own, image=own.image * ndi.gaussian_filter(near.astype(np.float32), SOFT_EDGE)))
+    return views[0], views[1]
+
+
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Held-out blocks ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
-    area = float(channel.mask.sum()) * channel.size**2
-    side = max(6, round(min(_BLOCK, np.sqrt(area / (2 * _MIN_BLOCKS))) / channel.size))
+    """Blocks of one colour ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
+    side = max(6, min(_BLOCK, round(np.sqrt(channel.mask.sum() / (2 * _MIN_BLOCKS)))))
     row, column = np.indices(channel.image.shape) // side
     black = (row + column) % 2 == 1
-    core = max(1, min(round(_CORE * params.syn_radius / channel.size), side // 3))
-    inner = ndi.binary_erosion(black, iterations=core) & channel.mask
-    labels = np.where(inner, row * (column.max() + 1) + column + 1, 0)
+    core = max(1, min(_CORE * _ants.correlation_window(channel, params), side // 3))
+    inner = np.zeros_like(black)
+    for colour in (black, ~black):
+        inner |= ndi.binary_erosion(colour, iterations=core)
+    labels = np.where(inner & channel.mask, row * (column.max() + 1) + column + 1, 0)
     size = np.bincount(labels.ravel())
     return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
 
@@ -105,7 +127,7 @@ def _local_correlation(
     params: RegistrationParams,
 ) -> NDArray[np.float32]:
     """Squared correlation ``(y, x)`` in a window around each pixel: what the fit maximises where it sees."""
-    sigma = 0.5 * max(2.0, params.syn_radius / fixed.size)
+    sigma = 0.5 * _ants.correlation_window(fixed, params)
     moved = pull_back(moving.image, moving, fixed, matrix, field)
 
     def mean(image: NDArray) -> NDArray:

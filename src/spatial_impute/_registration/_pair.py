@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from spatial_impute._registration import _ants
-from spatial_impute._registration._channel import registration_channel, shrink, working_pixel
+from spatial_impute._registration._channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration._deform import fit_deformation
 from spatial_impute._registration._orientation import orientation_candidates
 from spatial_impute._registration._quality import (
@@ -110,7 +110,10 @@ def register_pair(
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
-        found = fit_deformation(target, source, matrix, params, seed)
+        fine = working_pixel(fixed, moving, params, side=params.syn_side)
+        margin = params.max_displacement + 4 * fine
+        channels = (deformation_channel(section, fine, margin) for section in (fixed, moving))
+        found = fit_deformation(*channels, matrix, params, seed)
         field = found.field
         if field is None:
             notes.append(found.note)

@@ -41,7 +41,12 @@ class RegistrationParams:
     syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
     """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
     syn_radius: float = 50.0
-    """Half side in um of the window in which the deformable fit correlates: above a cell, below a region."""
+    """Half side in um of the window in which the deformable fit correlates (4 pixels at most): above a cell, below a
+    region."""
+    syn_side: int = 320
+    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows what two sections do
+    not share. 640 is closer where they show the same structures (two stains of neighbouring thin sections); it takes
+    four times as long or more."""
     syn_smoothing: tuple[tuple[float, float], ...] = ((6.0, 3.0), (6.0, 1.0))
     """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
 
@@ -50,7 +55,8 @@ class RegistrationParams:
     jacobian_limits: tuple[float, float] = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
     max_displacement: float = 250.0
-    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak."""
+    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak. So much background
+    round the tissue takes part in the fit, that outlines can find each other."""
     max_scale: float = 1.18
     """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
     mask_margin: float = 100.0
@@ -71,7 +77,8 @@ class RegistrationParams:
     """Distance in um between chained and direct registration up to which the chain is kept."""
 
     def __post_init__(self) -> None:
-        for name, low in (("working_side", 64), ("search_side", 32), ("n_angles", 4), ("n_candidates", 1)):
+        counts = {"working_side": 64, "syn_side": 64, "search_side": 32, "n_angles": 4, "n_candidates": 1}
+        for name, low in counts.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 msg = f"`{name}` must be an integer of at least {low}, found {value!r}."

@@ -24,9 +24,10 @@ from spatial_impute._registration import (
     run_all,
 )
 from spatial_impute._registration._elements import displacement_elements
-from spatial_impute._registration._manual import check_matrix, landmark_matrix
-from spatial_impute._stack import element_affine, load_record, save_record, section_levels
+from spatial_impute._stack import load_record, save_record, section_levels
 from spatial_impute._validation import require_key, require_one_of, require_positive, resolve_params
+from spatial_impute.tl._placements import check_skip, read_placements
+from spatial_impute.tl._register_write import registered_coordinates, write_displacements, write_transformations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,11 +36,10 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import PairResult
     from spatial_impute._stack import StackRecord
+    from spatial_impute.tl._placements import Placement
 
-    Placement = str | np.ndarray | Sequence
-
-# Tissue rarely fills less than half of the side of its scan, so this leaves it the 320 px that registration works at.
-_THUMBNAIL_SIDE = 700
+# Tissue rarely fills less than half of the side of its scan, so this leaves it the pixels that registration works at.
+_SCAN_PER_TISSUE = 2.2
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def register_stack(
         ``"raise"`` or ``"warn"`` when a section could not be placed with confidence. It is never replaced by the
         identity in silence.
     resolution
-        Pixel size in um at which the images are read; by default 700 pixels along the longer side of the image, but
-        no finer than ``registration_params.min_working_pixel``.
+        Pixel size in um at which the images are read. By default the longer side of an image gets 2.2 times the pixels
+        at which registration works (704), but none below ``registration_params.min_working_pixel``.
     transformations
         Sections whose place is known. A (3, 3) matrix from the section's frame to that of the reference (um), a pair
         of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is
@@ -162,10 +162,12 @@ def register_stack(
     params = resolve_params(registration_params, RegistrationParams)
     kind = "rigid" if method == "rigid" else "affine"
     given, starts = (
-        _placements(sdata, record, reference, found or {}, argument=name, kind=kind, target=target_coordinate_system)
+        read_placements(
+            sdata, record, reference, found or {}, argument=name, kind=kind, target=target_coordinate_system
+        )
         for found, name in ((transformations, "transformations"), (initial, "initial"))
     )
-    skipped = _check_skip(sdata, record, reference, [skip] if isinstance(skip, str) else list(skip), given)
+    skipped = check_skip(sdata, record, reference, [skip] if isinstance(skip, str) else list(skip), given)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} stand in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
@@ -213,9 +215,9 @@ def register_stack(
         return RegistrationResult(matrices, pd.DataFrame(rows), transforms, frame)
 
     elements = [displacement_elements(transforms[name], name, target_coordinate_system) for name in transforms]
-    coordinates = _coordinates(sdata, record, transforms)
-    _write_transformations(sdata, record, transforms, target_coordinate_system)
-    _write_displacements(sdata, record, {key: new for some in elements for key, new in some.items()})
+    coordinates = registered_coordinates(sdata, record, transforms)
+    write_transformations(sdata, record, transforms, target_coordinate_system)
+    write_displacements(sdata, record, {key: new for some in elements for key, new in some.items()})
     if coordinates is not None:
         sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
@@ -235,73 +237,6 @@ def register_stack(
     return None
 
 
-def _placements(
-    sdata: SpatialData,
-    record: StackRecord,
-    reference: str,
-    found: Mapping[str, Placement],
-    *,
-    argument: str,
-    kind: str,
-    target: str,
-) -> dict[str, np.ndarray]:
-    """Matrices from the frames of sections to that of the reference, from what the user gave."""
-    matrices = {}
-    for name, value in found.items():
-        require_key(name, record.names, where="the stack's sections")
-        if name == reference:
-            msg = f"`{argument}` must not name the reference {reference!r}: it stays where it is."
-            raise ValueError(msg)
-        try:
-            if isinstance(value, str):
-                require_one_of(value, {"aligned"}, name=f"{argument}[{name!r}]")
-                matrices[name] = _present_matrix(sdata, record, name, target)
-            elif isinstance(value, list | tuple) and len(value) == 2:
-                matrices[name] = landmark_matrix(*value, kind)
-                errors = np.linalg.norm(_moved(value[0], matrices[name]) - np.asarray(value[1], float), axis=1)
-                logger.info("Section %s: landmarks lie %.1f um off (median)", name, np.median(errors))
-            else:
-                matrices[name] = check_matrix(value)
-        except ValueError as error:
-            msg = f"`{argument}[{name!r}]`: {error}"
-            raise ValueError(msg) from error
-    return matrices
-
-
-def _moved(points: Any, matrix: np.ndarray) -> np.ndarray:
-    return np.asarray(points, float) @ matrix[:2, :2].T + matrix[:2, 2]
-
-
-def _present_matrix(sdata: SpatialData, record: StackRecord, name: str, target: str) -> np.ndarray:
-    """Where the section's image lies in `target` now; the identity if it has no transformation to it."""
-    from spatialdata.transformations import get_transformation
-
-    image = sdata.images[record[name].image]
-    if target not in get_transformation(image, get_all=True):
-        return np.eye(3)
-    return element_affine(image, target) @ np.linalg.inv(element_affine(image, name))
-
-
-def _check_skip(
-    sdata: SpatialData, record: StackRecord, reference: str, skip: list[str], given: Mapping[str, np.ndarray]
-) -> list[str]:
-    for name in skip:
-        require_key(name, record.names, where="the stack's sections")
-        if name == reference:
-            msg = f"The reference {reference!r} cannot be skipped; choose another `reference`."
-            raise ValueError(msg)
-        in_table = False
-        if Keys.STACK_TABLE in sdata.tables:
-            in_table = bool((sdata.tables[Keys.STACK_TABLE].obs[Keys.SECTION] == name).any())
-        if name not in given and (in_table or record[name].spots is not None):
-            msg = (
-                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Place it "
-                f"with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack without it."
-            )
-            raise ValueError(msg)
-    return skip
-
-
 def _thumbnails(
     sdata: SpatialData, record: StackRecord, names: Sequence[str], resolution: float | None, params: RegistrationParams
 ) -> tuple[dict[str, SectionImage], dict[str, np.ndarray]]:
@@ -310,7 +245,8 @@ def _thumbnails(
     for section in (record[name] for name in names):
         levels = section_levels(sdata, section)
         longest = max(levels[0].shape) * levels[0].pixel_size
-        rgb, to_um = read_thumbnail(levels, resolution or max(params.min_working_pixel, longest / _THUMBNAIL_SIDE))
+        wanted = _SCAN_PER_TISSUE * max(params.working_side, params.syn_side)
+        rgb, to_um = read_thumbnail(levels, resolution or max(params.min_working_pixel, longest / wanted))
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         try:
             images[section.name] = SectionImage(rgb, pixel_size=(size_x, size_y))
@@ -344,51 +280,6 @@ def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
             )
             raise ValueError(msg)
         warnings.warn(msg + ".", UserWarning, stacklevel=3)
-
-
-def _write_transformations(
-    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
-) -> None:
-    from spatialdata.transformations import (
-        Affine,
-        Sequence,
-        get_transformation,
-        remove_transformation,
-        set_transformation,
-    )
-
-    for _, name, element in list(sdata.gen_spatial_elements()):
-        own = get_transformation(element, get_all=True)
-        for section in record.names:
-            if section in own and section in transforms:
-                affine = Affine(transforms[section].matrix, input_axes=("x", "y"), output_axes=("x", "y"))
-                set_transformation(element, Sequence([own[section], affine]), to_coordinate_system=target)
-                logger.debug("Transformation of %r to %r", name, target)
-            elif section in own and target in own:  # left over from a registration in which it was not skipped
-                remove_transformation(element, to_coordinate_system=target)
-
-
-def _write_displacements(sdata: SpatialData, record: StackRecord, elements: dict[str, Any]) -> None:
-    """Write the new displacements, and take away those of an earlier registration."""
-    for name in record.names:
-        for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
-            if key in sdata.images:
-                del sdata.images[key]
-    for key, element in elements.items():
-        sdata.images[key] = element
-        log_added(f"images[{key!r}]")
-
-
-def _coordinates(sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform]) -> np.ndarray | None:
-    """(n_spots, 3) registered coordinates of all spots in the stack table; None if there is no table."""
-    if Keys.STACK_TABLE not in sdata.tables:
-        return None
-    table = sdata.tables[Keys.STACK_TABLE]
-    xyz = np.column_stack([table.obsm[Keys.SPATIAL], table.obs[Keys.Z].to_numpy(float)])
-    for name, transform in transforms.items():
-        rows = (table.obs[Keys.SECTION] == name).to_numpy()
-        xyz[rows, :2] = transform.points(xyz[rows, :2])
-    return xyz
 
 
 def _section_row(

@@ -1,0 +1,260 @@
+"""register_stack: methods, manual help, skipping, what is written and when nothing is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from spatialdata.transformations import Affine, get_transformation, set_transformation
+
+import spatial_impute as si
+from spatial_impute._stack import element_affine, load_record
+
+# A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
+QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
+# One softness less, and deformations of small tissue in one go.
+SOFT = QUICK | {"syn_smoothing": ((6.0, 1.0),)}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Three sections with elastic motion, and the true place of their spots."""
+    return si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, elastic_amplitude=20.0, truth=True)
+
+
+@pytest.fixture
+def sdata(made):
+    return copy.deepcopy(made[0])
+
+
+@pytest.fixture(scope="module")
+def affine(made):
+    sdata = copy.deepcopy(made[0])
+    si.tl.register_stack(sdata, registration_params=QUICK)
+    return sdata
+
+
+@pytest.fixture(scope="module")
+def syn(made):
+    sdata = copy.deepcopy(made[0])
+    si.tl.register_stack(sdata, method="syn", registration_params=SOFT)
+    return sdata
+
+
+def errors(sdata, truth) -> pd.Series:
+    """Median distance in um of the spots from their true place, by section."""
+    table = sdata.tables["stack"]
+    distance = np.linalg.norm(table.obsm["spatial_3d"] - truth[table.obs_names].obsm["spatial_3d"], axis=1)
+    return pd.Series(distance).groupby(table.obs["section"].to_numpy()).median()
+
+
+def rows(sdata) -> dict:
+    return load_record(sdata).registration["sections"]
+
+
+def test_affine_finds_the_sections(affine, made):
+    found = errors(affine, made[1])
+    assert found["s1"] == 0
+    assert found.max() < 35  # what an elastic motion of 20 um leaves
+    assert all(row["verdict"] == "ok" and not row["deformed"] for row in rows(affine).values())
+    assert not [key for key in affine.images if "displacement" in key]
+
+
+def test_syn_comes_closer_than_affine(syn, affine, made):
+    assert any(row["deformed"] for row in rows(syn).values())
+    for name, row in rows(syn).items():
+        before, after = errors(affine, made[1])[name], errors(syn, made[1])[name]
+        if row["deformed"]:
+            assert after < 0.95 * before
+            assert row["deformation"]["folds"] == 0
+            assert syn.images[f"{name}_displacement"].dtype == np.float32
+            assert set(get_transformation(syn.images[f"{name}_displacement"], get_all=True)) == {"aligned"}
+        else:
+            assert after == pytest.approx(before, abs=3)
+            assert f"{name}_displacement" not in syn.images
+
+
+def test_syn_elements_points_and_table_agree(syn, tmp_path):
+    """The affine part is a transformation; with the displacement it gives obsm, also after a trip through zarr."""
+    import spatialdata as sd
+
+    name = next(name for name, row in rows(syn).items() if row["deformed"])
+    syn.write(tmp_path / "syn.zarr")
+    read = sd.read_zarr(tmp_path / "syn.zarr")
+    matrix = element_affine(read.shapes[f"{name}_spots"], "aligned") @ np.linalg.inv(
+        element_affine(read.shapes[f"{name}_spots"], name)
+    )
+    np.testing.assert_allclose(matrix, rows(read)[name]["matrix"], atol=1e-8)
+    si.tl.warp_element(read, f"{name}_spots")
+    table = read.tables["stack"]
+    of_section = (table.obs["section"] == name).to_numpy()
+    circles = read.shapes[f"{name}_spots_aligned"].loc[table.obs["instance_id"].to_numpy()[of_section]]
+    np.testing.assert_allclose(
+        np.column_stack([circles.geometry.x, circles.geometry.y]), table.obsm["spatial_3d"][of_section, :2], atol=1e-3
+    )
+    json.dumps(read.attrs)  # JSON only
+
+
+def test_registering_again_takes_old_displacements_away(syn):
+    sdata = copy.deepcopy(syn)
+    si.tl.register_stack(sdata, method="rigid", registration_params=QUICK)
+    assert not [key for key in sdata.images if "displacement" in key]
+    for row in rows(sdata).values():
+        np.testing.assert_allclose(np.linalg.svd(np.array(row["matrix"])[:2, :2], compute_uv=False), 1, atol=1e-6)
+
+
+def test_result_without_writing(sdata, affine):
+    before = {name: get_transformation(e, get_all=True).copy() for _, name, e in sdata.gen_spatial_elements()}
+    result = si.tl.register_stack(sdata, registration_params=QUICK, inplace=False)
+    assert {name: get_transformation(e, get_all=True) for _, name, e in sdata.gen_spatial_elements()} == before
+    assert "spatial_3d" not in sdata.tables["stack"].obsm
+    assert load_record(sdata).registration is None
+    np.testing.assert_array_equal(result.matrices["s0"], rows(affine)["s0"]["matrix"])  # same seed, same result
+    points = np.array([[500.0, 600], [700, 650]])
+    np.testing.assert_allclose(result.transforms["s0"].inverse(result.transforms["s0"].points(points)), points)
+    assert list(result.sections.index) == ["s0", "s1", "s2"]
+    assert {"residual_um", "residual_patches", "margin", "runner_up", "folds"} <= set(result.quality)
+
+
+def test_given_matrix_is_the_answer(sdata):
+    matrix = np.array([[0.9, -0.1, 70], [0.1, 0.9, -30], [0, 0, 1]])
+    si.tl.register_stack(sdata, registration_params=QUICK, transformations={"s0": matrix})
+    assert rows(sdata)["s0"]["route"] == "given"
+    np.testing.assert_array_equal(rows(sdata)["s0"]["matrix"], matrix)
+    table = sdata.tables["stack"]
+    of_section = (table.obs["section"] == "s0").to_numpy()
+    expected = table.obsm["spatial"][of_section] @ matrix[:2, :2].T + matrix[:2, 2]
+    np.testing.assert_allclose(table.obsm["spatial_3d"][of_section, :2], expected)
+    assert {pair["moving"] for pair in load_record(sdata).registration["pairs"]} == {"s2"}
+
+
+def test_landmarks_as_answer_and_as_start(sdata, affine, made):
+    matrix = np.array(rows(affine)["s0"]["matrix"])
+    here = np.array([[300.0, 400], [900, 350], [700, 1000], [400, 900]])
+    there = here @ matrix[:2, :2].T + matrix[:2, 2]
+    answer = si.tl.register_stack(
+        sdata, registration_params=QUICK, transformations={"s0": (here, there)}, inplace=False
+    )
+    np.testing.assert_allclose(answer.matrices["s0"], matrix, atol=1e-6)
+    off = there + np.random.default_rng(0).normal(0, 40, there.shape)
+    started = si.tl.register_stack(sdata, registration_params=QUICK, initial={"s0": (here, off)}, inplace=False)
+    assert np.linalg.norm(here @ started.matrices["s0"][:2, :2].T + started.matrices["s0"][:2, 2] - there) < 30
+    row = started.quality.set_index("moving").loc["s0"]
+    assert row["margin"] == row["score"]  # no other pose was looked at
+
+
+def test_start_of_a_section_behind_another_one(sdata, affine):
+    """The start of s2 is in the frame of the reference s0; its neighbour s1 has to be placed first."""
+    chained = si.tl.register_stack(sdata, reference="s0", registration_params=QUICK, policy="sequential", inplace=False)
+    start = chained.matrices["s2"] @ np.array([[1, 0.02, 25], [-0.02, 1, -20], [0, 0, 1]])
+    again = si.tl.register_stack(
+        sdata, reference="s0", registration_params=QUICK, policy="sequential", initial={"s2": start}, inplace=False
+    )
+    corners = np.array([[300.0, 300, 1], [1100, 300, 1], [700, 1100, 1]])
+    moved = corners @ (again.matrices["s2"] - chained.matrices["s2"]).T
+    assert np.linalg.norm(moved, axis=1).max() < 15
+
+
+def test_sections_already_aligned(sdata, affine):
+    matrix = np.array(rows(affine)["s2"]["matrix"])
+    for name in ("s2_image", "s2_spots"):
+        own = element_affine(sdata[name], "s2")
+        set_transformation(sdata[name], Affine(matrix @ own, ("x", "y"), ("x", "y")), "aligned")
+    result = si.tl.register_stack(
+        sdata, registration_params=QUICK, transformations={"s0": "aligned", "s2": "aligned"}, inplace=False
+    )
+    np.testing.assert_allclose(result.matrices["s2"], matrix, atol=1e-9)
+    np.testing.assert_array_equal(result.matrices["s0"], np.eye(3))  # no transformation: its frame is the common one
+    assert result.quality.empty
+
+
+def blank(sdata, name: str) -> None:
+    """Make a section all glass."""
+    sdata.images[f"{name}_image"].data = np.full_like(np.asarray(sdata.images[f"{name}_image"].data), 240)
+
+
+def test_skipped_section_needs_a_place_for_its_spots(sdata):
+    with pytest.raises(ValueError, match=r"'s2' is skipped but has spots.*transformations"):
+        si.tl.register_stack(sdata, registration_params=QUICK, skip="s2")
+    assert "spatial_3d" not in sdata.tables["stack"].obsm
+    blank(sdata, "s2")  # never read
+    si.tl.register_stack(sdata, registration_params=QUICK, skip=["s2"], transformations={"s2": np.eye(3)})
+    assert rows(sdata)["s2"]["route"] == "given"
+    assert np.isfinite(sdata.tables["stack"].obsm["spatial_3d"]).all()
+
+
+def test_skipped_section_is_bridged_and_left_out():
+    inputs = si.datasets.synthetic_stack(3, measured=["s0"], extent=1400.0, n_genes=3)
+    images = {name: np.asarray(inputs.images[f"{name}_image"].data) for name in ("s0", "s1", "s2")}
+    images["s1"] = np.full_like(images["s1"], 240)
+    stack = si.pp.assemble_stack(images, mpp=4.0, section_spacing=20.0)
+    with pytest.raises(ValueError, match=r"'s1'.*No tissue found.*skip=\['s1'\]"):
+        si.tl.register_stack(stack, reference="s0", registration_params=QUICK)
+    assert load_record(stack).registration is None
+    si.tl.register_stack(stack, reference="s0", registration_params=QUICK, skip=["s1"])
+    assert list(rows(stack)) == ["s0", "s2"]
+    assert rows(stack)["s2"]["path"] == ["s2", "s0"]
+    assert "aligned" not in get_transformation(stack.images["s1_image"], get_all=True)
+    with pytest.raises(KeyError, match=r"'s1' not found.*transformations"):
+        si.tl.warp_element(stack, "s1_image")
+    assert si.pl.registration(stack, return_ax=True).shape == (1, 3)
+
+
+def test_failure_is_loud_and_writes_nothing(sdata):
+    rng = np.random.default_rng(0)
+    image = sdata.images["s2_image"]
+    other = np.asarray(image.data).astype(float)
+    noise = rng.integers(90, 200, other.shape)
+    y, x = np.mgrid[: other.shape[1], : other.shape[2]]
+    image.data = np.where((x < 90) & (y > 60) & (y < 330), noise, 240).astype(np.uint8)  # a strip of something else
+    with pytest.raises(ValueError, match=r"failed for 1 of 3 sections\. s2: .*pl\.registration.*skip"):
+        si.tl.register_stack(sdata, method="syn", registration_params=QUICK)
+    assert load_record(sdata).registration is None
+    with pytest.warns(UserWarning, match="failed for 1 of 3"):
+        si.tl.register_stack(sdata, method="syn", registration_params=QUICK, on_failure="warn")
+    assert rows(sdata)["s2"]["verdict"] == "failed"
+    assert not rows(sdata)["s2"]["deformed"]  # a deformation would only make it look better
+
+
+def test_wrong_pixel_size_is_refused(sdata):
+    for name in ("s2_image", "s2_spots"):
+        own = element_affine(sdata[name], "s2")
+        set_transformation(sdata[name], Affine(np.diag([10, 10, 1]) @ own, ("x", "y"), ("x", "y")), "s2")
+    with pytest.raises(ValueError, match=r"areas of .*Check the pixel sizes"):
+        si.tl.register_stack(sdata, registration_params=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"method": "magic"}, ValueError, "method"),
+        ({"transformations": {"s9": np.eye(3)}}, KeyError, "'s9' not found"),
+        ({"transformations": {"s1": np.eye(3)}}, ValueError, "must not name the reference 's1'"),
+        ({"transformations": {"s0": np.zeros((3, 3))}}, ValueError, r"transformations\['s0'\].*invertible"),
+        ({"transformations": {"s0": "identity"}}, ValueError, "aligned"),
+        ({"initial": {"s0": (np.zeros((3, 2)), np.zeros((2, 2)))}}, ValueError, "same n >= 2"),
+        ({"initial": {"s0": (np.eye(3)[:, :2] * [[0, 0]] + [[1, 2]], np.ones((3, 2)))}}, ValueError, "coincide"),
+        ({"initial": {"s0": np.eye(3)}, "transformations": {"s0": np.eye(3)}}, ValueError, "needs no start"),
+        ({"skip": ["s1"]}, ValueError, "reference 's1' cannot be skipped"),
+        ({"skip": ["s7"]}, KeyError, "'s7' not found"),
+        ({"registration_params": {"syn_smoothing": ((6.0,),)}}, ValueError, "syn_smoothing"),
+    ],
+)
+def test_bad_arguments(sdata, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        si.tl.register_stack(sdata, **kwargs)
+
+
+def test_parallel_equals_serial(sdata, affine):
+    from distributed import Client
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of distributed, on ports and event loops
+        with Client(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None):
+            result = si.tl.register_stack(sdata, registration_params=QUICK, inplace=False)
+    for name, matrix in result.matrices.items():
+        np.testing.assert_allclose(matrix, rows(affine)[name]["matrix"], atol=1e-9)
