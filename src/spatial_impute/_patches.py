@@ -158,6 +158,7 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
     """Bilinear samples of `window` (c, y, x) for patches whose pixel (0, 0) is `first`; beyond `bounds` the rim."""
     n_px = out.shape[1]
     bottom_most, right_most = window.shape[1] - 1, window.shape[2] - 1
+    one = np.float32(1)
     for n in range(out.shape[0]):
         for i in range(n_px):
             for j in range(n_px):
@@ -168,8 +169,14 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
                 left, top = int(x), int(y)
                 right, bottom = min(left + 1, right_most), min(top + 1, bottom_most)
                 fx, fy = np.float32(x - left), np.float32(y - top)
-                for c in range(3):
-                    k = c if window.shape[0] > 1 else 0
-                    above = window[k, top, left] * (np.float32(1) - fx) + window[k, top, right] * fx
-                    below = window[k, bottom, left] * (np.float32(1) - fx) + window[k, bottom, right] * fx
-                    out[n, i, j, c] = above * (np.float32(1) - fy) + below * fy
+                # The products of the parts once for all colours.
+                a, b = (one - fx) * (one - fy), fx * (one - fy)
+                c, d = (one - fx) * fy, fx * fy
+                for k in range(3):
+                    source = k if window.shape[0] > 1 else 0
+                    out[n, i, j, k] = (
+                        np.float32(window[source, top, left]) * a
+                        + np.float32(window[source, top, right]) * b
+                        + np.float32(window[source, bottom, left]) * c
+                        + np.float32(window[source, bottom, right]) * d
+                    )
