@@ -159,7 +159,28 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
     n_px = out.shape[1]
     bottom_most, right_most = window.shape[1] - 1, window.shape[2] - 1
     one = np.float32(1)
+    upright = step[0, 1] == 0.0 and step[1, 0] == 0.0  # then a row of pixels lies on two rows of the window
+    lefts, parts = np.empty(n_px, np.int64), np.empty(n_px, np.float32)
     for n in range(out.shape[0]):
+        if upright:
+            for j in range(n_px):
+                x = min(max(first[n, 0] + step[0, 0] * j, bounds[0, 0]), bounds[1, 0])
+                lefts[j] = int(x)
+                parts[j] = np.float32(x - lefts[j])
+            for i in range(n_px):
+                y = min(max(first[n, 1] + step[1, 1] * i, bounds[0, 1]), bounds[1, 1])
+                top = int(y)
+                bottom, fy = min(top + 1, bottom_most), np.float32(y - top)
+                for k in range(3):
+                    source = k if window.shape[0] > 1 else 0
+                    upper, lower = window[source, top], window[source, bottom]
+                    for j in range(n_px):
+                        left = lefts[j]
+                        right, fx = min(left + 1, right_most), parts[j]
+                        above = upper[left] * (one - fx) + upper[right] * fx
+                        below = lower[left] * (one - fx) + lower[right] * fx
+                        out[n, i, j, k] = above * (one - fy) + below * fy
+            continue
         for i in range(n_px):
             for j in range(n_px):
                 x = first[n, 0] + step[0, 0] * j + step[0, 1] * i
@@ -169,14 +190,8 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
                 left, top = int(x), int(y)
                 right, bottom = min(left + 1, right_most), min(top + 1, bottom_most)
                 fx, fy = np.float32(x - left), np.float32(y - top)
-                # The products of the parts once for all colours.
-                a, b = (one - fx) * (one - fy), fx * (one - fy)
-                c, d = (one - fx) * fy, fx * fy
                 for k in range(3):
                     source = k if window.shape[0] > 1 else 0
-                    out[n, i, j, k] = (
-                        np.float32(window[source, top, left]) * a
-                        + np.float32(window[source, top, right]) * b
-                        + np.float32(window[source, bottom, left]) * c
-                        + np.float32(window[source, bottom, right]) * d
-                    )
+                    above = window[source, top, left] * (one - fx) + window[source, top, right] * fx
+                    below = window[source, bottom, left] * (one - fx) + window[source, bottom, right] * fx
+                    out[n, i, j, k] = above * (one - fy) + below * fy
