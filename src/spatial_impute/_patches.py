@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from spatial_impute._raster import Level
 
-_TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
-# A patch belongs to the tile of its upper left corner, so tiles are walked row by row with those to the right and
-# below: four are in use, and two more keep a walk along a rotated section from reading them anew.
-_TILES_KEPT = 6
+_TILE = 1024  # px; a tile of three such channels is 3 MiB, and no smaller than the usual chunk
+# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the right
+# and below are in use. Every tile is then read for its own row and for the one above, and no more.
+_TILES_KEPT = 4
 
 
 def iter_patches(
