@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scipy import sparse
+
 _CHANNELS = 16  # summed at a time: tables of cumulative sums in float64 stay small beside the features themselves
 _NO_AREA = 1e-9  # of a cell; below it a field has no known cell, but for rounding
 
@@ -88,29 +90,30 @@ def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) ->
     """
     known, n_features = lattice.known, lattice.values.shape[2]
     origin = np.array([lattice.first[1], lattice.first[0]], dtype=float)  # x, y
-    boxes, results, weights = [], [], []
+    boxes, middles, results, weights = [], [], [], []
     area = _cumulative(known[..., None].astype(np.float64))
     for centers, side in fields:
         middle, half = np.asarray(centers) / lattice.step - origin, side / (2 * lattice.step)
-        boxes.append((middle - half, middle + half))
-        weights.append(_box_sums(area, *boxes[-1]))
+        boxes.append(_box_weights(area.shape, middle - half, middle + half))
+        weights.append(boxes[-1] @ area.reshape(-1, 1))
+        middles.append(middle)
         results.append((np.zeros((len(middle), n_features)), np.zeros((len(middle), n_features))))
     offset = lattice.values[known].mean(axis=0, dtype=np.float64)  # squares of centred values lose no digits
     for start in range(0, n_features, _CHANNELS):
         part = slice(start, start + _CHANNELS)
         values = np.where(known[..., None], lattice.values[..., part] - offset[part], 0.0)
-        sums, squares = _cumulative(values), _cumulative(values**2)
+        sums, squares = (_cumulative(v).reshape(-1, values.shape[2]) for v in (values, values**2))
         for box, weight, (mean, spread) in zip(boxes, weights, results, strict=True):
             shared = np.where(weight > _NO_AREA, weight, 1.0)
-            average, square = _box_sums(sums, *box) / shared, _box_sums(squares, *box) / shared
+            average, square = box @ sums / shared, box @ squares / shared
             variance = square - average**2
             mean[:, part] = average + offset[part]
             spread[:, part] = np.sqrt(np.where(variance > 1e-12 * square, variance, 0.0))
     cells = np.argwhere(known)
-    for (low, high), weight, (mean, spread) in zip(boxes, weights, results, strict=True):
+    for middle, weight, (mean, spread) in zip(middles, weights, results, strict=True):
         for row in np.flatnonzero(weight[:, 0] <= _NO_AREA):
-            middle = (low[row] + high[row])[::-1] / 2 - 0.5  # row, column
-            mean[row] = lattice.values[tuple(cells[((cells - middle) ** 2).sum(axis=1).argmin()])]
+            place = middle[row, ::-1] - 0.5  # row, column
+            mean[row] = lattice.values[tuple(cells[((cells - place) ** 2).sum(axis=1).argmin()])]
             spread[row] = 0.0
     return results
 
@@ -123,22 +126,23 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
     return table
 
 
-def _box_sums(table: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(n, d) integrals over boxes from `low` to `high` (x, y), from the integrals of :func:`_cumulative`."""
-    rows, columns = table.shape[0] - 1, table.shape[1] - 1
+def _box_weights(shape: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> sparse.csr_matrix:
+    """(n, cells of a table) weights that make integrals over boxes out of those from the first corner."""
+    from scipy import sparse
 
-    def corner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    rows, columns = shape[0] - 1, shape[1] - 1
+    indices, weights = [], []
+    for x, y, sign in ((high, high, 1.0), (low, high, -1.0), (high, low, -1.0), (low, low, 1.0)):
         # The integral from the first corner is bilinear between the corners of a cell.
-        x, y = np.clip(x, 0, columns), np.clip(y, 0, rows)
-        column, row = np.minimum(x.astype(np.int64), columns - 1), np.minimum(y.astype(np.int64), rows - 1)
-        fx, fy = (x - column)[:, None], (y - row)[:, None]
-        above = table[row, column] * (1 - fx) + table[row, column + 1] * fx
-        below = table[row + 1, column] * (1 - fx) + table[row + 1, column + 1] * fx
-        return above * (1 - fy) + below * fy
-
-    return (
-        corner(high[:, 0], high[:, 1])
-        - corner(low[:, 0], high[:, 1])
-        - corner(high[:, 0], low[:, 1])
-        + corner(low[:, 0], low[:, 1])
+        across, down = np.clip(x[:, 0], 0, columns), np.clip(y[:, 1], 0, rows)
+        column, row = np.minimum(across.astype(np.int64), columns - 1), np.minimum(down.astype(np.int64), rows - 1)
+        fx, fy = across - column, down - row
+        for step_y, part_y in ((0, 1 - fy), (1, fy)):
+            for step_x, part_x in ((0, 1 - fx), (1, fx)):
+                indices.append((row + step_y) * (columns + 1) + column + step_x)
+                weights.append(sign * part_y * part_x)
+    starts = np.arange(len(low) + 1) * len(indices)
+    return sparse.csr_matrix(
+        (np.stack(weights, axis=1).ravel(), np.stack(indices, axis=1).ravel(), starts),
+        shape=(len(low), shape[0] * shape[1]),
     )

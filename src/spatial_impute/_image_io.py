@@ -88,7 +88,9 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
         array, axes = array[None], "C" + axes
     array = array.transpose([axes.index(a) for a in "CYX"])
     # Slivers of strips make one task per row; whole-height columns of tiles do not fit in memory.
-    return array.rechunk({0: -1, 1: max(array.chunksize[1], _CHUNK), 2: max(array.chunksize[2], _CHUNK)})
+    # Whole chunks of the file go together, so that none is decoded for two of ours.
+    rows, columns = (size * max(1, _CHUNK // size) for size in array.chunksize[1:])
+    return array.rechunk({0: -1, 1: rows, 2: columns})
 
 
 def _tiff_mpp(tiff: object) -> float | None:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from spatial_impute._raster import Level
 
-_TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
-# A patch belongs to the tile of its upper left corner, so tiles are walked row by row with those to the right and
-# below: four are in use, and two more keep a walk along a rotated section from reading them anew.
-_TILES_KEPT = 6
+_TILE = 1024  # px; a tile of three such channels is 3 MiB, and no smaller than the usual chunk
+# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the right
+# and below are in use. Every tile is then read for its own row and for the one above, and no more.
+_TILES_KEPT = 4
 
 
 def iter_patches(
@@ -158,7 +158,29 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
     """Bilinear samples of `window` (c, y, x) for patches whose pixel (0, 0) is `first`; beyond `bounds` the rim."""
     n_px = out.shape[1]
     bottom_most, right_most = window.shape[1] - 1, window.shape[2] - 1
+    one = np.float32(1)
+    upright = step[0, 1] == 0.0 and step[1, 0] == 0.0  # then a row of pixels lies on two rows of the window
+    lefts, parts = np.empty(n_px, np.int64), np.empty(n_px, np.float32)
     for n in range(out.shape[0]):
+        if upright:
+            for j in range(n_px):
+                x = min(max(first[n, 0] + step[0, 0] * j, bounds[0, 0]), bounds[1, 0])
+                lefts[j] = int(x)
+                parts[j] = np.float32(x - lefts[j])
+            for i in range(n_px):
+                y = min(max(first[n, 1] + step[1, 1] * i, bounds[0, 1]), bounds[1, 1])
+                top = int(y)
+                bottom, fy = min(top + 1, bottom_most), np.float32(y - top)
+                for k in range(3):
+                    source = k if window.shape[0] > 1 else 0
+                    upper, lower = window[source, top], window[source, bottom]
+                    for j in range(n_px):
+                        left = lefts[j]
+                        right, fx = min(left + 1, right_most), parts[j]
+                        above = upper[left] * (one - fx) + upper[right] * fx
+                        below = lower[left] * (one - fx) + lower[right] * fx
+                        out[n, i, j, k] = above * (one - fy) + below * fy
+            continue
         for i in range(n_px):
             for j in range(n_px):
                 x = first[n, 0] + step[0, 0] * j + step[0, 1] * i
@@ -168,8 +190,8 @@ def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.
                 left, top = int(x), int(y)
                 right, bottom = min(left + 1, right_most), min(top + 1, bottom_most)
                 fx, fy = np.float32(x - left), np.float32(y - top)
-                for c in range(3):
-                    k = c if window.shape[0] > 1 else 0
-                    above = window[k, top, left] * (np.float32(1) - fx) + window[k, top, right] * fx
-                    below = window[k, bottom, left] * (np.float32(1) - fx) + window[k, bottom, right] * fx
-                    out[n, i, j, c] = above * (np.float32(1) - fy) + below * fy
+                for k in range(3):
+                    source = k if window.shape[0] > 1 else 0
+                    above = window[source, top, left] * (one - fx) + window[source, top, right] * fx
+                    below = window[source, bottom, left] * (one - fx) + window[source, bottom, right] * fx
+                    out[n, i, j, k] = above * (one - fy) + below * fy
