@@ -1,0 +1,215 @@
+"""Run a network over an image tile by tile, so that no cell can tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from spatial_impute.models._stencil import Box, CellGrid, Regions, build_stencil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from spatial_impute._working import WorkingImage
+    from spatial_impute.models._pixnet_network import PixNetNetwork, Stain
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Cores that partition an image, and the context each is computed with.
+
+    The image is extended once, at its right and lower end and in white, to a multiple of the coarsest cell. Cores begin
+    at multiples of it; convolutions pad with zeros at the ends of that extended image only.
+    """
+
+    height: int
+    width: int
+    """Of the image in px."""
+    core: int
+    """Edge of a core in px, a multiple of `multiple`."""
+    halo: int
+    """Context in px, a multiple of `multiple`."""
+    stride: int
+    multiple: int
+
+    @property
+    def extended(self) -> tuple[int, int]:
+        """Height and width of the extended image."""
+        return tuple(-(-n // self.multiple) * self.multiple for n in (self.height, self.width))
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of decoder cells of the extended image."""
+        return self.extended[0] // self.stride, self.extended[1] // self.stride
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of cores."""
+        return -(-self.height // self.core), -(-self.width // self.core)
+
+    @property
+    def image(self) -> Box:
+        """All pixels of the image."""
+        return Box(0, self.height, 0, self.width)
+
+    def box(self, tile: tuple[int, int]) -> Box:
+        """Pixels of a core within the extended image."""
+        y, x = tile[0] * self.core, tile[1] * self.core
+        return Box(y, min(y + self.core, self.extended[0]), x, min(x + self.core, self.extended[1]))
+
+    def pixels(self, tile: tuple[int, int]) -> Box:
+        """Pixels of a core that lie in the image."""
+        box = self.box(tile)
+        return Box(box.y0, min(box.y1, self.height), box.x0, min(box.x1, self.width))
+
+    def window(self, tile: tuple[int, int]) -> Box:
+        """A core with its context."""
+        box = self.box(tile)
+        return Box(
+            max(box.y0 - self.halo, 0),
+            min(box.y1 + self.halo, self.extended[0]),
+            max(box.x0 - self.halo, 0),
+            min(box.x1 + self.halo, self.extended[1]),
+        )
+
+    def grid(self, tile: tuple[int, int], margin: int) -> CellGrid:
+        """Cells of a core and `margin` more on each side where there are any."""
+        box, (n_y, n_x), s = self.box(tile), self.cells, self.stride
+        y0, x0 = max(box.y0 // s - margin, 0), max(box.x0 // s - margin, 0)
+        y1, x1 = min(box.y1 // s + margin, n_y), min(box.x1 // s + margin, n_x)
+        return CellGrid(s, n_y, n_x, y0, x0, y1 - y0, x1 - x0)
+
+
+def forward_tile(
+    network: PixNetNetwork,
+    stage: Callable[[Tensor], Tensor],
+    image: WorkingImage,
+    stain: Stain,
+    tiling: Tiling,
+    tile: tuple[int, int],
+    *,
+    margin: int = 0,
+) -> tuple[Tensor, CellGrid]:
+    """Cells of one core.
+
+    Parameters
+    ----------
+    network
+        Where parameters live decides on device and precision.
+    stage
+        From RGB (1, 3, y, x) to maps (1, c, y / stride, x / stride).
+    image, stain
+        The slide.
+    tiling, tile
+        Which core.
+    margin
+        Cells beyond the core.
+
+    Returns
+    -------
+    maps
+        (c, rows, columns).
+    grid
+        Which cells these are.
+    """
+    window = tiling.window(tile)
+    weight = network.head.weight
+    rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
+    maps = stage(stain.apply(rgb[None]))[0]
+    grid = tiling.grid(tile, margin)
+    top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
+    rows, columns = grid.window
+    return maps[:, top : top + rows, left : left + columns], grid
+
+
+def bag(maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box) -> tuple[Tensor, Tensor]:
+    """Sums over regions of the map resized to pixels; differentiable.
+
+    Returns
+    -------
+    sums
+        (n_regions, c).
+    n_pixels
+        (n_regions,) float64.
+    """
+    stencil = build_stencil(regions, core, grid, image)
+    table = maps.flatten(1).T.contiguous()
+    sums = F.embedding_bag(
+        torch.from_numpy(stencil.cells).to(maps.device),
+        table,
+        torch.from_numpy(stencil.start[:-1]).to(maps.device),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(stencil.weights).to(table),
+    )
+    return sums, torch.from_numpy(stencil.n_pixels)
+
+
+class TileIndex:
+    """Which regions touch which cores, without a list per tile of all of them."""
+
+    def __init__(self, regions: Regions, tiling: Tiling) -> None:
+        bounds = regions.bounds
+        rows, columns = tiling.shape
+        limit = np.array([columns - 1, rows - 1])
+        # A region too small for a pixel centre is sampled where its centre lies, which its bounds contain.
+        low = np.floor((bounds[:, :2] - 1) / tiling.core).astype(np.int64)
+        high = np.floor((bounds[:, 2:] + 1) / tiling.core).astype(np.int64)
+        inside = ((high >= 0) & (low <= limit)).all(axis=1)
+        low, high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+        size = np.where(inside[:, None], high - low + 1, 0)
+        count = size.prod(axis=1)
+        region = np.repeat(np.arange(len(bounds)), count)
+        k = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        width = np.maximum(size[region, 0], 1)
+        tile = (low[region, 1] + k // width) * columns + low[region, 0] + k % width
+        order = np.argsort(tile, kind="stable")
+        self._region = region[order]
+        self.tiles, self._start = np.unique(tile[order], return_index=True)
+        self._start = np.append(self._start, len(tile))
+        self._columns = columns
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        for k, tile in enumerate(self.tiles):
+            yield (int(tile) // self._columns, int(tile) % self._columns), self._region[self._start[k] : self._start[k + 1]]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+
+def read_regions(
+    network: PixNetNetwork,
+    stage: Callable[[Tensor], Tensor],
+    image: WorkingImage,
+    stain: Stain,
+    tiling: Tiling,
+    regions: Regions,
+    n_channels: int,
+    *,
+    on_tile: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over regions, without a map: only tiles that regions touch are computed, each once.
+
+    Returns
+    -------
+    sums
+        (n_regions, n_channels) in the precision of the network.
+    n_pixels
+        (n_regions,) float64; 0 for regions outside the image.
+    """
+    dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
+    sums = np.zeros((len(regions), n_channels), dtype)
+    n_pixels = np.zeros(len(regions))
+    with torch.inference_mode():
+        for tile, index in TileIndex(regions, tiling):
+            maps, grid = forward_tile(network, stage, image, stain, tiling, tile, margin=1)
+            found, count = bag(maps, regions.take(index), tiling.pixels(tile), grid, tiling.image)
+            sums[index] += found.cpu().numpy()
+            n_pixels[index] += count.numpy()
+            on_tile()
+    return sums, n_pixels
