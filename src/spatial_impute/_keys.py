@@ -41,6 +41,11 @@ class Keys:
     SUPPORT = "imputation_support"
     PREDICTABILITY = "imputation_r"
 
+    # dense maps and regions
+    DENSE = "dense"
+    PIXNET = "pixnet"
+    N_PIXELS = "n_pixels"
+
     LEVELS = (X_SPOT, X_REGION, X_GLOBAL)
 
     @staticmethod
@@ -107,6 +112,11 @@ class Keys:
     def graph_similarity(key: str) -> str:
         """Feature similarity of linked spots in ``obsp``."""
         return f"{key}_{Keys.SIMILARITY}"
+
+    @staticmethod
+    def expression(key: str) -> str:
+        """Dense map of an image, or table of predictions at shapes."""
+        return f"{key}_expression"
 
     @staticmethod
     def baseline(method: str) -> str:

@@ -1,6 +1,7 @@
 """Models and their parameters."""
 
 from spatial_impute.models._asign import AsignModel
-from spatial_impute.models._params import AsignParams
+from spatial_impute.models._params import AsignParams, PixNetParams
+from spatial_impute.models._pixnet import PixNetModel
 
-__all__ = ["AsignModel", "AsignParams"]
+__all__ = ["AsignModel", "AsignParams", "PixNetModel", "PixNetParams"]

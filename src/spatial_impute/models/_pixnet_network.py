@@ -129,7 +129,9 @@ class PixNetNetwork(nn.Module):
         self.stride, self.multiple = pyramid.strides[0], pyramid.strides[-1]
         self.n_base, self.width, self.rates = n_base, width, rates
         self.decoder = Decoder(pyramid.strides, pyramid.channels, width, norm=norm, delta=delta)
-        self.base = nn.ModuleList([nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(pyramid.channels)] if n_base else [])
+        self.base = nn.ModuleList(
+            [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(pyramid.channels)] if n_base else []
+        )
         self.head = nn.Conv2d(n_base + width, n_genes, 1)
         self.register_buffer("scale", torch.ones(n_genes))
         nn.init.zeros_(self.head.weight)
@@ -207,9 +209,9 @@ def receptive_halo(network: PixNetNetwork) -> int:
         for side in (0, 1):
             rgb = torch.full(shape, 128.0, dtype=torch.float64)
             spoiled = slice(0, edge) if side == 0 else slice(edge, length)
-            rgb[(slice(None), slice(None), spoiled) if axis == 2 else (slice(None), slice(None), slice(None), spoiled)] = (
-                torch.nan
-            )
+            rgb[
+                (slice(None), slice(None), spoiled) if axis == 2 else (slice(None), slice(None), slice(None), spoiled)
+            ] = torch.nan
             with torch.inference_mode():
                 found = probe.features(rgb).isnan().any(dim=1).any(dim=5 - axis - 1)[0]
             if found.all():
@@ -219,6 +221,8 @@ def receptive_halo(network: PixNetNetwork) -> int:
                 )
                 raise ValueError(msg)
             clean = ~found
-            cells = int(clean.nonzero()[0]) - edge // stride if side == 0 else edge // stride - int(clean.nonzero()[-1]) - 1
+            cells = (
+                int(clean.nonzero()[0]) - edge // stride if side == 0 else edge // stride - int(clean.nonzero()[-1]) - 1
+            )
             reach = max(reach, (cells + 1) * stride)  # the resize to pixels reads one more cell
     return -(-reach // multiple) * multiple

@@ -69,7 +69,10 @@ class CellGrid:
     @property
     def window(self) -> tuple[int, int]:
         """Rows and columns of the window."""
-        return self.n_y if self.window_y is None else self.window_y, self.n_x if self.window_x is None else self.window_x
+        return (
+            self.n_y if self.window_y is None else self.window_y,
+            self.n_x if self.window_x is None else self.window_x,
+        )
 
 
 class Discs:
@@ -152,9 +155,7 @@ class Polygons:
         if not len(self):
             return np.zeros((0, 4))
         first = self.start[:-1]  # each edge begins where another one ends: the first points are all corners
-        return np.hstack(
-            [np.minimum.reduceat(self.edges[:, :2], first), np.maximum.reduceat(self.edges[:, :2], first)]
-        )
+        return np.hstack([np.minimum.reduceat(self.edges[:, :2], first), np.maximum.reduceat(self.edges[:, :2], first)])
 
     def take(self, index: np.ndarray) -> Polygons:
         """Some of them."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from spatial_impute.models._pixnet_network import PixNetNetwork, Stain
 
 
+_BATCH = 100_000  # regions whose weights are at hand at a time: some 100 MB
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Cores that partition an image, and the context each is computed with.
@@ -86,12 +89,19 @@ class Tiling:
         return CellGrid(s, n_y, n_x, y0, x0, y1 - y0, x1 - x0)
 
 
+@dataclass(frozen=True)
+class Slide:
+    """An image as a network sees it."""
+
+    image: WorkingImage
+    stain: Stain
+    tiling: Tiling
+
+
 def forward_tile(
     network: PixNetNetwork,
     stage: Callable[[Tensor], Tensor],
-    image: WorkingImage,
-    stain: Stain,
-    tiling: Tiling,
+    slide: Slide,
     tile: tuple[int, int],
     *,
     margin: int = 0,
@@ -104,9 +114,9 @@ def forward_tile(
         Where parameters live decides on device and precision.
     stage
         From RGB (1, 3, y, x) to maps (1, c, y / stride, x / stride).
-    image, stain
+    slide
         The slide.
-    tiling, tile
+    tile
         Which core.
     margin
         Cells beyond the core.
@@ -118,10 +128,11 @@ def forward_tile(
     grid
         Which cells these are.
     """
+    image, tiling = slide.image, slide.tiling
     window = tiling.window(tile)
     weight = network.head.weight
     rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
-    maps = stage(stain.apply(rgb[None]))[0]
+    maps = stage(slide.stain.apply(rgb[None]))[0]
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
     rows, columns = grid.window
@@ -151,7 +162,15 @@ def bag(maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box) -
 
 
 class TileIndex:
-    """Which regions touch which cores, without a list per tile of all of them."""
+    """Which regions touch which cores, without a list per tile of all of them.
+
+    Attributes
+    ----------
+    tiles
+        Numbers of the cores that any touch.
+    n_tiles
+        (n,) how many cores each region touches; 0 outside the image.
+    """
 
     def __init__(self, regions: Regions, tiling: Tiling) -> None:
         bounds = regions.bounds
@@ -173,27 +192,82 @@ class TileIndex:
         self.tiles, self._start = np.unique(tile[order], return_index=True)
         self._start = np.append(self._start, len(tile))
         self._columns = columns
+        self.n_tiles = count
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
         for k, tile in enumerate(self.tiles):
-            yield (int(tile) // self._columns, int(tile) % self._columns), self._region[self._start[k] : self._start[k + 1]]
+            yield (
+                (int(tile) // self._columns, int(tile) % self._columns),
+                self._region[self._start[k] : self._start[k + 1]],
+            )
 
     def __len__(self) -> int:
         return len(self.tiles)
 
 
+def iter_sums(
+    network: PixNetNetwork,
+    stage: Callable[[Tensor], Tensor],
+    slide: Slide,
+    regions: Regions,
+    *,
+    on_tile: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """Sums over regions, tile by tile, without a map: only tiles that regions touch are computed, each once.
+
+    Regions within one tile come as soon as it is done; those that reach over several come at the end.
+
+    Yields
+    ------
+    index
+        Rows of `regions`.
+    sums
+        (len(index), c).
+    n_pixels
+        (len(index),) float64; 0 for regions outside the image, which come last.
+    """
+    tiles = TileIndex(regions, slide.tiling)
+    over_several = np.flatnonzero(tiles.n_tiles > 1)
+    place = np.full(len(regions), -1)
+    place[over_several] = np.arange(len(over_several))
+    total, count = None, np.zeros(len(over_several))
+    weight = network.head.weight
+    for tile, index in tiles:
+        with torch.inference_mode():
+            maps, grid = forward_tile(network, stage, slide, tile, margin=1)
+            core, image = slide.tiling.pixels(tile), slide.tiling.image
+            for start in range(0, len(index), _BATCH):
+                rows = index[start : start + _BATCH]
+                sums, n_pixels = bag(maps, regions.take(rows), core, grid, image)
+                whole = place[rows] < 0
+                if not whole.all():
+                    if total is None:
+                        total = torch.zeros(len(over_several), sums.shape[1], dtype=sums.dtype, device=sums.device)
+                    parts = torch.from_numpy(place[rows[~whole]]).to(sums.device)
+                    total[parts] += sums[torch.from_numpy(~whole).to(sums.device)]
+                    count[place[rows[~whole]]] += n_pixels.numpy()[~whole]
+                    sums, n_pixels = sums[torch.from_numpy(whole).to(sums.device)], n_pixels[torch.from_numpy(whole)]
+                yield rows[whole], sums, n_pixels.numpy()
+            del maps
+        on_tile()
+    if total is not None:
+        yield over_several, total, count
+    outside = np.flatnonzero(tiles.n_tiles == 0)
+    if len(outside):
+        n_channels = 0 if total is None else total.shape[1]
+        yield outside, torch.zeros(len(outside), n_channels, dtype=weight.dtype), np.zeros(len(outside))
+
+
 def read_regions(
     network: PixNetNetwork,
     stage: Callable[[Tensor], Tensor],
-    image: WorkingImage,
-    stain: Stain,
-    tiling: Tiling,
+    slide: Slide,
     regions: Regions,
     n_channels: int,
     *,
     on_tile: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over regions, without a map: only tiles that regions touch are computed, each once.
+    """Sums over all regions.
 
     Returns
     -------
@@ -203,13 +277,9 @@ def read_regions(
         (n_regions,) float64; 0 for regions outside the image.
     """
     dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
-    sums = np.zeros((len(regions), n_channels), dtype)
-    n_pixels = np.zeros(len(regions))
-    with torch.inference_mode():
-        for tile, index in TileIndex(regions, tiling):
-            maps, grid = forward_tile(network, stage, image, stain, tiling, tile, margin=1)
-            found, count = bag(maps, regions.take(index), tiling.pixels(tile), grid, tiling.image)
-            sums[index] += found.cpu().numpy()
-            n_pixels[index] += count.numpy()
-            on_tile()
+    sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
+    for index, found, count in iter_sums(network, stage, slide, regions, on_tile=on_tile):
+        if found.shape[1]:
+            sums[index] = found.cpu().numpy()
+        n_pixels[index] = count
     return sums, n_pixels
