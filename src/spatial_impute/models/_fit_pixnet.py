@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +103,7 @@ def fit(
         n_base=0 if counts else params.n_base,
         norm=params.norm,
         delta=params.delta,
+        finest=params.finest_stride,
         rates=counts,
     ).to(device)
     network.pyramid.requires_grad_(params.encoder_learning_rate > 0)
@@ -143,8 +144,6 @@ def fit(
 
 def _standardise(slides: list[TrainingSlide], *, counts: bool) -> tuple[list[TrainingSlide], np.ndarray, np.ndarray]:
     """Log values to mean 0 and variance 1 per gene; counts stay, and their scale is the mean count per um^2."""
-    from dataclasses import replace
-
     if counts:
         area = sum(float(_area_um(s).sum()) for s in slides)
         total = np.sum([s.expression.sum(axis=0) for s in slides], axis=0)
@@ -174,7 +173,7 @@ def _install_base(
     halo = receptive_halo(network)
     rng = np.random.default_rng(seed)
     features, target, image, block, held_out = [], [], [], [], []
-    n_channels = sum(network.pyramid.channels)
+    n_channels = network.n_levels
     network.eval()
     for slide, o in zip(slides, out, strict=True):
         rows = np.arange(len(slide.regions))
@@ -242,11 +241,6 @@ def predict_crops(network: PixNetNetwork, maps: list[Tensor], stencils: list, ar
     return means * areas.to(table)[:, None] if network.rates else network.from_pooled(means)
 
 
-def _encode(network: PixNetNetwork, rgb: Tensor, *, trained: bool) -> list[Tensor]:
-    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-        return network.pyramid(rgb)
-
-
 @dataclass
 class _Watch:
     """Held-out regions of one window, with the maps of the encoder where it does not change."""
@@ -271,7 +265,7 @@ def _watch(
         maps = None
         if params.encoder_learning_rate == 0:
             with torch.no_grad():
-                maps = network.pyramid(crop.rgb[None].to(device))
+                maps = network.encode(crop.rgb[None].to(device))
         found.append(_Watch(entry, crop, owned, maps))
     return found
 
@@ -282,7 +276,7 @@ def _look(network: PixNetNetwork, watch: list[_Watch], loss: RegionLoss, device:
     predicted, true = {}, {}
     with torch.no_grad():
         for w in watch:
-            maps = network.pyramid(w.crop.rgb[None].to(device)) if w.maps is None else w.maps
+            maps = network.encode(w.crop.rgb[None].to(device)) if w.maps is None else w.maps
             area = torch.from_numpy(_area_um(w.entry)[w.crop.rows])
             values = predict_crops(network, maps, [w.crop.stencil], area)[torch.from_numpy(w.owned).to(device)]
             key = (w.entry.slide, len(w.entry.regions))
@@ -349,12 +343,12 @@ def _train(
         rows.append(_row(0, np.nan, best_loss, r, kept=True))
     for _ in range(first - 1):
         tick()
+    source = _Source(network, slides, params, size=size, seed=seed, device=device)
     last_losses = []
     for step in range(first, params.n_steps + 1):
         if watch and (rows[-1]["step"] - best_step) >= params.patience * params.n_steps_per_check:
             break
-        # Each step draws from its own generator, so that training taken up again sees the same crops.
-        value = _step(network, slides, params, size, loss, optimizer, np.random.default_rng([seed, step]), device)
+        value = _step(network, source, loss, optimizer, step)
         freeze()
         tick()
         if value is None:
@@ -378,39 +372,83 @@ def _train(
     return history, best
 
 
-def _step(
-    network: PixNetNetwork,
-    slides: list[TrainingSlide],
-    params: PixNetParams,
-    size: int,
-    loss: RegionLoss,
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
-    device: str,
-) -> float | None:
-    """One batch of crops; None if they hold too few regions."""
-    network.train()
-    drawn = [
-        random_crop(
-            slides,
-            size,
-            network.stride,
-            margin=params.margin,
-            max_regions=params.max_regions,
-            flips=params.flips,
-            stain_jitter=params.stain_jitter,
+@dataclass
+class _Drawn:
+    """A training crop; with the maps of the encoder in place of the image, where it does not change."""
+
+    entry: TrainingSlide
+    crop: Crop
+    maps: list[Tensor] | None = None
+
+
+class _Source:
+    """Where batches come from: a pool of encoded crops, or new crops in every step."""
+
+    def __init__(
+        self,
+        network: PixNetNetwork,
+        slides: list[TrainingSlide],
+        params: PixNetParams,
+        *,
+        size: int,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.network, self.slides, self.params = network, slides, params
+        self.size, self.seed, self.device = size, seed, device
+        self.trained = params.encoder_learning_rate > 0
+        self.pool: list[_Drawn] = []
+        if not self.trained and params.n_steps:
+            rng = np.random.default_rng([seed, 0])
+            for _ in range(params.n_cached_crops):
+                drawn = self._draw(rng)
+                if len(drawn.crop.rows):
+                    # Half precision: what is lost is far below the noise of augmentation.
+                    drawn.maps = [m.half() for m in self._encode([drawn])]
+                    drawn.crop = replace(drawn.crop, rgb=drawn.crop.rgb[:, :0, :0])
+                    self.pool.append(drawn)
+
+    def _draw(self, rng: np.random.Generator) -> _Drawn:
+        p = self.params
+        which, crop = random_crop(
+            self.slides,
+            self.size,
+            self.network.stride,
+            margin=p.margin,
+            max_regions=p.max_regions,
+            flips=p.flips,
+            stain_jitter=p.stain_jitter,
             rng=rng,
         )
-        for _ in range(params.n_crops)
-    ]
-    drawn = [(k, crop) for k, crop in drawn if len(crop.rows)]
-    if sum(len(crop.rows) for _, crop in drawn) < _MIN_REGIONS:
+        return _Drawn(self.slides[which], crop)
+
+    def _encode(self, drawn: list[_Drawn]) -> list[Tensor]:
+        with torch.set_grad_enabled(self.trained):
+            return self.network.encode(torch.stack([d.crop.rgb for d in drawn]).to(self.device))
+
+    def batch(self, step: int) -> tuple[list[_Drawn], list[Tensor]]:
+        """Crops of a step and their maps; each step draws from its own generator, so that training can be taken up."""
+        rng = np.random.default_rng([self.seed, step])
+        if self.pool:
+            chosen = rng.choice(len(self.pool), min(self.params.n_crops, len(self.pool)), replace=False)
+            drawn = [self.pool[k] for k in chosen]
+            return drawn, [torch.cat(maps).float() for maps in zip(*(d.maps for d in drawn), strict=True)]
+        drawn = [d for d in (self._draw(rng) for _ in range(self.params.n_crops)) if len(d.crop.rows)]
+        return drawn, self._encode(drawn) if drawn else []
+
+
+def _step(
+    network: PixNetNetwork, source: _Source, loss: RegionLoss, optimizer: torch.optim.Optimizer, step: int
+) -> float | None:
+    """One batch; None if it holds too few regions."""
+    network.train()
+    drawn, maps = source.batch(step)
+    if sum(len(d.crop.rows) for d in drawn) < _MIN_REGIONS:
         return None
-    true = torch.from_numpy(np.concatenate([slides[k].expression[crop.rows] for k, crop in drawn])).float().to(device)
-    area = torch.from_numpy(np.concatenate([_area_um(slides[k])[crop.rows] for k, crop in drawn]))
-    rgb = torch.stack([crop.rgb for _, crop in drawn]).to(device)
-    maps = _encode(network, rgb, trained=params.encoder_learning_rate > 0)
-    value = loss(predict_crops(network, maps, [crop.stencil for _, crop in drawn], area), true)
+    device = source.device
+    true = torch.from_numpy(np.concatenate([d.entry.expression[d.crop.rows] for d in drawn])).float().to(device)
+    area = torch.from_numpy(np.concatenate([_area_um(d.entry)[d.crop.rows] for d in drawn]))
+    value = loss(predict_crops(network, maps, [d.crop.stencil for d in drawn], area), true)
     optimizer.zero_grad()
     value.backward()
     optimizer.step()

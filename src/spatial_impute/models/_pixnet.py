@@ -218,6 +218,7 @@ class PixNetModel:
             width=params.width,
             n_base=config["n_base"],
             norm=params.norm,
+            finest=params.finest_stride,
             rates=config["rates"],
         )
         try:

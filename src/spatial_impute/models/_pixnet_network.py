@@ -13,7 +13,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from spatial_impute.models._pyramid import Pyramid
 
-_PROBE_CELLS = 64  # coarsest cells along the probe of the receptive field: wider than any sensible network reads
+_FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the probe of the receptive field
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class PixNetNetwork(nn.Module):
         ``"batch"`` or ``"layer"``.
     delta
         Start of the scales of the lateral maps.
+    finest
+        Leave out maps of the encoder with a smaller stride than this, as long as two are left.
     rates
         Map is a positive rate, the softplus of the head; else it is the head.
 
@@ -122,15 +124,20 @@ class PixNetNetwork(nn.Module):
         n_base: int,
         norm: str = "batch",
         delta: float = 1.0,
+        finest: int = 1,
         rates: bool = False,
     ) -> None:
         super().__init__()
         self.pyramid = pyramid
-        self.stride, self.multiple = pyramid.strides[0], pyramid.strides[-1]
+        coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= finest]
+        self.first = max(0, min([*coarse_enough, len(pyramid.strides) - 2]))
+        strides, channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
+        self.n_levels = sum(channels)
+        self.stride, self.multiple = strides[0], strides[-1]
         self.n_base, self.width, self.rates = n_base, width, rates
-        self.decoder = Decoder(pyramid.strides, pyramid.channels, width, norm=norm, delta=delta)
+        self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
         self.base = nn.ModuleList(
-            [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(pyramid.channels)] if n_base else []
+            [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(channels)] if n_base else []
         )
         self.head = nn.Conv2d(n_base + width, n_genes, 1)
         self.register_buffer("scale", torch.ones(n_genes))
@@ -145,9 +152,13 @@ class PixNetNetwork(nn.Module):
         self.pyramid.eval()
         return self
 
+    def encode(self, rgb: Tensor) -> list[Tensor]:
+        """Maps of the encoder that are used, finest first."""
+        return self.pyramid(rgb)[self.first :]
+
     def levels(self, rgb: Tensor) -> Tensor:
         """All maps of the encoder on the finest grid, one after the other: (n, sum of channels, y, x)."""
-        maps = self.pyramid(rgb)
+        maps = self.encode(rgb)
         return torch.cat([_resize(m, maps[0].shape[-2:]) for m in maps], dim=1)
 
     def combine(self, maps: list[Tensor]) -> Tensor:
@@ -160,7 +171,7 @@ class PixNetNetwork(nn.Module):
 
     def features(self, rgb: Tensor) -> Tensor:
         """Base and decoder: what the head is linear in."""
-        return self.combine(self.pyramid(rgb))
+        return self.combine(self.encode(rgb))
 
     def genes(self, features: Tensor) -> Tensor:
         """Map of the genes from that of the features."""
@@ -199,30 +210,31 @@ def receptive_halo(network: PixNetNetwork) -> int:
         If NaN spreads everywhere: the network has operations over the whole image.
     """
     probe = copy.deepcopy(network).double().cpu().eval()
-    multiple, stride = network.multiple, network.stride
-    length = _PROBE_CELLS * multiple
+    n_cells = _FIRST_PROBE
+    while n_cells <= _LAST_PROBE:
+        reach = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
+        if None not in reach:
+            # The resize to pixels reads one more cell.
+            return -(-(max(reach) + network.stride) // network.multiple) * network.multiple
+        n_cells *= 2
+    msg = (
+        f"The encoder {network.pyramid.name!r} reads the whole image (or more than {n_cells * network.multiple // 4} px "
+        "around a pixel), so that tiles cannot equal the slide. Use a convolutional encoder without global operations."
+    )
+    raise ValueError(msg)
+
+
+def _reach(probe: PixNetNetwork, length: int, axis: int, side: int) -> int | None:
+    """Pixels beyond an edge in the middle of a strip that its cells still depend on; None if that is all of them."""
     edge = length // 2
-    reach = 0
-    for axis in (2, 3):
-        shape = [1, 3, multiple, multiple]
-        shape[axis] = length
-        for side in (0, 1):
-            rgb = torch.full(shape, 128.0, dtype=torch.float64)
-            spoiled = slice(0, edge) if side == 0 else slice(edge, length)
-            rgb[
-                (slice(None), slice(None), spoiled) if axis == 2 else (slice(None), slice(None), slice(None), spoiled)
-            ] = torch.nan
-            with torch.inference_mode():
-                found = probe.features(rgb).isnan().any(dim=1).any(dim=5 - axis - 1)[0]
-            if found.all():
-                msg = (
-                    f"The encoder {network.pyramid.name!r} reads the whole image (or more than {edge} px around a pixel), "
-                    "so that tiles cannot equal the slide. Use a convolutional encoder without global operations."
-                )
-                raise ValueError(msg)
-            clean = ~found
-            cells = (
-                int(clean.nonzero()[0]) - edge // stride if side == 0 else edge // stride - int(clean.nonzero()[-1]) - 1
-            )
-            reach = max(reach, (cells + 1) * stride)  # the resize to pixels reads one more cell
-    return -(-reach // multiple) * multiple
+    shape = [1, 3, probe.multiple, probe.multiple]
+    shape[axis] = length
+    rgb = torch.full(shape, 128.0, dtype=torch.float64)
+    rgb.narrow(axis, 0 if side == 0 else edge, edge).fill_(torch.nan)
+    with torch.inference_mode():
+        spoiled = probe.features(rgb).isnan().any(dim=1).any(dim=4 - axis)[0]
+    clean = (~spoiled).nonzero()[:, 0]
+    if not len(clean):
+        return None
+    cell = edge // probe.stride
+    return (int(clean[0]) - cell if side == 0 else cell - int(clean[-1]) - 1) * probe.stride

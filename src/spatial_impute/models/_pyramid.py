@@ -47,16 +47,16 @@ class Pyramid(nn.Module):
 
 
 class TellezPyramid(Pyramid):
-    """Convolutions of the multitask pathology encoder, run on the image and on its two- and fourfold reductions.
+    """Convolutions of the multitask pathology encoder, run on the image and on its two-, four- and eightfold reductions.
 
-    The network was trained on fields of 64 um; its own deepest cells see 31 um. The reductions add cells that see 62
-    and 124 um. The published convolutions are unpadded; here they are padded after and before their input in turn,
+    The network was trained on fields of 64 um; its own deepest cells see 31 um. The reductions add cells that see 62,
+    124 and 248 um, at a third of the cost of the image itself. The published convolutions are unpadded; here they are padded after and before their input in turn,
     which keeps all cells within 2.5 pixels of the centre of what they see.
     """
 
     name = "tellez-multitask"
-    strides = (4, 8, 16, 32, 64)
-    channels = (128, 128, 128, 128, 128)
+    strides = (4, 8, 16, 32, 64, 128)
+    channels = (128, 128, 128, 128, 128, 128)
     resolution = 1.0
 
     def __init__(self, *, pretrained: bool = True) -> None:
@@ -69,7 +69,7 @@ class TellezPyramid(Pyramid):
         """Maps, finest first."""
         scaled = rgb / 127.5 - 1.0
         maps = self._stack(scaled)[1:]  # stride 2 holds edges of single nuclei, at four times the cost of stride 4
-        return [*maps, *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4))]
+        return [*maps, *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
 
     def _stack(self, x: Tensor) -> list[Tensor]:
         maps = []
