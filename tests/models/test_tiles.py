@@ -79,7 +79,9 @@ def make_network(module: nn.Module, *, norm: str = "batch") -> PixNetNetwork:
 
 def assemble(network: PixNetNetwork, image: Pixels, core: int, halo: int) -> torch.Tensor:
     """Map of the genes from tiles."""
-    slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, core, halo, network.stride, network.multiple))
+    slide = Slide(
+        image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, core, halo, network.stride, network.multiple)
+    )
     n_y, n_x = slide.tiling.cells
     out = torch.full((3, n_y, n_x), torch.nan, dtype=network.head.weight.dtype)
     rows, columns = slide.tiling.shape
@@ -103,7 +105,9 @@ def test_tiles_equal_the_whole(norm, shape):
         # The same sums over the same numbers; only the order of their last bits may differ with the width of a matrix.
         assert (assemble(network, image, core, halo) - whole).abs().max() < 1e-13 * whole.abs().max()
     if shape[1] > 64:
-        assert (assemble(network, image, 64, halo // 2 // network.multiple * network.multiple) - whole).abs().max() > 1e-9
+        assert (
+            assemble(network, image, 64, halo // 2 // network.multiple * network.multiple) - whole
+        ).abs().max() > 1e-9
 
 
 def test_tiles_equal_the_whole_in_single_precision():
@@ -157,7 +161,9 @@ def test_only_tiles_with_regions_are_forwarded():
     network = make_network(SmallPyramid())
     image = Pixels(256, 256)
     slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(256, 256, 64, 32, network.stride, network.multiple))
-    sums, n_pixels = read_regions(network, network.features, slide, Discs([[32.0, 32.0], [-99.0, 0.0]], [10.0, 5.0]), 10)
+    sums, n_pixels = read_regions(
+        network, network.features, slide, Discs([[32.0, 32.0], [-99.0, 0.0]], [10.0, 5.0]), 10
+    )
     assert image.n_reads == 1
     assert n_pixels[1] == 0
     assert sums[1].tolist() == [0.0] * 10

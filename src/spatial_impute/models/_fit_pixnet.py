@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spatial_impute._logging import logger
 from spatial_impute.metrics._scores import pearson_by_gene
 from spatial_impute.models._checkpoint import load_checkpoint, save_checkpoint
+from spatial_impute.models._inputs import suitable_threads
 from spatial_impute.models._pixnet_base import fit_base, set_base
 from spatial_impute.models._pixnet_crops import (
     Crop,
@@ -120,20 +121,22 @@ def fit(
             network.head.bias.fill_(_SOFTPLUS_ONE)
     elif params.n_base:
         penalty, refit = _install_base(network, slides, out, params, core=core, seed=seed)
-    history, best = _train(
-        network,
-        train,
-        watched,
-        params,
-        seed=seed,
-        device=device,
-        checkpoint=checkpoint,
-        fingerprint=fingerprint,
-        tick=tick,
-    )
-    network.load_state_dict(best)
-    network.eval()
-    held_out = _held_out_r(network, watched, params, device) if watched else np.full(len(var_names), np.nan)
+    n_cells = params.n_crops * (params.crop // network.stride) ** 2
+    with suitable_threads(n_cells, params.width):
+        history, best = _train(
+            network,
+            train,
+            watched,
+            params,
+            seed=seed,
+            device=device,
+            checkpoint=checkpoint,
+            fingerprint=fingerprint,
+            tick=tick,
+        )
+        network.load_state_dict(best)
+        network.eval()
+        held_out = _held_out_r(network, watched, params, device) if watched else np.full(len(var_names), np.nan)
     if refit is not None:
         refit()  # the regions held out so far help the base as well; its size is settled
     if not counts:

@@ -94,8 +94,9 @@ class PixNetParams:
     four times the cost."""
     n_base: int = 128
     """Principal components of the encoder's maps in the linear base; 0 leaves the base out, as published."""
-    norm: str = "batch"
-    """Norm within the decoder: ``"batch"``, or ``"layer"`` over the channels of each cell."""
+    norm: str = "layer"
+    """Norm within the decoder: ``"layer"`` over the channels of each cell, or ``"batch"``. With the few crops of a step
+    the running statistics of batch norm trail behind, and what is watched drifts from what is trained."""
     delta: float = 1.0
     """Start of the learned scale of each lateral map."""
     loss: str = "mse+pcc"

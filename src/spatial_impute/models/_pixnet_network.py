@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatial_impute.models._inputs import suitable_threads
+
 if TYPE_CHECKING:
     from spatial_impute.models._pyramid import Pyramid
 
@@ -231,7 +233,7 @@ def _reach(probe: PixNetNetwork, length: int, axis: int, side: int) -> int | Non
     shape[axis] = length
     rgb = torch.full(shape, 128.0, dtype=torch.float64)
     rgb.narrow(axis, 0 if side == 0 else edge, edge).fill_(torch.nan)
-    with torch.inference_mode():
+    with torch.inference_mode(), suitable_threads(0, 0):
         spoiled = probe.features(rgb).isnan().any(dim=1).any(dim=4 - axis)[0]
     clean = (~spoiled).nonzero()[:, 0]
     if not len(clean):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from spatial_impute.models._inputs import suitable_threads
 from spatial_impute.models._stencil import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def forward_tile(
     window = tiling.window(tile)
     weight = network.head.weight
     rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
-    maps = stage(slide.stain.apply(rgb[None]))[0]
+    with suitable_threads(rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2, network.head.in_channels):
+        maps = stage(slide.stain.apply(rgb[None]))[0]
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
     rows, columns = grid.window
