@@ -199,7 +199,7 @@ def _install_base(
 
     def refit() -> None:
         """Same penalty and the decoder's share untouched: what the decoder adds is refitted around."""
-        full = fit_base(*arrays, n_components=network.n_base, penalty=base.penalty, seed=seed)
+        full = fit_base(*arrays, n_components=network.n_base, choice=(base.penalty, base.rank), seed=seed)
         bias = network.head.bias.detach().clone() - torch.from_numpy(base.intercept).to(network.head.bias)
         set_base(network, full)
         with torch.no_grad():

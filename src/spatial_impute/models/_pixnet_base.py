@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._pixnet_network import PixNetNetwork
 
 _PENALTIES = tuple(10.0**k for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
+_RANKS = (1, 2, 3, 5, 8, 12, 20, 32, 64)  # of the regression; full rank is tried as well
 _MAX_REGIONS = 20_000  # of millions of bins a sample settles a regression on hundreds of features
 _SMALLEST_SPREAD = 1e-6
 
@@ -29,6 +30,8 @@ class Base:
     intercept: np.ndarray
     """(n_genes,)."""
     penalty: float
+    rank: int
+    """Patterns of genes that follow the image; the others are left to their mean."""
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(n, n_genes)."""
@@ -42,11 +45,14 @@ def fit_base(
     block: np.ndarray,
     *,
     n_components: int,
-    penalty: float | None = None,
+    choice: tuple[float, int] | None = None,
     n_folds: int = 5,
     seed: int = 0,
 ) -> Base:
-    """Ridge regression on principal components, slide by slide about its own mean.
+    """Reduced-rank ridge regression on principal components, slide by slide about its own mean.
+
+    What the image tells of hundreds of noisy genes is a few patterns that they share: predictions are confined to the
+    leading principal components of the fitted values. Penalty and rank are chosen together by cross-validation.
 
     Slides differ in level (stain, depth of sequencing) for reasons that are not in the tissue; what is learned is how
     expression follows the image within a slide.
@@ -63,8 +69,8 @@ def fit_base(
         (n,) block of neighbouring regions; blocks stay together when the penalty is chosen.
     n_components
         Most components kept.
-    penalty
-        Penalty per region; chosen by cross-validation over blocks by default.
+    choice
+        Penalty per region, and rank; chosen by cross-validation over blocks by default.
     n_folds
         Of that cross-validation.
     seed
@@ -84,16 +90,17 @@ def fit_base(
     rank = max(1, min(n_components, int((s > 1e-8 * s.max(initial=1e-300)).sum()), len(z) - 1))
     v = vt[:rank].T
     t = z @ v
-    if penalty is None:
-        penalty = _choose_penalty(t, y_centred, block, n_folds, rng)
+    penalty, n_patterns = choice or _choose(t, y_centred, block, n_folds, rng)
     weights = _ridge(t, y_centred, penalty)
+    patterns = _patterns(t @ weights)[:, :n_patterns]
+    weights = weights @ patterns @ patterns.T
     projection = v / spread[:, None]
     offset = x.mean(axis=0) @ projection
     if rank < n_components:
         pad = n_components - rank
         projection = np.pad(projection, ((0, 0), (0, pad)))
         offset, weights = np.pad(offset, (0, pad)), np.pad(weights, ((0, pad), (0, 0)))
-    return Base(projection, offset, weights, y.mean(axis=0), penalty)
+    return Base(projection, offset, weights, y.mean(axis=0), penalty, n_patterns)
 
 
 def _ridge(t: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
@@ -101,18 +108,34 @@ def _ridge(t: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
     return np.linalg.solve(gram, t.T @ y)
 
 
-def _choose_penalty(t: np.ndarray, y: np.ndarray, block: np.ndarray, n_folds: int, rng: np.random.Generator) -> float:
+def _patterns(fitted: np.ndarray) -> np.ndarray:
+    """(n_genes, rank) principal directions of fitted values, the strongest first."""
+    return np.linalg.svd(fitted, full_matrices=False)[2].T
+
+
+def _choose(
+    t: np.ndarray, y: np.ndarray, block: np.ndarray, n_folds: int, rng: np.random.Generator
+) -> tuple[float, int]:
+    """Penalty and rank with the lowest error on held-out blocks."""
     names, block = np.unique(block, return_inverse=True)
     n_folds = min(n_folds, len(names))
+    full = y.shape[1]
     if n_folds < 2:
-        return 1.0  # nothing to compare on: as much penalty as variance
+        return 1.0, full  # nothing to compare on: as much penalty as variance
+    ranks = [r for r in _RANKS if r < min(full, t.shape[1])] + [full]
     fold = (rng.permutation(len(names)) % n_folds)[block]
-    errors = np.zeros(len(_PENALTIES))
+    errors = np.zeros((len(_PENALTIES), len(ranks)))
     for k in range(n_folds):
         out = fold == k
-        for j, penalty in enumerate(_PENALTIES):
-            errors[j] += ((t[out] @ _ridge(t[~out], y[~out], penalty) - y[out]) ** 2).sum()
-    return _PENALTIES[int(np.argmin(errors))]
+        for i, penalty in enumerate(_PENALTIES):
+            weights = _ridge(t[~out], y[~out], penalty)
+            patterns = _patterns(t[~out] @ weights)
+            predicted, true = t[out] @ weights @ patterns, y[out] @ patterns
+            # Error as a function of how many of the orthonormal patterns are kept, up to a constant.
+            gain = np.cumsum((predicted**2 - 2 * predicted * true).sum(axis=0))
+            errors[i] += gain[[min(r, len(gain)) - 1 for r in ranks]]
+    i, j = np.unravel_index(np.argmin(errors), errors.shape)
+    return _PENALTIES[i], ranks[j]
 
 
 def centre_by(values: np.ndarray, group: np.ndarray) -> np.ndarray:
