@@ -199,7 +199,7 @@ def _install_base(
 
     def refit() -> None:
         """Same penalty and the decoder's share untouched: what the decoder adds is refitted around."""
-        full = fit_base(*arrays, n_components=network.n_base, choice=(base.penalty, base.rank), seed=seed)
+        full = fit_base(*arrays, n_components=network.n_base, choice=(base.penalty, base.shrinkage), seed=seed)
         bias = network.head.bias.detach().clone() - torch.from_numpy(base.intercept).to(network.head.bias)
         set_base(network, full)
         with torch.no_grad():
@@ -273,10 +273,26 @@ def _watch(
     return found
 
 
-def _look(network: PixNetNetwork, watch: list[_Watch], loss: RegionLoss, device: str) -> tuple[float, np.ndarray]:
-    """Loss and per-gene correlation on the held-out regions, by slide, mean over slides."""
+@dataclass(frozen=True)
+class _Seen:
+    """What the held-out regions say."""
+
+    loss: float
+    r: np.ndarray
+    """(n_genes,) per-gene correlation, mean over slides."""
+    error: np.ndarray
+    """(n_blocks,) mean squared error of each held-out block."""
+
+    def surely_better_than(self, other: _Seen) -> bool:
+        """Whether the error fell by more than its standard error over blocks."""
+        fell = other.error - self.error
+        return len(fell) < 2 or fell.mean() > fell.std(ddof=1) / np.sqrt(len(fell))
+
+
+def _look(network: PixNetNetwork, watch: list[_Watch], loss: RegionLoss, device: str) -> _Seen:
+    """Loss, correlation and error on the held-out regions, by slide and size, then mean."""
     network.eval()
-    predicted, true = {}, {}
+    predicted, true, block = {}, {}, {}
     with torch.no_grad():
         for w in watch:
             maps = network.encode(w.crop.rgb[None].to(device)) if w.maps is None else w.maps
@@ -285,12 +301,16 @@ def _look(network: PixNetNetwork, watch: list[_Watch], loss: RegionLoss, device:
             key = (w.entry.slide, len(w.entry.regions))
             predicted.setdefault(key, []).append(values)
             true.setdefault(key, []).append(w.entry.expression[w.crop.rows][w.owned])
-        losses, correlations = [], []
+            block.setdefault(key, []).append(w.entry.block[w.crop.rows][w.owned])
+        losses, correlations, errors = [], [], []
         for key, values in predicted.items():
             p, t = torch.cat(values), torch.from_numpy(np.concatenate(true[key])).to(values[0])
             losses.append(float(loss(p, t)))
             correlations.append(pearson_by_gene(p.cpu().numpy(), t.cpu().numpy()))
-    return float(np.mean(losses)), _nanmean(np.stack(correlations))
+            _, code = np.unique(np.concatenate(block[key]), return_inverse=True)
+            error = (p - t).square().mean(dim=1).cpu().numpy()
+            errors.append(np.bincount(code, error) / np.bincount(code))
+    return _Seen(float(np.mean(losses)), _nanmean(np.stack(correlations)), np.concatenate(errors))
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
@@ -302,7 +322,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
 def _held_out_r(network: PixNetNetwork, watched: list[TrainingSlide], params: PixNetParams, device: str) -> np.ndarray:
     size = crop_size(watched, params.crop, params.margin, network.multiple)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(device)
-    return _look(network, _watch(network, watched, params, size, 0, device), loss, device)[1]
+    return _look(network, _watch(network, watched, params, size, 0, device), loss, device).r
 
 
 def _train(
@@ -329,6 +349,7 @@ def _train(
     optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
     watch = _watch(network, watched, params, size, seed, device)
     freeze = _frozen_head(network)
+    start = _look(network, watch, loss, device) if watch else None
 
     rows: list[dict[str, float]] = []
     best, best_loss, best_step, first = _state(network), np.inf, 0, 1
@@ -342,8 +363,8 @@ def _train(
         first = int(rows[-1]["step"]) + 1
         logger.info("Training taken up at step %d", first)
     elif watch:
-        best_loss, r = _look(network, watch, loss, device)
-        rows.append(_row(0, np.nan, best_loss, r, kept=True))
+        best_loss = start.loss
+        rows.append(_row(0, np.nan, best_loss, start.r, kept=True))
     for _ in range(first - 1):
         tick()
     source = _Source(network, slides, params, size=size, seed=seed, device=device)
@@ -362,8 +383,12 @@ def _train(
         last_losses.append(value)
         if step % params.n_steps_per_check and step != params.n_steps:
             continue
-        held_out_loss, r = _look(network, watch, loss, device) if watch else (np.nan, np.array([np.nan]))
-        kept = not watch or held_out_loss < best_loss
+        held_out_loss, r, kept = np.nan, np.array([np.nan]), True
+        if watch:
+            seen = _look(network, watch, loss, device)
+            held_out_loss, r = seen.loss, seen.r
+            # The base is a strong start: what looks better than it by chance is not.
+            kept = held_out_loss < best_loss and (not network.n_base or seen.surely_better_than(start))
         if kept:
             best, best_loss, best_step = _state(network), held_out_loss, step
         rows.append(_row(step, float(np.mean(last_losses)), held_out_loss, r, kept=kept))

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from spatial_impute.models._pixnet_network import PixNetNetwork
 
 _PENALTIES = tuple(10.0**k for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
-_RANKS = (1, 2, 3, 5, 8, 12, 20, 32, 64)  # of the regression; full rank is tried as well
 _MAX_REGIONS = 20_000  # of millions of bins a sample settles a regression on hundreds of features
 _SMALLEST_SPREAD = 1e-6
 
@@ -30,8 +29,8 @@ class Base:
     intercept: np.ndarray
     """(n_genes,)."""
     penalty: float
-    rank: int
-    """Patterns of genes that follow the image; the others are left to their mean."""
+    shrinkage: np.ndarray
+    """(n_patterns,) 0-1: how far each pattern of genes that follows the image could be trusted on held-out blocks."""
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(n, n_genes)."""
@@ -45,14 +44,15 @@ def fit_base(
     block: np.ndarray,
     *,
     n_components: int,
-    choice: tuple[float, int] | None = None,
+    choice: tuple[float, np.ndarray] | None = None,
     n_folds: int = 5,
     seed: int = 0,
 ) -> Base:
-    """Reduced-rank ridge regression on principal components, slide by slide about its own mean.
+    """Ridge regression on principal components with shrunken patterns of genes, slide by slide about its own mean.
 
-    What the image tells of hundreds of noisy genes is a few patterns that they share: predictions are confined to the
-    leading principal components of the fitted values. Penalty and rank are chosen together by cross-validation.
+    What the image tells of hundreds of noisy genes is a few patterns that they share: the principal components of the
+    fitted values. Each is shrunken by what it is worth on held-out blocks, which multiplies the weak ones by zero
+    :cite:p:`Breiman1997`. Penalty and shrinkage come from the same cross-validation.
 
     Slides differ in level (stain, depth of sequencing) for reasons that are not in the tissue; what is learned is how
     expression follows the image within a slide.
@@ -70,7 +70,7 @@ def fit_base(
     n_components
         Most components kept.
     choice
-        Penalty per region, and rank; chosen by cross-validation over blocks by default.
+        Penalty per region, and shrinkage; chosen by cross-validation over blocks by default.
     n_folds
         Of that cross-validation.
     seed
@@ -90,17 +90,17 @@ def fit_base(
     rank = max(1, min(n_components, int((s > 1e-8 * s.max(initial=1e-300)).sum()), len(z) - 1))
     v = vt[:rank].T
     t = z @ v
-    penalty, n_patterns = choice or _choose(t, y_centred, block, n_folds, rng)
+    penalty, shrinkage = choice or _choose(t, y_centred, block, n_folds, rng)
     weights = _ridge(t, y_centred, penalty)
-    patterns = _patterns(t @ weights)[:, :n_patterns]
-    weights = weights @ patterns @ patterns.T
+    patterns = _patterns(t @ weights)[:, : len(shrinkage)]
+    weights = weights @ (patterns * shrinkage[: patterns.shape[1]]) @ patterns.T
     projection = v / spread[:, None]
     offset = x.mean(axis=0) @ projection
     if rank < n_components:
         pad = n_components - rank
         projection = np.pad(projection, ((0, 0), (0, pad)))
         offset, weights = np.pad(offset, (0, pad)), np.pad(weights, ((0, pad), (0, 0)))
-    return Base(projection, offset, weights, y.mean(axis=0), penalty, n_patterns)
+    return Base(projection, offset, weights, y.mean(axis=0), penalty, shrinkage)
 
 
 def _ridge(t: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
@@ -115,27 +115,38 @@ def _patterns(fitted: np.ndarray) -> np.ndarray:
 
 def _choose(
     t: np.ndarray, y: np.ndarray, block: np.ndarray, n_folds: int, rng: np.random.Generator
-) -> tuple[float, int]:
-    """Penalty and rank with the lowest error on held-out blocks."""
+) -> tuple[float, np.ndarray]:
+    """Penalty with the lowest error on held-out blocks, and the shrinkage that goes with it."""
     names, block = np.unique(block, return_inverse=True)
     n_folds = min(n_folds, len(names))
-    full = y.shape[1]
+    n_patterns = min(y.shape[1], *t.shape)
     if n_folds < 2:
-        return 1.0, full  # nothing to compare on: as much penalty as variance
-    ranks = [r for r in _RANKS if r < min(full, t.shape[1])] + [full]
+        return 1.0, np.ones(n_patterns)  # nothing to compare on: as much penalty as variance
     fold = (rng.permutation(len(names)) % n_folds)[block]
-    errors = np.zeros((len(_PENALTIES), len(ranks)))
-    for k in range(n_folds):
-        out = fold == k
-        for i, penalty in enumerate(_PENALTIES):
+    best, best_error = None, np.inf
+    for penalty in _PENALTIES:
+        product, square = np.zeros(n_patterns), np.zeros(n_patterns)
+        for k in range(n_folds):
+            out = fold == k
             weights = _ridge(t[~out], y[~out], penalty)
             patterns = _patterns(t[~out] @ weights)
             predicted, true = t[out] @ weights @ patterns, y[out] @ patterns
-            # Error as a function of how many of the orthonormal patterns are kept, up to a constant.
-            gain = np.cumsum((predicted**2 - 2 * predicted * true).sum(axis=0))
-            errors[i] += gain[[min(r, len(gain)) - 1 for r in ranks]]
-    i, j = np.unravel_index(np.argmin(errors), errors.shape)
-    return _PENALTIES[i], ranks[j]
+            n = min(n_patterns, patterns.shape[1])
+            product[:n] += (predicted * true).sum(axis=0)[:n]
+            square[:n] += (predicted**2).sum(axis=0)[:n]
+        shrinkage = _decreasing(product, square)
+        error = float((shrinkage**2 * square - 2 * shrinkage * product).sum())  # up to a constant
+        if error < best_error:
+            best, best_error = (penalty, shrinkage), error
+    return best
+
+
+def _decreasing(product: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """Least-squares factors in 0-1 that do not grow from a stronger pattern to a weaker one."""
+    from sklearn.isotonic import isotonic_regression
+
+    weight = np.maximum(square, 1e-12 * square.max(initial=1e-12))
+    return isotonic_regression(product / weight, sample_weight=weight, y_min=0.0, y_max=1.0, increasing=False)
 
 
 def centre_by(values: np.ndarray, group: np.ndarray) -> np.ndarray:
