@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--measured", nargs="+", default=["C4"])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tile", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,6 +72,7 @@ def her2st(options: argparse.Namespace) -> None:
         [f"{s}_image" for s in options.measured],
         [f"{s}_spots" for s in options.measured],
         model_params={"n_steps": options.steps},
+        tile_size=options.tile,
         seed=options.seed,
     )
     print(f"fitted in {time.perf_counter() - start:.0f} s: {model!r}")
@@ -81,7 +83,7 @@ def her2st(options: argparse.Namespace) -> None:
     si.pp.extract_features(sdata, "tellez-multitask")
     si.tl.impute_baseline(sdata, "ridge")
     profile = np.nanmean(table.layers["measured"], axis=0)
-    rows, sizes = {}, {}
+    rows = []
     for section in [s for s in table.obs["section"].cat.categories if s not in options.measured]:
         spots = f"{section}_spots"
         names = pd.Index([f"{section}_{i}" for i in sdata.shapes[spots].index])
@@ -90,33 +92,26 @@ def her2st(options: argparse.Namespace) -> None:
         true = np.asarray(true.todense() if hasattr(true, "todense") else true)
         groups = neighbouring_spots(sdata, spots, known)
         sdata.shapes[f"{section}_groups"] = groups
-        found = si.tl.predict_regions(sdata, spots, model, inplace=False).X
-        larger = si.tl.predict_regions(
-            sdata, f"{section}_groups", model, image_key=f"{section}_image", inplace=False
+        found = si.tl.predict_regions(
+            sdata, f"{section}_groups", model, image_key=f"{section}_image", tile_size=options.tile, inplace=False
         ).X
         ridge = table[names].layers["baseline_ridge"]
-        rows["pixnet", section] = summarise(found[known], true, profile)
-        rows["ridge", section] = summarise(ridge[known], true, profile)
-        for n in (2, 4):
+        order = np.cumsum(known) - 1
+        for n in (1, 2, 4):
             which = groups["n"].to_numpy() == n
             members = np.stack(groups["members"][which].to_numpy())
-            order = np.cumsum(known) - 1
             mean_true = true[order[members]].mean(axis=1)
-            sizes[section, n] = {
-                "n_regions": which.sum(),
-                "pixnet": np.nanmean(pearson_by_gene(larger[which], mean_true)),
-                "ridge (mean of its spots)": np.nanmean(pearson_by_gene(ridge[members].mean(axis=1), mean_true)),
-            }
+            for method, values in (("pixnet", found[which]), ("ridge", ridge[members].mean(axis=1))):
+                rows.append({"section": section, "spots": n, "method": method, **summarise(values, mean_true, profile)})
+        scores = pd.DataFrame(rows).set_index(["spots", "method", "section"])[["pearson_gene", "mse", "skill"]]
         print(f"{section} after {time.perf_counter() - start:.0f} s", flush=True)
-    scores = pd.DataFrame(rows).T[["pearson_gene", "pearson_gene_median", "pearson_gene_positive", "mse", "skill"]]
-    print(scores.astype(float).round(4).to_string(), "\n")
-    print(scores.astype(float).groupby(level=0).mean().round(4).to_string(), "\n")
-    sizes = pd.DataFrame(sizes).T
-    print("Regions of n neighbouring spots, per-gene r:\n", sizes.groupby(level=1).mean().round(4).to_string())
+        print(scores.xs(section, level="section").round(4).to_string(), flush=True)
+    print("\nMean over sections; regions of n neighbouring spots, ridge averaged over them:")
+    print(scores.groupby(level=[0, 1]).mean().round(4).to_string())
 
 
 def neighbouring_spots(sdata: object, spots: str, known: np.ndarray) -> object:
-    """Unions of two and of four neighbouring measured spots."""
+    """Measured spots, and unions of two and of four neighbouring ones."""
     import geopandas as gpd
     from spatialdata.models import ShapesModel
     from spatialdata.transformations import get_transformation
@@ -126,7 +121,7 @@ def neighbouring_spots(sdata: object, spots: str, known: np.ndarray) -> object:
     discs = shapely.buffer(shapes.geometry.to_numpy(), shapes["radius"].to_numpy(), quad_segs=32)
     rows = np.flatnonzero(known)
     nearest = rows[cKDTree(centers[rows]).query(centers[rows], k=4)[1]]
-    members = [m[:n] for n in (2, 4) for m in nearest]
+    members = [m[:n] for n in (1, 2, 4) for m in nearest]
     frame = gpd.GeoDataFrame(
         {"n": [len(m) for m in members], "members": members},
         geometry=[shapely.MultiPolygon(list(discs[m])) for m in members],
@@ -192,7 +187,10 @@ def sizes(options: argparse.Namespace) -> None:
             disc = np.hypot(*np.mgrid[-r : r + 1, -r : r + 1]) <= r
             rows, columns = (centers[:, ::-1] / mpp).astype(int).T
             values = np.stack(
-                [[f[i - r : i + r + 1, j - r : j + r + 1][disc].mean() for i, j in zip(rows, columns, strict=True)] for f in fields],
+                [
+                    [f[i - r : i + r + 1, j - r : j + r + 1][disc].mean() for i, j in zip(rows, columns, strict=True)]
+                    for f in fields
+                ],
                 axis=1,
             )
             expression = values @ mixing + 0.3 * rng.normal(size=(len(values), 12))
@@ -216,7 +214,9 @@ def sizes(options: argparse.Namespace) -> None:
         true = objects["test"].tables[f"{key}_table"].layers["true"]
         row = {}
         for trained in dict.fromkeys(("d100", key)):
-            found = si.tl.predict_regions(objects["test"], key, models[trained], image_key="he", inplace=False, **frame).X
+            found = si.tl.predict_regions(
+                objects["test"], key, models[trained], image_key="he", inplace=False, **frame
+            ).X
             row["trained at 100 um" if trained == "d100" else "trained at this size"] = np.nanmean(
                 pearson_by_gene(found, true)
             )
@@ -416,11 +416,13 @@ def regions(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     theirs = sd.aggregate(values=element, by=by, agg_func="sum", target_coordinate_system="global")
     theirs_s = time.perf_counter() - start
-    found = np.asarray(theirs.tables["table"].X.todense() if hasattr(theirs.tables["table"].X, "todense") else theirs.tables["table"].X)
+    found = np.asarray(
+        theirs.tables["table"].X.todense() if hasattr(theirs.tables["table"].X, "todense") else theirs.tables["table"].X
+    )
     print(
         f"sums over 4096 squares, 16 channels: {ours_s:.4f} s, spatialdata.aggregate {theirs_s:.2f} s "
         f"({theirs_s / ours_s:.0f}x); largest relative difference "
-        f"{np.abs(found[-len(ours):] - ours.numpy()).max() / np.abs(ours.numpy()).max():.1e}; tiles {TileIndex.__name__}"
+        f"{np.abs(found[-len(ours) :] - ours.numpy()).max() / np.abs(ours.numpy()).max():.1e}; tiles {TileIndex.__name__}"
     )
 
 
@@ -430,7 +432,14 @@ def _write_map(store: str) -> None:
 
     sdata = read_zarr(store)
     si.tl.predict_dense(
-        sdata, "he", random_model(8, Octaves(), 1.0), store=store, tile_size=256, tissue_only=False, inplace=False, **FRAME
+        sdata,
+        "he",
+        random_model(8, Octaves(), 1.0),
+        store=store,
+        tile_size=256,
+        tissue_only=False,
+        inplace=False,
+        **FRAME,
     )
 
 
@@ -487,7 +496,10 @@ def workers(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         si.tl.predict_dense(sdata, "he", model, key_added="serial", **arguments)
         serial = time.perf_counter() - start
-        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
             client.run(torch.set_num_threads, 1)
             start = time.perf_counter()
             si.tl.predict_dense(sdata, "he", model, key_added="shared", **arguments)

@@ -27,11 +27,11 @@ _CHUNK_BYTES = 2**25  # of a chunk of rows in zarr
 def write_regions(
     store: str | Path,
     model: PixNetModel,
+    *,
     image: WorkingImage,
     stain: Stain,
     regions: Regions,
     index: list[int],
-    *,
     obs: pd.DataFrame,
     var: pd.DataFrame,
     obsm: dict[str, np.ndarray],

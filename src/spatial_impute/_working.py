@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute._chunks import ChunkCache
 from spatial_impute._geometry import scaling
-from spatial_impute._raster import best_level, read_thumbnail, read_window
+from spatial_impute._raster import best_level, read_thumbnail
 from spatial_impute._tissue import optical_density, tissue_mask
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _SURVEY = 16.0  # um per pixel; tissue and the mean stain need no more
 _WHITE = 255.0
+_MAX_ENLARGEMENT = 2.0  # a little coarser than the encoder was trained on does little harm
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,14 @@ class WorkingImage:
     """(height, width) in working pixels."""
     to_um: np.ndarray
     """(3, 3) affine from working pixel corners to the section frame."""
+
+    cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)
+    """Decoded chunks."""
+
+    @property
+    def stripe(self) -> int:
+        """Working pixels across which windows may be taken row by row without decoding chunks again."""
+        return max(1, int(self.cache.stripe(self.level) / self.step[1]))
 
     @property
     def from_um(self) -> np.ndarray:
@@ -54,7 +64,7 @@ class WorkingImage:
         rows = _neighbours(np.arange(y0, y1), self.step[0] / mean_y, height // mean_y)
         columns = _neighbours(np.arange(x0, x1), self.step[1] / mean_x, width // mean_x)
         top, bottom, left, right = rows[0][0], rows[1][-1] + 1, columns[0][0], columns[1][-1] + 1
-        pixels = read_window(self.level, top * mean_y, bottom * mean_y, left * mean_x, right * mean_x)
+        pixels = self.cache.read(self.level, top * mean_y, bottom * mean_y, left * mean_x, right * mean_x)
         if mean_y > 1 or mean_x > 1:
             pixels = pixels.reshape(bottom - top, mean_y, right - left, mean_x, 3).mean(axis=(1, 3))
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -81,8 +91,21 @@ def _blend(
 
 
 def working_image(levels: list[Level], resolution: float) -> WorkingImage:
-    """Image at `resolution` um per pixel, read from the coarsest level that is fine enough."""
+    """Image at `resolution` um per pixel, read from the coarsest level that is fine enough.
+
+    Raises
+    ------
+    ValueError
+        If the image is so coarse that its pixels would have to be invented.
+    """
     level = best_level(levels, resolution)
+    if level.pixel_size > _MAX_ENLARGEMENT * resolution:
+        msg = (
+            f"The image has {level.pixel_size:g} um per pixel, the model works at {resolution:g}: what it looks for cannot "
+            "be seen. Check `mpp`, use the full-resolution image, or fit at another `resolution` "
+            f"(`model_params={{'resolution': {level.pixel_size:g}}}`)."
+        )
+        raise ValueError(msg)
     size_x, size_y = np.linalg.norm(level.to_um[:2, :2], axis=0)  # um per pixel of the level
     step_y, step_x = (_whole(resolution / size) for size in (size_y, size_x))
     height, width = level.shape

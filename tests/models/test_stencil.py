@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import shapely
@@ -92,7 +94,7 @@ def test_polygons_equal_brute_force(cells, kind):
 def test_sums_over_a_partition_add_up(cells):
     """Squares that share edges, some through pixel centres: no pixel is lost or counted twice."""
     edges = np.array([0, 12.5, 40, 99.5, 180, WIDTH])
-    squares = [shapely.box(a, 0, b, HEIGHT) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    squares = [shapely.box(a, 0, b, HEIGHT) for a, b in pairwise(edges)]
     sums, n_pixels = bag(cells, Polygons.from_shapely(np.array(squares)), IMAGE, GRID, IMAGE)
     assert n_pixels.sum() == HEIGHT * WIDTH
     torch.testing.assert_close(sums.sum(dim=0), resized(cells).sum(dim=(1, 2)), rtol=0, atol=1e-9)

@@ -133,7 +133,7 @@ def test_halo_does_not_change_the_network():
 
 def test_global_operations_are_refused():
     network = make_network(GlobalPyramid())
-    with pytest.raises(ValueError, match="reads the whole image.*tiles cannot equal"):
+    with pytest.raises(ValueError, match=r"reads the whole image.*tiles cannot equal"):
         receptive_halo(network)
 
 

@@ -110,7 +110,7 @@ def test_genes_follow_from_features(small_stack, small_pixnet):
     found = si.tl.genes_from_features(small_stack, "f", small_pixnet, genes=genes, inplace=False)
     expected = tile_of(small_stack, small_pixnet, genes=genes, output_dtype="float32")
     np.testing.assert_allclose(found.compute(), expected.compute(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="has 22 features|has 24 features"):
+    with pytest.raises(ValueError, match=r"has 22 features|has 24 features"):
         si.tl.genes_from_features(small_stack, "s0_image", small_pixnet)
 
 
@@ -209,13 +209,13 @@ def test_one_gene_is_read_without_the_others(stored, small_pixnet):
 
 
 def test_predict_dense_says_what_is_wrong(small_prepared, small_pixnet):
-    with pytest.raises(KeyError, match="'nope' not found in `sdata.images`"):
+    with pytest.raises(KeyError, match=r"'nope' not found in `sdata.images`"):
         si.tl.predict_dense(small_prepared, "nope", small_pixnet)
-    with pytest.raises(KeyError, match="model.var_names"):
+    with pytest.raises(KeyError, match=r"model.var_names"):
         si.tl.predict_dense(small_prepared, "s0_image", small_pixnet, genes=["nope"])
     with pytest.raises(ValueError, match="`output_dtype` must be one of"):
         si.tl.predict_dense(small_prepared, "s0_image", small_pixnet, output_dtype="int8")
     bare = small_prepared.subset(["s0_image"])
     bare.attrs = {}
-    with pytest.raises(ValueError, match="unit of coordinate system 's0'|share the coordinate systems"):
+    with pytest.raises(ValueError, match=r"unit of coordinate system 's0'|share the coordinate systems"):
         si.tl.predict_dense(bare, "s0_image", small_pixnet)

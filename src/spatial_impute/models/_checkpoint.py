@@ -41,6 +41,7 @@ def save_checkpoint(
     path: str | Path,
     fingerprint: dict[str, Any],
     network: nn.Module,
+    *,
     optimizer: torch.optim.Optimizer,
     loss: nn.Module,
     history: list[dict[str, Any]],

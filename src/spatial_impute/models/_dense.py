@@ -57,9 +57,9 @@ class DenseJob:
         return self.tiling.core // self.tiling.stride
 
     def tiles(self) -> list[tuple[int, int]]:
-        """All tiles, row by row."""
+        """All tiles, in the order in which chunks of the image are decoded least often."""
         rows, columns = self.tiling.shape
-        return [(i, j) for i in range(rows) for j in range(columns)]
+        return self.tiling.order(((i, j) for i in range(rows) for j in range(columns)), self.image.stripe)
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Where the cells of a tile lie in the map."""

@@ -255,7 +255,7 @@ class _Watch:
 
 
 def _watch(
-    network: PixNetNetwork, entries: list[TrainingSlide], params: PixNetParams, size: int, seed: int, device: str
+    network: PixNetNetwork, entries: list[TrainingSlide], params: PixNetParams, *, size: int, seed: int, device: str
 ) -> list[_Watch]:
     windows = [(entry, center, rows) for entry in entries for center, rows in cover(entry, size, params.margin)]
     if len(windows) > _MAX_HELD_OUT_CROPS:
@@ -322,7 +322,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
 def _held_out_r(network: PixNetNetwork, watched: list[TrainingSlide], params: PixNetParams, device: str) -> np.ndarray:
     size = crop_size(watched, params.crop, params.margin, network.multiple)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(device)
-    return _look(network, _watch(network, watched, params, size, 0, device), loss, device).r
+    return _look(network, _watch(network, watched, params, size=size, seed=0, device=device), loss, device).r
 
 
 def _train(
@@ -347,7 +347,7 @@ def _train(
     if trained_encoder:
         groups.append({"params": list(network.pyramid.parameters()), "lr": params.encoder_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
-    watch = _watch(network, watched, params, size, seed, device)
+    watch = _watch(network, watched, params, size=size, seed=seed, device=device)
     freeze = _frozen_head(network)
     start = _look(network, watch, loss, device) if watch else None
 
@@ -394,7 +394,7 @@ def _train(
         rows.append(_row(step, float(np.mean(last_losses)), held_out_loss, r, kept=kept))
         last_losses = []
         if checkpoint is not None:
-            save_checkpoint(checkpoint, fingerprint, network, optimizer, loss, rows, best)
+            save_checkpoint(checkpoint, fingerprint, network, optimizer=optimizer, loss=loss, history=rows, best=best)
     history = pd.DataFrame(rows, columns=["step", "loss", "held_out_loss", "held_out_r", "kept"])
     history["kept"] = history["step"] == best_step
     return history, best

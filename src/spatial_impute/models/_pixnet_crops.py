@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spatial_impute.models._pixnet_network import Stain
 from spatial_impute.models._stencil import Box, CellGrid, Regions, Stencil, build_stencil
 
 if TYPE_CHECKING:
     from spatial_impute._working import WorkingImage
+    from spatial_impute.models._pixnet_network import Stain
 
 _N_BLOCKS = 30  # of a slide: some to hold out in different places, each of several spots
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
-        factors = [b // a for a, b in zip(strides[:-1], strides[1:], strict=True)]
+        factors = [b // a for a, b in pairwise(strides)]
         self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in factors])
         self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in factors])
         self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))

@@ -255,7 +255,7 @@ def _neighbours(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.
 
 
 @njit(cache=True)
-def _count_disc_rows(centers, radius, y0, y1, x0, x1):
+def _count_disc_rows(centers, radius, y0, y1, x0, x1):  # noqa: PLR0917
     count = np.zeros(len(radius), np.int64)
     for i in range(len(radius)):
         cx, cy, r = centers[i, 0], centers[i, 1], radius[i]
@@ -266,7 +266,7 @@ def _count_disc_rows(centers, radius, y0, y1, x0, x1):
 
 
 @njit(cache=True)
-def _disc_runs(centers, radius, y0, y1, x0, x1, start):
+def _disc_runs(centers, radius, y0, y1, x0, x1, start):  # noqa: PLR0917
     n = start[-1]
     ys, lefts, rights = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     k = 0
@@ -328,7 +328,7 @@ def _rows_of(edges, first, last, y0, y1):
 
 
 @njit(cache=True)
-def _count_polygon_runs(edges, start, y0, y1, x0, x1):
+def _count_polygon_runs(edges, start, y0, y1, x0, x1):  # noqa: PLR0917
     n_polygons = len(start) - 1
     count = np.zeros(n_polygons, np.int64)
     found = np.empty(max(1, len(edges)))
@@ -344,7 +344,7 @@ def _count_polygon_runs(edges, start, y0, y1, x0, x1):
 
 
 @njit(cache=True)
-def _polygon_runs(edges, start, y0, y1, x0, x1, first_run):
+def _polygon_runs(edges, start, y0, y1, x0, x1, first_run):  # noqa: PLR0917
     n = first_run[-1]
     ys, lefts, rights = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     found = np.empty(max(1, len(edges)))

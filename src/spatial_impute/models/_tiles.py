@@ -13,7 +13,7 @@ from spatial_impute.models._inputs import suitable_threads
 from spatial_impute.models._stencil import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -61,6 +61,11 @@ class Tiling:
     def image(self) -> Box:
         """All pixels of the image."""
         return Box(0, self.height, 0, self.width)
+
+    def order(self, tiles: Iterable[tuple[int, int]], stripe: int) -> list[tuple[int, int]]:
+        """Row by row within stripes of so many pixels, so that decoded chunks are still at hand for the next row."""
+        columns = max(1, stripe // self.core)
+        return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
 
     def box(self, tile: tuple[int, int]) -> Box:
         """Pixels of a core within the extended image."""
@@ -234,7 +239,9 @@ def iter_sums(
     place[over_several] = np.arange(len(over_several))
     total, count = None, np.zeros(len(over_several))
     weight = network.head.weight
-    for tile, index in tiles:
+    touching = dict(tiles)
+    for tile in slide.tiling.order(touching, getattr(slide.image, "stripe", slide.tiling.width)):
+        index = touching[tile]
         with torch.inference_mode():
             maps, grid = forward_tile(network, stage, slide, tile, margin=1)
             core, image = slide.tiling.pixels(tile), slide.tiling.image

@@ -89,7 +89,8 @@ def find_frame(
             where=f"coordinate systems of sdata.{name}",
             then="Add one with `spatialdata.transformations.set_transformation`.",
         )
-    if mpp is None and section is None:
+    in_um = section is not None and coordinate_system in (section, Keys.ALIGNED)
+    if mpp is None and not in_um:
         msg = (
             f"The unit of coordinate system {coordinate_system!r} is unknown: pass `mpp=` (um per unit; the pixel size of "
             "the full-resolution image where units are its pixels), or use a stack made by `si.pp.assemble_stack`."
