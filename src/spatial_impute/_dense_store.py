@@ -159,11 +159,13 @@ class DenseStore:
                     shutil.rmtree(replaced, ignore_errors=True)
                     self.target.rename(replaced)
                 self.element.rename(self.target)
-        zarr.consolidate_metadata(self.store)
         shutil.rmtree(self.staging, ignore_errors=True)
         parent = self.staging.parent
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+        # Last: until now readers of the store see what it held before. The element knows itself by its fingerprint, so
+        # that a call interrupted here is completed by the next one.
+        zarr.consolidate_metadata(self.store)
 
     def read(self) -> Any:
         """The element of the store, lazily."""

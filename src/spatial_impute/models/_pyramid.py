@@ -64,6 +64,8 @@ class TellezPyramid(Pyramid):
 
         super().__init__()
         self.blocks = (TellezEncoder("cpu").network if pretrained else TellezNetwork()).blocks
+        for block in self.blocks:
+            block[1].inplace = True  # the largest maps of all: one copy less
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
         """Maps, finest first."""
