@@ -104,7 +104,10 @@ def build_graph(
             if not 0 < b - a <= max_section_gap:
                 continue
             if n_cross_neighs > 0:
-                pairs.extend(_cross_pairs(xyz, rows_a, rows_b, trees[a], trees[b], n_cross_neighs, max_distance))
+                found = _cross_pairs(
+                    xyz, rows_a, rows_b, trees[a], trees[b], k=n_cross_neighs, max_distance=max_distance
+                )
+                pairs.extend(found)
             pairs.extend(_overlap_pairs(rows_a, rows_b, trees[a], trees[b], radius))
             if features is not None and n_similar > 0:
                 ij, cosine = _similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)
@@ -160,6 +163,7 @@ def _cross_pairs(
     rows_b: np.ndarray,
     tree_a: cKDTree,
     tree_b: cKDTree,
+    *,
     k: int,
     max_distance: float,
 ) -> list[np.ndarray]:

@@ -42,6 +42,11 @@ class Keys:
     SUPPORT = "imputation_support"
     PREDICTABILITY = "imputation_r"
 
+    # dense maps and regions
+    DENSE = "dense"
+    PIXNET = "pixnet"
+    N_PIXELS = "n_pixels"
+
     LEVELS = (X_SPOT, X_REGION, X_GLOBAL)
 
     @staticmethod
@@ -113,6 +118,11 @@ class Keys:
     def sd(key: str) -> str:
         """Layer with the standard deviation of an imputed layer."""
         return f"{key}_sd"
+
+    @staticmethod
+    def expression(key: str) -> str:
+        """Dense map of an image, or table of predictions at shapes."""
+        return f"{key}_expression"
 
     @staticmethod
     def baseline(method: str) -> str:

@@ -138,7 +138,7 @@ def test_save_refuses_to_replace(model, tmp_path):
 
 
 def test_load_refuses_what_is_no_model(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         si.models.AsignModel.load(tmp_path)
     model.save(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -123,7 +123,7 @@ def synthetic_stack(
         on_tissue = tissue.inside(positions, 0.5 * spot_diameter)
         spots, positions = spots[on_tissue], np.column_stack([positions[on_tissue], np.full(on_tissue.sum(), height)])
         counts, expected = _draw_counts(rng, tissue, positions, spot_diameter)
-        image = _draw_image(rng, tissue, motion, height, extent, mpp)
+        image = _draw_image(rng, tissue, motion, height=height, extent=extent, mpp=mpp)
         table = AnnData(
             X=sparse.csr_matrix(counts),
             obs=pd.DataFrame(index=[str(k) for k in range(len(spots))]),
@@ -274,6 +274,7 @@ def _draw_image(
     rng: np.random.Generator,
     tissue: _Tissue,
     motion: Callable[[np.ndarray], np.ndarray],
+    *,
     height: float,
     extent: float,
     mpp: float,

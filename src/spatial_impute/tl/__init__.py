@@ -1,9 +1,11 @@
-"""Tools: register sections, link them in 3D, fit and impute."""
+"""Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
 from spatial_impute.tl._asign import fit_asign, impute_3d
 from spatial_impute.tl._baselines import impute_baseline
 from spatial_impute.tl._cross_validate import cross_validate
+from spatial_impute.tl._dense import genes_from_features, predict_dense, predict_regions
 from spatial_impute.tl._graph import build_3d_graph
+from spatial_impute.tl._pixnet import fit_pixnet
 from spatial_impute.tl._register import register_stack
 from spatial_impute.tl._warp import warp_element
 
@@ -11,8 +13,12 @@ __all__ = [
     "build_3d_graph",
     "cross_validate",
     "fit_asign",
+    "fit_pixnet",
+    "genes_from_features",
     "impute_3d",
     "impute_baseline",
+    "predict_dense",
+    "predict_regions",
     "register_stack",
     "warp_element",
 ]

@@ -1,0 +1,75 @@
+"""Predictions at millions of regions, written to an AnnData in zarr while they are made."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_impute._keys import Keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+    from anndata import AnnData
+
+    from spatial_impute._working import WorkingImage
+    from spatial_impute.models import PixNetModel
+    from spatial_impute.models._pixnet_network import Stain
+    from spatial_impute.models._stencil import Regions
+
+_CHUNK_BYTES = 2**25  # of a chunk of rows in zarr
+
+
+def write_regions(
+    store: str | Path,
+    model: PixNetModel,
+    *,
+    image: WorkingImage,
+    stain: Stain,
+    regions: Regions,
+    index: list[int],
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    obsm: dict[str, np.ndarray],
+    uns: dict[str, Any],
+    core: int,
+    on_tile: Callable[[], None],
+) -> AnnData:
+    """Predict, write, and return the table with a lazy ``X``.
+
+    Values grow in a file beside the store, so that memory holds one tile; the store appears when all is written.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `store`.
+    """
+    import dask.array as da
+    import zarr
+    from anndata import AnnData
+    from anndata.io import write_elem
+
+    store = Path(store)
+    if store.exists():
+        msg = f"{str(store)!r} exists; pass another `store`, or remove it first."
+        raise FileExistsError(msg)
+    scratch = store.with_name(store.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    values = np.memmap(scratch / "values.bin", dtype=np.float32, mode="w+", shape=(len(regions), len(index)))
+    found = model._read_regions(image, stain, regions, index, core=core, on_tile=on_tile, out=values)
+    obs[Keys.N_PIXELS] = found.n_pixels
+    n_rows = max(1, _CHUNK_BYTES // (4 * len(index)))
+    lazy = da.from_array(values, chunks=(n_rows, len(index)), name=False)
+    group = zarr.open_group(scratch / "table.zarr", mode="w")
+    write_elem(group, "/", AnnData(lazy, obs=obs, var=var, obsm=obsm, uns=uns))
+    zarr.consolidate_metadata(group.store)
+    del values, lazy
+    (scratch / "table.zarr").rename(store)
+    shutil.rmtree(scratch)
+    matrix = da.from_zarr(zarr.open_group(store, mode="r")["X"])
+    return AnnData(matrix, obs=obs, var=var, obsm=obsm, uns=uns)

@@ -1,0 +1,176 @@
+"""Image encoders as pyramids: from an RGB image to feature maps of falling resolution, by local operations only."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spatial_impute._validation import require_one_of
+from spatial_impute.models._encoders import IMAGENET_MEAN, IMAGENET_STD, _weights_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_PROBE = 256  # px; edge of the image on which an unknown module is tried
+
+ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")
+"""Pyramids by name."""
+
+
+class Pyramid(nn.Module):
+    """Feature maps at several strides.
+
+    Attributes
+    ----------
+    name
+        Identity, written into models.
+    strides
+        Pixels per cell, finest first; each divides the next.
+    channels
+        Channels of the maps.
+    resolution
+        um per pixel of the images the encoder was made for.
+
+    Shapes
+    ------
+    (n, 3, y, x) in 0-255, y and x multiples of the last stride -> maps (n, channels[i], y / strides[i], x / strides[i]).
+    """
+
+    name: str
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    resolution: float
+
+
+class TellezPyramid(Pyramid):
+    """Convolutions of the multitask pathology encoder, run on the image and on its two-, four- and eightfold reductions.
+
+    The network was trained on fields of 64 um; its own deepest cells see 31 um. The reductions add cells that see 62,
+    124 and 248 um, at a third of the cost of the image itself. The published convolutions are unpadded; here they are padded after and before their input in turn,
+    which keeps all cells within 2.5 pixels of the centre of what they see.
+    """
+
+    name = "tellez-multitask"
+    strides = (4, 8, 16, 32, 64, 128)
+    channels = (128, 128, 128, 128, 128, 128)
+    resolution = 1.0
+
+    def __init__(self, *, pretrained: bool = True) -> None:
+        from spatial_impute.models._tellez import TellezEncoder, TellezNetwork
+
+        super().__init__()
+        self.blocks = (TellezEncoder("cpu").network if pretrained else TellezNetwork()).blocks
+        for block in self.blocks:
+            block[1].inplace = True  # the largest maps of all: one copy less
+
+    def forward(self, rgb: Tensor) -> list[Tensor]:
+        """Maps, finest first."""
+        scaled = rgb / 127.5 - 1.0
+        maps = self._stack(scaled)[1:]  # stride 2 holds edges of single nuclei, at four times the cost of stride 4
+        return [*maps, *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
+
+    def _stack(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(F.pad(x, (0, 1, 0, 1) if i % 2 == 0 else (1, 0, 1, 0)))
+            maps.append(x)
+        return maps
+
+
+class ModulePyramid(Pyramid):
+    """Pyramid of a module of the user's, or of a ResNet.
+
+    Parameters
+    ----------
+    module
+        Maps (n, 3, y, x), normalised, to a sequence of maps.
+    name
+        Identity; by default the class and a hash of the weights.
+    resolution
+        um per pixel it was made for.
+    mean, std
+        Normalisation of RGB in 0-1.
+
+    Raises
+    ------
+    ValueError
+        If the module returns no maps at strides that divide each other.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str | None = None,
+        resolution: float = 0.5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.name = f"{type(module).__name__}-{_weights_hash(module)}" if name is None else name
+        self.resolution = float(resolution)
+        self.register_buffer("mean", 255.0 * torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255.0 * torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        parameter = next(module.parameters(), torch.zeros(()))
+        with torch.inference_mode():
+            maps = self.forward(torch.full((1, 3, _PROBE, _PROBE), 128.0, dtype=parameter.dtype))
+        self.strides, self.channels = _layout(maps, self.name)
+
+    def forward(self, rgb: Tensor) -> list[Tensor]:
+        """Maps, finest first."""
+        run: Callable[[Tensor], Sequence[Tensor]] = getattr(self.module, "pyramid", self.module)
+        maps = run((rgb - self.mean.to(rgb.dtype)) / self.std.to(rgb.dtype))
+        return list(maps.values()) if isinstance(maps, dict) else list(maps)
+
+
+def _layout(maps: list[Tensor], name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides and channels of the maps of a probe."""
+    shapes = [tuple(m.shape) for m in maps if isinstance(m, Tensor)]
+    strides = tuple(_PROBE // s[-1] for s in shapes if len(s) == 4 and s[-1] > 0)
+    exact = all(len(s) == 4 and s[-1] * k == s[-2] * k == _PROBE for s, k in zip(shapes, strides, strict=False))
+    nested = all(b % a == 0 and b > a for a, b in pairwise(strides))
+    if not strides or len(strides) != len(maps) or not exact or not nested:
+        msg = (
+            f"The encoder {name!r} must return feature maps (n, channels, y / s, x / s), finest first, at strides s that "
+            f"divide each other; for an image of {_PROBE} x {_PROBE} px it returned shapes {shapes}."
+        )
+        raise ValueError(msg)
+    return strides, tuple(s[1] for s in shapes)
+
+
+def build_pyramid(encoder: str | nn.Module, *, pretrained: bool = True) -> Pyramid:
+    """Pyramid by name, or of a module.
+
+    Parameters
+    ----------
+    encoder
+        One of :data:`ENCODERS`, a :class:`Pyramid`, or a module that returns maps at ImageNet's normalisation.
+    pretrained
+        Load the published weights of a named encoder; otherwise they are random, to be overwritten.
+
+    Raises
+    ------
+    ValueError
+        For unknown names and modules that return no pyramid.
+    TypeError
+        For anything else.
+    """
+    if isinstance(encoder, Pyramid):
+        return encoder
+    if isinstance(encoder, nn.Module):
+        return ModulePyramid(encoder)
+    if not isinstance(encoder, str):
+        msg = f"`encoder` must be one of {list(ENCODERS)} or an nn.Module, found {type(encoder).__name__}."
+        raise TypeError(msg)
+    require_one_of(encoder, ENCODERS, name="encoder")
+    if encoder == TellezPyramid.name:
+        return TellezPyramid(pretrained=pretrained)
+    from spatial_impute.models._resnet import build_resnet, load_resnet
+
+    network = load_resnet(encoder) if pretrained else build_resnet(encoder.removeprefix("ciga-"))
+    return ModulePyramid(network, name=encoder)

@@ -1,0 +1,213 @@
+"""Tiles equal the whole, for networks of any make, and read-out without a map equals read-out of the map."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spatial_impute.models._pixnet_network import PixNetNetwork, Stain, receptive_halo
+from spatial_impute.models._pyramid import ModulePyramid, build_pyramid
+from spatial_impute.models._resnet import build_resnet
+from spatial_impute.models._stencil import Discs
+from spatial_impute.models._tiles import Slide, Tiling, bag, forward_tile, read_regions
+
+
+class SmallPyramid(nn.Module):
+    """Strides 2, 4, 8 with convolution, batch norm and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1, stride=2), nn.BatchNorm2d(4), nn.LeakyReLU(0.1)
+                )
+                for i in range(3)
+            ]
+        )
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+class GlobalPyramid(SmallPyramid):
+    """One cell knows the mean of the whole image."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = super().forward(x)
+        return [*maps[:2], maps[2] + maps[2].mean(dim=(2, 3), keepdim=True)]
+
+
+class Pixels:
+    """Stands in for a working image."""
+
+    to_um = np.eye(3)
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape = height, width
+        self.array = np.random.default_rng(0).uniform(0, 255, (3, height, width)).astype(np.float32)
+        self.n_reads = 0
+
+    def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+        self.n_reads += 1
+        out = np.full((3, y1 - y0, x1 - x0), 255, np.float32)
+        bottom, right = min(y1, self.shape[0]), min(x1, self.shape[1])
+        out[:, : bottom - y0, : right - x0] = self.array[:, y0:bottom, x0:right]
+        return out
+
+
+def make_network(module: nn.Module, *, norm: str = "batch") -> PixNetNetwork:
+    torch.manual_seed(0)
+    pyramid = ModulePyramid(module, name="test")
+    network = PixNetNetwork(pyramid, n_genes=3, width=6, n_base=4, norm=norm)
+    for parameter in [*network.base.parameters(), *network.head.parameters()]:
+        nn.init.normal_(parameter)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+            nn.init.normal_(layer.running_mean)
+    return network.eval().requires_grad_(False)
+
+
+def assemble(network: PixNetNetwork, image: Pixels, core: int, halo: int) -> torch.Tensor:
+    """Map of the genes from tiles."""
+    slide = Slide(
+        image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, core, halo, network.stride, network.multiple)
+    )
+    n_y, n_x = slide.tiling.cells
+    out = torch.full((3, n_y, n_x), torch.nan, dtype=network.head.weight.dtype)
+    rows, columns = slide.tiling.shape
+    with torch.inference_mode():
+        for tile in np.ndindex(rows, columns):
+            maps, grid = forward_tile(network, lambda x: network.genes(network.features(x)), slide, tile)
+            out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
+    assert not out.isnan().any()
+    return out
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("shape", [(200, 333), (61, 47)])
+def test_tiles_equal_the_whole(norm, shape):
+    """Three tile sizes, odd image sizes, and an image smaller than a tile."""
+    network = make_network(SmallPyramid(), norm=norm).double()
+    halo = receptive_halo(network)
+    image = Pixels(*shape)
+    whole = assemble(network, image, 512, 0)
+    for core in (64, 96, 128):
+        # The same sums over the same numbers; only the order of their last bits may differ with the width of a matrix.
+        assert (assemble(network, image, core, halo) - whole).abs().max() < 1e-13 * whole.abs().max()
+    if shape[1] > 64:
+        assert (
+            assemble(network, image, 64, halo // 2 // network.multiple * network.multiple) - whole
+        ).abs().max() > 1e-9
+
+
+def test_tiles_equal_the_whole_in_single_precision():
+    network = make_network(SmallPyramid())
+    image = Pixels(200, 333)
+    whole = assemble(network, image, 512, 0)
+    tiled = assemble(network, image, 64, receptive_halo(network))
+    assert ((tiled - whole).abs().amax(dim=(1, 2)) / whole.std(dim=(1, 2))).max() <= 1e-5
+
+
+def test_halo_of_resnet_is_that_of_its_receptive_field():
+    """A cell of stride 32 sees 217 px to each side of its centre, the resize and the decoder add two cells."""
+    network = PixNetNetwork(ModulePyramid(build_resnet("resnet18"), name="resnet18"), n_genes=1, width=4, n_base=0)
+    assert receptive_halo(network) == 288
+
+
+def test_halo_does_not_change_the_network():
+    network = make_network(SmallPyramid())
+    before = copy.deepcopy(network.state_dict())
+    receptive_halo(network)
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_global_operations_are_refused():
+    network = make_network(GlobalPyramid())
+    with pytest.raises(ValueError, match=r"reads the whole image.*tiles cannot equal"):
+        receptive_halo(network)
+
+
+def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
+    network = make_network(SmallPyramid()).double()
+    image = Pixels(200, 333)
+    halo = receptive_halo(network)
+    rng = np.random.default_rng(1)
+    discs = Discs(rng.uniform(-10, [343, 210], (50, 2)), rng.uniform(0.4, 60, 50))
+    genes = assemble(network, image, 512, 0)
+    whole = Tiling(*image.shape, 512, 0, network.stride, network.multiple)
+    expected, count = bag(genes, discs, whole.image, whole.grid((0, 0), 0), whole.image)
+    image.n_reads = 0
+    slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, 64, halo, network.stride, network.multiple))
+    ticks = []
+    sums, n_pixels = read_regions(network, network.features, slide, discs, 10, on_tile=lambda: ticks.append(1))
+    np.testing.assert_allclose(n_pixels, count)
+    held = n_pixels > 0
+    found = network.from_pooled(torch.from_numpy(sums[held] / n_pixels[held, None]))
+    np.testing.assert_allclose(found, expected[held] / count[held, None], rtol=1e-9, atol=1e-9)
+    assert image.n_reads == len(ticks) <= 4 * 6
+
+
+def test_only_tiles_with_regions_are_forwarded():
+    network = make_network(SmallPyramid())
+    image = Pixels(256, 256)
+    slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(256, 256, 64, 32, network.stride, network.multiple))
+    sums, n_pixels = read_regions(
+        network, network.features, slide, Discs([[32.0, 32.0], [-99.0, 0.0]], [10.0, 5.0]), 10
+    )
+    assert image.n_reads == 1
+    assert n_pixels[1] == 0
+    assert sums[1].tolist() == [0.0] * 10
+
+
+def test_encoder_keeps_its_statistics_in_training():
+    network = make_network(SmallPyramid())
+    before = {k: v.clone() for k, v in network.pyramid.state_dict().items()}
+    network.train()
+    network.features(torch.rand(2, 3, 32, 32) * 255)
+    assert all(torch.equal(before[k], v) for k, v in network.pyramid.state_dict().items())
+    assert network.decoder.training
+
+
+def test_subset_of_genes_gives_the_same_values():
+    network = make_network(SmallPyramid())
+    features = torch.randn(1, 10, 5, 5)
+    torch.testing.assert_close(network.with_genes([2, 0]).genes(features), network.genes(features)[:, [2, 0]])
+    torch.testing.assert_close(
+        network.from_pooled(features[:, :, 0, 0]), network.genes(features)[:, :, 0, 0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_fine_maps_can_be_left_out():
+    pyramid = ModulePyramid(SmallPyramid(), name="test")
+    for finest, stride in ((1, 2), (4, 4), (99, 4)):
+        network = PixNetNetwork(pyramid, n_genes=1, width=4, n_base=2, finest=finest)
+        assert network.stride == stride
+        assert network.features(torch.rand(1, 3, 32, 32)).shape == (1, 6, 32 // stride, 32 // stride)
+
+
+def test_modules_without_a_pyramid_are_refused():
+    with pytest.raises(ValueError, match=r"must return feature maps .* it returned shapes \[\(6,\)\]"):
+        build_pyramid(nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()))
+    with pytest.raises(ValueError, match="`encoder` must be one of"):
+        build_pyramid("resnet19")
+    with pytest.raises(TypeError, match="found int"):
+        build_pyramid(3)
+
+
+def test_stain_is_brought_to_the_reference():
+    """Glass becomes white; optical density is multiplied."""
+    stain = Stain((240.0, 230.0, 220.0), (2.0, 1.0, 0.5))
+    rgb = torch.tensor([240.0, 230.0, 220.0]).view(1, 3, 1, 1)
+    torch.testing.assert_close(stain.apply(rgb), torch.full((1, 3, 1, 1), 255.0))
+    half = stain.apply(rgb * 0.25)[0, :, 0, 0] / 255
+    torch.testing.assert_close(half, torch.tensor([0.0625, 0.25, 0.5]))
