@@ -72,7 +72,7 @@ def test_fit_is_deterministic(small_prepared, model):
 
 def test_cross_validation_has_all_baselines_beside_the_model(model):
     assert set(model.cross_validation.index) == {
-        *("mean", "nearest", "knn", "kernel", "propagation", "ridge", "cokriging"),
+        *("mean", "nearest", "knn", "kernel", "propagation", "ridge", "transfer_ridge", "cokriging"),
         *("network", "asign"),
     }
     assert model.cross_validation.loc["mean", "skill"] == 0

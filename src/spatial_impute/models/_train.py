@@ -35,16 +35,17 @@ class Episode:
         return Episode(self.inputs.to(device), self.rows.to(device), self.expression.to(device), self.weight.to(device))
 
 
-def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor) -> Tensor:
+def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> Tensor:
     """1 - weighted Pearson correlation of each gene across spots, mean over the genes that vary.
 
-    Shapes: (m, g), (m, g), (m,) -> scalar.
+    Shapes: (m, g), (m, g), (m,) -> scalar. Without `weight` all spots count the same.
     """
+    weight = torch.ones_like(true[:, 0]) if weight is None else weight
     share = (weight / weight.sum())[:, None]
     p = (predicted - (share * predicted).sum(dim=0)) * share.sqrt()
     t = (true - (share * true).sum(dim=0)) * share.sqrt()
     t_norm = t.norm(dim=0)
-    varies = t_norm > 0
+    varies = t_norm > 1e-6 * true.abs().amax(dim=0)  # centring leaves rounding errors of a constant
     if not varies.any():
         return predicted.sum() * 0.0
     r = (p * t).sum(dim=0) / (p.norm(dim=0).clamp_min(1e-12) * t_norm.clamp_min(1e-12))
