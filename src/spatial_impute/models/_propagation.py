@@ -7,6 +7,8 @@ from scipy import sparse
 
 from spatial_impute._logging import logger
 
+_MAX_VALUES = 20_000_000  # solved for at a time: 160 MB an array
+
 
 def propagate(
     weights: sparse.csr_matrix,
@@ -75,12 +77,18 @@ def propagate(
     # The values are centred, so that rounding and stopping are relative to their spread.
     centre = values.mean(axis=0)
     scale = max(float(np.abs(values - centre).max()), 1e-300)
-    known_columns = np.column_stack([(values - centre) / scale, np.ones(len(values))])
-    source = weights[unknown][:, np.flatnonzero(known)] @ known_columns
-    state = _conjugate_gradients(system.tocsr(), source, degree, tolerance, max_iterations)
-    reached = np.clip(state[:, -1], np.finfo(float).tiny, 1.0)
-    result[unknown] = state[:, :-1] / reached[:, None] * scale + centre
-    mass[unknown] = reached
+    system, from_known = system.tocsr(), weights[unknown][:, np.flatnonzero(known)]
+
+    def solve(columns: np.ndarray) -> np.ndarray:
+        return _conjugate_gradients(system, from_known @ columns, degree, tolerance, max_iterations)
+
+    reached = np.clip(solve(np.ones((len(values), 1))), np.finfo(float).tiny, 1.0)
+    mass[unknown] = reached[:, 0]
+    # Some genes at a time: the solver holds six arrays as large as its result.
+    n_genes = max(1, _MAX_VALUES // len(unknown))
+    for start in range(0, values.shape[1], n_genes):
+        genes = slice(start, start + n_genes)
+        result[unknown, genes] = solve((values[:, genes] - centre[genes]) / scale) / reached * scale + centre[genes]
     return result, mass
 
 
