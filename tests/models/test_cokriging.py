@@ -150,3 +150,12 @@ def test_leave_one_out_does_not_see_the_own_label():
     )
     moved = np.abs(after - before)[spots.known].max(axis=1)
     assert moved[0] < 0.2 < moved[1:].max()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e3])
+def test_cokriging_fit_stays_where_numbers_are_finite(size):
+    """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
+    spots, _ = field_spots(side=8, features=True)
+    inputs = _cokriging._inputs(spots)[np.flatnonzero(spots.known)]
+    theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
+    assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()

@@ -167,7 +167,10 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
         value = 0.5 * target @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * z @ z
         return float(value), gradient + z / _PRIOR_SD
 
-    return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", options={"maxiter": 60}).x
+    # A line search may step far out, where exponentials overflow; four standard deviations leave out nothing likely.
+    bounds = np.column_stack([_PRIOR_MEAN - 4 * _PRIOR_SD, _PRIOR_MEAN + 4 * _PRIOR_SD])
+    options = {"maxiter": 60}
+    return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 
 def _solve(covariance: np.ndarray, target: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
