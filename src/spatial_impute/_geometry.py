@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -96,3 +101,38 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     if layout == "hex":
         grid_x = grid_x + np.where(np.arange(n_rows) % 2, spacing / 4, -spacing / 4)[:, None]
     return np.column_stack([grid_x.ravel(), grid_y.ravel()])
+
+
+def plane_tiles(points: np.ndarray, centres: np.ndarray, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Halve the plane along its longer side until no tile holds more than `size` of the centres.
+
+    Parameters
+    ----------
+    points
+        (n, 2) to sort into the tiles, which cover the whole plane.
+    centres
+        (m, 2) to count.
+    size
+        Most centres in a tile; more only where that many lie at one place.
+
+    Yields
+    ------
+    Positions of the points and of the centres in a tile.
+
+    Examples
+    --------
+    >>> line = np.column_stack([np.arange(4.0), np.zeros(4)])
+    >>> [own.tolist() for _, own in plane_tiles(line, line, size=2)]
+    [[0, 1], [2, 3]]
+    """
+    waiting = [(np.arange(len(points)), np.arange(len(centres)))]
+    while waiting:
+        inside, own = waiting.pop()
+        if len(own) > size:
+            axis = int(np.argmax(np.ptp(centres[own], axis=0)))
+            cut = np.median(centres[own, axis])
+            low, below = centres[own, axis] < cut, points[inside, axis] < cut
+            if low.any():
+                waiting += [(inside[~below], own[~low]), (inside[below], own[low])]
+                continue
+        yield inside, own

@@ -9,8 +9,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute._geometry import disc_iou
-
-_ROWS_AT_A_TIME = 1024  # rows of the similarity of two sections held in memory
+from spatial_impute._similar import similar_pairs
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def build_graph(
         Standard deviation of the Gaussian that turns distance into weight, um.
     """
     n = len(xyz)
-    pairs, similar_pairs, cosines = [], [], []
+    pairs, alike_pairs, cosines = [], [], []
     members = {code: np.flatnonzero(section == code) for code in np.unique(section)}
     trees = {code: cKDTree(xyz[rows, :2]) for code, rows in members.items()}
     for a, rows_a in members.items():
@@ -110,11 +109,11 @@ def build_graph(
                 pairs.extend(found)
             pairs.extend(_overlap_pairs(rows_a, rows_b, trees[a], trees[b], radius))
             if features is not None and n_similar > 0:
-                ij, cosine = _similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)
-                similar_pairs.append(ij)
+                ij, cosine = similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)
+                alike_pairs.append(ij)
                 cosines.append(cosine)
     spatial = _unique_pairs(pairs, n)
-    alike = np.concatenate(similar_pairs) if similar_pairs else np.empty((0, 2), dtype=np.int64)
+    alike = np.concatenate(alike_pairs) if alike_pairs else np.empty((0, 2), dtype=np.int64)
     cosine = np.concatenate(cosines) if cosines else np.empty(0)
 
     distance = np.linalg.norm(xyz[spatial[:, 0]] - xyz[spatial[:, 1]], axis=1)
@@ -139,8 +138,11 @@ def build_graph(
 
 
 def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndarray:
-    """Centre and scale features within each section, which removes differences of stain and scanner between them."""
-    result = np.empty(features.shape, dtype=np.float64)
+    """Centre and scale features within each section, which removes differences of stain and scanner between them.
+
+    (n, d) to (n, d) ``float32``; features that do not vary on a section become 0 there.
+    """
+    result = np.empty(features.shape, dtype=np.float32)
     for code in np.unique(section):
         rows = section == code
         block = features[rows].astype(np.float64)
@@ -187,43 +189,6 @@ def _overlap_pairs(
     overlapping = near.data < radius[i] + radius[j]
     # Coinciding centres have distance 0, which a sparse matrix still stores explicitly.
     return [np.column_stack([i, j])[overlapping]]
-
-
-def _similar_pairs(
-    features: np.ndarray, rows_a: np.ndarray, rows_b: np.ndarray, k: int, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of spots of two sections that are among each other's k most similar, and their cosines."""
-    a, b = _unit_rows(features[rows_a]), _unit_rows(features[rows_b])
-    forward, cosine = _top_similar(a, b, k)
-    backward, _ = _top_similar(b, a, k)
-    mutual = (backward[forward] == np.arange(len(a))[:, None, None]).any(axis=2)
-    keep = mutual & (cosine > threshold)
-    return _pairs(rows_a, rows_b, forward, keep), cosine[keep]
-
-
-def _unit_rows(values: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(values, axis=1, keepdims=True)
-    return (values / np.where(norm > 0, norm, 1.0)).astype(np.float32)
-
-
-def _top_similar(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n_a, k) positions in b and cosines, most similar first; ties go to the lower position."""
-    k = min(k, len(b))
-    found = np.empty((len(a), k), dtype=np.int64)
-    cosine = np.empty((len(a), k))
-    for start in range(0, len(a), _ROWS_AT_A_TIME):
-        block = a[start : start + _ROWS_AT_A_TIME] @ b.T
-        top = _top_k(block, k)
-        found[start : start + len(block)] = top
-        cosine[start : start + len(block)] = np.take_along_axis(block, top, axis=1)
-    return found, cosine
-
-
-def _top_k(block: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k largest per row, in descending order."""
-    top = np.sort(np.argpartition(-block, k - 1, axis=1)[:, :k], axis=1)
-    order = np.argsort(-np.take_along_axis(block, top, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(top, order, axis=1)
 
 
 def _unique_pairs(pairs: list[np.ndarray], n: int) -> np.ndarray:

@@ -91,7 +91,8 @@ def test_cokriging_shifts_with_expression():
 def test_cokriging_of_more_known_spots_than_it_can_solve_agrees_with_exact(monkeypatch):
     spots, true = field_spots()
     exact = cokriging(spots)
-    monkeypatch.setattr(_cokriging, "_MAX_KNOWN", 128)
+    for name, size in {"_MAX_EXACT": 128, "_TILE_KNOWN": 40, "_TILE_NEAR": 80, "_TILE_ANYWHERE": 10}.items():
+        monkeypatch.setattr(_cokriging, name, size)
     part = cokriging(spots)
     assert not np.array_equal(part, exact)
     for gene in range(true.shape[1]):
@@ -111,7 +112,7 @@ def test_cokriging_in_blocks_of_rows_equals_whole(monkeypatch):
 def test_cokriging_gradient_is_that_of_the_likelihood():
     """The fit must end where no parameter can be improved."""
     spots, _ = field_spots(side=8, features=True)
-    inputs = _cokriging._inputs(spots)[np.flatnonzero(spots.known)]
+    inputs = _cokriging._AllInputs(spots)[np.flatnonzero(spots.known)]
     target = spots.expression[:, 0]
     target = (target - target.mean()) / target.std()
     counting = np.random.default_rng(0).gamma(2.0, size=len(target))
@@ -119,7 +120,7 @@ def test_cokriging_gradient_is_that_of_the_likelihood():
     kernels = _cokriging._Kernels(inputs)
 
     def posterior(theta: np.ndarray) -> float:
-        covariance = kernels(inputs, theta) + np.diag(_cokriging._noise(theta, counting))
+        covariance = kernels.covariance(*kernels.distances(inputs), theta) + np.diag(_cokriging._noise(theta, counting))
         z = (theta - _cokriging._PRIOR_MEAN) / _cokriging._PRIOR_SD
         return float(
             -0.5 * target @ np.linalg.solve(covariance, target) - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * z @ z
@@ -156,6 +157,6 @@ def test_leave_one_out_does_not_see_the_own_label():
 def test_cokriging_fit_stays_where_numbers_are_finite(size):
     """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
     spots, _ = field_spots(side=8, features=True)
-    inputs = _cokriging._inputs(spots)[np.flatnonzero(spots.known)]
+    inputs = _cokriging._AllInputs(spots)[np.flatnonzero(spots.known)]
     theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
     assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()

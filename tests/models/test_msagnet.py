@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spatial_impute.models import _inference
 from spatial_impute.models._msagnet import N_EDGE_FEATURES, GraphInputs, MSAGNet
 from spatial_impute.models._train import correlation_loss
 
@@ -86,6 +87,15 @@ def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs):
     net = network()
     assert torch.equal(net(inputs), net(inputs))
     assert all(torch.equal(a, b) for a, b in zip(before, vars(inputs).values(), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 11])
+def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, size, monkeypatch):
+    shuffled = torch.randperm(inputs.edge_index.shape[1], generator=torch.Generator().manual_seed(0))
+    mixed = replace(inputs, edge_index=inputs.edge_index[:, shuffled], edge_features=inputs.edge_features[shuffled])
+    monkeypatch.setattr(_inference, "_SPOTS_AT_A_TIME", size)
+    found = _inference.predict(network(), mixed, device="cpu")
+    torch.testing.assert_close(found, network()(inputs), rtol=0, atol=1e-5)
 
 
 def test_isolated_spot_is_finite(inputs):

@@ -220,10 +220,10 @@ def test_standardise_by_section_removes_stain_differences():
     shifted = values.copy()
     shifted[section == 1] = shifted[section == 1] * [2, 5, 0.1] + [100, -3, 7]
     result = standardise_by_section(shifted, section)
-    np.testing.assert_allclose(result, standardise_by_section(values, section), atol=1e-9)
+    np.testing.assert_allclose(result, standardise_by_section(values, section), atol=1e-5)
     for code in (0, 1):
-        np.testing.assert_allclose(result[section == code].mean(axis=0), 0, atol=1e-9)
-        np.testing.assert_allclose(result[section == code].std(axis=0), 1, atol=1e-9)
+        np.testing.assert_allclose(result[section == code].mean(axis=0), 0, atol=1e-6)
+        np.testing.assert_allclose(result[section == code].std(axis=0), 1, atol=1e-6)
 
 
 def test_standardise_by_section_gives_zeros_for_constants():

@@ -44,10 +44,10 @@ def agreeing_components(
     rows = np.arange(n)
     if n > _MAX_FITTED:
         rows = np.sort(np.random.default_rng(seed).choice(n, _MAX_FITTED, replace=False))
-    centre = features[rows].mean(axis=0)
+    centre = features[rows].mean(axis=0, dtype=float)
     k = min(_MAX_COMPONENTS, *features[rows].shape)
     _, _, axes = randomized_svd(features[rows] - centre, k, random_state=seed)
-    components = (features - centre) @ axes.T
+    components = np.asarray(features @ axes.T - centre @ axes.T, dtype=float)
     coo = weights.tocoo()
     between = section[coo.row] != section[coo.col]
     if not between.any():

@@ -11,6 +11,7 @@ import torch
 
 from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._baselines import METHODS
+from spatial_impute.models._inference import predict
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import spread_by_support
 from spatial_impute.models._params import AsignParams
@@ -102,33 +103,36 @@ class AsignModel:
             raise ValueError(msg)
         centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
         inputs = graph_inputs(with_components(spots), self._tensors, self.params.n_neighs)
-        deviation = np.zeros((len(spots.known), len(centre)))
+        deviation = np.zeros((len(spots.known), len(centre)), dtype=np.float32)
         for k, name in enumerate(self._experts):
             if not weights[:, k].any():
                 continue
             if name == NETWORK:
                 found = self._network_prediction(inputs, device)
             else:
-                found = (METHODS[name](spots) - centre) / scale
-            deviation += found * weights[:, k]
+                found = METHODS[name](spots)
+                found -= centre
+                found /= scale
+            found *= weights[:, k]
+            deviation += found
+            del found
         expression = centre + deviation * scale
         expression[spots.known] = spots.expression
         support = inputs.support[:, 0].numpy()
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
         sd = spread_by_support(support, float(usual[0]), *spreads)
         sd[spots.known] = 0.0
-        return Imputation(expression.astype(np.float32), sd.astype(np.float32), support)
+        return Imputation(expression, sd.astype(np.float32), support)
 
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""
-        inputs = inputs.to(device)
         total = torch.zeros_like(inputs.base)
-        with suitable_threads(len(inputs.spot), self.params.width), torch.inference_mode():
+        with suitable_threads(len(inputs.spot), self.params.width):
             for state in self._networks:
                 network = build_network(self.params, self._n_features, self._tensors["group"])
                 network.load_state_dict(state)
-                total += network.eval().to(device)(inputs)
-        return (total / len(self._networks)).cpu().numpy()
+                total += predict(network, inputs, device=device)
+        return (total / len(self._networks)).numpy()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory.

@@ -20,6 +20,7 @@ _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _NEIGHBOURS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
@@ -66,22 +67,26 @@ def propagation(spots: Spots) -> np.ndarray:
 
 def ridge(spots: Spots) -> np.ndarray:
     """Ridge regression on image features; penalty by leave-one-out on the known spots."""
-    centre = spots.expression.mean(axis=0)
-    known = spots.features[spots.known]
+    rows, expression = np.flatnonzero(spots.known), spots.expression
+    if len(rows) > _MAX_RIDGE:
+        part = np.linspace(0, len(rows) - 1, _MAX_RIDGE).astype(int)
+        rows, expression = rows[part], expression[part]
+    centre = expression.mean(axis=0)
+    known = spots.features[rows].astype(float)
     offset = known.mean(axis=0)
     u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
-    target = u.T @ (spots.expression - centre)
+    target = u.T @ (expression - centre)
     best, best_error = None, np.inf
     for penalty in _PENALTIES:
         shrink = s**2 / (s**2 + penalty * len(known))
         fitted = u @ (shrink[:, None] * target)
         leverage = (u**2 * shrink).sum(axis=1) + 1 / len(known)
-        residual = (spots.expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
+        residual = (expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
         error = float(np.mean(residual**2))
         if error < best_error:
             best, best_error = shrink / np.where(s > 0, s, 1.0), error
     weights = vt.T @ (best[:, None] * target)
-    return (spots.features - offset) @ weights + centre
+    return spots.features @ weights + (centre - offset @ weights)
 
 
 def transfer_ridge(spots: Spots) -> np.ndarray:

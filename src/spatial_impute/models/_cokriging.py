@@ -9,13 +9,20 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
+from spatial_impute._geometry import plane_tiles
 from spatial_impute.models._noise import counting_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from spatial_impute.models._spots import Spots
 
-_MAX_KNOWN = 2000  # exact up to here: a Cholesky factor of 32 MB and a few seconds per component
+_MAX_EXACT = 2000  # known spots solved for at once: a Cholesky factor of 32 MB and a second per component
 _MAX_FIT = 500  # the likelihood of 500 spots settles six numbers
+# Beyond, tile by tile: what lies near tells about place, what lies anywhere about image.
+_TILE_KNOWN = 500
+_TILE_NEAR = 750
+_TILE_ANYWHERE = 250
 _ROWS_AT_A_TIME = 4096
 
 
@@ -24,10 +31,22 @@ class _Inputs:
     place: np.ndarray
     """(n, 3) in spot spacings."""
     image: np.ndarray
-    """(n, d) features, centred and scaled so that the mean squared norm is 1; d may be 0."""
+    """(n, d) features, centred and scaled so that the mean squared norm of all spots is 1; d may be 0."""
 
-    def __getitem__(self, rows: np.ndarray | slice) -> _Inputs:
-        return _Inputs(self.place[rows], self.image[rows])
+
+class _AllInputs:
+    """Inputs of all spots, made for some of them at a time."""
+
+    def __init__(self, spots: Spots) -> None:
+        self.place = spots.xyz / spots.spacing
+        self._features = np.empty((len(spots.known), 0)) if spots.features is None else spots.features
+        self._centre = self._features.mean(axis=0, dtype=float)
+        parts = range(0, len(self.place), _ROWS_AT_A_TIME)
+        squares = sum(((self._features[i : i + _ROWS_AT_A_TIME] - self._centre) ** 2).sum() for i in parts)
+        self._size = max(np.sqrt(squares / max(len(self.place), 1)), 1e-12)
+
+    def __getitem__(self, rows: np.ndarray) -> _Inputs:
+        return _Inputs(self.place[rows], (self._features[rows] - self._centre) / self._size)
 
 
 def cokriging(spots: Spots, *, max_components: int = 20, leave_one_out: bool = False, seed: int = 0) -> np.ndarray:
@@ -54,12 +73,56 @@ def cokriging(spots: Spots, *, max_components: int = 20, leave_one_out: bool = F
     -------
     (n, g) expected expression.
     """
-    inputs = _inputs(spots)
+    inputs = _AllInputs(spots)
     rows = np.flatnonzero(spots.known)
-    keep = np.arange(len(rows))
-    if len(rows) > _MAX_KNOWN:
-        keep = np.sort(np.random.default_rng(seed).choice(len(rows), _MAX_KNOWN, replace=False))
-    known, expression, counting = inputs[rows[keep]], spots.expression[keep], spots.counting_noise[keep]
+    keep = _sample(len(rows), _MAX_EXACT, seed)
+    centre, components = _fit_components(
+        inputs[rows[keep]], spots.expression[keep], spots.counting_noise[keep], max_components
+    )
+    result = np.tile(centre, (len(spots.known), 1))
+    if not components:
+        return result
+    kernels = _Kernels(inputs[rows[keep]])
+    for inside, own, near in _tiles(inputs.place, rows, seed):
+        known, counting = kernels.around(inputs[rows[near]]), spots.counting_noise[near]
+        targets = (spots.expression[near] - centre) @ np.stack([c.loading / c.spread for c in components], axis=1)
+        covariances = known.distances(known.known)
+        solved = [
+            _solve(known.covariance(*covariances, c.theta), target, _noise(c.theta, counting))
+            for c, target in zip(components, targets.T, strict=True)
+        ]
+        for start in range(0, len(inside), _ROWS_AT_A_TIME):
+            part = inside[start : start + _ROWS_AT_A_TIME]
+            distances = known.distances(inputs[part])
+            for c, (dual, _) in zip(components, solved, strict=True):
+                result[part] += np.outer(known.covariance(*distances, c.theta) @ dual, c.effect)
+        if leave_one_out:
+            left_out = np.stack([left[: len(own)] for _, left in solved], axis=1)
+            result[rows[own]] = centre + left_out @ np.stack([c.effect for c in components])
+    return result
+
+
+@dataclass(frozen=True)
+class _Component:
+    loading: np.ndarray
+    """(g,) unit vector."""
+    spread: float
+    """Standard deviation of the component."""
+    theta: np.ndarray
+    """Logarithms of the parameters of its kernel."""
+    skill: float
+    """How much of its prediction to keep, 0-1."""
+
+    @property
+    def effect(self) -> np.ndarray:
+        """(g,) expression per unit of the standardised component."""
+        return self.loading * (self.spread * self.skill)
+
+
+def _fit_components(
+    known: _Inputs, expression: np.ndarray, counting: np.ndarray, max_components: int
+) -> tuple[np.ndarray, list[_Component]]:
+    """Mean profile, and the principal components that can be predicted."""
     weight = counting_weights(expression - expression.mean(axis=0), counting)
     centre = np.average(expression, axis=0, weights=weight)
     centred = expression - centre
@@ -67,32 +130,53 @@ def cokriging(spots: Spots, *, max_components: int = 20, leave_one_out: bool = F
     _, s, vt = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)
     n_components = min(max_components, int((s > 1e-8 * max(s[0], 1e-300)).sum()))
     kernels = _Kernels(known)
-    used = []
+    distances = kernels.distances(known)
+    components = []
     for loading in vt[:n_components]:
         target = centred @ loading
-        spread = np.sqrt(np.average(target**2, weights=weight))
+        spread = float(np.sqrt(np.average(target**2, weights=weight)))
         theta = _fit(known, target / spread, counting)
-        dual, left_out, skill = _solve(kernels(known, theta), target / spread, _noise(theta, counting))
-        if skill > 0:  # not significant otherwise
-            used.append((loading * (spread * skill), dual, theta, left_out))
-    result = np.tile(centre, (len(spots.known), 1))
-    for start in range(0, len(result) if used else 0, _ROWS_AT_A_TIME):
-        part = slice(start, start + _ROWS_AT_A_TIME)
-        distances = kernels.distances(inputs[part])
-        for loading, dual, theta, _ in used:
-            result[part] += np.outer(kernels.covariance(*distances, theta) @ dual, loading)
-    if leave_one_out:
-        result[rows[keep]] = centre + sum(np.outer(left_out, loading) for loading, _, _, left_out in used)
-    return result
+        noise = _noise(theta, counting)
+        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise)
+        skill = _skill(target / spread, left_out, noise)
+        if skill > 0:
+            components.append(_Component(loading, spread, theta, skill))
+    return centre, components
 
 
-def _inputs(spots: Spots) -> _Inputs:
-    if spots.features is None:
-        image = np.empty((len(spots.known), 0))
-    else:
-        image = spots.features - spots.features.mean(axis=0)
-        image = image / max(np.sqrt((image**2).sum(axis=1).mean()), 1e-12)
-    return _Inputs(spots.xyz / spots.spacing, image)
+def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Split the plane so that few known spots lie in each tile.
+
+    Yields
+    ------
+    inside
+        Spots of the tile.
+    own
+        Positions in `rows` (the known spots) of the known ones among them.
+    near
+        Positions in `rows` to predict from: `own` first, then the nearest others, then some from anywhere.
+    """
+    if len(rows) <= _MAX_EXACT:
+        everything = np.arange(len(rows))
+        yield np.arange(len(place)), everything, everything
+        return
+    rng = np.random.default_rng(seed)
+    known = place[rows, :2]
+    for inside, own in plane_tiles(place[:, :2], known, size=_TILE_KNOWN):
+        outside = np.setdiff1d(np.arange(len(rows)), own, assume_unique=True)
+        low, high = known[own].min(axis=0), known[own].max(axis=0)
+        gap = np.maximum(np.maximum(low - known[outside], known[outside] - high), 0.0)
+        order = np.argsort((gap**2).sum(axis=1), kind="stable")
+        n_near = max(_TILE_NEAR - len(own), 0)
+        anywhere = order[n_near:][_sample(len(order) - n_near, _TILE_ANYWHERE, rng)]
+        yield inside, own, np.concatenate([own, outside[order[:n_near]], outside[anywhere]])
+
+
+def _sample(n: int, size: int, seed: int | np.random.Generator) -> np.ndarray:
+    """Sorted positions of at most `size` of n."""
+    if n <= size:
+        return np.arange(max(n, 0))
+    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
 
 
 # Logarithms of: variance and length (spacings) of place, variance of the linear and of the Gaussian kernel of the
@@ -109,15 +193,18 @@ def _noise(theta: np.ndarray, counting: np.ndarray) -> np.ndarray:
 class _Kernels:
     """Covariance between any spots and the known ones."""
 
-    def __init__(self, known: _Inputs) -> None:
+    def __init__(self, known: _Inputs, image_scale: float | None = None) -> None:
         self.known = known
-        squared = _squared_distances(known.image, known.image)
-        off_diagonal = squared[np.triu_indices(len(squared), 1)]
-        # The median distance is the usual length where features have many dimensions.
-        self.image_scale = max(float(np.median(off_diagonal)) if len(off_diagonal) else 1.0, 1e-12)
+        if image_scale is None:
+            squared = _squared_distances(known.image, known.image)
+            off_diagonal = squared[np.triu_indices(len(squared), 1)]
+            # The median distance is the usual length where features have many dimensions.
+            image_scale = max(float(np.median(off_diagonal)) if len(off_diagonal) else 1.0, 1e-12)
+        self.image_scale = image_scale
 
-    def __call__(self, spots: _Inputs, theta: np.ndarray) -> np.ndarray:
-        return self.covariance(*self.distances(spots), theta)
+    def around(self, known: _Inputs) -> _Kernels:
+        """Return the same kernels between other known spots."""
+        return _Kernels(known, self.image_scale)
 
     def distances(self, spots: _Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Squared distance of place, product of images, Gaussian kernel of images; (n, n_known) each."""
@@ -173,17 +260,21 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
     return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 
-def _solve(covariance: np.ndarray, target: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Weights of the known spots, their predictions without themselves, and how much of the prediction to keep (0-1; 0 if it does not help).
+def _solve(covariance: np.ndarray, target: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the known spots, and the prediction of each of them from the others."""
+    factor = cho_factor(covariance + np.diag(noise), lower=True)
+    dual = cho_solve(factor, target)
+    return dual, target - dual / np.diag(cho_solve(factor, np.eye(len(target))))
+
+
+def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:
+    """How much of the prediction to keep, 0-1; 0 if it does not help.
 
     With each spot left out in turn, the gain in squared error over the mean must exceed two standard errors; the
     prediction is then shrunk by the factor that fits the left-out spots best. Spots count by the inverse of their noise.
     """
-    factor = cho_factor(covariance + np.diag(noise), lower=True)
-    dual = cho_solve(factor, target)
-    left_out = target - dual / np.diag(cho_solve(factor, np.eye(len(target))))
     gain = (target**2 - (target - left_out) ** 2) / noise
     if gain.mean() <= 2 * gain.std() / np.sqrt(len(gain)):
-        return dual, left_out, 0.0
+        return 0.0
     skill = (left_out / noise) @ target / ((left_out / noise) @ left_out)
-    return dual, left_out, float(np.clip(skill, 0.0, 1.0))
+    return float(np.clip(skill, 0.0, 1.0))

@@ -15,7 +15,7 @@ from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import held_out_spread, held_out_support
 from spatial_impute.models._noise import counting_weights
-from spatial_impute.models._spots import Spots, spatial_folds
+from spatial_impute.models._spots import Spots, spatial_folds, training_part
 from spatial_impute.models._train import Episode, train
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # The mean is where every blend starts, and the nearest spot is the k-NN of one.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
+_MAX_KNOWN = 5000  # known spots to learn from, a section of Visium; all are used to impute
+_MAX_TARGETS = 1000  # hidden spots that a network learns from, one block after the other
 
 
 def fit(
@@ -58,7 +60,7 @@ def fit(
     progress
         Given the number of steps to come, returns what to call after each.
     """
-    stacks = [with_components(spots) for spots in stacks]
+    stacks = [with_components(training_part(s, max_known=_MAX_KNOWN, seed=seed)) for s in stacks]
     folds = [_folds(s, params, seed) for s in stacks]
     methods = available_methods(stacks[0])
     n_networks = max(len(f) for f in folds)
@@ -136,7 +138,7 @@ def _fit_networks(
         episodes = [
             _episode(r, mask, w[~o[s.known]], tensors, params.n_neighs)
             for s, r, o, w in zip(stacks, rest, out, weights, strict=True)
-            for mask in _folds(r, params, seed)
+            for mask in _masks(r, params, seed)
         ]
         with suitable_threads(max(len(s.known) for s in stacks), params.width):
             run = train(
@@ -168,6 +170,13 @@ def _fit_networks(
 
 def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
     return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
+
+
+def _masks(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
+    """Blocks of known spots to hide for training, one after the other; as many as make up enough spots."""
+    folds = _folds(spots, params, seed)
+    before = np.cumsum([0, *(fold.sum() for fold in folds)])[:-1]
+    return [fold for fold, n in zip(folds, before, strict=True) if n < _MAX_TARGETS]
 
 
 def _episode(

@@ -47,16 +47,20 @@ def with_components(spots: Spots) -> Spots:
 
 def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
     """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
-    values, support = propagate(spots.graph, spots.known, spots.expression)
-    # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
-    # would find much noisier neighbours than it was trained with.
-    base = cokriging(replace(spots, features=spots.components), leave_one_out=True)
 
     def standardised(expression: np.ndarray) -> Tensor:
         return (torch.from_numpy(expression.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
 
-    base, propagated = standardised(base), standardised(values)
-    spot, region, surroundings = (torch.from_numpy(t.astype(np.float32)) for t in spots.tokens)
+    values, support = propagate(spots.graph, spots.known, spots.expression)
+    propagated = standardised(values)
+    del values
+    # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
+    # would find much noisier neighbours than it was trained with. Two views of the image err differently: all its
+    # features, and the components on which sections agree.
+    base = cokriging(spots, leave_one_out=True)
+    base += cokriging(replace(spots, features=spots.components), leave_one_out=True)
+    base = standardised(base / 2)
+    spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in spots.tokens)
     coo = spots.graph.tocoo()
     strong = _strongest(spots.graph, n_neighs)
     # Messages flow from column to row.

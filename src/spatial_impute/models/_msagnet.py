@@ -42,6 +42,11 @@ class GraphInputs:
         """Move all tensors."""
         return GraphInputs(**{key: value.to(device) for key, value in vars(self).items()})
 
+    def part(self, rows: slice) -> GraphInputs:
+        """Some of the spots, without edges."""
+        own = {key: value[rows] for key, value in vars(self).items() if not key.startswith("edge_")}
+        return GraphInputs(**own, edge_index=self.edge_index[:, :0], edge_features=self.edge_features[:0])
+
 
 class LevelAttention(nn.Module):
     """Spot token attending over the tokens of its larger fields of view, with residual."""
@@ -139,14 +144,23 @@ class MSAGNet(nn.Module):
         The result is ``a * propagated + (1 - a) * (base + correction)``. The merge weight ``a`` of a spot and gene group
         sees the spot's support; 0 is the network, 1 the propagated labels.
         """
-        spot = self.embed[0](x.spot) + self.embed_base(x.base)  # (n, w)
+        nodes, context = self.read(x)
+        for layer in self.graph:
+            nodes = layer(nodes, x.edge_index, x.edge_features)
+        return self.decide(nodes, context, x)
+
+    def read(self, x: GraphInputs) -> tuple[Tensor, Tensor]:
+        """What each spot sees by itself: (n, w) state for the graph, (n, 2, w) its larger fields of view."""
+        spot = self.embed[0](x.spot) + self.embed_base(x.base)
         region = self.embed[1](x.region)  # (n, t, w)
         surroundings = self.embed[2](x.surroundings)
         nodes = self.to_surroundings(self.to_region(spot, region), surroundings)
-        for layer in self.graph:
-            nodes = layer(nodes, x.edge_index, x.edge_features)
+        return nodes, torch.stack([region.mean(dim=1), surroundings.mean(dim=1)], dim=1)
+
+    def decide(self, nodes: Tensor, context: Tensor, x: GraphInputs) -> Tensor:
+        """Prediction of each spot from its state after the graph and its larger fields of view; (n, g)."""
         # The levels of the same spot talk to each other: (n, 3, w).
-        sequence = torch.stack([nodes, region.mean(dim=1), surroundings.mean(dim=1)], dim=1) + self.place
+        sequence = torch.cat([nodes[:, None], context], dim=1) + self.place
         state = self.dropout(self.norm(self.levels(sequence).mean(dim=1)))
         merge = torch.tanh(self.merge(torch.cat([state, x.support], dim=1)))[:, self.group]  # (n, g)
         return torch.lerp(x.base + self.correction(state), x.propagated, merge)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
-if TYPE_CHECKING:
-    from scipy import sparse
+from spatial_impute._geometry import plane_tiles
+
+_N_REGIONS = 8  # of a large tissue to learn from: enough to meet its different parts
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,57 @@ class Spots:
         kept = still_known[self.known]
         totals = None if self.total_counts is None else self.total_counts[kept]
         return replace(self, known=still_known, expression=self.expression[kept], total_counts=totals)
+
+    def take(self, rows: np.ndarray) -> Spots:
+        """Return some of the spots, with the edges among them.
+
+        Parameters
+        ----------
+        rows
+            (m,) positions, ascending.
+        """
+
+        def part(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[rows]
+
+        of_known = np.cumsum(self.known) - 1
+        kept = of_known[rows[self.known[rows]]]
+        graph, edge_features = self.graph, self.edge_features
+        if graph is not None:
+            # The number of each edge shows which of them are left.
+            edges = sparse.csr_matrix((np.arange(1, graph.nnz + 1), graph.indices, graph.indptr), shape=graph.shape)
+            edges = edges[rows][:, rows]
+            edges.sort_indices()
+            left = edges.data - 1
+            graph = sparse.csr_matrix((graph.data[left], edges.indices, edges.indptr), shape=edges.shape)
+            edge_features = None if edge_features is None else edge_features[left]
+        return replace(
+            self,
+            xyz=self.xyz[rows],
+            section=self.section[rows],
+            known=self.known[rows],
+            expression=self.expression[kept],
+            features=part(self.features),
+            components=part(self.components),
+            graph=graph,
+            tokens=None if self.tokens is None else tuple(t[rows] for t in self.tokens),
+            edge_features=edge_features,
+            total_counts=None if self.total_counts is None else self.total_counts[kept],
+        )
+
+
+def training_part(spots: Spots, *, max_known: int, seed: int) -> Spots:
+    """Spots of some regions that hold at most `max_known` known spots, with all sections of these regions.
+
+    What a model learns is settled by some thousand spots; the time to learn it should not grow with the tissue. Regions
+    rather than single spots, because a spot is predicted from what lies around it.
+    """
+    if spots.known.sum() <= max_known:
+        return spots
+    plane = spots.xyz[:, :2]
+    tiles = [inside for inside, _ in plane_tiles(plane, plane[spots.known], size=max_known // _N_REGIONS)]
+    chosen = np.random.default_rng(seed).permutation(len(tiles))[:_N_REGIONS]
+    return spots.take(np.sort(np.concatenate([tiles[i] for i in chosen])))
 
 
 def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
