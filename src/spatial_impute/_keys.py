@@ -40,7 +40,9 @@ class Keys:
     # results
     ASIGN = "asign"
     SUPPORT = "imputation_support"
+    SOURCE = "imputation_source"
     PREDICTABILITY = "imputation_r"
+    PREDICTABLE = "imputable"
 
     # dense maps and regions
     DENSE = "dense"

@@ -111,7 +111,7 @@ def test_evaluate_names_what_does_not_exist(scored, truth):
         si.metrics.evaluate(scored, truth, layers="asign")
     with pytest.raises(KeyError, match=r"'s9' not found in `the stack's sections`; available: \['s0', 's1', 's2'\]"):
         si.metrics.evaluate(scored, truth, sections=["s9"])
-    with pytest.raises(ValueError, match=r"`by` must be one of \['gene', 'layer', 'section'\], found 'spot'"):
+    with pytest.raises(ValueError, match=r"`by` must be one of \['gene', 'layer', 'pooled', 'section'\], found 'spot'"):
         si.metrics.evaluate(scored, truth, by="spot")
 
 
@@ -158,3 +158,19 @@ def test_registration_quality_has_a_row_per_pair(prepared, stack):
     assert (quality["verdict"] == "ok").all()
     with pytest.raises(KeyError, match=r"not registered.*si.tl.register_stack"):
         si.metrics.registration_quality(stack)
+
+
+def test_evaluate_pooled_takes_all_spots_together(scored, truth):
+    pooled = si.metrics.evaluate(scored, truth, by="pooled")
+    parts = [arrays(scored, truth, "close", section) for section in ("s0", "s2")]
+    predicted, true = (np.concatenate(values) for values in zip(*parts, strict=True))
+    r = pearson_by_gene(predicted, true)
+    assert pooled.loc["close", "pearson_gene"] == pytest.approx(np.nanmean(r))
+    assert pooled.loc["close", "n_spots"] == len(true)
+    assert pooled.loc["close", "low"] < pooled.loc["close", "pearson_gene"] < pooled.loc["close", "high"]
+
+
+def test_evaluate_says_how_smooth_a_prediction_is(scored, truth):
+    scores = si.metrics.evaluate(scored, truth)
+    assert scores.loc["close", "ssim"] > scores.loc["flat", "ssim"]
+    assert scores.loc["close", "moran_gap"] < 0  # noise was added

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -229,3 +230,52 @@ def test_fit_stops_when_the_loss_is_not_finite(spots):
 def test_paper_parameters_are_the_published_ones():
     paper = AsignParams.paper()
     assert (paper.n_graph_layers, paper.n_heads, paper.width) == (3, 8, 1024)
+
+
+def test_checkpoint_takes_up_what_was_trained(small_prepared, model, tmp_path, monkeypatch):
+    from spatial_impute.models import _fit_asign
+
+    train, calls = _fit_asign.train, []
+
+    def stops_at_the_third(*args, **kwargs):
+        calls.append(kwargs["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(_fit_asign, "train", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["network0", "network1"]
+    again = si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path)
+    assert calls[3:] == [2]
+    pd.testing.assert_frame_equal(again.cross_validation, model.cross_validation)
+
+    def same(a, b) -> bool:
+        return all(torch.equal(x[key], y[key]) for x, y in zip(a._networks, b._networks, strict=True) for key in x)
+
+    assert same(again, model)
+    other = si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path, seed=1)
+    assert not same(other, model)
+
+
+def test_fine_tuning_starts_from_the_networks_of_a_model(small_prepared, model):
+    tuned = si.tl.fit_asign(small_prepared, model_params=SMALL, start_from=model)
+    first = tuned.history.query("step == 0 and network == 0")["held_out_mse"].item()
+    base = model.history.query("step == 0 and network == 0")["held_out_mse"].item()
+    kept = model.history.query("kept and network == 0")["held_out_mse"].item()
+    assert first == pytest.approx(kept, rel=1e-4)
+    assert base >= kept
+    with pytest.raises(ValueError, match=r"`start_from` must have .*; \['width'\] differ \(model, wanted\)"):
+        si.tl.fit_asign(small_prepared, model_params=SMALL | {"width": 128}, start_from=model)
+
+
+def test_impute_says_what_it_rests_on(small_stack, model):
+    si.tl.impute_3d(small_stack, model)
+    table = small_stack.tables["stack"]
+    source, known = table.obs["imputation_source"], table.obs["measured"].to_numpy()
+    assert ((source == "measured") == known).all()
+    assert ((source == "image") == (table.obs["imputation_support"] == 0)).all()
+    assert table.var["imputable"].dtype == bool
+    r = table.var["imputation_r"]
+    assert r[table.var["imputable"]].min() > 0

@@ -9,8 +9,9 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import measured_mask, stack_table
-from spatial_impute._validation import require_finite, require_key, require_log_values
-from spatial_impute.metrics._scores import pearson_by_gene, summarise
+from spatial_impute._validation import require_finite, require_key, require_log_values, require_one_of
+from spatial_impute.metrics._scores import bootstrap_interval, pearson_by_gene, summarise
+from spatial_impute.metrics._spatial import moran_gap, structural_similarity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +48,7 @@ def evaluate(
         Sections to score; by default all on which nothing was measured.
     by
         ``"layer"``: one row per layer, the mean over sections. ``"section"``: one row per layer and section.
+        ``"pooled"``: one row per layer, all spots together, so that differences between sections count as well.
         ``"gene"``: Pearson correlation per gene (rows) and layer (columns), the mean over sections.
     table_key
         Stack table.
@@ -54,9 +56,11 @@ def evaluate(
     Returns
     -------
     Scores: ``pearson_gene`` and its ``_median``, first quartile ``_q1`` and ``_positive`` share; ``pearson_spot``;
-    ``mse``; ``mae``; ``skill`` = 1 - mse / mse of the mean profile of the measured spots; ``n_spots``; ``n_genes``.
-    Genes whose truth is constant on a section cannot be scored there and are left out of its mean; ``n_genes`` counts
-    the others. A constant prediction scores 0.
+    ``mse``; ``mae``; ``skill`` = 1 - mse / mse of the mean profile of the measured spots; ``n_spots``; ``n_genes``;
+    ``low`` and ``high``, the 95 % interval of ``pearson_gene`` by bootstrap over genes; ``moran_gap``, Moran's I of the
+    prediction minus that of the truth (above 0: smoother), and ``ssim``, structural similarity on the lattice of the
+    spots, both within sections and not for ``"pooled"``. Genes whose truth is constant on a section cannot be scored
+    there and are left out of its mean; ``n_genes`` counts the others. A constant prediction scores 0.
 
     Raises
     ------
@@ -77,9 +81,7 @@ def evaluate(
     True
     """
     table = stack_table(sdata, table_key)
-    if by not in ("layer", "section", "gene"):
-        msg = f"`by` must be one of ['gene', 'layer', 'section'], found {by!r}."
-        raise ValueError(msg)
+    require_one_of(by, ("gene", "layer", "pooled", "section"), name="by")
     wanted = [layers] if isinstance(layers, str) else layers
     if wanted is None:
         wanted = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
@@ -109,7 +111,8 @@ def evaluate(
         )
         raise KeyError(msg)
     columns = table.var_names.get_indexer(genes)
-    rows, scores, by_gene = [], [], {key: [] for key in wanted}
+    xy = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)
+    rows, scores, by_gene, spots_of, true_of = [], [], {key: [] for key in wanted}, [], []
     for name in sections:
         spots = np.flatnonzero((section == name) & ~measured & table.obs_names.isin(truth.obs_names))
         if not len(spots):
@@ -120,19 +123,39 @@ def evaluate(
         true = truth[table.obs_names[spots], genes].X
         true = np.asarray(true.toarray() if hasattr(true, "toarray") else true, dtype=float)
         require_log_values(true, where="truth.X")
-        for key in wanted:
-            predicted = np.asarray(table.layers[key], dtype=float)[np.ix_(spots, columns)]
+        spots_of.append(spots)
+        true_of.append(true)
+    for key in wanted:
+        values = np.asarray(table.layers[key], dtype=float)[:, columns]
+        for spots in spots_of:
             require_finite(
-                predicted, name=f"sdata.tables[{table_key!r}].layers[{key!r}]", row_names=table.obs_names[spots]
+                values[spots], name=f"sdata.tables[{table_key!r}].layers[{key!r}]", row_names=table.obs_names[spots]
             )
+        if by == "pooled":
+            scores.append(_score(values[np.concatenate(spots_of)], np.concatenate(true_of), profile[columns]))
+            continue
+        for name, spots, true in zip(sections, spots_of, true_of, strict=True):
+            if by == "gene":
+                by_gene[key].append(pearson_by_gene(values[spots], true))
+                continue
             rows.append((key, name))
-            scores.append(summarise(predicted, true, profile[columns]))
-            by_gene[key].append(pearson_by_gene(predicted, true))
+            spatial = {
+                "moran_gap": moran_gap(values[spots], true, xy[spots]),
+                "ssim": structural_similarity(values[spots], true, xy[spots]),
+            }
+            scores.append(_score(values[spots], true, profile[columns]) | spatial)
     if by == "gene":
         means = {key: pd.DataFrame(values).mean().to_numpy() for key, values in by_gene.items()}
         return pd.DataFrame(means, index=pd.Index(genes, name="gene"))
+    if by == "pooled":
+        return pd.DataFrame(scores, index=pd.Index(wanted, name="layer"))
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_tuples(rows, names=["layer", "section"]))
     return result if by == "section" else result.groupby(level="layer", sort=False).mean()
+
+
+def _score(predicted: np.ndarray, true: np.ndarray, profile: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(pearson_by_gene(predicted, true))
+    return summarise(predicted, true, profile) | {"low": low, "high": high}
 
 
 def _mean_profile(table: AnnData, measured: np.ndarray) -> np.ndarray:

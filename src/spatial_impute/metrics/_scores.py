@@ -72,6 +72,42 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    r"""Whether a gene is predicted better than by chance within folds.
+
+    Each fold is centred by itself, so that a level which only differs between folds does not count. Of `n` spots in
+    `k` folds, a gene without any relation exceeds :math:`2 / \sqrt{n - k}` in two of a hundred cases.
+
+    Parameters
+    ----------
+    predicted, true
+        (n_spots, n_genes) held-out predictions and measurements.
+    folds
+        (n_spots,) fold of each spot.
+
+    Returns
+    -------
+    (n_genes,) bool.
+
+    Examples
+    --------
+    >>> true = np.random.default_rng(0).normal(size=(100, 2))
+    >>> predicted = np.column_stack([true[:, 0], np.random.default_rng(1).normal(size=100)])
+    >>> predictable_genes(predicted, true, np.arange(100) % 5)
+    array([ True, False])
+    """
+    codes, fold = np.unique(folds, return_inverse=True)
+    n_of = np.bincount(fold)[:, None]
+
+    def centred(values: np.ndarray) -> np.ndarray:
+        sums = np.zeros((len(codes), values.shape[1]))
+        np.add.at(sums, fold, values)
+        return values - (sums / n_of)[fold]
+
+    r = np.nan_to_num(pearson_by_gene(centred(predicted), centred(true)))
+    return r > 2 / np.sqrt(max(len(folds) - len(codes), 1))
+
+
 def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray) -> dict[str, float]:
     """Score one set of spots.
 

@@ -55,6 +55,8 @@ class AsignModel:
         the blend ``"asign"``, whose weights for a block come from the other blocks.
     predictability
         Pearson correlation on held-out blocks per gene (the later ``var["imputation_r"]``).
+    predictable
+        Whether that is better than chance (the later ``var["imputable"]``).
     history
         Loss and held-out error of each network by step; ``kept`` marks the step that is used.
     config
@@ -72,6 +74,7 @@ class AsignModel:
         tensors: dict[str, Tensor],
         cross_validation: pd.DataFrame,
         predictability: pd.Series,
+        predictable: pd.Series,
         history: pd.DataFrame,
         config: dict[str, Any],
     ) -> None:
@@ -79,6 +82,7 @@ class AsignModel:
         self.var_names = list(var_names)
         self.cross_validation = cross_validation
         self.predictability = predictability
+        self.predictable = predictable
         self.history = history
         self.config = config
         self._experts = list(experts)
@@ -153,6 +157,7 @@ class AsignModel:
             "n_networks": len(self._networks),
             "cross_validation": self.cross_validation.reset_index().to_dict(orient="list"),
             "predictability": [None if np.isnan(r) else float(r) for r in self.predictability],
+            "predictable": [bool(p) for p in self.predictable],
             "history": self.history.astype(object).where(self.history.notna(), None).to_dict(orient="list"),
             "config": self.config,
         }
@@ -191,6 +196,7 @@ class AsignModel:
             tensors=own,
             cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method"),
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
+            predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),
             history=pd.DataFrame(config["history"]),
             config=config["config"],
         )

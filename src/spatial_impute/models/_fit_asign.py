@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute.metrics._scores import pearson_by_gene, summarise
+from spatial_impute.metrics._scores import pearson_by_gene, predictable_genes, summarise
 from spatial_impute.models._asign import NETWORK, AsignModel
+from spatial_impute.models._asign_checkpoint import fingerprint, load_run, save_run
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
@@ -20,9 +21,11 @@ from spatial_impute.models._train import Episode, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
+    from spatial_impute.models._msagnet import MSAGNet
     from spatial_impute.models._params import AsignParams
 
 # The mean is where every blend starts, and the nearest spot is the k-NN of one.
@@ -40,6 +43,8 @@ def fit(
     seed: int,
     device: str,
     progress: Callable[[int], Callable[[], None]],
+    checkpoint: Path | None = None,
+    start: list[dict[str, Tensor]] | None = None,
 ) -> AsignModel:
     """Fit a model on the known spots of one or several stacks.
 
@@ -59,6 +64,10 @@ def fit(
         Torch device.
     progress
         Given the number of steps to come, returns what to call after each.
+    checkpoint
+        Directory to keep trained networks in, and to find those of an earlier call.
+    start
+        Weights of networks to start from instead of the base.
     """
     stacks = [with_components(training_part(s, max_known=_MAX_KNOWN, seed=seed)) for s in stacks]
     folds = [_folds(s, params, seed) for s in stacks]
@@ -80,7 +89,16 @@ def fit(
         "group": torch.from_numpy(group),
     }
     networks, held_out[NETWORK], history = _fit_networks(
-        stacks, weights_of, folds, params, tensors, seed=seed, device=device, step=step
+        stacks,
+        weights_of,
+        folds,
+        params,
+        tensors,
+        seed=seed,
+        device=device,
+        step=step,
+        checkpoint=checkpoint,
+        start=start,
     )
 
     experts = [name for name in held_out if name not in _NOT_BLENDED]
@@ -106,6 +124,7 @@ def fit(
         tensors=tensors,
         cross_validation=pd.DataFrame(scores).T.rename_axis("method"),
         predictability=pd.Series(pearson_by_gene(held_out["asign"], truth), index=list(var_names)),
+        predictable=pd.Series(predictable_genes(held_out["asign"], truth, fold_of_spot), index=list(var_names)),
         history=history,
         config=config | {"seed": seed},
     )
@@ -121,6 +140,8 @@ def _fit_networks(
     seed: int,
     device: str,
     step: Callable[[], None],
+    checkpoint: Path | None,
+    start: list[dict[str, Tensor]] | None,
 ) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
     """One network per fold, stopped at the step that is best for all of them.
 
@@ -129,8 +150,20 @@ def _fit_networks(
     Their weights; the (n_known, g) predictions of each known spot by the network that did not see it; the history.
     """
     n_features = stacks[0].tokens[0].shape[2]
+    mark = "" if checkpoint is None else fingerprint(stacks, params, seed=seed, start=start)
+
+    def build(k: int) -> MSAGNet:
+        network = build_network(params, n_features, tensors["group"])
+        if start:
+            # Which genes belong together was found on these data.
+            network.load_state_dict(start[k % len(start)] | {"group": tensors["group"]})
+        return network
+
     runs = []
     for k in range(max(len(f) for f in folds)):
+        if checkpoint is not None and (run := load_run(checkpoint / f"network{k}", mark)) is not None:
+            runs.append(run)
+            continue
         # A stack with fewer folds lends its last one again.
         out = [f[min(k, len(f) - 1)] for f in folds]
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
@@ -142,7 +175,7 @@ def _fit_networks(
         ]
         with suitable_threads(max(len(s.known) for s in stacks), params.width):
             run = train(
-                lambda: build_network(params, n_features, tensors["group"]),
+                lambda k=k: build(k),
                 episodes,
                 [_episode(s, o, w, tensors, params.n_neighs) for s, o, w in zip(stacks, out, weights, strict=True)],
                 n_steps=params.n_steps,
@@ -153,6 +186,8 @@ def _fit_networks(
                 device=device,
                 on_step=step,
             )
+        if checkpoint is not None:
+            save_run(checkpoint / f"network{k}", run, mark)
         runs.append(run)
     best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
     predicted = []

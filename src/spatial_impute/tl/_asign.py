@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
@@ -33,6 +35,8 @@ def fit_asign(
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
     model_params: AsignParams | Mapping[str, Any] | None = None,
+    start_from: AsignModel | None = None,
+    checkpoint: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
     show_progress_bar: bool | None = None,
@@ -55,6 +59,12 @@ def fit_asign(
         Stack table, layer with log-normalised expression, graph.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
+    start_from
+        Model to fine-tune: networks start from its own instead of at the base. It must have the same genes, encoder
+        and size.
+    checkpoint
+        Directory to keep each trained network in. A call with the same data and settings takes up what is there, after
+        an interruption; anything else in it is replaced.
     device
         Torch device; ``settings.device`` by default.
     seed
@@ -72,7 +82,7 @@ def fit_asign(
     KeyError
         If features, graph or registration are missing.
     ValueError
-        If nothing is measured, values are raw counts, or stacks have different genes.
+        If nothing is measured, values are raw counts, stacks have different genes, or `start_from` does not fit.
 
     Examples
     --------
@@ -110,8 +120,11 @@ def fit_asign(
     if len(encoders) > 1:
         msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
+    encoder = encoders.pop()
+    if start_from is not None:
+        _require_same_kind(start_from, genes, encoder, params)
     config = {
-        "encoder": encoders.pop(),
+        "encoder": encoder,
         "units": _units(read[0][0]),
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
         "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
@@ -125,6 +138,8 @@ def fit_asign(
             seed=seed,
             device=device or settings.device,
             progress=steps,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            start=None if start_from is None else start_from._networks,
         )
     logger.info("Fitted %r", model)
     return model
@@ -170,8 +185,14 @@ def impute_3d(
         Sections that differ in depth or stain from the measured ones are covered less: no held-out block shows that.
     `.obs['imputation_support']` : (``float32``)
         0-1: how much of the measurement reaches the spot over the 3D graph; 1 at measured spots, 0 where none does.
+    `.obs['imputation_source']` : :class:`~pandas.Categorical`
+        Why the support is what it is: ``"measured"``, ``"labels and image"`` where measured spots are linked to the
+        spot over the graph, ``"image"`` where none is.
     `.var['imputation_r']` : (``float64``)
         Pearson correlation of each gene on held-out blocks of the measured sections, the trust a gene deserves.
+    `.var['imputable']` : (``bool``)
+        Whether that is better than chance. Genes for which it is not are imputed close to their mean; do not interpret
+        their pattern.
     `.uns['asign']` : :class:`dict`
         Provenance.
 
@@ -211,26 +232,61 @@ def impute_3d(
         "version": version("spatial-impute"),
         "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
     }
-    predictability = model.predictability.reindex(table.var_names).to_numpy()
+    obs = {Keys.SUPPORT: result.support, Keys.SOURCE: _source(spots.known, result.support)}
+    var = {
+        Keys.PREDICTABILITY: model.predictability.reindex(table.var_names).to_numpy(),
+        Keys.PREDICTABLE: model.predictable.reindex(table.var_names).to_numpy(dtype=bool),
+    }
     if not inplace:
         from anndata import AnnData
 
-        obs = table.obs.assign(**{Keys.SUPPORT: result.support})
-        var = pd.DataFrame({Keys.PREDICTABILITY: predictability}, index=table.var_names)
         obsm = {Keys.SPATIAL: table.obsm[Keys.SPATIAL], Keys.SPATIAL_3D: table.obsm[Keys.SPATIAL_3D]}
-        layers = {Keys.sd(key_added): result.sd}
-        return AnnData(X=result.expression, layers=layers, obs=obs, var=var, obsm=obsm, uns={key_added: provenance})
-    table.layers[key_added] = result.expression
-    log_added(f"tables[{table_key!r}].layers[{key_added!r}]")
-    table.layers[Keys.sd(key_added)] = result.sd
-    log_added(f"tables[{table_key!r}].layers[{Keys.sd(key_added)!r}]")
-    table.obs[Keys.SUPPORT] = result.support
-    log_added(f"tables[{table_key!r}].obs[{Keys.SUPPORT!r}]")
-    table.var[Keys.PREDICTABILITY] = predictability
-    log_added(f"tables[{table_key!r}].var[{Keys.PREDICTABILITY!r}]")
+        return AnnData(
+            X=result.expression,
+            layers={Keys.sd(key_added): result.sd},
+            obs=table.obs.assign(**obs),
+            var=pd.DataFrame(var, index=table.var_names),
+            obsm=obsm,
+            uns={key_added: provenance},
+        )
+    where = f"tables[{table_key!r}]"
+    for key, values in {key_added: result.expression, Keys.sd(key_added): result.sd}.items():
+        table.layers[key] = values
+        log_added(f"{where}.layers[{key!r}]")
+    for key, values in obs.items():
+        table.obs[key] = values
+        log_added(f"{where}.obs[{key!r}]")
+    for key, values in var.items():
+        table.var[key] = values
+        log_added(f"{where}.var[{key!r}]")
     table.uns[key_added] = provenance
-    log_added(f"tables[{table_key!r}].uns[{key_added!r}]")
+    log_added(f"{where}.uns[{key_added!r}]")
     return None
+
+
+def _source(known: np.ndarray, support: np.ndarray) -> pd.Categorical:
+    """What each spot was imputed from."""
+    codes = np.where(known, 0, np.where(support > 0, 1, 2))
+    return pd.Categorical.from_codes(codes, ["measured", "labels and image", "image"])
+
+
+def _require_same_kind(model: AsignModel, genes: list[str], encoder: str, params: AsignParams) -> None:
+    """Raise a ``ValueError`` unless the networks of a model can be trained further on these data."""
+    names = ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_gene_groups")
+    pairs = {
+        "genes": (model.var_names, genes),
+        "encoder": (model.config["encoder"], encoder),
+        **{name: (getattr(model.params, name), getattr(params, name)) for name in names},
+    }
+    different = [name for name, (of_model, wanted) in pairs.items() if of_model != wanted]
+    if different:
+        found = {name: pairs[name] for name in different if name != "genes"}
+        msg = (
+            f"`start_from` must have the genes, encoder and size of the new model; {different} differ"
+            f"{f' (model, wanted): {found}' if found else ''}. Use `si.pp.select_genes(sdata, genes=model.var_names)`, "
+            "the same encoder, and `model_params=model.params`."
+        )
+        raise ValueError(msg)
 
 
 def _encoder(table: AnnData) -> str:
