@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 import spatial_impute as si
-from spatial_impute.models._intervals import held_out_spread, spread_by_support
+from spatial_impute.models._intervals import (
+    expected_noise,
+    held_out_noise,
+    held_out_spread,
+    spot_scale,
+    spread_by_support,
+)
+from spatial_impute.models._spots import Spots
 
 
 def test_held_out_spread_covers_what_it_was_set_on():
@@ -27,3 +36,45 @@ def test_intervals_cover_unmeasured_sections(prepared_stack, truth, quick_params
     true = truth[table.obs_names, table.var_names].X.toarray()[rows]
     inside = np.abs(true - table.layers["asign"][rows]) <= 1.645 * table.layers["asign_sd"][rows]
     assert 0.85 < inside.mean() < 0.95
+
+
+def lattice_with_depth() -> Spots:
+    """Two sections over each other, the first known; depth falls from left to right by a factor of 20."""
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(14.0), np.arange(14.0)))
+    plane = np.column_stack([x, y])
+    xyz = np.concatenate([np.column_stack([plane + 0.3 * k, np.full(len(x), 0.1 * k)]) for k in (0, 1)])
+    depth = 10_000 * np.exp(-xyz[:, 0] / 14 * np.log(20))
+    known = np.repeat([True, False], len(x))
+    rng = np.random.default_rng(0)
+    return Spots(
+        xyz=100 * xyz,
+        section=np.repeat([0, 1], len(x)),
+        known=known,
+        expression=rng.normal(size=(len(x), 5)),
+        spacing=100.0,
+        total_counts=depth[known] * rng.lognormal(sigma=0.2, size=len(x)),
+    )
+
+
+def test_expected_noise_follows_depth_to_spots_without_counts():
+    spots = lattice_with_depth()
+    true = np.exp(spots.xyz[:, 0] / 1400 * np.log(20)) / 10_000
+    found = expected_noise(spots)
+    assert np.abs(np.log(found / true))[~spots.known].max() < 0.4
+    assert (expected_noise(replace(spots, total_counts=None)) == 1).all()
+
+
+def test_held_out_noise_does_not_see_the_own_fold():
+    spots = lattice_with_depth()
+    folds = [spots.known & (spots.xyz[:, 0] < 650), spots.known & (spots.xyz[:, 0] >= 650)]
+    totals = spots.total_counts.copy()
+    totals[folds[0][spots.known]] *= np.random.default_rng(1).lognormal(size=int(folds[0].sum()))
+    before, after = held_out_noise(spots, folds), held_out_noise(replace(spots, total_counts=totals), folds)
+    own = folds[0][spots.known]
+    np.testing.assert_array_equal(before[own], after[own])
+    assert (before[~own] != after[~own]).all()
+
+
+def test_spot_scale_is_wider_where_counts_are_few():
+    scale = spot_scale(np.array([1e-4, 4e-4]), np.array([1e-4, 0.5, 0.5]))
+    np.testing.assert_allclose(scale, np.sqrt([1.0, 2.5]))

@@ -13,7 +13,7 @@ from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._inference import predict
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
-from spatial_impute.models._intervals import spread_by_support
+from spatial_impute.models._intervals import expected_noise, spot_scale, spread_by_support
 from spatial_impute.models._params import AsignParams
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class AsignModel:
         support = inputs.support[:, 0].numpy()
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
         sd = spread_by_support(support, float(usual[0]), *spreads)
+        sd *= spot_scale(expected_noise(spots), self._tensors["noise"].numpy())[:, None]
         sd[spots.known] = 0.0
         return Imputation(expression, sd.astype(np.float32), support)
 

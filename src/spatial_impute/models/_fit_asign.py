@@ -14,8 +14,8 @@ from spatial_impute.models._asign_checkpoint import fingerprint, load_run, save_
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
-from spatial_impute.models._intervals import held_out_spread, held_out_support
-from spatial_impute.models._noise import counting_weights
+from spatial_impute.models._intervals import held_out_noise, held_out_spread, held_out_support, spot_scale
+from spatial_impute.models._noise import counting_weights, variance_parts
 from spatial_impute.models._spots import Spots, spatial_folds, training_part
 from spatial_impute.models._train import Episode, train
 
@@ -108,9 +108,15 @@ def fit(
     tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
     held_out["asign"] = centre + blended * scale
     support = np.concatenate([held_out_support(s, f) for s, f in zip(stacks, folds, strict=True)])
+    # How far a spot may be off depends on its depth: residuals are compared after that is taken out.
+    noise = np.concatenate([held_out_noise(s, f) for s, f in zip(stacks, folds, strict=True)])
+    usual_noise = float(noise.mean())
+    parts = variance_parts(held_out["asign"] - truth, noise / usual_noise)
+    tensors["noise"] = torch.tensor([usual_noise, *parts], dtype=torch.float64)
+    size = spot_scale(noise, tensors["noise"].numpy())[:, None]
     tensors |= {
-        "spread": torch.tensor(held_out_spread(held_out["asign"] - truth), dtype=torch.float32),
-        "spread_of_mean": torch.tensor(held_out_spread(held_out["mean"] - truth), dtype=torch.float32),
+        "spread": torch.tensor(held_out_spread((held_out["asign"] - truth) / size), dtype=torch.float32),
+        "spread_of_mean": torch.tensor(held_out_spread((held_out["mean"] - truth) / size), dtype=torch.float32),
         "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._propagation import propagate
 
 if TYPE_CHECKING:
@@ -36,7 +38,47 @@ def held_out_spread(residuals: np.ndarray) -> np.ndarray:
     >>> round(float(spread[0]), 1)
     1.0
     """
-    return np.quantile(np.abs(residuals), _LEVEL, axis=0) / _HALF_WIDTH
+    # The spot to come is one more: of n held-out spots, the interval must take in 0.9 (n + 1).
+    level = min(1.0, _LEVEL * (len(residuals) + 1) / len(residuals))
+    return np.quantile(np.abs(residuals), level, axis=0) / _HALF_WIDTH
+
+
+def expected_noise(spots: Spots) -> np.ndarray:
+    """(n,) counting noise that a measurement of each spot would have, 1 / counts, by co-kriging of the known spots.
+
+    Depth follows the tissue: dense and sparse regions, and what stands over them on another section. All 1 where the
+    counts of the known spots are not known.
+    """
+    if spots.total_counts is None:
+        return np.ones(len(spots.known))
+    log_noise = -np.log(spots.total_counts)[:, None]
+    return np.exp(cokriging(replace(spots, expression=log_noise, total_counts=None))[:, 0])
+
+
+def held_out_noise(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
+    """(n_known,) :func:`expected_noise` of each known spot while its fold is hidden."""
+    noise = np.ones(len(spots.known))
+    for fold in folds:
+        noise[fold] = expected_noise(spots.hide(fold))[fold]
+    return noise[spots.known]
+
+
+def spot_scale(noise: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """How far each spot may be off, relative to others.
+
+    Parameters
+    ----------
+    noise
+        (n,) expected counting noise.
+    parts
+        Usual counting noise, constant part of the variance, part in proportion to the noise.
+
+    Returns
+    -------
+    (n,) standard deviations.
+    """
+    usual, constant, slope = parts
+    return np.sqrt(constant + slope * noise / usual)
 
 
 def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:

@@ -28,10 +28,19 @@ def counting_weights(residuals: np.ndarray, counting: np.ndarray) -> np.ndarray:
     >>> counting_weights(np.array([[1.0], [1.0], [2.0], [2.0]]), np.array([0.5, 0.5, 2.0, 2.0])).round(1)
     array([1.6, 1.6, 0.4, 0.4])
     """
+    constant, slope = variance_parts(residuals, counting)
+    variance = constant + slope * counting
+    return 1.0 / variance / np.mean(1.0 / variance)
+
+
+def variance_parts(residuals: np.ndarray, counting: np.ndarray) -> tuple[float, float]:
+    """Constant and slope of the variance of a spot over its counting noise; see :func:`counting_weights`.
+
+    (1, 0) where nothing varies, or where counting alone explains it and some spot has no counting noise.
+    """
     scale = np.maximum(residuals.std(axis=0), 1e-12)
     size = np.mean((residuals / scale) ** 2, axis=1)
     constant, slope = nnls(np.column_stack([np.ones(len(size)), counting]), size)[0]
-    variance = constant + slope * counting
-    if not variance.min() > 0:  # nothing varies, or counting alone explains it and some spot has no counting noise
-        return np.ones(len(size))
-    return 1.0 / variance / np.mean(1.0 / variance)
+    if not (constant + slope * counting).min() > 0:
+        return 1.0, 0.0
+    return float(constant), float(slope)
