@@ -244,7 +244,8 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
     KeyError
         If the layer is missing.
     ValueError
-        If no spot is measured, or measured rows hold NaN.
+        If no spot is measured, or measured rows hold infinities, or NaN other than for genes that are not on the panel
+        of a section.
     """
     require_key(
         layer,
@@ -259,9 +260,21 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
             "at least one section with expression; pass its SpatialData (with a table) to `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
-    values = table.layers[layer][measured]
-    if not np.isfinite(values).all():
-        bad = table.obs_names[measured][~np.isfinite(values).all(axis=1)][0]
-        msg = f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {bad!r}."
+    values = np.asarray(table.layers[layer][measured])
+    if np.isfinite(values).all():
+        return measured
+    # A gene that is not on the panel of a section is NaN at all of its spots.
+    section = table.obs[Keys.SECTION].to_numpy()[measured]
+    bad = np.isinf(values).any(axis=1) | ~np.isfinite(values).any(axis=1)
+    for name in np.unique(section):
+        missing = np.isnan(values[section == name])
+        bad[section == name] |= (missing != missing[0]).any(axis=1)
+    if bad.any():
+        first = table.obs_names[measured][bad][0]
+        msg = f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}."
+        raise ValueError(msg)
+    nowhere = ~np.isfinite(values).any(axis=0)
+    if nowhere.any():
+        msg = f"Gene {table.var_names[nowhere][0]!r} of `layers[{layer!r}]` was not measured on any section."
         raise ValueError(msg)
     return measured

@@ -159,5 +159,5 @@ def _score(predicted: np.ndarray, true: np.ndarray, profile: np.ndarray) -> dict
 
 
 def _mean_profile(table: AnnData, measured: np.ndarray) -> np.ndarray:
-    """(g,) mean of the measured spots."""
-    return np.asarray(table.layers[Keys.MEASURED][measured], dtype=float).mean(axis=0)
+    """(g,) mean of the spots that a gene was measured on."""
+    return np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)

@@ -2,7 +2,8 @@
 
 from spatial_impute.models._asign import AsignModel
 from spatial_impute.models._encoders import Encoder
+from spatial_impute.models._panels import AsignPanels
 from spatial_impute.models._params import AsignParams, PixNetParams
 from spatial_impute.models._pixnet import PixNetModel
 
-__all__ = ["AsignModel", "AsignParams", "Encoder", "PixNetModel", "PixNetParams"]
+__all__ = ["AsignModel", "AsignPanels", "AsignParams", "Encoder", "PixNetModel", "PixNetParams"]

@@ -11,7 +11,7 @@ from scipy import sparse
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import looks_like_counts, require_key, require_positive
+from spatial_impute._validation import looks_like_counts, require_key, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,7 @@ def select_genes(
     *,
     n_top_genes: int = 250,
     genes: Sequence[str] | None = None,
+    join: str = "inner",
     layer: str | None = None,
     log_normalized: bool = False,
     target_sum: float = 1e4,
@@ -43,6 +44,9 @@ def select_genes(
         gene that comes first in the table.
     genes
         Take these genes instead.
+    join
+        ``"inner"``: genes that all measured sections have. ``"outer"``: also genes that only some of them have, for
+        sections measured with different panels; their values are NaN on the others, and imputed there.
     layer
         Layer of the count tables to read; ``X`` by default.
     log_normalized
@@ -55,7 +59,8 @@ def select_genes(
     ``None``. Writes:
 
     `sdata.tables['stack'].layers['measured']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) log1p of counts per `target_sum`; NaN where nothing was measured.
+        (n_spots, n_genes) log1p of counts per `target_sum`; NaN where nothing was measured, and for genes that a section
+        lacks.
     `sdata.tables['stack'].obs['total_counts']` : (``float32``)
         Counts of each measured spot over all genes, NaN elsewhere: how precisely a spot is known. Not with
         ``log_normalized=True``.
@@ -70,7 +75,7 @@ def select_genes(
         If no section is measured, values are not counts (or are, with ``log_normalized=True``), or a measured spot has
         no counts at all.
     KeyError
-        For genes that a measured section lacks.
+        For genes that a measured section lacks, or all of them with ``join="outer"``.
 
     Examples
     --------
@@ -90,6 +95,7 @@ def select_genes(
         )
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
+    require_one_of(join, ("inner", "outer"), name="join")
     values = {}
     for section in measured:
         counts = sdata.tables[section.counts]
@@ -98,7 +104,7 @@ def select_genes(
             counts, layer=layer, log_normalized=log_normalized, target_sum=target_sum, where=where
         )
     var_names = {section.name: sdata.tables[section.counts].var_names for section in measured}
-    chosen = _choose(values, var_names, n_top_genes=n_top_genes, genes=genes)
+    chosen = _choose(values, var_names, n_top_genes=n_top_genes, genes=genes, join=join)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
@@ -109,8 +115,9 @@ def select_genes(
         names = [f"{section.name}_{i}" for i in counts.obs[Keys.INSTANCE]]
         present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
         rows = row_of[np.asarray(names)[present]].to_numpy()
-        picked = values[section.name][np.flatnonzero(present)][:, columns]
-        expression[rows] = picked.toarray() if sparse.issparse(picked) else picked
+        has = columns >= 0
+        picked = values[section.name][np.flatnonzero(present)][:, columns[has]]
+        expression[np.ix_(rows, has)] = picked.toarray() if sparse.issparse(picked) else picked
         raw = counts.X if layer is None else counts.layers[layer]
         totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
 
@@ -179,29 +186,39 @@ def _choose(
     *,
     n_top_genes: int,
     genes: Sequence[str] | None,
+    join: str,
 ) -> list[str]:
-    """Names of the chosen genes: the given ones, or the highest means among those that all sections measured."""
+    """Names of the chosen genes: the given ones, or the highest means on the sections that have them."""
+    enough = len(var_names) if join == "inner" else 1
     if genes is not None:
         wanted = list(dict.fromkeys(genes))
-        for name, names in var_names.items():
-            missing = [gene for gene in wanted if gene not in names]
-            if missing:
-                msg = f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}."
-                raise KeyError(msg)
+        lacking = [gene for gene in wanted if sum(gene in names for names in var_names.values()) < enough]
+        if lacking and join == "inner":
+            name = next(name for name, names in var_names.items() if not set(lacking) <= set(names))
+            missing = [gene for gene in wanted if gene not in var_names[name]]
+            msg = (
+                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, or "
+                "pass `join='outer'` if sections were measured with different panels."
+            )
+            raise KeyError(msg)
+        if lacking:
+            msg = f"{len(lacking)} of `genes` are not measured on any section, e.g. {lacking[:5]}."
+            raise KeyError(msg)
         return wanted
     if int(n_top_genes) < 1:
         msg = f"`n_top_genes` must be at least 1, found {n_top_genes!r}."
         raise ValueError(msg)
-    first = next(iter(var_names.values()))
-    shared = [gene for gene in first if all(gene in names for names in var_names.values())]
-    if not shared:
+    counted = pd.Index([]).append([pd.Index(names).unique() for names in var_names.values()]).value_counts(sort=False)
+    candidates = counted.index[counted >= enough]
+    if not len(candidates):
         msg = f"The measured sections {list(var_names)} have no gene in common; check that their gene names match."
         raise ValueError(msg)
-    means = [
-        np.asarray(matrix.mean(axis=0)).ravel()[var_names[name].get_indexer(shared)] for name, matrix in values.items()
-    ]
-    order = np.argsort(-np.mean(means, axis=0), kind="stable")[: int(n_top_genes)]
-    return [shared[i] for i in order]
+    means = np.full((len(values), len(candidates)), np.nan)
+    for k, (name, matrix) in enumerate(values.items()):
+        columns = var_names[name].get_indexer(candidates)
+        means[k, columns >= 0] = np.asarray(matrix.mean(axis=0)).ravel()[columns[columns >= 0]]
+    order = np.argsort(-np.nanmean(means, axis=0), kind="stable")[: int(n_top_genes)]
+    return list(candidates[order])
 
 
 def _write(

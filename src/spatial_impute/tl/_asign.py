@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from spatial_impute.models import AsignModel, AsignParams
+    from spatial_impute.models import AsignModel, AsignPanels, AsignParams
 
 
 def fit_asign(
@@ -40,7 +40,7 @@ def fit_asign(
     device: str | None = None,
     seed: int = 0,
     show_progress_bar: bool | None = None,
-) -> AsignModel:
+) -> AsignModel | AsignPanels:
     """Fit ASIGN :cite:p:`Zhu2025` on the measured spots of one or several stacks.
 
     Blocks of the measured section (whole sections, where several are measured) are hidden in turn and predicted by
@@ -74,7 +74,8 @@ def fit_asign(
 
     Returns
     -------
-    The fitted model. ``model.cross_validation`` has the scores of all baselines, of the network alone and of the blend
+    The fitted model; :class:`~spatial_impute.models.AsignPanels` where sections were measured with different genes,
+    with one model for the genes of each panel. ``model.cross_validation`` has the scores of all baselines, of the network alone and of the blend
     on the hidden blocks. Nothing is written.
 
     Raises
@@ -100,6 +101,7 @@ def fit_asign(
     >>> si.settings.show_progress_bar = True
     """
     from spatial_impute.models._fit_asign import fit
+    from spatial_impute.models._panels import AsignPanels, by_panel
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
@@ -120,8 +122,13 @@ def fit_asign(
     if len(encoders) > 1:
         msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
+    panels = [by_panel(spots) for _, spots in read]
+    several = len(panels[0]) > 1
     encoder = encoders.pop()
     if start_from is not None:
+        if several or isinstance(start_from, AsignPanels):
+            msg = "`start_from` is for sections that were measured with the same genes, and needs an `AsignModel`."
+            raise ValueError(msg)
         _require_same_kind(start_from, genes, encoder, params)
     config = {
         "encoder": encoder,
@@ -129,25 +136,37 @@ def fit_asign(
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
         "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
     }
-    with _steps("Fitting ASIGN", show=show_progress_bar) as steps:
-        model = fit(
-            [spots for _, spots in read],
-            genes,
-            params,
-            config=config,
-            seed=seed,
-            device=device or settings.device,
-            progress=steps,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            start=None if start_from is None else start_from._networks,
+    if len(panels) > 1 and any(len(parts) > 1 for parts in panels):
+        msg = (
+            "Stacks whose sections were measured with different genes are fitted one at a time; use "
+            '`si.pp.select_genes(sdata, genes=..., join="inner")` to fit several together.'
         )
+        raise ValueError(msg)
+    where = None if checkpoint is None else Path(checkpoint)
+    models = []
+    for k, (columns, _) in enumerate(panels[0]):
+        label = f"Fitting ASIGN, genes {k + 1} of {len(panels[0])}" if several else "Fitting ASIGN"
+        with _steps(label, show=show_progress_bar) as steps:
+            model = fit(
+                [parts[k][1] for parts in panels],
+                [genes[i] for i in columns],
+                params,
+                config=config,
+                seed=seed,
+                device=device or settings.device,
+                progress=steps,
+                checkpoint=where / f"panel{k}" if where is not None and several else where,
+                start=None if start_from is None else start_from._networks,
+            )
+        models.append(model)
+    model = AsignPanels(models, genes) if several else models[0]
     logger.info("Fitted %r", model)
     return model
 
 
 def impute_3d(
     sdata: SpatialData,
-    model: AsignModel,
+    model: AsignModel | AsignPanels,
     *,
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,

@@ -69,6 +69,7 @@ def impute_baseline(
     True
     """
     from spatial_impute.models._baselines import METHODS, NEEDS_FEATURES, NEEDS_GRAPH
+    from spatial_impute.models._panels import by_panel
 
     require_one_of(method, METHODS, name="method")
     table, spots = read_spots(
@@ -79,8 +80,11 @@ def impute_baseline(
         features=method in NEEDS_FEATURES,
         graph=method in NEEDS_GRAPH,
     )
-    values = METHODS[method](spots).astype(np.float32)
-    values[spots.known] = spots.expression
+    values = np.empty(table.shape, dtype=np.float32)
+    for columns, panel in by_panel(spots):
+        found = METHODS[method](panel)
+        found[panel.known] = panel.expression
+        values[:, columns] = found
     key = Keys.baseline(method) if key_added is None else key_added
     if not inplace:
         from anndata import AnnData

@@ -104,6 +104,12 @@ def cross_validate(
         require_one_of(name, [*METHODS, ASIGN], name="methods")
     require_one_of(by, ("method", "gene"), name="by")
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
+    if not np.isfinite(spots.expression).all():
+        msg = (
+            "Sections were measured with different genes. Compare methods on those that all have: "
+            '`si.pp.select_genes(sdata, join="inner")`.'
+        )
+        raise ValueError(msg)
     folds = _folds(spots, split, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     truth = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
     truth[spots.known] = spots.expression
