@@ -45,7 +45,7 @@ def test_select_genes_takes_those_of_any_panel_with_outer(two_panels):
     assert set(again.tables["stack"].var_names) == set(table.var_names)
     si.pp.select_genes(again, n_top_genes=100)
     assert set(again.tables["stack"].var_names) == set(table.var_names[3:6])
-    with pytest.raises(KeyError, match=r"3 of `genes` are not measured on section 's0'.*pass `join=):
+    with pytest.raises(KeyError, match=r"3 of `genes` are not measured on section 's0'.*pass `join="):
         si.pp.select_genes(again, genes=list(table.var_names))
     with pytest.raises(KeyError, match="1 of `genes` are not measured on any section"):
         si.pp.select_genes(again, genes=["nothing"], join="outer")
