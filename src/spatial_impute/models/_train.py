@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,9 @@ def train(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, float]], list[list[Tensor]]]:
     """Train one network, one episode at a time, and watch it on held-out spots.
 
+    In a process group (``torch.distributed``, as started by ``torchrun``) every process takes another episode, gradients
+    are averaged, and all processes end with the same network.
+
     Parameters
     ----------
     build
@@ -105,6 +109,11 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build().to(device)
+        rank, n_ranks, trained = 0, 1, network
+        if distributed.is_available() and distributed.is_initialized():
+            rank, n_ranks = distributed.get_rank(), distributed.get_world_size()
+            trained = DistributedDataParallel(network)
+            torch.manual_seed(seed + 7919 * rank)  # processes drop different activations
         optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         episodes = [episode.to(device) for episode in episodes]
         held_out = [episode.to(device) for episode in held_out]
@@ -127,7 +136,8 @@ def train(
             # Cosine decay to zero: the last steps settle instead of wandering.
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / n_steps))
-            losses.append(_step(network, optimiser, episodes[step % len(episodes)], correlation_weight))
+            episode = episodes[(step * n_ranks + rank) % len(episodes)]
+            losses.append(_step(trained, optimiser, episode, correlation_weight))
             if not math.isfinite(losses[-1]):
                 msg = f"The loss became {losses[-1]} in step {step + 1}; lower `learning_rate` (now {learning_rate:g})."
                 raise ValueError(msg)
@@ -135,7 +145,7 @@ def train(
     return states, history, predictions
 
 
-def _step(network: MSAGNet, optimiser: torch.optim.Optimizer, episode: Episode, correlation_weight: float) -> float:
+def _step(network: nn.Module, optimiser: torch.optim.Optimizer, episode: Episode, correlation_weight: float) -> float:
     """One step on one episode; returns the loss before it."""
     network.train()
     optimiser.zero_grad()
