@@ -55,8 +55,9 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     if fullres_image is not None:
         msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
         raise ValueError(msg)
-    if isinstance(value, SpatialData):
-        return _from_spatialdata(name, value, **options)
+    if is_spatialdata(value):
+        sdata = value if isinstance(value, SpatialData) else SpatialData.read(value)
+        return _from_spatialdata(name, sdata, **options)
     mpp, source, known = options["mpp"], "argument", None
     if isinstance(value, str | Path):
         opened = open_image(value)
@@ -76,6 +77,20 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     elif known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
         logger.warning("Section %s: `mpp=%g` given, its file says %g; taking the former", name, mpp, known[0])
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
+
+
+def is_spatialdata(value: object) -> bool:
+    """Whether something is a SpatialData object, or the folder of one."""
+    from spatialdata import SpatialData
+
+    if not isinstance(value, str | Path):
+        return isinstance(value, SpatialData)
+    path = Path(value)
+    if not path.is_dir() or not _is_zarr(path):
+        return False
+    import zarr
+
+    return "spatialdata_attrs" in zarr.open_group(path, mode="r").attrs
 
 
 def _is_zarr(path: Path) -> bool:
