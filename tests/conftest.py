@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dask.array as da
 import numpy as np
 import pytest
+import xarray as xr
 
 import spatial_impute as si
+from spatial_impute._raster import Level
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -96,6 +99,34 @@ def quick_params() -> dict[str, int]:
     """`model_params` of the smallest and shortest fit: enough to see what reaches the output, not to be good."""
     wanted = {"n_steps": 5, "n_epochs": 5, "width": 8, "n_heads": 2, "n_folds": 2}
     return {key: value for key, value in wanted.items() if key in si.models.AsignParams.__dataclass_fields__}
+
+
+class Ramp:
+    """Image that is linear in the position of the pixel centres, so that any resampling can be checked exactly."""
+
+    slope = np.array([0.5, 0.25])  # per pixel in x and y
+    offset = 10.0  # at the corner of the image
+
+    def value_at(self, pixels: np.ndarray) -> np.ndarray:
+        """Of the first channel at (..., 2) positions x, y from the corner, in pixels."""
+        return pixels @ self.slope + self.offset
+
+    def image(self, height: int, width: int, dtype: type = np.float32) -> np.ndarray:
+        """(3, y, x); channels are offset by 1."""
+        x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+        plane = self.value_at(np.stack([x, y], axis=-1))
+        return np.stack([plane, plane + 1, plane + 2]).astype(dtype)
+
+    def level(self, array: np.ndarray, to_um: np.ndarray | None = None, chunks: int | None = None) -> Level:
+        """(c, y, x) as one resolution of an image, in memory or in chunks."""
+        data = array if chunks is None else da.from_array(array, chunks=(-1, chunks, chunks))
+        return Level(xr.DataArray(data, dims=("c", "y", "x")), np.eye(3) if to_um is None else to_um)
+
+
+@pytest.fixture(scope="session")
+def ramp() -> Ramp:
+    """Makes images whose every pixel is known."""
+    return Ramp()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +14,6 @@ from PIL import Image
 
 from spatial_impute import _image_io
 from spatial_impute._image_io import open_image
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def picture(height: int, width: int, *, seed: int = 0, dtype=np.uint8) -> np.ndarray:
@@ -75,6 +76,72 @@ def test_open_image_reads_pixel_size_from_ome_xml(tmp_path, size, unit, expected
     opened = open_image(tmp_path / "a.ome.tif")
     assert opened.mpp == pytest.approx(expected)
     assert opened.levels[0].shape == (3, 20, 30)
+
+
+def test_open_image_reads_oblong_pixels(tmp_path):
+    metadata = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 600, "PhysicalSizeYUnit": "nm"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", picture(20, 30), photometric="rgb", metadata=metadata)
+    opened = open_image(tmp_path / "a.ome.tif")
+    assert opened.pixel_size == pytest.approx((0.5, 0.6))
+    assert opened.mpp == pytest.approx(np.sqrt(0.3))
+    resolution = (1e4 / 0.5, 1e4 / 0.6)
+    tifffile.imwrite(
+        tmp_path / "b.tif", picture(20, 30), photometric="rgb", resolution=resolution, resolutionunit="CENTIMETER"
+    )
+    assert open_image(tmp_path / "b.tif").pixel_size == pytest.approx((0.5, 0.6))
+
+
+def test_open_image_takes_the_pixel_size_of_the_image_it_opens(tmp_path):
+    """An overview that comes first has a pixel size of its own."""
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as writer:
+        for size, mpp in ((16, 20.0), (64, 0.25)):
+            writer.write(picture(size, size + 2), photometric="rgb", metadata={"axes": "YXS", "PhysicalSizeX": mpp})
+    opened = open_image(tmp_path / "a.ome.tif")
+    assert opened.levels[0].shape == (3, 64, 66)
+    assert opened.mpp == 0.25
+
+
+def test_tiff_is_closed_when_nothing_uses_it(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", picture(50, 70), photometric="rgb")
+
+    def open_files() -> int:
+        return sum(Path(link).resolve() == tmp_path / "a.tif" for link in Path("/proc/self/fd").iterdir())
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs a list of open files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        level = open_image(tmp_path / "a.tif").levels[0]
+        level[:, :9, :9].compute()
+        assert open_files() == 1
+        del level
+        gc.collect()
+    assert open_files() == 0
+
+
+def test_tiff_can_be_read_in_another_process(tmp_path):
+    image = picture(50, 70)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+    level = open_image(tmp_path / "a.tif").levels[0]
+    level.compute()
+    copy = pickle.loads(pickle.dumps(level))
+    np.testing.assert_array_equal(copy.compute(), np.moveaxis(image, -1, 0))
+
+
+def test_the_same_tiff_is_recognised_and_a_changed_one_is_not(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(50, 70), photometric="rgb")
+    name = open_image(path).levels[0].name
+    assert open_image(path).levels[0].name == name
+    tifffile.imwrite(path, picture(50, 70)[::-1], photometric="rgb")
+    assert open_image(path).levels[0].name != name
+
+
+def test_tiff_of_small_tiles_makes_few_tasks(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((600, 2200, 3), np.uint8), photometric="rgb", tile=(16, 16))
+    level = open_image(tmp_path / "a.tif").levels[0]
+    assert level.npartitions == 3
+    assert len(level.dask) < 20
 
 
 @pytest.mark.parametrize("unit", ["pixel", "reference frame"])
@@ -252,6 +319,36 @@ def test_open_image_says_what_to_do_with_images_too_large_for_pil(tmp_path, monk
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"too large to decode in one piece.*tiled TIFF"):
         open_image(tmp_path / "a.png")
+
+
+def test_large_plain_images_warn_of_nothing_in_any_thread(tmp_path, monkeypatch):
+    """PIL warns above a limit and refuses above twice that; filters of warnings are no way out among threads."""
+    Image.fromarray(picture(50, 60)).save(tmp_path / "a.png")
+    Image.fromarray(picture(50, 60)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+
+    def size(name: str) -> tuple[int, int]:
+        with _image_io._pil_open(tmp_path / name) as file:
+            return file.size
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error")
+        filters = list(warnings.filters)
+        found = list(pool.map(size, ["a.png", "a.jpg"] * 20))
+        assert warnings.filters == filters
+    assert found == [(60, 50)] * 40
+
+
+def test_open_image_goes_by_content_not_by_name(tmp_path):
+    Image.fromarray(picture(50, 60)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "b.jpg")
+    assert open_image(tmp_path / "b.jpg").levels[0].compute().shape == (3, 50, 60)
+    Image.fromarray(picture(50, 60)).save(tmp_path / "c.bmp")
+    (tmp_path / "c.bmp").rename(tmp_path / "c.png")
+    with pytest.raises(
+        ValueError, match=r"c\.png is neither PNG nor JPEG, whatever its name says: it starts with b'BM"
+    ):
+        open_image(tmp_path / "c.png")
 
 
 def test_open_image_bounds_the_chunks(tmp_path):

@@ -12,24 +12,6 @@ from spatial_impute._geometry import apply_affine, scaling
 from spatial_impute._patches import iter_patches
 from spatial_impute._raster import Level
 
-RAMP = np.array([0.5, 0.25, 10.0])  # value = 0.5 x + 0.25 y + 10, in pixels from the corner
-
-
-def ramp(height: int, width: int, dtype=np.float32) -> np.ndarray:
-    """(3, y, x) image that is linear in the position of the pixel centres; channels are offset by 1."""
-    y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
-    plane = RAMP[0] * x + RAMP[1] * y + RAMP[2]
-    return np.stack([plane, plane + 1, plane + 2]).astype(dtype)
-
-
-def value_at(pixels: np.ndarray) -> np.ndarray:
-    return pixels @ RAMP[:2] + RAMP[2]
-
-
-def level_of(array: np.ndarray, to_um: np.ndarray | None = None, chunks: int | None = None) -> Level:
-    data = array if chunks is None else da.from_array(array, chunks=(-1, chunks, chunks))
-    return Level(xr.DataArray(data, dims=("c", "y", "x")), scaling(1.0) if to_um is None else to_um)
-
 
 def patch_positions(centers: np.ndarray, side: float, n_px: int) -> np.ndarray:
     """(n, n_px, n_px, 2) um: middle of every pixel of every patch."""
@@ -48,34 +30,34 @@ def read_patches(levels: list[Level], centers: np.ndarray, side: float, n_px: in
 
 @pytest.mark.parametrize("side", [8.0, 11.0])
 @pytest.mark.parametrize("n_px", [8, 5])
-def test_iter_patches_reads_a_ramp_exactly(side, n_px):
+def test_iter_patches_reads_a_ramp_exactly(side, n_px, ramp):
     centers = np.array([[30.0, 20.0], [31.3, 22.7], [50.25, 40.5]])
-    found = read_patches([level_of(ramp(80, 90))], centers, side, n_px)
-    expected = value_at(patch_positions(centers, side, n_px))
+    found = read_patches([ramp.level(ramp.image(80, 90))], centers, side, n_px)
+    expected = ramp.value_at(patch_positions(centers, side, n_px))
     for channel in range(3):
         np.testing.assert_allclose(found[..., channel], expected + channel, rtol=1e-5)
 
 
-def test_iter_patches_of_whole_pixels_are_the_pixels():
+def test_iter_patches_of_whole_pixels_are_the_pixels(ramp):
     array = np.random.default_rng(0).integers(0, 255, (3, 40, 50), dtype=np.uint8)
-    found = read_patches([level_of(array)], np.array([[20.0, 12.0]]), 8.0, 8)
+    found = read_patches([ramp.level(array)], np.array([[20.0, 12.0]]), 8.0, 8)
     np.testing.assert_array_equal(found[0], np.moveaxis(array[:, 8:16, 16:24], 0, -1))
 
 
 @pytest.mark.parametrize("flip", [1.0, -1.0])
 @pytest.mark.parametrize("degrees", [0, 30, 90, 200])
-def test_iter_patches_follow_the_axes_of_a_rotated_or_flipped_section(degrees, flip):
+def test_iter_patches_follow_the_axes_of_a_rotated_or_flipped_section(degrees, flip, ramp):
     c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     matrix = np.array([[c, -s, 3], [s, c, -8], [0, 0, 1.0]]) @ np.diag([0.5 * flip, 0.5, 1])
     centers = apply_affine(np.array([[60.0, 50.0], [48.0, 61.0]]), matrix)
-    found = read_patches([level_of(ramp(110, 120), matrix)], centers, 12.0, 6)
+    found = read_patches([ramp.level(ramp.image(110, 120), matrix)], centers, 12.0, 6)
     pixels = apply_affine(patch_positions(centers, 12.0, 6).reshape(-1, 2), np.linalg.inv(matrix))
-    np.testing.assert_allclose(found[..., 0].ravel(), value_at(pixels), rtol=1e-4)
+    np.testing.assert_allclose(found[..., 0].ravel(), ramp.value_at(pixels), rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunks", [None, 24])
-def test_iter_patches_by_tile_equal_those_in_one_read(monkeypatch, chunks):
-    level = level_of(np.random.default_rng(1).integers(0, 255, (3, 150, 170), dtype=np.uint8), chunks=chunks)
+def test_iter_patches_by_tile_equal_those_in_one_read(monkeypatch, chunks, ramp):
+    level = ramp.level(np.random.default_rng(1).integers(0, 255, (3, 150, 170), dtype=np.uint8), chunks=chunks)
     centers = np.random.default_rng(2).uniform(-3, 170, (60, 2))
     whole = read_patches([level], centers, 20.0, 7)
     monkeypatch.setattr(_patches, "_TILE", 32)
@@ -84,23 +66,23 @@ def test_iter_patches_by_tile_equal_those_in_one_read(monkeypatch, chunks):
         assert len(list(iter_patches([level], centers, 20.0, 7))) > 10
 
 
-def test_iter_patches_repeats_the_rim_beyond_the_image():
-    array = ramp(30, 30)
+def test_iter_patches_repeats_the_rim_beyond_the_image(ramp):
+    array = ramp.image(30, 30)
     centers = np.array([[0.0, 15.0], [30.0, 30.0]])
-    found = read_patches([level_of(array)], centers, 10.0, 10)
+    found = read_patches([ramp.level(array)], centers, 10.0, 10)
     np.testing.assert_allclose(found[0, :, :5], np.repeat(found[0, :, 5:6], 5, axis=1))
     np.testing.assert_allclose(found[0, :, 5:, 0], array[0, 10:20, :5])
     assert (found[1, 5:, 5:] == array[:, -1, -1]).all()
 
 
-def test_iter_patches_of_image_smaller_than_the_patch():
-    found = read_patches([level_of(np.full((3, 1, 2), 7, np.uint8))], np.array([[1.0, 0.5]]), 40.0, 9)
+def test_iter_patches_of_image_smaller_than_the_patch(ramp):
+    found = read_patches([ramp.level(np.full((3, 1, 2), 7, np.uint8))], np.array([[1.0, 0.5]]), 40.0, 9)
     assert (found == 7).all()
 
 
-def test_iter_patches_reads_the_coarse_level_for_large_fields():
-    fine = level_of(np.zeros((3, 64, 64), np.uint8))
-    coarse = level_of(np.full((3, 16, 16), 9, np.uint8), scaling(4.0))
+def test_iter_patches_reads_the_coarse_level_for_large_fields(ramp):
+    fine = ramp.level(np.zeros((3, 64, 64), np.uint8))
+    coarse = ramp.level(np.full((3, 16, 16), 9, np.uint8), scaling(4.0))
     centers = np.array([[32.0, 32.0]])
     assert (read_patches([fine, coarse], centers, 40.0, 10) == 9).all()
     assert (read_patches([fine, coarse], centers, 10.0, 10) == 0).all()
@@ -108,7 +90,7 @@ def test_iter_patches_reads_the_coarse_level_for_large_fields():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("tile", [12, 2048])
-def test_iter_patches_averages_pixels_that_are_far_too_fine(dtype, tile, monkeypatch):
+def test_iter_patches_averages_pixels_that_are_far_too_fine(dtype, tile, monkeypatch, ramp):
     """A patch of 2 um per px from pixels of 0.6 um takes means of 3 x 3, not every third pixel; sizes need not divide."""
     monkeypatch.setattr(_patches, "_TILE", tile)
     image = np.random.default_rng(0).integers(0, 255, (3, 50, 65)).astype(dtype)
@@ -116,17 +98,17 @@ def test_iter_patches_averages_pixels_that_are_far_too_fine(dtype, tile, monkeyp
     level = Level(xr.DataArray(da.from_array(image, chunks=(-1, 8, 8)), dims=("c", "y", "x")), scaling(0.6))
     found = read_patches([level], centers, 16.0, 8)
     means = image[:, :48, :63].reshape(3, 16, 3, 21, 3).astype(float).mean(axis=(2, 4))
-    expected = read_patches([level_of(means.astype(np.float32), scaling(1.8))], centers, 16.0, 8)
+    expected = read_patches([ramp.level(means.astype(np.float32), scaling(1.8))], centers, 16.0, 8)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_iter_patches_of_no_center_yields_nothing():
-    assert list(iter_patches([level_of(ramp(9, 9))], np.empty((0, 2)), 4.0, 4)) == []
+def test_iter_patches_of_no_center_yields_nothing(ramp):
+    assert list(iter_patches([ramp.level(ramp.image(9, 9))], np.empty((0, 2)), 4.0, 4)) == []
 
 
-def test_iter_patches_memory_does_not_grow_with_the_spots_of_a_tile():
+def test_iter_patches_memory_does_not_grow_with_the_spots_of_a_tile(ramp):
     """Millions of bins: a tile of 1 mm holds 15,000 bins of 8 um, whose patches must not all be made at once."""
-    level = level_of(np.zeros((3, 256, 256), np.uint8))
+    level = ramp.level(np.zeros((3, 256, 256), np.uint8))
     centers = np.random.default_rng(0).uniform(0, 256, (16_000, 2))
     tracemalloc.start()
     n_seen = sum(len(index) for index, _ in iter_patches([level], centers, 8.0, 16))

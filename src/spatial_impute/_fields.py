@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numba
 import numpy as np
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from scipy import sparse
 
 _CHANNELS = 16  # summed at a time: tables of cumulative sums in float64 stay small beside the features themselves
-_NO_AREA = 1e-9  # of a cell; below it a field has no known cell, but for rounding
+_SAMPLE = 4096  # cells that tell the mean of a feature to a few hundredths of its spread
+NO_AREA = 1e-9  # of a cell; below it a field has no known cell, but for rounding
 
 
 @dataclass(frozen=True)
@@ -91,42 +93,62 @@ def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) ->
     known, n_features = lattice.known, lattice.values.shape[2]
     origin = np.array([lattice.first[1], lattice.first[0]], dtype=float)  # x, y
     boxes, middles, results, weights = [], [], [], []
-    area = _cumulative(known[..., None].astype(np.float64))
+    shape = (known.shape[0] + 1, known.shape[1] + 1)
+    area = np.zeros(shape)
+    area[1:, 1:] = known.cumsum(axis=0).cumsum(axis=1)
     for centers, side in fields:
         middle, half = np.asarray(centers) / lattice.step - origin, side / (2 * lattice.step)
-        boxes.append(_box_weights(area.shape, middle - half, middle + half))
+        boxes.append(box_weights(shape, middle - half, middle + half))
         weights.append(boxes[-1] @ area.reshape(-1, 1))
         middles.append(middle)
         results.append((np.zeros((len(middle), n_features)), np.zeros((len(middle), n_features))))
-    offset = lattice.values[known].mean(axis=0, dtype=np.float64)  # squares of centred values lose no digits
+    # Squares of values near 0 lose no digits; a sample of the cells tells where the values lie.
+    rows, columns = np.nonzero(known)
+    some = slice(None, None, max(1, len(rows) // _SAMPLE))
+    offset = lattice.values[rows[some], columns[some]].mean(axis=0, dtype=np.float64)
     for start in range(0, n_features, _CHANNELS):
         part = slice(start, start + _CHANNELS)
-        values = np.where(known[..., None], lattice.values[..., part] - offset[part], 0.0)
-        sums, squares = (_cumulative(v).reshape(-1, values.shape[2]) for v in (values, values**2))
+        sums, squares = np.zeros((2, *shape, len(offset[part])))
+        _integrate(lattice.values[..., part], known, offset[part], sums, squares)
+        sums, squares = (table.reshape(-1, table.shape[2]) for table in (sums, squares))
         for box, weight, (mean, spread) in zip(boxes, weights, results, strict=True):
-            shared = np.where(weight > _NO_AREA, weight, 1.0)
+            shared = np.where(weight > NO_AREA, weight, 1.0)
             average, square = box @ sums / shared, box @ squares / shared
             variance = square - average**2
             mean[:, part] = average + offset[part]
             spread[:, part] = np.sqrt(np.where(variance > 1e-12 * square, variance, 0.0))
-    cells = np.argwhere(known)
     for middle, weight, (mean, spread) in zip(middles, weights, results, strict=True):
-        for row in np.flatnonzero(weight[:, 0] <= _NO_AREA):
-            place = middle[row, ::-1] - 0.5  # row, column
-            mean[row] = lattice.values[tuple(cells[((cells - place) ** 2).sum(axis=1).argmin()])]
+        for row in np.flatnonzero(weight[:, 0] <= NO_AREA):
+            y, x = middle[row, ::-1] - 0.5
+            nearest = ((rows - y) ** 2 + (columns - x) ** 2).argmin()
+            mean[row] = lattice.values[rows[nearest], columns[nearest]]
             spread[row] = 0.0
     return results
 
 
-def _cumulative(values: np.ndarray) -> np.ndarray:
-    """Integrals from the first corner: (rows, columns, d) to (rows + 1, columns + 1, d)."""
-    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1, values.shape[2]))
-    np.cumsum(values, axis=0, out=table[1:, 1:])
-    np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
-    return table
+@numba.njit(cache=True, nogil=True)
+def _integrate(
+    values: np.ndarray, known: np.ndarray, offset: np.ndarray, sums: np.ndarray, squares: np.ndarray
+) -> None:
+    """Integrals from the first corner of the known (rows, columns, d) cells less `offset`, and of their squares.
+
+    `sums` and `squares` are tables of zeros, (rows + 1, columns + 1, d); they are filled in one pass.
+    """
+    line, line_squares = np.empty(len(offset)), np.empty(len(offset))
+    for i in range(known.shape[0]):
+        line[:], line_squares[:] = 0.0, 0.0
+        for j in range(known.shape[1]):
+            if known[i, j]:
+                for k in range(len(offset)):
+                    value = values[i, j, k] - offset[k]
+                    line[k] += value
+                    line_squares[k] += value * value
+            for k in range(len(offset)):
+                sums[i + 1, j + 1, k] = sums[i, j + 1, k] + line[k]
+                squares[i + 1, j + 1, k] = squares[i, j + 1, k] + line_squares[k]
 
 
-def _box_weights(shape: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> sparse.csr_matrix:
+def box_weights(shape: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> sparse.csr_matrix:
     """(n, cells of a table) weights that make integrals over boxes out of those from the first corner."""
     from scipy import sparse
 

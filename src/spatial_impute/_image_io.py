@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute._tiff import tiff_levels
+
 if TYPE_CHECKING:
     import dask.array as da
+    import zarr
     from PIL import Image
+
+    from spatial_impute._tiff import TiffLevel
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
-_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, centimetre
-_OME_UNITS = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
-_CHUNK = 2048
+_UM_PER_ZARR_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
+_CHUNK = 1024  # px; a chunk of three colours is 3 MiB, and readers keep a few
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,13 @@ class ImageFile:
     """An opened image: lazy (c, y, x) arrays, finest first, and the pixel size its metadata give."""
 
     levels: list[da.Array]
-    mpp: float | None
-    """um per pixel of the finest level; None if the file does not say."""
+    pixel_size: tuple[float, float] | None
+    """um per pixel (x, y) of the finest level; None if the file does not say."""
+
+    @property
+    def mpp(self) -> float | None:
+        """Mean edge length of a pixel in um; None if the file does not say."""
+        return None if self.pixel_size is None else float(np.sqrt(self.pixel_size[0] * self.pixel_size[1]))
 
 
 def open_image(path: str | Path) -> ImageFile:
@@ -58,22 +65,28 @@ def open_image(path: str | Path) -> ImageFile:
 
 
 def _open_tiff(path: Path) -> ImageFile:
-    import dask.array as da
-    import tifffile
-    import zarr
+    levels, axes, pixel_size = tiff_levels(path)
+    return ImageFile([_channels_first(_lazy(level, axes, level.token), axes) for level in levels], pixel_size)
 
-    with tifffile.TiffFile(path) as tiff:
-        series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
-        mpp = _tiff_mpp(tiff)
-        axes = series.axes.replace("S", "C")
-        n_levels = len(series.levels)
-        which = tiff.series.index(series)
-    levels = []
-    for i in range(n_levels):
-        # Opened by path again: the store then reopens the file in each worker process.
-        store = tifffile.imread(path, series=which, level=i, aszarr=True)
-        levels.append(_channels_first(da.from_zarr(zarr.open(store, mode="r")), axes))
-    return ImageFile(levels, mpp)
+
+def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> da.Array:
+    """Dask array of something on disk; named ones are the same for the same file in all of a session."""
+    import dask.array as da
+
+    chunks = _whole_chunks(array.shape, array.chunks, axes)
+    return da.from_array(array, chunks=chunks, name=name, meta=np.empty((0,) * len(chunks), dtype=array.dtype))
+
+
+def _whole_chunks(shape: tuple[int, ...], chunks: tuple[int, ...], axes: str) -> tuple[int, ...]:
+    """Chunks to read: as many chunks of the file as make about `_CHUNK` px, and all colours.
+
+    Slivers of strips would make one task per row, and small tiles millions of tasks on a large slide; whole chunks of
+    the file go together, so that none is decoded for two of ours.
+    """
+    return tuple(
+        min(n, size * max(1, _CHUNK // size)) if axis in "YX" else n
+        for n, size, axis in zip(shape, chunks, axes, strict=True)
+    )
 
 
 def _channels_first(array: da.Array, axes: str) -> da.Array:
@@ -86,31 +99,7 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
         array, axes = array.squeeze(position), axes.replace(axis, "")
     if "C" not in axes:
         array, axes = array[None], "C" + axes
-    array = array.transpose([axes.index(a) for a in "CYX"])
-    # Slivers of strips make one task per row; whole-height columns of tiles do not fit in memory.
-    # Whole chunks of the file go together, so that none is decoded for two of ours.
-    rows, columns = (size * max(1, _CHUNK // size) for size in array.chunksize[1:])
-    return array.rechunk({0: -1, 1: rows, 2: columns})
-
-
-def _tiff_mpp(tiff: object) -> float | None:
-    """Pixel size from OME-XML, Aperio text or the resolution tags, in this order."""
-    if tiff.ome_metadata:
-        size = re.search(r'PhysicalSizeX="([0-9.eE+-]+)"', tiff.ome_metadata)
-        unit = re.search(r'PhysicalSizeXUnit="([^"]+)"', tiff.ome_metadata)
-        # Micrometres are the default of the format; pixels and reference frames are no lengths.
-        factor = _OME_UNITS.get(unit.group(1) if unit else "um")
-        return float(size.group(1)) * factor if size and factor else None
-    page = tiff.pages[0]
-    if found := re.search(r"MPP\s*=\s*([0-9.]+)", page.description or ""):
-        return float(found.group(1))
-    resolution, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
-    if resolution is None or unit is None or int(unit.value) not in _UM_PER_UNIT:
-        return None
-    numerator, denominator = resolution.value
-    mpp = _UM_PER_UNIT[int(unit.value)] * denominator / numerator if numerator else np.inf
-    # Screen resolutions (72-300 dpi, above 80 um a pixel) are defaults of image software, not microscopes.
-    return mpp if mpp < 80 else None
+    return array.transpose([axes.index(a) for a in "CYX"])
 
 
 def _open_plain(path: Path) -> ImageFile:
@@ -129,16 +118,32 @@ def _open_plain(path: Path) -> ImageFile:
 
 
 def _pil_open(path: str | Path) -> Image.Image:
-    """Open a file with PIL, whose warning above 89 Mpx means nothing for a slide; above 179 Mpx it still refuses."""
-    from PIL import Image
+    """Open PNG or JPEG, recognised by the first bytes, at up to twice the pixels from which PIL warns.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            return Image.open(path)
-        except Image.DecompressionBombError as error:
-            msg = f"{Path(path).name} is too large to decode in one piece ({error}); convert it to a tiled TIFF."
-            raise ValueError(msg) from error
+    ``PIL.Image.open`` would warn of every scan above 89 megapixels. A filter of warnings is no way out: filters belong to
+    the process, and images are decoded in several threads.
+    """
+    from PIL import Image
+    from PIL.JpegImagePlugin import JpegImageFile
+    from PIL.PngImagePlugin import PngImageFile
+
+    with Path(path).open("rb") as file:
+        start = file.read(8)
+    readers = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
+    reader = next((reader for magic, reader in readers.items() if start.startswith(magic)), None)
+    if reader is None:
+        msg = f"{Path(path).name} is neither PNG nor JPEG, whatever its name says: it starts with {start!r}."
+        raise ValueError(msg)
+    image = reader(str(path))
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > 2 * limit:
+        image.close()
+        msg = (
+            f"{Path(path).name} is too large to decode in one piece ({pixels} pixels, the limit is {2 * limit}); convert "
+            "it to a tiled TIFF."
+        )
+        raise ValueError(msg)
+    return image
 
 
 def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
@@ -169,7 +174,6 @@ def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:
-    import dask.array as da
     import zarr
 
     group = zarr.open_group(path, mode="r")
@@ -180,17 +184,23 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         raise ValueError(msg)
     first = multiscales[0]
     axes = "".join(axis["name"].upper() if isinstance(axis, dict) else axis.upper() for axis in first["axes"])
-    levels = [_channels_first(da.from_zarr(group[d["path"]]), axes) for d in first["datasets"]]
-    return ImageFile(levels, _ome_zarr_mpp(first))
+    levels = [_channels_first(_lazy(group[d["path"]], axes), axes) for d in first["datasets"]]
+    return ImageFile(levels, _ome_zarr_pixel_size(first))
 
 
-def _ome_zarr_mpp(multiscale: dict) -> float | None:
-    axis = next((a for a in multiscale["axes"] if isinstance(a, dict) and a["name"].lower() == "x"), {})
-    factor = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}.get(axis.get("unit"))
-    if factor is None:
+def _ome_zarr_pixel_size(multiscale: dict) -> tuple[float, float] | None:
+    names = [(axis["name"] if isinstance(axis, dict) else axis).lower() for axis in multiscale["axes"]]
+    axes = {name: axis for name, axis in zip(names, multiscale["axes"], strict=True) if isinstance(axis, dict)}
+    factors = [_UM_PER_ZARR_UNIT.get(axes.get(name, {}).get("unit")) for name in "xy"]
+    scale = next(
+        (
+            t["scale"]
+            for t in multiscale["datasets"][0].get("coordinateTransformations", [])
+            if t.get("type") == "scale"
+        ),
+        None,
+    )
+    if scale is None or None in factors:
         return None
-    position = [a["name"].lower() for a in multiscale["axes"]].index("x")
-    for transformation in multiscale["datasets"][0].get("coordinateTransformations", []):
-        if transformation.get("type") == "scale":
-            return float(transformation["scale"][position]) * factor
-    return None
+    x, y = (float(scale[names.index(name)]) * factor for name, factor in zip("xy", factors, strict=True))
+    return x, y

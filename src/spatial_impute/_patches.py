@@ -109,7 +109,8 @@ class _Tiles:
         for row, line in zip(rows, parts, strict=True):
             low, high = max(y0 - row * self.edge, 0), y1 - row * self.edge
             cut.append(np.concatenate([part[:, low:high] for part in line], axis=2)[:, :, x0 - left : x1 - left])
-        return cut[0] if len(cut) == 1 else np.concatenate(cut, axis=1)
+        # Always contiguous: another memory layout would be compiled for once more, which takes seconds.
+        return np.ascontiguousarray(cut[0]) if len(cut) == 1 else np.concatenate(cut, axis=1)
 
     def _tile(self, row: int, column: int) -> np.ndarray:
         key = (row, column)

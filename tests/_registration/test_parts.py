@@ -19,7 +19,7 @@ from spatial_impute._registration import (
 )
 from spatial_impute._registration._align import Placed
 from spatial_impute._registration._channel import Channel, deformation_channel, shrink
-from spatial_impute._registration._deform import _blocks, _common_view, _gain, fit_deformation
+from spatial_impute._registration._deform import _blocks, _common_view, _gain, _without, fit_deformation
 from spatial_impute._registration._manual import check_matrix, landmark_matrix
 from spatial_impute._registration._orientation import orientation_candidates, pose
 from spatial_impute._registration._quality import StructureScore, edges_inside, mutual_information, pull_back
@@ -173,6 +173,24 @@ def test_gain_by_hand():
     assert gain == pytest.approx(4)  # of 2, 4, 6
     assert error == pytest.approx(2 / np.sqrt(3))
     assert _gain(difference, np.zeros_like(labels)) == (0, 0)
+
+
+def test_trial_fits_know_nothing_of_hidden_blocks():
+    """Windows and coarse levels of the fit reach beyond a mask, so what is hidden must not be in the image either."""
+    fixed = channel()
+    black, _ = _blocks(fixed, RegistrationParams())
+    noise = np.random.default_rng(1).random(black.shape, dtype=np.float32)
+    other = replace(fixed, image=np.where(black, noise, fixed.image))
+    first, second = _without(fixed, black), _without(other, black)
+    np.testing.assert_array_equal(first.image, second.image)
+    assert first.image.dtype == np.float32
+    np.testing.assert_array_equal(first.image[~black], fixed.image[~black])
+    assert not (first.visible() & black).any()
+    # No edges where a block begins: what fills it follows its surroundings.
+    middle = ndi.binary_erosion(fixed.mask, iterations=30)
+    assert np.abs(first.image[middle & black] - 0.5).max() < 0.3
+    steep = [ndi.gaussian_gradient_magnitude(c.image, 2)[middle & black].mean() for c in (first, fixed)]
+    assert steep[0] < 0.7 * steep[1]
 
 
 def test_deformation_is_kept_if_true_and_dropped_if_made_up():

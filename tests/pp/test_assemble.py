@@ -11,13 +11,15 @@ import pytest
 import spatialdata as sd
 import tifffile
 import xarray as xr
-from anndata import AnnData
+import zarr
+from anndata import AnnData, concat
 from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation
 
 import spatial_impute as si
+from spatial_impute._logging import logger
 from spatial_impute._stack import load_record
 
 CENTERS = np.array([[20.0, 30.0], [40.0, 30.0], [60.0, 30.0], [20.0, 50.0]])
@@ -130,6 +132,23 @@ def test_assemble_stack_argument_beats_metadata(tmp_path):
     assert (record["a"].mpp, record["a"].mpp_source) == (0.4, "argument")
 
 
+@pytest.mark.parametrize(("given", "says"), [(0.4, True), (0.251, False)])
+def test_assemble_stack_says_when_argument_and_metadata_differ(tmp_path, caplog, monkeypatch, given, says):
+    monkeypatch.setattr(logger, "propagate", True)
+    metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", image(), photometric="rgb", metadata=metadata)
+    si.pp.assemble_stack({"a": tmp_path / "a.ome.tif"}, mpp=given, z=[0])
+    assert ("`mpp=0.4` given, its file says 0.25" in caplog.text) == says
+
+
+def test_assemble_stack_keeps_oblong_pixels(tmp_path):
+    metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.36}
+    tifffile.imwrite(tmp_path / "a.ome.tif", image(), photometric="rgb", metadata=metadata)
+    sdata = si.pp.assemble_stack({"a": tmp_path / "a.ome.tif"}, z=[0])
+    np.testing.assert_allclose(to_um(sdata.images["a_image"], "a"), np.diag([0.25, 0.36, 1]))
+    assert load_record(sdata)["a"].mpp == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("mpp", [None, {"other": 0.5, "s": None}])
 def test_assemble_stack_never_guesses_the_pixel_size(mpp, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", image(), photometric="rgb")
@@ -161,8 +180,10 @@ def test_assemble_stack_refuses_an_empty_mapping():
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".a", "_a", "a b", "a*", 3, None, "é" * 2])
 def test_assemble_stack_refuses_illegal_names(name):
-    with pytest.raises(ValueError, match="Section names are letters, digits"):
+    with pytest.raises(ValueError, match="Section names are letters, digits") as error:
         si.pp.assemble_stack([(name, image())], mpp=1, z=[0])
+    legal = str(error.value).split("Call it '")[1].split("'")[0]
+    assert f"{legal}_image" in si.pp.assemble_stack([(legal, image())], mpp=1, z=[0]).images
 
 
 def test_assemble_stack_refuses_the_name_of_the_common_frame():
@@ -184,6 +205,54 @@ def test_assemble_stack_refuses_the_same_input_twice(tmp_path):
     (tmp_path / "link.tif").symlink_to(tmp_path / "x.tif")
     with pytest.raises(ValueError, match="are the same input"):
         si.pp.assemble_stack({"a": tmp_path / "x.tif", "b": str(tmp_path / "link.tif")}, mpp=1, z=[0, 1])
+
+
+def two_sections() -> SpatialData:
+    """One object with two sections, each in a coordinate system of its own, and one table for both."""
+    a, b = visium_like(system="first"), visium_like(system="second", ids=("x-1", "y-1", "z-1"), seed=1)
+    tables = []
+    for part, key in ((a, "spots_a"), (b, "spots_b")):
+        table = part.tables["table"].copy()
+        del table.uns["spatialdata_attrs"]
+        table.obs["region"] = pd.Categorical([key] * table.n_obs)
+        tables.append(table)
+    both = concat(tables)
+    both.obs["region"] = both.obs["region"].astype("category")
+    return SpatialData(
+        images={"a": a.images["hires"], "b": b.images["hires"]},
+        shapes={"spots_a": a.shapes["spots"], "spots_b": b.shapes["spots"]},
+        tables={"t": TableModel.parse(both, region=["spots_a", "spots_b"], region_key="region", instance_key="id")},
+    )
+
+
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_assemble_stack_takes_several_sections_out_of_one_object(tmp_path, from_disk):
+    source = two_sections()
+    if from_disk:
+        source.write(tmp_path / "both.zarr")
+        source = str(tmp_path / "both.zarr")
+    systems = {"s": "first", "t": "second"}
+    sdata = si.pp.assemble_stack({"s": source, "t": source}, mpp=0.5, z=[0, 10], coordinate_system=systems)
+    np.testing.assert_array_equal(pixels_of(sdata.images["t_image"]), np.moveaxis(image(seed=1), -1, 0))
+    table = sdata.tables["stack"]
+    assert table.obs["section"].value_counts().to_dict() == {"s": 4, "t": 3}
+    assert table.obs["measured"].groupby(table.obs["section"], observed=True).sum().to_dict() == {"s": 3, "t": 2}
+    assert set(sdata.tables["t_counts"].obs_names) == {"x-1", "y-1"}
+    with pytest.raises(ValueError, match=r"same input; .* told apart by `coordinate_system` or `image_key`"):
+        si.pp.assemble_stack({"s": source, "t": source}, mpp=0.5, z=[0, 10], coordinate_system="first")
+
+
+def test_assemble_stack_takes_ome_zarr(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    group.create_array("0", data=np.moveaxis(image(), -1, 0))
+    axes = [{"name": "c", "type": "channel"}] + [{"name": a, "type": "space", "unit": "micrometer"} for a in ("y", "x")]
+    scale = [{"type": "scale", "scale": [1, 0.36, 0.25]}]
+    group.attrs["multiscales"] = [
+        {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}], "version": "0.4"}
+    ]
+    sdata = si.pp.assemble_stack({"a": tmp_path / "a.zarr"}, z=[0])
+    np.testing.assert_allclose(to_um(sdata.images["a_image"], "a"), np.diag([0.25, 0.36, 1]))
+    np.testing.assert_array_equal(pixels_of(sdata.images["a_image"]), np.moveaxis(image(), -1, 0))
 
 
 @pytest.mark.parametrize(

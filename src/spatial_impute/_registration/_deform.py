@@ -57,7 +57,7 @@ def fit_deformation(
     for smoothing in params.syn_smoothing:
         after = np.empty_like(before)
         for hidden in (black, ~black):
-            sees = replace(fixed, seen=fixed.visible() & ~hidden)
+            sees = _without(fixed, hidden)
             trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
             after[hidden] = _local_correlation(fixed, moving, matrix, trial, params)[hidden]
         gain, error = _gain(after - best, labels)
@@ -108,6 +108,19 @@ def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bo
     labels = np.where(inner & channel.mask, row * (column.max() + 1) + column + 1, 0)
     size = np.bincount(labels.ravel())
     return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
+
+
+def _without(channel: Channel, hidden: NDArray[np.bool_]) -> Channel:
+    """The channel as if nothing were known of some blocks.
+
+    A mask alone does not hide them: the windows in which the fit correlates, and the coarse levels of its pyramid, reach
+    over the rims of the blocks. So they are also filled with what their surroundings make likely.
+    """
+    seen = channel.visible() & ~hidden
+    blur = 0.15 * _BLOCK  # narrow enough to go on from the rim of a block without an edge, and reaches its middle
+    weight = ndi.gaussian_filter(seen.astype(np.float32), blur)
+    likely = ndi.gaussian_filter(np.where(seen, channel.image, 0.0), blur) / np.maximum(weight, 1e-6)
+    return replace(channel, image=np.where(seen, channel.image, likely).astype(np.float32), seen=seen)
 
 
 def _gain(difference: NDArray, labels: NDArray[np.int64]) -> tuple[float, float]:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute._fields import Field, Lattice, cell_centers, needed_cells, pool_fields
+from spatial_impute._fields import Field, cell_centers, needed_cells
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
 from spatial_impute._patches import iter_patches
+from spatial_impute._rolling import RollingLattice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,31 +88,24 @@ def section_tokens(
     first, needed = needed_cells(centers, reach * diameter, step)
     known = _inside_image(levels[0], first, needed, step)
     encode = _Checked(encoder, levels, batch_size, recolour)
+    # The spot itself gets patches of its own where the lattice is too coarse for it.
+    pooled_keys = [key for key in layout if sliding or key != Keys.X_SPOT]
+    fields = [
+        (np.multiply(field.shift, diameter), field.scale * diameter) for key in pooled_keys for field in layout[key]
+    ]
+    lattice = RollingLattice(step, first, known, centers, fields, block=_BLOCK if sliding else 1)
     result = {}
     if sliding:
-        lattice = Lattice(step, first, encode.blocks(first, known), known)
+        encode.blocks(first, lattice)
     else:
-        # The spot itself gets patches of its own: the lattice is too coarse for it.
         per_edge = max(1, round(diameter / extent))
-        own = spot_patches(centers, diameter, per_edge)
-        cells = cell_centers(first, known, step)
-        encoded = encode.patches(np.concatenate([own.reshape(-1, 2), cells]))
-        width = encoded.shape[1]
-        own_features = encoded[: len(centers) * per_edge**2].reshape(len(centers), -1, width).astype(np.float64)
-        result[Keys.X_SPOT] = np.concatenate([own_features.mean(axis=1), own_features.std(axis=1)], axis=1)
-        values = np.zeros((*known.shape, width), dtype=np.float32)
-        values[known] = encoded[len(centers) * per_edge**2 :]
-        lattice = Lattice(step, first, values, known)
-    missing = [key for key in layout if key not in result]
-    fields = [
-        (centers + np.multiply(field.shift, diameter), field.scale * diameter)
-        for key in missing
-        for field in layout[key]
-    ]
-    pooled = iter(pool_fields(lattice, fields))
-    for key in missing:
+        own = encode.patches(spot_patches(centers, diameter, per_edge), cell_centers(first, known, step), lattice)
+        own = own.reshape(len(centers), per_edge**2, -1).astype(np.float64)
+        result[Keys.X_SPOT] = np.concatenate([own.mean(axis=1), own.std(axis=1)], axis=1, dtype=np.float32)
+    pooled = iter(lattice.finish())
+    for key in pooled_keys:
         result[key] = np.concatenate([part for _ in layout[key] for part in next(pooled)], axis=1)
-    return {key: result[key].astype(np.float32) for key in layout}
+    return {key: result[key] for key in layout}
 
 
 def spot_patches(centers: np.ndarray, diameter: float, per_edge: int) -> np.ndarray:
@@ -144,39 +138,39 @@ class _Checked:
         self._batch_size = batch_size
         self._recolour = recolour
 
-    def patches(self, centers: np.ndarray) -> np.ndarray:
-        """(n, d) features of the patches around points."""
+    def patches(self, own: np.ndarray, cells: np.ndarray, lattice: RollingLattice) -> np.ndarray:
+        """Encode patches around points, read together with those of all cells of a lattice, which takes the latter.
+
+        Returns
+        -------
+        (n, d) features around the points `own` (..., 2).
+        """
         encoder = self._encoder
+        own = own.reshape(-1, 2)
         features: np.ndarray | None = None
-        for rows, patches in self._read(centers, encoder.patch_px, self._batch_size):
+        for rows, patches in self._read(np.concatenate([own, cells]), encoder.patch_px, self._batch_size):
             encoded = encoder(patches)
             self._require_finite(encoded, (len(rows),))
             if features is None:
-                features = np.empty((len(centers), encoded.shape[-1]), dtype=np.float32)
-            features[rows] = encoded
+                features = np.empty((len(own), encoded.shape[-1]), dtype=np.float32)
+            mine = rows < len(own)
+            features[rows[mine]] = encoded[mine]
+            lattice.add(lattice.corners[rows[~mine] - len(own)], encoded[~mine][:, None, None])
         return features
 
-    def blocks(self, first: tuple[int, int], known: np.ndarray) -> np.ndarray:
-        """(rows, columns, d) features of all known cells of a lattice, encoded window by window."""
+    def blocks(self, first: tuple[int, int], lattice: RollingLattice) -> None:
+        """Encode all known cells of a lattice, window by window."""
         encoder = self._encoder
-        n_rows, n_columns = (-(-size // _BLOCK) for size in known.shape)
         # A window begins with the patch of its first cell, whose middle is that of the cell.
         n_px = (_BLOCK - 1) * encoder.step_px + encoder.patch_px
         shift = (_BLOCK * encoder.step_px) / 2 * encoder.mpp
-        corners = [(i * _BLOCK, j * _BLOCK) for i in range(n_rows) for j in range(n_columns)]
-        corners = np.array([c for c in corners if known[c[0] : c[0] + _BLOCK, c[1] : c[1] + _BLOCK].any()])
+        corners = lattice.corners
         centers = (corners[:, ::-1] + [first[1], first[0]]) * (encoder.step_px * encoder.mpp) + shift
         at_once = max(1, self._batch_size * encoder.patch_px**2 // n_px**2)
-        values: np.ndarray | None = None
         for rows, windows in self._read(centers, n_px, at_once):
             encoded = encoder.slide(windows)
             self._require_finite(encoded, (len(rows), _BLOCK, _BLOCK))
-            if values is None:
-                values = np.zeros((*known.shape, encoded.shape[-1]), dtype=np.float32)
-            for (row, column), block in zip(corners[rows], encoded, strict=True):
-                into = values[row : row + _BLOCK, column : column + _BLOCK]
-                into[:] = block[: into.shape[0], : into.shape[1]]
-        return values
+            lattice.add(corners[rows], encoded)
 
     def _read(self, centers: np.ndarray, n_px: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         side = n_px * self._encoder.mpp

@@ -13,7 +13,7 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._section import read_section
+from spatial_impute.pp._section import is_spatialdata, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -50,7 +50,8 @@ def assemble_stack(
         Section names in their order in the block, each with an image file (TIFF, OME-TIFF, SVS, PNG, JPEG, OME-Zarr),
         an image as array ((y, x, 3), (c, y, x) or (y, x)) or DataArray / DataTree, a folder of Space Ranger (Visium,
         CytAssist, Visium HD), or a SpatialData object such as ``spatialdata_io.visium``, ``visium_hd`` or ``xenium``
-        return.
+        return, or the path of one. An object that holds several sections is given once for each, with their
+        `coordinate_system` or `image_key`.
     mpp
         Micrometres per pixel of the images; per unit of `coordinate_system` for SpatialData objects (a full-resolution
         pixel in those of ``spatialdata_io``). One number or one per section. If missing, it is read from the metadata
@@ -111,7 +112,7 @@ def assemble_stack(
     """
     from spatialdata import SpatialData
 
-    inputs = _named_inputs(sections)
+    inputs = _named_inputs(sections, coordinate_system, image_key)
     names = list(inputs)
     heights = _heights(names, z, section_spacing)
     for argument, value in {
@@ -166,8 +167,10 @@ def assemble_stack(
     return sdata
 
 
-def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Check names and inputs; refuse duplicates of either."""
+def _named_inputs(
+    sections: Mapping[str, Any] | Sequence[tuple[str, Any]], *choices: str | Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Check names and inputs; refuse duplicates of either, unless the `choices` take different parts of one object."""
     pairs = list(sections.items() if isinstance(sections, Mapping) else sections)
     if not pairs:
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
@@ -176,8 +179,10 @@ def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> di
     seen_inputs: dict[object, str] = {}
     for name, value in pairs:
         if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
+            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
             msg = (
-                f"Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found {name!r}."
+                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
+                f"{name!r}. Call it {legal!r}, for instance."
             )
             raise ValueError(msg)
         if name == Keys.ALIGNED:
@@ -188,9 +193,12 @@ def _named_inputs(sections: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> di
             raise ValueError(msg)
         seen_names.add(name.lower())
         identity = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
+        if is_spatialdata(value):
+            identity = (identity, *(_for_section(choice, name) for choice in choices))
         if identity in seen_inputs:
             msg = (
-                f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image."
+                f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
+                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`)."
             )
             raise ValueError(msg)
         seen_inputs[identity] = name

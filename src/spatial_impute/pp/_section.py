@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     SectionInput = SpatialData | DataArray | DataTree | np.ndarray | str | Path
 
 
+_SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 _SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
@@ -54,24 +55,42 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     if fullres_image is not None:
         msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
         raise ValueError(msg)
-    if isinstance(value, SpatialData):
-        return _from_spatialdata(name, value, **options)
-    mpp, source = options["mpp"], "argument"
+    if is_spatialdata(value):
+        sdata = value if isinstance(value, SpatialData) else SpatialData.read(value)
+        return _from_spatialdata(name, sdata, **options)
+    mpp, source, known = options["mpp"], "argument", None
     if isinstance(value, str | Path):
         opened = open_image(value)
-        levels = opened.levels
-        if mpp is None:
-            mpp, source = opened.mpp, "metadata"
+        levels, known = opened.levels, opened.pixel_size
     else:
         levels = _array_levels(name, value)
-    if mpp is None:
+    if mpp is None and known is None:
         msg = (
             f"Pixel size of section {name!r} is unknown: its image carries no physical size. "
             f"Pass `mpp=` (um per pixel), e.g. `mpp={{{name!r}: 0.5}}`."
         )
         raise ValueError(msg)
-    mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
-    return SectionParts(image_element(levels, name, mpp), mpp, source)
+    sizes = known if mpp is None else (mpp, mpp)
+    x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
+    if mpp is None:
+        source = "metadata"
+    elif known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
+        logger.warning("Section %s: `mpp=%g` given, its file says %g; taking the former", name, mpp, known[0])
+    return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
+
+
+def is_spatialdata(value: object) -> bool:
+    """Whether something is a SpatialData object, or the folder of one."""
+    from spatialdata import SpatialData
+
+    if not isinstance(value, str | Path):
+        return isinstance(value, SpatialData)
+    path = Path(value)
+    if not path.is_dir() or not _is_zarr(path):
+        return False
+    import zarr
+
+    return "spatialdata_attrs" in zarr.open_group(path, mode="r").attrs
 
 
 def _is_zarr(path: Path) -> bool:
@@ -113,8 +132,8 @@ def _array_levels(name: str, value: object) -> list[Any]:
     return [value.transpose(2, 0, 1)] if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else [value]
 
 
-def image_element(levels: list[Any], name: str, mpp: float) -> DataArray | DataTree:
-    """Image element whose transformation to the section is the scale by `mpp`; multi-scale if there are levels."""
+def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]) -> DataArray | DataTree:
+    """Image element whose transformation to the section is the scale by `mpp` (x, y); multi-scale if there are levels."""
     import xarray as xr
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import Scale
@@ -127,9 +146,10 @@ def image_element(levels: list[Any], name: str, mpp: float) -> DataArray | DataT
         )
         raise ValueError(msg)
     elements = []
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     for level in levels:
-        factor = (round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1) * mpp
-        scale = Scale([factor, factor], axes=("x", "y"))
+        factor = round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1
+        scale = Scale([factor * x, factor * y], axes=("x", "y"))
         elements.append(
             Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=channels, transformations={name: scale})
         )
