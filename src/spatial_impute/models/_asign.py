@@ -108,6 +108,8 @@ class AsignModel:
                 continue
             if name == NETWORK:
                 found = self._network_prediction(inputs, device)
+            elif spots.bases and name in spots.bases:
+                found = (spots.bases[name] - centre) / scale
             else:
                 found = (METHODS[name](spots) - centre) / scale
             deviation += found * weights[:, k]

@@ -65,6 +65,8 @@ def fit(
     step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
     truth = np.concatenate([s.expression for s in stacks])
     held_out = {name: _held_out(stacks, folds, METHODS[name], step) for name in methods}
+    for name in stacks[0].bases or {}:
+        held_out[name] = np.concatenate([s.bases[name][s.known] for s in stacks])
     centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
     # Genes are grouped by how well the best baseline predicts them.
     best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))

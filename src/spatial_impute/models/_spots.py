@@ -38,6 +38,8 @@ class Spots:
     """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
     edge_features: np.ndarray | None = None
     """(nnz, n_edge_features), in the order of the entries of `graph`."""
+    bases: dict[str, np.ndarray] | None = None
+    """(n, n_genes) predictions of other models, of known spots without these and the fold they are hidden with."""
     total_counts: np.ndarray | None = None
     """(n_known,) counts of a spot over all genes, where they are known."""
 
