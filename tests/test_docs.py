@@ -60,6 +60,8 @@ def quick(monkeypatch, quick_params):
     small = functools.partial(si.datasets.synthetic_stack, extent=1400.0, n_genes=9)
     monkeypatch.setattr(si.datasets, "synthetic_stack", small)
     monkeypatch.setattr(si.tl, "fit_asign", functools.partial(si.tl.fit_asign, model_params=quick_params))
+    n_folds = quick_params["n_folds"]  # a base must have the folds of ASIGN
+    monkeypatch.setattr(si.tl, "impute_pixnet", functools.partial(si.tl.impute_pixnet, n_folds=n_folds))
     yield
     plt.close("all")
 

@@ -116,7 +116,11 @@ def test_tiles_equal_the_whole(norm, shape):
 @pytest.fixture(scope="module")
 def shipped() -> PixNetNetwork:
     """The six levels of the default encoder and the windows of the base, random weights."""
-    return make_network(TellezPyramid(pretrained=False), norm="layer", context=PixNetParams().context_um, finest=8)
+    network = make_network(TellezPyramid(pretrained=False), norm="layer", context=PixNetParams().context_um, finest=8)
+    with torch.no_grad():  # as after a fit: the base has mean 0, or its level would hide in single precision what varies
+        rgb = torch.from_numpy(Pixels(128, 1408).window(0, 128, 0, 1408))[None]
+        network.base[0].bias -= network.base_features(network.encode(rgb)).mean(dim=(0, 2, 3))
+    return network
 
 
 def test_tiles_of_the_shipped_pyramid_equal_the_whole(shipped):
@@ -128,7 +132,7 @@ def test_tiles_of_the_shipped_pyramid_equal_the_whole(shipped):
     whole = assemble(network, image, 1408, 0)
     for core in (128, 384, 640):
         assert (assemble(network, image, core, halo) - whole).abs().max() <= 1e-13 * whole.abs().max()
-    assert (assemble(network, image, 128, 128) - whole).abs().max() > 0.1 * whole.std()
+    assert (assemble(network, image, 128, 128) - whole).abs().max() > 1e-3 * whole.std()
 
 
 def test_tiles_of_the_shipped_pyramid_equal_the_whole_in_single_precision(shipped):
