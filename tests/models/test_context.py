@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from spatial_impute.models._context import ContextFields, context_cell
+from spatial_impute.models._pixnet_network import PixNetNetwork
+from spatial_impute.models._pyramid import TellezPyramid
 
 
 def test_fields_are_mean_and_spread_of_the_window():
@@ -42,3 +44,16 @@ def test_nothing_varies_on_glass():
 )
 def test_cells_are_whole_on_tiles_and_small_beside_the_windows(stride, multiple, smallest, expected):
     assert context_cell(stride, multiple, smallest) == expected
+
+
+@pytest.mark.parametrize("cells", [(0, 9, 0, 64), (7, 8, 3, 40), (20, 32, 31, 64)])
+def test_levels_in_part_are_cut_from_the_whole(cells):
+    torch.manual_seed(0)
+    network = PixNetNetwork(
+        TellezPyramid(pretrained=False), n_genes=1, width=2, n_base=2, context=(200.0, 320.0), finest=8
+    )
+    rgb = torch.rand(1, 3, 256, 512) * 255
+    with torch.inference_mode():
+        y0, y1, x0, x1 = cells
+        whole, part = network.eval().levels(rgb), network.levels(rgb, cells)
+    torch.testing.assert_close(part, whole[..., y0:y1, x0:x1])

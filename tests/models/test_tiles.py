@@ -117,7 +117,9 @@ def test_tiles_equal_the_whole(norm, shape):
 def shipped() -> PixNetNetwork:
     """The six levels of the default encoder and the windows of the base, random weights."""
     network = make_network(TellezPyramid(pretrained=False), norm="layer", context=PixNetParams().context_um, finest=8)
-    with torch.no_grad():  # as after a fit: the base has mean 0, or its level would hide in single precision what varies
+    with (
+        torch.no_grad()
+    ):  # as after a fit: the base has mean 0, or its level would hide in single precision what varies
         rgb = torch.from_numpy(Pixels(128, 1408).window(0, 128, 0, 1408))[None]
         network.base[0].bias -= network.base_features(network.encode(rgb)).mean(dim=(0, 2, 3))
     return network

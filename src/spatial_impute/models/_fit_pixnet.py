@@ -186,16 +186,18 @@ def _install_base(
     features, target, image, block, held_out, read = [], [], [], [], [], []
     network.eval()
 
-    def means(slide: TrainingSlide, stage: Callable[[Tensor], Tensor], n_channels: int) -> tuple[np.ndarray, ...]:
+    def means(
+        slide: TrainingSlide, stage: Callable[..., Tensor], n_channels: int, *, in_part: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         tiled = Slide(slide.image, slide.stain, make_tiling(network, slide.image.shape, core, halo))
-        sums, n_pixels = read_regions(network, stage, tiled, slide.regions, n_channels)
+        sums, n_pixels = read_regions(network, stage, tiled, slide.regions, n_channels, in_part=in_part)
         return sums / np.maximum(n_pixels, 1)[:, None], n_pixels > 0
 
     for slide, o in zip(slides, out, strict=True):
         rows = np.arange(len(slide.regions))
         if len(rows) > _MAX_BASE_REGIONS:
             rows = np.sort(rng.choice(rows, _MAX_BASE_REGIONS, replace=False))
-        found, seen = means(slide.take(rows), network.levels, network.n_levels)
+        found, seen = means(slide.take(rows), network.levels, network.n_levels, in_part=True)
         features.append(found[seen])
         target.append(slide.expression[rows][seen])
         image.append(np.full(seen.sum(), slide.slide))
@@ -211,7 +213,9 @@ def _install_base(
         if len(rows) == len(slide.regions):
             components = base.components(found)
         else:  # only a sample was read for the regression
-            components, _ = means(slide, lambda rgb: network.base_features(network.encode(rgb)), network.n_base)
+            components, _ = means(
+                slide, lambda rgb: network.base_features(network.encode(rgb)), network.n_base, in_part=False
+            )
         with_base.append(replace(slide, base=(components @ base.weights).astype(np.float32)))
 
     def refit() -> None:

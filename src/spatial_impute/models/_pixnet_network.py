@@ -171,10 +171,12 @@ class PixNetNetwork(nn.Module):
         """Maps of the encoder that are used, finest first."""
         return self.pyramid(rgb)[self.first :]
 
-    def levels(self, rgb: Tensor) -> Tensor:
-        """All that the base combines, on the finest grid: (n, n_levels, y, x)."""
-        maps = self.encode(rgb)
-        return torch.cat([_resize(m, maps[0].shape[-2:]) for m in self._base_maps(maps)], dim=1)
+    def levels(self, rgb: Tensor, cells: tuple[int, int, int, int] | None = None) -> Tensor:
+        """All that the base combines, on the finest grid: (n, n_levels, y, x); only cells (y0, y1, x0, x1) if given."""
+        maps = self._base_maps(self.encode(rgb))
+        if cells is not None:  # maps that come to some thousand channels are large where nobody needs them
+            return torch.cat([_resize_part(m, maps[0].shape[-2] // m.shape[-2], cells) for m in maps], dim=1)
+        return torch.cat([_resize(m, maps[0].shape[-2:]) for m in maps], dim=1)
 
     def base_features(self, maps: list[Tensor]) -> Tensor:
         """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
@@ -225,6 +227,18 @@ class PixNetNetwork(nn.Module):
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _resize_part(maps: Tensor, factor: int, cells: tuple[int, int, int, int]) -> Tensor:
+    """Cells (y0, y1, x0, x1) of the map resized by a factor."""
+    y0, y1, x0, x1 = cells
+    height, width = maps.shape[-2:]
+    # One cell more on each side is what bilinear interpolation reads.
+    top, left = max(y0 // factor - 1, 0), max(x0 // factor - 1, 0)
+    part = maps[..., top : min(-(-y1 // factor) + 1, height), left : min(-(-x1 // factor) + 1, width)]
+    part = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
+    top, left = y0 - top * factor, x0 - left * factor
+    return part[..., top : top + y1 - y0, left : left + x1 - x0]
 
 
 def receptive_halo(network: PixNetNetwork) -> int:
