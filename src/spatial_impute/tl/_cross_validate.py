@@ -65,7 +65,7 @@ def cross_validate(
         Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of them, and for several stacks
         ``"mean"``, ``"ridge"`` and ``"image_knn"``. Further ones: ``"image_knn"`` (mean of the measured spots whose
         features are most alike), ``"colour"`` (ridge on mean and spread of the colour of a spot: what needs no
-        structure), ``"pixnet"``.
+        structure), ``"pixnet"``. ASIGN takes up no base layers here.
     split
         ``"section"``: each measured section is held out in turn. ``"block"``: square blocks of the measured sections
         are. ``"group"``: each group is. By default groups if there are any, else sections if at least two are measured.
@@ -171,7 +171,7 @@ def cross_validate(
     try:
         for name in dict.fromkeys(["mean", *names]):
             if name == PIXNET:
-                found[name] = _pixnet(
+                values = _pixnet(
                     stacks,
                     tables,
                     spots,
@@ -183,6 +183,7 @@ def cross_validate(
                     tile_size=tile_size,
                     **common,
                 )
+                found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
             else:
                 found[name] = predict_held_out(
                     spots, folds, name, var_names=list(tables[0].var_names), params=params, colour=colour, **common
