@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=4096, help="edge of the slide of `cost` that is timed")
     parser.add_argument("--largest", type=int, default=20480, help="edge of the slide whose memory is looked at")
     parser.add_argument("--side", type=float, default=2000.0, help="edge of the slide of `sizes` in um")
+    parser.add_argument("--no-context", action="store_true", help="leave the windows of the base out")
     parser.add_argument("--tile", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -74,7 +75,7 @@ def her2st(options: argparse.Namespace) -> None:
         sdata,
         [f"{s}_image" for s in options.measured],
         [f"{s}_spots" for s in options.measured],
-        model_params={"n_steps": options.steps},
+        model_params={"n_steps": options.steps} | ({"context_um": ()} if options.no_context else {}),
         tile_size=options.tile,
         seed=options.seed,
     )
@@ -213,28 +214,27 @@ def sizes(options: argparse.Namespace) -> None:
     params = {"n_steps": options.steps, "finest_stride": 4, "crop": 512, "n_crops": 4, "n_cached_crops": 32}
     models, rows, start = {}, {}, time.perf_counter()
     for key in ("d100", "d55", "d16", "d8"):
+        true = objects["test"].tables[f"{key}_table"].layers["true"]
+        row = {"ridge on 64 um patches, trained at 100 um": patch_ridge(objects, "d100", key, true)}
         models[key] = si.tl.fit_pixnet(objects["train"], "he", key, model_params=params, seed=options.seed, **frame)
         history = models[key].history
-        shown = history[history["kept"] | (history["step"] == 0)].round(3)
-        print(f"trained at {key[1:]} um, {time.perf_counter() - start:.0f} s", shown.to_string(index=False), flush=True)
-    for key in models:
-        true = objects["test"].tables[f"{key}_table"].layers["true"]
-        row = {}
-        for trained in dict.fromkeys(("d100", key)):
+        for trained, column in {"d100": "trained at 100 um", key: "trained at this size"}.items():
             found = si.tl.predict_regions(
                 objects["test"], key, models[trained], image_key="he", inplace=False, **frame
             ).X
-            row["trained at 100 um" if trained == "d100" else "trained at this size"] = np.nanmean(
-                pearson_by_gene(found, true)
-            )
-        row["ridge on 64 um patches, trained at 100 um"] = patch_ridge(objects, "d100", key, true)
+            row[column] = np.nanmean(pearson_by_gene(found, true))
         rows[key] = row
-    print(pd.DataFrame(rows).T.round(4).to_string())
+        text = ", ".join(f"{name} {r:.4f}" for name, r in row.items())
+        kept = int(history.loc[history["kept"], "step"].iloc[0])
+        print(f"read at {key[1:]} um: {text}; step {kept} kept, {time.perf_counter() - start:.0f} s", flush=True)
+    table = pd.DataFrame(rows).T
+    table["share"] = table["trained at 100 um"] / table["trained at this size"]
+    print(table.round(4).to_string())
 
 
 def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> float:
     """Ridge on the features of one patch around each region, whatever its size."""
-    from spatial_impute._raster import iter_patches
+    from spatial_impute._patches import iter_patches
     from spatial_impute.models._encoders import resolve_encoder
     from spatial_impute.models._pixnet_base import fit_base
     from spatial_impute.tl._regions import Frame, read_levels, read_shapes

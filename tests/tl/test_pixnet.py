@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import geopandas as gpd
 import numpy as np
@@ -13,6 +14,7 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute.models._resnet import build_resnet
 from spatial_impute.models._stencil import Box, CellGrid
 from spatial_impute.models._tiles import bag
 
@@ -135,6 +137,24 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
         sums, n_pixels = bag(genes, entry.regions, box, grid, box)
         expected = (sums / n_pixels[:, None] - network.head.bias).numpy()
     np.testing.assert_allclose(entry.base, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_published_network_trains_its_encoder(small_prepared):
+    """Its size and settings, on few and small crops: ResNet-18 with random weights, decoder of width 512, no base."""
+    encoder = build_resnet("resnet18")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    params = replace(si.models.PixNetParams.paper(), resolution=4.0, crop=96, n_crops=2, n_steps=2, n_steps_per_check=2)
+    model = si.tl.fit_pixnet(small_prepared, "s1_image", "s1_spots", encoder=encoder, model_params=params)
+    assert model.network.stride == 4
+    assert model.network.width == 512
+    assert not model.network.n_base
+    after = model.network.pyramid.module.state_dict()
+    kept = int(model.history.loc[model.history["kept"], "step"].iloc[0])
+    moved = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert bool(moved) == (kept > 0)
+    assert not [key for key in moved if "running" in key or "num_batches" in key]  # published statistics stay
+    found = si.tl.predict_regions(small_prepared, "s0_spots", model, inplace=False)
+    assert np.isfinite(found.X).all()
 
 
 def test_save_and_load_give_the_same_prediction(small_prepared, small_pixnet, octaves, tmp_path):
