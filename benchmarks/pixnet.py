@@ -53,6 +53,10 @@ def main() -> None:
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--measured", nargs="+", default=["C4"])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pixels", type=int, default=4096, help="edge of the slide of `cost` that is timed")
+    parser.add_argument("--largest", type=int, default=20480, help="edge of the slide whose memory is looked at")
+    parser.add_argument("--side", type=float, default=2000.0, help="edge of the slide of `sizes` in um")
+    parser.add_argument("--no-context", action="store_true", help="leave the windows of the base out")
     parser.add_argument("--tile", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", help=argparse.SUPPRESS)
@@ -71,7 +75,7 @@ def her2st(options: argparse.Namespace) -> None:
         sdata,
         [f"{s}_image" for s in options.measured],
         [f"{s}_spots" for s in options.measured],
-        model_params={"n_steps": options.steps},
+        model_params={"n_steps": options.steps} | ({"context_um": ()} if options.no_context else {}),
         tile_size=options.tile,
         seed=options.seed,
     )
@@ -159,7 +163,7 @@ def sizes(options: argparse.Namespace) -> None:
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    mpp, side = 0.5, 3000.0
+    mpp, side = 0.5, options.side
     rng = np.random.default_rng(options.seed)
     mixing = rng.normal(size=(2, 12))
     objects = {}
@@ -195,9 +199,11 @@ def sizes(options: argparse.Namespace) -> None:
             )
             expression = values @ mixing + 0.3 * rng.normal(size=(len(values), 12))
             table = ad.AnnData(
-                expression.astype(np.float32), obs=pd.DataFrame({"region": key, "instance_id": np.arange(len(values))})
+                expression.astype(np.float32),
+                obs=pd.DataFrame(
+                    {"region": key, "instance_id": np.arange(len(values))}, index=np.arange(len(values)).astype(str)
+                ),
             )
-            table.obs.index = table.obs.index.astype(str)
             table.layers["true"] = (values @ mixing).astype(np.float32)
             table.obs["region"] = table.obs["region"].astype("category")
             sdata.tables[f"{key}_table"] = TableModel.parse(
@@ -205,29 +211,30 @@ def sizes(options: argparse.Namespace) -> None:
             )
         objects[name] = sdata
     frame = {"coordinate_system": "um", "mpp": 1.0}
-    params = {"n_steps": options.steps, "finest_stride": 4, "crop": 512}
-    models, rows = {}, {}
+    params = {"n_steps": options.steps, "finest_stride": 4, "crop": 512, "n_crops": 4, "n_cached_crops": 32}
+    models, rows, start = {}, {}, time.perf_counter()
     for key in ("d100", "d55", "d16", "d8"):
-        models[key] = si.tl.fit_pixnet(objects["train"], "he", key, model_params=params, seed=options.seed, **frame)
-        print(key, models[key].history.iloc[[0, -1]].round(3).to_string(index=False, header=False), flush=True)
-    for key in models:
         true = objects["test"].tables[f"{key}_table"].layers["true"]
-        row = {}
-        for trained in dict.fromkeys(("d100", key)):
+        row = {"ridge on 64 um patches, trained at 100 um": patch_ridge(objects, "d100", key, true)}
+        models[key] = si.tl.fit_pixnet(objects["train"], "he", key, model_params=params, seed=options.seed, **frame)
+        history = models[key].history
+        for trained, column in {"d100": "trained at 100 um", key: "trained at this size"}.items():
             found = si.tl.predict_regions(
                 objects["test"], key, models[trained], image_key="he", inplace=False, **frame
             ).X
-            row["trained at 100 um" if trained == "d100" else "trained at this size"] = np.nanmean(
-                pearson_by_gene(found, true)
-            )
-        row["ridge on 64 um patches, trained at 100 um"] = patch_ridge(objects, "d100", key, true)
+            row[column] = np.nanmean(pearson_by_gene(found, true))
         rows[key] = row
-    print(pd.DataFrame(rows).T.round(4).to_string())
+        text = ", ".join(f"{name} {r:.4f}" for name, r in row.items())
+        kept = int(history.loc[history["kept"], "step"].iloc[0])
+        print(f"read at {key[1:]} um: {text}; step {kept} kept, {time.perf_counter() - start:.0f} s", flush=True)
+    table = pd.DataFrame(rows).T
+    table["share"] = table["trained at 100 um"] / table["trained at this size"]
+    print(table.round(4).to_string())
 
 
 def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> float:
     """Ridge on the features of one patch around each region, whatever its size."""
-    from spatial_impute._raster import iter_patches
+    from spatial_impute._patches import iter_patches
     from spatial_impute.models._encoders import resolve_encoder
     from spatial_impute.models._pixnet_base import fit_base
     from spatial_impute.tl._regions import Frame, read_levels, read_shapes
@@ -250,13 +257,20 @@ def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> floa
 
 def random_model(n_genes: int, encoder: str | nn.Module, resolution: float) -> si.models.PixNetModel:
     """Model with random decoder and head: what it predicts does not matter for what it costs."""
+    from spatial_impute.models._fit_pixnet import context_px
     from spatial_impute.models._pixnet_network import PixNetNetwork
     from spatial_impute.models._pyramid import build_pyramid
 
     torch.manual_seed(0)
     params = si.models.PixNetParams()
     network = PixNetNetwork(
-        build_pyramid(encoder), n_genes=n_genes, width=params.width, n_base=params.n_base, norm=params.norm, finest=8
+        build_pyramid(encoder),
+        n_genes=n_genes,
+        width=params.width,
+        n_base=params.n_base,
+        context=context_px(params, resolution),
+        norm=params.norm,
+        finest=params.finest_stride,
     )
     nn.init.normal_(network.head.weight, std=0.1)
     genes = [f"g{i}" for i in range(n_genes)]
@@ -311,32 +325,33 @@ def cost(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        side = 4096
+        side = options.pixels
         sdata, path = slide_on_disk(folder, side)
         for n_genes in (64, 250):
             model = random_model(n_genes, "tellez-multitask", 1.0)
             network, tiling = model.network, model._tiling((side, side), 1024)
+            # Processor time: the machine may be shared. Both run on one thread.
             bare = 0.0
             for tile in np.ndindex(*tiling.shape):
                 window = tiling.window(tile)
                 rgb = torch.rand(1, 3, window.y1 - window.y0, window.x1 - window.x0) * 255
-                start = time.perf_counter()
+                start = time.process_time()
                 with torch.inference_mode():
                     network.genes(network.features(rgb))
-                bare += time.perf_counter() - start
+                bare += time.process_time() - start
             before = peak_mib()
-            start = time.perf_counter()
+            start, wall = time.process_time(), time.perf_counter()
             si.tl.predict_dense(
                 sdata, "he", model, store=path, key_added=f"map{n_genes}", tissue_only=False, inplace=False, **FRAME
             )
-            full = time.perf_counter() - start
+            full, wall = time.process_time() - start, time.perf_counter() - wall
             print(
-                f"{side} px, {n_genes} genes, tellez-multitask: bare network {bare:.1f} s, predict_dense {full:.1f} s, "
-                f"ratio {full / bare:.3f}; peak {peak_mib():.0f} MiB (before: {before:.0f})",
+                f"{side} px, {n_genes} genes, tellez-multitask: bare network {bare:.1f} s, predict_dense {full:.1f} s of "
+                f"processor time ({wall:.1f} s), ratio {full / bare:.3f}; peak {peak_mib():.0f} MiB (before: {before:.0f})",
                 flush=True,
             )
         assert isinstance(tiling, Tiling)
-        for side in (4096, 20480):
+        for side in dict.fromkeys((options.pixels, 4096, options.largest)):
             code = (
                 "import sys; sys.path.insert(0, 'benchmarks'); import pixnet as p, torch, spatial_impute as si\n"
                 "from spatialdata import read_zarr; torch.set_num_threads(1)\n"
@@ -347,7 +362,7 @@ def cost(options: argparse.Namespace) -> None:
                 "tissue_only=False, inplace=False, **p.FRAME)\n"
                 "print(f'{before:.0f} {p.peak_mib():.0f}')"
             )
-            if side != 4096:
+            if side != options.pixels:
                 slide_on_disk(folder, side)
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -60,6 +60,8 @@ def quick(monkeypatch, quick_params):
     small = functools.partial(si.datasets.synthetic_stack, extent=1400.0, n_genes=9)
     monkeypatch.setattr(si.datasets, "synthetic_stack", small)
     monkeypatch.setattr(si.tl, "fit_asign", functools.partial(si.tl.fit_asign, model_params=quick_params))
+    n_folds = quick_params["n_folds"]  # a base must have the folds of ASIGN
+    monkeypatch.setattr(si.tl, "impute_pixnet", functools.partial(si.tl.impute_pixnet, n_folds=n_folds))
     yield
     plt.close("all")
 
@@ -158,6 +160,7 @@ def test_data_model_and_result_agree(small_stack, quick_params):
     optional = {key for key in documented_keys() if "displacement" in key[1] or key[1].endswith("_aligned")}
     optional |= {key for key in documented_keys() if key[1].endswith("_expression")}  # dense maps, test_dense.py
     optional |= {("obs", Keys.N_PIXELS), ("uns", Keys.PIXNET)}
+    optional |= {("layers", Keys.PIXNET), ("obs", Keys.fold(Keys.PIXNET))}  # test_impute_pixnet.py
     assert documented_keys() - optional == written
     text = DATA_MODEL.read_text()
     record = sdata.attrs["spatial_impute"]["stack"]

@@ -122,6 +122,11 @@ class Keys:
         return f"{key}_sd"
 
     @staticmethod
+    def fold(key: str) -> str:
+        """Fold with which a measured spot was held out from a layer."""
+        return f"{key}_fold"
+
+    @staticmethod
     def expression(key: str) -> str:
         """Dense map of an image, or table of predictions at shapes."""
         return f"{key}_expression"

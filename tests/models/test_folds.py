@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import sparse
 
-from spatial_impute.models._spots import Spots, spatial_folds
+from spatial_impute.models._spots import Spots, spatial_folds, training_rows
 
 
 def spots_of(side: int = 8, n_sections: int = 2, known_sections=(0,)) -> Spots:
@@ -84,3 +87,43 @@ def test_spots_hide_makes_known_spots_unknown():
     np.testing.assert_array_equal(hidden.expression[:, 0], np.delete(np.arange(64.0), [0, 3]))
     assert spots.known.sum() == 64
     assert len(spots.expression) == 64
+
+
+def test_training_rows_are_regions_with_all_sections():
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(40.0), np.arange(40.0)))
+    xyz = np.concatenate([np.column_stack([x, y, np.full(1600, z)]) for z in (0.0, 1.0)])
+    spots = Spots(
+        xyz=xyz,
+        section=np.repeat([0, 1], 1600),
+        known=np.repeat([True, False], 1600),
+        expression=np.arange(1600.0)[:, None],
+        spacing=1.0,
+    )
+    rows = training_rows(spots, max_known=400, seed=0)
+    part = spots.take(rows)
+    assert 200 < part.known.sum() <= 400
+    assert 0.8 < part.known.mean() / 0.5 < 1.2
+    np.testing.assert_array_equal(part.expression[:, 0], np.flatnonzero(np.isin(np.arange(1600), rows)))
+    neighbours = np.abs(part.xyz[:, None, :2] - part.xyz[None, :, :2]).sum(axis=2) == 1
+    assert neighbours.sum(axis=1).mean() > 5  # four on either section, but for the edges of regions
+    np.testing.assert_array_equal(training_rows(spots, max_known=1600, seed=0), np.arange(3200))
+
+
+def test_taken_spots_keep_the_edges_among_them():
+    n = 30
+    rng = np.random.default_rng(0)
+    graph = sparse.random(n, n, 0.3, format="csr", random_state=rng)
+    spots = Spots(
+        xyz=rng.normal(size=(n, 3)),
+        section=np.zeros(n, int),
+        known=rng.random(n) < 0.5,
+        expression=np.empty((0, 1)),
+        spacing=1.0,
+        graph=graph,
+        edge_features=graph.data[:, None] * [1.0, 2.0],
+    )
+    spots = replace(spots, expression=rng.normal(size=(int(spots.known.sum()), 2)))
+    rows = np.sort(rng.choice(n, 12, replace=False))
+    part = spots.take(rows)
+    np.testing.assert_array_equal(part.graph.toarray(), graph.toarray()[np.ix_(rows, rows)])
+    np.testing.assert_array_equal(part.edge_features, part.graph.data[:, None] * [1.0, 2.0])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
 from spatial_impute.models._spots import block_folds
@@ -62,3 +64,119 @@ def test_block_folds_hide_the_same_place_on_all_sections(small_prepared):
         cell = np.floor(spots.xyz[:, :2] / (2.0 * spots.spacing)).astype(int)
         hidden = {tuple(c) for c in cell[fold]}
         assert not any(tuple(c) in hidden for c in cell[both & ~fold])
+
+
+@pytest.fixture(scope="module")
+def two_measured():
+    """Three small sections, two of them measured, with features."""
+    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
+    si.tl.register_stack(sdata, method="rigid")
+    si.pp.extract_features(sdata)
+    return sdata
+
+
+def test_cross_validate_compares_pixnet_with_what_reads_the_image(two_measured, octaves, pixnet_params):
+    """The same folds for all; texture genes are found by what looks at structure."""
+    methods = ["ridge", "image_knn", "colour", "pixnet"]
+    kwargs = {"encoder": octaves, "pixnet_params": pixnet_params | {"n_steps": 0}}
+    table = si.tl.cross_validate(two_measured, methods, **kwargs)
+    assert list(table.index) == methods
+    assert table["n_spots"].nunique() == 1
+    assert np.isfinite(table.to_numpy(float)).all()
+    genes = si.tl.cross_validate(two_measured, ["pixnet"], by="gene", **kwargs)["pixnet"]
+    assert genes.filter(like="texture").mean() > 0.4
+    assert abs(genes.filter(like="noise").mean()) < 0.35
+
+
+def test_pixnet_of_a_fold_is_that_fitted_without_it(two_measured, octaves, pixnet_params):
+    """Against two calls of the public functions, section by section."""
+    from spatial_impute.metrics._scores import pearson_by_gene
+
+    params = pixnet_params | {"n_steps": 0}
+    genes = si.tl.cross_validate(two_measured, ["pixnet"], by="gene", encoder=octaves, pixnet_params=params)["pixnet"]
+    table, r = two_measured.tables["stack"], []
+    for held_out, other in (("s0", "s2"), ("s2", "s0")):
+        model = si.tl.fit_pixnet(two_measured, f"{other}_image", f"{other}_spots", encoder=octaves, model_params=params)
+        found = si.tl.predict_regions(two_measured, f"{held_out}_spots", model, inplace=False)
+        rows = [f"{held_out}_{i}" for i in found.obs["instance_id"]]
+        r.append(pearson_by_gene(found.X, table[rows].layers["measured"]))
+    np.testing.assert_allclose(genes, np.mean(r, axis=0), atol=1e-6)
+
+
+def test_groups_are_held_out_together(two_measured, small_stack):
+    patient = two_measured.tables["stack"].obs["section"].astype(str)
+    two_measured.tables["stack"].obs["patient"] = patient.map({"s0": "a", "s1": "b", "s2": "b"})
+    kwargs = {"methods": ["mean", "ridge"], "by": "gene"}
+    by_patient = si.tl.cross_validate(two_measured, groups="patient", **kwargs)
+    by_section = si.tl.cross_validate(two_measured, **kwargs)
+    np.testing.assert_array_equal(by_patient, by_section)  # one measured section each
+    with pytest.raises(KeyError, match="hospital"):
+        si.tl.cross_validate(two_measured, groups="hospital", **kwargs)
+    with pytest.raises(ValueError, match="needs `groups=`"):
+        si.tl.cross_validate(two_measured, split="group", **kwargs)
+    with pytest.raises(ValueError, match="at least two measured groups"):
+        si.tl.cross_validate(small_stack, groups="region", **kwargs)
+
+
+def test_patients_as_stacks(two_measured, small_prepared, octaves, pixnet_params):
+    """Each stack is held out in turn; what needs a neighbour has none there."""
+    methods = ["mean", "ridge", "colour", "pixnet"]
+    table = si.tl.cross_validate(
+        [two_measured, small_prepared],
+        methods,
+        encoder=octaves,
+        pixnet_params=pixnet_params | {"n_steps": 0},
+    )
+    assert list(table.index) == methods
+    assert np.isfinite(table["mse"]).all()
+    with pytest.raises(ValueError, match="`methods` must be one of"):
+        si.tl.cross_validate([two_measured, small_prepared], ["kernel"])
+    other = copy.deepcopy(small_prepared)
+    other.tables["stack"] = other.tables["stack"][:, :3].copy()
+    with pytest.raises(ValueError, match="same genes in the same order; stack 1 differs"):
+        si.tl.cross_validate([two_measured, other], ["mean"])
+
+
+def test_leaks_are_told(two_measured, caplog):
+    sdata = copy.deepcopy(two_measured)
+    table = sdata.tables["stack"]
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.cross_validate(sdata, ["mean"])
+        si.tl.cross_validate(sdata, ["mean"], split="block")
+    assert not caplog.records
+    table.obs["patient"] = "a"
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.cross_validate(sdata, ["mean"], split="section", groups="patient")
+    assert "share 1 of the groups of 'patient', e.g. ['a']" in caplog.text
+    caplog.clear()
+    sdata.shapes["s0_spots"]["radius"] *= 3
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.cross_validate(sdata, ["mean"], split="block")
+    assert "held-out spots overlap spots that methods learn from" in caplog.text
+    caplog.clear()
+    sdata.images["s2_image"] = sdata.images["s0_image"]
+    transformation = get_transformation(sdata.images["s0_image"], "s0")
+    set_transformation(sdata.images["s2_image"], transformation, "s2")
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.cross_validate(sdata, ["mean"], split="section")
+    assert "Sections 's0' and 's2' have the same image" in caplog.text
+
+
+def test_pixnet_of_a_fold_cannot_see_it(two_measured, octaves, pixnet_params):
+    """What stands in the rows of a fold does not change what is predicted for it, by not one bit."""
+    from spatial_impute.models._params import PixNetParams
+    from spatial_impute.models._pyramid import build_pyramid
+    from spatial_impute.tl._pixnet_folds import PixNetSetup, predict_held_out, read_sections
+
+    def predict(sdata):
+        _, spots = read_spots(sdata, features=False, graph=False)
+        folds = block_folds(spots, n_folds=2, block_spacings=2.0, seed=0)
+        setup = PixNetSetup(build_pyramid(octaves), PixNetParams(**pixnet_params), "stack", "measured", 256, "cpu", 0)
+        sections = read_sections(sdata, sdata.tables["stack"])
+        return predict_held_out(sections, spots.known, folds[:1], setup, lambda: None)[folds[0]], folds[0]
+
+    expected, fold = predict(two_measured)
+    assert np.isfinite(expected).all()
+    other = copy.deepcopy(two_measured)
+    other.tables["stack"].layers["measured"][fold] = 7.5
+    np.testing.assert_array_equal(predict(other)[0], expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import geopandas as gpd
 import numpy as np
@@ -13,6 +14,9 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute.models._resnet import build_resnet
+from spatial_impute.models._stencil import Box, CellGrid
+from spatial_impute.models._tiles import bag
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -92,6 +96,65 @@ def test_training_taken_up_equals_training_in_one_go(small_prepared, octaves, pi
     np.testing.assert_array_equal(whole.history.to_numpy(float), resumed.history.to_numpy(float))
     with pytest.raises(ValueError, match=r"belongs to another training: \['seed'\] differ"):
         fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path / "state", seed=3)
+
+
+def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pixnet_params, monkeypatch):
+    """And is known for all of them: what training starts from is nearly the same."""
+    from spatial_impute.models import _fit_pixnet
+
+    params = pixnet_params | {"n_steps": 0}
+    whole = fit(small_prepared, octaves, params).history["held_out_loss"].iloc[0]
+    n = int(small_prepared.tables["stack"].obs["measured"].sum())
+    monkeypatch.setattr(_fit_pixnet, "_MAX_BASE_REGIONS", n - 3)
+    sample = fit(small_prepared, octaves, params).history["held_out_loss"].iloc[0]
+    assert sample != whole
+    assert sample == pytest.approx(whole, rel=0.1)
+
+
+def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pixnet, octaves, pixnet_params):
+    """What is held out is predicted with windows that reach beyond a crop."""
+    from spatial_impute.models import _fit_pixnet
+
+    seen = {}
+    look = _fit_pixnet._look
+
+    def spy(network, watch, loss, device):
+        seen.setdefault("network", copy.deepcopy(network))
+        seen.setdefault("watch", watch)
+        return look(network, watch, loss, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fit_pixnet, "_look", spy)
+        fit(small_prepared, octaves, pixnet_params | {"n_steps": 0})
+    network, entry = seen["network"].eval(), seen["watch"][0].entry
+    height, width = entry.image.shape
+    rows, columns = (-(-n // network.multiple) * network.multiple for n in (height, width))
+    with torch.inference_mode():
+        rgb = entry.stain.apply(torch.from_numpy(entry.image.window(0, rows, 0, columns))[None])
+        genes = network.genes(network.features(rgb))[0]
+        grid = CellGrid(network.stride, genes.shape[1], genes.shape[2])
+        box = Box(0, height, 0, width)
+        sums, n_pixels = bag(genes, entry.regions, box, grid, box)
+        expected = (sums / n_pixels[:, None] - network.head.bias).numpy()
+    np.testing.assert_allclose(entry.base, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_published_network_trains_its_encoder(small_prepared):
+    """Its size and settings, on few and small crops: ResNet-18 with random weights, decoder of width 512, no base."""
+    encoder = build_resnet("resnet18")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    params = replace(si.models.PixNetParams.paper(), resolution=4.0, crop=96, n_crops=2, n_steps=2, n_steps_per_check=2)
+    model = si.tl.fit_pixnet(small_prepared, "s1_image", "s1_spots", encoder=encoder, model_params=params)
+    assert model.network.stride == 4
+    assert model.network.width == 512
+    assert not model.network.n_base
+    after = model.network.pyramid.module.state_dict()
+    kept = int(model.history.loc[model.history["kept"], "step"].iloc[0])
+    moved = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert bool(moved) == (kept > 0)
+    assert not [key for key in moved if "running" in key or "num_batches" in key]  # published statistics stay
+    found = si.tl.predict_regions(small_prepared, "s0_spots", model, inplace=False)
+    assert np.isfinite(found.X).all()
 
 
 def test_save_and_load_give_the_same_prediction(small_prepared, small_pixnet, octaves, tmp_path):

@@ -114,7 +114,7 @@ class AsignModel:
             if name == NETWORK:
                 found = self._network_prediction(inputs, device)
             else:
-                found = METHODS[name](spots)
+                found = spots.bases[name].copy() if name in (spots.bases or {}) else METHODS[name](spots)
                 found -= centre
                 found /= scale
             found *= weights[:, k]

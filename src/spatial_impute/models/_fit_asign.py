@@ -16,7 +16,7 @@ from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import held_out_noise, held_out_spread, held_out_support, spot_scale
 from spatial_impute.models._noise import counting_weights, variance_parts
-from spatial_impute.models._spots import Spots, spatial_folds, training_part
+from spatial_impute.models._spots import Spots, spatial_folds, training_rows
 from spatial_impute.models._train import Episode, train
 
 if TYPE_CHECKING:
@@ -69,13 +69,18 @@ def fit(
     start
         Weights of networks to start from instead of the base.
     """
-    stacks = [with_components(training_part(s, max_known=_MAX_KNOWN, seed=seed)) for s in stacks]
-    folds = [_folds(s, params, seed) for s in stacks]
+    rows = [training_rows(s, max_known=_MAX_KNOWN, seed=seed) for s in stacks]
+    # Folds are those of the whole stack, which other models may have been fitted without.
+    folds = [[fold[r] for fold in _folds(s, params, seed)] for s, r in zip(stacks, rows, strict=True)]
+    folds = [[fold for fold in own if fold.any()] for own in folds]
+    stacks = [with_components(s.take(r) if len(r) < len(s.known) else s) for s, r in zip(stacks, rows, strict=True)]
     methods = available_methods(stacks[0])
     n_networks = max(len(f) for f in folds)
     step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
     truth = np.concatenate([s.expression for s in stacks])
     held_out = {name: _held_out(stacks, folds, METHODS[name], step) for name in methods}
+    for name in stacks[0].bases or {}:
+        held_out[name] = np.concatenate([s.bases[name][s.known] for s in stacks])
     centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
     # Genes are grouped by how well the best baseline predicts them.
     best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))

@@ -62,6 +62,7 @@ def fit(
     pyramid: Pyramid,
     params: PixNetParams,
     *,
+    resolution: float,
     var_names: list[str],
     core: int,
     seed: int,
@@ -80,6 +81,8 @@ def fit(
         Encoder.
     params
         Settings.
+    resolution
+        um per pixel of the slides.
     var_names
         Genes.
     core
@@ -102,6 +105,7 @@ def fit(
         n_genes=len(var_names),
         width=params.width,
         n_base=0 if counts else params.n_base,
+        context=context_px(params, resolution),
         norm=params.norm,
         delta=params.delta,
         finest=params.finest_stride,
@@ -111,16 +115,16 @@ def fit(
     tick = progress(params.n_steps)
     out = held_out_blocks(slides, params.held_out_fraction, seed)
     slides, centre, scale = _standardise(slides, counts=counts)
-    train = [s.take(~o) for s, o in zip(slides, out, strict=True)]
-    train = [s for s in train if len(s.regions)]
-    watched = [s.take(o) for s, o in zip(slides, out, strict=True) if o.any()]
     penalty, refit = float("nan"), None
     if counts:
         with torch.no_grad():
             network.scale.copy_(torch.from_numpy(scale))
             network.head.bias.fill_(_SOFTPLUS_ONE)
     elif params.n_base:
-        penalty, refit = _install_base(network, slides, out, params, core=core, seed=seed)
+        slides, penalty, refit = _install_base(network, slides, out, core=core, seed=seed)
+    train = [s.take(~o) for s, o in zip(slides, out, strict=True)]
+    train = [s for s in train if len(s.regions)]
+    watched = [s.take(o) for s, o in zip(slides, out, strict=True) if o.any()]
     n_cells = params.n_crops * (params.crop // network.stride) ** 2
     with suitable_threads(n_cells, params.width):
         history, best = _train(
@@ -167,35 +171,52 @@ def _install_base(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
     out: list[np.ndarray],
-    params: PixNetParams,
     *,
     core: int,
     seed: int,
-) -> tuple[float, Callable[[], None]]:
-    """Fit the base on the training regions. Returns its penalty and what refits it on all regions."""
+) -> tuple[list[TrainingSlide], float, Callable[[], None]]:
+    """Fit the base on the training regions.
+
+    Returns
+    -------
+    The slides with what the base predicts, its penalty, and what refits it on all regions.
+    """
     halo = receptive_halo(network)
     rng = np.random.default_rng(seed)
-    features, target, image, block, held_out = [], [], [], [], []
-    n_channels = network.n_levels
+    features, target, image, block, held_out, read = [], [], [], [], [], []
     network.eval()
+
+    def means(
+        slide: TrainingSlide, stage: Callable[..., Tensor], n_channels: int, *, in_part: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tiled = Slide(slide.image, slide.stain, make_tiling(network, slide.image.shape, core, halo))
+        sums, n_pixels = read_regions(network, stage, tiled, slide.regions, n_channels, in_part=in_part)
+        return sums / np.maximum(n_pixels, 1)[:, None], n_pixels > 0
+
     for slide, o in zip(slides, out, strict=True):
         rows = np.arange(len(slide.regions))
         if len(rows) > _MAX_BASE_REGIONS:
             rows = np.sort(rng.choice(rows, _MAX_BASE_REGIONS, replace=False))
-        tiling = make_tiling(network, slide.image.shape, core, halo)
-        sums, n_pixels = read_regions(
-            network, network.levels, Slide(slide.image, slide.stain, tiling), slide.regions.take(rows), n_channels
-        )
-        seen = n_pixels > 0
-        features.append(sums[seen] / n_pixels[seen, None])
+        found, seen = means(slide.take(rows), network.levels, network.n_levels, in_part=True)
+        features.append(found[seen])
         target.append(slide.expression[rows][seen])
         image.append(np.full(seen.sum(), slide.slide))
         block.append(slide.block[rows][seen] + 10**12 * slide.slide)
         held_out.append(o[rows][seen])
+        read.append(rows[seen])
     arrays = [np.concatenate(a) for a in (features, target, image, block)]
     kept = ~np.concatenate(held_out)
     base = fit_base(*(a[kept] for a in arrays), n_components=network.n_base, seed=seed)
     set_base(network, base)
+    with_base = []
+    for slide, rows, found in zip(slides, read, features, strict=True):
+        if len(rows) == len(slide.regions):
+            components = base.components(found)
+        else:  # only a sample was read for the regression
+            components, _ = means(
+                slide, lambda rgb: network.base_features(network.encode(rgb)), network.n_base, in_part=False
+            )
+        with_base.append(replace(slide, base=(components @ base.weights).astype(np.float32)))
 
     def refit() -> None:
         """Same penalty and the decoder's share untouched: what the decoder adds is refitted around."""
@@ -205,7 +226,12 @@ def _install_base(
         with torch.no_grad():
             network.head.bias += bias
 
-    return base.penalty, refit
+    return with_base, base.penalty, refit
+
+
+def context_px(params: PixNetParams, resolution: float) -> tuple[float, ...]:
+    """Windows of the base in px."""
+    return tuple(window / resolution for window in params.context_um)
 
 
 def make_tiling(network: PixNetNetwork, shape: tuple[int, int], core: int, halo: int) -> Tiling:
@@ -222,11 +248,10 @@ def _speak_in_units(network: PixNetNetwork, centre: np.ndarray, scale: np.ndarra
         network.head.bias.mul_(factor).add_(torch.from_numpy(centre).to(factor))
 
 
-def predict_crops(network: PixNetNetwork, maps: list[Tensor], stencils: list, areas: Tensor) -> Tensor:
-    """(n_regions, n_genes) of all crops of a batch, from the encoder's maps."""
-    grids = network.combine(maps)
-    if network.rates:
-        grids = network.genes(grids)
+def predict_crops(network: PixNetNetwork, maps: list[Tensor], drawn: list[tuple[TrainingSlide, Crop]]) -> Tensor:
+    """(n_regions, n_genes) of all crops of a batch, from the encoder's maps; the base is that of the whole slide."""
+    stencils = [crop.stencil for _, crop in drawn]
+    grids = network.genes(network.combine(maps)) if network.rates else network.decoder(maps)
     n, c, height, width = grids.shape
     table = grids.movedim(1, -1).reshape(n * height * width, c)
     cells = np.concatenate([s.cells + k * height * width for k, s in enumerate(stencils)])
@@ -241,7 +266,14 @@ def predict_crops(network: PixNetNetwork, maps: list[Tensor], stencils: list, ar
         per_sample_weights=torch.from_numpy(np.concatenate([s.weights for s in stencils])).to(table),
     )
     means = sums / torch.from_numpy(n_pixels).to(table)[:, None]
-    return means * areas.to(table)[:, None] if network.rates else network.from_pooled(means)
+    if network.rates:
+        areas = np.concatenate([_area_um(entry)[crop.rows] for entry, crop in drawn])
+        return means * torch.from_numpy(areas).to(table)[:, None]
+    correction = network.correction(means)
+    if not network.n_base:
+        return correction
+    base = np.concatenate([entry.base[crop.rows] for entry, crop in drawn])
+    return torch.from_numpy(base).to(correction) + correction
 
 
 @dataclass
@@ -296,8 +328,7 @@ def _look(network: PixNetNetwork, watch: list[_Watch], loss: RegionLoss, device:
     with torch.no_grad():
         for w in watch:
             maps = network.encode(w.crop.rgb[None].to(device)) if w.maps is None else w.maps
-            area = torch.from_numpy(_area_um(w.entry)[w.crop.rows])
-            values = predict_crops(network, maps, [w.crop.stencil], area)[torch.from_numpy(w.owned).to(device)]
+            values = predict_crops(network, maps, [(w.entry, w.crop)])[torch.from_numpy(w.owned).to(device)]
             key = (w.entry.slide, len(w.entry.regions))
             predicted.setdefault(key, []).append(values)
             true.setdefault(key, []).append(w.entry.expression[w.crop.rows][w.owned])
@@ -475,8 +506,7 @@ def _step(
         return None
     device = source.device
     true = torch.from_numpy(np.concatenate([d.entry.expression[d.crop.rows] for d in drawn])).float().to(device)
-    area = torch.from_numpy(np.concatenate([_area_um(d.entry)[d.crop.rows] for d in drawn]))
-    value = loss(predict_crops(network, maps, [d.crop.stencil for d in drawn], area), true)
+    value = loss(predict_crops(network, maps, [(d.entry, d.crop) for d in drawn]), true)
     optimizer.zero_grad()
     value.backward()
     optimizer.step()

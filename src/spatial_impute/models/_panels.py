@@ -43,7 +43,8 @@ def _with_genes(spots: Spots, columns: np.ndarray, measured: np.ndarray) -> Spot
     missing = np.zeros(len(spots.known), dtype=bool)
     missing[np.flatnonzero(spots.known)[~measured]] = True
     part = spots.hide(missing)
-    return replace(part, expression=part.expression[:, columns])
+    bases = None if part.bases is None else {name: values[:, columns] for name, values in part.bases.items()}
+    return replace(part, expression=part.expression[:, columns], bases=bases)
 
 
 class AsignPanels:

@@ -94,6 +94,8 @@ class PixNetParams:
     four times the cost."""
     n_base: int = 128
     """Principal components of the encoder's maps in the linear base; 0 leaves the base out, as published."""
+    context_um: tuple[float, ...] = (200.0, 320.0, 450.0, 830.0)
+    """Edges of the windows around each place whose mean features, and their spread, enter the base; none for ``()``."""
     norm: str = "layer"
     """Norm within the decoder: ``"layer"`` over the channels of each cell, or ``"batch"``. With the few crops of a step
     the running statistics of batch norm trail behind, and what is watched drifts from what is trained."""
@@ -150,6 +152,8 @@ class PixNetParams:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 msg = f"`{name}` must be an integer of at least {least}, found {value!r}."
                 raise ValueError(msg)
+        windows = tuple(float(require_positive(w, name="context_um", unit="um")) for w in self.context_um)
+        object.__setattr__(self, "context_um", windows)  # lists come from files
         require_one_of(self.norm, ("batch", "layer"), name="norm")
         require_one_of(self.loss, ("mse+pcc", "poisson", "nb"), name="loss")
         require_positive(self.learning_rate, name="learning_rate")

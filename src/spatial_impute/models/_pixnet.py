@@ -14,7 +14,7 @@ from spatial_impute._validation import require_key
 from spatial_impute._working import working_image
 from spatial_impute.models._base import load_directory, save_directory
 from spatial_impute.models._encoders import _weights_hash
-from spatial_impute.models._fit_pixnet import make_tiling
+from spatial_impute.models._fit_pixnet import context_px, make_tiling
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models._pixnet_network import PixNetNetwork, Stain, receptive_halo
 from spatial_impute.models._pyramid import ENCODERS, build_pyramid
@@ -217,6 +217,7 @@ class PixNetModel:
             n_genes=len(config["var_names"]),
             width=params.width,
             n_base=config["n_base"],
+            context=context_px(params, config["config"]["resolution"]),
             norm=params.norm,
             finest=params.finest_stride,
             rates=config["rates"],

@@ -32,9 +32,13 @@ class Base:
     shrinkage: np.ndarray
     """(n_patterns,) 0-1: how far each pattern of genes that follows the image could be trusted on held-out blocks."""
 
+    def components(self, features: np.ndarray) -> np.ndarray:
+        """(n, n_components)."""
+        return features @ self.projection - self.offset
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(n, n_genes)."""
-        return (features @ self.projection - self.offset) @ self.weights + self.intercept
+        return self.components(features) @ self.weights + self.intercept
 
 
 def fit_base(

@@ -31,11 +31,19 @@ class TrainingSlide:
     """Image they lie on: regions of several sizes may share one."""
     block: np.ndarray
     """(n,) block of neighbouring regions, the same over all sizes of a slide."""
+    base: np.ndarray | None = None
+    """(n, n_genes) what the base predicts from the whole slide: it looks further than a crop reaches."""
 
     def take(self, rows: np.ndarray) -> TrainingSlide:
         """Some of the regions."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return replace(self, regions=self.regions.take(rows), expression=self.expression[rows], block=self.block[rows])
+        return replace(
+            self,
+            regions=self.regions.take(rows),
+            expression=self.expression[rows],
+            block=self.block[rows],
+            base=None if self.base is None else self.base[rows],
+        )
 
 
 def assign_blocks(centers_um: np.ndarray, origin: np.ndarray, extent: np.ndarray) -> np.ndarray:

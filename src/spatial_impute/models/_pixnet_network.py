@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatial_impute.models._context import ContextFields, context_cell
 from spatial_impute.models._inputs import suitable_threads
 
 if TYPE_CHECKING:
@@ -90,8 +91,9 @@ class Decoder(nn.Module):
 class PixNetNetwork(nn.Module):
     """The network.
 
-    Beside the decoder runs a base: fixed linear combinations of the encoder's maps, resized to the finest grid. A
-    linear head on it is ridge regression on image features; the decoder starts as a correction of size zero.
+    Beside the decoder runs a base: fixed linear combinations of the encoder's maps and of their means and spreads in
+    windows around each cell, resized to the finest grid. A linear head on it is ridge regression on image features; the
+    decoder starts as a correction of size zero.
 
     Parameters
     ----------
@@ -103,6 +105,8 @@ class PixNetNetwork(nn.Module):
         Channels of the decoder.
     n_base
         Channels of the base; 0 leaves it out.
+    context
+        Edges in px of the windows that the base sees; see :class:`ContextFields`.
     norm
         ``"batch"`` or ``"layer"``.
     delta
@@ -125,6 +129,7 @@ class PixNetNetwork(nn.Module):
         n_genes: int,
         width: int,
         n_base: int,
+        context: tuple[float, ...] = (),
         norm: str = "batch",
         delta: float = 1.0,
         finest: int = 1,
@@ -135,12 +140,19 @@ class PixNetNetwork(nn.Module):
         coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= finest]
         self.first = max(0, min([*coarse_enough, len(pyramid.strides) - 2]))
         strides, channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
-        self.n_levels = sum(channels)
         self.stride, self.multiple = strides[0], strides[-1]
         self.n_base, self.width, self.rates = n_base, width, rates
         self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
+        self.context, widths = None, list(channels)
+        if n_base and context:
+            source = max(range(len(pyramid.strides))[pyramid.context_level], self.first)
+            self.context_level = source - self.first
+            cell = context_cell(pyramid.strides[source], self.multiple, min(context))
+            self.context = ContextFields(pyramid.strides[source], cell, tuple(context))
+            widths += [pyramid.channels[source]] * (2 * len(context))
+        self.n_levels = sum(widths)
         self.base = nn.ModuleList(
-            [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(channels)] if n_base else []
+            [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(widths)] if n_base else []
         )
         self.head = nn.Conv2d(n_base + width, n_genes, 1)
         self.register_buffer("scale", torch.ones(n_genes))
@@ -159,17 +171,29 @@ class PixNetNetwork(nn.Module):
         """Maps of the encoder that are used, finest first."""
         return self.pyramid(rgb)[self.first :]
 
-    def levels(self, rgb: Tensor) -> Tensor:
-        """All maps of the encoder on the finest grid, one after the other: (n, sum of channels, y, x)."""
-        maps = self.encode(rgb)
+    def levels(self, rgb: Tensor, cells: tuple[int, int, int, int] | None = None) -> Tensor:
+        """All that the base combines, on the finest grid: (n, n_levels, y, x); only cells (y0, y1, x0, x1) if given."""
+        maps = self._base_maps(self.encode(rgb))
+        if cells is not None:  # maps that come to some thousand channels are large where nobody needs them
+            return torch.cat([_resize_part(m, maps[0].shape[-2] // m.shape[-2], cells) for m in maps], dim=1)
         return torch.cat([_resize(m, maps[0].shape[-2:]) for m in maps], dim=1)
+
+    def base_features(self, maps: list[Tensor]) -> Tensor:
+        """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
+        size = maps[0].shape[-2:]
+        return sum(_resize(project(m), size) for project, m in zip(self.base, self._base_maps(maps), strict=True))
+
+    def _base_maps(self, maps: list[Tensor]) -> list[Tensor]:
+        if self.context is None:
+            return maps
+        source = maps[self.context_level]
+        return [*maps, *self.context(source).split(source.shape[1], dim=1)]
 
     def combine(self, maps: list[Tensor]) -> Tensor:
         """Base and decoder from the maps of the encoder."""
         parts = [self.decoder(maps)]
         if self.n_base:
-            size = maps[0].shape[-2:]
-            parts.insert(0, sum(_resize(project(m), size) for project, m in zip(self.base, maps, strict=True)))
+            parts.insert(0, self.base_features(maps))
         return torch.cat(parts, dim=1)
 
     def features(self, rgb: Tensor) -> Tensor:
@@ -185,6 +209,10 @@ class PixNetNetwork(nn.Module):
         """Genes of regions from their mean features (n, c): the head is linear, so it may come last."""
         return F.linear(features, self.head.weight[:, :, 0, 0], self.head.bias)
 
+    def correction(self, decoded: Tensor) -> Tensor:
+        """Share of the decoder in genes of regions, from its mean features (n, width): what is added to the base."""
+        return F.linear(decoded, self.head.weight[:, self.n_base :, 0, 0], self.head.bias)
+
     def with_genes(self, index: list[int]) -> PixNetNetwork:
         """Copy that predicts some of the genes."""
         other = copy.copy(self)
@@ -199,6 +227,18 @@ class PixNetNetwork(nn.Module):
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _resize_part(maps: Tensor, factor: int, cells: tuple[int, int, int, int]) -> Tensor:
+    """Cells (y0, y1, x0, x1) of the map resized by a factor."""
+    y0, y1, x0, x1 = cells
+    height, width = maps.shape[-2:]
+    # One cell more on each side is what bilinear interpolation reads.
+    top, left = max(y0 // factor - 1, 0), max(x0 // factor - 1, 0)
+    part = maps[..., top : min(-(-y1 // factor) + 1, height), left : min(-(-x1 // factor) + 1, width)]
+    part = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
+    top, left = y0 - top * factor, x0 - left * factor
+    return part[..., top : top + y1 - y0, left : left + x1 - x0]
 
 
 def receptive_halo(network: PixNetNetwork) -> int:

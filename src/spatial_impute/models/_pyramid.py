@@ -34,6 +34,9 @@ class Pyramid(nn.Module):
         Channels of the maps.
     resolution
         um per pixel of the images the encoder was made for.
+    context_level
+        Map whose means and spreads over windows describe the surroundings: the deepest that sees details, not a reduced
+        image.
 
     Shapes
     ------
@@ -44,6 +47,7 @@ class Pyramid(nn.Module):
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     resolution: float
+    context_level: int = -1
 
 
 class TellezPyramid(Pyramid):
@@ -58,6 +62,7 @@ class TellezPyramid(Pyramid):
     strides = (4, 8, 16, 32, 64, 128)
     channels = (128, 128, 128, 128, 128, 128)
     resolution = 1.0
+    context_level = 2
 
     def __init__(self, *, pretrained: bool = True) -> None:
         from spatial_impute.models._tellez import TellezEncoder, TellezNetwork

@@ -39,6 +39,8 @@ class Spots:
     """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
     edge_features: np.ndarray | None = None
     """(nnz, n_edge_features), in the order of the entries of `graph`."""
+    bases: dict[str, np.ndarray] | None = None
+    """(n, n_genes) predictions of other models, of known spots without these and the fold they are hidden with."""
     total_counts: np.ndarray | None = None
     """(n_known,) counts of a spot over all genes, where they are known."""
 
@@ -96,23 +98,24 @@ class Spots:
             components=part(self.components),
             graph=graph,
             tokens=None if self.tokens is None else tuple(t[rows] for t in self.tokens),
+            bases=None if self.bases is None else {name: values[rows] for name, values in self.bases.items()},
             edge_features=edge_features,
             total_counts=None if self.total_counts is None else self.total_counts[kept],
         )
 
 
-def training_part(spots: Spots, *, max_known: int, seed: int) -> Spots:
-    """Spots of some regions that hold at most `max_known` known spots, with all sections of these regions.
+def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:
+    """(m,) spots of some regions that hold at most `max_known` known spots, with all sections of these regions.
 
     What a model learns is settled by some thousand spots; the time to learn it should not grow with the tissue. Regions
     rather than single spots, because a spot is predicted from what lies around it.
     """
     if spots.known.sum() <= max_known:
-        return spots
+        return np.arange(len(spots.known))
     plane = spots.xyz[:, :2]
     tiles = [inside for inside, _ in plane_tiles(plane, plane[spots.known], size=max_known // _N_REGIONS)]
     chosen = np.random.default_rng(seed).permutation(len(tiles))[:_N_REGIONS]
-    return spots.take(np.sort(np.concatenate([tiles[i] for i in chosen])))
+    return np.sort(np.concatenate([tiles[i] for i in chosen]))
 
 
 def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:

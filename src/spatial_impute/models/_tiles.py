@@ -111,6 +111,7 @@ def forward_tile(
     tile: tuple[int, int],
     *,
     margin: int = 0,
+    in_part: bool = False,
 ) -> tuple[Tensor, CellGrid]:
     """Cells of one core.
 
@@ -126,6 +127,8 @@ def forward_tile(
         Which core.
     margin
         Cells beyond the core.
+    in_part
+        Whether `stage` takes as second argument the cells (y0, y1, x0, x1) that are wanted of its map, and returns these.
 
     Returns
     -------
@@ -138,12 +141,15 @@ def forward_tile(
     window = tiling.window(tile)
     weight = network.head.weight
     rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
-    with suitable_threads(rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2, network.head.in_channels):
-        maps = stage(slide.stain.apply(rgb[None]))[0]
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
-    rows, columns = grid.window
-    return maps[:, top : top + rows, left : left + columns], grid
+    bottom, right = top + grid.window[0], left + grid.window[1]
+    with suitable_threads(rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2, network.head.in_channels):
+        stained = slide.stain.apply(rgb[None])
+        if in_part:
+            return stage(stained, (top, bottom, left, right))[0], grid
+        maps = stage(stained)[0]
+    return maps[:, top:bottom, left:right], grid
 
 
 def bag(maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box) -> tuple[Tensor, Tensor]:
@@ -218,6 +224,7 @@ def iter_sums(
     slide: Slide,
     regions: Regions,
     *,
+    in_part: bool = False,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Sums over regions, tile by tile, without a map: only tiles that regions touch are computed, each once.
@@ -243,7 +250,7 @@ def iter_sums(
     for tile in slide.tiling.order(touching, getattr(slide.image, "stripe", slide.tiling.width)):
         index = touching[tile]
         with torch.inference_mode():
-            maps, grid = forward_tile(network, stage, slide, tile, margin=1)
+            maps, grid = forward_tile(network, stage, slide, tile, margin=1, in_part=in_part)
             core, image = slide.tiling.pixels(tile), slide.tiling.image
             for start in range(0, len(index), _BATCH):
                 rows = index[start : start + _BATCH]
@@ -274,6 +281,7 @@ def read_regions(
     regions: Regions,
     n_channels: int,
     *,
+    in_part: bool = False,
     on_tile: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums over all regions.
@@ -287,7 +295,7 @@ def read_regions(
     """
     dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
     sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
-    for index, found, count in iter_sums(network, stage, slide, regions, on_tile=on_tile):
+    for index, found, count in iter_sums(network, stage, slide, regions, in_part=in_part, on_tile=on_tile):
         if found.shape[1]:
             sums[index] = found.cpu().numpy()
         n_pixels[index] = count

@@ -5,6 +5,7 @@ from spatial_impute.tl._baselines import impute_baseline
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._dense import genes_from_features, predict_dense, predict_regions
 from spatial_impute.tl._graph import build_3d_graph
+from spatial_impute.tl._impute_pixnet import impute_pixnet
 from spatial_impute.tl._pixnet import fit_pixnet
 from spatial_impute.tl._register import register_stack
 from spatial_impute.tl._warp import warp_element
@@ -17,6 +18,7 @@ __all__ = [
     "genes_from_features",
     "impute_3d",
     "impute_baseline",
+    "impute_pixnet",
     "predict_dense",
     "predict_regions",
     "register_stack",

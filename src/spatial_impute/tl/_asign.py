@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from spatial_impute._progress import progress
 from spatial_impute._settings import settings
 from spatial_impute._stack import load_record
 from spatial_impute._validation import resolve_params
+from spatial_impute.tl._bases import read_bases, require_same_folds
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def fit_asign(
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
+    base_layers: Sequence[str] = (),
     model_params: AsignParams | Mapping[str, Any] | None = None,
     start_from: AsignModel | None = None,
     checkpoint: str | Path | None = None,
@@ -57,6 +60,9 @@ def fit_asign(
         Registered stack with features and graph, or several stacks with the same genes.
     table_key, layer, graph_key
         Stack table, layer with log-normalised expression, graph.
+    base_layers
+        Layers of the stack table with predictions that may be blended in, such as ``"pixnet"`` of
+        :func:`~spatial_impute.tl.impute_pixnet`: at measured spots without the fold that is hidden with them.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
     start_from
@@ -83,7 +89,8 @@ def fit_asign(
     KeyError
         If features, graph or registration are missing.
     ValueError
-        If nothing is measured, values are raw counts, stacks have different genes, or `start_from` does not fit.
+        If nothing is measured, values are raw counts, stacks have different genes, base layers were predicted with
+        other folds than those that are hidden, or `start_from` does not fit.
 
     Examples
     --------
@@ -122,6 +129,11 @@ def fit_asign(
     if len(encoders) > 1:
         msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
+    names = list(base_layers)
+    folds = {"n_folds": params.n_folds, "block_spacings": params.block_spacings, "seed": seed}
+    read = [(table, replace(spots, bases=read_bases(table, names))) for table, spots in read]
+    for table, spots in read:
+        require_same_folds(table, spots, names, **folds)
     panels = [by_panel(spots) for _, spots in read]
     several = len(panels[0]) > 1
     encoder = encoders.pop()
@@ -131,6 +143,7 @@ def fit_asign(
             raise ValueError(msg)
         _require_same_kind(start_from, genes, encoder, params)
     config = {
+        "base_layers": names,
         "encoder": encoder,
         "units": _units(read[0][0]),
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
@@ -218,7 +231,7 @@ def impute_3d(
     Raises
     ------
     KeyError
-        If the stack lacks genes, features, graph or registration.
+        If the stack lacks genes, features, graph, registration, or a base layer of the model.
     ValueError
         If features come from another encoder, or nothing is measured.
 
@@ -241,6 +254,7 @@ def impute_3d(
             f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
+    spots = replace(spots, bases=read_bases(table, model.config.get("base_layers", ())))
     result = model._impute(spots, device=device or settings.device)
     provenance = {
         "weights": {name: float(w) for name, w in model.weights.mean().items()},

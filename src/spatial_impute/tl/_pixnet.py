@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from spatial_impute.models import PixNetModel, PixNetParams
     from spatial_impute.models._pixnet_crops import TrainingSlide
+    from spatial_impute.models._pyramid import Pyramid
     from spatial_impute.tl._regions import Measured
+
+    Pair = tuple[SpatialData, str, str, str | None]
 
 
 def fit_pixnet(
@@ -118,9 +121,7 @@ def fit_pixnet(
     >>> len(model.var_names)
     36
     """
-    from spatial_impute.models._fit_pixnet import fit
     from spatial_impute.models._params import PixNetParams
-    from spatial_impute.models._pixnet import PixNetModel
     from spatial_impute.models._pyramid import build_pyramid
 
     params = resolve_params(model_params, PixNetParams)
@@ -138,7 +139,51 @@ def fit_pixnet(
         )
         raise ValueError(msg)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
-    pyramid = build_pyramid(encoder)
+    with _steps("Fitting PixNet", show=show_progress_bar) as steps:
+        model = fit_pairs(
+            pairs,
+            build_pyramid(encoder),
+            params,
+            layer=layer,
+            genes=genes,
+            target_sum=target_sum,
+            coordinate_system=coordinate_system,
+            mpp=mpp,
+            aggregate=aggregate,
+            tile_size=tile_size,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            device=device or settings.device,
+            seed=seed,
+            steps=steps,
+        )
+    logger.info("Fitted %r", model)
+    return model
+
+
+def fit_pairs(
+    pairs: list[Pair],
+    pyramid: Pyramid,
+    params: PixNetParams,
+    *,
+    layer: str | None = None,
+    genes: Sequence[str] | None = None,
+    target_sum: float | None = None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    aggregate: str = "mean",
+    tile_size: int,
+    checkpoint: Path | None = None,
+    device: str,
+    seed: int,
+    steps: Callable[[int], Callable[[], None]],
+    known: list[np.ndarray] | None = None,
+) -> PixNetModel:
+    """Fit on pairs of image and regions; with `known`, (n_shapes,) bool per pair, on these regions only."""
+    from spatial_impute.models._fit_pixnet import fit
+    from spatial_impute.models._pixnet import PixNetModel
+
+    if known is not None:
+        pairs, known = zip(*((p, k) for p, k in zip(pairs, known, strict=True) if k.any()), strict=True)
     resolution = params.resolution or pyramid.resolution
     slides, measured, density = _training_slides(
         pairs,
@@ -149,6 +194,7 @@ def fit_pixnet(
         target_sum=target_sum,
         coordinate_system=coordinate_system,
         mpp=mpp,
+        known=known,
     )
     var_names = measured[0].var_names
     radius_um = [float(np.sqrt(np.median(s.regions.area) / np.pi) * resolution) for s in slides]
@@ -164,20 +210,20 @@ def fit_pixnet(
         ],
     }
     fingerprint = {**config, "var_names": var_names, "seed": seed, "params": _plain(params)}
-    with _steps("Fitting PixNet", show=show_progress_bar) as steps:
-        fitted = fit(
-            slides,
-            pyramid,
-            params,
-            var_names=var_names,
-            core=tile_size,
-            seed=seed,
-            device=device or settings.device,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            fingerprint=fingerprint,
-            progress=steps,
-        )
-    model = PixNetModel(
+    fitted = fit(
+        slides,
+        pyramid,
+        params,
+        resolution=resolution,
+        var_names=var_names,
+        core=tile_size,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        fingerprint=fingerprint,
+        progress=steps,
+    )
+    return PixNetModel(
         fitted.network,
         params=params,
         var_names=var_names,
@@ -185,8 +231,6 @@ def fit_pixnet(
         predictability=fitted.held_out,
         config={**config, "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty},
     )
-    logger.info("Fitted %r", model)
-    return model
 
 
 def _plain(params: PixNetParams) -> dict[str, Any]:
@@ -202,7 +246,7 @@ def _pairs(
     image_key: str | Sequence[str],
     shapes_key: str | Sequence[str],
     table_key: str | Sequence[str] | None,
-) -> list[tuple[SpatialData, str, str, str | None]]:
+) -> list[Pair]:
     """One entry per image and regions, after checking that the arguments agree in number."""
     objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     keys = [[k] if isinstance(k, str) or k is None else list(k) for k in (image_key, shapes_key, table_key)]
@@ -216,7 +260,7 @@ def _pairs(
 
 
 def _training_slides(
-    pairs: list[tuple[SpatialData, str, str, str | None]],
+    pairs: Sequence[Pair],
     params: PixNetParams,
     *,
     resolution: float,
@@ -225,6 +269,7 @@ def _training_slides(
     target_sum: float | None,
     coordinate_system: str | None,
     mpp: float | None,
+    known: Sequence[np.ndarray] | None,
 ) -> tuple[list[TrainingSlide], list[Measured], tuple[float, ...]]:
     """Read everything, checked; also the mean optical density of the slides' tissue."""
     from spatial_impute._working import survey, working_image
@@ -233,7 +278,7 @@ def _training_slides(
     from spatial_impute.tl._regions import find_frame, read_levels, read_measured, read_shapes
 
     read, measured = [], []
-    for sdata, image_key, shapes_key, table_key in pairs:
+    for i, (sdata, image_key, shapes_key, table_key) in enumerate(pairs):
         frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
         regions, index = read_shapes(sdata, shapes_key, frame)
         found = read_measured(
@@ -246,6 +291,8 @@ def _training_slides(
             target_sum=target_sum,
             counts=params.loss != "mse+pcc",
         )
+        if known is not None:
+            found = found.take(known[i][found.rows])
         if measured and found.var_names != measured[0].var_names:
             msg = (
                 f"All regions must have the same genes in the same order; {shapes_key!r} differs from {pairs[0][2]!r}. "

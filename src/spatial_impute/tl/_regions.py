@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,6 +177,10 @@ class Measured:
     """(n, n_genes) float64."""
     var_names: list[str]
     units: str
+
+    def take(self, kept: np.ndarray) -> Measured:
+        """Some of the regions, by (n,) bool."""
+        return replace(self, rows=self.rows[kept], values=self.values[kept])
 
 
 def read_measured(
