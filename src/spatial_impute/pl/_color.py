@@ -47,10 +47,19 @@ class Coloring:
             return color_limits(shown, vmin, vmax), resolve_cmap(cmap)
         return Normalize(-0.5, len(self.palette) - 0.5), ListedColormap(self.palette)
 
-    def add_key(self, axes: Sequence[Axes], n_columns: int, shown: np.ndarray, norm: Normalize, cmap: Colormap) -> None:
-        """Colour bar right of `axes`, or a legend right of the first row."""
+    def add_key(
+        self,
+        axes: Sequence[Axes],
+        n_columns: int,
+        shown: np.ndarray,
+        norm: Normalize,
+        cmap: Colormap,
+        *,
+        n_rows: int | None = None,
+    ) -> None:
+        """Colour bar right of `axes`, as long as one of `n_rows` rows, or a legend right of the first row."""
         if self.categories is None:
-            add_colorbar(axes, shown, norm, cmap, self.label, n_rows=-(-len(axes) // n_columns))
+            add_colorbar(axes, shown, norm, cmap, self.label, n_rows=n_rows or -(-len(axes) // n_columns))
             return
         style = {"marker": "o", "linestyle": "", "markersize": 6, "markeredgewidth": 0}
         present = np.unique(shown[np.isfinite(shown)]).astype(int)

@@ -14,12 +14,14 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
+from spatial_impute._keys import Keys
 from spatial_impute._stack import resolve_sections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from anndata import AnnData
     from matplotlib.colors import Colormap
 
     from spatial_impute._stack import Section, StackRecord
@@ -57,6 +59,24 @@ def check_titles(title: str | Sequence[str] | None, sections: list[Section]) -> 
     return titles
 
 
+def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:
+    """One colour limit per gene, from one for all or one for each."""
+    if limit is None or isinstance(limit, str) or np.isscalar(limit):
+        return [limit] * len(genes)
+    if len(limit) != len(genes):
+        msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
+        raise ValueError(msg)
+    return list(limit)
+
+
+def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
+    """Name of the gene, and how well it was predicted if the layer is the one that this was found out for."""
+    if layer not in table.uns or Keys.PREDICTABILITY not in table.var:
+        return gene
+    r = table.var.loc[gene, Keys.PREDICTABILITY]
+    return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"
+
+
 def make_panels(
     n_rows: int,
     n_columns: int,
@@ -66,6 +86,7 @@ def make_panels(
     figsize: tuple[float, float] | None,
     n_panels: int | None = None,
     margin: tuple[float, float] = (0.2, 0.6),
+    foot: float = 0.0,
 ) -> np.ndarray:
     """Axes of a new figure, or the given ones.
 
@@ -83,6 +104,8 @@ def make_panels(
         How many panels of the grid are used; all by default.
     margin
         Width and height in inches for what stands beside the panels.
+    foot
+        Height in inches of one more axes under all panels of a new figure; it becomes the last of ``figure.axes``.
 
     Returns
     -------
@@ -98,12 +121,15 @@ def make_panels(
     if figsize is None:
         width = np.clip((_FIGURE_WIDTH - margin[0]) / n_columns, *_PANEL_WIDTH)
         width = min(width, _TALLEST_PANEL / aspect, max(_SMALL_PANEL, _FIGURE_HEIGHT / (n_rows * aspect)))
-        figsize = (n_columns * width + margin[0], n_rows * width * aspect + margin[1])
+        figsize = (n_columns * width + margin[0], n_rows * width * aspect + margin[1] + foot)
     figure = plt.figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for unused in axes[n_panels:]:
-        unused.remove()
-    return axes[:n_panels]
+    heights = [(figsize[1] - foot) / n_rows] * n_rows + ([foot] if foot else [])
+    grid = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
+    places = [(row, column) for row in range(n_rows) for column in range(n_columns)][:n_panels]
+    axes = np.array([figure.add_subplot(grid[place]) for place in places], dtype=object)
+    if foot:
+        figure.add_subplot(grid[-1, :])
+    return axes
 
 
 def frame_panel(ax: Axes, limits: tuple[float, float, float, float]) -> None:
@@ -220,6 +246,7 @@ def add_scale_bar(ax: Axes) -> None:
     """Scale bar (um) under the lower left corner of a panel, where it covers nothing."""
     span = abs(np.diff(ax.get_xlim())[0])
     length = nice_length(span / 3)
+    stretch = ax.get_aspect()  # of y against x
     bar = AnchoredSizeBar(
         ax.transData,
         length,
@@ -227,7 +254,7 @@ def add_scale_bar(ax: Axes) -> None:
         loc="upper left",
         bbox_to_anchor=(0.0, -0.01),
         bbox_transform=ax.transAxes,
-        size_vertical=span / 150,
+        size_vertical=span / 150 / (1.0 if isinstance(stretch, str) else stretch),
         pad=0.1,
         borderpad=0.0,
         sep=3,
