@@ -149,17 +149,17 @@ def volume(
     if interactive and len(genes) > 1:
         msg = f"`interactive=True` shows one gene, found {len(genes)}: {genes}."
         raise ValueError(msg)
-    titles = [gene_title(table, gene, layer) for gene in genes] if title is None else title
-    titles = [titles] if isinstance(titles, str) else list(titles)
-    if len(titles) != len(genes):
-        msg = f"`title` must have one entry per gene ({len(genes)}), found {len(titles)}."
-        raise ValueError(msg)
     if int(ncols) < 1:
         msg = f"`ncols` must be at least 1, found {ncols!r}."
         raise ValueError(msg)
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um")
     values = layer_values(table, genes, layer, table_key=table_key)
+    titles = [gene_title(table, gene, layer) for gene in genes] if title is None else title
+    titles = [titles] if isinstance(titles, str) else list(titles)
+    if len(titles) != len(genes):
+        msg = f"`title` must have one entry per gene ({len(genes)}), found {len(titles)}."
+        raise ValueError(msg)
     limits = list(zip(limit_per_gene(vmin, genes, "vmin"), limit_per_gene(vmax, genes, "vmax"), strict=True))
     require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then="Run `si.tl.register_stack(sdata)` first.")
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)

@@ -61,7 +61,9 @@ def volume_view(
 
     stops = np.linspace(0, 1, _SHADES)
     scale = [[float(s), "rgb({:.0f},{:.0f},{:.0f})".format(*(255 * np.array(cmap(s)[:3])))] for s in stops]
-    colors = {"colorscale": scale, "cmin": norm.vmin, "cmax": norm.vmax}
+    # Shading would change the colours, which are values.
+    flat = {"ambient": 1.0, "diffuse": 0.0, "specular": 0.0, "fresnel": 0.0}
+    colors = {"colorscale": scale, "cmin": norm.vmin, "cmax": norm.vmax, "lighting": flat}
     x, y, z = found.axes
     surfaces = [
         {**plane(found, 0, place[0]), "showscale": False},
