@@ -89,17 +89,19 @@ def assemble(config: RunConfig) -> SpatialData:
         for name in ("mpp", "fullres_image", "bin_size", "image_key", "shapes_key", "table_key", "coordinate_system")
     }
     arguments["fullres_image"] = {name: str(path) for name, path in arguments["fullres_image"].items()}
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for name, section in given.items():
-        if section.counts is not None:
-            inputs[name], arguments["mpp"][name] = spots_on_image(name, section)
+        if section.counts is not None and section.spot_diameter is not None:
+            inputs[name], arguments["mpp"][name] = spots_on_image(
+                name, section, counts=section.counts, spot_diameter=section.spot_diameter
+            )
         elif section.source == "spatialdata":
             import spatialdata as sd
 
             inputs[name] = sd.read_zarr(section.path)
         else:
             inputs[name] = str(section.path)
-    heights = {"section_spacing": config.section_spacing}
+    heights: dict[str, Any] = {"section_spacing": config.section_spacing}
     if config.section_spacing is None:
         heights = {"z": {name: section.z for name, section in given.items()}}
     sdata = si.pp.assemble_stack(
@@ -114,7 +116,9 @@ def assemble(config: RunConfig) -> SpatialData:
     return sdata
 
 
-def spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, float]:
+def spots_on_image(
+    name: str, section: SectionConfig, *, counts: Path, spot_diameter: float
+) -> tuple[SpatialData, float]:
     """Image file and AnnData with pixel coordinates as one object, and um per pixel.
 
     Raises
@@ -135,9 +139,9 @@ def spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, floa
     if mpp is None:
         msg = f"`sections.{name}.mpp` is missing, and '{section.path}' does not say how large its pixels are."
         raise ConfigError(msg)
-    table = ad.read_h5ad(section.counts)
+    table = ad.read_h5ad(counts)
     if Keys.SPATIAL not in table.obsm:
-        msg = f"`sections.{name}.counts`: '{section.counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
+        msg = f"`sections.{name}.counts`: '{counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
         raise ConfigError(msg)
     centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
     height, width = opened.levels[0].shape[1:]
@@ -152,7 +156,7 @@ def spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, floa
         name,
         image_element(opened.levels, "global", 1.0),
         centers=centers,
-        radius=section.spot_diameter / 2 / mpp,
+        radius=spot_diameter / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
         table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=table.var[[]].copy()),
     )

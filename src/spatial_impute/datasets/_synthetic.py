@@ -260,10 +260,10 @@ def _draw_counts(
     ring = np.linspace(0, 2 * np.pi, 6, endpoint=False)
     offsets = np.vstack([[0.0, 0.0], 0.33 * diameter * np.column_stack([np.cos(ring), np.sin(ring)])])
     where = positions[:, None, :] + np.column_stack([offsets, np.zeros(len(offsets))])
-    fields = [
+    smooth, density = (
         f(where.reshape(-1, 3)).reshape(*where.shape[:2], -1).mean(axis=1) for f in (tissue.smooth, tissue.density)
-    ]
-    rate = np.exp(tissue.log_mean(*fields, rng))
+    )
+    rate = np.exp(tissue.log_mean(smooth, density, rng))
     rate /= rate.sum(axis=1, keepdims=True)
     library = _LIBRARY_SIZE * rng.lognormal(0, 0.3, size=(len(positions), 1))
     counts = rng.poisson(rate * library).astype(np.float32)

@@ -109,7 +109,8 @@ def evaluate(
         )
         raise KeyError(msg)
     columns = table.var_names.get_indexer(genes)
-    rows, scores, by_gene = [], [], {key: [] for key in wanted}
+    rows, scores = [], []
+    by_gene: dict[str, list[np.ndarray]] = {key: [] for key in wanted}
     for name in sections:
         spots = np.flatnonzero((section == name) & ~measured & table.obs_names.isin(truth.obs_names))
         if not len(spots):

@@ -25,7 +25,7 @@ from spatial_impute.pl._utils import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -174,7 +174,7 @@ def _source(sdata: SpatialData, map_key: str) -> str:
     return found["image"]
 
 
-def _extent(sizes: dict[str, int], matrix: np.ndarray) -> tuple[float, float, float, float]:
+def _extent(sizes: Mapping[Hashable, int], matrix: np.ndarray) -> tuple[float, float, float, float]:
     """Lowest and highest x, then y, of a raster."""
     corners = apply_affine(np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * [sizes["x"], sizes["y"]], matrix)
     (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)

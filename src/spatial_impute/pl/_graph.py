@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from mpl_toolkits.mplot3d import Axes3D
     from scipy import sparse
     from spatialdata import SpatialData
 
@@ -201,7 +202,10 @@ def graph_3d(
     start = record.reference if view == "3d" and record.reference in names else names[0]
     chosen = _chosen(table, xyz, shown & (section == start), n_spots, spots)
     found = typed_edges(
-        *(table.obsp[f(graph_key)] for f in (Keys.connectivities, Keys.graph_overlap, Keys.graph_similarity)), section
+        table.obsp[Keys.connectivities(graph_key)],
+        table.obsp[Keys.graph_overlap(graph_key)],
+        table.obsp[Keys.graph_similarity(graph_key)],
+        section,
     )
     keep = shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
     if view == "pair":
@@ -209,11 +213,13 @@ def graph_3d(
         kinds = [kind for kind in kinds if kind != "within"]
     found = found.where(keep)
     radius = registered_radius(sdata, record, table)
+    axis: Axes
+    drawing: dict[str, Any] = {"xyz": xyz, "radius": radius, "chosen": chosen, "edges": found}
     if view == "3d":
-        axis = make_space(ax, figsize)
-        _draw_in_space(axis, wanted, table, xyz=xyz, radius=radius, chosen=chosen, edges=found, z_stretch=z_stretch)
+        axis = space = make_space(ax, figsize)
+        _draw_in_space(space, wanted, table, z_stretch=z_stretch, **drawing)
     else:
-        axis = _draw_pair(wanted, table, xyz=xyz, radius=radius, chosen=chosen, edges=found, ax=ax, figsize=figsize)
+        axis = _draw_pair(wanted, table, ax=ax, figsize=figsize, **drawing)
     text = f"edges of {len(chosen)} of {int(shown.sum())} spots" if title is None else title
     axis.set_title(text, fontsize="medium", pad=6 if view == "3d" else 20)
     handles = []
@@ -262,7 +268,7 @@ def _widths(weight: np.ndarray) -> np.ndarray:
 
 
 def _draw_in_space(
-    ax: Axes,
+    ax: Axes3D,
     sections: list[Section],
     table: AnnData,
     *,

@@ -215,10 +215,9 @@ def imputed(
 def _deviations(table: AnnData, genes: list[str], layers: list[str], *, table_key: str) -> np.ndarray:
     """(n_spots, n_genes) standard deviation of the first of `layers` that has one."""
     keys = [Keys.sd(name) for name in layers]
-    found = next((key for key in keys if key in table.layers), None)
-    if found is None:
-        then = "Only `si.tl.impute_3d` writes one; leave out `show_sd=True` for other layers."
-        require_key(keys[0], table.layers, where=f"sdata.tables[{table_key!r}].layers", then=then)
+    found = next((key for key in keys if key in table.layers), keys[0])
+    then = "Only `si.tl.impute_3d` writes one; leave out `show_sd=True` for other layers."
+    require_key(found, table.layers, where=f"sdata.tables[{table_key!r}].layers", then=then)
     return layer_values(table, genes, found, table_key=table_key)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def metrics(
         raise ValueError(msg)
     n_columns = min(int(ncols), n_panels)
     n_rows = -(-n_panels // n_columns)
-    n_methods = 4 if scores is None else (scores.shape[1] if by_gene else len(_by_method(scores, scores.columns[0])))
+    n_methods = 4 if scores is None else scores.shape[1] if by_gene else scores.index.get_level_values(0).nunique()
     size = figsize or (4.0 * n_columns, n_rows * max(2.8, 0.32 * n_methods + 1.1))
     axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=n_panels)
     for panel, name in zip(axes, names, strict=False):
@@ -150,7 +150,7 @@ def metrics(
     if by_gene:
         _draw_genes_by_method(axes[0], scores, layer)
     if expected is not None:
-        reached = scores[layer].reindex(expected.index) if by_gene and layer in scores else None
+        reached = scores[layer].reindex(expected.index) if scores is not None and by_gene and layer in scores else None
         _draw_predictability(axes[-1], expected, reached, genes)
     for panel in axes:
         panel.tick_params(labelsize="small")
@@ -239,6 +239,6 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
     for gene in dict.fromkeys(named):
         if gene in places:
             right = places[gene][0] > np.mean([x for x, _ in places.values()])
-            style = {"xytext": (-5, -9) if right else (5, 4), "ha": "right" if right else "left"}
+            style: dict[str, Any] = {"xytext": (-5, -9) if right else (5, 4), "ha": "right" if right else "left"}
             ax.annotate(gene, places[gene], textcoords="offset points", fontsize="x-small", color=INK, **style)
     ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")

@@ -52,7 +52,7 @@ _TABLE = {
     "folds": "folds",
     "verdict": "verdict",
 }
-_TABLE_ROW = 0.24  # inches
+_TABLE_ROW, _TABLE_FONT = 0.24, 8.0  # inches, points
 _ALARM = "#D55E00"
 _GRID_LINES = 18  # along the longer side of a panel
 _GRID_STEP = 0.2  # points on a grid line per spacing: the deformation is smooth
@@ -213,7 +213,7 @@ def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
     ax.set_axis_off()
     table = ax.table(rows, colLabels=["pair", *columns.values()], loc="center", cellLoc="center", edges="horizontal")
     table.auto_set_font_size(False)
-    table.set_fontsize("small")
+    table.set_fontsize(_TABLE_FONT)
     table.auto_set_column_width(range(len(columns) + 1))
     for (row, column), cell in table.get_celld().items():
         cell.set_linewidth(0.5)
@@ -273,7 +273,7 @@ def _draw_deformations(
         show_image(panel, 255.0 * (1 - _PALE * np.repeat(section.stain[..., None], 3, axis=2)), canvas.to_um)
         for line, shift in some:
             bent = line + factor * shift
-            pieces = LineCollection(np.stack([bent[:-1], bent[1:]], axis=1), cmap=cmap, norm=norm, linewidths=0.8)
+            pieces = LineCollection(list(np.stack([bent[:-1], bent[1:]], axis=1)), cmap=cmap, norm=norm, linewidths=0.8)
             pieces.set_array(np.hypot(*shift.T)[:-1])
             panel.add_collection(pieces, autolim=False)
         if not some:
@@ -305,7 +305,7 @@ def _bends(
 
 def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:
     """Edges of the tiles: that is where to look."""
-    style = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
+    style: dict[str, Any] = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
     x0, y0, x1, y1 = canvas.limits
     ax.vlines(np.arange(x0, x1, tile), y0, y1, **style)
     ax.hlines(np.arange(y0, y1, tile), x0, x1, **style)

@@ -56,7 +56,7 @@ def stack_share(n_sections: int) -> float:
     return min(_GAP * (n_sections - 1), _TALLEST)
 
 
-def make_space(ax: Axes | None, figsize: tuple[float, float] | None) -> Axes3D:
+def make_space(ax: Axes | Sequence[Axes] | None, figsize: tuple[float, float] | None) -> Axes3D:
     """3D axes of a new figure, or the given ones.
 
     Raises

@@ -146,22 +146,22 @@ def stack(
         raise ValueError(msg)
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um per pixel")
-    shown = None
-    if coloring is not None:
+    shown = np.empty(0)
+    if coloring is not None and table is not None:
         shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in wanted]).to_numpy()]
         norm, colors = coloring.scale(shown, cmap, vmin, vmax)
     strength = img_alpha if img_alpha is not None else 1.0 if coloring is None else 0.5
     if projection == "3d":
-
-        def spot_colors(section: Section) -> np.ndarray:
-            values = _values_of(table, section.name, coloring.values, spot_geometry(sdata, section)[2])
-            return colors(norm(np.ma.masked_invalid(values)))
-
+        spot_colors: dict[str, np.ndarray] = {}
+        for section in wanted:
+            if coloring is not None and table is not None and section.spots is not None:
+                values = _values_of(table, section.name, coloring.values, spot_geometry(sdata, section)[2])
+                spot_colors[section.name] = colors(norm(np.ma.masked_invalid(values)))
         axes = stack_space(
             sdata,
             record,
             wanted,
-            None if coloring is None else spot_colors,
+            spot_colors,
             resolution=resolution,
             img_alpha=strength,
             z_stretch=z_stretch,
@@ -203,7 +203,7 @@ def stack(
         if section.spots is not None:
             centers, radius, index = spot_geometry(sdata, section)
             values = np.full(len(radius), np.nan)
-            if coloring is not None:
+            if coloring is not None and table is not None:
                 values = _values_of(table, section.name, coloring.values, index)
             known = np.isfinite(values)
             if not known.all():

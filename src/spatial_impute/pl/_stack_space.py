@@ -16,7 +16,7 @@ from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, mak
 from spatial_impute.pl._utils import INK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
@@ -30,15 +30,15 @@ def stack_space(
     sdata: SpatialData,
     record: StackRecord,
     sections: list[Section],
-    spot_colors: Callable[[Section], np.ndarray] | None,
+    spot_colors: Mapping[str, np.ndarray],
     *,
     resolution: float | None,
     img_alpha: float,
     z_stretch: float | None,
-    ax: Axes | None,
+    ax: Axes | Sequence[Axes] | None,
     figsize: tuple[float, float] | None,
 ) -> np.ndarray:
-    """Tissue of every section at its place and height; spots where `spot_colors` gives their (n, 4) colours.
+    """Tissue of every section at its place and height; spots of the sections that `spot_colors` has (n, 4) colours for.
 
     Sections lie in the common frame if the stack is registered, each in its own frame otherwise.
     """
@@ -62,9 +62,9 @@ def stack_space(
         centers, radius, _ = spot_geometry(sdata, section)
         centers = place.points(centers)
         low, high = np.minimum(low, centers.min(axis=0)), np.maximum(high, centers.max(axis=0))
-        if spot_colors is not None:
+        if section.name in spot_colors:
             xyz = np.column_stack([centers, np.full(len(centers), section.z)])
-            draw_discs(axis, xyz, radius, facecolors=spot_colors(section), edgecolors="none")
+            draw_discs(axis, xyz, radius, facecolors=spot_colors[section.name], edgecolors="none")
     if not np.isfinite(low).all():
         low, high = np.zeros(2), np.full(2, longest)
     stretch = resolve_stretch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -61,7 +61,7 @@ def check_titles(title: str | Sequence[str] | None, sections: list[Section]) -> 
 
 def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:
     """One colour limit per gene, from one for all or one for each."""
-    if limit is None or isinstance(limit, str) or np.isscalar(limit):
+    if limit is None or isinstance(limit, str | int | float | np.number):
         return [limit] * len(genes)
     if len(limit) != len(genes):
         msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
@@ -113,7 +113,7 @@ def make_panels(
     """
     n_panels = n_rows * n_columns if n_panels is None else n_panels
     if ax is not None:
-        axes = np.array([ax] if isinstance(ax, Axes) else list(np.ravel(ax)), dtype=object)
+        axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != n_panels:
             msg = f"`ax` must hold {n_panels} axes ({n_rows} x {n_columns} panels), found {len(axes)}."
             raise ValueError(msg)
@@ -139,7 +139,7 @@ def frame_panel(ax: Axes, limits: tuple[float, float, float, float]) -> None:
     ax.spines[:].set_visible(False)
 
 
-def label_row(ax: Axes, text: str, **kwargs: object) -> None:
+def label_row(ax: Axes, text: str, **kwargs: Any) -> None:
     """Write left of a panel, upright."""
     ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize="medium", linespacing=1.4, **kwargs)
 
@@ -161,7 +161,7 @@ def draw_circles(
     values: np.ndarray | None = None,
     cmap: Colormap | None = None,
     norm: Normalize | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> EllipseCollection:
     """Circles of true size (um), coloured by `values` if given."""
     if values is not None and len(radius) <= _MANY_SPOTS:
@@ -212,12 +212,18 @@ def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: floa
             msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
             raise ValueError(msg)
     if percentile is None:
-        return float(limit)
+        return float(limit)  # type: ignore[arg-type]
     return float(np.percentile(finite, percentile)) if finite.size else default / 100
 
 
 def add_colorbar(
-    axes: Sequence[Axes], values: np.ndarray, norm: Normalize, cmap: Colormap, label: str, *, n_rows: int = 1
+    axes: Sequence[Axes] | np.ndarray,
+    values: np.ndarray,
+    norm: Normalize,
+    cmap: Colormap,
+    label: str,
+    *,
+    n_rows: int = 1,
 ) -> None:
     """Colour bar right of `axes` and as long as one of their rows, with pointed ends where values exceed the scale."""
     finite = values[np.isfinite(values)]

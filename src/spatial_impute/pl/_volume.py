@@ -249,12 +249,12 @@ def _place(
     if len(given) != 3:
         msg = f"`position` must hold x, y and z (um, or None for the middle), found {position!r}."
         raise ValueError(msg)
-    place = tuple(float(m if p is None else p) for p, m in zip(given, middle, strict=True))
-    for value, (low, high), name in zip(place, found.limits, "xyz", strict=True):
+    x, y, z = (float(m if p is None else p) for p, m in zip(given, middle, strict=True))
+    for value, (low, high), name in zip((x, y, z), found.limits, "xyz", strict=True):
         if not low <= value <= high:
             msg = f"`position`: {name} = {value:g} um lies outside the stack, which goes from {low:g} to {high:g} um."
             raise ValueError(msg)
-    return place
+    return x, y, z
 
 
 def _make_axes(
@@ -268,7 +268,7 @@ def _make_axes(
 ) -> np.ndarray:
     """(n_genes, 3) axes for (x, y), (z, y), (x, z)."""
     if ax is not None:
-        axes = np.array([ax] if isinstance(ax, Axes) else list(np.ravel(ax)), dtype=object)
+        axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != _PANELS * n_genes:
             msg = f"`ax` must hold {_PANELS * n_genes} axes, three per gene, found {len(axes)}."
             raise ValueError(msg)
@@ -282,11 +282,11 @@ def _make_axes(
         figsize = (n_columns * ((width + depth) * inch + 1.9), n_rows * ((height + depth) * inch + 0.9))
     figure = plt.figure(figsize=figsize, layout="constrained")
     parts = np.ravel(figure.subfigures(n_rows, n_columns, squeeze=False))
-    axes = []
+    panels = []
     for part in parts[:n_genes]:
         grid = part.add_gridspec(2, 2, width_ratios=(width, depth), height_ratios=(height, depth))
-        axes.append([part.add_subplot(grid[0, 0]), part.add_subplot(grid[0, 1]), part.add_subplot(grid[1, 0])])
-    return np.array(axes, dtype=object)
+        panels.append([part.add_subplot(grid[0, 0]), part.add_subplot(grid[0, 1]), part.add_subplot(grid[1, 0])])
+    return np.array(panels, dtype=object)
 
 
 def _draw_slices(

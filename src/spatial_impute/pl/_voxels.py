@@ -35,8 +35,10 @@ class Volume:
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centres of the cells along x, y, z."""
-        counts = self.values.shape[::-1]
-        return tuple(o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, counts, strict=True))
+        x, y, z = (
+            o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, self.values.shape[::-1], strict=True)
+        )
+        return x, y, z
 
     @property
     def limits(self) -> tuple[tuple[float, float], ...]:
@@ -99,14 +101,13 @@ def interpolate_stack(
         plane, tissue = _plane(where, what, cells, spacing)
         planes.append(plane.reshape(n_y, n_x))
         inside.append(_signed_distance(tissue.reshape(n_y, n_x)))
-    heights = np.asarray(heights, dtype=float)
-    step = np.diff(heights).min() / _LAYERS_PER_GAP
-    n_z = int(np.round(np.ptp(heights) / step)) + 1
-    z = np.linspace(heights[0], heights[-1], n_z)
+    known = np.asarray(heights, dtype=float)
+    step = np.diff(known).min() / _LAYERS_PER_GAP
+    z = np.linspace(known[0], known[-1], int(np.round(np.ptp(known) / step)) + 1)
     layers = []
     for height in z:
-        above = int(np.clip(np.searchsorted(heights, height), 1, len(heights) - 1))
-        share = (height - heights[above - 1]) / (heights[above] - heights[above - 1])
+        above = int(np.clip(np.searchsorted(known, height), 1, len(known) - 1))
+        share = (height - known[above - 1]) / (known[above] - known[above - 1])
         layers.append(_between(planes[above - 1 : above + 1], inside[above - 1 : above + 1], float(share)))
     return Volume(np.stack(layers), (x[0], y[0], z[0]), (cell, cell, float(z[1] - z[0])))
 

@@ -110,7 +110,7 @@ def select_genes(
         present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
         rows = row_of[np.asarray(names)[present]].to_numpy()
         picked = values[section.name][np.flatnonzero(present)][:, columns]
-        expression[rows] = picked.toarray() if sparse.issparse(picked) else picked
+        expression[rows] = picked.toarray() if hasattr(picked, "toarray") else picked
         raw = counts.X if layer is None else counts.layers[layer]
         totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
 
