@@ -12,7 +12,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "gallery.md"
-SOURCE = DOCS.parent / "src" / "spatial_impute"
+PLOTS = DOCS.parent / "src" / "spatial_impute" / "pl"
 SKIPPED = "# needs your own files"
 
 
@@ -28,7 +28,7 @@ def draw() -> list[Path]:
     """Run the page and save the last figure of a block as the image that follows it; returns what was written."""
     steps = parts(PAGE.read_text())
     figures = [DOCS / path for kind, path in steps if kind == "figure"]
-    newest = max(path.stat().st_mtime for path in [PAGE, *SOURCE.rglob("*.py")])
+    newest = max(path.stat().st_mtime for path in [PAGE, *PLOTS.glob("*.py")])
     if all(path.exists() and path.stat().st_mtime > newest for path in figures):
         return []
     import matplotlib as mpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,44 @@ _N_HOUSEKEEPING = 4
 _HOUSEKEEPING_SHARE = 0.9
 _HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density per unit of stain in r, g, b (Ruifrok and Johnston)
 _EOSIN = np.array([0.07, 0.99, 0.11])
+
+
+@overload
+def synthetic_stack(
+    n_sections: int = ...,
+    *,
+    measured: Sequence[str] | None = ...,
+    extent: float = ...,
+    section_spacing: float = ...,
+    mpp: float = ...,
+    spot_diameter: float = ...,
+    spot_pitch: float = ...,
+    n_genes: int = ...,
+    max_rotation: float = ...,
+    max_shift: float = ...,
+    elastic_amplitude: float = ...,
+    seed: int = ...,
+    truth: Literal[False] = ...,
+) -> SpatialData: ...
+
+
+@overload
+def synthetic_stack(
+    n_sections: int = ...,
+    *,
+    measured: Sequence[str] | None = ...,
+    extent: float = ...,
+    section_spacing: float = ...,
+    mpp: float = ...,
+    spot_diameter: float = ...,
+    spot_pitch: float = ...,
+    n_genes: int = ...,
+    max_rotation: float = ...,
+    max_shift: float = ...,
+    elastic_amplitude: float = ...,
+    seed: int = ...,
+    truth: Literal[True],
+) -> tuple[SpatialData, AnnData]: ...
 
 
 def synthetic_stack(

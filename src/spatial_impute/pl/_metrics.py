@@ -239,6 +239,6 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
     for gene in dict.fromkeys(named):
         if gene in places:
             right = places[gene][0] > np.mean([x for x, _ in places.values()])
-            style: dict[str, Any] = {"xytext": (-5, -9) if right else (5, 4), "ha": "right" if right else "left"}
+            style: dict[str, Any] = {"xytext": (0, 7), "ha": "right" if right else "left"}
             ax.annotate(gene, places[gene], textcoords="offset points", fontsize="x-small", color=INK, **style)
     ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
