@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import spatial_impute as si
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSIONS = ["3.11", "3.12", "3.13"]
@@ -57,3 +59,11 @@ def test_workflows_parse_and_ask_for_no_more_than_they_need(path):
     workflow = yaml.safe_load(path.read_text())
     assert workflow["permissions"] == {"contents": "read"}
     assert all("steps" in job for job in workflow["jobs"].values())
+
+
+def test_every_public_name_is_tested():
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    names = [
+        f"{ns}.{name}" for ns in ("datasets", "metrics", "models", "pl", "pp", "tl") for name in getattr(si, ns).__all__
+    ]
+    assert not [name for name in names if not re.search(rf"\b{name.split('.')[1]}\b", text)]

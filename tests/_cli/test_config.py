@@ -119,6 +119,7 @@ def test_toml_says_the_same(folder):
     [
         ("run.yaml", "sections: [", "no valid YAML"),
         ("run.yaml", "output: !!python/object/apply:os.getcwd []", "no valid YAML"),  # nothing is ever run
+        ("run.yaml", "sections:\n  a: {image: x}\n  a: {image: y}\n", "`sections.a` stands twice, .* in line 3"),
         ("run.toml", "output = ", "no valid TOML"),
         ("run.json", "{}", "ends in .yaml, .yml or .toml"),
     ],
@@ -168,3 +169,14 @@ def test_info_lists_versions_devices_and_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(si.settings, "_data_dir", tmp_path / "none")
     main(["info"])
     assert "does not exist yet" in capsys.readouterr().out
+
+
+def test_page_of_the_command_line_explains_every_key():
+    from pathlib import Path
+
+    from spatial_impute._cli._config import RunConfig, SectionConfig
+
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    keys = (set(RunConfig.__dataclass_fields__) | set(SectionConfig.__dataclass_fields__)) - {"source", "path"}
+    assert not [key for key in keys if f"`{key}`" not in page and f".{key}`" not in page]
+    assert [source for source in ("image", "spaceranger", "spatialdata") if f"`{source}`" not in page] == []

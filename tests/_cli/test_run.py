@@ -184,3 +184,20 @@ def test_html_escapes_and_markdown_leaves_missing_values_empty(tmp_path):
     assert "<code>x&lt;y</code>" in page
     assert "&lt;i&gt;" in page
     assert to_markdown(blocks).splitlines()[-2:] == ["| 1.23 | <i> |", "|  |  |"]
+
+
+def test_demo_leaves_what_it_names(small_stack, quick_params, tmp_path, monkeypatch):
+    from spatial_impute import _demo
+
+    truth = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, truth=True)[1]
+    fit = si.tl.fit_asign
+    monkeypatch.setattr(_demo, "_load", lambda data: (small_stack, truth, ["smooth_0", "texture_3"]))
+    monkeypatch.setattr(si.tl, "register_stack", lambda sdata: None)  # it is registered
+    monkeypatch.setattr(si.tl, "fit_asign", lambda sdata: fit(sdata, model_params=quick_params))
+    said = []
+    monkeypatch.setattr(_demo.logger, "info", lambda text, *args: said.append(text % args))
+    assert main(["demo", "--output", str(tmp_path / "out")]) == 0
+    named = re.findall(rf"{tmp_path}/out/([\w.]+):", said[-1])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(named)
+    assert {"stack.png", "volume.png", "graph.png", "training.png", "scores.png", "scores.csv"} <= set(named)
+    assert "asign" in pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).index

@@ -123,12 +123,29 @@ def _parse(path: Path) -> object:
         import yaml
 
         try:
+            _refuse_duplicates(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
             return yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             msg = f"'{path}' is no valid YAML: {error}"
             raise ConfigError(msg) from error
     msg = f"The file of a run ends in .yaml, .yml or .toml, found '{path.name}'."
     raise ConfigError(msg)
+
+
+def _refuse_duplicates(node: Any, prefix: str = "") -> None:
+    """YAML would keep the last of two equal keys, and a section would be lost without a word."""
+    from yaml import MappingNode
+
+    if not isinstance(node, MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in seen:
+            msg = f"The key `{name}` stands twice, the second time in line {key.start_mark.line + 1}."
+            raise ConfigError(msg)
+        seen.add(name)
+        _refuse_duplicates(value, f"{name}.")
 
 
 def check_config(found: object, *, folder: Path) -> RunConfig:
