@@ -67,3 +67,10 @@ def test_every_public_name_is_tested():
         f"{ns}.{name}" for ns in ("datasets", "metrics", "models", "pl", "pp", "tl") for name in getattr(si, ns).__all__
     ]
     assert not [name for name in names if not re.search(rf"\b{name.split('.')[1]}\b", text)]
+
+
+@pytest.mark.parametrize("params", [si.models.AsignParams, si.models.PixNetParams])
+def test_published_parameters_are_there_and_wrong_ones_are_named(params):
+    assert params.paper() != params()
+    with pytest.raises(ValueError, match="`n_steps` must be an integer"):
+        params(n_steps=-1)

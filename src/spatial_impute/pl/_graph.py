@@ -176,8 +176,8 @@ def graph_3d(
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.build_3d_graph(sdata, use_rep=None)
     >>> axes = si.pl.graph_3d(sdata, n_spots=3, return_ax=True)
-    >>> axes[0].get_title()
-    'edges of 3 of 540 spots'
+    >>> len(axes[0].get_legend().get_texts())
+    4
     """
     require_one_of(view, ("3d", "pair"), name="view")
     record = load_record(sdata)
@@ -195,12 +195,20 @@ def graph_3d(
     kinds = list(_KINDS) if edges is None else ([edges] if isinstance(edges, str) else list(edges))
     for kind in kinds:
         require_one_of(kind, _KINDS, name="edges")
+    if view == "pair":
+        kinds = [kind for kind in kinds if kind != "within"]
+    if not kinds:
+        msg = f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; there are {list(_KINDS)}."
+        raise ValueError(msg)
 
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
     names = [s.name for s in wanted]
     shown = np.isin(section, names)
     start = record.reference if view == "3d" and record.reference in names else names[0]
     chosen = _chosen(table, xyz, shown & (section == start), n_spots, spots)
+    if not shown[chosen].all():
+        msg = f"`spots` must lie on the sections shown ({names}); {table.obs_names[chosen[~shown[chosen]]][0]!r} does not."
+        raise ValueError(msg)
     found = typed_edges(
         table.obsp[Keys.connectivities(graph_key)],
         table.obsp[Keys.graph_overlap(graph_key)],
@@ -210,7 +218,6 @@ def graph_3d(
     keep = shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
     if view == "pair":
         keep &= found.kind != "within"
-        kinds = [kind for kind in kinds if kind != "within"]
     found = found.where(keep)
     radius = registered_radius(sdata, record, table)
     axis: Axes
