@@ -44,6 +44,6 @@ lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	@$(BIN)/mypy
 
 clean: ## remove build output, caches and demo_output/ (keeps .venv)
-	@rm -rf build dist demo_output docs/_build docs/generated docs/_static/gallery .coverage .hypothesis .pytest_cache .ruff_cache
+	@rm -rf build dist demo_output docs/_build docs/generated docs/_static/gallery .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 	@echo "Removed build output, caches and demo_output/. The environment $(VENV)/ is kept; rm -rf $(VENV) removes it."
