@@ -54,9 +54,15 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.check:
             print(f"{options.config}: {len(config.sections)} sections, output to {config.output}")
             return 0
+        import spatial_impute as si
         from spatial_impute._cli._run import run
 
-        print(run(config))
+        before = si.settings.show_progress_bar
+        si.settings.show_progress_bar = before and sys.stderr.isatty()  # a bar fills the log of a batch job
+        try:
+            print(run(config))
+        finally:
+            si.settings.show_progress_bar = before
     except (ConfigError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -105,7 +105,8 @@ def report_blocks(results: Results) -> list[Block]:
             (
                 "p",
                 "All methods are scored on the same measured spots, which none of them has seen. Read `r per gene`: the "
-                f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method.",
+                f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method. The mean "
+                "profile may fall below 0: it is low for blocks that are high, which it was computed without.",
             ),
             ("table", _columns(results.scores.reset_index(), _SCORES, 1)),
         ]
