@@ -112,7 +112,7 @@ def metrics(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata, truth = si.datasets.synthetic_stack(truth=True)
+    >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, n_genes=9, truth=True)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> for method in ("mean", "kernel"):
     ...     si.tl.impute_baseline(sdata, method)
