@@ -38,11 +38,12 @@ docs: $(VENV)/.stamp-docs ## build the documentation, warnings are errors
 	DOCS_OFFLINE=$$offline $(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
-lint: $(VENV)/.stamp-dev ## check style and formatting
+lint: $(VENV)/.stamp-dev ## check style, formatting and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 clean: ## remove build output, caches and demo_output/ (keeps .venv)
-	@rm -rf build dist demo_output docs/_build docs/generated .coverage .hypothesis .pytest_cache .ruff_cache
+	@rm -rf build dist demo_output docs/_build docs/generated docs/_static/gallery .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 	@echo "Removed build output, caches and demo_output/. The environment $(VENV)/ is kept; rm -rf $(VENV) removes it."

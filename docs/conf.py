@@ -7,6 +7,7 @@ the build. ``python docs/conf.py`` prints 1 where they cannot be reached, else 0
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -149,7 +150,16 @@ def _resolve_short_name(
     return resolve_reference_any_inventory(env, honor_disabled_refs=False, node=node, contnode=contnode)
 
 
+def _draw_gallery(app: Sphinx) -> None:
+    """Run the code of the gallery, so that its figures are those of this version."""
+    sys.path.insert(0, app.srcdir.as_posix())
+    import gallery_figures
+
+    gallery_figures.draw()
+
+
 def setup(app: Sphinx) -> None:
-    """Register the two adaptations above."""
+    """Register the adaptations above."""
+    app.connect("builder-inited", _draw_gallery)
     NumpyDocstring._parse_returns_section = ProseReturns._parse_returns_section
     app.connect("missing-reference", _resolve_short_name)

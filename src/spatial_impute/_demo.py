@@ -54,22 +54,24 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     si.pl.stack(sdata, save=output / "stack.png")
     si.pl.registration(sdata, save=output / "registration.png")
     si.pl.imputed(sdata, genes, save=output / "imputed.png")
+    si.pl.volume(sdata, genes, save=output / "volume.png")
+    si.pl.graph_3d(sdata, save=output / "graph.png")
+    si.pl.metrics(sdata, si.metrics.evaluate(sdata, truth, by="gene"), save=output / "scores.png")
+    si.pl.training(model, save=output / "training.png")
     scores.to_csv(output / "scores.csv")
     model.save(output / "asign_model", overwrite=True)
     sdata.tables[Keys.STACK_TABLE].write_h5ad(output / "imputed.h5ad")
-    store = output / "stack.zarr"
-    if store.exists():
-        shutil.rmtree(store)
-    with warnings.catch_warnings():
-        # Remarks of zarr on its own future, one per chunked array.
-        warnings.filterwarnings("ignore", message="Consolidated metadata|zarr v3 autosharding")
-        sdata.write(store)
+    save_stack(sdata, output / "stack.zarr")
 
     logger.info("Scores on unmeasured sections (mean over sections):\n%s", scores[_HEADLINE].round(3).to_string())
     contents = {
         "stack.png": "the sections and their spots",
         "registration.png": "each section before and after registration",
         "imputed.png": f"imputed {', '.join(genes)} with the support of every spot",
+        "volume.png": "slices through the stack",
+        "graph.png": "edges of the 3D graph",
+        "scores.png": "the methods against the measured truth, and what was expected of each gene",
+        "training.png": "how the networks learned, and the step that was kept",
         "scores.csv": "scores of the baselines and of ASIGN against the measured truth",
         "imputed.h5ad": "the stack table: layers, coordinates, graph",
         "stack.zarr": "the whole SpatialData object",
@@ -97,3 +99,13 @@ def _load(data: str) -> tuple[SpatialData, AnnData, list[str]]:
     sdata, truth = si.datasets.synthetic_stack(truth=True)
     kinds = truth.var["kind"]
     return sdata, truth, [kinds.index[kinds == kind][0] for kind in ("smooth", "texture")]
+
+
+def save_stack(sdata: SpatialData, store: Path) -> None:
+    """Write the object; what is at `store` is replaced."""
+    if store.exists():
+        shutil.rmtree(store)
+    with warnings.catch_warnings():
+        # Remarks of zarr on its own future, one per chunked array.
+        warnings.filterwarnings("ignore", message="Consolidated metadata|zarr v3 autosharding")
+        sdata.write(store)

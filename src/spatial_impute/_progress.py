@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def progress(items: Iterable[Any], label: str, *, show: bool | None = None, total: int | None = None) -> Any:
+def progress(items: Iterable[Any] | None, label: str, *, show: bool | None = None, total: int | None = None) -> Any:
     """Wrap an iterable in a tqdm bar; `show` overrides the setting."""
     from tqdm.auto import tqdm
 

@@ -161,7 +161,7 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
     ValueError
         If the spots are no circles, or their transformation is so anisotropic that circles would become ellipses.
     """
-    require_key(section.spots, sdata.shapes, where="sdata.shapes")
+    require_key(str(section.spots), sdata.shapes, where="sdata.shapes")
     circles = sdata.shapes[section.spots]
     if "radius" not in circles or not (circles.geom_type == "Point").all():
         msg = f"`sdata.shapes[{section.spots!r}]` must hold circles (points with a `radius` column)."

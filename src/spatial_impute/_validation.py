@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
+_Params = TypeVar("_Params")  # a dataclass of settings
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
 
@@ -38,10 +40,10 @@ def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
         raise ValueError(msg)
 
 
-def require_positive(value: float, *, name: str, unit: str = "") -> float:
+def require_positive(value: float | None, *, name: str, unit: str = "") -> float:
     """Return `value` as float, or raise a ``ValueError`` unless it is a finite number above zero."""
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number) or number <= 0:
@@ -81,7 +83,7 @@ def require_log_values(values: np.ndarray, *, where: str) -> None:
         raise ValueError(msg)
 
 
-def resolve_params(params: object, cls: type) -> object:
+def resolve_params(params: object, cls: type[_Params]) -> _Params:
     """Return `params` as an instance of the parameter class `cls`.
 
     Parameters
@@ -101,7 +103,7 @@ def resolve_params(params: object, cls: type) -> object:
     if isinstance(params, cls):
         return params
     if isinstance(params, Mapping):
-        fields = cls.__dataclass_fields__
+        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
         unknown = sorted(set(params) - set(fields))
         if unknown:
             msg = f"Unknown fields {unknown} for {cls.__name__}; available: {sorted(fields)}."

@@ -130,3 +130,29 @@ def test_imputed_unregistered(plot_stack):
             si.pl.imputed(plot_stack, "smooth_0")
     finally:
         table.obsm["spatial_3d"] = kept
+
+
+def test_imputed_layers_share_a_scale_and_sd_has_its_own(plot_stack):
+    table = plot_stack.tables["stack"]
+    table.layers["asign_sd"] = np.where(table.obs["measured"].to_numpy()[:, None], 0.0, 0.5) * np.ones(table.n_vars)
+    try:
+        axes = si.pl.imputed(
+            plot_stack, "smooth_0", layer=["measured", "asign"], show_sd=True, show_support=False, return_ax=True
+        )
+    finally:
+        del table.layers["asign_sd"]
+    assert axes.shape == (3, 3)
+    r = table.var["imputation_r"]["smooth_0"]
+    labels = ["smooth_0\nmeasured", f"smooth_0\nr = {r:.2f}\nasign", "smooth_0\ndeviation"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == labels
+    assert spots_of(axes[0, 0]).get_clim() == spots_of(axes[1, 0]).get_clim()
+    assert np.ma.getmaskarray(spots_of(axes[0, 0]).get_array()).all()  # nothing measured there
+    assert spots_of(axes[2, 0]).get_clim() == (0, 0.5)
+    assert (np.asarray(spots_of(axes[2, 1]).get_array()) == 0).all()
+
+
+def test_imputed_says_which_layer_has_no_deviation(plot_stack):
+    with pytest.raises(KeyError, match=r"'baseline_kernel_sd' not found.*impute_3d"):
+        si.pl.imputed(plot_stack, "smooth_0", layer="baseline_kernel", show_sd=True)
+    with pytest.raises(ValueError, match="`layer` is empty"):
+        si.pl.imputed(plot_stack, "smooth_0", layer=[])

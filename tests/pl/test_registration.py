@@ -100,3 +100,24 @@ def test_registration_unregistered(unregistered):
 def test_registration_errors(plot_stack, kwargs, error, match):
     with pytest.raises(error, match=match):
         si.pl.registration(plot_stack, **kwargs)
+
+
+def test_registration_table_has_a_row_per_pair(plot_stack):
+    quality = si.metrics.registration_quality(plot_stack)
+    axes = si.pl.registration(plot_stack, show_table=True, return_ax=True)
+    assert axes.shape == (2, 3)
+    (table,) = axes[0, 0].figure.axes[-1].tables
+    cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
+    heads = [cells[0, column] for column in range(1 + max(column for _, column in cells))]
+    assert heads[0] == "pair"
+    assert heads[-1] == "verdict"
+    assert max(row for row, _ in cells) == len(quality)
+    for row, ((fixed, moving), values) in enumerate(quality.iterrows(), start=1):
+        assert cells[row, 0] == f"{moving} on {fixed}"
+        assert cells[row, heads.index("Dice after")] == f"{values['dice_after']:.2f}"
+        assert cells[row, heads.index("verdict")] == values["verdict"]
+
+
+def test_registration_table_needs_its_own_figure(plot_stack):
+    with pytest.raises(ValueError, match="figure of its own"):
+        si.pl.registration(plot_stack, show_table=True, ax=[None] * 6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.collections import EllipseCollection
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 import spatial_impute as si
 
@@ -127,3 +128,40 @@ def test_stack_wrong_number_of_axes(plot_stack):
     _, own = plt.subplots()
     with pytest.raises(ValueError, match="must hold 3 axes"):
         si.pl.stack(plot_stack, ax=own)
+
+
+def test_stack_in_3d_places_sections_at_their_height(plot_stack):
+    (ax,) = si.pl.stack(plot_stack, projection="3d", return_ax=True)
+    planes = [c for c in ax.collections if isinstance(c, Poly3DCollection)]
+    assert len(planes) == 3
+    heights = [np.unique(np.concatenate([np.asarray(face)[:, 2] for face in plane._faces])) for plane in planes]
+    np.testing.assert_allclose(np.concatenate(heights), [0, 20, 40])
+    assert [text.get_text() for text in ax.texts][:3] == ["s0\nz = 0 µm", "s1 (measured)\nz = 20 µm", "s2\nz = 40 µm"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_stack_in_3d_lies_in_the_common_frame(plot_stack):
+    (ax,) = si.pl.stack(plot_stack, projection="3d", color="smooth_0", layer="asign", title="t", return_ax=True)
+    table = plot_stack.tables["stack"]
+    spots = [c for c in ax.collections if isinstance(c, Poly3DCollection)][1::2]
+    for name, discs in zip(["s0", "s1", "s2"], spots, strict=True):
+        centers = np.array([np.asarray(face).mean(axis=0) for face in discs._faces])
+        np.testing.assert_allclose(
+            centers, table.obsm["spatial_3d"][(table.obs["section"] == name).to_numpy()], atol=1e-6
+        )
+    assert ax.get_title() == "t"
+    assert len(ax.figure.axes) == 2  # a colour bar
+
+
+def test_stack_in_3d_before_registration_says_so(unregistered):
+    (ax,) = si.pl.stack(unregistered, projection="3d", z_stretch=3, return_ax=True)
+    texts = [text.get_text() for text in ax.texts]
+    assert "not registered" in texts
+    assert any("z × 3" in text for text in texts)
+
+
+def test_stack_projection_is_checked(plot_stack):
+    with pytest.raises(ValueError, match="`projection` must be one of"):
+        si.pl.stack(plot_stack, projection="4d")
+    with pytest.raises(ValueError, match="must be one 3D axes"):
+        si.pl.stack(plot_stack, projection="3d", ax=plt.figure().add_subplot())

@@ -10,7 +10,8 @@ from spatial_impute.pl._utils import add_scale_bar, color_limits, frame_panel, n
 
 
 def test_pl_exports():
-    assert si.pl.__all__ == sorted(si.pl.__all__) == ["dense", "imputed", "registration", "stack"]
+    everything = ["dense", "graph_3d", "imputed", "metrics", "registration", "stack", "training", "volume"]
+    assert si.pl.__all__ == sorted(si.pl.__all__) == everything
 
 
 @pytest.mark.parametrize(("span", "length"), [(800, 500), (500, 500), (499, 200), (10, 10), (1999, 1000), (0.03, 0.02)])

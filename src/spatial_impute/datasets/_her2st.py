@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,28 @@ _SHA256 = {
     "ST-spotfiles/C5_selection.tsv": "2114cc3b4da759772112897f1e247d5443c9f8c808e6a9a952eb4fda379a194c",
     "ST-spotfiles/C6_selection.tsv": "efdbbc6759c6af43baa966505c31705f09c087c1dccf1ea3e0d1db7b55717117",
 }
+
+
+@overload
+def her2st(
+    patient: str = ...,
+    *,
+    measured: Sequence[str] = ...,
+    section_spacing: float = ...,
+    n_top_genes: int | None = ...,
+    truth: Literal[False] = ...,
+) -> SpatialData: ...
+
+
+@overload
+def her2st(
+    patient: str = ...,
+    *,
+    measured: Sequence[str] = ...,
+    section_spacing: float = ...,
+    n_top_genes: int | None = ...,
+    truth: Literal[True],
+) -> tuple[SpatialData, AnnData]: ...
 
 
 def her2st(

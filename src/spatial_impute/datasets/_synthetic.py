@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,44 @@ _N_HOUSEKEEPING = 4
 _HOUSEKEEPING_SHARE = 0.9
 _HEMATOXYLIN = np.array([0.65, 0.70, 0.29])  # optical density per unit of stain in r, g, b (Ruifrok and Johnston)
 _EOSIN = np.array([0.07, 0.99, 0.11])
+
+
+@overload
+def synthetic_stack(
+    n_sections: int = ...,
+    *,
+    measured: Sequence[str] | None = ...,
+    extent: float = ...,
+    section_spacing: float = ...,
+    mpp: float = ...,
+    spot_diameter: float = ...,
+    spot_pitch: float = ...,
+    n_genes: int = ...,
+    max_rotation: float = ...,
+    max_shift: float = ...,
+    elastic_amplitude: float = ...,
+    seed: int = ...,
+    truth: Literal[False] = ...,
+) -> SpatialData: ...
+
+
+@overload
+def synthetic_stack(
+    n_sections: int = ...,
+    *,
+    measured: Sequence[str] | None = ...,
+    extent: float = ...,
+    section_spacing: float = ...,
+    mpp: float = ...,
+    spot_diameter: float = ...,
+    spot_pitch: float = ...,
+    n_genes: int = ...,
+    max_rotation: float = ...,
+    max_shift: float = ...,
+    elastic_amplitude: float = ...,
+    seed: int = ...,
+    truth: Literal[True],
+) -> tuple[SpatialData, AnnData]: ...
 
 
 def synthetic_stack(
@@ -260,10 +298,10 @@ def _draw_counts(
     ring = np.linspace(0, 2 * np.pi, 6, endpoint=False)
     offsets = np.vstack([[0.0, 0.0], 0.33 * diameter * np.column_stack([np.cos(ring), np.sin(ring)])])
     where = positions[:, None, :] + np.column_stack([offsets, np.zeros(len(offsets))])
-    fields = [
+    smooth, density = (
         f(where.reshape(-1, 3)).reshape(*where.shape[:2], -1).mean(axis=1) for f in (tissue.smooth, tissue.density)
-    ]
-    rate = np.exp(tissue.log_mean(*fields, rng))
+    )
+    rate = np.exp(tissue.log_mean(smooth, density, rng))
     rate /= rate.sum(axis=1, keepdims=True)
     library = _LIBRARY_SIZE * rng.lognormal(0, 0.3, size=(len(positions), 1))
     counts = rng.poisson(rate * library).astype(np.float32)

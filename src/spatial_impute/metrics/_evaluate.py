@@ -112,7 +112,8 @@ def evaluate(
         raise KeyError(msg)
     columns = table.var_names.get_indexer(genes)
     xy = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)
-    rows, scores, by_gene, spots_of, true_of = [], [], {key: [] for key in wanted}, [], []
+    rows, scores, spots_of, true_of = [], [], [], []
+    by_gene: dict[str, list[np.ndarray]] = {key: [] for key in wanted}
     for name in sections:
         spots = np.flatnonzero((section == name) & ~measured & table.obs_names.isin(truth.obs_names))
         if not len(spots):

@@ -1,8 +1,12 @@
-"""Plots of stacks, registrations, imputations and dense maps."""
+"""Plots of stacks, registrations, graphs, imputations, dense maps, training and scores."""
 
 from spatial_impute.pl._dense import dense
+from spatial_impute.pl._graph import graph_3d
 from spatial_impute.pl._imputed import imputed
+from spatial_impute.pl._metrics import metrics
 from spatial_impute.pl._registration import registration
 from spatial_impute.pl._stack import stack
+from spatial_impute.pl._training import training
+from spatial_impute.pl._volume import volume
 
-__all__ = ["dense", "imputed", "registration", "stack"]
+__all__ = ["dense", "graph_3d", "imputed", "metrics", "registration", "stack", "training", "volume"]

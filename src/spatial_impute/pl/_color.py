@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -36,7 +36,7 @@ class Coloring:
     """(n_spots,) numbers, or codes of categories; NaN where there is none."""
     label: str
     categories: tuple[str, ...] | None = None
-    palette: tuple[str, ...] | None = None
+    palette: tuple[str, ...] = ()
     """Colours of the categories."""
 
     def scale(
@@ -45,14 +45,23 @@ class Coloring:
         """Colour scale of the `shown` values."""
         if self.categories is None:
             return color_limits(shown, vmin, vmax), resolve_cmap(cmap)
-        return Normalize(-0.5, len(self.palette) - 0.5), ListedColormap(self.palette)
+        return Normalize(-0.5, len(self.palette) - 0.5), ListedColormap(list(self.palette))
 
-    def add_key(self, axes: Sequence[Axes], n_columns: int, shown: np.ndarray, norm: Normalize, cmap: Colormap) -> None:
-        """Colour bar right of `axes`, or a legend right of the first row."""
+    def add_key(
+        self,
+        axes: Sequence[Axes] | np.ndarray,
+        n_columns: int,
+        shown: np.ndarray,
+        norm: Normalize,
+        cmap: Colormap,
+        *,
+        n_rows: int | None = None,
+    ) -> None:
+        """Colour bar right of `axes`, as long as one of `n_rows` rows, or a legend right of the first row."""
         if self.categories is None:
-            add_colorbar(axes, shown, norm, cmap, self.label, n_rows=-(-len(axes) // n_columns))
+            add_colorbar(axes, shown, norm, cmap, self.label, n_rows=n_rows or -(-len(axes) // n_columns))
             return
-        style = {"marker": "o", "linestyle": "", "markersize": 6, "markeredgewidth": 0}
+        style: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 6, "markeredgewidth": 0}
         present = np.unique(shown[np.isfinite(shown)]).astype(int)
         axes[n_columns - 1].legend(
             handles=[Line2D([], [], color=self.palette[i], label=self.categories[i], **style) for i in present],

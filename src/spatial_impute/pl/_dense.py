@@ -18,13 +18,14 @@ from spatial_impute.pl._utils import (
     color_limits,
     finish,
     frame_panel,
+    limit_per_gene,
     make_panels,
     resolve_cmap,
     show_image,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -139,7 +140,7 @@ def dense(
     require_key(image_key, sdata.images, where="sdata.images")
     matrix = element_affine(element, coordinate_system)
     x0, x1, y0, y1 = _extent(element.sizes, matrix) if window is None else window
-    limits = [_per_gene(value, len(genes), name) for name, value in (("vmin", vmin), ("vmax", vmax))]
+    limits = [limit_per_gene(value, genes, name) for name, value in (("vmin", vmin), ("vmax", vmax))]
     titles = [image_key, *genes] if title is None else ([title] if isinstance(title, str) else list(title))
     if len(titles) != len(genes) + 1:
         msg = f"`title` must have one entry for the image and each of the {len(genes)} genes, found {len(titles)}."
@@ -173,19 +174,11 @@ def _source(sdata: SpatialData, map_key: str) -> str:
     return found["image"]
 
 
-def _extent(sizes: dict[str, int], matrix: np.ndarray) -> tuple[float, float, float, float]:
+def _extent(sizes: Mapping[Hashable, int], matrix: np.ndarray) -> tuple[float, float, float, float]:
     """Lowest and highest x, then y, of a raster."""
     corners = apply_affine(np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * [sizes["x"], sizes["y"]], matrix)
     (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
     return x0, x1, y0, y1
-
-
-def _per_gene(limit: Limit | Sequence[Limit], n: int, name: str) -> list[Limit]:
-    limits = [limit] * n if limit is None or isinstance(limit, str | int | float) else list(limit)
-    if len(limits) != n:
-        msg = f"`{name}` must be one limit or one per gene ({n}), found {len(limits)}."
-        raise ValueError(msg)
-    return limits
 
 
 def _read_cells(

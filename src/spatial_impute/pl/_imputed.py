@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,9 @@ from spatial_impute.pl._utils import (
     draw_circles,
     finish,
     frame_panel,
+    gene_title,
     label_row,
+    limit_per_gene,
     make_panels,
     resolve_cmap,
     section_title,
@@ -34,28 +37,45 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
+    from matplotlib.colors import Colormap, Normalize
     from spatialdata import SpatialData
 
     from spatial_impute._stack import StackRecord
     from spatial_impute.pl._utils import Limit
 
 
+_SD_LABEL = "standard deviation"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What one row of panels shows."""
+
+    label: str
+    values: np.ndarray
+    """(n_spots,) of the whole table."""
+    norm: Normalize
+    cmap: Colormap
+    scale_label: str
+
+
 def imputed(
     sdata: SpatialData,
     genes: str | Sequence[str],
     *,
-    layer: str = Keys.ASIGN,
+    layer: str | Sequence[str] = Keys.ASIGN,
     sections: str | Sequence[str] | None = None,
+    show_sd: bool = False,
     show_support: bool = True,
     table_key: str = Keys.STACK_TABLE,
     size: float = 1.0,
     ax: Axes | Sequence[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
     cmap: str | Colormap = "viridis",
+    sd_cmap: str | Colormap = "cividis",
     support_cmap: str | Colormap = "magma",
-    vmin: float | str | Sequence[float | str | None] | None = "p1",
-    vmax: float | str | Sequence[float | str | None] | None = "p99",
+    vmin: Limit | Sequence[Limit] = "p1",
+    vmax: Limit | Sequence[Limit] = "p99",
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
     show: bool = False,
@@ -63,7 +83,7 @@ def imputed(
 ) -> np.ndarray | None:
     """Expression at the spots of all sections in the common frame: a row per gene, a column per section.
 
-    A gene has one colour scale for all sections. Measured sections are framed, their titles are bold; they show the
+    A gene has one colour scale for all sections and layers. Measured sections are framed, their titles are bold; they show the
     measurement. Beside the name of a gene stands its correlation ``r`` on held-out blocks of the measured sections, if
     `layer` comes from :func:`~spatial_impute.tl.impute_3d`: do not read much into genes where it is low.
 
@@ -74,9 +94,12 @@ def imputed(
     genes
         Gene or genes.
     layer
-        Layer of the stack table. Spots without a value are grey.
+        Layer of the stack table, or several, one row each: ``["measured", "asign"]`` shows what was measured above what
+        was imputed. Spots without a value are grey.
     sections
         Sections to show; all by default.
+    show_sd
+        Add a row per gene with the standard deviation of a measurement around the imputed value, 0 at measured spots.
     show_support
         Add a row with ``obs["imputation_support"]``, if the table has it: how much of the measurement reaches a spot.
     table_key
@@ -87,8 +110,8 @@ def imputed(
         Axes to draw on, row by row, instead of a new figure.
     figsize
         Size of the figure in inches.
-    cmap, support_cmap
-        Colour maps of expression and of support.
+    cmap, sd_cmap, support_cmap
+        Colour maps of expression, of its standard deviation and of support.
     vmin, vmax
         Colour limits: numbers, percentiles such as ``"p99"`` or ``None`` for the extremes; or one of these per gene.
     title
@@ -102,15 +125,15 @@ def imputed(
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array (n_genes, n_sections) of :class:`~matplotlib.axes.Axes`, with one more
-    row for the support.
+    ``None``, or with ``return_ax=True`` an array (n_rows, n_sections) of :class:`~matplotlib.axes.Axes`: per gene a row
+    for each layer and one for the standard deviation, and a last row for the support.
 
     Raises
     ------
     KeyError
-        If the stack is not registered, or a gene, layer or section does not exist.
+        If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard deviation.
     ValueError
-        If `genes` is empty, `ax`, `title`, `vmin` or `vmax` do not fit in number, or colour limits make no sense.
+        If `genes` or `layer` is empty, `ax`, `title`, `vmin` or `vmax` do not fit in number, or colour limits make no sense.
 
     Examples
     --------
@@ -131,7 +154,13 @@ def imputed(
     if not genes:
         msg = f"`genes` is empty; name some of `{where}.var_names`."
         raise ValueError(msg)
-    values = layer_values(table, genes, layer, table_key=table_key)
+    layers = [layer] if isinstance(layer, str) else list(layer)
+    if not layers:
+        msg = f"`layer` is empty; name some of {list(table.layers)}."
+        raise ValueError(msg)
+    values = {name: layer_values(table, genes, name, table_key=table_key) for name in layers}
+    deviations = _deviations(table, genes, layers, table_key=table_key) if show_sd else None
+    limits = [limit_per_gene(limit, genes, name) for limit, name in ((vmin, "vmin"), (vmax, "vmax"))]
     require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then="Run `si.tl.register_stack(sdata)` first.")
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
     require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
@@ -142,33 +171,39 @@ def imputed(
         msg = f"`{where}` has no spots on the sections {list(members)}. Lay some with `si.pp.tile_spots(sdata)`."
         raise ValueError(msg)
 
-    rows = [
-        (_gene_label(table, gene, layer), values[:, k], color_limits(values[shown, k], low, high), resolve_cmap(cmap))
-        for k, (gene, low, high) in enumerate(
-            zip(genes, _per_gene(vmin, genes, "vmin"), _per_gene(vmax, genes, "vmax"), strict=True)
-        )
-    ]
-    labels = [units_label(table)] * len(rows)
+    units = units_label(table)
+    rows = []
+    for k, gene in enumerate(genes):
+        all_layers = np.concatenate([found[shown, k] for found in values.values()])
+        norm = color_limits(all_layers, limits[0][k], limits[1][k])
+        for name, found in values.items():
+            label = gene_title(table, gene, name, "\n")
+            label = label if len(layers) == 1 else f"{label}\n{name}"
+            rows.append(_Row(label, found[:, k], norm, resolve_cmap(cmap), units))
+        if deviations is not None:
+            low_high = color_limits(deviations[shown, k], 0.0, "p99")
+            rows.append(_Row(f"{gene}\ndeviation", deviations[:, k], low_high, resolve_cmap(sd_cmap), _SD_LABEL))
     if show_support and Keys.SUPPORT in table.obs:
         support = table.obs[Keys.SUPPORT].to_numpy(dtype=float)
-        rows.append(("imputation\nsupport", support, color_limits(support, 0.0, 1.0), resolve_cmap(support_cmap)))
-        labels.append("measurement that\nreaches the spot")
+        label = "measurement that\nreaches the spot"
+        rows.append(
+            _Row("imputation\nsupport", support, color_limits(support, 0.0, 1.0), resolve_cmap(support_cmap), label)
+        )
 
-    radius = size * _registered_radius(sdata, record, table)
+    radius = size * registered_radius(sdata, record, table)
     margin = radius[shown].max() + 0.02 * np.ptp(xyz[shown, :2], axis=0).max()
     low, high = xyz[shown, :2].min(axis=0) - margin, xyz[shown, :2].max(axis=0) + margin
     aspect = (high - low)[1] / (high - low)[0]
     axes = make_panels(len(rows), len(wanted), aspect=aspect, ax=ax, figsize=figsize, margin=(2.2, 0.8))
     axes = axes.reshape(len(rows), len(wanted))
-    for i, (label, row_values, norm, colors) in enumerate(rows):
+    for i, row in enumerate(rows):
         for panel, index in zip(axes[i], members.values(), strict=True):
             frame_panel(panel, (*low, *high))
-            panel_values = row_values[index]
-            draw_circles(panel, xyz[index, :2], radius[index], values=panel_values, cmap=colors, norm=norm)
+            draw_circles(panel, xyz[index, :2], radius[index], values=row.values[index], cmap=row.cmap, norm=row.norm)
             if table.obs[Keys.MEASURED].to_numpy(dtype=bool)[index].any():
                 panel.spines[:].set(visible=True, color=INK, linewidth=1.0)
-        label_row(axes[i, 0], label)
-        add_colorbar(axes[i], row_values[shown], norm, colors, labels[i])
+        label_row(axes[i, 0], row.label)
+        add_colorbar(axes[i], row.values[shown], row.norm, row.cmap, row.scale_label)
     for i, (panel, (name, index)) in enumerate(zip(axes[0], members.items(), strict=True)):
         measured = bool(table.obs[Keys.MEASURED].to_numpy(dtype=bool)[index].any())
         text = titles[i] if titles else section_title(record[name], measured=measured, separator="\n")
@@ -177,24 +212,16 @@ def imputed(
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
-def _per_gene(limit: Limit | Sequence[Limit], genes: list[str], name: str) -> list[Limit]:
-    if limit is None or isinstance(limit, str) or np.isscalar(limit):
-        return [limit] * len(genes)
-    if len(limit) != len(genes):
-        msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
-        raise ValueError(msg)
-    return list(limit)
+def _deviations(table: AnnData, genes: list[str], layers: list[str], *, table_key: str) -> np.ndarray:
+    """(n_spots, n_genes) standard deviation of the first of `layers` that has one."""
+    keys = [Keys.sd(name) for name in layers]
+    found = next((key for key in keys if key in table.layers), keys[0])
+    then = "Only `si.tl.impute_3d` writes one; leave out `show_sd=True` for other layers."
+    require_key(found, table.layers, where=f"sdata.tables[{table_key!r}].layers", then=then)
+    return layer_values(table, genes, found, table_key=table_key)
 
 
-def _gene_label(table: AnnData, gene: str, layer: str) -> str:
-    """Name of the gene, and how well it was predicted if the layer is the one that this was found out for."""
-    if layer not in table.uns or Keys.PREDICTABILITY not in table.var:
-        return gene
-    r = table.var.loc[gene, Keys.PREDICTABILITY]
-    return f"{gene}\nr = {r:.2f}" if np.isfinite(r) else f"{gene}\nr unknown"
-
-
-def _registered_radius(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:
+def registered_radius(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:
     """(n_spots,) radius in the common frame, um, in the order of the table."""
     radius = np.full(table.n_obs, np.nan)
     matrices = (record.registration or {}).get("sections", {})

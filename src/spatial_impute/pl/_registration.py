@@ -13,6 +13,7 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._registration._elements import load_transform, require_registration
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_positive
+from spatial_impute.metrics._registration import registration_quality
 from spatial_impute.pl._canvas import Canvas, Drawn, overlay, read_scan, tissue_dice
 from spatial_impute.pl._utils import (
     add_colorbar,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
@@ -41,6 +43,16 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("before", "after", "checkerboard, after")
 _REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # magenta and green, told apart by the colour-blind
+_TABLE = {
+    "dice_before": "Dice before",
+    "dice_after": "Dice after",
+    "correlation_before": "r before",
+    "correlation_after": "r after",
+    "score": "score",
+    "folds": "folds",
+    "verdict": "verdict",
+}
+_TABLE_ROW, _TABLE_FONT = 0.24, 8.0  # inches, points
 _ALARM = "#D55E00"
 _GRID_LINES = 18  # along the longer side of a panel
 _GRID_STEP = 0.2  # points on a grid line per spacing: the deformation is smooth
@@ -54,6 +66,7 @@ def registration(
     sections: str | Sequence[str] | None = None,
     resolution: float | None = None,
     n_tiles: int = 8,
+    show_table: bool = False,
     ax: Axes | Sequence[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
@@ -84,6 +97,9 @@ def registration(
         Pixel size in um at which the images are read; by default 600 pixels along the longer side.
     n_tiles
         Tiles of the checkerboard along the longer side of a panel, at least; their size is a round length.
+    show_table
+        Add the table of :func:`~spatial_impute.metrics.registration_quality` under the panels: one row per registered
+        pair of sections.
     ax
         Axes to draw on, three per section (four if one is deformed), row by row, instead of a new figure.
     figsize
@@ -99,14 +115,15 @@ def registration(
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`.
+    ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`. The axes of the
+    table are the last but the colour bar of its figure.
 
     Raises
     ------
     KeyError
         If the stack is not registered, or a section does not exist.
     ValueError
-        If no section is left to compare, or `ax` or `title` do not fit their number.
+        If no section is left to compare, `ax` or `title` do not fit their number, or ``show_table=True`` with `ax`.
 
     Examples
     --------
@@ -134,6 +151,9 @@ def registration(
     if int(n_tiles) < 2:
         msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
         raise ValueError(msg)
+    if show_table and ax is not None:
+        msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
+        raise ValueError(msg)
     fixed = read_scan(section_levels(sdata, reference), resolution)
     moving = {section.name: read_scan(section_levels(sdata, section), resolution) for section in wanted}
     poses = [(fixed, np.eye(3))]
@@ -142,9 +162,18 @@ def registration(
     tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
 
     deformed = any(transform.deforms for transform in transforms.values())
+    quality = registration_quality(sdata) if show_table else None
     axes = make_panels(
-        len(wanted), 3 + deformed, aspect=canvas.height / canvas.width, ax=ax, figsize=figsize, margin=(1.6, 0.7)
+        len(wanted),
+        3 + deformed,
+        aspect=canvas.height / canvas.width,
+        ax=ax,
+        figsize=figsize,
+        margin=(1.6, 0.7),
+        foot=0.0 if quality is None else _TABLE_ROW * (len(quality) + 2),
     ).reshape(-1, 3 + deformed)
+    if quality is not None:
+        _draw_table(axes[0, 0].get_figure(root=True).axes[-1], quality)
     on_canvas, drawn = canvas.draw(fixed, np.eye(3)), []
     for i, section in enumerate(wanted):
         before = canvas.draw(moving[section.name], np.eye(3))
@@ -173,6 +202,30 @@ def registration(
     add_scale_bar(axes[-1, 0])
     _add_legend(axes[-1, 1], reference.name)
     return finish(axes, save=save, show=show, return_ax=return_ax)
+
+
+def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
+    """Pairs of sections as they were registered; a verdict that is not "ok" stands out."""
+    columns = {key: head for key, head in _TABLE.items() if key in quality}
+    rows = [
+        [f"{moving} on {fixed}", *(_cell(row[key]) for key in columns)] for (fixed, moving), row in quality.iterrows()
+    ]
+    ax.set_axis_off()
+    table = ax.table(rows, colLabels=["pair", *columns.values()], loc="center", cellLoc="center", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(_TABLE_FONT)
+    table.auto_set_column_width(range(len(columns) + 1))
+    for (row, column), cell in table.get_celld().items():
+        cell.set_linewidth(0.5)
+        cell.set_height(1 / (len(rows) + 1))
+        if row == 0:
+            cell.get_text().set_fontweight("bold")
+        elif column == len(columns) and quality["verdict"].iloc[row - 1] != "ok":
+            cell.get_text().set_color(_ALARM)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _describe(name: str, row: dict[str, Any], before: float, after: float) -> str:
@@ -220,7 +273,7 @@ def _draw_deformations(
         show_image(panel, 255.0 * (1 - _PALE * np.repeat(section.stain[..., None], 3, axis=2)), canvas.to_um)
         for line, shift in some:
             bent = line + factor * shift
-            pieces = LineCollection(np.stack([bent[:-1], bent[1:]], axis=1), cmap=cmap, norm=norm, linewidths=0.8)
+            pieces = LineCollection(list(np.stack([bent[:-1], bent[1:]], axis=1)), cmap=cmap, norm=norm, linewidths=0.8)
             pieces.set_array(np.hypot(*shift.T)[:-1])
             panel.add_collection(pieces, autolim=False)
         if not some:
@@ -252,7 +305,7 @@ def _bends(
 
 def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:
     """Edges of the tiles: that is where to look."""
-    style = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
+    style: dict[str, Any] = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
     x0, y0, x1, y1 = canvas.limits
     ax.vlines(np.arange(x0, x1, tile), y0, y1, **style)
     ax.hlines(np.arange(y0, y1, tile), x0, x1, **style)

@@ -12,8 +12,9 @@ from spatial_impute._keys import Keys
 from spatial_impute._raster import read_thumbnail
 from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
 from spatial_impute._tissue import tissue_mask
-from spatial_impute._validation import require_positive
+from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
+from spatial_impute.pl._stack_space import stack_space
 from spatial_impute.pl._utils import (
     INK,
     add_scale_bar,
@@ -49,12 +50,14 @@ def stack(
     sdata: SpatialData,
     *,
     sections: str | Sequence[str] | None = None,
+    projection: str = "2d",
     color: str | None = None,
     layer: str | None = None,
     table_key: str = Keys.STACK_TABLE,
     resolution: float | None = None,
     img_alpha: float | None = None,
     crop: bool = True,
+    z_stretch: float | None = None,
     ncols: int | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
@@ -66,7 +69,10 @@ def stack(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Sections side by side in the order of z: H&E, each in its own frame and all at the same scale, with their spots.
+    """Sections side by side in the order of z, or as a 3D stack of images.
+
+    Side by side, each section is in its own frame and all have the same scale. In 3D they lie at their height in the
+    common frame, if the stack is registered; spots are drawn with `color` only.
 
     Parameters
     ----------
@@ -74,6 +80,8 @@ def stack(
         Stack.
     sections
         Sections to show; all by default.
+    projection
+        ``"2d"`` or ``"3d"``.
     color
         Column of ``obs`` or a gene of the stack table. Spots without a value are drawn as outlines, as all are without
         `color`. Spots have their true diameter.
@@ -82,15 +90,17 @@ def stack(
     table_key
         Stack table.
     resolution
-        Pixel size in um at which the images are read; by default 1000 pixels along the longer side.
+        Pixel size in um at which the images are read; by default 1000 pixels along the longer side, 110 in 3D.
     img_alpha
         Strength of the image, 0-1; 1 by default, 0.5 with `color`.
     crop
-        Show tissue and spots only, not the whole image.
+        Show tissue and spots only, not the whole image. In 3D there is always only the tissue.
+    z_stretch
+        In 3D, factor on z; by default such that sections stand clear of each other. It is written into the figure.
     ncols
         Panels per row; by default one row for up to five sections, else four.
     ax
-        Axes to draw on, one per section, instead of a new figure.
+        Axes to draw on, one per section or one 3D axes, instead of a new figure.
     figsize
         Size of the figure in inches.
     cmap
@@ -98,7 +108,7 @@ def stack(
     vmin, vmax
         Colour limits: numbers, or percentiles such as ``"p99"``.
     title
-        One title per section, in place of the default.
+        One title per section, in place of the default; in 3D one for the figure.
     save
         File to save the figure to.
     show
@@ -108,7 +118,7 @@ def stack(
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array of :class:`~matplotlib.axes.Axes`, one per section.
+    ``None``, or with ``return_ax=True`` an array of :class:`~matplotlib.axes.Axes`, one per section or the one in 3D.
 
     Raises
     ------
@@ -127,7 +137,8 @@ def stack(
     """
     record = load_record(sdata)
     wanted = sections_in_z(record, sections)
-    titles = check_titles(title, wanted)
+    require_one_of(projection, ("2d", "3d"), name="projection")
+    titles = check_titles(title, wanted) if projection == "2d" else None
     table = None if color is None else stack_table(sdata, table_key)
     coloring = None if color is None else read_color(table, color, layer, table_key=table_key)
     if ncols is not None and int(ncols) < 1:
@@ -135,6 +146,33 @@ def stack(
         raise ValueError(msg)
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um per pixel")
+    shown = np.empty(0)
+    if coloring is not None and table is not None:
+        shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in wanted]).to_numpy()]
+        norm, colors = coloring.scale(shown, cmap, vmin, vmax)
+    strength = img_alpha if img_alpha is not None else 1.0 if coloring is None else 0.5
+    if projection == "3d":
+        spot_colors: dict[str, np.ndarray] = {}
+        for section in wanted:
+            if coloring is not None and table is not None and section.spots is not None:
+                values = _values_of(table, section.name, coloring.values, spot_geometry(sdata, section)[2])
+                spot_colors[section.name] = colors(norm(np.ma.masked_invalid(values)))
+        axes = stack_space(
+            sdata,
+            record,
+            wanted,
+            spot_colors,
+            resolution=resolution,
+            img_alpha=strength,
+            z_stretch=z_stretch,
+            ax=ax,
+            figsize=figsize,
+        )
+        if title is not None:
+            axes[0].set_title(str(title), fontsize="medium")
+        if coloring is not None:
+            coloring.add_key(axes, 1, shown, norm, colors, n_rows=2)
+        return finish(axes, save=save, show=show, return_ax=return_ax)
 
     thumbnails, frames, boxes = [], [], []
     for section in wanted:
@@ -156,21 +194,16 @@ def stack(
         margin=(0.2 if color is None else 1.2, 0.5 * n_rows),
     )
     wide = axes[0].get_figure(root=True).get_figwidth() / n_columns > _LONG_TITLE
-    if coloring is not None:
-        shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in wanted]).to_numpy()]
-        norm, colors = coloring.scale(shown, cmap, vmin, vmax)
     for i, (panel, section) in enumerate(zip(axes, wanted, strict=True)):
         # Stay inside the image where it is large enough.
         room = np.maximum(np.ptp(frames[i], axis=0) - span, 0) / 2
         middle = frames[i].mean(axis=0) + np.clip(boxes[i].mean(axis=0) - frames[i].mean(axis=0), -room, room)
         frame_panel(panel, (*(middle - span / 2), *(middle + span / 2)))
-        show_image(
-            panel, *thumbnails[i], alpha=img_alpha if img_alpha is not None else 1.0 if coloring is None else 0.5
-        )
+        show_image(panel, *thumbnails[i], alpha=strength)
         if section.spots is not None:
             centers, radius, index = spot_geometry(sdata, section)
             values = np.full(len(radius), np.nan)
-            if coloring is not None:
+            if coloring is not None and table is not None:
                 values = _values_of(table, section.name, coloring.values, index)
             known = np.isfinite(values)
             if not known.all():

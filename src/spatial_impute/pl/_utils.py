@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,12 +14,14 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
+from spatial_impute._keys import Keys
 from spatial_impute._stack import resolve_sections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from anndata import AnnData
     from matplotlib.colors import Colormap
 
     from spatial_impute._stack import Section, StackRecord
@@ -57,6 +59,24 @@ def check_titles(title: str | Sequence[str] | None, sections: list[Section]) -> 
     return titles
 
 
+def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:
+    """One colour limit per gene, from one for all or one for each."""
+    if limit is None or isinstance(limit, str | int | float | np.number):
+        return [limit] * len(genes)
+    if len(limit) != len(genes):
+        msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
+        raise ValueError(msg)
+    return list(limit)
+
+
+def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
+    """Name of the gene, and how well it was predicted if the layer is the one that this was found out for."""
+    if layer not in table.uns or Keys.PREDICTABILITY not in table.var:
+        return gene
+    r = table.var.loc[gene, Keys.PREDICTABILITY]
+    return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"
+
+
 def make_panels(
     n_rows: int,
     n_columns: int,
@@ -66,6 +86,7 @@ def make_panels(
     figsize: tuple[float, float] | None,
     n_panels: int | None = None,
     margin: tuple[float, float] = (0.2, 0.6),
+    foot: float = 0.0,
 ) -> np.ndarray:
     """Axes of a new figure, or the given ones.
 
@@ -83,6 +104,8 @@ def make_panels(
         How many panels of the grid are used; all by default.
     margin
         Width and height in inches for what stands beside the panels.
+    foot
+        Height in inches of one more axes under all panels of a new figure; it becomes the last of ``figure.axes``.
 
     Returns
     -------
@@ -90,7 +113,7 @@ def make_panels(
     """
     n_panels = n_rows * n_columns if n_panels is None else n_panels
     if ax is not None:
-        axes = np.array([ax] if isinstance(ax, Axes) else list(np.ravel(ax)), dtype=object)
+        axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
         if len(axes) != n_panels:
             msg = f"`ax` must hold {n_panels} axes ({n_rows} x {n_columns} panels), found {len(axes)}."
             raise ValueError(msg)
@@ -98,12 +121,15 @@ def make_panels(
     if figsize is None:
         width = np.clip((_FIGURE_WIDTH - margin[0]) / n_columns, *_PANEL_WIDTH)
         width = min(width, _TALLEST_PANEL / aspect, max(_SMALL_PANEL, _FIGURE_HEIGHT / (n_rows * aspect)))
-        figsize = (n_columns * width + margin[0], n_rows * width * aspect + margin[1])
+        figsize = (n_columns * width + margin[0], n_rows * width * aspect + margin[1] + foot)
     figure = plt.figure(figsize=figsize, layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
-    for unused in axes[n_panels:]:
-        unused.remove()
-    return axes[:n_panels]
+    heights = [(figsize[1] - foot) / n_rows] * n_rows + ([foot] if foot else [])
+    grid = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
+    places = [(row, column) for row in range(n_rows) for column in range(n_columns)][:n_panels]
+    axes = np.array([figure.add_subplot(grid[place]) for place in places], dtype=object)
+    if foot:
+        figure.add_subplot(grid[-1, :])
+    return axes
 
 
 def frame_panel(ax: Axes, limits: tuple[float, float, float, float]) -> None:
@@ -113,7 +139,7 @@ def frame_panel(ax: Axes, limits: tuple[float, float, float, float]) -> None:
     ax.spines[:].set_visible(False)
 
 
-def label_row(ax: Axes, text: str, **kwargs: object) -> None:
+def label_row(ax: Axes, text: str, **kwargs: Any) -> None:
     """Write left of a panel, upright."""
     ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize="medium", linespacing=1.4, **kwargs)
 
@@ -135,7 +161,7 @@ def draw_circles(
     values: np.ndarray | None = None,
     cmap: Colormap | None = None,
     norm: Normalize | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> EllipseCollection:
     """Circles of true size (um), coloured by `values` if given."""
     if values is not None and len(radius) <= _MANY_SPOTS:
@@ -186,12 +212,18 @@ def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: floa
             msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
             raise ValueError(msg)
     if percentile is None:
-        return float(limit)
+        return float(limit)  # type: ignore[arg-type]
     return float(np.percentile(finite, percentile)) if finite.size else default / 100
 
 
 def add_colorbar(
-    axes: Sequence[Axes], values: np.ndarray, norm: Normalize, cmap: Colormap, label: str, *, n_rows: int = 1
+    axes: Sequence[Axes] | np.ndarray,
+    values: np.ndarray,
+    norm: Normalize,
+    cmap: Colormap,
+    label: str,
+    *,
+    n_rows: int = 1,
 ) -> None:
     """Colour bar right of `axes` and as long as one of their rows, with pointed ends where values exceed the scale."""
     finite = values[np.isfinite(values)]
@@ -220,6 +252,7 @@ def add_scale_bar(ax: Axes) -> None:
     """Scale bar (um) under the lower left corner of a panel, where it covers nothing."""
     span = abs(np.diff(ax.get_xlim())[0])
     length = nice_length(span / 3)
+    stretch = ax.get_aspect()  # of y against x
     bar = AnchoredSizeBar(
         ax.transData,
         length,
@@ -227,7 +260,7 @@ def add_scale_bar(ax: Axes) -> None:
         loc="upper left",
         bbox_to_anchor=(0.0, -0.01),
         bbox_transform=ax.transAxes,
-        size_vertical=span / 150,
+        size_vertical=span / 150 / (1.0 if isinstance(stretch, str) else stretch),
         pad=0.1,
         borderpad=0.0,
         sep=3,

@@ -205,7 +205,7 @@ def _named_inputs(
     return dict(pairs)
 
 
-def _heights(names: list[str], z: object, section_spacing: float | None) -> dict[str, float]:
+def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[str, float]:
     if (z is None) == (section_spacing is None):
         msg = "Give the heights of the sections: either `z` (um, one per section) or `section_spacing` (um)."
         raise ValueError(msg)

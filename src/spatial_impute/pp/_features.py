@@ -237,7 +237,7 @@ def _require_all_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np
     return rows
 
 
-def _require_on_image(centers: np.ndarray, level: Level, index: object, element: str) -> None:
+def _require_on_image(centers: np.ndarray, level: Level, index: Any, element: str | None) -> None:
     x, y = apply_affine(centers, np.linalg.inv(level.to_um)).T
     height, width = level.shape
     off = (x < 0) | (y < 0) | (x > width) | (y > height)

@@ -117,7 +117,7 @@ def select_genes(
         rows = row_of[np.asarray(names)[present]].to_numpy()
         has = columns >= 0
         picked = values[section.name][np.flatnonzero(present)][:, columns[has]]
-        expression[np.ix_(rows, has)] = picked.toarray() if sparse.issparse(picked) else picked
+        expression[np.ix_(rows, has)] = picked.toarray() if hasattr(picked, "toarray") else picked
         raw = counts.X if layer is None else counts.layers[layer]
         totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack import Section, StackRecord
 
 
 def tile_spots(
@@ -132,7 +132,7 @@ def tile_spots(
     build_stack_table(sdata, record)
 
 
-def _with_spots(record: StackRecord, name: str) -> object:
+def _with_spots(record: StackRecord, name: str) -> Section:
     from dataclasses import replace
 
     return replace(record[name], spots=Keys.spots(name))

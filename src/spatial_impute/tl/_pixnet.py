@@ -277,7 +277,8 @@ def _training_slides(
     from spatial_impute.models._pixnet_crops import TrainingSlide, assign_blocks
     from spatial_impute.tl._regions import find_frame, read_levels, read_measured, read_shapes
 
-    read, measured = [], []
+    read: list[Any] = []
+    measured: list[Measured] = []
     for i, (sdata, image_key, shapes_key, table_key) in enumerate(pairs):
         frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
         regions, index = read_shapes(sdata, shapes_key, frame)
@@ -301,7 +302,9 @@ def _training_slides(
             raise ValueError(msg)
         measured.append(found)
         read.append((frame, regions.take(found.rows)))
-    surveys, images, corners = {}, {}, {}
+    surveys: dict[Any, Any] = {}
+    images: dict[Any, Any] = {}
+    corners: dict[Any, Any] = {}
     places = [(id(sdata), image_key) for sdata, image_key, _, _ in pairs]
     for (sdata, image_key, _, _), place, (frame, regions) in zip(pairs, places, read, strict=True):
         if place not in images:

@@ -290,7 +290,7 @@ def _section_row(
     deformed: bool = False,
     pairs: Mapping[tuple[str, str], PairResult] | None = None,
 ) -> dict[str, Any]:
-    link = (pairs or {}).get(result.path[1::-1]) if len(result.path) > 1 else None
+    link = (pairs or {}).get((result.path[1], result.path[0])) if len(result.path) > 1 else None
     reasons = list(result.reasons)
     if deformation is not None and deformation["note"]:
         reasons.append(deformation["note"])

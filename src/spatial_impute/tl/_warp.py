@@ -194,7 +194,7 @@ def _warp_shapes(
         moved["radius"] = radius * _local_scale(mapping, centers, radius)
     else:
         geometry = shapes.geometry.to_numpy()
-        if transform.deforms:
+        if transform.grid is not None:
             # Half a grid pixel: between two such vertices the displacement is linear.
             step = 0.5 * linear_scale(transform.grid) / linear_scale(transform.matrix @ to_section)
             geometry = shapely.segmentize(geometry, step)

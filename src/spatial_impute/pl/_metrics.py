@@ -1,0 +1,244 @@
+"""Baselines beside models, and how well each gene can be predicted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_impute._keys import Keys
+from spatial_impute._stack import stack_table
+from spatial_impute._validation import require_key
+from spatial_impute.metrics._scores import bootstrap_interval
+from spatial_impute.pl._utils import INK, finish, make_panels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from spatialdata import SpatialData
+
+_BASELINE, _MODEL, _FAINT = "#0072B2", "#D55E00", "0.75"  # Okabe and Ito
+_HEADLINE = "pearson_gene"
+_TEXTS = {
+    "pearson_gene": "Pearson r per gene, mean",
+    "pearson_gene_median": "Pearson r per gene, median",
+    "pearson_gene_q1": "Pearson r per gene, first quartile",
+    "pearson_gene_positive": "share of genes with r > 0",
+    "pearson_spot": "Pearson r per spot",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "skill": "skill over the mean profile",
+}
+_HIGHER_IS_BETTER = {"mse": False, "mae": False}
+_N_LABELS = 2  # genes named by default in the panel of genes
+
+
+def metrics(
+    sdata: SpatialData,
+    scores: pd.DataFrame | None = None,
+    *,
+    metric: str | Sequence[str] | None = None,
+    layer: str = Keys.ASIGN,
+    genes: Sequence[str] | None = None,
+    show_predictability: bool = True,
+    table_key: str = Keys.STACK_TABLE,
+    ncols: int = 2,
+    ax: Axes | Sequence[Axes] | None = None,
+    figsize: tuple[float, float] | None = None,
+    title: str | Sequence[str] | None = None,
+    save: str | Path | None = None,
+    show: bool = False,
+    return_ax: bool = False,
+) -> np.ndarray | None:
+    """Baselines beside models, with intervals where they are known, and the predictability of genes.
+
+    Which panels there are follows from `scores`:
+
+    - one row per method or layer: a panel per `metric`, best on top; 95 % intervals over genes where the table has
+      them (:func:`~spatial_impute.tl.cross_validate`), for the mean correlation only;
+    - one row per layer and section (``by="section"``): the same, with a small mark per section;
+    - one row per gene (``by="gene"``): correlation per gene, its mean with the 95 % interval by bootstrap over genes,
+      and the genes as small marks.
+
+    The last panel has ``var["imputation_r"]``, what :func:`~spatial_impute.tl.impute_3d` expects of each gene, sorted;
+    with scores per gene that hold `layer`, against what was reached.
+
+    Parameters
+    ----------
+    sdata
+        Stack; only its table of genes is read.
+    scores
+        Table of :func:`~spatial_impute.tl.cross_validate` or :func:`~spatial_impute.metrics.evaluate`.
+    metric
+        Columns to show; by default ``"pearson_gene"``, ``"pearson_gene_positive"`` and ``"skill"``. Not for scores per
+        gene.
+    layer
+        Model that stands out, and whose genes are compared.
+    genes
+        Genes to name in the last panel; by default the best and the worst.
+    show_predictability
+        Draw the last panel, if the table has ``var["imputation_r"]``.
+    table_key
+        Stack table.
+    ncols
+        Panels per row.
+    ax
+        Axes to draw on, one per panel, instead of a new figure.
+    figsize
+        Size of the figure in inches.
+    title
+        One title per panel, in place of the default.
+    save
+        File to save the figure to.
+    show
+        Call :func:`matplotlib.pyplot.show`.
+    return_ax
+        Return the axes.
+
+    Returns
+    -------
+    ``None``, or with ``return_ax=True`` an array of :class:`~matplotlib.axes.Axes`, one per panel.
+
+    Raises
+    ------
+    KeyError
+        If the scores have no such column, or a gene to name does not exist.
+    ValueError
+        If there is nothing to draw, or `ax` or `title` do not fit the number of panels.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, n_genes=9, truth=True)
+    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> for method in ("mean", "kernel"):
+    ...     si.tl.impute_baseline(sdata, method)
+    >>> axes = si.pl.metrics(sdata, si.metrics.evaluate(sdata, truth), metric=["pearson_gene", "mse"], return_ax=True)
+    >>> [ax.get_xlabel() for ax in axes]
+    ['Pearson r per gene, mean', 'mean squared error']
+    """
+    table = stack_table(sdata, table_key)
+    by_gene = scores is not None and scores.index.name == "gene"
+    names = _metric_names(scores, metric) if scores is not None and not by_gene else []
+    expected = table.var[Keys.PREDICTABILITY] if show_predictability and Keys.PREDICTABILITY in table.var else None
+    n_panels = (len(names) if not by_gene else 1) + (expected is not None)
+    if not n_panels:
+        msg = (
+            f"Nothing to draw: pass `scores`, or let `si.tl.impute_3d(sdata, model)` write "
+            f"`sdata.tables[{table_key!r}].var[{Keys.PREDICTABILITY!r}]` first."
+        )
+        raise ValueError(msg)
+    for gene in [] if genes is None else genes:
+        require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
+    if int(ncols) < 1:
+        msg = f"`ncols` must be at least 1, found {ncols!r}."
+        raise ValueError(msg)
+    titles = None if title is None else ([title] if isinstance(title, str) else list(title))
+    if titles is not None and len(titles) != n_panels:
+        msg = f"`title` must have one entry per panel ({n_panels}), found {len(titles)}."
+        raise ValueError(msg)
+    n_columns = min(int(ncols), n_panels)
+    n_rows = -(-n_panels // n_columns)
+    n_methods = 4 if scores is None else scores.shape[1] if by_gene else scores.index.get_level_values(0).nunique()
+    size = figsize or (4.0 * n_columns, n_rows * max(2.8, 0.32 * n_methods + 1.1))
+    axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=n_panels)
+    for panel, name in zip(axes, names, strict=False):
+        _draw_methods(panel, scores, name, layer)
+    if by_gene:
+        _draw_genes_by_method(axes[0], scores, layer)
+    if expected is not None:
+        reached = scores[layer].reindex(expected.index) if scores is not None and by_gene and layer in scores else None
+        _draw_predictability(axes[-1], expected, reached, genes)
+    for panel in axes:
+        panel.tick_params(labelsize="small")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel, text in zip(axes, titles or [], strict=False):
+        panel.set_title(text, fontsize="medium")
+    return finish(axes, save=save, show=show, return_ax=return_ax)
+
+
+def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> list[str]:
+    if metric is None:
+        names = [name for name in (_HEADLINE, "pearson_gene_positive", "skill") if name in scores]
+        if not names:
+            require_key(
+                _HEADLINE, scores.columns, where="scores.columns", then="Pass a table of `si.metrics.evaluate`."
+            )
+        return names
+    names = [metric] if isinstance(metric, str) else list(metric)
+    for name in names:
+        require_key(name, scores.columns, where="scores.columns")
+    return names
+
+
+def _by_method(scores: pd.DataFrame, name: str) -> pd.Series:
+    """Mean over sections, if there are several per method."""
+    column = scores[name]
+    return column.groupby(level=0, sort=False).mean() if column.index.nlevels > 1 else column
+
+
+def _order(ax: Axes, values: pd.Series, layer: str, *, higher_is_better: bool = True) -> pd.Series:
+    """Sort from the worst, at the bottom, to the best; name the rows."""
+    values = values.sort_values(ascending=higher_is_better, na_position="first")
+    ax.set_yticks(range(len(values)), [str(name).removeprefix(Keys.baseline("")) for name in values.index])
+    for label, name in zip(ax.get_yticklabels(), values.index, strict=True):
+        label.set(color=_MODEL if name == layer else INK, fontweight="bold" if name == layer else "normal")
+    ax.set_ylim(-0.6, len(values) - 0.4)
+    return values
+
+
+def _draw_methods(ax: Axes, scores: pd.DataFrame, name: str, layer: str) -> None:
+    values = _order(ax, _by_method(scores, name), layer, higher_is_better=_HIGHER_IS_BETTER.get(name, True))
+    colors = [_MODEL if method == layer else _BASELINE for method in values.index]
+    for y, (method, value) in enumerate(values.items()):
+        if scores.index.nlevels > 1:
+            each = scores[name].xs(method, level=0)
+            ax.scatter(each, np.full(len(each), y), s=12, color=_FAINT, zorder=1)
+        elif name == _HEADLINE and {"low", "high"} <= set(scores.columns):
+            low, high = scores.loc[method, ["low", "high"]]
+            ax.plot([low, high], [y, y], color=colors[y], linewidth=1.5, zorder=1)
+        ax.scatter([value], [y], s=36, color=colors[y], zorder=2)
+    if name in ("skill", _HEADLINE):
+        ax.axvline(0, color=INK, linewidth=0.6, linestyle=":")
+    ax.set_xlabel(_TEXTS.get(name, name), fontsize="small")
+
+
+def _draw_genes_by_method(ax: Axes, scores: pd.DataFrame, layer: str) -> None:
+    values = _order(ax, scores.mean(), layer)
+    for y, (method, value) in enumerate(values.items()):
+        color = _MODEL if method == layer else _BASELINE
+        each = scores[method].dropna().to_numpy()
+        # Marks of genes are spread by their rank, so that those on each other can be told apart.
+        spread = 0.25 * ((np.arange(len(each)) % 5) / 2 - 1)
+        ax.scatter(each, y + spread, s=5, color=_FAINT, zorder=1)
+        ax.plot(bootstrap_interval(each), [y, y], color=color, linewidth=2, zorder=2)
+        ax.scatter([value], [y], s=36, color=color, zorder=3)
+    ax.axvline(0, color=INK, linewidth=0.6, linestyle=":")
+    ax.set_xlabel("Pearson r per gene", fontsize="small")
+
+
+def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | None, genes: Sequence[str] | None) -> None:
+    known = expected.dropna().sort_values(ascending=False)
+    named = [*known.index[: _N_LABELS // 2], *known.index[-(_N_LABELS // 2) :]] if genes is None else list(genes)
+    if reached is None:
+        rank = np.arange(1, len(known) + 1)
+        ax.plot(rank, known, color=_MODEL, marker=".", markersize=5, linewidth=0.8)
+        ax.set_xlabel("gene, from the most predictable", fontsize="small")
+        ax.set_ylabel("expected r (held-out blocks)", fontsize="small")
+        places = {gene: (rank[k], known.iloc[k]) for k, gene in enumerate(known.index)}
+    else:
+        ax.scatter(known, reached[known.index], s=14, color=_MODEL)
+        ends = [min(known.min(), reached.min(), 0.0), max(known.max(), reached.max())]
+        ax.plot(ends, ends, color=INK, linewidth=0.6, linestyle=":")
+        ax.set_xlabel("expected r (held-out blocks)", fontsize="small")
+        ax.set_ylabel("r reached", fontsize="small")
+        places = {gene: (known[gene], reached[gene]) for gene in known.index if np.isfinite(reached[gene])}
+    for gene in dict.fromkeys(named):
+        if gene in places:
+            right = places[gene][0] > np.mean([x for x, _ in places.values()])
+            style: dict[str, Any] = {"xytext": (0, 7), "ha": "right" if right else "left"}
+            ax.annotate(gene, places[gene], textcoords="offset points", fontsize="x-small", color=INK, **style)
+    ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")

@@ -1,0 +1,182 @@
+"""The file of a run: what is wrong in it is said by key, before anything runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+import spatial_impute as si
+from spatial_impute.__main__ import main
+from spatial_impute._cli._config import EXAMPLE, ConfigError, all_methods, check_config, read_config
+
+GOOD = {
+    "sections": {"s0": {"image": "s0.tif", "mpp": 0.5}, "s1": {"spaceranger": "outs"}},
+    "section_spacing": 10,
+    "output": "results",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "s0.tif").touch()
+    (tmp_path / "s1.h5ad").touch()
+    (tmp_path / "outs").mkdir()
+    return tmp_path
+
+
+def changed(path: str, value):
+    """GOOD with one value set, or removed for None."""
+    found = copy.deepcopy(GOOD)
+    *parents, last = path.split(".")
+    place = found
+    for name in parents:
+        place = place[name]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return found
+
+
+def test_good_config_has_defaults_and_absolute_paths(folder):
+    config = check_config(GOOD, folder=folder)
+    assert list(config.sections) == ["s0", "s1"]
+    assert config.sections["s0"].path == folder / "s0.tif"
+    assert config.output == folder / "results"
+    assert (config.genes, config.encoder, config.registration, config.seed) == (250, "texture", "affine", 0)
+    assert config.methods == all_methods()
+    assert {"mean", "cokriging", "asign"} <= set(config.methods)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("output", None, "The key `output` is missing"),
+        ("sections", None, "The key `sections` is missing"),
+        ("sections", {"s0": {"image": "s0.tif"}}, "`sections` must name at least two sections"),
+        ("outptu", "x", "Unknown key `outptu`; did you mean `output`"),
+        ("sections.s0.imge", "x", "Unknown key `sections.s0.imge`; did you mean `sections.s0.image`"),
+        ("sections.s0.image", "nope.tif", "`sections.s0.image`: there is nothing at .*nope.tif"),
+        ("sections.s0.image", 3, "`sections.s0.image` must be a path, found int 3"),
+        ("sections.s0.mpp", "0.5", "`sections.s0.mpp` must be a positive number, found str"),
+        ("sections.s0.mpp", -1, "`sections.s0.mpp` must be a positive number"),
+        ("sections.s0.spaceranger", "outs", "`sections.s0` needs exactly one of"),
+        ("sections.s0.bin_size", 8, "`sections.s0.bin_size` does not belong to a section with `image`"),
+        ("sections.s0.counts", "s1.h5ad", "`counts` and `spot_diameter` .* belong together"),
+        ("sections.s0.z", 0, "`section_spacing` or `z` of every section, found both"),
+        ("section_spacing", None, "The heights are missing: .* `sections.s0.z`"),
+        ("section_spacing", 0, "`section_spacing` must be a positive number"),
+        ("sections.s1", {"image": "s1.h5ad"}, "none of them is measured"),
+        ("reference", "s7", "`reference` must be one of"),
+        ("genes", [], "`genes` must be a list of names"),
+        ("genes", 0, "`genes` must be a positive number"),
+        ("registration", "rigidd", "`registration` must be one of"),
+        ("methods", ["asign", "magic"], "`methods` must be one of .*'magic'"),
+        ("cross_validate", "yes", "`cross_validate` must be true or false"),
+        ("asign", {"n_stepz": 3}, "`asign`: Unknown fields"),
+        ("seed", -1, "`seed` must be a whole number"),
+    ],
+)
+def test_errors_name_the_key(folder, path, value, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(changed(path, value), folder=folder)
+
+
+@pytest.mark.parametrize("found", [None, [], "x", 3])
+def test_file_must_hold_keys(found, tmp_path):
+    with pytest.raises(ConfigError, match="must hold keys"):
+        check_config(found, folder=tmp_path)
+
+
+def test_example_is_a_valid_run(tmp_path):
+    for name in ("s0.ome.tif", "s1.tif", "s2.png", "s2.h5ad"):
+        (tmp_path / name).touch()
+    (tmp_path / "s1" / "outs").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(EXAMPLE)
+    config = read_config(tmp_path / "run.yaml")
+    assert [section.source for section in config.sections.values()] == ["image", "spaceranger", "image"]
+    assert config.methods == all_methods()  # the example shows the defaults
+    assert config.genes == 250
+
+
+def test_toml_says_the_same(folder):
+    text = """
+        section_spacing = 10
+        output = "results"
+        [sections.s0]
+        image = "s0.tif"
+        mpp = 0.5
+        [sections.s1]
+        spaceranger = "outs"
+    """
+    (folder / "run.toml").write_text(text)
+    assert read_config(folder / "run.toml") == check_config(GOOD, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.yaml", "sections: [", "no valid YAML"),
+        ("run.yaml", "output: !!python/object/apply:os.getcwd []", "no valid YAML"),  # nothing is ever run
+        ("run.yaml", "sections:\n  a: {image: x}\n  a: {image: y}\n", "`sections.a` stands twice, .* in line 3"),
+        ("run.toml", "output = ", "no valid TOML"),
+        ("run.json", "{}", "ends in .yaml, .yml or .toml"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path / name)
+
+
+def test_command_line_reports_errors_without_a_traceback(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert "error: No file at" in capsys.readouterr().err
+
+
+def test_command_line_prints_the_example(capsys):
+    assert main(["run", "--example"]) == 0
+    assert capsys.readouterr().out == EXAMPLE
+
+
+def test_command_line_checks_without_running(folder, capsys):
+    (folder / "run.yaml").write_text(
+        "sections: {s0: {image: s0.tif}, s1: {spaceranger: outs}}\nsection_spacing: 10\noutput: out\n"
+    )
+    assert main(["run", str(folder / "run.yaml"), "--check"]) == 0
+    assert "2 sections, output to" in capsys.readouterr().out
+    assert not (folder / "out").exists()
+
+
+def test_command_line_needs_a_file(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["run"])
+    assert error.value.code == 2
+    assert "--example" in capsys.readouterr().err
+
+
+def test_info_lists_versions_devices_and_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(si.settings, "_data_dir", tmp_path)
+    (tmp_path / "her2st").mkdir()
+    (tmp_path / "her2st" / "a.tsv").write_bytes(bytes(2**20))
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"spatial-impute {si.__version__}" in text
+    for name in ("spatialdata", "torch", "device", "plotly", str(tmp_path)):
+        assert name in text
+    assert "her2st       1 files, 1.0 MiB" in text
+    monkeypatch.setattr(si.settings, "_data_dir", tmp_path / "none")
+    main(["info"])
+    assert "does not exist yet" in capsys.readouterr().out
+
+
+def test_page_of_the_command_line_explains_every_key():
+    from pathlib import Path
+
+    from spatial_impute._cli._config import RunConfig, SectionConfig
+
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    keys = (set(RunConfig.__dataclass_fields__) | set(SectionConfig.__dataclass_fields__)) - {"source", "path"}
+    assert not [key for key in keys if f"`{key}`" not in page and f".{key}`" not in page]
+    assert [source for source in ("image", "spaceranger", "spatialdata") if f"`{source}`" not in page] == []

@@ -1,0 +1,240 @@
+"""Calls of squidpy, scanpy, spatialdata and spatialdata-plot on the imputed stack, each as their users write it.
+
+Content is checked where the answer is known; beyond that, that nothing has to be converted first.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import spatialdata as sd
+import squidpy as sq
+
+import spatial_impute as si
+
+LAYER = "asign"
+
+
+@pytest.fixture(scope="module")
+def imputed_once(small_prepared, quick_params):
+    sdata = copy.deepcopy(small_prepared)
+    si.pp.segment_tissue(sdata)
+    si.tl.impute_3d(sdata, si.tl.fit_asign(sdata, model_params=quick_params))
+    table = sdata.tables["stack"]
+    gene = table[:, "smooth_0"].layers[LAYER].ravel()
+    table.obs["domain"] = pd.Categorical(np.where(gene > np.median(gene), "high", "low"))
+    return sdata
+
+
+@pytest.fixture
+def sdata(imputed_once):
+    return copy.deepcopy(imputed_once)
+
+
+@pytest.fixture
+def table(sdata):
+    return sdata.tables["stack"]
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+# squidpy
+
+
+def test_squidpy_spatial_neighbors_stays_within_sections(table):
+    sq.gr.spatial_neighbors(table, library_key="section", coord_type="generic", n_neighs=4)
+    edges = table.obsp["spatial_connectivities"].tocoo()
+    section = table.obs["section"].to_numpy()
+    assert (section[edges.row] == section[edges.col]).all()
+    assert "spatial_3d_connectivities" in table.obsp  # ours is left alone
+
+
+def test_squidpy_interaction_matrix_and_its_plot(table):
+    sq.gr.interaction_matrix(table, cluster_key="domain", connectivity_key="spatial_3d")
+    found = table.uns["domain_interactions"]
+    assert found.sum() == table.obsp["spatial_3d_connectivities"].nnz
+    sq.pl.interaction_matrix(table, cluster_key="domain")
+    assert plt.get_fignums()
+
+
+def test_squidpy_centrality_scores(table):
+    sq.gr.centrality_scores(
+        table, cluster_key="domain", connectivity_key="spatial_3d", n_jobs=1, show_progress_bar=False
+    )
+    scores = table.uns["domain_centrality_scores"]
+    assert list(scores.index) == ["high", "low"]
+    assert np.isfinite(scores["degree_centrality"]).all()
+
+
+def test_squidpy_nhood_enrichment_plot(table):
+    sq.gr.nhood_enrichment(
+        table, cluster_key="domain", connectivity_key="spatial_3d", n_perms=20, seed=0, show_progress_bar=False
+    )
+    assert table.uns["domain_nhood_enrichment"]["zscore"][0, 0] > 0
+    sq.pl.nhood_enrichment(table, cluster_key="domain")
+    assert plt.get_fignums()
+
+
+def test_squidpy_ligrec_between_domains(table):
+    # It has no `layer`, wants names in capitals, and takes an underscore for a complex of two genes.
+    whole = table.copy()
+    whole.X = whole.layers[LAYER]
+    whole.var_names = whole.var_names.str.upper().str.replace("_", "")
+    pairs = pd.DataFrame({"source": ["SMOOTH0"], "target": ["SMOOTH1"]})
+    found = sq.gr.ligrec(
+        whole,
+        cluster_key="domain",
+        interactions=pairs,
+        use_raw=False,
+        n_perms=10,
+        threshold=0.0,
+        seed=0,
+        copy=True,
+        show_progress_bar=False,
+    )
+    assert found["means"].shape == (1, 4)
+    means = whole[whole.obs["domain"] == "high"].to_df().mean()
+    expected = (means["SMOOTH0"] + means["SMOOTH1"]) / 2
+    np.testing.assert_allclose(found["means"][("high", "high")].iloc[0], expected, rtol=1e-4)
+
+
+def test_squidpy_spatial_scatter_of_a_column(table):
+    axes = sq.pl.spatial_scatter(
+        table, color="imputation_support", library_key="section", library_id=["s0"], shape=None, return_ax=True
+    )
+    assert np.ravel(axes)[0].get_title().startswith("imputation_support") or np.ravel(axes)[0].collections
+
+
+# scanpy
+
+
+def test_scanpy_neighbors_on_the_imputed_layer(table):
+    sc.pp.pca(table, layer=LAYER, n_comps=4)
+    sc.pp.neighbors(table, n_neighbors=8, use_rep="X_pca", method="gauss")  # that of umap compiles for seconds
+    assert table.obsp["connectivities"].shape == (table.n_obs, table.n_obs)
+    assert table.obsp["spatial_3d_connectivities"].nnz > 0  # ours is left alone
+
+
+def test_scanpy_leiden_on_the_3d_graph(table):
+    pytest.importorskip("igraph")
+    sc.tl.leiden(
+        table,
+        adjacency=table.obsp["spatial_3d_connectivities"],
+        flavor="igraph",
+        n_iterations=2,
+        directed=False,
+        key_added="domains_3d",
+    )
+    assert table.obs["domains_3d"].nunique() > 1
+
+
+def test_scanpy_rank_genes_groups_finds_the_gene_of_the_domains(table):
+    sc.tl.rank_genes_groups(table, "domain", groups=["high"], layer=LAYER, use_raw=False)
+    assert sc.get.rank_genes_groups_df(table, "high")["names"].iloc[0] == "smooth_0"
+
+
+def test_scanpy_obs_df_and_aggregate_by_section(table):
+    frame = sc.get.obs_df(table, ["smooth_0", "section"], layer=LAYER)
+    means = sc.get.aggregate(table, by="section", func="mean", layer=LAYER)
+    expected = frame.groupby("section", observed=True)["smooth_0"].mean()
+    np.testing.assert_allclose(means[list(expected.index), "smooth_0"].layers["mean"].ravel(), expected, rtol=1e-5)
+
+
+def test_scanpy_embedding_plot_in_the_common_frame(table):
+    ax = sc.pl.embedding(table, basis="spatial_3d", color="smooth_0", layer=LAYER, vmax="p99", show=False)
+    assert len(ax.collections[0].get_offsets()) == table.n_obs
+
+
+def test_scanpy_violin_by_section(table):
+    assert sc.pl.violin(table, "smooth_0", groupby="section", layer=LAYER, use_raw=False, show=False) is not None
+
+
+# spatialdata
+
+
+def test_spatialdata_get_values_of_a_section(sdata, table):
+    found = sd.get_values("smooth_0", sdata=sdata, element_name="s0_spots", table_name="stack", table_layer=LAYER)
+    rows = (table.obs["section"] == "s0").to_numpy()
+    np.testing.assert_allclose(found["smooth_0"], table[rows, "smooth_0"].layers[LAYER].ravel())
+
+
+def test_spatialdata_bounding_box_query_takes_the_rows_along(sdata):
+    inside = sdata.query.bounding_box(
+        axes=("x", "y"), min_coordinate=[300, 300], max_coordinate=[900, 900], target_coordinate_system="s0"
+    )
+    assert 0 < inside.tables["stack"].n_obs < len(sdata.shapes["s0_spots"])
+    xy = inside.tables["stack"].obsm["spatial"]
+    assert ((xy > 250) & (xy < 950)).all()
+
+
+def test_spatialdata_join_table_to_spots(sdata):
+    elements, joined = sd.join_spatialelement_table(
+        sdata=sdata, spatial_element_names="s2_spots", table_name="stack", how="left"
+    )
+    assert len(elements["s2_spots"]) == joined.n_obs == len(sdata.shapes["s2_spots"])
+
+
+def test_spatialdata_rasterize_the_aligned_frame(sdata):
+    image = sd.rasterize(
+        sdata["s0_image"],
+        axes=("x", "y"),
+        min_coordinate=[0, 0],
+        max_coordinate=[1400, 1400],
+        target_coordinate_system="aligned",
+        target_width=100,
+    )
+    assert dict(image.sizes) == {"c": 3, "y": 100, "x": 100}
+
+
+# spatialdata-plot
+
+
+def test_render_labels_and_points_of_the_contract(sdata):
+    import spatialdata_plot  # noqa: F401
+
+    ax = plt.figure().add_subplot()
+    sdata.pl.render_labels("s0_tissue").pl.show(coordinate_systems="s0", ax=ax)
+    assert ax.images
+
+
+def test_render_graph_of_the_stack(sdata):
+    import spatialdata_plot  # noqa: F401
+
+    section = sdata.filter_by_coordinate_system("s0")
+    section.tables["stack"].obs["region"] = section.tables["stack"].obs["region"].cat.remove_unused_categories()
+    ax = plt.figure().add_subplot()
+    section.pl.render_shapes("s0_spots").pl.render_graph(
+        "s0_spots", connectivity_key="spatial_3d", table_name="stack"
+    ).pl.show(coordinate_systems="s0", ax=ax)
+    assert len(ax.collections) >= 2
+
+
+def test_render_all_sections_in_the_common_frame(sdata):
+    import spatialdata_plot  # noqa: F401
+
+    ax = plt.figure().add_subplot()
+    chain = sdata
+    for name in ("s0", "s1", "s2"):
+        chain = chain.pl.render_shapes(f"{name}_spots", color="smooth_0", table_name="stack", table_layer=LAYER)
+    chain.pl.show(coordinate_systems="aligned", ax=ax)
+    assert len(ax.collections) >= 3
+
+
+# napari-spatialdata
+
+
+def test_napari_spatialdata_finds_elements_and_layers(sdata):
+    """Its model of the data, which needs no window."""
+    interactive = pytest.importorskip("napari_spatialdata")
+    utils = pytest.importorskip("napari_spatialdata.utils._utils")
+    assert interactive.Interactive
+    assert utils.get_elements_meta_mapping(sdata, "s0")
