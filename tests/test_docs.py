@@ -208,3 +208,37 @@ def test_figures_and_files_that_pages_link_exist(page):
     links = re.findall(r"!?\[[^\]]*\]\(([^)\s#]+)[^)]*\)|```\{(?:figure|image)\} (\S+)", text)
     for target in {a or b for a, b in links}:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_read_the_docs_can_build_what_make_docs_builds():
+    """The hosted build installs one extra and reads one configuration: all it needs must be in them."""
+    import tomllib
+
+    import yaml
+
+    config = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    install = config["python"]["install"][0]
+    assert install["path"] == "."
+    assert install["extra_requirements"] == ["docs"]
+    required = "\n".join(project["optional-dependencies"]["docs"])
+    conf = (ROOT / config["sphinx"]["configuration"]).read_text()
+    extensions = ast.literal_eval(re.search(r"^extensions = (\[.*?\])", conf, flags=re.DOTALL | re.MULTILINE).group(1))
+    theme = re.search(r'^html_theme = "(\w+)"', conf, flags=re.MULTILINE).group(1)
+    for extension in [*extensions, theme]:
+        if not extension.startswith("sphinx.ext."):
+            assert re.sub(r"[._]", "-", extension) in required
+    floor = tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", project["requires-python"]).groups())
+    assert tuple(int(n) for n in config["build"]["tools"]["python"].split(".")) >= floor
+
+
+def test_citation_names_the_papers_of_the_methods():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "repository-code"} <= set(citation)
+    urls = {reference["url"] for reference in citation["references"]}
+    bibliography = (ROOT / "docs" / "references.bib").read_text()
+    for key in ("Zhu2025", "Zhang2025"):
+        url = re.search(rf"\{{{key},.*?url\s*= \{{(.*?)\}}", bibliography, flags=re.DOTALL).group(1)
+        assert url in urls
