@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import base64
+import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 
 import spatial_impute as si
 from spatial_impute._stack import load_record
@@ -127,3 +131,36 @@ def test_notebook_runs(path, quick_params, monkeypatch, tmp_path):
         noise = space["kind"] == "noise"
         assert space["imputed"]["I"][noise].mean() > space["real"]["I"][noise].mean() + 0.2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_of_a_run_is_what_a_reader_sees():
+    """Remarks of libraries, times and versions go; a figure keeps its size and, nearly, its colours."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    spec = importlib.util.spec_from_file_location("run_notebooks", DOCS.parent / "scripts" / "run_notebooks.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    ramp = np.zeros((60, 256, 4), dtype=np.uint8)
+    ramp[..., :3] = (255 * plt.get_cmap("viridis")(np.arange(256))[:, :3]).astype(np.uint8)
+    ramp[:, :, 3] = 255
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "PNG")
+    outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a remark"),
+        nbformat.v4.new_output("stream", name="stdout", text="a result"),
+        nbformat.v4.new_output(
+            "display_data", data={"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "<Figure>"}
+        ),
+    ]
+    cell = nbformat.v4.new_code_cell("1", outputs=outputs, metadata={"execution": {"iopub.execute_input": "now"}})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.1"}})
+    script.tidy(notebook)
+    assert [output.get("name") for output in cell.outputs] == ["stdout", None]
+    assert cell.metadata == {}
+    assert notebook.metadata["language_info"] == {"name": "python"}
+    assert set(cell.outputs[1]["data"]) == {"image/png"}
+    kept = Image.open(io.BytesIO(base64.b64decode(cell.outputs[1]["data"]["image/png"])))
+    assert kept.mode == "P"
+    difference = np.asarray(kept.convert("RGB")).astype(int) - ramp[..., :3]
+    assert difference.shape == (60, 256, 3)
+    assert abs(difference).max() <= 20
