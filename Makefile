@@ -34,13 +34,13 @@ test: $(VENV)/.stamp-test ## run the tests
 	@$(BIN)/python -m pytest -n 2 -q --timeout 900 $(PYTEST_ARGS)
 	@echo "Tests passed. Environment: $(VENV)/; nothing else was written but caches (make clean removes them)."
 
+notebooks: $(VENV)/.stamp-docs ## run the tutorials of docs/notebooks and keep their output
+	@$(BIN)/python scripts/run_notebooks.py $(NOTEBOOKS)
+
 docs: $(VENV)/.stamp-docs ## build the documentation, warnings are errors
 	@offline=$${DOCS_OFFLINE:-$$($(BIN)/python docs/conf.py)}; \
 	DOCS_OFFLINE=$$offline $(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
-
-notebooks: $(VENV)/.stamp-docs ## run the tutorials of docs/notebooks and keep their output
-	@$(BIN)/python scripts/run_notebooks.py $(NOTEBOOKS)
 
 lint: $(VENV)/.stamp-dev ## check style and formatting
 	@$(BIN)/ruff check .

@@ -67,11 +67,15 @@ def quick(monkeypatch, quick_params):
         "register_stack",
         lambda sdata, **kwargs: register(sdata, registration_params=search, **kwargs | {"method": "rigid"}),
     )
-    monkeypatch.setattr(si.tl, "fit_asign", lambda sdata, **_: fit(sdata, model_params=quick_params))
+    monkeypatch.setattr(
+        si.tl, "fit_asign", lambda sdata, **kwargs: fit(sdata, **kwargs | {"model_params": quick_params})
+    )
     monkeypatch.setattr(
         si.tl,
         "fit_pixnet",
-        lambda *args, model_params, **kwargs: fit_pixnet(*args, model_params=model_params | few, **kwargs),
+        lambda *args, model_params=None, **kwargs: fit_pixnet(
+            *args, model_params={**(model_params or {}), **few}, **kwargs
+        ),
     )
     yield
     plt.close("all")

@@ -102,7 +102,9 @@ def keep_quick(monkeypatch, quick_params):
         si.datasets, "synthetic_stack", lambda *args, **kwargs: make(*args, **kwargs | {"extent": 1400.0})
     )
     monkeypatch.setattr(si.tl, "register_stack", one_section)
-    monkeypatch.setattr(si.tl, "fit_asign", lambda sdata, **_: fit_asign(sdata, model_params=quick_params))
+    monkeypatch.setattr(
+        si.tl, "fit_asign", lambda sdata, **kwargs: fit_asign(sdata, **kwargs | {"model_params": quick_params})
+    )
     monkeypatch.setattr(si.tl, "fit_pixnet", pixnet)
     # Workers in this process: others would take longer to start than everything else takes.
     monkeypatch.setattr(dask.distributed, "LocalCluster", lambda **kwargs: cluster(**kwargs, processes=False))
