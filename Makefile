@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PINS := constraints/py311.txt
 ENV_FILES := pyproject.toml $(PINS) scripts/setup_env.sh
 PYTEST_ARGS ?=
+NOTEBOOKS ?=
 
 # Data cache: the environment variable wins, then a shared folder beside the checkout, then the user's cache folder.
 ifneq ($(wildcard ../shared/data),)
@@ -17,11 +18,11 @@ test: export ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS ?= 1
 test: export MPLBACKEND ?= agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lint clean
+.PHONY: help demo test docs notebooks lint clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
-	@echo "Variables: PYTHON (default python3), TORCH_INDEX_URL, SPATIAL_IMPUTE_DATA_DIR, PYTEST_ARGS"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON (default python3), TORCH_INDEX_URL, SPATIAL_IMPUTE_DATA_DIR, PYTEST_ARGS, NOTEBOOKS"
 
 $(VENV)/.stamp-%: $(ENV_FILES)
 	@PYTHON="$(PYTHON)" bash scripts/setup_env.sh $*
@@ -32,6 +33,9 @@ demo: $(VENV)/.stamp-test ## run the whole path on HER2ST or a synthetic stack, 
 test: $(VENV)/.stamp-test ## run the tests
 	@$(BIN)/python -m pytest -n 2 -q --timeout 900 $(PYTEST_ARGS)
 	@echo "Tests passed. Environment: $(VENV)/; nothing else was written but caches (make clean removes them)."
+
+notebooks: $(VENV)/.stamp-docs ## run the tutorials of docs/notebooks and keep their output
+	@$(BIN)/python scripts/run_notebooks.py $(NOTEBOOKS)
 
 docs: $(VENV)/.stamp-docs ## build the documentation, warnings are errors
 	@offline=$${DOCS_OFFLINE:-$$($(BIN)/python docs/conf.py)}; \

@@ -101,6 +101,7 @@ nb_output_stderr = "remove"
 html_theme = "sphinx_book_theme"
 html_title = "spatial_impute"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_theme_options = {
     "repository_url": repository_url,
     "use_repository_button": True,

@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DATA_MODEL = ROOT / "docs" / "data_model.md"
 PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if not {"_build", "generated"} & set(p.parts))]
-NEEDS_FILES = "# needs your own files"
+NEEDS_OWN = "# needs your own"  # files or display: such a block is compiled only
 TABLED = ["datasets", "metrics", "pl", "pp", "tl"]  # what the data model says for each function
 
 # The README shows real tissue, which takes a download and minutes. The code runs on synthetic tissue all the same.
 STAND_INS = {
     'si.datasets.her2st("C", measured=["C4"], truth=True)': "si.datasets.synthetic_stack(truth=True)",
     'reference="C4"': 'reference="s1"',
-    '["ERBB2", "MDK"]': '["smooth_0", "texture_3"]',
+    '["ERBB2", "MDK"]': '["smooth_0", "texture_12"]',
 }
 
 
@@ -56,12 +56,29 @@ def run(page: Path, blocks: list[tuple[int, str]], space: dict) -> None:
 
 @pytest.fixture
 def quick(monkeypatch, quick_params):
-    """The same functions, on less tissue and with fewer steps."""
-    small = functools.partial(si.datasets.synthetic_stack, extent=1400.0, n_genes=9)
+    """The same functions, on less tissue and with fewer steps, whatever the page asks for."""
+    register, fit, fit_pixnet = si.tl.register_stack, si.tl.fit_asign, si.tl.fit_pixnet
+    few = {"n_steps": 1, "n_cached_crops": 2, "n_crops": 2}
+    search = {"n_angles": 12, "n_candidates": 1, "linear_iterations": (50, 30, 0, 0)}
+    small = functools.partial(si.datasets.synthetic_stack, extent=1400.0)
     monkeypatch.setattr(si.datasets, "synthetic_stack", small)
-    monkeypatch.setattr(si.tl, "fit_asign", functools.partial(si.tl.fit_asign, model_params=quick_params))
     n_folds = quick_params["n_folds"]  # a base must have the folds of ASIGN
     monkeypatch.setattr(si.tl, "impute_pixnet", functools.partial(si.tl.impute_pixnet, n_folds=n_folds))
+    monkeypatch.setattr(
+        si.tl,
+        "register_stack",
+        lambda sdata, **kwargs: register(sdata, registration_params=search, **kwargs | {"method": "rigid"}),
+    )
+    monkeypatch.setattr(
+        si.tl, "fit_asign", lambda sdata, **kwargs: fit(sdata, **kwargs | {"model_params": quick_params})
+    )
+    monkeypatch.setattr(
+        si.tl,
+        "fit_pixnet",
+        lambda *args, model_params=None, **kwargs: fit_pixnet(
+            *args, model_params={**(model_params or {}), **few}, **kwargs
+        ),
+    )
     yield
     plt.close("all")
 
@@ -100,9 +117,9 @@ def test_readme_runs(quick, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if p != README and python_blocks(p)], ids=name)
 def test_pages_run(page, quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in python_blocks(page) if not block[1].startswith(NEEDS_FILES)]
+    blocks = [block for block in python_blocks(page) if not block[1].startswith(NEEDS_OWN)]
     if not blocks:
-        pytest.skip("all blocks need the reader's own files")
+        pytest.skip("all blocks need what only the reader has")
     if any("datasets.her2st" in code for _, code in blocks):
         pytest.skip("shows real tissue, which takes minutes; compiled only")
     run(page, blocks, {})
@@ -184,8 +201,51 @@ def test_concepts_explain_every_score(small_prepared):
     assert not [column for column in si.metrics.evaluate(sdata, truth).columns if f"`{column}`" not in text]
 
 
-def test_every_page_is_in_the_toctree():
-    toctree = re.search(r"```\{toctree\}\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), flags=re.DOTALL).group(1)
-    listed = {line.strip() for line in toctree.splitlines() if line.strip() and not line.startswith(":")}
+def test_every_page_is_in_a_toctree():
+    text = "\n".join(page.read_text() for page in PAGES)
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", text, flags=re.DOTALL)
+    listed = {line.strip() for tree in trees for line in tree.splitlines() if line.strip()}
     pages = {p.relative_to(ROOT / "docs").with_suffix("").as_posix() for p in PAGES if p != README} - {"index"}
     assert pages <= listed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_figures_and_files_that_pages_link_exist(page):
+    text = re.sub(r"```(?!\{).*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"!?\[[^\]]*\]\(([^)\s#]+)[^)]*\)|```\{(?:figure|image)\} (\S+)", text)
+    for target in {a or b for a, b in links}:
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_read_the_docs_can_build_what_make_docs_builds():
+    """The hosted build installs one extra and reads one configuration: all it needs must be in them."""
+    import tomllib
+
+    import yaml
+
+    config = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    install = config["python"]["install"][0]
+    assert install["path"] == "."
+    assert install["extra_requirements"] == ["docs"]
+    required = "\n".join(project["optional-dependencies"]["docs"])
+    conf = (ROOT / config["sphinx"]["configuration"]).read_text()
+    extensions = ast.literal_eval(re.search(r"^extensions = (\[.*?\])", conf, flags=re.DOTALL | re.MULTILINE).group(1))
+    theme = re.search(r'^html_theme = "(\w+)"', conf, flags=re.MULTILINE).group(1)
+    for extension in [*extensions, theme]:
+        if not extension.startswith("sphinx.ext."):
+            assert re.sub(r"[._]", "-", extension) in required
+    floor = tuple(int(n) for n in re.search(r"(\d+)\.(\d+)", project["requires-python"]).groups())
+    assert tuple(int(n) for n in config["build"]["tools"]["python"].split(".")) >= floor
+
+
+def test_citation_names_the_papers_of_the_methods():
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "repository-code"} <= set(citation)
+    urls = {reference["url"] for reference in citation["references"]}
+    bibliography = (ROOT / "docs" / "references.bib").read_text()
+    for key in ("Zhu2025", "Zhang2025"):
+        url = re.search(rf"\{{{key},.*?url\s*= \{{(.*?)\}}", bibliography, flags=re.DOTALL).group(1)
+        assert url in urls

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from spatial_impute.models._fit_pixnet import _row
 from spatial_impute.models._pixnet_base import fit_base, set_base
 from spatial_impute.models._pixnet_crops import (
     TrainingSlide,
@@ -200,3 +203,15 @@ def test_negative_binomial_is_that_of_scipy():
         loss.log_dispersion.fill_(float(np.log(2.5)))
     expected = -nbinom.logpmf(np.arange(6), 2.5, 2.5 / (2.5 + 4.0)).mean()
     assert float(loss(torch.full_like(counts, 4.0), counts)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_row_of_the_history_can_be_kept_in_a_checkpoint():
+    better = np.float64(0.4) < np.float64(0.5)
+    row = _row(10, 0.5, 0.4, np.array([0.2, np.nan]), kept=better)
+    assert json.loads(json.dumps(row)) == {
+        "step": 10,
+        "loss": 0.5,
+        "held_out_loss": 0.4,
+        "held_out_r": 0.2,
+        "kept": True,
+    }

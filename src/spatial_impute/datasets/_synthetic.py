@@ -124,6 +124,13 @@ def synthetic_stack(
     counting noise, ``var["kind"]`` (``"smooth"``, ``"texture"``, ``"noise"``, ``"housekeeping"``),
     ``obsm["spatial_3d"]`` (um) in the tissue.
 
+    Raises
+    ------
+    ValueError
+        For fewer than one section or three genes, or a length that is not positive.
+    KeyError
+        For measured sections that do not exist.
+
     Examples
     --------
     >>> import spatial_impute as si

@@ -24,7 +24,7 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     -------
     One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it before
     and after, score of the chosen pose and its lead over the best other one, the chosen start, share of folds, the
-    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons.
+    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons. No rows where all sections were placed by hand.
 
     Raises
     ------
@@ -43,4 +43,7 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     if registration is None:
         msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
         raise KeyError(msg)
+    if not registration["pairs"]:
+        none = pd.MultiIndex.from_arrays([[], []], names=["fixed", "moving"])
+        return pd.DataFrame(index=none, columns=["verdict", "reasons"])
     return pd.DataFrame(registration["pairs"]).set_index(["fixed", "moving"])

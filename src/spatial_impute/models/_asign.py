@@ -61,6 +61,14 @@ class AsignModel:
         Loss and held-out error of each network by step; ``kept`` marks the step that is used.
     config
         Encoder, normalisation and provenance of the training data.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> model = si.tl.fit_asign(sdata)  # doctest: +SKIP
+    >>> model.save("model")  # doctest: +SKIP
+    >>> model = si.models.AsignModel.load("model")  # doctest: +SKIP
+    >>> model.cross_validation.loc[["cokriging", "asign"], ["pearson_gene", "skill"]]  # doctest: +SKIP
     """
 
     def __init__(

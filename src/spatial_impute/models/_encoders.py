@@ -31,6 +31,17 @@ class Encoder(Protocol):
     Two further members are optional. With ``step_px`` (int), ``slide(windows)`` encodes all patches of
     (n, y, x, 3) windows at that step, as (n, rows, columns, n_features): for networks of unpadded convolutions it costs
     far less than patch by patch and gives the same. With ``identity`` (str), results are kept and reused.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> class Colour:
+    ...     name, mpp, patch_px, dense = "colour", 2.0, 32, False
+    ...
+    ...     def __call__(self, patches):
+    ...         return patches.mean(axis=(1, 2))
+    >>> isinstance(Colour(), si.models.Encoder)
+    True
     """
 
     name: str

@@ -537,5 +537,5 @@ def _row(step: int, loss: float, held_out_loss: float, r: np.ndarray, *, kept: b
         "loss": loss,
         "held_out_loss": held_out_loss,
         "held_out_r": float(known.mean()) if len(known) else float("nan"),
-        "kept": kept,
+        "kept": bool(kept),  # of NumPy, after a step that was better: not JSON, in which a checkpoint keeps it
     }

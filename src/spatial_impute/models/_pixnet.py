@@ -61,6 +61,14 @@ class PixNetModel:
         training slides, and provenance.
     network
         The :class:`torch.nn.Module`: RGB to features to genes.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots")  # doctest: +SKIP
+    >>> model.save("pixnet")  # doctest: +SKIP
+    >>> model = si.models.PixNetModel.load("pixnet")  # doctest: +SKIP
+    >>> si.tl.predict_regions(sdata, "s0_spots", model)  # doctest: +SKIP
     """
 
     def __init__(

@@ -88,7 +88,8 @@ def assemble_stack(
     `tables["{section}_counts"]`
         The measured table as it came, where the input has one.
     `tables["stack"]`
-        One row per spot of all sections: obs ``section``, ``z``, ``measured``; obsm ``spatial`` (um).
+        One row per spot of all sections: obs ``region``, ``instance_id``, ``section``, ``z``, ``measured``; obsm
+        ``spatial`` (um).
     `attrs["spatial_impute"]["stack"]`
         The stack record (JSON).
 
