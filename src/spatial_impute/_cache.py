@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._logging import logger
 from spatial_impute._raster import read_window
 
 if TYPE_CHECKING:
@@ -59,8 +62,12 @@ def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
     path = folder / f"{key}.npz"
     if not path.exists():
         return None
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with np.load(path) as file:  # refuses pickles
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s is damaged (%s); its section is encoded again", path, error)
+        return None
 
 
 def save_tokens(folder: Path, key: str, tokens: Mapping[str, np.ndarray]) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
@@ -48,6 +54,97 @@ def require_positive(value: float, *, name: str, unit: str = "") -> float:
         msg = f"`{name}` must be a positive number{f' ({unit})' if unit else ''}, found {value!r}."
         raise ValueError(msg)
     return number
+
+
+def require_count(value: object, *, name: str, least: int = 1) -> int:
+    """Return `value` as int, or raise a ``ValueError`` unless it is a whole number of at least `least`."""
+    whole = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not whole or not np.isfinite(value) or value != int(value) or value < least:
+        msg = f"`{name}` must be a whole number of at least {least}, found {value!r}."
+        raise ValueError(msg)
+    return int(value)
+
+
+def require_device(device: str | None) -> str:
+    """Return the torch device to use, ``settings.device`` by default, or raise a ``ValueError`` if it cannot be used."""
+    import torch
+
+    from spatial_impute._settings import settings
+
+    device = settings.device if device is None else device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        msg = f"Torch device {device!r} cannot be used here: {str(error).splitlines()[0]} Pass `device='cpu'`."
+        raise ValueError(msg) from error
+    return str(device)
+
+
+def require_folder(path: str | Path, *, name: str) -> Path:
+    """Return `path` as a folder that can be written to, made where missing, or raise a ``ValueError``."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        msg = f"`{name}` must be a folder that can be written to, {str(folder)!r} is not: {error}."
+        raise ValueError(msg) from error
+    return folder
+
+
+def require_model(model: object, cls: type, *, made_by: str) -> None:
+    """Raise a ``TypeError`` unless `model` is of the class that the function applies."""
+    if not isinstance(model, cls):
+        msg = f"`model` must be a {cls.__name__}, found {type(model).__name__}. Make one with `{made_by}`."
+        raise TypeError(msg)
+
+
+def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> None:
+    """Raise a ``ValueError`` unless a result may be written under `key`: a name that a store can hold, of nothing else.
+
+    Parameters
+    ----------
+    key
+        Name of the result.
+    name
+        Argument it comes from.
+    taken
+        Names of what must not be written over.
+    """
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"`{name}` must be a name without '/', found {key!r}."
+        raise ValueError(msg)
+    if key in taken:
+        msg = f"`{name}={key!r}` would write over data that is not a result of this function; choose another name."
+        raise ValueError(msg)
+
+
+def require_element_key(sdata: SpatialData, key: object, *, name: str, kind: str, ours: bool) -> None:
+    """Raise a ``ValueError`` unless a result may become the element `key`.
+
+    Parameters
+    ----------
+    sdata
+        Where to.
+    key
+        Name of the new element. SpatialData drops names that begin with a dot when it reads a store.
+    name
+        Argument it comes from.
+    kind
+        ``"images"``, ``"tables"``...
+    ours
+        Whether an element of that name and kind is an earlier result, to be replaced.
+    """
+    legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
+    if not legal or key[0] == "." or key.startswith("__"):
+        msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
+        raise ValueError(msg)
+    for there in ("images", "labels", "points", "shapes", "tables"):
+        for other in getattr(sdata, there):
+            if other.lower() == key.lower() and not (ours and there == kind and other == key):
+                msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
+                raise ValueError(msg)
 
 
 def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] | None = None) -> None:

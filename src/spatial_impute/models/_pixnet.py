@@ -112,6 +112,10 @@ class PixNetModel:
         """
         if genes is None:
             return list(range(len(self.var_names)))
+        genes = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
+        if not genes:
+            msg = "`genes` is empty; name some of `model.var_names`, or leave it out for all."
+            raise ValueError(msg)
         place = {gene: i for i, gene in enumerate(self.var_names)}
         for gene in genes:
             require_key(gene, self.var_names, where="model.var_names")

@@ -210,8 +210,19 @@ def _heights(names: list[str], z: object, section_spacing: float | None) -> dict
         values = [z[name] for name in names]
     else:
         values = list(z)
-    if len(values) != len(names) or not np.isfinite(np.asarray(values, dtype=float)).all():
+    try:
+        heights = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        heights = np.array([np.nan])
+    if heights.shape != (len(names),) or not np.isfinite(heights).all():
         msg = f"`z` must hold one finite number per section ({len(names)}), found {values!r}."
+        raise ValueError(msg)
+    steps = np.diff(heights)
+    if not ((steps > 0).all() or (steps < 0).all()):
+        msg = (
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours in "
+            "the stack are neighbours in the block. Give the sections in their order in the block."
+        )
         raise ValueError(msg)
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 

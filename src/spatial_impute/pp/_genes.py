@@ -151,7 +151,11 @@ def _log_values(
     where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
     data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
     if not np.isfinite(data).all():
-        msg = f"`{where}` holds NaN or infinite values; remove those spots or genes first."
+        rows = np.asarray(abs(matrix).sum(axis=1)).ravel()
+        bad = table.obs[Keys.INSTANCE].to_numpy()[~np.isfinite(rows)]
+        msg = (
+            f"`{where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove those spots or genes first."
+        )
         raise ValueError(msg)
     counts = looks_like_counts(data)
     if log_normalized:
@@ -182,7 +186,10 @@ def _choose(
 ) -> list[str]:
     """Names of the chosen genes: the given ones, or the highest means among those that all sections measured."""
     if genes is not None:
-        wanted = list(dict.fromkeys(genes))
+        wanted = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
+        if not wanted:
+            msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
+            raise ValueError(msg)
         for name, names in var_names.items():
             missing = [gene for gene in wanted if gene not in names]
             if missing:

@@ -126,6 +126,9 @@ def image_element(levels: list[Any], name: str, mpp: float) -> DataArray | DataT
             f"{tuple(levels[0].shape)} (c, y, x)."
         )
         raise ValueError(msg)
+    if np.dtype(levels[0].dtype).kind not in "buif":
+        msg = f"Section {name!r}: pixels must be numbers of type integer or float, found {levels[0].dtype}."
+        raise ValueError(msg)
     elements = []
     for level in levels:
         factor = (round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1) * mpp
@@ -299,6 +302,29 @@ def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
     return copy
 
 
+def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_key: str) -> None:
+    """Every spot has one row of the table at most, and some have one."""
+    known = np.isin(instance, index)
+    if not known.any() and len(instance):
+        msg = (
+            f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name e.g. "
+            f"{instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Make the instance ids those of the spots."
+        )
+        raise ValueError(msg)
+    repeated = pd.Index(instance).duplicated()
+    if repeated.any():
+        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of them."
+        raise ValueError(msg)
+    if not known.all():
+        logger.warning(
+            "%s: %d of %d rows of its table have no spot and are left out, e.g. %r",
+            where,
+            int((~known).sum()),
+            len(known),
+            str(instance[~known][0]),
+        )
+
+
 def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
     """Copy of the rows of the table that annotate the spots, re-labelled for the stack."""
     from spatialdata.models import TableModel
@@ -324,6 +350,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
         logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
         counts.var_names_make_unique()
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
+    _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
     counts.obs[Keys.REGION] = Keys.spots(name)
     counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")

@@ -12,9 +12,8 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
 from spatial_impute._stack import load_record
-from spatial_impute._validation import resolve_params
+from spatial_impute._validation import require_count, require_device, require_model, require_slot_key, resolve_params
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -93,6 +92,7 @@ def fit_asign(
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
+    seed, device = require_count(seed, name="seed", least=0), require_device(device)
     stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     if not stacks:
         msg = "`sdata` is an empty sequence; pass at least one stack."
@@ -123,7 +123,7 @@ def fit_asign(
             params,
             config=config,
             seed=seed,
-            device=device or settings.device,
+            device=device,
             progress=steps,
         )
     logger.info("Fitted %r", model)
@@ -186,6 +186,11 @@ def impute_3d(
     --------
     See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
     """
+    from spatial_impute.models._asign import AsignModel
+
+    require_model(model, AsignModel, made_by="si.tl.fit_asign(sdata)")
+    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    device = require_device(device)
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
     if list(table.var_names) != model.var_names:
@@ -201,7 +206,7 @@ def impute_3d(
             f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
-    result = model._impute(spots, device=device or settings.device)
+    result = model._impute(spots, device=device)
     provenance = {
         "weights": {name: float(w) for name, w in model.weights.mean().items()},
         "encoder": model.config["encoder"],

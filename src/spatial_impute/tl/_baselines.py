@@ -8,7 +8,7 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._validation import require_one_of
+from spatial_impute._validation import require_one_of, require_slot_key
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def impute_baseline(
     from spatial_impute.models._baselines import METHODS, NEEDS_FEATURES, NEEDS_GRAPH
 
     require_one_of(method, METHODS, name="method")
+    key = Keys.baseline(method) if key_added is None else key_added
+    require_slot_key(key, name="key_added", taken=(layer, Keys.MEASURED))
     table, spots = read_spots(
         sdata,
         table_key=table_key,
@@ -81,7 +83,6 @@ def impute_baseline(
     )
     values = METHODS[method](spots).astype(np.float32)
     values[spots.known] = spots.expression
-    key = Keys.baseline(method) if key_added is None else key_added
     if not inplace:
         from anndata import AnnData
 

@@ -9,8 +9,13 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
-from spatial_impute._validation import require_one_of, resolve_params
+from spatial_impute._validation import (
+    require_count,
+    require_device,
+    require_one_of,
+    require_positive,
+    resolve_params,
+)
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -99,10 +104,17 @@ def cross_validate(
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
+    methods = [methods] if isinstance(methods, str) else methods
     names = [*METHODS, ASIGN] if methods is None else list(dict.fromkeys(methods))
+    if not names:
+        msg = f"`methods` is empty; choose some of {[*METHODS, ASIGN]}, or leave it out for all."
+        raise ValueError(msg)
     for name in names:
         require_one_of(name, [*METHODS, ASIGN], name="methods")
     require_one_of(by, ("method", "gene"), name="by")
+    n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
+    require_positive(block_spacings, name="block_spacings")
+    device = require_device(device)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
     folds = _folds(spots, split, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     truth = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
@@ -119,7 +131,7 @@ def cross_validate(
                 var_names=list(table.var_names),
                 params=params,
                 seed=seed,
-                device=device or settings.device,
+                device=device,
                 on_fold=bar.update,
             )
     finally:

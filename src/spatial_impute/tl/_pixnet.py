@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._logging import logger
-from spatial_impute._settings import settings
-from spatial_impute._validation import resolve_params
+from spatial_impute._validation import require_count, require_device, resolve_params
 from spatial_impute.tl._asign import _steps
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def fit_pixnet(
     from spatial_impute.models._pyramid import build_pyramid
 
     params = resolve_params(model_params, PixNetParams)
+    tile_size, seed = require_count(tile_size, name="tile_size"), require_count(seed, name="seed", least=0)
+    device = require_device(device)
     counts = params.loss != "mse+pcc"
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
         msg = (
@@ -172,7 +173,7 @@ def fit_pixnet(
             var_names=var_names,
             core=tile_size,
             seed=seed,
-            device=device or settings.device,
+            device=device,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             fingerprint=fingerprint,
             progress=steps,

@@ -25,7 +25,14 @@ from spatial_impute._registration import (
 )
 from spatial_impute._registration._elements import displacement_elements
 from spatial_impute._stack import load_record, save_record, section_levels
-from spatial_impute._validation import require_key, require_one_of, require_positive, resolve_params
+from spatial_impute._validation import (
+    require_count,
+    require_key,
+    require_one_of,
+    require_positive,
+    require_slot_key,
+    resolve_params,
+)
 from spatial_impute.tl._placements import check_skip, read_placements
 from spatial_impute.tl._register_write import registered_coordinates, write_displacements, write_transformations
 
@@ -160,6 +167,8 @@ def register_stack(
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um per pixel")
     params = resolve_params(registration_params, RegistrationParams)
+    seed = require_count(seed, name="seed", least=0)
+    require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     kind = "rigid" if method == "rigid" else "affine"
     given, starts = (
         read_placements(
