@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import dask.array as da
+    import tifffile
     from PIL import Image
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
@@ -79,6 +80,7 @@ def _open_tiff(path: Path) -> ImageFile:
         series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
         mpp = _tiff_mpp(tiff)
         axes = series.axes.replace("S", "C")
+        _require_whole(tiff, series)
         n_levels = len(series.levels)
         which = tiff.series.index(series)
     levels = []
@@ -87,6 +89,17 @@ def _open_tiff(path: Path) -> ImageFile:
         store = tifffile.imread(path, series=which, level=i, aszarr=True)
         levels.append(_channels_first(da.from_zarr(zarr.open(store, mode="r")), axes))
     return ImageFile(levels, mpp)
+
+
+def _require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
+    """All pixels that the file announces lie within it: else it was cut off, or copied while it was written."""
+    size = tiff.filehandle.size
+    for level in series.levels:
+        page = level.pages[0]
+        end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+        if end > size:
+            msg = f"{tiff.filename!r} is truncated: its pixels reach to byte {end}, the file has {size}. Copy it again."
+            raise ValueError(msg)
 
 
 def _channels_first(array: da.Array, axes: str) -> da.Array:

@@ -185,10 +185,22 @@ def element_affine(element: object, coordinate_system: str) -> np.ndarray:
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
 
 
+def _require_frame(element: object, name: str, where: str) -> None:
+    from spatialdata.transformations import get_transformation
+
+    require_key(
+        name,
+        get_transformation(element, get_all=True),
+        where=f"coordinate systems of {where}",
+        then="Every element of a section has a transformation to its frame (um): `set_transformation(element, ..., name)`.",
+    )
+
+
 def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
     """Resolutions of the image of a section, finest first, with their maps to um."""
     require_key(section.image, sdata.images, where="sdata.images")
     element = sdata.images[section.image]
+    _require_frame(element, section.name, f"sdata.images[{section.image!r}]")
     return image_levels(element, element_affine(element, section.name))
 
 
@@ -214,6 +226,7 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
     if "radius" not in circles or not (circles.geom_type == "Point").all():
         msg = f"`sdata.shapes[{section.spots!r}]` must hold circles (points with a `radius` column)."
         raise ValueError(msg)
+    _require_frame(circles, section.name, f"sdata.shapes[{section.spots!r}]")
     matrix = element_affine(circles, section.name)
     if anisotropy(matrix) > 1.05:
         msg = (

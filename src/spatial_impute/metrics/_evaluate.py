@@ -102,6 +102,10 @@ def evaluate(
     if not len(sections):
         msg = "Something was measured on every section, so none is scored by default; name some with `sections=`."
         raise ValueError(msg)
+    for slot, names_of in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
+        if not names_of.is_unique:
+            msg = f"`truth.{slot}` must be unique, but {names_of[names_of.duplicated()][0]!r} is there more than once."
+            raise ValueError(msg)
     genes = [gene for gene in table.var_names if gene in truth.var_names]
     if not genes:
         msg = (
@@ -119,6 +123,7 @@ def evaluate(
             raise KeyError(msg)
         true = truth[table.obs_names[spots], genes].X
         true = np.asarray(true.toarray() if hasattr(true, "toarray") else true, dtype=float)
+        require_finite(true, name="truth.X", row_names=table.obs_names[spots])
         require_log_values(true, where="truth.X")
         for key in wanted:
             predicted = np.asarray(table.layers[key], dtype=float)[np.ix_(spots, columns)]

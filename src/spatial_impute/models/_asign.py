@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute.models._base import load_directory, save_directory
+from spatial_impute.models._base import does_not_fit, load_directory, load_params, require_shapes, save_directory
 from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import spread_by_support
@@ -167,16 +167,19 @@ class AsignModel:
         """
         config, tensors = load_directory(path, kind=cls.__name__)
         own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-        params = AsignParams(**config["params"])
+        params = load_params(AsignParams, config)
+        n_networks, n_genes = config["n_networks"], len(config["var_names"])
+        shapes = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
+        shapes["weights"] = (n_genes, len(config["experts"]))
+        found = {key: tuple(own[key].shape) for key in shapes if key in own}
+        if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
+            raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
+        sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
         networks = []
-        for k in range(config["n_networks"]):
+        for k in range(n_networks):
             prefix = f"network{k}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            try:
-                build_network(params, config["n_features"], own["group"]).load_state_dict(state)
-            except (RuntimeError, KeyError) as error:
-                msg = f"The weights in {str(path)!r} do not fit their configuration: {error}"
-                raise ValueError(msg) from error
+            require_shapes(path, lambda: build_network(params, config["n_features"], own["group"]), state, sizes)
             networks.append(state)
         return cls(
             params=params,

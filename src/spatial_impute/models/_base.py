@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor, nn
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -38,7 +40,7 @@ def save_directory(
     (path / CONFIG).write_text(text)
 
 
-def load_directory(path: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_directory(path: str | Path, *, kind: str) -> tuple[Config, dict[str, Tensor]]:
     """Read a model directory.
 
     Raises
@@ -66,7 +68,71 @@ def load_directory(path: str | Path, *, kind: str) -> tuple[dict[str, Any], dict
         msg = f"{str(path)!r} holds class {found[0]!r}, format {found[1]!r}; expected {kind!r}, format {_FORMAT}."
         raise ValueError(msg)
     try:
-        return config, load_file(path / WEIGHTS)
+        return Config(config, path), load_file(path / WEIGHTS)
     except SafetensorError as error:
         msg = f"{str(path / WEIGHTS)!r} is damaged: {error}."
         raise ValueError(msg) from error
+
+
+class Config(dict):
+    """Content of ``config.json``, which says what is missing from it."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        msg = f"{CONFIG} in {str(self.path)!r} lacks {key!r}; it has {sorted(self)}. Was it written by another version?"
+        raise ValueError(msg)
+
+
+def does_not_fit(path: str | Path, reason: object) -> ValueError:
+    """What to raise for weights that are not those of the configuration."""
+    return ValueError(f"The weights in {str(path)!r} do not fit their configuration: {reason}")
+
+
+def load_params(cls: type, config: Config) -> Any:
+    """Settings of a model, checked by their class."""
+    try:
+        return cls(**config["params"])
+    except TypeError as error:
+        raise does_not_fit(config.path, error) from error
+
+
+def require_shapes(
+    path: str | Path, build: Callable[[], nn.Module], state: Mapping[str, Tensor], sizes: Iterable[object]
+) -> None:
+    """Check the weights against the network of the configuration before memory is taken for it.
+
+    Parameters
+    ----------
+    path
+        Model directory, for messages.
+    build
+        Makes the network; called on torch's meta device, where nothing is allocated.
+    state
+        Its weights.
+    sizes
+        Numbers the configuration gives. Each is the size of some tensor, or counts layers that have some.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes differ.
+    """
+    import torch
+
+    total = sum(tensor.numel() for tensor in state.values())
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= total:
+            raise does_not_fit(path, f"found the size {size!r} where the file holds {total} numbers in all.")
+    try:
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in build().state_dict().items()}
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise does_not_fit(path, error) from error
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        differ = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        first = f"{differ[0]!r} is {found.get(differ[0])}, expected {expected.get(differ[0])}"
+        raise does_not_fit(path, f"{len(differ)} of {len(expected)} tensors differ; {first}.")

@@ -77,6 +77,7 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
     ValueError
         If it belongs to another training.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -85,7 +86,12 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
             break
     else:
         return None
-    record = json.loads((place / _RECORD).read_text())
+    try:
+        record = json.loads((place / _RECORD).read_text())
+        tensors = load_file(place / _TENSORS)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        msg = f"The checkpoint in {str(place)!r} is damaged: {error}. Remove the directory to start anew."
+        raise ValueError(msg) from error
     wanted = json.loads(json.dumps(fingerprint))
     if record["fingerprint"] != wanted:
         differ = sorted(k for k in {*wanted, *record["fingerprint"]} if wanted.get(k) != record["fingerprint"].get(k))
@@ -94,7 +100,6 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
             "Remove the directory, or pass another `checkpoint`."
         )
         raise ValueError(msg)
-    tensors = load_file(place / _TENSORS)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

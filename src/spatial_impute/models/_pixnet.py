@@ -12,7 +12,7 @@ import torch
 
 from spatial_impute._validation import require_key
 from spatial_impute._working import working_image
-from spatial_impute.models._base import load_directory, save_directory
+from spatial_impute.models._base import load_directory, load_params, require_shapes, save_directory
 from spatial_impute.models._encoders import _weights_hash
 from spatial_impute.models._fit_pixnet import make_tiling
 from spatial_impute.models._params import PixNetParams
@@ -214,22 +214,23 @@ class PixNetModel:
         if encoder is None and name not in ENCODERS:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
-        params = PixNetParams(**config["params"])
+        params = load_params(PixNetParams, config)
         pyramid = build_pyramid(name, pretrained=False) if encoder is None else build_pyramid(encoder)
-        network = PixNetNetwork(
-            pyramid,
-            n_genes=len(config["var_names"]),
-            width=params.width,
-            n_base=config["n_base"],
-            norm=params.norm,
-            finest=params.finest_stride,
-            rates=config["rates"],
-        )
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            msg = f"The weights in {str(path)!r} do not fit their configuration: {error}"
-            raise ValueError(msg) from error
+
+        def build() -> PixNetNetwork:
+            return PixNetNetwork(
+                pyramid,
+                n_genes=len(config["var_names"]),
+                width=params.width,
+                n_base=config["n_base"],
+                norm=params.norm,
+                finest=params.finest_stride,
+                rates=config["rates"],
+            )
+
+        require_shapes(path, build, tensors, (len(config["var_names"]), params.width, config["n_base"]))
+        network = build()
+        network.load_state_dict(tensors)
         network.requires_grad_(False)
         pyramid.name = name
         return cls(

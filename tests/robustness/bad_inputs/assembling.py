@@ -194,7 +194,7 @@ FILES = [
     refused(
         "an empty file named .png", ValueError, "cannot be read as an image", lambda w: one(write(w.tmp / "a.png", b""))
     ),
-    refused("a truncated TIFF", ValueError, "cannot be read as an image", lambda w: one(_truncated(w, "a.tif"))),
+    refused("a truncated TIFF", ValueError, "a.tif' is truncated", lambda w: one(_truncated(w, "a.tif"))),
     refused("an OME-Zarr that is none", ValueError, "cannot be read as an image", lambda w: one(_folder(w, "a.zarr"))),
     refused(
         "a folder that is neither of Space Ranger nor zarr",

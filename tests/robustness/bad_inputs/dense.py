@@ -13,7 +13,7 @@ from bad_inputs import answers, refuses
 from bad_inputs._make import write
 from spatial_impute.datasets import _her2st
 
-QUICK = {"n_steps": 1, "width": 8, "n_base": 8, "resolution": 8.0, "crop": 64, "margin": 8, "n_cached_crops": 2}
+QUICK = {"n_steps": 1, "width": 8, "n_base": 8, "resolution": 8.0, "crop": 128, "margin": 8, "n_cached_crops": 4}
 
 
 def fit(world, **kwargs):
@@ -43,10 +43,11 @@ def spots(**columns):
     """Circles with other values in the third row."""
 
     def change(world):
-        found = world.sdata.shapes["s0_spots"].copy()
+        found = world.sdata.shapes[
+            "s0_spots"
+        ]  # in place: SpatialData looks at what it is given, not at what becomes of it
         for name, value in columns.items():
             found.loc[found.index[2], name] = value
-        world.sdata.shapes["s0_spots"] = found
 
     return change
 
@@ -86,7 +87,7 @@ PIXNET = [
         "tl.fit_pixnet",
         "regions that were not measured",
         ValueError,
-        "None of the 31 shapes of `sdata.shapes['s0_spots']` was measured",
+        "None of the 34 shapes of `sdata.shapes['s0_spots']` was measured",
         lambda w: fit(w, image_key="s0_image", shapes_key="s0_spots"),
     ),
     refuses("tl.fit_pixnet", "raw counts", ValueError, "holds raw counts", lambda w: fit(w, table_key="s1_counts")),
@@ -373,6 +374,7 @@ def _offline(world):
         raise NoConnection(msg)
 
     world.patch.setattr("requests.get", refuse)
+    world.patch.setattr("time.sleep", lambda seconds: None)  # between two attempts
     world.patch.setattr(si.settings, "_data_dir", world.tmp)
 
 
@@ -401,7 +403,7 @@ DATASETS = [
     refuses(
         "datasets.her2st",
         "no network",
-        OSError,
+        ConnectionError,
         "Check the connection",
         lambda w: si.datasets.her2st(),
         change=_offline,

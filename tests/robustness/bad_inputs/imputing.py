@@ -240,7 +240,7 @@ MEASURED = [
         "a learning rate at which the loss explodes",
         ValueError,
         "lower `learning_rate`",
-        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e38, "n_steps": 20}),
+        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e20, "n_steps": 20}),
         while_working=True,
     ),
     answers(

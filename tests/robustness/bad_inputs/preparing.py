@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -47,7 +48,7 @@ def graph(world, **kwargs):
 
 def blank(world):
     image = world.sdata.images["s0_image"]
-    world.sdata.images["s0_image"] = image.copy(data=np.full(image.shape, 240, np.uint8))
+    world.sdata.images["s0_image"] = image.copy(data=da.full(image.shape, 240, dtype=np.uint8))
 
 
 def move_spot(world):
@@ -213,7 +214,7 @@ PP = [
         "pp.extract_features",
         "an encoder that returns too few rows",
         ValueError,
-        "(n, n_features)",
+        "must return finite numbers of shape",
         lambda w: features(w, Encoder(lambda n: np.ones((n + 1, 3)))),
         while_working=True,
     ),
@@ -372,8 +373,8 @@ REGISTRATION = [
     refuses(
         "tl.register_stack",
         "an image without its transformation",
-        ValueError,
-        "s0_image",
+        KeyError,
+        "not found in `coordinate systems of sdata.images['s0_image']`",
         lambda w: register(w),
         change=lambda w: remove_transformation(w.sdata.images["s0_image"], "s0"),
     ),
