@@ -72,8 +72,12 @@ def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
 
 def save_tokens(folder: Path, key: str, tokens: Mapping[str, np.ndarray]) -> None:
     """Keep the features of a section; an interrupted write leaves nothing that could be taken for a result."""
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{key}.partial.npz"
-    with partial.open("wb") as file:
-        np.savez(file, **tokens)
-    partial.replace(folder / f"{key}.npz")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **tokens)
+        partial.replace(folder / f"{key}.npz")
+    except OSError as error:
+        error.add_note(f"Sections finished before are in {str(folder)!r}; the same call goes on from them.")
+        raise

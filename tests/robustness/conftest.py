@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from bad_inputs import World
+from hypothesis import HealthCheck, settings
 from scipy import sparse
 from torch import nn
 
@@ -145,3 +147,18 @@ def _feed_spatialdata(digest: Any, sdata: SpatialData) -> None:
 @pytest.fixture(name="fingerprint", scope="session")
 def _fingerprint():
     return fingerprint
+
+
+# Few and always the same examples where everybody runs the tests. `HYPOTHESIS_PROFILE=fuzz` looks for new ones.
+settings.register_profile(
+    "ci",
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile(
+    "fuzz", max_examples=400, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
+_HASH = "weights_sha256"
 
 
 def save_directory(
@@ -27,17 +29,32 @@ def save_directory(
     FileExistsError
         If there is something at `path` and `overwrite` is False.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
-    if path.exists() and not overwrite:
+    is_new = not path.exists()
+    if not is_new and not overwrite:
         msg = f"{str(path)!r} exists; pass `overwrite=True` to replace the model in it."
         raise FileExistsError(msg)
-    path.mkdir(parents=True, exist_ok=True)
+    weights = save({key: value.contiguous() for key, value in tensors.items()})
     header = {"format": _FORMAT, "class": kind, "package_version": version("spatial-impute")}
-    text = json.dumps(header | config, indent=1)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path / WEIGHTS)
-    (path / CONFIG).write_text(text)
+    text = json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}, indent=1)
+    path.mkdir(parents=True, exist_ok=True)
+    fresh = {name: path / f"{name}.new" for name in (WEIGHTS, CONFIG)}
+    try:
+        fresh[WEIGHTS].write_bytes(weights)
+        fresh[CONFIG].write_text(text)
+    except BaseException as error:  # also Ctrl-C: a model that was there stays as it was
+        for file in fresh.values():
+            file.unlink(missing_ok=True)
+        if is_new:
+            path.rmdir()
+        if isinstance(error, OSError):
+            error.add_note(f"The model was not saved; what was in {str(path)!r} before is unchanged.")
+        raise
+    # Killed between these two, the hash tells that the weights are not those of the configuration.
+    for name, file in fresh.items():
+        file.replace(path / name)
 
 
 def load_directory(path: str | Path, *, kind: str) -> tuple[Config, dict[str, Tensor]]:
@@ -68,10 +85,19 @@ def load_directory(path: str | Path, *, kind: str) -> tuple[Config, dict[str, Te
         msg = f"{str(path)!r} holds class {found[0]!r}, format {found[1]!r}; expected {kind!r}, format {_FORMAT}."
         raise ValueError(msg)
     try:
-        return Config(config, path), load_file(path / WEIGHTS)
+        tensors = load_file(path / WEIGHTS)
     except SafetensorError as error:
         msg = f"{str(path / WEIGHTS)!r} is damaged: {error}."
         raise ValueError(msg) from error
+    with (path / WEIGHTS).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.get(_HASH, found) != found:
+        msg = (
+            f"{WEIGHTS} in {str(path)!r} is not the one that {CONFIG} was saved with: saving was interrupted, or a file "
+            "was changed. Save the model again."
+        )
+        raise ValueError(msg)
+    return Config(config, path), tensors
 
 
 class Config(dict):

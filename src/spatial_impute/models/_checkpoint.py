@@ -48,21 +48,25 @@ def save_checkpoint(
     best: dict[str, Tensor],
 ) -> None:
     """Write beside the old state, then swap: an interruption leaves the one or the other."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in best.items()}
     tensors |= {f"loss.{k}": v for k, v in loss.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh / _TENSORS)
     rows = [{k: None if v != v else v for k, v in row.items()} for row in history]  # NaN is no JSON
-    (fresh / _RECORD).write_text(json.dumps({"fingerprint": fingerprint, "history": rows}))
+    try:
+        fresh.mkdir(parents=True)
+        (fresh / _TENSORS).write_bytes(save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}))
+        (fresh / _RECORD).write_text(json.dumps({"fingerprint": fingerprint, "history": rows}))
+    except OSError as error:
+        error.add_note(f"The last state in {str(path)!r} is unchanged; the same call takes it up once there is room.")
+        raise
     if path.exists():
         path.rename(old)
     fresh.rename(path)

@@ -149,11 +149,19 @@ def predict_dense(
         element = as_element(_lazy_array(job), names, job, frame)
     else:
         writer = DenseStore(store, key, job, names, frame, overwrite=overwrite)
-        left = writer.prepare()
-        bar = progress(None, f"Predicting {key}", show=show_progress_bar, total=len(left))
-        write_tiles(writer, left, active_client(), bar.update)
-        bar.close()
-        writer.commit()
+        bar = progress(None, f"Predicting {key}", show=show_progress_bar)
+        try:
+            left = writer.prepare()
+            bar.reset(total=len(left))
+            write_tiles(writer, left, active_client(), bar.update)
+            writer.commit()
+        except OSError as error:
+            error.add_note(
+                "The store shows no part of the map; once it can be written to, the same call goes on from here."
+            )
+            raise
+        finally:
+            bar.close()
         element = writer.read()
     if not inplace:
         return element
