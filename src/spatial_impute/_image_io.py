@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     import dask.array as da
     import tifffile
+    import zarr
     from PIL import Image
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
@@ -24,6 +26,9 @@ _PLAIN = {".jpg", ".jpeg", ".png"}
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, centimetre
 _OME_UNITS = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 _CHUNK = 2048
+# A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
+_MAX_CHUNKS = 2**22
+_MAX_CHUNK_BYTES = 2**32
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ def _open_tiff(path: Path) -> ImageFile:
     for i in range(n_levels):
         # Opened by path again: the store then reopens the file in each worker process.
         store = tifffile.imread(path, series=which, level=i, aszarr=True)
-        levels.append(_channels_first(da.from_zarr(zarr.open(store, mode="r")), axes))
+        array = zarr.open(store, mode="r")
+        _require_plausible(array, path)
+        levels.append(_channels_first(da.from_zarr(array), axes))
     return ImageFile(levels, mpp)
 
 
@@ -100,6 +107,24 @@ def _require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> 
         if end > size:
             msg = f"{tiff.filename!r} is truncated: its pixels reach to byte {end}, the file has {size}. Copy it again."
             raise ValueError(msg)
+
+
+def _require_plausible(array: zarr.Array, path: Path) -> None:
+    """Refuse what would fill the memory: a few bytes of metadata can announce any size.
+
+    Raises
+    ------
+    ValueError
+        If a chunk, which is decoded in one piece, or the number of chunks is too large.
+    """
+    chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
+    n_chunks = math.prod(-(-n // max(c, 1)) for n, c in zip(array.shape, array.chunks, strict=True))
+    if chunk_bytes > _MAX_CHUNK_BYTES or n_chunks > _MAX_CHUNKS:
+        msg = (
+            f"{path.name!r} announces {tuple(array.shape)} values in {n_chunks} chunks of {chunk_bytes / 2**20:.3g} MiB each; "
+            f"up to {_MAX_CHUNKS} chunks of {_MAX_CHUNK_BYTES // 2**20} MiB are read. Convert it to a tiled TIFF or OME-Zarr."
+        )
+        raise ValueError(msg)
 
 
 def _channels_first(array: da.Array, axes: str) -> da.Array:
@@ -210,7 +235,10 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         raise ValueError(msg)
     first = multiscales[0]
     axes = "".join(axis["name"].upper() if isinstance(axis, dict) else axis.upper() for axis in first["axes"])
-    levels = [_channels_first(da.from_zarr(group[d["path"]]), axes) for d in first["datasets"]]
+    arrays = [group[dataset["path"]] for dataset in first["datasets"]]
+    for array in arrays:
+        _require_plausible(array, path)
+    levels = [_channels_first(da.from_zarr(array), axes) for array in arrays]
     return ImageFile(levels, _ome_zarr_mpp(first))
 
 

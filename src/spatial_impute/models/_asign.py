@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute.models._base import does_not_fit, load_directory, load_params, require_shapes, save_directory
+from spatial_impute.models._base import (
+    does_not_fit,
+    load_directory,
+    load_params,
+    reading,
+    require_shapes,
+    save_directory,
+)
 from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import spread_by_support
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from spatial_impute.models._base import Config
     from spatial_impute.models._msagnet import GraphInputs
     from spatial_impute.models._spots import Spots
 
@@ -88,6 +98,16 @@ class AsignModel:
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
         return f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all numbers of the model, by which results know it."""
+        digest = hashlib.sha256()
+        for state in (self._tensors, *self._networks):
+            for key, value in sorted(state.items()):
+                digest.update(key.encode())
+                digest.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        return digest.hexdigest()[:12]
 
     @property
     def weights(self) -> pd.DataFrame:
@@ -166,6 +186,11 @@ class AsignModel:
             If the directory holds something else, or weights that do not fit the configuration.
         """
         config, tensors = load_directory(path, kind=cls.__name__)
+        with reading(path):
+            return cls._from_config(path, config, tensors)
+
+    @classmethod
+    def _from_config(cls, path: str | Path, config: Config, tensors: dict[str, Tensor]) -> AsignModel:
         own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         params = load_params(AsignParams, config)
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
@@ -181,7 +206,7 @@ class AsignModel:
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             require_shapes(path, lambda: build_network(params, config["n_features"], own["group"]), state, sizes)
             networks.append(state)
-        return cls(
+        model = cls(
             params=params,
             var_names=config["var_names"],
             experts=config["experts"],
@@ -193,3 +218,5 @@ class AsignModel:
             history=pd.DataFrame(config["history"]),
             config=config["config"],
         )
+        repr(model)  # shows its score, so that is there
+        return model

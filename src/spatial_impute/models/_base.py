@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -117,12 +118,20 @@ def does_not_fit(path: str | Path, reason: object) -> ValueError:
     return ValueError(f"The weights in {str(path)!r} do not fit their configuration: {reason}")
 
 
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever a configuration is wrong about, say which one it is."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise does_not_fit(path, error) from error
+
+
 def load_params(cls: type, config: Config) -> Any:
     """Settings of a model, checked by their class."""
-    try:
-        return cls(**config["params"])
-    except TypeError as error:
-        raise does_not_fit(config.path, error) from error
+    return cls(**config["params"])
 
 
 def require_shapes(

@@ -12,7 +12,7 @@ import torch
 
 from spatial_impute._validation import require_key
 from spatial_impute._working import working_image
-from spatial_impute.models._base import load_directory, load_params, require_shapes, save_directory
+from spatial_impute.models._base import load_directory, load_params, reading, require_shapes, save_directory
 from spatial_impute.models._encoders import _weights_hash
 from spatial_impute.models._fit_pixnet import make_tiling
 from spatial_impute.models._params import PixNetParams
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from spatial_impute._raster import Level
     from spatial_impute._working import Survey, WorkingImage
+    from spatial_impute.models._base import Config
     from spatial_impute.models._stencil import Regions
     from spatial_impute.models._tiles import Tiling
 
@@ -210,6 +211,13 @@ class PixNetModel:
             of yours and none is passed.
         """
         config, tensors = load_directory(path, kind=cls.__name__)
+        with reading(path):
+            return cls._from_config(path, config, tensors, encoder)
+
+    @classmethod
+    def _from_config(
+        cls, path: str | Path, config: Config, tensors: dict[str, Tensor], encoder: nn.Module | None
+    ) -> PixNetModel:
         name = config["config"]["encoder"]
         if encoder is None and name not in ENCODERS:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
@@ -233,7 +241,7 @@ class PixNetModel:
         network.load_state_dict(tensors)
         network.requires_grad_(False)
         pyramid.name = name
-        return cls(
+        model = cls(
             network,
             params=params,
             var_names=config["var_names"],
@@ -241,6 +249,8 @@ class PixNetModel:
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             config=config["config"],
         )
+        repr(model)  # shows encoder, resolution and score, so they are there
+        return model
 
 
 def match_stain(found: Survey, reference: Sequence[float] | None) -> Stain:

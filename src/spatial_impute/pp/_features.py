@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +214,7 @@ def write_features(
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{key!r}]")
     table.uns[Keys.FEATURES] = {
         **provenance,
+        "version": version("spatial-impute"),
         "n_features": int(table.obsm[Keys.X_SPOT].shape[1]),
         "n_tokens": {key: len(fields) for key, fields in layout.items()},
         "field_tokens": dict(FIELD_TOKENS),

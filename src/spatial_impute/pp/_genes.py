@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,6 +120,7 @@ def select_genes(
         "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
         "target_sum": float("nan") if log_normalized else target_sum,
         "sections": [section.name for section in measured],
+        "version": version("spatial-impute"),
     }
     log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
 from spatial_impute._stack import load_record
 from spatial_impute._validation import require_count, require_device, require_model, require_slot_key, resolve_params
+from spatial_impute.tl._provenance import encoder, provenance, units
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def fit_asign(
         raise ValueError(msg)
     read = [read_spots(s, table_key=table_key, layer=layer, graph_key=graph_key) for s in stacks]
     genes = list(read[0][0].var_names)
-    encoders = {_encoder(table) for table, _ in read}
+    encoders = {encoder(table) for table, _ in read}
     for i, (table, _) in enumerate(read):
         if list(table.var_names) != genes:
             msg = (
@@ -112,9 +114,10 @@ def fit_asign(
         raise ValueError(msg)
     config = {
         "encoder": encoders.pop(),
-        "units": _units(read[0][0]),
+        "units": units(read[0][0]),
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
         "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
+        "version": version("spatial-impute"),
     }
     with _steps("Fitting ASIGN", show=show_progress_bar) as steps:
         model = fit(
@@ -200,20 +203,18 @@ def impute_3d(
             f"{len(missing)} are missing, e.g. {missing[:5]}. Use `si.pp.select_genes(sdata, genes=model.var_names)`."
         )
         raise KeyError(msg)
-    if _encoder(table) != model.config["encoder"]:
+    if encoder(table) != model.config["encoder"]:
         msg = (
             f"The model was fitted on features of encoder {model.config['encoder']!r}, the stack has those of "
-            f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
+            f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
     result = model._impute(spots, device=device)
-    provenance = {
+    origin = provenance(record, table, spots.known) | {
+        "model": model.identity,
+        "model_params": asdict(model.params),
+        "seed": int(model.config["seed"]),
         "weights": {name: float(w) for name, w in model.weights.mean().items()},
-        "encoder": model.config["encoder"],
-        "units": model.config["units"],
-        "measured_sections": sorted(table.obs[Keys.SECTION][spots.known].unique()),
-        "registration_method": "" if record.registration is None else record.registration["method"],
-        "version": version("spatial-impute"),
         "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
     }
     predictability = model.predictability.reindex(table.var_names).to_numpy()
@@ -224,7 +225,7 @@ def impute_3d(
         var = pd.DataFrame({Keys.PREDICTABILITY: predictability}, index=table.var_names)
         obsm = {Keys.SPATIAL: table.obsm[Keys.SPATIAL], Keys.SPATIAL_3D: table.obsm[Keys.SPATIAL_3D]}
         layers = {Keys.sd(key_added): result.sd}
-        return AnnData(X=result.expression, layers=layers, obs=obs, var=var, obsm=obsm, uns={key_added: provenance})
+        return AnnData(X=result.expression, layers=layers, obs=obs, var=var, obsm=obsm, uns={key_added: origin})
     table.layers[key_added] = result.expression
     log_added(f"tables[{table_key!r}].layers[{key_added!r}]")
     table.layers[Keys.sd(key_added)] = result.sd
@@ -233,17 +234,9 @@ def impute_3d(
     log_added(f"tables[{table_key!r}].obs[{Keys.SUPPORT!r}]")
     table.var[Keys.PREDICTABILITY] = predictability
     log_added(f"tables[{table_key!r}].var[{Keys.PREDICTABILITY!r}]")
-    table.uns[key_added] = provenance
+    table.uns[key_added] = origin
     log_added(f"tables[{table_key!r}].uns[{key_added!r}]")
     return None
-
-
-def _encoder(table: AnnData) -> str:
-    return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
-
-
-def _units(table: AnnData) -> str:
-    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def predict_dense(
         return element
     sdata.images[key] = element
     log_added(f"images[{key!r}]")
-    _record(sdata, key, model, job, image_key)
+    _record(sdata, key, model, job, image_key, names=names)
     return None
 
 
@@ -496,11 +496,14 @@ def _lazy_array(job: Any) -> Any:
     return da.block(blocks)
 
 
-def _record(sdata: SpatialData, key: str, model: PixNetModel, job: Any, image_key: str) -> None:
+def _record(
+    sdata: SpatialData, key: str, model: PixNetModel, job: Any, image_key: str, *, names: Sequence[str]
+) -> None:
     """Provenance in ``sdata.attrs``: attributes of elements are not written to disk."""
     rows, columns = job.tiling.shape
     entry = _provenance(model, image_key) | {
         "features": job.features,
+        "genes": list(names),
         "cell_um": float(model.cell_size),
         "n_tiles": rows * columns,
         "n_tiles_predicted": len(job.wanted),
@@ -520,6 +523,8 @@ def _provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
         "units": model.config["units"],
         "aggregate": model.config["aggregate"],
         "resolution_um": float(model.config["resolution"]),
+        "trained_on": [entry["image"] for entry in model.config["trained_on"]],
+        "seed": int(model.config.get("seed", -1)),  # models of 0.1.0.dev had none
         "version": version("spatial-impute"),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -161,6 +162,7 @@ def build_3d_graph(
         table.obsp[key] = matrix
         log_added(f"tables[{table_key!r}].obsp[{key!r}]")
     table.uns[Keys.neighbors(key_added)] = {
+        "version": version("spatial-impute"),
         "connectivities_key": Keys.connectivities(key_added),
         "distances_key": Keys.distances(key_added),
         "params": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +185,12 @@ def fit_pixnet(
         var_names=var_names,
         history=fitted.history,
         predictability=fitted.held_out,
-        config={**config, "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty},
+        config={
+            **config,
+            "seed": seed,
+            "version": version("spatial-impute"),
+            "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty,
+        },
     )
     logger.info("Fitted %r", model)
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -231,6 +232,7 @@ def register_stack(
         sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
     registration = {
+        "version": version("spatial-impute"),
         "method": method,
         "policy": policy,
         "seed": seed,
