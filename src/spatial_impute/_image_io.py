@@ -70,8 +70,8 @@ def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
     try:
         return opener(path)
     except Exception as error:
-        if type(error) in (ValueError, PermissionError, MemoryError):  # ours, or telling enough
-            raise
+        if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
+            raise  # telling enough
         msg = f"{str(path)!r} cannot be read as an image: {error}. Is it complete, and of the format its name says?"
         raise ValueError(msg) from error
 

@@ -16,7 +16,7 @@ from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._raster import Level, image_levels
-from spatial_impute._validation import require_finite, require_key
+from spatial_impute._validation import name_list, require_finite, require_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +122,7 @@ def resolve_sections(record: StackRecord, sections: str | Sequence[str] | None) 
     """Names of the wanted sections in stack order; all for ``None``."""
     if sections is None:
         return list(record.names)
-    wanted = [sections] if isinstance(sections, str) else list(sections)
+    wanted = name_list(sections, name="sections")
     for name in wanted:
         require_key(name, record.names, where="the stack's sections")
     return [name for name in record.names if name in wanted]

@@ -44,6 +44,18 @@ def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
         raise ValueError(msg)
 
 
+def name_list(value: object, *, name: str) -> list[str]:
+    """Return one name, several, or ``None`` (none) as a list, each once, or raise a ``ValueError`` for anything else."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    names = list(names) if isinstance(names, Iterable) else [None]
+    if not all(isinstance(n, str) for n in names):
+        msg = f"`{name}` must be a name or a sequence of names, found {value!r}."
+        raise ValueError(msg)
+    return list(dict.fromkeys(names))
+
+
 def require_positive(value: float, *, name: str, unit: str = "") -> float:
     """Return `value` as float, or raise a ``ValueError`` unless it is a finite number above zero."""
     try:
@@ -203,6 +215,10 @@ def resolve_params(params: object, cls: type) -> object:
         if unknown:
             msg = f"Unknown fields {unknown} for {cls.__name__}; available: {sorted(fields)}."
             raise TypeError(msg)
-        return cls(**params)
+        try:
+            return cls(**params)
+        except TypeError as error:  # compared a string to a number, say
+            msg = f"{cls.__name__} cannot be made of {dict(params)}: {error}."
+            raise ValueError(msg) from error
     msg = f"Expected None, a mapping or {cls.__name__}, found {type(params).__name__}."
     raise TypeError(msg)

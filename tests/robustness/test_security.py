@@ -153,7 +153,7 @@ def test_a_zarr_array_of_objects_is_refused(trace, tmp_path):
     array |= {"order": "C", "filters": [{"id": "pickle"}]}
     (folder / "0" / ".zarray").write_text(json.dumps(array))
     (folder / "0" / "0.0").write_bytes(pickle.dumps(Exploit(trace)))
-    with pytest.raises(ValueError, match=r"cannot be read as an image|numbers of type"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         si.pp.assemble_stack({"s": folder}, mpp=1, z=[0])
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import measured_mask, stack_table
-from spatial_impute._validation import require_finite, require_key, require_log_values
+from spatial_impute._validation import name_list, require_finite, require_key, require_log_values
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def evaluate(
     if by not in ("layer", "section", "gene"):
         msg = f"`by` must be one of ['gene', 'layer', 'section'], found {by!r}."
         raise ValueError(msg)
-    wanted = [layers] if isinstance(layers, str) else layers
-    if wanted is None:
+    wanted = name_list(layers, name="layers")
+    if layers is None:
         wanted = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
     for key in wanted:
         require_key(key, table.layers, where=f"sdata.tables[{table_key!r}].layers")
@@ -97,6 +97,7 @@ def evaluate(
     names = list(table.obs[Keys.SECTION].cat.categories)
     if sections is None:
         sections = [name for name in names if not measured[section == name].any() and (section == name).any()]
+    sections = name_list(sections, name="sections")
     for name in sections:
         require_key(name, names, where="the stack's sections")
     if not len(sections):

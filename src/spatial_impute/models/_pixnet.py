@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute._validation import require_key
+from spatial_impute._validation import name_list, require_key
 from spatial_impute._working import working_image
 from spatial_impute.models._base import load_directory, load_params, reading, require_shapes, save_directory
 from spatial_impute.models._encoders import _weights_hash
@@ -113,7 +113,7 @@ class PixNetModel:
         """
         if genes is None:
             return list(range(len(self.var_names)))
-        genes = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
+        genes = name_list(genes, name="genes")
         if not genes:
             msg = "`genes` is empty; name some of `model.var_names`, or leave it out for all."
             raise ValueError(msg)

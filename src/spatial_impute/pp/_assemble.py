@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,7 +209,7 @@ def _heights(names: list[str], z: object, section_spacing: float | None) -> dict
             require_key(name, z, where="z")
         values = [z[name] for name in names]
     else:
-        values = list(z)
+        values = list(z) if isinstance(z, Iterable) else [z]
     try:
         heights = np.asarray(values, dtype=float)
     except (TypeError, ValueError):

@@ -12,7 +12,7 @@ from scipy import sparse
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import looks_like_counts, require_key, require_positive
+from spatial_impute._validation import looks_like_counts, name_list, require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,7 +188,7 @@ def _choose(
 ) -> list[str]:
     """Names of the chosen genes: the given ones, or the highest means among those that all sections measured."""
     if genes is not None:
-        wanted = list(dict.fromkeys([genes] if isinstance(genes, str) else genes))
+        wanted = name_list(genes, name="genes")
         if not wanted:
             msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
             raise ValueError(msg)

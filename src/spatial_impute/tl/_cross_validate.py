@@ -10,6 +10,7 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._progress import progress
 from spatial_impute._validation import (
+    name_list,
     require_count,
     require_device,
     require_one_of,
@@ -104,8 +105,7 @@ def cross_validate(
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
-    methods = [methods] if isinstance(methods, str) else methods
-    names = [*METHODS, ASIGN] if methods is None else list(dict.fromkeys(methods))
+    names = [*METHODS, ASIGN] if methods is None else name_list(methods, name="methods")
     if not names:
         msg = f"`methods` is empty; choose some of {[*METHODS, ASIGN]}, or leave it out for all."
         raise ValueError(msg)

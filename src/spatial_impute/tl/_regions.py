@@ -12,7 +12,7 @@ from spatial_impute._geometry import anisotropy, apply_affine, linear_scale, sca
 from spatial_impute._keys import Keys
 from spatial_impute._raster import image_levels
 from spatial_impute._stack import element_affine, load_record, require_spatialdata
-from spatial_impute._validation import looks_like_counts, require_finite, require_key, require_positive
+from spatial_impute._validation import looks_like_counts, name_list, require_finite, require_key, require_positive
 from spatial_impute.models._stencil import Discs, Polygons
 
 if TYPE_CHECKING:
@@ -238,8 +238,7 @@ def read_measured(
         repeated = table.var_names[table.var_names.duplicated()][0]
         msg = f"`sdata.tables[{key!r}].var_names` must be unique, found {repeated!r} twice; `var_names_make_unique()` helps."
         raise ValueError(msg)
-    genes = [genes] if isinstance(genes, str) else genes
-    names = [str(g) for g in (table.var_names if genes is None else dict.fromkeys(genes))]
+    names = [str(g) for g in (table.var_names if genes is None else name_list(genes, name="genes"))]
     if not names:
         msg = "`genes` is empty; name some, or leave it out for all."
         raise ValueError(msg)

@@ -27,6 +27,7 @@ from spatial_impute._registration import (
 from spatial_impute._registration._elements import displacement_elements
 from spatial_impute._stack import load_record, save_record, section_levels
 from spatial_impute._validation import (
+    name_list,
     require_count,
     require_key,
     require_one_of,
@@ -177,7 +178,7 @@ def register_stack(
         )
         for found, name in ((transformations, "transformations"), (initial, "initial"))
     )
-    skipped = check_skip(sdata, record, reference, [skip] if isinstance(skip, str) else list(skip), given)
+    skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} stand in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
