@@ -313,6 +313,33 @@ def test_training_of_pixnet_killed_at_any_instant_is_taken_up(sdata, pixnet, tmp
         assert fit(folder / "state").identity == expected
 
 
+def test_training_of_asign_killed_at_any_instant_is_taken_up(sdata, asign, tmp_path, monkeypatch):
+    from spatial_impute.models import _fit_asign
+
+    params = {"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}
+
+    def fit(folder):
+        return si.tl.fit_asign(sdata, model_params=params, checkpoint=folder)
+
+    total = count_changes(lambda: fit(tmp_path / "c"), tmp_path / "c", tmp_path / "n")
+    train = _fit_asign.train
+    for instant in instants(total):
+        folder = tmp_path / str(instant)
+        kill_at(lambda folder=folder: fit(folder), folder, instant)
+        finished = len(list(folder.glob("*.safetensors")))
+        calls = []
+        monkeypatch.setattr(_fit_asign, "train", lambda *a, calls=calls, **k: calls.append(0) or train(*a, **k))
+        model = fit(folder)
+        assert len(calls) == 2 - finished
+        assert model.identity == asign.identity
+        assert model.history.to_json() == asign.history.to_json()
+    with pytest.raises(ValueError, match="belongs to another training"):
+        si.tl.fit_asign(sdata, model_params=params, checkpoint=folder, seed=1)
+    sdata.tables["stack"].layers["measured"] *= 1.01
+    with pytest.raises(ValueError, match="belongs to another training"):
+        fit(folder)
+
+
 def test_saving_a_model_killed_at_any_instant(asign, still, tmp_path):
     """The old model, the new one, or a message that says so; never weights of the one with genes of the other."""
     import copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from spatial_impute.metrics._scores import pearson_by_gene, summarise
 from spatial_impute.models._asign import NETWORK, AsignModel
+from spatial_impute.models._asign_checkpoint import FinishedNetworks, fit_fingerprint
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
@@ -20,6 +22,7 @@ from spatial_impute.models._train import Episode, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -38,6 +41,7 @@ def fit(
     seed: int,
     device: str,
     progress: Callable[[int], Callable[[], None]],
+    checkpoint: Path | None = None,
 ) -> AsignModel:
     """Fit a model on the known spots of one or several stacks.
 
@@ -57,7 +61,13 @@ def fit(
         Torch device.
     progress
         Given the number of steps to come, returns what to call after each.
+    checkpoint
+        Folder that keeps the networks that are finished.
     """
+    finished = None
+    if checkpoint is not None:
+        given = {"params": asdict(params), "var_names": list(var_names), "config": config, "seed": seed}
+        finished = FinishedNetworks(checkpoint, fit_fingerprint(stacks, given))
     stacks = [with_components(spots) for spots in stacks]
     folds = [_folds(s, params, seed) for s in stacks]
     methods = available_methods(stacks[0])
@@ -78,7 +88,7 @@ def fit(
         "group": torch.from_numpy(group),
     }
     networks, held_out[NETWORK], history = _fit_networks(
-        stacks, weights_of, folds, params, tensors, seed=seed, device=device, step=step
+        stacks, weights_of, folds, params, tensors, seed=seed, device=device, step=step, finished=finished
     )
 
     experts = [name for name in held_out if name not in _NOT_BLENDED]
@@ -119,6 +129,7 @@ def _fit_networks(
     seed: int,
     device: str,
     step: Callable[[], None],
+    finished: FinishedNetworks | None,
 ) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
     """One network per fold, stopped at the step that is best for all of them.
 
@@ -129,6 +140,11 @@ def _fit_networks(
     n_features = stacks[0].tokens[0].shape[2]
     runs = []
     for k in range(max(len(f) for f in folds)):
+        if finished is not None and (kept := finished.load(k)) is not None:
+            runs.append(kept)
+            for _ in range(params.n_steps):
+                step()
+            continue
         # A stack with fewer folds lends its last one again.
         out = [f[min(k, len(f) - 1)] for f in folds]
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
@@ -151,6 +167,8 @@ def _fit_networks(
                 device=device,
                 on_step=step,
             )
+        if finished is not None:
+            finished.save(k, run)
         runs.append(run)
     best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
     predicted = []

@@ -14,12 +14,20 @@ from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
 from spatial_impute._stack import load_record
-from spatial_impute._validation import require_count, require_device, require_model, require_slot_key, resolve_params
+from spatial_impute._validation import (
+    require_count,
+    require_device,
+    require_folder,
+    require_model,
+    require_slot_key,
+    resolve_params,
+)
 from spatial_impute.tl._provenance import encoder, provenance, units
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -34,6 +42,7 @@ def fit_asign(
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
     model_params: AsignParams | Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
     show_progress_bar: bool | None = None,
@@ -56,6 +65,9 @@ def fit_asign(
         Stack table, layer with log-normalised expression, graph.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
+    checkpoint
+        Directory to keep each network in as soon as it is trained. A call with the same data and settings goes on with
+        the others.
     device
         Torch device; ``settings.device`` by default.
     seed
@@ -73,7 +85,8 @@ def fit_asign(
     KeyError
         If features, graph or registration are missing.
     ValueError
-        If nothing is measured, values are raw counts, or stacks have different genes.
+        If nothing is measured, values are raw counts, stacks have different genes, or `checkpoint` belongs to another
+        training.
 
     Examples
     --------
@@ -95,6 +108,7 @@ def fit_asign(
 
     params = resolve_params(model_params, AsignParams)
     seed, device = require_count(seed, name="seed", least=0), require_device(device)
+    folder = None if checkpoint is None else require_folder(checkpoint, name="checkpoint")
     stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     if not stacks:
         msg = "`sdata` is an empty sequence; pass at least one stack."
@@ -128,6 +142,7 @@ def fit_asign(
             seed=seed,
             device=device,
             progress=steps,
+            checkpoint=folder,
         )
     logger.info("Fitted %r", model)
     return model

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bad_inputs import assembling, dense, imputing, preparing
+from bad_inputs import assembling, dense, imputing, plotting, preparing
 
-CASES = [*assembling.CASES, *preparing.CASES, *imputing.CASES, *dense.CASES]
+CASES = [*assembling.CASES, *preparing.CASES, *imputing.CASES, *dense.CASES, *plotting.CASES]

@@ -130,7 +130,7 @@ PP = [
         "pp.segment_tissue",
         "an object that is no stack",
         KeyError,
-        "Make one with `si.pp.assemble_stack",
+        "Make one with `si.pp.assemble_stack({...})`",
         lambda w: si.pp.segment_tissue(w.sdata),
         change=lambda w: w.sdata.attrs.clear(),
     ),
