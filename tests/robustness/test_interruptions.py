@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
 
 KEY = "s0_image_expression"
 N_INSTANTS = 4  # of a write at which the process is killed; HYPOTHESIS_PROFILE=fuzz takes all of them
 ALL_INSTANTS = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 
 
-def in_child(work: Callable[[], Any], *, before: Callable[[], Any] = lambda: None, patience: float = 60.0) -> int:
+def in_child(work: Callable[[], Any], *, before: Callable[[], Any] = lambda: None, patience: float = 240.0) -> int:
     """Run in a process of its own; its exit code, or minus the signal that ended it."""
     import dask
 
