@@ -47,7 +47,17 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     fullres_image, bin_size = options.pop("fullres_image"), options.pop("bin_size")
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         folder = _require_spaceranger(name, Path(value), bin_size)
-        sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        try:
+            sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        except FileNotFoundError:
+            raise
+        except (OSError, LookupError, ValueError) as error:
+            if type(error) is ValueError and str(folder) in str(error):  # ours
+                raise
+            msg = (
+                f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
+            )
+            raise ValueError(msg) from error
         given = options["mpp"] is not None or options["spot_pitch"] is not None
         parts = _from_spatialdata(name, sdata, **(options if given else options | {"mpp": mpp}))
         return parts if given else replace(parts, mpp_source=source)

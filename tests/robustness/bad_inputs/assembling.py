@@ -203,6 +203,18 @@ FILES = [
         lambda w: one(_folder(w, "plain")),
     ),
     refused(
+        "a folder of Space Ranger with a damaged JSON",
+        ValueError,
+        "cannot be read as output of Space Ranger",
+        lambda w: one(_spaceranger(w, "{")),
+    ),
+    refused(
+        "a folder of Space Ranger whose positions are no table of spots",
+        ValueError,
+        "cannot be read as output of Space Ranger",
+        lambda w: one(_spaceranger(w, "{}", "a,b\n1,2\n")),
+    ),
+    refused(
         "a truncated PNG (found when pixels are read)",
         ValueError,
         "a.png' is damaged",
@@ -215,6 +227,13 @@ FILES = [
         lambda w: one(scan(), fullres_image={"s": "a.tif"}),
     ),
 ]
+
+
+def _spaceranger(world, factors: str, positions: str = ""):
+    (world.tmp / "outs" / "spatial").mkdir(parents=True)
+    (world.tmp / "outs" / "spatial" / "scalefactors_json.json").write_text(factors)
+    (world.tmp / "outs" / "spatial" / "tissue_positions.csv").write_text(positions)
+    return world.tmp / "outs"
 
 
 def _folder(world, name: str):
