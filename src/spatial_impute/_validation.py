@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+_MOST = 2**32 - 1  # what seeds of NumPy and torch can hold
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
 
@@ -39,7 +40,7 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
 
 def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
     """Raise a ``ValueError`` unless `value` is one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         msg = f"`{name}` must be one of {sorted(options)}, found {value!r}."
         raise ValueError(msg)
 
@@ -60,7 +61,7 @@ def require_positive(value: float, *, name: str, unit: str = "") -> float:
     """Return `value` as float, or raise a ``ValueError`` unless it is a finite number above zero."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number) or number <= 0:
         msg = f"`{name}` must be a positive number{f' ({unit})' if unit else ''}, found {value!r}."
@@ -69,9 +70,10 @@ def require_positive(value: float, *, name: str, unit: str = "") -> float:
 
 
 def require_count(value: object, *, name: str, least: int = 1) -> int:
-    """Return `value` as int, or raise a ``ValueError`` unless it is a whole number of at least `least`."""
-    whole = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not whole or not np.isfinite(value) or value != int(value) or value < least:
+    """Return `value` as int, or raise a ``ValueError`` unless it is a whole number from `least` to 2^32 - 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    whole = whole or (isinstance(value, float | np.floating) and float(value).is_integer())
+    if not whole or not least <= value <= _MOST:
         msg = f"`{name}` must be a whole number of at least {least}, found {value!r}."
         raise ValueError(msg)
     return int(value)

@@ -212,7 +212,7 @@ def _heights(names: list[str], z: object, section_spacing: float | None) -> dict
         values = list(z) if isinstance(z, Iterable) else [z]
     try:
         heights = np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         heights = np.array([np.nan])
     if heights.shape != (len(names),) or not np.isfinite(heights).all():
         msg = f"`z` must hold one finite number per section ({len(names)}), found {values!r}."

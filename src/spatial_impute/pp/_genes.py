@@ -12,7 +12,7 @@ from scipy import sparse
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import looks_like_counts, name_list, require_key, require_positive
+from spatial_impute._validation import looks_like_counts, name_list, require_count, require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,9 +198,7 @@ def _choose(
                 msg = f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}."
                 raise KeyError(msg)
         return wanted
-    if int(n_top_genes) < 1:
-        msg = f"`n_top_genes` must be at least 1, found {n_top_genes!r}."
-        raise ValueError(msg)
+    n_top_genes = require_count(n_top_genes, name="n_top_genes")
     first = next(iter(var_names.values()))
     shared = [gene for gene in first if all(gene in names for names in var_names.values())]
     if not shared:
@@ -209,7 +207,7 @@ def _choose(
     means = [
         np.asarray(matrix.mean(axis=0)).ravel()[var_names[name].get_indexer(shared)] for name, matrix in values.items()
     ]
-    order = np.argsort(-np.mean(means, axis=0), kind="stable")[: int(n_top_genes)]
+    order = np.argsort(-np.mean(means, axis=0), kind="stable")[:n_top_genes]
     return [shared[i] for i in order]
 
 

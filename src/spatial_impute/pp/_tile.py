@@ -88,7 +88,7 @@ def tile_spots(
 
     record = load_record(sdata)
     require_one_of(layout, {"hex", "square"}, name="layout")
-    if not 0 <= min_tissue_fraction <= 1:
+    if not isinstance(min_tissue_fraction, int | float | np.number) or not 0 <= min_tissue_fraction <= 1:
         msg = f"`min_tissue_fraction` must lie between 0 and 1, found {min_tissue_fraction!r}."
         raise ValueError(msg)
     bare = [name for name in record.names if record[name].spots is None]

@@ -118,10 +118,9 @@ def build_3d_graph(
     max_section_gap = require_count(max_section_gap, name="max_section_gap")
     n_cross_neighs = require_count(n_cross_neighs, name="n_cross_neighs", least=0)
     n_similar = require_count(n_similar, name="n_similar", least=0)
-    if not np.isfinite(similarity_weight) or similarity_weight < 0:
-        msg = f"`similarity_weight` must be at least 0, found {similarity_weight!r}."
-        raise ValueError(msg)
-    if not -1 <= similarity_threshold < 1:
+    if similarity_weight != 0:
+        similarity_weight = require_positive(similarity_weight, name="similarity_weight")
+    if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
         raise ValueError(msg)
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
