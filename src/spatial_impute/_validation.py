@@ -88,7 +88,7 @@ def require_device(device: str | None) -> str:
     device = settings.device if device is None else device
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (AssertionError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         msg = f"Torch device {device!r} cannot be used here: {str(error).splitlines()[0]} Pass `device='cpu'`."
         raise ValueError(msg) from error
     return str(device)
