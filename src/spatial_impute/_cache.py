@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._logging import logger
 from spatial_impute._raster import read_window
 
 if TYPE_CHECKING:
@@ -59,14 +62,22 @@ def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
     path = folder / f"{key}.npz"
     if not path.exists():
         return None
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with np.load(path) as file:  # refuses pickles
+            return {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s is damaged (%s); its section is encoded again", path, error)
+        return None
 
 
 def save_tokens(folder: Path, key: str, tokens: Mapping[str, np.ndarray]) -> None:
     """Keep the features of a section; an interrupted write leaves nothing that could be taken for a result."""
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{key}.partial.npz"
-    with partial.open("wb") as file:
-        np.savez(file, **tokens)
-    partial.replace(folder / f"{key}.npz")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **tokens)
+        partial.replace(folder / f"{key}.npz")
+    except OSError as error:
+        error.add_note(f"Sections finished before are in {str(folder)!r}; the same call goes on from them.")
+        raise

@@ -73,6 +73,9 @@ class DenseStore:
         self.fingerprint = job.fingerprint(self.names)
         self.target = self.store / _IMAGES / key
         self.staging = self.store / _STAGING / key
+        if self.staging.parent.is_symlink():  # what is staged is later moved and removed
+            msg = f"{str(self.staging.parent)!r} is a link to another place; remove it."
+            raise ValueError(msg)
         self.complete = self._fingerprint_of(self.target) == self.fingerprint
         if self.target.exists() and not self.complete and not overwrite:
             msg = f"{str(self.store)!r} has an image {key!r} already; pass another `key_added`, or `overwrite=True`."

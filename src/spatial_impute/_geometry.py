@@ -9,6 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
+
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Map points by a 3x3 affine matrix.
@@ -95,6 +97,9 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     # Rows of a hexagonal lattice are shifted by a quarter of the spacing to either side.
     width = x1 - x0 - (spacing / 2 if layout == "hex" else 0.0)
     n_columns = int(np.floor(max(width, 0.0) / spacing)) + 1
+    if n_rows * n_columns > _MAX_LATTICE:
+        msg = f"A lattice of {n_columns} x {n_rows} points {spacing:g} apart does not fit in memory; take a wider spacing."
+        raise ValueError(msg)
     ys = (y0 + y1) / 2 + (np.arange(n_rows) - (n_rows - 1) / 2) * row_step
     xs = (x0 + x1) / 2 + (np.arange(n_columns) - (n_columns - 1) / 2) * spacing
     grid_x, grid_y = np.meshgrid(xs, ys)

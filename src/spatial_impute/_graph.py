@@ -89,7 +89,9 @@ def build_graph(
     """
     n = len(xyz)
     pairs, alike_pairs, cosines = [], [], []
-    members = {code: np.flatnonzero(section == code) for code in np.unique(section)}
+    # By place, not by row: which of several spots at one distance are linked must not depend on the order of rows.
+    by_place = np.lexsort((xyz[:, 1], xyz[:, 0]))
+    members = {code: by_place[section[by_place] == code] for code in np.unique(section)}
     trees = {code: cKDTree(xyz[rows, :2]) for code, rows in members.items()}
     for a, rows_a in members.items():
         if len(rows_a) > 1:

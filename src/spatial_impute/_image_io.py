@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute._image_limits import require_plausible
 from spatial_impute._tiff import tiff_levels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import dask.array as da
     import zarr
     from PIL import Image
@@ -55,13 +58,24 @@ def open_image(path: str | Path) -> ImageFile:
         raise FileNotFoundError(msg)
     suffix = path.suffix.lower()
     if suffix in _TIFF:
-        return _open_tiff(path)
+        return _readable(_open_tiff, path)
     if suffix in _PLAIN:
-        return _open_plain(path)
+        return _readable(_open_plain, path)
     if suffix == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists():
-        return _open_ome_zarr(path)
+        return _readable(_open_ome_zarr, path)
     msg = f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}."
     raise ValueError(msg)
+
+
+def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
+    """Open a file, or say which one is damaged: the libraries' own messages do not."""
+    try:
+        return opener(path)
+    except Exception as error:
+        if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
+            raise  # telling enough
+        msg = f"{str(path)!r} cannot be read as an image: {error}. Is it complete, and of the format its name says?"
+        raise ValueError(msg) from error
 
 
 def _open_tiff(path: Path) -> ImageFile:
@@ -168,7 +182,11 @@ def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
         mode = {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, "RGB")
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        try:
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        except (OSError, SyntaxError) as error:
+            msg = f"{path!r} is damaged: {error}. Copy or export it again."
+            raise ValueError(msg) from error
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return np.moveaxis(pixels, -1, 0)
 
@@ -184,7 +202,10 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         raise ValueError(msg)
     first = multiscales[0]
     axes = "".join(axis["name"].upper() if isinstance(axis, dict) else axis.upper() for axis in first["axes"])
-    levels = [_channels_first(_lazy(group[d["path"]], axes), axes) for d in first["datasets"]]
+    arrays = [group[dataset["path"]] for dataset in first["datasets"]]
+    for array in arrays:
+        require_plausible(array, path)
+    levels = [_channels_first(_lazy(array, axes), axes) for array in arrays]
     return ImageFile(levels, _ome_zarr_pixel_size(first))
 
 

@@ -16,6 +16,7 @@ from spatial_impute._geometry import linear_scale, scaling
 if TYPE_CHECKING:
     from xarray import DataArray, DataTree
 
+_MAX_THUMBNAIL = 2**28  # px that are held in memory at once: 3 GiB as float32 RGB
 _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
 
 
@@ -140,6 +141,12 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
     height, width = level.shape
     factor = max(1, min(int(pixel_size / level.pixel_size + 1e-6), height, width))
     rows, columns = height // factor, width // factor
+    if rows * columns > _MAX_THUMBNAIL:
+        msg = (
+            f"At {pixel_size:g} um per pixel the image of {width} x {height} px would be read as {columns} x {rows} px, more "
+            f"than fits in memory ({_MAX_THUMBNAIL} px). Take a coarser `resolution`."
+        )
+        raise ValueError(msg)
     chunk_rows = level.data.data.chunks[1][0] if hasattr(level.data.data, "chunks") else height
     strip = max(factor, max(chunk_rows, _TILE) // factor * factor)
     strips = []

@@ -16,7 +16,7 @@ from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._raster import Level, image_levels
-from spatial_impute._validation import require_key
+from spatial_impute._validation import name_list, require_finite, require_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,16 @@ class StackRecord:
         }
 
 
+def require_spatialdata(value: object) -> None:
+    """Raise a ``TypeError`` unless `value` is a SpatialData object."""
+    if not all(hasattr(value, slot) for slot in ("attrs", "images", "shapes", "tables")):
+        msg = (
+            f"Expected a SpatialData object, found {type(value).__name__}. Make one with `si.pp.assemble_stack({{...}})`, "
+            "or read one with `spatialdata.read_zarr(path)`."
+        )
+        raise TypeError(msg)
+
+
 def load_record(sdata: SpatialData) -> StackRecord:
     """Read the stack record.
 
@@ -85,6 +95,7 @@ def load_record(sdata: SpatialData) -> StackRecord:
     KeyError
         If the object was not made by :func:`~spatial_impute.pp.assemble_stack`.
     """
+    require_spatialdata(sdata)
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK)
     if found is None:
         msg = (
@@ -111,7 +122,7 @@ def resolve_sections(record: StackRecord, sections: str | Sequence[str] | None) 
     """Names of the wanted sections in stack order; all for ``None``."""
     if sections is None:
         return list(record.names)
-    wanted = [sections] if isinstance(sections, str) else list(sections)
+    wanted = name_list(sections, name="sections")
     for name in wanted:
         require_key(name, record.names, where="the stack's sections")
     return [name for name in record.names if name in wanted]
@@ -123,10 +134,47 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
     Raises
     ------
     KeyError
-        If there is none, because no section has spots yet.
+        If there is none, because no section has spots yet, or a column of its contract is missing.
+    ValueError
+        If names of rows or genes repeat: everything is joined by them.
     """
+    require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
-    return sdata.tables[table_key]
+    table = sdata.tables[table_key]
+    where = f"sdata.tables[{table_key!r}]"
+    for column in (Keys.SECTION, Keys.MEASURED):
+        require_key(column, table.obs, where=f"{where}.obs", then="Make the table with `si.pp.assemble_stack({...})`.")
+    for slot, names in {"obs_names": table.obs_names, "var_names": table.var_names}.items():
+        if not names.is_unique:
+            msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} is there more than once."
+            raise ValueError(msg)
+    return table
+
+
+def section_ranks(table: AnnData) -> np.ndarray:
+    """(n,) place of each row's section in the stack.
+
+    Raises
+    ------
+    ValueError
+        If the column is not the categorical that the stack was made with.
+    """
+    column = table.obs[Keys.SECTION]
+    if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
+        msg = (
+            f"`obs[{Keys.SECTION!r}]` must be categorical, in the order of the stack and without missing values; found "
+            f"{column.dtype} with {int(column.isna().sum())} missing. Restore it with "
+            "`pd.Categorical(values, categories=[...], ordered=True)`."
+        )
+        raise ValueError(msg)
+    return column.cat.codes.to_numpy().astype(np.int64)
+
+
+def dense_rows(matrix: object, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a dense, sparse or lazy matrix, as float64."""
+    values = matrix[np.flatnonzero(rows)]
+    values = values.compute() if hasattr(values, "compute") else values
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, dtype=np.float64)
 
 
 def element_affine(element: object, coordinate_system: str) -> np.ndarray:
@@ -137,10 +185,22 @@ def element_affine(element: object, coordinate_system: str) -> np.ndarray:
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
 
 
+def _require_frame(element: object, name: str, where: str) -> None:
+    from spatialdata.transformations import get_transformation
+
+    require_key(
+        name,
+        get_transformation(element, get_all=True),
+        where=f"coordinate systems of {where}",
+        then="Every element of a section has a transformation to its frame (um): `set_transformation(element, ..., name)`.",
+    )
+
+
 def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
     """Resolutions of the image of a section, finest first, with their maps to um."""
     require_key(section.image, sdata.images, where="sdata.images")
     element = sdata.images[section.image]
+    _require_frame(element, section.name, f"sdata.images[{section.image!r}]")
     return image_levels(element, element_affine(element, section.name))
 
 
@@ -166,6 +226,7 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
     if "radius" not in circles or not (circles.geom_type == "Point").all():
         msg = f"`sdata.shapes[{section.spots!r}]` must hold circles (points with a `radius` column)."
         raise ValueError(msg)
+    _require_frame(circles, section.name, f"sdata.shapes[{section.spots!r}]")
     matrix = element_affine(circles, section.name)
     if anisotropy(matrix) > 1.05:
         msg = (
@@ -173,7 +234,9 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
             f"{anisotropy(matrix):.2f} times more than the other, so its circles have no radius in um."
         )
         raise ValueError(msg)
-    centers = apply_affine(np.column_stack([circles.geometry.x, circles.geometry.y]), matrix)
+    values = np.column_stack([circles.geometry.x, circles.geometry.y, circles["radius"].to_numpy(float)])
+    require_finite(values, name=f"Circles of `sdata.shapes[{section.spots!r}]`", row_names=circles.index)
+    centers = apply_affine(values[:, :2], matrix)
     return centers, circles["radius"].to_numpy(float) * linear_scale(matrix), circles.index
 
 
@@ -253,14 +316,21 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
         where=f"sdata.tables[{Keys.STACK_TABLE!r}].layers",
         then="Write it with `si.pp.select_genes(sdata)`.",
     )
-    measured = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    flags = table.obs[Keys.MEASURED]
+    if flags.dtype != bool:  # "False" is true to Python, and would let in what was not measured
+        msg = (
+            f"`obs[{Keys.MEASURED!r}]` must be of type bool, found {flags.dtype} with values like "
+            f"{flags.unique()[:3].tolist()!r}. Convert it, e.g. with `.map({{'True': True, 'False': False}}).astype(bool)`."
+        )
+        raise ValueError(msg)
+    measured = flags.to_numpy()
     if not measured.any():
         msg = (
             f"No measured section: `obs[{Keys.MEASURED!r}]` is False for all {table.n_obs} spots. Imputation needs "
             "at least one section with expression; pass its SpatialData (with a table) to `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
-    values = np.asarray(table.layers[layer][measured])
+    values = np.asarray(dense_rows(table.layers[layer], measured))
     if np.isfinite(values).all():
         return measured
     # A gene that is not on the panel of a section is NaN at all of its spots.

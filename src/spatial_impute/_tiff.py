@@ -10,6 +10,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
+from spatial_impute._image_limits import require_plausible, require_whole
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -70,7 +72,11 @@ def tiff_levels(path: Path) -> tuple[list[TiffLevel], str, tuple[float, float] |
         series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
         which, n_levels = tiff.series.index(series), len(series.levels)
         axes, pixel_size = series.axes.replace("S", "C"), _pixel_size(tiff, series.keyframe)
-    return [TiffLevel(path, which, level) for level in range(n_levels)], axes, pixel_size
+        require_whole(tiff, series)
+    levels = [TiffLevel(path, which, level) for level in range(n_levels)]
+    for level in levels:
+        require_plausible(level, path)
+    return levels, axes, pixel_size
 
 
 def _pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:

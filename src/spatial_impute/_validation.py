@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
 _Params = TypeVar("_Params")  # a dataclass of settings
+_MOST = 2**32 - 1  # what seeds of NumPy and torch can hold
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
 
@@ -35,21 +41,126 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
 
 def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
     """Raise a ``ValueError`` unless `value` is one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         msg = f"`{name}` must be one of {sorted(options)}, found {value!r}."
         raise ValueError(msg)
+
+
+def name_list(value: object, *, name: str) -> list[str]:
+    """Return one name, several, or ``None`` (none) as a list, each once, or raise a ``ValueError`` for anything else."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    names = list(names) if isinstance(names, Iterable) else [None]
+    if not all(isinstance(n, str) for n in names):
+        msg = f"`{name}` must be a name or a sequence of names, found {value!r}."
+        raise ValueError(msg)
+    return list(dict.fromkeys(names))
 
 
 def require_positive(value: float | None, *, name: str, unit: str = "") -> float:
     """Return `value` as float, or raise a ``ValueError`` unless it is a finite number above zero."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number) or number <= 0:
         msg = f"`{name}` must be a positive number{f' ({unit})' if unit else ''}, found {value!r}."
         raise ValueError(msg)
     return number
+
+
+def require_count(value: object, *, name: str, least: int = 1) -> int:
+    """Return `value` as int, or raise a ``ValueError`` unless it is a whole number from `least` to 2^32 - 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    whole = whole or (isinstance(value, float | np.floating) and float(value).is_integer())
+    if not whole or not least <= value <= _MOST:
+        msg = f"`{name}` must be a whole number of at least {least}, found {value!r}."
+        raise ValueError(msg)
+    return int(value)
+
+
+def require_device(device: str | None) -> str:
+    """Return the torch device to use, ``settings.device`` by default, or raise a ``ValueError`` if it cannot be used."""
+    import torch
+
+    from spatial_impute._settings import settings
+
+    device = settings.device if device is None else device
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"Torch device {device!r} cannot be used here: {str(error).splitlines()[0]} Pass `device='cpu'`."
+        raise ValueError(msg) from error
+    return str(device)
+
+
+def require_folder(path: str | Path, *, name: str) -> Path:
+    """Return `path` as a folder that can be written to, made where missing, or raise a ``ValueError``."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        msg = f"`{name}` must be a folder that can be written to, {str(folder)!r} is not: {error}."
+        raise ValueError(msg) from error
+    return folder
+
+
+def require_model(model: object, classes: type | tuple[type, ...], *, made_by: str) -> None:
+    """Raise a ``TypeError`` unless `model` is of a class that the function applies."""
+    if not isinstance(model, classes):
+        names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
+        msg = f"`model` must be a {' or '.join(names)}, found {type(model).__name__}. Make one with `{made_by}`."
+        raise TypeError(msg)
+
+
+def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> None:
+    """Raise a ``ValueError`` unless a result may be written under `key`: a name that a store can hold, of nothing else.
+
+    Parameters
+    ----------
+    key
+        Name of the result.
+    name
+        Argument it comes from.
+    taken
+        Names of what must not be written over.
+    """
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"`{name}` must be a name without '/', found {key!r}."
+        raise ValueError(msg)
+    if key in taken:
+        msg = f"`{name}={key!r}` would write over data that is not a result of this function; choose another name."
+        raise ValueError(msg)
+
+
+def require_element_key(sdata: SpatialData, key: object, *, name: str, kind: str, ours: bool) -> None:
+    """Raise a ``ValueError`` unless a result may become the element `key`.
+
+    Parameters
+    ----------
+    sdata
+        Where to.
+    key
+        Name of the new element. SpatialData drops names that begin with a dot when it reads a store.
+    name
+        Argument it comes from.
+    kind
+        ``"images"``, ``"tables"``...
+    ours
+        Whether an element of that name and kind is an earlier result, to be replaced.
+    """
+    legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
+    if not legal or key[0] == "." or key.startswith("__"):
+        msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
+        raise ValueError(msg)
+    for there in ("images", "labels", "points", "shapes", "tables"):
+        for other in getattr(sdata, there):
+            if other.lower() == key.lower() and not (ours and there == kind and other == key):
+                msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
+                raise ValueError(msg)
 
 
 def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] | None = None) -> None:
@@ -108,6 +219,10 @@ def resolve_params(params: object, cls: type[_Params]) -> _Params:
         if unknown:
             msg = f"Unknown fields {unknown} for {cls.__name__}; available: {sorted(fields)}."
             raise TypeError(msg)
-        return cls(**params)
+        try:
+            return cls(**params)
+        except TypeError as error:  # compared a string to a number, say
+            msg = f"{cls.__name__} cannot be made of {dict(params)}: {error}."
+            raise ValueError(msg) from error
     msg = f"Expected None, a mapping or {cls.__name__}, found {type(params).__name__}."
     raise TypeError(msg)

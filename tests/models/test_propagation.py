@@ -193,3 +193,22 @@ def test_propagate_leaves_its_input():
     propagate(graph, known, given_values)
     assert abs(graph - before).max() == 0
     assert (given_values == 1).all()
+
+
+def test_propagate_default_leak_is_six_neighbours_one_spacing_away():
+    """The pull of six neighbours at a weight of exp(-1/2) each."""
+    pair = sparse.csr_matrix(np.array([[0.0, 1.0], [1.0, 0.0]]))
+    _, mass = propagate(pair, np.array([True, False]), np.array([[2.0]]))
+    assert mass[1] == pytest.approx(1 / (1 + 3.6), abs=1e-6)
+    assert 6 * np.exp(-0.5) == pytest.approx(3.6, abs=0.05)
+
+
+def test_propagate_goes_on_until_the_slowest_gene_has_settled():
+    """A gene without variation is there at once, and must not end the others."""
+    n = 60
+    path = sparse.csr_matrix(sparse.diags([np.ones(n - 1), np.ones(n - 1)], [1, -1]))
+    known = np.zeros(n, dtype=bool)
+    known[[0, -1]] = True
+    values, _ = propagate(path, known, np.array([[5.0, 0.0], [5.0, 1.0]]), leak=0.0)
+    np.testing.assert_allclose(values[:, 0], 5.0)
+    np.testing.assert_allclose(values[:, 1], np.linspace(0, 1, n), atol=1e-5)

@@ -236,7 +236,7 @@ def test_select_genes_refuses_spots_without_counts():
 
 @pytest.mark.parametrize("n", [0, -3])
 def test_select_genes_needs_a_gene(n):
-    with pytest.raises(ValueError, match="`n_top_genes` must be at least 1"):
+    with pytest.raises(ValueError, match="`n_top_genes` must be a whole number of at least 1"):
         si.pp.select_genes(stack_of(m=section(counts_matrix())), n_top_genes=n)
 
 

@@ -296,8 +296,8 @@ def test_build_3d_graph_follows_the_order_of_rows(prepared_stack):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_neighs": 0}, "`n_neighs` must be at least 1, found 0"),
-        ({"max_section_gap": 0}, "`max_section_gap` must be at least 1"),
+        ({"n_neighs": 0}, "`n_neighs` must be a whole number of at least 1, found 0"),
+        ({"max_section_gap": 0}, "`max_section_gap` must be a whole number of at least 1"),
         ({"similarity_threshold": 1.0}, r"must lie in \[-1, 1\), found 1.0"),
         ({"max_distance": -1}, "`max_distance` must be a positive number"),
         ({"n_cross_neighs": -1}, "n_cross_neighs"),

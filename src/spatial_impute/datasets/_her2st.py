@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from spatial_impute._download import fetch
 from spatial_impute._image_io import open_image
 from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
@@ -165,17 +166,16 @@ def her2st(
 
 def _fetch_section(name: str, image: str) -> dict[str, Path]:
     """Paths of the three files of a section in the cache, downloaded where missing."""
-    from pathlib import Path
-
-    import pooch
-
-    cache = pooch.create(path=settings.data_dir / _FOLDER, base_url=_BASE_URL, registry=_SHA256, retry_if_failed=2)
     wanted = {
         "image": image,
         "counts": f"ST-cnts/{name}.tsv.gz",
         "spots": f"ST-spotfiles/{name}_selection.tsv",
     }
-    return {kind: Path(cache.fetch(file, progressbar=settings.show_progress_bar)) for kind, file in wanted.items()}
+    urls = {file: _BASE_URL + file for file in _SHA256}
+    return {
+        kind: fetch(file, folder=settings.data_dir / _FOLDER, sha256=_SHA256, urls=urls)
+        for kind, file in wanted.items()
+    }
 
 
 def _read_counts(path: Path) -> AnnData:

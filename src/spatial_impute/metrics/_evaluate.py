@@ -9,7 +9,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import measured_mask, stack_table
-from spatial_impute._validation import require_finite, require_key, require_log_values, require_one_of
+from spatial_impute._validation import name_list, require_finite, require_key, require_log_values, require_one_of
 from spatial_impute.metrics._scores import bootstrap_interval, pearson_by_gene, summarise
 from spatial_impute.metrics._spatial import moran_gap, structural_similarity
 
@@ -82,8 +82,8 @@ def evaluate(
     """
     table = stack_table(sdata, table_key)
     require_one_of(by, ("gene", "layer", "pooled", "section"), name="by")
-    wanted = [layers] if isinstance(layers, str) else layers
-    if wanted is None:
+    wanted = name_list(layers, name="layers")
+    if layers is None:
         wanted = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
     for key in wanted:
         require_key(key, table.layers, where=f"sdata.tables[{table_key!r}].layers")
@@ -99,11 +99,16 @@ def evaluate(
     names = list(table.obs[Keys.SECTION].cat.categories)
     if sections is None:
         sections = [name for name in names if not measured[section == name].any() and (section == name).any()]
+    sections = name_list(sections, name="sections")
     for name in sections:
         require_key(name, names, where="the stack's sections")
     if not len(sections):
         msg = "Something was measured on every section, so none is scored by default; name some with `sections=`."
         raise ValueError(msg)
+    for slot, names_of in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
+        if not names_of.is_unique:
+            msg = f"`truth.{slot}` must be unique, but {names_of[names_of.duplicated()][0]!r} is there more than once."
+            raise ValueError(msg)
     genes = [gene for gene in table.var_names if gene in truth.var_names]
     if not genes:
         msg = (
@@ -123,6 +128,7 @@ def evaluate(
             raise KeyError(msg)
         true = truth[table.obs_names[spots], genes].X
         true = np.asarray(true.toarray() if hasattr(true, "toarray") else true, dtype=float)
+        require_finite(true, name="truth.X", row_names=table.obs_names[spots])
         require_log_values(true, where="truth.X")
         spots_of.append(spots)
         true_of.append(true)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute.models._base import load_directory, save_directory
+from spatial_impute.models._base import (
+    does_not_fit,
+    load_directory,
+    load_params,
+    reading,
+    require_shapes,
+    save_directory,
+)
 from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._inference import predict
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from spatial_impute.models._base import Config
     from spatial_impute.models._msagnet import GraphInputs
     from spatial_impute.models._spots import Spots
 
@@ -101,6 +111,16 @@ class AsignModel:
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
         return f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all numbers of the model, by which results know it."""
+        digest = hashlib.sha256()
+        for state in (self._tensors, *self._networks):
+            for key, value in sorted(state.items()):
+                digest.update(key.encode())
+                digest.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        return digest.hexdigest()[:12]
 
     @property
     def weights(self) -> pd.DataFrame:
@@ -184,19 +204,27 @@ class AsignModel:
             If the directory holds something else, or weights that do not fit the configuration.
         """
         config, tensors = load_directory(path, kind=cls.__name__)
+        with reading(path):
+            return cls._from_config(path, config, tensors)
+
+    @classmethod
+    def _from_config(cls, path: str | Path, config: Config, tensors: dict[str, Tensor]) -> AsignModel:
         own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-        params = AsignParams(**config["params"])
+        params = load_params(AsignParams, config)
+        n_networks, n_genes = config["n_networks"], len(config["var_names"])
+        shapes = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
+        shapes["weights"] = (n_genes, len(config["experts"]))
+        found = {key: tuple(own[key].shape) for key in shapes if key in own}
+        if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
+            raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
+        sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
         networks = []
-        for k in range(config["n_networks"]):
+        for k in range(n_networks):
             prefix = f"network{k}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            try:
-                build_network(params, config["n_features"], own["group"]).load_state_dict(state)
-            except (RuntimeError, KeyError) as error:
-                msg = f"The weights in {str(path)!r} do not fit their configuration: {error}"
-                raise ValueError(msg) from error
+            require_shapes(path, lambda: build_network(params, config["n_features"], own["group"]), state, sizes)
             networks.append(state)
-        return cls(
+        model = cls(
             params=params,
             var_names=config["var_names"],
             experts=config["experts"],
@@ -209,3 +237,5 @@ class AsignModel:
             history=pd.DataFrame(config["history"]),
             config=config["config"],
         )
+        repr(model)  # shows its score, so that is there
+        return model

@@ -48,21 +48,25 @@ def save_checkpoint(
     best: dict[str, Tensor],
 ) -> None:
     """Write beside the old state, then swap: an interruption leaves the one or the other."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in best.items()}
     tensors |= {f"loss.{k}": v for k, v in loss.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh / _TENSORS)
     rows = [{k: None if v != v else v for k, v in row.items()} for row in history]  # NaN is no JSON
-    (fresh / _RECORD).write_text(json.dumps({"fingerprint": fingerprint, "history": rows}))
+    try:
+        fresh.mkdir(parents=True)
+        (fresh / _TENSORS).write_bytes(save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}))
+        (fresh / _RECORD).write_text(json.dumps({"fingerprint": fingerprint, "history": rows}))
+    except OSError as error:
+        error.add_note(f"The last state in {str(path)!r} is unchanged; the same call takes it up once there is room.")
+        raise
     if path.exists():
         path.rename(old)
     fresh.rename(path)
@@ -77,6 +81,7 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
     ValueError
         If it belongs to another training.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -85,7 +90,12 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
             break
     else:
         return None
-    record = json.loads((place / _RECORD).read_text())
+    try:
+        record = json.loads((place / _RECORD).read_text())
+        tensors = load_file(place / _TENSORS)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        msg = f"The checkpoint in {str(place)!r} is damaged: {error}. Remove the directory to start anew."
+        raise ValueError(msg) from error
     wanted = json.loads(json.dumps(fingerprint))
     if record["fingerprint"] != wanted:
         differ = sorted(k for k in {*wanted, *record["fingerprint"]} if wanted.get(k) != record["fingerprint"].get(k))
@@ -94,7 +104,6 @@ def load_checkpoint(path: str | Path, fingerprint: dict[str, Any]) -> Checkpoint
             "Remove the directory, or pass another `checkpoint`."
         )
         raise ValueError(msg)
-    tensors = load_file(place / _TENSORS)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute._validation import require_device, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -260,11 +260,7 @@ def _require_own_size(encoder: Encoder, patch_px: int | None, mpp: float | None)
 
 
 def _device(device: str | None) -> str:
-    if device is not None:
-        return device
-    from spatial_impute._settings import settings
-
-    return settings.device
+    return require_device(device)
 
 
 def _weights_hash(module: torch.nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from spatial_impute.metrics._scores import pearson_by_gene, predictable_genes, summarise
 from spatial_impute.models._asign import NETWORK, AsignModel
-from spatial_impute.models._asign_checkpoint import fingerprint, load_run, save_run
+from spatial_impute.models._asign_checkpoint import FinishedNetworks, fit_fingerprint
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
@@ -65,10 +66,15 @@ def fit(
     progress
         Given the number of steps to come, returns what to call after each.
     checkpoint
-        Directory to keep trained networks in, and to find those of an earlier call.
+        Folder that keeps the networks that are finished.
     start
         Weights of networks to start from instead of the base.
     """
+    finished = None
+    if checkpoint is not None:
+        given = {"params": asdict(params), "var_names": list(var_names), "config": config, "seed": seed}
+        given["start"] = [{key: value.tolist() for key, value in state.items()} for state in start or []]
+        finished = FinishedNetworks(checkpoint, fit_fingerprint(stacks, given))
     rows = [training_rows(s, max_known=_MAX_KNOWN, seed=seed) for s in stacks]
     # Folds are those of the whole stack, which other models may have been fitted without.
     folds = [[fold[r] for fold in _folds(s, params, seed)] for s, r in zip(stacks, rows, strict=True)]
@@ -102,7 +108,7 @@ def fit(
         seed=seed,
         device=device,
         step=step,
-        checkpoint=checkpoint,
+        finished=finished,
         start=start,
     )
 
@@ -151,7 +157,7 @@ def _fit_networks(
     seed: int,
     device: str,
     step: Callable[[], None],
-    checkpoint: Path | None,
+    finished: FinishedNetworks | None,
     start: list[dict[str, Tensor]] | None,
 ) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
     """One network per fold, stopped at the step that is best for all of them.
@@ -161,7 +167,6 @@ def _fit_networks(
     Their weights; the (n_known, g) predictions of each known spot by the network that did not see it; the history.
     """
     n_features = stacks[0].tokens[0].shape[2]
-    mark = "" if checkpoint is None else fingerprint(stacks, params, seed=seed, start=start)
 
     def build(k: int) -> MSAGNet:
         network = build_network(params, n_features, tensors["group"])
@@ -172,8 +177,10 @@ def _fit_networks(
 
     runs = []
     for k in range(max(len(f) for f in folds)):
-        if checkpoint is not None and (run := load_run(checkpoint / f"network{k}", mark)) is not None:
-            runs.append(run)
+        if finished is not None and (kept := finished.load(k)) is not None:
+            runs.append(kept)
+            for _ in range(params.n_steps):
+                step()
             continue
         # A stack with fewer folds lends its last one again.
         out = [f[min(k, len(f) - 1)] for f in folds]
@@ -197,8 +204,8 @@ def _fit_networks(
                 device=device,
                 on_step=step,
             )
-        if checkpoint is not None:
-            save_run(checkpoint / f"network{k}", run, mark)
+        if finished is not None:
+            finished.save(k, run)
         runs.append(run)
     best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
     predicted = []

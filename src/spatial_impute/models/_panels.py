@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,11 @@ class AsignPanels:
     def config(self) -> dict[str, Any]:
         """Encoder, normalisation and provenance of the training data."""
         return self.models[0].config
+
+    @property
+    def identity(self) -> str:
+        """Hash of all numbers of the models, by which results know them."""
+        return hashlib.sha256("".join(model.identity for model in self.models).encode()).hexdigest()[:12]
 
     @property
     def cross_validation(self) -> pd.DataFrame:

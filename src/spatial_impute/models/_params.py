@@ -51,8 +51,9 @@ class AsignParams:
     def __post_init__(self) -> None:
         for name in ("width", "n_heads", "n_neighs", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                msg = f"`{name}` must be an integer of at least 1, found {value!r}."
+            most = 2**31 if name in ("n_steps", "n_neighs") else 2**14  # beyond it no machine holds the network
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                msg = f"`{name}` must be an integer of at least 1 and at most {most}, found {value!r}."
                 raise ValueError(msg)
         if not isinstance(self.n_folds, int) or self.n_folds < 2:
             msg = f"`n_folds` must be an integer of at least 2, found {self.n_folds!r}."

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute._validation import require_key
+from spatial_impute._validation import name_list, require_key
 from spatial_impute._working import working_image
-from spatial_impute.models._base import load_directory, save_directory
+from spatial_impute.models._base import load_directory, load_params, reading, require_shapes, save_directory
 from spatial_impute.models._encoders import _weights_hash
 from spatial_impute.models._fit_pixnet import context_px, make_tiling
 from spatial_impute.models._params import PixNetParams
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from spatial_impute._raster import Level
     from spatial_impute._working import Survey, WorkingImage
+    from spatial_impute.models._base import Config
     from spatial_impute.models._stencil import Regions
     from spatial_impute.models._tiles import Tiling
 
@@ -120,6 +121,10 @@ class PixNetModel:
         """
         if genes is None:
             return list(range(len(self.var_names)))
+        genes = name_list(genes, name="genes")
+        if not genes:
+            msg = "`genes` is empty; name some of `model.var_names`, or leave it out for all."
+            raise ValueError(msg)
         place = {gene: i for i, gene in enumerate(self.var_names)}
         for gene in genes:
             require_key(gene, self.var_names, where="model.var_names")
@@ -214,30 +219,38 @@ class PixNetModel:
             of yours and none is passed.
         """
         config, tensors = load_directory(path, kind=cls.__name__)
+        with reading(path):
+            return cls._from_config(path, config, tensors, encoder)
+
+    @classmethod
+    def _from_config(
+        cls, path: str | Path, config: Config, tensors: dict[str, Tensor], encoder: nn.Module | None
+    ) -> PixNetModel:
         name = config["config"]["encoder"]
         if encoder is None and name not in ENCODERS:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
-        params = PixNetParams(**config["params"])
+        params = load_params(PixNetParams, config)
         pyramid = build_pyramid(name, pretrained=False) if encoder is None else build_pyramid(encoder)
-        network = PixNetNetwork(
-            pyramid,
-            n_genes=len(config["var_names"]),
-            width=params.width,
-            n_base=config["n_base"],
-            context=context_px(params, config["config"]["resolution"]),
-            norm=params.norm,
-            finest=params.finest_stride,
-            rates=config["rates"],
-        )
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            msg = f"The weights in {str(path)!r} do not fit their configuration: {error}"
-            raise ValueError(msg) from error
+
+        def build() -> PixNetNetwork:
+            return PixNetNetwork(
+                pyramid,
+                n_genes=len(config["var_names"]),
+                width=params.width,
+                n_base=config["n_base"],
+                context=context_px(params, config["config"]["resolution"]),
+                norm=params.norm,
+                finest=params.finest_stride,
+                rates=config["rates"],
+            )
+
+        require_shapes(path, build, tensors, (len(config["var_names"]), params.width, config["n_base"]))
+        network = build()
+        network.load_state_dict(tensors)
         network.requires_grad_(False)
         pyramid.name = name
-        return cls(
+        model = cls(
             network,
             params=params,
             var_names=config["var_names"],
@@ -245,6 +258,8 @@ class PixNetModel:
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             config=config["config"],
         )
+        repr(model)  # shows encoder, resolution and score, so they are there
+        return model
 
 
 def match_stain(found: Survey, reference: Sequence[float] | None) -> Stain:

@@ -153,7 +153,8 @@ def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: in
 def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
     """Hold out square blocks of the registered frame, on all known sections alike; see :func:`spatial_folds`."""
     rows = np.flatnonzero(spots.known)
-    cell = np.floor(spots.xyz[rows, :2] / (block_spacings * spots.spacing)).astype(int)
+    with np.errstate(over="ignore"):  # of blocks without extent: all are one then
+        cell = np.floor(spots.xyz[rows, :2] / max(block_spacings * spots.spacing, np.finfo(float).tiny))
     _, block = np.unique(cell, axis=0, return_inverse=True)
     block = block.ravel()
     n_blocks = int(block.max(initial=-1)) + 1

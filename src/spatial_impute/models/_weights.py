@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from spatial_impute._download import fetch
 from spatial_impute._settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 _FOLDER = "weights"  # below settings.data_dir
 
@@ -34,19 +35,14 @@ def fetch_weights(file: WeightFile) -> Path:
 
     Raises
     ------
+    ConnectionError
+        If the file cannot be downloaded.
     ValueError
-        If the bytes that came do not have the published sha256 (from pooch; the file is not kept).
+        If the bytes that came do not have the published sha256.
     """
-    import pooch
-
-    cache = pooch.create(
-        path=settings.data_dir / _FOLDER,
-        base_url="",
-        registry={file.name: f"sha256:{file.sha256}"},
-        urls={file.name: file.url},
-        retry_if_failed=2,
+    return fetch(
+        file.name, folder=settings.data_dir / _FOLDER, sha256={file.name: file.sha256}, urls={file.name: file.url}
     )
-    return Path(cache.fetch(file.name, progressbar=settings.show_progress_bar))
 
 
 def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,9 +218,20 @@ def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[st
             require_key(name, z, where="z")
         values = [z[name] for name in names]
     else:
-        values = list(z)
-    if len(values) != len(names) or not np.isfinite(np.asarray(values, dtype=float)).all():
+        values = list(z) if isinstance(z, Iterable) else [z]
+    try:
+        heights = np.asarray(values, dtype=float)
+    except (OverflowError, TypeError, ValueError):
+        heights = np.array([np.nan])
+    if heights.shape != (len(names),) or not np.isfinite(heights).all():
         msg = f"`z` must hold one finite number per section ({len(names)}), found {values!r}."
+        raise ValueError(msg)
+    steps = np.diff(heights)
+    if not ((steps > 0).all() or (steps < 0).all()):
+        msg = (
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours in "
+            "the stack are neighbours in the block. Give the sections in their order in the block."
+        )
         raise ValueError(msg)
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 

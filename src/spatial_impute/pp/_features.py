@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
 from spatial_impute._raster import read_thumbnail
 from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
-from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -133,9 +134,9 @@ def extract_features(
     layout = _layout(region_scale, global_scale)
     if stain_normalization is not None:
         require_one_of(stain_normalization, METHODS, name="stain_normalization")
-    if batch_size != int(batch_size) or batch_size < 1:
-        msg = f"`batch_size` must be a whole number above 0, found {batch_size!r}."
-        raise ValueError(msg)
+    batch_size = require_count(batch_size, name="batch_size")
+    if cache_dir is not None:
+        require_folder(cache_dir, name="cache_dir")
     encode = resolve_encoder(
         encoder, patch_px=patch_px, mpp=mpp, device=device, precision=precision, params=encoder_params
     )
@@ -172,7 +173,7 @@ def extract_features(
                     diameters[name],
                     encode,
                     layout,
-                    batch_size=int(batch_size),
+                    batch_size=batch_size,
                     recolour=recolour.get(name),
                 )
             if folder is not None and keys[name]:
@@ -213,6 +214,7 @@ def write_features(
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{key!r}]")
     table.uns[Keys.FEATURES] = {
         **provenance,
+        "version": version("spatial-impute"),
         "n_features": int(table.obsm[Keys.X_SPOT].shape[1]),
         "n_tokens": {key: len(fields) for key, fields in layout.items()},
         "field_tokens": dict(FIELD_TOKENS),

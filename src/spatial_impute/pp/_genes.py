@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,14 @@ from scipy import sparse
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import looks_like_counts, require_key, require_one_of, require_positive
+from spatial_impute._validation import (
+    looks_like_counts,
+    name_list,
+    require_count,
+    require_key,
+    require_one_of,
+    require_positive,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +134,7 @@ def select_genes(
         "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
         "target_sum": float("nan") if log_normalized else target_sum,
         "sections": [section.name for section in measured],
+        "version": version("spatial-impute"),
     }
     log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")
 
@@ -158,7 +167,11 @@ def _log_values(
     where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
     data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
     if not np.isfinite(data).all():
-        msg = f"`{where}` holds NaN or infinite values; remove those spots or genes first."
+        rows = np.asarray(abs(matrix).sum(axis=1)).ravel()
+        bad = table.obs[Keys.INSTANCE].to_numpy()[~np.isfinite(rows)]
+        msg = (
+            f"`{where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove those spots or genes first."
+        )
         raise ValueError(msg)
     counts = looks_like_counts(data)
     if log_normalized:
@@ -191,7 +204,10 @@ def _choose(
     """Names of the chosen genes: the given ones, or the highest means on the sections that have them."""
     enough = len(var_names) if join == "inner" else 1
     if genes is not None:
-        wanted = list(dict.fromkeys(genes))
+        wanted = name_list(genes, name="genes")
+        if not wanted:
+            msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
+            raise ValueError(msg)
         lacking = [gene for gene in wanted if sum(gene in names for names in var_names.values()) < enough]
         if lacking and join == "inner":
             name = next(name for name, names in var_names.items() if not set(lacking) <= set(names))
@@ -205,9 +221,7 @@ def _choose(
             msg = f"{len(lacking)} of `genes` are not measured on any section, e.g. {lacking[:5]}."
             raise KeyError(msg)
         return wanted
-    if int(n_top_genes) < 1:
-        msg = f"`n_top_genes` must be at least 1, found {n_top_genes!r}."
-        raise ValueError(msg)
+    n_top_genes = require_count(n_top_genes, name="n_top_genes")
     counted = pd.Index([]).append([pd.Index(names).unique() for names in var_names.values()]).value_counts(sort=False)
     candidates = counted.index[counted >= enough]
     if not len(candidates):
@@ -217,7 +231,7 @@ def _choose(
     for k, (name, matrix) in enumerate(values.items()):
         columns = var_names[name].get_indexer(candidates)
         means[k, columns >= 0] = np.asarray(matrix.mean(axis=0)).ravel()[columns[columns >= 0]]
-    order = np.argsort(-np.nanmean(means, axis=0), kind="stable")[: int(n_top_genes)]
+    order = np.argsort(-np.nanmean(means, axis=0), kind="stable")[:n_top_genes]
     return list(candidates[order])
 
 

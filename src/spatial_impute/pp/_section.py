@@ -48,7 +48,17 @@ def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts
     fullres_image, bin_size = options.pop("fullres_image"), options.pop("bin_size")
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         folder = _require_spaceranger(name, Path(value), bin_size)
-        sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        try:
+            sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        except FileNotFoundError:
+            raise
+        except (OSError, LookupError, ValueError) as error:
+            if type(error) is ValueError and str(folder) in str(error):  # ours
+                raise
+            msg = (
+                f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
+            )
+            raise ValueError(msg) from error
         given = options["mpp"] is not None or options["spot_pitch"] is not None
         parts = _from_spatialdata(name, sdata, **(options if given else options | {"mpp": mpp}))
         return parts if given else replace(parts, mpp_source=source)
@@ -144,6 +154,9 @@ def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]
             f"Section {name!r}: an H&E image has 1, 3 or 4 channels and at least one pixel; found an array of shape "
             f"{tuple(levels[0].shape)} (c, y, x)."
         )
+        raise ValueError(msg)
+    if np.dtype(levels[0].dtype).kind not in "buif":
+        msg = f"Section {name!r}: pixels must be numbers of type integer or float, found {levels[0].dtype}."
         raise ValueError(msg)
     elements = []
     x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
@@ -319,6 +332,29 @@ def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
     return copy
 
 
+def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_key: str) -> None:
+    """Every spot has one row of the table at most, and some have one."""
+    known = np.isin(instance, index)
+    if not known.any() and len(instance):
+        msg = (
+            f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name e.g. "
+            f"{instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Make the instance ids those of the spots."
+        )
+        raise ValueError(msg)
+    repeated = pd.Index(instance).duplicated()
+    if repeated.any():
+        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of them."
+        raise ValueError(msg)
+    if not known.all():
+        logger.warning(
+            "%s: %d of %d rows of its table have no spot and are left out, e.g. %r",
+            where,
+            int((~known).sum()),
+            len(known),
+            str(instance[~known][0]),
+        )
+
+
 def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
     """Copy of the rows of the table that annotate the spots, re-labelled for the stack."""
     from spatialdata.models import TableModel
@@ -344,6 +380,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
         logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
         counts.var_names_make_unique()
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
+    _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
     counts.obs[Keys.REGION] = Keys.spots(name)
     counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")

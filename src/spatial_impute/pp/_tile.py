@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from spatial_impute._stack import Section, StackRecord
 
 
+_POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB
+
+
 def tile_spots(
     sdata: SpatialData,
     *,
@@ -85,7 +88,7 @@ def tile_spots(
 
     record = load_record(sdata)
     require_one_of(layout, {"hex", "square"}, name="layout")
-    if not 0 <= min_tissue_fraction <= 1:
+    if not isinstance(min_tissue_fraction, int | float | np.number) or not 0 <= min_tissue_fraction <= 1:
         msg = f"`min_tissue_fraction` must lie between 0 and 1, found {min_tissue_fraction!r}."
         raise ValueError(msg)
     bare = [name for name in record.names if record[name].spots is None]
@@ -174,9 +177,14 @@ def _grid_on_tissue(
     rings = np.sqrt((np.arange(4) + 0.5) / 4)
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     disc = radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
-    pixels = apply_affine((grid[:, None] + disc).reshape(-1, 2), np.linalg.inv(to_um))
-    column, row = np.floor(pixels).astype(int).T
-    inside = (column >= 0) & (row >= 0) & (column < mask.shape[1]) & (row < mask.shape[0])
-    covered = np.zeros(len(pixels))
-    covered[inside] = mask[row[inside], column[inside]]
-    return grid[covered.reshape(len(grid), -1).mean(axis=1) >= min_fraction]
+    from_um = np.linalg.inv(to_um)
+    kept = [np.empty((0, 2))]
+    for start in range(0, len(grid), _POINTS_AT_A_TIME):
+        points = grid[start : start + _POINTS_AT_A_TIME]
+        pixels = apply_affine((points[:, None] + disc).reshape(-1, 2), from_um)
+        column, row = np.floor(pixels).astype(int).T
+        inside = (column >= 0) & (row >= 0) & (column < mask.shape[1]) & (row < mask.shape[0])
+        covered = np.zeros(len(pixels))
+        covered[inside] = mask[row[inside], column[inside]]
+        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= min_fraction])
+    return np.concatenate(kept)

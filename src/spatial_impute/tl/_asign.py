@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,22 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
 from spatial_impute._stack import load_record
-from spatial_impute._validation import resolve_params
+from spatial_impute._validation import (
+    require_count,
+    require_device,
+    require_folder,
+    require_model,
+    require_slot_key,
+    resolve_params,
+)
 from spatial_impute.tl._bases import read_bases, require_same_folds
+from spatial_impute.tl._provenance import encoder, provenance, units
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -69,8 +77,8 @@ def fit_asign(
         Model to fine-tune: networks start from its own instead of at the base. It must have the same genes, encoder
         and size.
     checkpoint
-        Directory to keep each trained network in. A call with the same data and settings takes up what is there, after
-        an interruption; anything else in it is replaced.
+        Directory to keep each network in as soon as it is trained. A call with the same data and settings goes on with
+        the others.
     device
         Torch device; ``settings.device`` by default.
     seed
@@ -90,7 +98,7 @@ def fit_asign(
         If features, graph or registration are missing.
     ValueError
         If nothing is measured, values are raw counts, stacks have different genes, base layers were predicted with
-        other folds than those that are hidden, or `start_from` does not fit.
+        other folds than those that are hidden, or `start_from` or `checkpoint` belong to another training.
 
     Examples
     --------
@@ -112,13 +120,15 @@ def fit_asign(
     from spatial_impute.models._params import AsignParams
 
     params = resolve_params(model_params, AsignParams)
+    seed, device = require_count(seed, name="seed", least=0), require_device(device)
+    folder = None if checkpoint is None else require_folder(checkpoint, name="checkpoint")
     stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     if not stacks:
         msg = "`sdata` is an empty sequence; pass at least one stack."
         raise ValueError(msg)
     read = [read_spots(s, table_key=table_key, layer=layer, graph_key=graph_key) for s in stacks]
     genes = list(read[0][0].var_names)
-    encoders = {_encoder(table) for table, _ in read}
+    encoders = {encoder(table) for table, _ in read}
     for i, (table, _) in enumerate(read):
         if list(table.var_names) != genes:
             msg = (
@@ -136,18 +146,19 @@ def fit_asign(
         require_same_folds(table, spots, names, **folds)
     panels = [by_panel(spots) for _, spots in read]
     several = len(panels[0]) > 1
-    encoder = encoders.pop()
+    found_encoder = encoders.pop()
     if start_from is not None:
         if several or isinstance(start_from, AsignPanels):
             msg = "`start_from` is for sections that were measured with the same genes, and needs an `AsignModel`."
             raise ValueError(msg)
-        _require_same_kind(start_from, genes, encoder, params)
+        _require_same_kind(start_from, genes, found_encoder, params)
     config = {
         "base_layers": names,
-        "encoder": encoder,
-        "units": _units(read[0][0]),
+        "encoder": found_encoder,
+        "units": units(read[0][0]),
         "sections": [sorted(table.obs[Keys.SECTION][spots.known].unique()) for table, spots in read],
         "n_measured_spots": [int(spots.known.sum()) for _, spots in read],
+        "version": version("spatial-impute"),
     }
     if len(panels) > 1 and any(len(parts) > 1 for parts in panels):
         msg = (
@@ -155,7 +166,10 @@ def fit_asign(
             '`si.pp.select_genes(sdata, genes=..., join="inner")` to fit several together.'
         )
         raise ValueError(msg)
-    where = None if checkpoint is None else Path(checkpoint)
+
+    def panel_folder(k: int) -> Path | None:
+        return folder if folder is None or not several else require_folder(folder / f"panel{k}", name="checkpoint")
+
     models = []
     for k, (columns, _) in enumerate(panels[0]):
         label = f"Fitting ASIGN, genes {k + 1} of {len(panels[0])}" if several else "Fitting ASIGN"
@@ -166,9 +180,9 @@ def fit_asign(
                 params,
                 config=config,
                 seed=seed,
-                device=device or settings.device,
+                device=device,
                 progress=steps,
-                checkpoint=where / f"panel{k}" if where is not None and several else where,
+                checkpoint=panel_folder(k),
                 start=None if start_from is None else start_from._networks,
             )
         models.append(model)
@@ -239,6 +253,11 @@ def impute_3d(
     --------
     See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
     """
+    from spatial_impute.models import AsignModel, AsignPanels
+
+    require_model(model, (AsignModel, AsignPanels), made_by="si.tl.fit_asign(sdata)")
+    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    device = require_device(device)
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
     if list(table.var_names) != model.var_names:
@@ -248,21 +267,19 @@ def impute_3d(
             f"{len(missing)} are missing, e.g. {missing[:5]}. Use `si.pp.select_genes(sdata, genes=model.var_names)`."
         )
         raise KeyError(msg)
-    if _encoder(table) != model.config["encoder"]:
+    if encoder(table) != model.config["encoder"]:
         msg = (
             f"The model was fitted on features of encoder {model.config['encoder']!r}, the stack has those of "
-            f"{_encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
+            f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
     spots = replace(spots, bases=read_bases(table, model.config.get("base_layers", ())))
-    result = model._impute(spots, device=device or settings.device)
-    provenance = {
+    result = model._impute(spots, device=device)
+    origin = provenance(record, table, spots.known) | {
+        "model": model.identity,
+        "model_params": asdict(model.params),
+        "seed": int(model.config["seed"]),
         "weights": {name: float(w) for name, w in model.weights.mean().items()},
-        "encoder": model.config["encoder"],
-        "units": model.config["units"],
-        "measured_sections": sorted(table.obs[Keys.SECTION][spots.known].unique()),
-        "registration_method": "" if record.registration is None else record.registration["method"],
-        "version": version("spatial-impute"),
         "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
     }
     obs = {Keys.SUPPORT: result.support, Keys.SOURCE: _source(spots.known, result.support)}
@@ -280,7 +297,7 @@ def impute_3d(
             obs=table.obs.assign(**obs),
             var=pd.DataFrame(var, index=table.var_names),
             obsm=obsm,
-            uns={key_added: provenance},
+            uns={key_added: origin},
         )
     where = f"tables[{table_key!r}]"
     for key, values in {key_added: result.expression, Keys.sd(key_added): result.sd}.items():
@@ -292,7 +309,7 @@ def impute_3d(
     for key, values in var.items():
         table.var[key] = values
         log_added(f"{where}.var[{key!r}]")
-    table.uns[key_added] = provenance
+    table.uns[key_added] = origin
     log_added(f"{where}.uns[{key_added!r}]")
     return None
 
@@ -320,14 +337,6 @@ def _require_same_kind(model: AsignModel, genes: list[str], encoder: str, params
             "the same encoder, and `model_params=model.params`."
         )
         raise ValueError(msg)
-
-
-def _encoder(table: AnnData) -> str:
-    return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
-
-
-def _units(table: AnnData) -> str:
-    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
 
 
 @contextmanager

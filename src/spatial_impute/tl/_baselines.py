@@ -8,7 +8,9 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._validation import require_one_of
+from spatial_impute._stack import load_record
+from spatial_impute._validation import require_one_of, require_slot_key
+from spatial_impute.tl._provenance import provenance
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def impute_baseline(
 
     `sdata.tables['stack'].layers['baseline_{method}']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes); measured spots keep their measurement.
+    `sdata.tables['stack'].uns['baseline_{method}']` : :class:`dict`
+        Provenance.
 
     Raises
     ------
@@ -72,6 +76,9 @@ def impute_baseline(
     from spatial_impute.models._panels import by_panel
 
     require_one_of(method, METHODS, name="method")
+    key = Keys.baseline(method) if key_added is None else key_added
+    require_slot_key(key, name="key_added", taken=(layer, Keys.MEASURED))
+    record = load_record(sdata)
     table, spots = read_spots(
         sdata,
         table_key=table_key,
@@ -85,12 +92,14 @@ def impute_baseline(
         found = METHODS[method](panel)
         found[panel.known] = panel.expression
         values[:, columns] = found
-    key = Keys.baseline(method) if key_added is None else key_added
+    origin = {"method": method, **provenance(record, table, spots.known)}
     if not inplace:
         from anndata import AnnData
 
         obsm = {Keys.SPATIAL: table.obsm[Keys.SPATIAL], Keys.SPATIAL_3D: table.obsm[Keys.SPATIAL_3D]}
-        return AnnData(X=values, obs=table.obs.copy(), var=table.var.copy(), obsm=obsm)
+        return AnnData(X=values, obs=table.obs.copy(), var=table.var.copy(), obsm=obsm, uns={key: origin})
     table.layers[key] = values
     log_added(f"tables[{table_key!r}].layers[{key!r}]")
+    table.uns[key] = origin
+    log_added(f"tables[{table_key!r}].uns[{key!r}]")
     return None

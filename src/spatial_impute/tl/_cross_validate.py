@@ -10,9 +10,16 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
 from spatial_impute._stack import load_record, section_levels, spot_geometry
-from spatial_impute._validation import require_key, require_one_of, resolve_params
+from spatial_impute._validation import (
+    name_list,
+    require_count,
+    require_device,
+    require_key,
+    require_one_of,
+    require_positive,
+    resolve_params,
+)
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -137,10 +144,16 @@ def cross_validate(
         raise ValueError(msg)
     allowed = [*METHODS, IMAGE_KNN, COLOUR, PIXNET, ASIGN] if len(stacks) == 1 else list(FROM_IMAGE)
     names = [*METHODS, ASIGN] if len(stacks) == 1 else ["mean", "ridge", IMAGE_KNN]
-    names = names if methods is None else list(dict.fromkeys(methods))
+    names = names if methods is None else name_list(methods, name="methods")
+    if not names:
+        msg = f"`methods` is empty; choose some of {allowed}, or leave it out for all."
+        raise ValueError(msg)
     for name in names:
         require_one_of(name, allowed, name="methods")
     require_one_of(by, ("method", "gene"), name="by")
+    n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
+    require_positive(block_spacings, name="block_spacings")
+    device = require_device(device)
     if pixnet.loss != "mse+pcc":
         msg = f"Methods are compared on log values; `pixnet_params` asks for the loss {pixnet.loss!r}, for counts."
         raise ValueError(msg)
@@ -172,7 +185,7 @@ def cross_validate(
     bar = progress(None, "Cross-validating", show=show_progress_bar)
     bar.reset(total=len(names) * len(folds))
     found = {}
-    common = {"seed": seed, "device": device or settings.device, "on_fold": bar.update}
+    common = {"seed": seed, "device": device, "on_fold": bar.update}
     colour = _colour(stacks, tables, spots.section) if COLOUR in names else None
     try:
         for name in dict.fromkeys(["mean", *names]):

@@ -11,8 +11,14 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
-from spatial_impute._validation import require_key, require_one_of
+from spatial_impute._validation import (
+    require_count,
+    require_device,
+    require_element_key,
+    require_key,
+    require_model,
+    require_one_of,
+)
 from spatial_impute.tl._regions import find_frame, read_levels, read_shapes
 
 if TYPE_CHECKING:
@@ -121,6 +127,8 @@ def predict_dense(
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
+    tile_size = _check_call(model, tile_size)
+    device = require_device(device)
     frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
     names, job = _make_job(
         sdata,
@@ -135,21 +143,31 @@ def predict_dense(
         output_dtype=output_dtype,
         device=device,
     )
+    if inplace:
+        require_element_key(sdata, key, name="key_added", kind="images", ours=key in _maps(sdata))
     if store is None:
         element = as_element(_lazy_array(job), names, job, frame)
     else:
         writer = DenseStore(store, key, job, names, frame, overwrite=overwrite)
-        left = writer.prepare()
-        bar = progress(None, f"Predicting {key}", show=show_progress_bar, total=len(left))
-        write_tiles(writer, left, active_client(), bar.update)
-        bar.close()
-        writer.commit()
+        bar = progress(None, f"Predicting {key}", show=show_progress_bar)
+        try:
+            left = writer.prepare()
+            bar.reset(total=len(left))
+            write_tiles(writer, left, active_client(), bar.update)
+            writer.commit()
+        except OSError as error:
+            error.add_note(
+                "The store shows no part of the map; once it can be written to, the same call goes on from here."
+            )
+            raise
+        finally:
+            bar.close()
         element = writer.read()
     if not inplace:
         return element
     sdata.images[key] = element
     log_added(f"images[{key!r}]")
-    _record(sdata, key, model, job, image_key)
+    _record(sdata, key, model, job, image_key, names=names)
     return None
 
 
@@ -242,14 +260,18 @@ def predict_regions(
     if image_key is None:
         image_key = _image_of(sdata, shapes_key)
     key = Keys.expression(shapes_key) if key_added is None else key_added
+    tile_size, device = _check_call(model, tile_size), require_device(device)
     frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
     regions, index = read_shapes(sdata, shapes_key, frame)
+    if inplace:
+        ours = key in sdata.tables and Keys.PIXNET in sdata.tables[key].uns
+        require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
     genes_index = model.gene_index(genes)
     from spatial_impute._working import survey
 
     levels = read_levels(sdata, image_key, frame)
     image, stain = model._image(levels), model._stain(survey(levels))
-    model.network.to(device or settings.device)
+    model.network.to(device)
     in_px = regions.moved(image.from_um)
     bar = progress(None, f"Predicting {key}", show=show_progress_bar, total=model._n_tiles(image, in_px, tile_size))
     obs = pd.DataFrame({Keys.REGION: pd.Categorical([shapes_key] * len(index)), Keys.INSTANCE: index.to_numpy()})
@@ -353,7 +375,12 @@ def genes_from_features(
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import get_transformation
 
+    _check_call(model, 1)
     require_key(features_key, sdata.images, where="sdata.images")
+    key = Keys.expression(features_key) if key_added is None else key_added
+    if inplace:
+        ours = key_added is None or key in _maps(sdata)
+        require_element_key(sdata, key, name="key_added", kind="images", ours=ours and key != features_key)
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(features_key, {})
@@ -376,10 +403,22 @@ def genes_from_features(
     )
     if not inplace:
         return result
-    key = Keys.expression(features_key) if key_added is None else key_added
     sdata.images[key] = result
     log_added(f"images[{key!r}]")
     return None
+
+
+def _check_call(model: PixNetModel, tile_size: int) -> int:
+    """Tile size, after checking that this is a model of dense maps."""
+    from spatial_impute.models._pixnet import PixNetModel
+
+    require_model(model, PixNetModel, made_by="si.tl.fit_pixnet(sdata, image_key, shapes_key)")
+    return require_count(tile_size, name="tile_size")
+
+
+def _maps(sdata: SpatialData) -> dict[str, Any]:
+    """Records of the dense maps that were made in this object."""
+    return sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {})
 
 
 def _apply_head(block: np.ndarray, network: Any) -> np.ndarray:
@@ -402,7 +441,7 @@ def _make_job(
     features: bool,
     tile_size: int,
     output_dtype: str,
-    device: str | None,
+    device: str,
 ) -> tuple[list[str], Any]:
     """Names of the channels, and the job, after all checks."""
     from spatial_impute._working import survey
@@ -422,7 +461,7 @@ def _make_job(
     found = survey(levels)
     image, stain = model._image(levels), model._stain(found)
     tiling = model._tiling(image.shape, tile_size)
-    network = model.network.with_genes(index).to(device or settings.device)
+    network = model.network.with_genes(index).to(device)
     wanted = tissue_tiles(tiling, image, found) if tissue_only else None
     if shapes_key is not None:
         regions, _ = read_shapes(sdata, shapes_key, frame)
@@ -457,11 +496,14 @@ def _lazy_array(job: Any) -> Any:
     return da.block(blocks)
 
 
-def _record(sdata: SpatialData, key: str, model: PixNetModel, job: Any, image_key: str) -> None:
+def _record(
+    sdata: SpatialData, key: str, model: PixNetModel, job: Any, image_key: str, *, names: Sequence[str]
+) -> None:
     """Provenance in ``sdata.attrs``: attributes of elements are not written to disk."""
     rows, columns = job.tiling.shape
     entry = _provenance(model, image_key) | {
         "features": job.features,
+        "genes": list(names),
         "cell_um": float(model.cell_size),
         "n_tiles": rows * columns,
         "n_tiles_predicted": len(job.wanted),
@@ -481,6 +523,8 @@ def _provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
         "units": model.config["units"],
         "aggregate": model.config["aggregate"],
         "resolution_um": float(model.config["resolution"]),
+        "trained_on": [entry["image"] for entry in model.config["trained_on"]],
+        "seed": int(model.config.get("seed", -1)),  # models of 0.1.0.dev had none
         "version": version("spatial-impute"),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -9,8 +10,8 @@ import numpy as np
 from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._stack import load_record, spot_geometry, stack_table
-from spatial_impute._validation import require_finite, require_key, require_positive
+from spatial_impute._stack import load_record, section_ranks, spot_geometry, stack_table
+from spatial_impute._validation import require_count, require_finite, require_key, require_positive, require_slot_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,24 +112,20 @@ def build_3d_graph(
         require_key(
             use_rep, table.obsm, where=where, then="Run `si.pp.extract_features(sdata)` first, or pass `use_rep=None`."
         )
-    least = {"n_neighs": 1, "max_section_gap": 1, "n_cross_neighs": 0, "n_similar": 0, "similarity_weight": 0}
-    given = {
-        "n_neighs": n_neighs,
-        "max_section_gap": max_section_gap,
-        "n_cross_neighs": n_cross_neighs,
-        "n_similar": n_similar,
-        "similarity_weight": similarity_weight,
-    }
-    for name, value in given.items():
-        if not np.isfinite(value) or value < least[name]:
-            msg = f"`{name}` must be at least {least[name]}, found {value!r}."
-            raise ValueError(msg)
-    if not -1 <= similarity_threshold < 1:
+        require_finite(np.asarray(table.obsm[use_rep]), name=f"{where}[{use_rep!r}]", row_names=table.obs_names)
+    require_slot_key(key_added, name="key_added")
+    n_neighs = require_count(n_neighs, name="n_neighs")
+    max_section_gap = require_count(max_section_gap, name="max_section_gap")
+    n_cross_neighs = require_count(n_cross_neighs, name="n_cross_neighs", least=0)
+    n_similar = require_count(n_similar, name="n_similar", least=0)
+    if similarity_weight != 0:
+        similarity_weight = require_positive(similarity_weight, name="similarity_weight")
+    if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
         raise ValueError(msg)
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
     require_finite(xyz, name=f"{where}[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
-    section = table.obs[Keys.SECTION].cat.codes.to_numpy()
+    section = section_ranks(table)
     spacing = typical_spacing(xyz, section)
     max_distance = (
         3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
@@ -164,6 +161,7 @@ def build_3d_graph(
         table.obsp[key] = matrix
         log_added(f"tables[{table_key!r}].obsp[{key!r}]")
     table.uns[Keys.neighbors(key_added)] = {
+        "version": version("spatial-impute"),
         "connectivities_key": Keys.connectivities(key_added),
         "distances_key": Keys.distances(key_added),
         "params": {

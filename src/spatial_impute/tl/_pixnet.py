@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._logging import logger
-from spatial_impute._settings import settings
-from spatial_impute._validation import resolve_params
+from spatial_impute._validation import require_count, require_device, resolve_params
 from spatial_impute.tl._asign import _steps
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def fit_pixnet(
     from spatial_impute.models._pyramid import build_pyramid
 
     params = resolve_params(model_params, PixNetParams)
+    tile_size, seed = require_count(tile_size, name="tile_size"), require_count(seed, name="seed", least=0)
+    device = require_device(device)
     counts = params.loss != "mse+pcc"
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
         msg = (
@@ -152,7 +154,7 @@ def fit_pixnet(
             aggregate=aggregate,
             tile_size=tile_size,
             checkpoint=None if checkpoint is None else Path(checkpoint),
-            device=device or settings.device,
+            device=device,
             seed=seed,
             steps=steps,
         )
@@ -229,7 +231,12 @@ def fit_pairs(
         var_names=var_names,
         history=fitted.history,
         predictability=fitted.held_out,
-        config={**config, "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty},
+        config={
+            **config,
+            "seed": seed,
+            "version": version("spatial-impute"),
+            "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty,
+        },
     )
 
 

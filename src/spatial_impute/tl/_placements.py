@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key, require_one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from spatialdata import SpatialData
 
@@ -33,6 +34,9 @@ def read_placements(
     target: str,
 ) -> dict[str, np.ndarray]:
     """Matrices from the frames of sections to that of the reference, from what the user gave."""
+    if not isinstance(found, Mapping):
+        msg = f"`{argument}` must be a mapping of section names to places, found {type(found).__name__}."
+        raise ValueError(msg)
     matrices = {}
     for name, value in found.items():
         require_key(name, record.names, where="the stack's sections")

@@ -8,7 +8,7 @@ import numpy as np
 
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import measured_mask, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key, require_log_values
 from spatial_impute.models._spots import Spots
 
@@ -52,12 +52,12 @@ def read_spots(
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
     known = measured_mask(table, layer=layer)
-    expression = np.asarray(table.layers[layer][known], dtype=np.float64)
+    expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
     require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then=_REGISTER)
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
     require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
-    section = table.obs[Keys.SECTION].cat.codes.to_numpy().astype(np.int64)
+    section = section_ranks(table)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
     spots = Spots(
@@ -126,7 +126,15 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
 
     for name in (Keys.connectivities(key), Keys.distances(key), Keys.graph_overlap(key), Keys.graph_similarity(key)):
         require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
+    require_key(Keys.neighbors(key), table.uns, where=f"{where}.uns", then=_BUILD)
     weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64)
+    if not (weights.data >= 0).all() or not np.isfinite(weights.data).all():
+        bad = weights.tocoo().row[~((weights.data >= 0) & np.isfinite(weights.data))][0]
+        msg = (
+            f"{where}.obsp[{Keys.connectivities(key)!r}] must hold finite weights of at least 0; the first other one is "
+            f"in the row of {table.obs_names[bad]!r}. {_BUILD}"
+        )
+        raise ValueError(msg)
     weights.sort_indices()
     bandwidth = float(table.uns[Keys.neighbors(key)]["params"]["bandwidth_um"])
     coo = weights.tocoo()

@@ -11,8 +11,8 @@ import pandas as pd
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._keys import Keys
 from spatial_impute._raster import image_levels
-from spatial_impute._stack import element_affine, load_record
-from spatial_impute._validation import looks_like_counts, require_finite, require_key, require_positive
+from spatial_impute._stack import element_affine, load_record, require_spatialdata
+from spatial_impute._validation import looks_like_counts, name_list, require_finite, require_key, require_positive
 from spatial_impute.models._stencil import Discs, Polygons
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def find_frame(
     """
     from spatialdata.transformations import get_transformation
 
+    require_spatialdata(sdata)
     require_key(image_key, sdata.images, where="sdata.images")
     if shapes_key is not None:
         require_key(shapes_key, sdata.shapes, where="sdata.shapes")
@@ -116,6 +117,9 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
     shapes = sdata.shapes[shapes_key]
     matrix = scaling(frame.um) @ element_affine(shapes, frame.name)
     where = f"sdata.shapes[{shapes_key!r}]"
+    if not shapes.index.is_unique:
+        msg = f"Ids of `{where}` must be unique, but {shapes.index[shapes.index.duplicated()][0]!r} is there more than once."
+        raise ValueError(msg)
     kinds = set(shapes.geom_type.unique())
     if kinds == {"Point"} and "radius" in shapes:
         if anisotropy(matrix) > _MAX_STRETCH:
@@ -230,7 +234,18 @@ def read_measured(
             f"`sdata.tables[{key!r}]` {'with `obs[measured]` true ' if is_stack else ''}names one of them."
         )
         raise ValueError(msg)
-    names = [str(g) for g in (table.var_names if genes is None else genes)]
+    if pd.Index(place[rows]).has_duplicates:
+        repeated = index[place[rows][pd.Index(place[rows]).duplicated()][0]]
+        msg = f"Several rows of `sdata.tables[{key!r}]` annotate the shape {repeated!r} of {shapes_key!r}; keep one of them."
+        raise ValueError(msg)
+    if not table.var_names.is_unique:
+        repeated = table.var_names[table.var_names.duplicated()][0]
+        msg = f"`sdata.tables[{key!r}].var_names` must be unique, found {repeated!r} twice; `var_names_make_unique()` helps."
+        raise ValueError(msg)
+    names = [str(g) for g in (table.var_names if genes is None else name_list(genes, name="genes"))]
+    if not names:
+        msg = "`genes` is empty; name some, or leave it out for all."
+        raise ValueError(msg)
     for gene in names:
         require_key(gene, table.var_names, where=f"sdata.tables[{key!r}].var_names")
     values = matrix[np.flatnonzero(rows)]

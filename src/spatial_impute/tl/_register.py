@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,15 @@ from spatial_impute._registration import (
 )
 from spatial_impute._registration._elements import displacement_elements
 from spatial_impute._stack import load_record, save_record, section_levels
-from spatial_impute._validation import require_key, require_one_of, require_positive, resolve_params
+from spatial_impute._validation import (
+    name_list,
+    require_count,
+    require_key,
+    require_one_of,
+    require_positive,
+    require_slot_key,
+    resolve_params,
+)
 from spatial_impute.tl._placements import check_skip, read_placements
 from spatial_impute.tl._register_write import registered_coordinates, write_displacements, write_transformations
 
@@ -160,6 +169,8 @@ def register_stack(
     if resolution is not None:
         require_positive(resolution, name="resolution", unit="um per pixel")
     params = resolve_params(registration_params, RegistrationParams)
+    seed = require_count(seed, name="seed", least=0)
+    require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     kind = "rigid" if method == "rigid" else "affine"
     given, starts = (
         read_placements(
@@ -167,7 +178,7 @@ def register_stack(
         )
         for found, name in ((transformations, "transformations"), (initial, "initial"))
     )
-    skipped = check_skip(sdata, record, reference, [skip] if isinstance(skip, str) else list(skip), given)
+    skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} stand in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
@@ -222,6 +233,7 @@ def register_stack(
         sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
     registration = {
+        "version": version("spatial-impute"),
         "method": method,
         "policy": policy,
         "seed": seed,

@@ -13,7 +13,7 @@ from spatial_impute._raster import best_level, image_levels
 from spatial_impute._registration._elements import load_transform, require_registration
 from spatial_impute._registration._resample import output_grid, resampled
 from spatial_impute._stack import element_affine, load_record
-from spatial_impute._validation import require_key, require_positive
+from spatial_impute._validation import require_element_key, require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +92,7 @@ def warp_element(
     True
     """
     from spatialdata.models import PointsModel, ShapesModel, get_model
+    from spatialdata.transformations import get_transformation
 
     record = load_record(sdata)
     registration = require_registration(record)
@@ -105,6 +106,11 @@ def warp_element(
     if key_added == key:
         msg = f"`key_added` must differ from {key!r}: the element itself is never overwritten."
         raise ValueError(msg)
+    kind = next(kind for kind in ("points", "shapes", "labels", "images") if key in getattr(sdata, kind))
+    if inplace:  # an earlier result lies in the common frame alone
+        old = getattr(sdata, kind).get(key_added)
+        ours = old is not None and set(get_transformation(old, get_all=True)) == {registration["coordinate_system"]}
+        require_element_key(sdata, key_added, name="key_added", kind=kind, ours=ours)
     target = registration["coordinate_system"]
 
     model = get_model(element)
@@ -124,7 +130,6 @@ def warp_element(
         new = _warp_raster(element, transform, to_section, target, model=model, pixel_size=pixel_size, white=white)
     if not inplace:
         return new
-    kind = next(kind for kind in ("points", "shapes", "labels", "images") if key in getattr(sdata, kind))
     container = getattr(sdata, kind)
     if key_added in container:  # from an earlier registration
         del container[key_added]

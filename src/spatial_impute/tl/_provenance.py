@@ -1,0 +1,58 @@
+"""Where an imputed layer comes from: what JSON and every store of AnnData can hold."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from spatial_impute._keys import Keys
+
+if TYPE_CHECKING:
+    import numpy as np
+    from anndata import AnnData
+
+    from spatial_impute._stack import StackRecord
+
+
+def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[str, Any]:
+    """What every imputation has in common.
+
+    Parameters
+    ----------
+    record
+        The stack.
+    table
+        Stack table.
+    known
+        (n,) rows whose expression was used.
+
+    Returns
+    -------
+    ``units``, ``encoder``, ``measured_sections``, ``genes``, ``version``, and ``registration``: its ``method``, and
+    ``verdict`` and ``residual_um`` per section (NaN where it is not known). Numbers, strings, lists and dicts only.
+    """
+    registration = record.registration or {"method": "", "sections": {}}
+    rows = registration["sections"]
+    residuals = {name: row["residual_um"] for name, row in rows.items()}
+    return {
+        "units": units(table),
+        "encoder": encoder(table),
+        "measured_sections": sorted(table.obs[Keys.SECTION][known].astype(str).unique().tolist()),
+        "genes": [str(gene) for gene in table.var_names],
+        "registration": {
+            "method": registration["method"],
+            "verdict": {name: row["verdict"] for name, row in rows.items()},
+            "residual_um": {name: float("nan") if um is None else float(um) for name, um in residuals.items()},
+        },
+        "version": version("spatial-impute"),
+    }
+
+
+def encoder(table: AnnData) -> str:
+    """Encoder of the image features."""
+    return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
+
+
+def units(table: AnnData) -> str:
+    """Units of the expression."""
+    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))

@@ -1,0 +1,445 @@
+"""Inputs of ``pp.assemble_stack``: names, heights, pixel sizes, arrays, files, objects of other readers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from PIL import Image
+from scipy import sparse
+from spatialdata import SpatialData
+from spatialdata.transformations import Affine
+
+import spatial_impute as si
+from bad_inputs import answers, refuses
+from bad_inputs._make import CENTERS, scan, visium, write
+
+FUNCTION = "pp.assemble_stack"
+
+
+def one(value, **kwargs):
+    """Stack of one section."""
+    return si.pp.assemble_stack({"s": value}, **({"mpp": 1.0, "z": [0.0]} | kwargs))
+
+
+def refused(given, error, says, call):
+    return refuses(FUNCTION, given, error, says, call)
+
+
+def answered(given, says, call, check):
+    return answers(FUNCTION, given, says, call, check)
+
+
+def pixels(sdata) -> np.ndarray:
+    return np.asarray(sdata.images["s_image"].data)
+
+
+def measured(sdata) -> list[bool]:
+    return sdata.tables["stack"].obs["measured"].tolist()
+
+
+def _truncated(world, name: str):
+    path = world.tmp / name
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    return write(path, path.read_bytes()[:2000])
+
+
+def _nan_spot():
+    centers = CENTERS.copy()
+    centers[2] = np.nan
+    return visium(centers=centers)
+
+
+def _duplicate_ids():
+    found = visium()
+    found.shapes["spots"].index = pd.Index(["a", "b", "b", "d"])
+    return found
+
+
+def _duplicate_rows():
+    found = visium()
+    found.tables["table"].obs["id"] = ["a", "b", "b", "d"]  # after parsing, which would refuse it
+    return found
+
+
+def _stretched():
+    matrix = Affine(np.diag([1.0, 2.0, 1.0]), input_axes=("x", "y"), output_axes=("x", "y"))
+    return visium(transformation=matrix)
+
+
+def _mirrored():
+    matrix = Affine([[-1, 0, 90], [0, 1, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    return visium(transformation=matrix)
+
+
+NAMES = [
+    refused("no section", ValueError, "`sections` is empty", lambda w: si.pp.assemble_stack({}, section_spacing=5)),
+    refused(
+        "names that are no file names (`a/b`, `../x`, empty, not ASCII)",
+        ValueError,
+        "Section names are letters, digits",
+        lambda w: si.pp.assemble_stack({"../x": scan()}, mpp=1, z=[0]),
+    ),
+    refused(
+        "names that differ in case only",
+        ValueError,
+        "without regard to case",
+        lambda w: si.pp.assemble_stack({"HE": scan(), "he": scan(seed=1)}, mpp=1, section_spacing=5),
+    ),
+    refused(
+        "a section named `aligned`",
+        ValueError,
+        "rename the section",
+        lambda w: si.pp.assemble_stack({"aligned": scan()}, mpp=1, z=[0]),
+    ),
+    refused(
+        "one image for two sections",
+        ValueError,
+        "each section needs its own image",
+        lambda w: si.pp.assemble_stack(dict.fromkeys("ab", scan()), mpp=1, section_spacing=5),
+    ),
+    refused("neither `z` nor `section_spacing`", ValueError, "Give the heights", lambda w: one(scan(), z=None)),
+    refused("too few heights", ValueError, "one finite number per section", lambda w: one(scan(), z=[])),
+    refused("a height that is no number", ValueError, "one finite number per section", lambda w: one(scan(), z=["a"])),
+    refused("a height that is NaN", ValueError, "one finite number per section", lambda w: one(scan(), z=[np.nan])),
+    refused(
+        "heights against the order of the sections",
+        ValueError,
+        "`z` must rise or fall",
+        lambda w: si.pp.assemble_stack({n: scan(seed=i) for i, n in enumerate("abc")}, mpp=1, z=[0, 20, 10]),
+    ),
+    refused(
+        "two sections at one height",
+        ValueError,
+        "`z` must rise or fall",
+        lambda w: si.pp.assemble_stack({n: scan(seed=i) for i, n in enumerate("ab")}, mpp=1, z=[5, 5]),
+    ),
+    refused(
+        "a spacing of 0",
+        ValueError,
+        "`section_spacing` must be a positive number",
+        lambda w: one(scan(), z=None, section_spacing=0),
+    ),
+    refused("no pixel size anywhere", ValueError, "Pass `mpp=`", lambda w: one(scan(), mpp=None)),
+    refused(
+        "a negative pixel size",
+        ValueError,
+        "`mpp of section 's'` must be a positive number",
+        lambda w: one(scan(), mpp=-0.5),
+    ),
+    refused("a pixel size of NaN", ValueError, "must be a positive number", lambda w: one(scan(), mpp=np.nan)),
+    refused(
+        "a pixel size for a section that is not there",
+        KeyError,
+        "names a section that is not there",
+        lambda w: one(scan(), mpp={"t": 1.0}),
+    ),
+    refused("an unknown reference", KeyError, "not found in `sections`", lambda w: one(scan(), reference="t")),
+]
+
+ARRAYS = [
+    refused(
+        "two or more than four channels",
+        ValueError,
+        "1, 3 or 4 channels",
+        lambda w: one(np.zeros((2, 40, 40), np.uint8)),
+    ),
+    refused("an image without pixels", ValueError, "at least one pixel", lambda w: one(np.zeros((0, 40, 3), np.uint8))),
+    refused(
+        "four dimensions",
+        ValueError,
+        "expected a SpatialData, an image path or an image array",
+        lambda w: one(np.zeros((1, 3, 9, 9))),
+    ),
+    refused(
+        "a list, or None, for an image",
+        ValueError,
+        "expected a SpatialData, an image path or an image array",
+        lambda w: one([1, 2]),
+    ),
+    refused("an image of strings or objects", ValueError, "numbers of type", lambda w: one(np.full((40, 40, 3), "a"))),
+    refused("complex numbers", ValueError, "numbers of type", lambda w: one(np.ones((40, 40, 3), complex))),
+    answered(
+        "one channel", "is taken as grey", lambda w: one(scan(80, 90)), lambda w, s: pixels(s).shape == (1, 80, 90)
+    ),
+    answered(
+        "four channels",
+        "alpha is dropped when colours are read",
+        lambda w: one(scan(80, 90, 4)),
+        lambda w, s: pixels(s).shape == (4, 80, 90),
+    ),
+    answered(
+        "odd sizes",
+        "are kept to the pixel",
+        lambda w: one(scan(81, 67, 3)),
+        lambda w, s: pixels(s).shape == (3, 81, 67),
+    ),
+    answered(
+        "uint16 and float images",
+        "keep their type; white is that of the type",
+        lambda w: one(scan(dtype=np.uint16)),
+        lambda w, s: pixels(s).dtype == np.uint16,
+    ),
+]
+
+FILES = [
+    refused("a path that does not exist", FileNotFoundError, "No image at", lambda w: one(w.tmp / "none.tif")),
+    refused("a format that is not read", ValueError, "expected one of", lambda w: one(write(w.tmp / "a.bmp", b"BM"))),
+    refused(
+        "a text file named .tif",
+        ValueError,
+        "cannot be read as an image",
+        lambda w: one(write(w.tmp / "a.tif", b"not an image")),
+    ),
+    refused(
+        "an empty file named .png", ValueError, "cannot be read as an image", lambda w: one(write(w.tmp / "a.png", b""))
+    ),
+    refused("a truncated TIFF", ValueError, "a.tif' is truncated", lambda w: one(_truncated(w, "a.tif"))),
+    refused("an OME-Zarr that is none", ValueError, "cannot be read as an image", lambda w: one(_folder(w, "a.zarr"))),
+    refused(
+        "a folder that is neither of Space Ranger nor zarr",
+        FileNotFoundError,
+        "is no folder of Space Ranger",
+        lambda w: one(_folder(w, "plain")),
+    ),
+    refused(
+        "a folder of Space Ranger with a damaged JSON",
+        ValueError,
+        "cannot be read as output of Space Ranger",
+        lambda w: one(_spaceranger(w, "{")),
+    ),
+    refused(
+        "a folder of Space Ranger whose positions are no table of spots",
+        ValueError,
+        "cannot be read as output of Space Ranger",
+        lambda w: one(_spaceranger(w, "{}", "a,b\n1,2\n")),
+    ),
+    refused(
+        "a truncated PNG (found when pixels are read)",
+        ValueError,
+        "a.png' is damaged",
+        lambda w: si.pp.segment_tissue(one(_truncated(w, "a.png"))),
+    ),
+    refused(
+        "`fullres_image` for a plain image",
+        ValueError,
+        "belongs to a folder of Space Ranger",
+        lambda w: one(scan(), fullres_image={"s": "a.tif"}),
+    ),
+]
+
+
+def _spaceranger(world, factors: str, positions: str = ""):
+    (world.tmp / "outs" / "spatial").mkdir(parents=True)
+    (world.tmp / "outs" / "spatial" / "scalefactors_json.json").write_text(factors)
+    (world.tmp / "outs" / "spatial" / "tissue_positions.csv").write_text(positions)
+    return world.tmp / "outs"
+
+
+def _folder(world, name: str):
+    (world.tmp / name).mkdir()
+    (world.tmp / name / "zarr.json").write_text("{") if name.endswith("zarr") else None
+    return world.tmp / name
+
+
+OBJECTS = [
+    refused(
+        "an object without an image",
+        ValueError,
+        "has no image",
+        lambda w: one(SpatialData(shapes={"spots": visium().shapes["spots"]})),
+    ),
+    refused(
+        "an unknown coordinate system",
+        KeyError,
+        "not found in `sections['s'].coordinate_systems`",
+        lambda w: one(visium(), coordinate_system="x"),
+    ),
+    refused(
+        "an unknown table", KeyError, "not found in `sections['s'].tables`", lambda w: one(visium(), table_key="x")
+    ),
+    refused("a table of other spots", ValueError, "no row of its table", lambda w: one(visium(rows=["x", "y"]))),
+    refused("NaN coordinates of a spot", ValueError, "the first in row 2 ('c')", lambda w: one(_nan_spot())),
+    refused("two circles of one id", ValueError, "would both be named 's_b'", lambda w: one(_duplicate_ids())),
+    refused("two rows for one circle", ValueError, "annotate the same spot 'b'", lambda w: one(_duplicate_rows())),
+    refused(
+        "circles that would become ellipses", ValueError, "stretches one axis 2.00 times", lambda w: one(_stretched())
+    ),
+    answered(
+        "a mirrored coordinate system",
+        "is followed",
+        lambda w: one(_mirrored()),
+        lambda w, s: np.allclose(s.tables["stack"].obsm["spatial"][:, 0], 90 - CENTERS[:, 0]),
+    ),
+    answered(
+        "ids that are numbers",
+        "become strings, and join",
+        lambda w: one(visium(ids=(1, 2, 3, 4))),
+        lambda w, s: measured(s) == [True] * 4 and s.tables["stack"].obs["instance_id"].tolist() == list("1234"),
+    ),
+    answered(
+        "rows in another order than the circles",
+        "are joined by id",
+        lambda w: one(visium(rows=["d", "b", "a"])),
+        lambda w, s: measured(s) == [True, True, False, True],
+    ),
+    answered(
+        "rows without a circle",
+        "are left out with a warning",
+        lambda w: one(visium(rows=["a", "x"])),
+        lambda w, s: measured(s) == [True, False, False, False],
+    ),
+    answered(
+        "unicode ids",
+        "are kept",
+        lambda w: one(visium(ids=("α", "ß", "雪", "d"))),
+        lambda w, s: "s_雪" in s.tables["stack"].obs_names,
+    ),
+    answered("one spot", "is a section", lambda w: one(visium(ids=("a",))), lambda w, s: len(s.tables["stack"]) == 1),
+]
+
+
+def counts(values, genes=("g0", "g1", "g2")):
+    """Stack of one section with these counts."""
+    sdata = one(visium(genes=genes))
+    table = sdata.tables["s_counts"]
+    sdata.tables["s_counts"] = AnnData(values, obs=table.obs, var=table.var, uns=table.uns)
+    return sdata
+
+
+def _with(row: int, value: float) -> np.ndarray:
+    values = np.arange(1.0, 13.0).reshape(4, 3)
+    values[row] = value
+    return values
+
+
+def select(values, **kwargs):
+    sdata = counts(values)
+    si.pp.select_genes(sdata, **kwargs)
+    return sdata.tables["stack"].layers["measured"]
+
+
+def expected() -> np.ndarray:
+    return select(_with(0, 3.0))
+
+
+def same(values, kind) -> bool:
+    return np.array_equal(values, select(kind))
+
+
+GENES = [
+    refuses(
+        "pp.select_genes",
+        "NaN or infinite counts",
+        ValueError,
+        "the first at spot 'c'",
+        lambda w: select(_with(2, np.nan)),
+    ),
+    refuses("pp.select_genes", "negative counts", ValueError, "must hold raw counts", lambda w: select(_with(1, -1.0))),
+    refuses("pp.select_genes", "fractions", ValueError, "must hold raw counts", lambda w: select(_with(1, 0.5))),
+    refuses(
+        "pp.select_genes",
+        "a spot without a count",
+        ValueError,
+        "without a single count, the first is 'b'",
+        lambda w: select(_with(1, 0.0)),
+    ),
+    refuses(
+        "pp.select_genes",
+        "no count at all",
+        ValueError,
+        "without a single count, the first is 'a'",
+        lambda w: select(np.zeros((4, 3))),
+    ),
+    refuses(
+        "pp.select_genes",
+        "a gene that was not measured",
+        KeyError,
+        "1 of `genes` are not measured on section 's'",
+        lambda w: select(_with(0, 3.0), genes=["g0", "nope"]),
+    ),
+    refuses(
+        "pp.select_genes",
+        "an empty list of genes",
+        ValueError,
+        "`genes` is empty",
+        lambda w: select(_with(0, 3.0), genes=[]),
+    ),
+    refuses(
+        "pp.select_genes",
+        "no or half a gene",
+        ValueError,
+        "`n_top_genes` must be",
+        lambda w: select(_with(0, 3.0), n_top_genes=0.5),
+    ),
+    refuses(
+        "pp.select_genes",
+        "a layer that does not exist",
+        KeyError,
+        "not found in",
+        lambda w: select(_with(0, 3.0), layer="nope"),
+    ),
+    refuses(
+        "pp.select_genes",
+        "counts said to be log values",
+        ValueError,
+        "holds raw counts",
+        lambda w: select(_with(0, 3.0), log_normalized=True),
+    ),
+    refuses(
+        "pp.select_genes",
+        "a stack without measured section",
+        ValueError,
+        "No measured section",
+        lambda w: si.pp.select_genes(_unmeasured()),
+    ),
+    answers(
+        "pp.select_genes",
+        "one gene given as a string",
+        "is one gene",
+        lambda w: select(_with(0, 3.0), genes="g1"),
+        lambda w, v: v.shape == (4, 1),
+    ),
+    answers(
+        "pp.select_genes",
+        "CSC, CSR, integer, float32 and dask matrices",
+        "give the same values",
+        lambda w: expected(),
+        lambda w, v: all(same(v, k) for k in _kinds()),
+    ),
+    answers(
+        "pp.select_genes",
+        "repeated gene names",
+        "are numbered with a warning",
+        lambda w: _repeated(),
+        lambda w, v: v.tables["stack"].var_names.is_unique,
+    ),
+]
+
+
+def _unmeasured():
+    found = visium()
+    del found.tables["table"]
+    return one(found)
+
+
+def _kinds():
+    import dask.array as da
+
+    values = _with(0, 3.0)
+    return [
+        sparse.csc_matrix(values),
+        sparse.csr_matrix(values.astype(np.float32)),
+        values.astype(int),
+        sparse.csr_array(values),
+        da.from_array(values, chunks=2),
+    ]
+
+
+def _repeated():
+    sdata = one(visium(genes=("g0", "g0", "g1")))
+    si.pp.select_genes(sdata)
+    return sdata
+
+
+CASES = [*NAMES, *ARRAYS, *FILES, *OBJECTS, *GENES]

@@ -1,0 +1,445 @@
+"""Inputs of imputation, of cross-validation and of the scores."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+import spatial_impute as si
+from bad_inputs import answers, refuses
+from bad_inputs.preparing import drop, keep, spoil
+
+QUICK = {"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}
+
+
+def fit(world, **kwargs):
+    return si.tl.fit_asign(world.sdata, **({"model_params": QUICK} | kwargs))
+
+
+def impute(world, **kwargs):
+    return si.tl.impute_3d(world.sdata, world.asign, **kwargs)
+
+
+def baseline(world, method="kernel", **kwargs):
+    return si.tl.impute_baseline(world.sdata, method, **kwargs)
+
+
+def validate(world, methods="kernel", **kwargs):
+    return si.tl.cross_validate(world.sdata, methods, **kwargs)
+
+
+def score(world, **kwargs):
+    return si.metrics.evaluate(world.sdata, world.truth, **kwargs)
+
+
+def finite(world, key="baseline_kernel") -> bool:
+    return bool(np.isfinite(world.table.layers[key]).all())
+
+
+def measure(values):
+    """Put other expression into the measured rows."""
+
+    def change(world):
+        layer = np.array(world.table.layers["measured"])
+        rows = world.table.obs["measured"].to_numpy()
+        layer[rows] = values(layer[rows])
+        world.table.layers["measured"] = layer
+
+    return change
+
+
+def flags(kind):
+    return lambda w: w.table.obs.__setitem__("measured", w.table.obs["measured"].astype(kind))
+
+
+def sparsely(world):
+    world.made["expected"] = si.tl.impute_baseline(world.sdata, "kernel", inplace=False).X
+    layer = np.nan_to_num(world.table.layers["measured"])
+    world.table.layers["measured"] = sparse.csr_matrix(layer)
+
+
+def genes(n):
+    """Leave the first genes only."""
+    return lambda w: w.sdata.tables.__setitem__("stack", w.table[:, :n].copy())
+
+
+def few(n):
+    """Only some spots measured."""
+
+    def change(world):
+        rows = np.flatnonzero(world.table.obs["measured"])
+        measured = np.zeros(world.table.n_obs, bool)
+        measured[rows[:n]] = True
+        world.table.obs["measured"] = measured
+
+    return change
+
+
+def repeat_gene(world):
+    world.table.var_names = [world.table.var_names[1], *world.table.var_names[1:]]
+
+
+MEASURED = [
+    refuses(
+        "tl.fit_asign",
+        "raw counts",
+        ValueError,
+        "must hold log-normalised expression, found raw counts",
+        fit,
+        change=measure(lambda v: np.round(np.expm1(v))),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "NaN in a measured row",
+        ValueError,
+        "the first that is not: 's1_2'",
+        fit,
+        change=lambda w: w.table.layers["measured"].__setitem__((list(w.table.obs_names).index("s1_2"), 0), np.nan),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "infinite values in a measured row",
+        ValueError,
+        "must be finite",
+        fit,
+        change=measure(lambda v: v + np.inf),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "nothing measured",
+        ValueError,
+        "No measured section",
+        fit,
+        change=lambda w: w.table.obs.__setitem__("measured", False),
+    ),
+    refuses(
+        "tl.fit_asign",
+        '`obs["measured"]` as strings, where "False" counts as true',
+        ValueError,
+        "must be of type bool",
+        fit,
+        change=flags(str),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "one measured spot",
+        ValueError,
+        "at least two blocks of measured spots",
+        fit,
+        change=few(1),
+        while_working=True,
+    ),
+    refuses(
+        "tl.fit_asign",
+        "no expression layer",
+        KeyError,
+        "Write it with `si.pp.select_genes(sdata)`",
+        fit,
+        change=drop("layers", "measured"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "two genes of one name",
+        ValueError,
+        "`sdata.tables['stack'].var_names` must be unique",
+        fit,
+        change=repeat_gene,
+    ),
+    refuses(
+        "tl.fit_asign",
+        "no image features",
+        KeyError,
+        "Run `si.pp.extract_features(sdata)` first",
+        fit,
+        change=drop("obsm", "X_region"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "NaN features",
+        ValueError,
+        "the first in row 3 ('s0_3')",
+        fit,
+        change=spoil("obsm", "X_global", 3, np.nan),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "no graph",
+        KeyError,
+        "Run `si.tl.build_3d_graph(sdata)` first",
+        fit,
+        change=drop("obsp", "spatial_3d_overlap"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a graph without its record",
+        KeyError,
+        "Run `si.tl.build_3d_graph(sdata)` first",
+        fit,
+        change=drop("uns", "spatial_3d_neighbors"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "negative or NaN weights in the graph",
+        ValueError,
+        "finite weights of at least 0",
+        fit,
+        change=lambda w: w.table.obsp["spatial_3d_connectivities"].data.__setitem__(0, np.nan),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "total counts of 0",
+        ValueError,
+        "must be positive at measured spots",
+        fit,
+        change=lambda w: w.table.obs.__setitem__("total_counts", 0.0),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "an unknown parameter",
+        TypeError,
+        "Unknown fields ['nope'] for AsignParams",
+        lambda w: fit(w, model_params={"nope": 1}),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "an impossible parameter",
+        ValueError,
+        "`width` must be a multiple of `n_heads`",
+        lambda w: fit(w, model_params={"width": 9, "n_heads": 2}),
+    ),
+    refuses(
+        "tl.fit_asign", "no stack at all", ValueError, "`sdata` is an empty sequence", lambda w: si.tl.fit_asign([])
+    ),
+    refuses(
+        "tl.fit_asign",
+        "stacks of other genes",
+        ValueError,
+        "stack 1 differs from stack 0",
+        lambda w: si.tl.fit_asign([w.sdata, w.made["other"]]),
+        change=lambda w: _other_genes(w),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a device that is not there",
+        ValueError,
+        "Torch device 'cuda:99' cannot be used here",
+        lambda w: fit(w, device="cuda:99"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a seed that is no number",
+        ValueError,
+        "`seed` must be a whole number",
+        lambda w: fit(w, seed=1.5),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a learning rate at which the loss explodes",
+        ValueError,
+        "lower `learning_rate`",
+        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e20, "n_steps": 20}),
+        while_working=True,
+    ),
+    answers(
+        "tl.fit_asign", "one gene", "is fitted", lambda w: fit(w), lambda w, m: len(m.var_names) == 1, change=genes(1)
+    ),
+    answers(
+        "tl.fit_asign",
+        "genes without variation",
+        "are predicted as constants, with `imputation_r` NaN",
+        lambda w: fit(w),
+        lambda w, m: m.predictability.isna().all(),
+        change=measure(lambda v: np.full_like(v, 0.5)),
+    ),
+]
+
+
+def _other_genes(world):
+    other = copy.deepcopy(world.sdata)
+    other.tables["stack"] = other.tables["stack"][:, ::-1].copy()
+    world.made["other"] = other
+
+
+IMPUTING = [
+    refuses("tl.impute_3d", "a model of other genes", KeyError, "2 are missing", impute, change=genes(7)),
+    refuses(
+        "tl.impute_3d",
+        "genes in another order",
+        KeyError,
+        "in the same order; 0 are missing",
+        impute,
+        change=lambda w: w.sdata.tables.__setitem__("stack", w.table[:, ::-1].copy()),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "features of another encoder",
+        ValueError,
+        "Run `si.pp.extract_features` with the same encoder",
+        impute,
+        change=lambda w: w.table.uns["features"].update(encoder="other"),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "a model of another class",
+        TypeError,
+        "`model` must be a AsignModel, found PixNetModel",
+        lambda w: si.tl.impute_3d(w.sdata, w.pixnet),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "the measured layer as target",
+        ValueError,
+        "would write over",
+        lambda w: impute(w, key_added="measured"),
+    ),
+    refuses(
+        "tl.impute_baseline", "an unknown method", ValueError, "`method` must be one of", lambda w: baseline(w, "magic")
+    ),
+    refuses(
+        "tl.impute_baseline",
+        "the measured layer as target",
+        ValueError,
+        "would write over",
+        lambda w: baseline(w, key_added="measured"),
+    ),
+    refuses(
+        "tl.impute_baseline",
+        "an unknown table",
+        KeyError,
+        "not found in `sdata.tables`",
+        lambda w: baseline(w, table_key="x"),
+    ),
+    answers(
+        "tl.impute_baseline",
+        "a sparse layer",
+        "is read as a dense one",
+        lambda w: baseline(w, inplace=False),
+        lambda w, a: np.array_equal(a.X, w.made["expected"]),
+        change=sparsely,
+    ),
+    answers(
+        "tl.impute_baseline", "one or two measured spots", "are spread", baseline, lambda w, _: finite(w), change=few(2)
+    ),
+    answers(
+        "tl.impute_baseline",
+        "sections of one and two spots",
+        "are imputed",
+        baseline,
+        lambda w, _: finite(w),
+        change=keep(1, 20, 2),
+    ),
+    answers(
+        "tl.impute_baseline",
+        "spots at one place",
+        "are imputed",
+        baseline,
+        lambda w, _: finite(w),
+        change=lambda w: w.table.obsm["spatial_3d"].__setitem__((slice(0, 4), slice(0, 2)), 700.0),
+    ),
+    refuses("tl.cross_validate", "no method", ValueError, "`methods` is empty", lambda w: validate(w, [])),
+    refuses(
+        "tl.cross_validate",
+        "one fold",
+        ValueError,
+        "`n_folds` must be a whole number of at least 2",
+        lambda w: validate(w, n_folds=1),
+    ),
+    refuses(
+        "tl.cross_validate",
+        "blocks of no size",
+        ValueError,
+        "`block_spacings` must be a positive number",
+        lambda w: validate(w, block_spacings=0),
+    ),
+    refuses(
+        "tl.cross_validate",
+        "one measured section to hold out",
+        ValueError,
+        'Use `split="block"`',
+        lambda w: validate(w, split="section"),
+    ),
+    answers(
+        "tl.cross_validate",
+        "more folds than blocks",
+        "as many folds as there are blocks",
+        lambda w: validate(w, n_folds=1000),
+        lambda w, t: np.isfinite(t.loc["kernel", "mse"]),
+    ),
+]
+
+SCORES = [
+    refuses(
+        "metrics.evaluate",
+        "a truth of raw counts",
+        ValueError,
+        "`truth.X` must hold log-normalised expression",
+        score,
+        change=lambda w: (_filled(w), setattr(w.truth, "X", w.truth.layers["counts"])),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth with NaN",
+        ValueError,
+        "truth.X must be finite",
+        score,
+        change=lambda w: (_filled(w), setattr(w.truth, "X", np.full(w.truth.shape, np.nan))),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth without a common gene",
+        KeyError,
+        "shares no gene",
+        score,
+        change=lambda w: (_filled(w), setattr(w.truth, "var_names", [f"x{i}" for i in range(w.truth.n_vars)])),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth without a common spot",
+        KeyError,
+        "no unmeasured spot of section 's0'",
+        score,
+        change=lambda w: (_filled(w), setattr(w.truth, "obs_names", [f"x{i}" for i in range(w.truth.n_obs)])),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "two rows of one name in the truth",
+        ValueError,
+        "`truth.obs_names` must be unique",
+        score,
+        change=lambda w: (_filled(w), setattr(w.truth, "obs_names", ["s0_0", *w.truth.obs_names[:-1]])),
+    ),
+    refuses("metrics.evaluate", "nothing imputed yet", ValueError, "holds nothing but the measurement", score),
+    refuses(
+        "metrics.evaluate",
+        "an imputed layer with NaN",
+        ValueError,
+        "the first in row 0 ('s0_0')",
+        score,
+        change=lambda w: w.table.layers.__setitem__("mine", np.full(w.table.shape, np.nan)),
+    ),
+    answers(
+        "metrics.evaluate",
+        "a truth in another order of rows and genes",
+        "is joined by name",
+        score,
+        lambda w, t: np.allclose(t["mse"], w.made["mse"]),
+        change=lambda w: _reordered(w),
+    ),
+]
+
+
+def _filled(world):
+    si.tl.impute_baseline(world.sdata, "kernel")
+
+
+def _reordered(world):
+    _filled(world)
+    world.made["mse"] = score(world)["mse"]
+    world.truth = world.truth[::-1, ::-1].copy()
+
+
+CASES = [*MEASURED, *IMPUTING, *SCORES]
+_ = pd

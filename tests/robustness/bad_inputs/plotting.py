@@ -1,0 +1,51 @@
+"""Inputs of the plots: what all of them check."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import spatial_impute as si
+from bad_inputs import refuses
+from bad_inputs.preparing import drop, spoil
+
+CASES = [
+    refuses(
+        "pl.stack",
+        "an object that is no stack",
+        KeyError,
+        "Make one with `si.pp.assemble_stack({...})`",
+        lambda w: si.pl.stack(w.sdata),
+        change=lambda w: w.sdata.attrs.clear(),
+    ),
+    refuses(
+        "pl.registration",
+        "a stack that is not registered",
+        KeyError,
+        "si.tl.register_stack",
+        lambda w: si.pl.registration(w.sdata),
+        change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
+    ),
+    refuses(
+        "pl.imputed",
+        "a stack that is not registered",
+        KeyError,
+        "Run `si.tl.register_stack(sdata)` first.",
+        lambda w: si.pl.imputed(w.sdata, w.table.var_names[:1], layer="measured"),
+        change=drop("obsm", "spatial_3d"),
+    ),
+    refuses(
+        "pl.imputed",
+        "NaN coordinates",
+        ValueError,
+        "the first in row 5 ('s0_5')",
+        lambda w: si.pl.imputed(w.sdata, w.table.var_names[:1], layer="measured"),
+        change=spoil("obsm", "spatial_3d", 5, np.nan),
+    ),
+    refuses(
+        "pl.dense",
+        "a map that is not there",
+        KeyError,
+        "not found in `sdata.images`",
+        lambda w: si.pl.dense(w.sdata, "nope", w.pixnet.var_names[0]),
+    ),
+]

@@ -1,0 +1,522 @@
+"""Inputs of the other functions of ``pp``, and of registration and graph."""
+
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from spatialdata.transformations import remove_transformation
+
+import spatial_impute as si
+from bad_inputs import answers, refuses
+from bad_inputs._make import scan, write
+
+
+class Encoder:
+    """Encoder that returns what it is told to."""
+
+    name, mpp, patch_px, dense = "odd", 4.0, 16, False
+
+    def __init__(self, give):
+        self.give = give
+
+    def __call__(self, patches):
+        return self.give(len(patches))
+
+
+def features(world, encoder="texture", **kwargs):
+    si.pp.extract_features(world.sdata, encoder, **kwargs)
+    return world.table.obsm["X_spot"]
+
+
+def pool(world, spoil=lambda f: f, **kwargs):
+    rng = np.random.default_rng(0)
+    found = {f"s{i}": rng.normal(size=(len(world.sdata.shapes[f"s{i}_spots"]), 4)) for i in range(3)}
+    spoil(found)
+    si.pp.pool_features(world.sdata, found, **kwargs)
+
+
+def register(world, **kwargs):
+    known = {"transformations": {"s0": np.eye(3), "s2": np.eye(3)}}
+    return si.tl.register_stack(world.sdata, **(known | kwargs))
+
+
+def graph(world, **kwargs):
+    return si.tl.build_3d_graph(world.sdata, **kwargs)
+
+
+def blank(world):
+    image = world.sdata.images["s0_image"]
+    world.sdata.images["s0_image"] = image.copy(data=da.full(image.shape, 240, dtype=np.uint8))
+
+
+def move_spot(world):
+    from shapely import Point
+
+    spots = world.spots.copy()
+    spots.loc[spots.index[3], "geometry"] = Point(-5000, 10)
+    world.sdata.shapes["s1_spots"] = spots
+
+
+def drop(slot, key):
+    return lambda w: getattr(w.table, slot).pop(key)
+
+
+def spoil(slot, key, row, value):
+    def change(world):
+        values = np.array(getattr(world.table, slot)[key])
+        values[row] = value
+        getattr(world.table, slot)[key] = values
+
+    return change
+
+
+def shuffled(world):
+    """The stack table in another order of rows."""
+    order = np.random.default_rng(0).permutation(world.table.n_obs)
+    world.made["before"] = world.table.obsp["spatial_3d_connectivities"].copy()
+    world.made["order"] = order
+    world.sdata.tables["stack"] = world.table[order].copy()
+
+
+def permuted_graph(world, _):
+    order = world.made["order"]
+    expected = world.made["before"][order][:, order]
+    return abs(expected - world.table.obsp["spatial_3d_connectivities"]).max() < 1e-6
+
+
+def keep(*wanted):
+    """Leave only the first spots of some sections in the table."""
+
+    def change(world):
+        rows = [f"s{i}_{k}" for i, n in enumerate(wanted) for k in range(n)]
+        world.sdata.tables["stack"] = world.table[rows].copy()
+
+    return change
+
+
+PP = [
+    refuses(
+        "pp.segment_tissue",
+        "an image of glass",
+        ValueError,
+        "No tissue found on `sdata.images['s0_image']`",
+        lambda w: si.pp.segment_tissue(w.sdata),
+        change=blank,
+    ),
+    refuses(
+        "pp.segment_tissue",
+        "an unknown section",
+        KeyError,
+        "not found in `the stack's sections`",
+        lambda w: si.pp.segment_tissue(w.sdata, sections="x"),
+    ),
+    refuses(
+        "pp.segment_tissue",
+        "a resolution of 0",
+        ValueError,
+        "`resolution` must be a positive number",
+        lambda w: si.pp.segment_tissue(w.sdata, resolution=0),
+    ),
+    refuses(
+        "pp.segment_tissue",
+        "something else than a SpatialData object",
+        TypeError,
+        "Expected a SpatialData object, found AnnData",
+        lambda w: si.pp.segment_tissue(w.table),
+    ),
+    refuses(
+        "pp.segment_tissue",
+        "an object that is no stack",
+        KeyError,
+        "Make one with `si.pp.assemble_stack({...})`",
+        lambda w: si.pp.segment_tissue(w.sdata),
+        change=lambda w: w.sdata.attrs.clear(),
+    ),
+    refuses(
+        "pp.tile_spots",
+        "a section that has spots",
+        ValueError,
+        "has spots already",
+        lambda w: si.pp.tile_spots(w.sdata, sections="s0"),
+    ),
+    refuses(
+        "pp.tile_spots",
+        "no tissue labels",
+        KeyError,
+        "Run `si.pp.segment_tissue(sdata)` first.",
+        lambda w: si.pp.tile_spots(si.pp.assemble_stack({"a": scan()}, mpp=1, z=[0])),
+    ),
+    refuses(
+        "pp.tile_spots",
+        "a share of tissue above 1",
+        ValueError,
+        "`min_tissue_fraction` must lie between 0 and 1",
+        lambda w: si.pp.tile_spots(w.sdata, min_tissue_fraction=2),
+    ),
+    refuses(
+        "pp.extract_features", "an unknown encoder", ValueError, "Unknown encoder 'nope'", lambda w: features(w, "nope")
+    ),
+    refuses(
+        "pp.extract_features",
+        "an encoder that is none",
+        TypeError,
+        "must be a name, a callable or an nn.Module",
+        lambda w: features(w, 3),
+    ),
+    refuses(
+        "pp.extract_features",
+        "a library that is not installed",
+        ImportError,
+        "pip install 'spatial-impute[encoders]'",
+        lambda w: features(w, "timm:x"),
+        change=lambda w: w.patch.setitem(__import__("sys").modules, "timm", None),
+    ),
+    refuses(
+        "pp.extract_features",
+        "half a patch in a batch",
+        ValueError,
+        "`batch_size` must be a whole number",
+        lambda w: features(w, batch_size=0.5),
+    ),
+    refuses(
+        "pp.extract_features",
+        "a device that is not there",
+        ValueError,
+        "Torch device 'cuda:99' cannot be used here",
+        lambda w: features(w, "tellez-multitask", device="cuda:99"),
+    ),
+    refuses(
+        "pp.extract_features",
+        "a file where the cache should be",
+        ValueError,
+        "`cache_dir` must be a folder that can be written to",
+        lambda w: features(w, cache_dir=write(w.tmp / "file", b"")),
+    ),
+    refuses(
+        "pp.extract_features",
+        "a spot off its image",
+        ValueError,
+        "1 of 34 spots of `sdata.shapes['s1_spots']` lie off their image",
+        features,
+        change=move_spot,
+    ),
+    refuses(
+        "pp.extract_features",
+        "an encoder that returns NaN",
+        ValueError,
+        "finite",
+        lambda w: features(w, Encoder(lambda n: np.full((n, 3), np.nan))),
+        while_working=True,
+    ),
+    refuses(
+        "pp.extract_features",
+        "an encoder that returns too few rows",
+        ValueError,
+        "must return finite numbers of shape",
+        lambda w: features(w, Encoder(lambda n: np.ones((n + 1, 3)))),
+        while_working=True,
+    ),
+    refuses(
+        "pp.extract_features",
+        "rows of the stack table that are gone",
+        ValueError,
+        "`sdata.tables['stack']` and the spots differ",
+        features,
+        change=keep(3, 3, 3),
+    ),
+    answers(
+        "pp.extract_features",
+        "a damaged file in the cache",
+        "is computed again, with a warning",
+        lambda w: _damaged_cache(w),
+        lambda w, same: same,
+    ),
+    refuses(
+        "pp.pool_features",
+        "no features for a section",
+        KeyError,
+        "Every section with spots needs features",
+        lambda w: pool(w, lambda f: f.pop("s2")),
+    ),
+    refuses(
+        "pp.pool_features",
+        "a row too few",
+        ValueError,
+        "a row per spot, found",
+        lambda w: pool(w, lambda f: f.update(s1=f["s1"][1:])),
+    ),
+    refuses(
+        "pp.pool_features",
+        "NaN in a row",
+        ValueError,
+        "the first in row 4",
+        lambda w: pool(w, lambda f: f["s1"].__setitem__((4, 0), np.nan)),
+    ),
+    refuses(
+        "pp.pool_features",
+        "features of two widths",
+        ValueError,
+        "equally many features",
+        lambda w: pool(w, lambda f: f.update(s1=f["s1"][:, :2])),
+    ),
+]
+
+
+def _damaged_cache(world) -> bool:
+    from bad_inputs._make import write as overwrite
+
+    folder = world.tmp / "cache"
+    first = features(world, Fixed(), cache_dir=folder).copy()
+    for path in folder.glob("*.npz"):
+        overwrite(path, path.read_bytes()[:200])
+    del world.table.uns["features"]
+    return np.array_equal(first, features(world, Fixed(), cache_dir=folder))
+
+
+class Fixed(Encoder):
+    """Encoder whose results may be kept."""
+
+    identity = "fixed-1"
+
+    def __init__(self):
+        super().__init__(lambda n: np.ones((n, 2)))
+
+
+REGISTRATION = [
+    refuses(
+        "tl.register_stack",
+        "an unknown reference",
+        KeyError,
+        "not found in `the stack's sections`",
+        lambda w: register(w, reference="x"),
+    ),
+    refuses(
+        "tl.register_stack",
+        "an unknown method",
+        ValueError,
+        "`method` must be one of",
+        lambda w: register(w, method="warp"),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a section without tissue",
+        ValueError,
+        "Section 's0' (`sdata.images['s0_image']`)",
+        lambda w: register(w, transformations=None),
+        change=blank,
+    ),
+    refuses(
+        "tl.register_stack",
+        "a matrix that cannot be inverted",
+        ValueError,
+        "`transformations['s0']`: Expected an invertible",
+        lambda w: register(w, transformations={"s0": np.zeros((3, 3))}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a matrix with NaN",
+        ValueError,
+        "Expected an invertible",
+        lambda w: register(w, transformations={"s0": np.full((3, 3), np.nan)}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "one landmark",
+        ValueError,
+        "the same n >= 2",
+        lambda w: register(w, transformations={"s0": ([[0, 0]], [[0, 0]])}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "landmarks on one line",
+        ValueError,
+        "lie on one line",
+        lambda w: register(w, transformations={"s0": ([[0, 0], [1, 1], [2, 2]],) * 2}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a place for the reference",
+        ValueError,
+        "must not name the reference",
+        lambda w: register(w, transformations={"s1": np.eye(3)}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a skipped section with spots and no place",
+        ValueError,
+        "is skipped but has spots",
+        lambda w: register(w, transformations=None, skip="s0"),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a frame named as a section",
+        ValueError,
+        "would write over",
+        lambda w: register(w, target_coordinate_system="s0"),
+    ),
+    refuses(
+        "tl.register_stack",
+        "an unknown parameter",
+        TypeError,
+        "Unknown fields ['nope'] for RegistrationParams",
+        lambda w: register(w, registration_params={"nope": 1}),
+    ),
+    refuses(
+        "tl.register_stack",
+        "a negative seed",
+        ValueError,
+        "`seed` must be a whole number of at least 0",
+        lambda w: register(w, seed=-1),
+    ),
+    refuses(
+        "tl.register_stack",
+        "an image without its transformation",
+        KeyError,
+        "not found in `coordinate systems of sdata.images['s0_image']`",
+        lambda w: register(w),
+        change=lambda w: remove_transformation(w.sdata.images["s0_image"], "s0"),
+    ),
+    refuses(
+        "tl.warp_element",
+        "an unknown element",
+        KeyError,
+        "not found in `the points, shapes, images and labels of sdata`",
+        lambda w: si.tl.warp_element(w.sdata, "x"),
+    ),
+    refuses(
+        "tl.warp_element",
+        "the name of another element for the result",
+        ValueError,
+        "would write over `sdata.shapes['s1_spots']`",
+        lambda w: si.tl.warp_element(w.sdata, "s0_spots", key_added="s1_spots"),
+    ),
+    refuses(
+        "tl.warp_element",
+        "a stack that is not registered",
+        KeyError,
+        "si.tl.register_stack",
+        lambda w: si.tl.warp_element(w.sdata, "s0_spots"),
+        change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
+    ),
+    refuses(
+        "metrics.registration_quality",
+        "a stack that is not registered",
+        KeyError,
+        "Run `si.tl.register_stack(sdata)` first.",
+        lambda w: si.metrics.registration_quality(w.sdata),
+        change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
+    ),
+]
+
+GRAPH = [
+    refuses(
+        "tl.build_3d_graph",
+        "a stack that is not registered",
+        KeyError,
+        "Run `si.tl.register_stack(sdata)` first.",
+        graph,
+        change=drop("obsm", "spatial_3d"),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "NaN coordinates",
+        ValueError,
+        "the first in row 5 ('s0_5')",
+        graph,
+        change=spoil("obsm", "spatial_3d", 5, np.nan),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "features that are not there",
+        KeyError,
+        "Run `si.pp.extract_features(sdata)` first",
+        lambda w: graph(w, use_rep="x"),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "NaN features",
+        ValueError,
+        "the first in row 7 ('s0_7')",
+        graph,
+        change=spoil("obsm", "X_spot", 7, np.nan),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "two and a half neighbours",
+        ValueError,
+        "`n_neighs` must be a whole number",
+        lambda w: graph(w, n_neighs=2.5),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "a cosine of 1",
+        ValueError,
+        "`similarity_threshold` is a cosine",
+        lambda w: graph(w, similarity_threshold=1.0),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "a slash in `key_added`",
+        ValueError,
+        "`key_added` must be a name without '/'",
+        lambda w: graph(w, key_added="a/b"),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "sections as plain strings",
+        ValueError,
+        "must be categorical, in the order of the stack",
+        graph,
+        change=lambda w: w.table.obs.__setitem__("section", w.table.obs["section"].astype(str)),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "two rows of one name",
+        ValueError,
+        "`sdata.tables['stack'].obs_names` must be unique, but 's0_0'",
+        graph,
+        change=lambda w: setattr(w.table, "obs_names", ["s0_0", *w.table.obs_names[:-1]]),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "one spot per section",
+        ValueError,
+        "No section has more than one spot",
+        graph,
+        change=keep(1, 1, 1),
+    ),
+    answers(
+        "tl.build_3d_graph",
+        "sections of one and two spots among others",
+        "are linked",
+        graph,
+        lambda w, _: w.table.obsp["spatial_3d_connectivities"].nnz > 0,
+        change=keep(1, 20, 2),
+    ),
+    answers(
+        "tl.build_3d_graph",
+        "sections that do not overlap",
+        "get no spatial edges between them",
+        lambda w: graph(w, use_rep=None),
+        lambda w, _: w.table.obsp["spatial_3d_overlap"].nnz == 0,
+        change=lambda w: w.table.obsm.__setitem__(
+            "spatial_3d", w.table.obsm["spatial_3d"] + 1e5 * w.table.obs["section"].cat.codes.to_numpy()[:, None]
+        ),
+    ),
+    answers(
+        "tl.build_3d_graph", "rows in another order", "give the same graph", graph, permuted_graph, change=shuffled
+    ),
+    answers(
+        "tl.build_3d_graph",
+        "constant features",
+        "give a graph of distances",
+        graph,
+        lambda w, _: w.table.obsp["spatial_3d_similarity"].nnz == 0,
+        change=lambda w: w.table.obsm.__setitem__("X_spot", np.ones((w.table.n_obs, 3))),
+    ),
+]
+
+CASES = [*PP, *REGISTRATION, *GRAPH]
+_ = pd, sparse
