@@ -1,6 +1,6 @@
 """Imputation on HER2ST: one measured section, the others as truth; every baseline beside ASIGN.
 
-Run ``python benchmarks/her2st_imputation.py [--encoder texture|tellez-multitask] [--measured C4]``. Prints a
+Run ``python benchmarks/her2st_imputation.py [--encoder texture|tellez-multitask ...] [--measured C4]``. Prints a
 table, and the paired interval over genes of ASIGN minus each baseline. Everything is chosen on the measured section.
 
 ``--protocol asign`` scores as the ASIGN paper does: the first section is measured, 250 genes are normalised among
@@ -31,7 +31,7 @@ COLUMNS = ["pearson_gene", "pearson_gene_median", "pearson_gene_q1", "pearson_ge
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--encoder", default="texture")
+    parser.add_argument("--encoder", nargs="+", default=["texture"])
     parser.add_argument("--measured", nargs="+", help="C4 by default; C2, the first, for the protocol of ASIGN")
     parser.add_argument("--protocol", choices=["package", "asign"], default="package")
     parser.add_argument("--seed", type=int, default=0)

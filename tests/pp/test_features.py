@@ -475,3 +475,22 @@ def test_spot_geometry_refuses_ellipses(small_stack):
     set_transformation(small_stack.shapes["s0_spots"], Scale([4, 8], axes=("x", "y")), "s0")
     with pytest.raises(ValueError, match=r"stretches one axis 2\.00 times more"):
         spot_geometry(small_stack, record["s0"])
+
+
+def test_several_encoders_stand_side_by_side(stack, tmp_path):
+    def bright(patches: np.ndarray) -> np.ndarray:
+        return patches.reshape(len(patches), -1, 3).mean(axis=1)
+
+    si.pp.extract_features(stack, bright, patch_px=32, mpp=4.0)
+    alone = {key: stack.tables["stack"].obsm[key].copy() for key in LEVELS}
+    si.pp.extract_features(stack, cache_dir=tmp_path)
+    texture = {key: stack.tables["stack"].obsm[key].copy() for key in LEVELS}
+    si.pp.extract_features(stack, ["texture", bright], patch_px=32, mpp=4.0, cache_dir=tmp_path)
+    table = stack.tables["stack"]
+    for key, n_tokens in table.uns["features"]["n_tokens"].items():
+        both = table.obsm[key].reshape(table.n_obs, n_tokens, -1)
+        parts = [values[key].reshape(table.n_obs, n_tokens, -1) for values in (texture, alone)]
+        np.testing.assert_array_equal(both, np.concatenate(parts, axis=2))
+    assert table.uns["features"]["encoder"].startswith("texture+")
+    with pytest.raises(ValueError, match="`encoder` is an empty list"):
+        si.pp.extract_features(stack, [])

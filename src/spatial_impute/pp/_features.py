@@ -18,7 +18,7 @@ from spatial_impute._stack import load_record, section_levels, spot_geometry, st
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from anndata import AnnData
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from spatial_impute.models._encoders import Encoder
     from spatial_impute.models._tokens import Layout
 
+    EncoderLike = str | torch.nn.Module | Callable[[np.ndarray], np.ndarray] | Encoder
+
 _STAIN_RESOLUTION = 8.0  # um per px at which the colours of a section are looked at: a nucleus is then a pixel
 _COARSE = 2.0  # an image coarser than the encoder's resolution by more than this shows no texture to it
 
 
 def extract_features(
     sdata: SpatialData,
-    encoder: str | torch.nn.Module | Callable[[np.ndarray], np.ndarray] = "texture",
+    encoder: EncoderLike | Sequence[EncoderLike] = "texture",
     *,
     region_scale: float = 2.3,
     global_scale: float = 4.6,
@@ -70,7 +72,8 @@ def extract_features(
         ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"`` (install
         ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` that takes ImageNet-normalised
         (n, 3, `patch_px`, `patch_px`), a callable that takes (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
-        follows :class:`~spatial_impute.models.Encoder`. Features from other tools: :func:`pool_features`.
+        follows :class:`~spatial_impute.models.Encoder`. Several in a list stand side by side: networks are trained not
+        to see the stain, which ``"texture"`` adds. Features from other tools: :func:`pool_features`.
     region_scale, global_scale
         Edge lengths of the two larger fields in spot diameters.
     patch_px, mpp
@@ -137,15 +140,20 @@ def extract_features(
     batch_size = require_count(batch_size, name="batch_size")
     if cache_dir is not None:
         require_folder(cache_dir, name="cache_dir")
-    encode = resolve_encoder(
-        encoder, patch_px=patch_px, mpp=mpp, device=device, precision=precision, params=encoder_params
-    )
+    given = list(encoder) if isinstance(encoder, list | tuple) else [encoder]
+    if not given:
+        msg = '`encoder` is an empty list; name at least one, for example "texture".'
+        raise ValueError(msg)
+    encoders = [
+        resolve_encoder(one, patch_px=patch_px, mpp=mpp, device=device, precision=precision, params=encoder_params)
+        for one in given
+    ]
     sections = [section for section in record.sections if section.spots is not None]
     spots = {section.name: spot_geometry(sdata, section) for section in sections}
     levels = {section.name: section_levels(sdata, section) for section in sections}
     for section in sections:
         _require_on_image(spots[section.name][0], levels[section.name][0], spots[section.name][2], section.spots)
-        _warn_if_coarse(section.name, levels[section.name][0], encode)
+        _warn_if_coarse(section.name, levels[section.name][0], min(encoders, key=lambda one: one.mpp))
     rows = _require_all_spots(table, {name: index for name, (_, _, index) in spots.items()})
     recolour = _stain_maps(sdata, record, sections, stain_normalization)
 
@@ -155,33 +163,43 @@ def extract_features(
         name = section.name
         centers, radius, _ = spots[name]
         diameters[name] = 2 * float(np.median(radius))
-        keys[name] = _key(
-            encode,
-            levels[name],
-            centers,
-            diameter=diameters[name],
-            layout=layout,
-            recolour=recolour.get(name),
-            folder=folder,
-        )
-        tokens = _kept(table, rows[name], name, keys[name], folder)
+        of_encoder = [
+            _key(
+                encode,
+                levels[name],
+                centers,
+                diameter=diameters[name],
+                layout=layout,
+                recolour=recolour.get(name),
+                folder=folder,
+            )
+            for encode in encoders
+        ]
+        keys[name] = "+".join(of_encoder) if all(of_encoder) else ""
+        tokens = _in_table(table, rows[name], name, keys[name])
         if tokens is None:
-            with requested_threads():
-                tokens = section_tokens(
-                    levels[name],
-                    centers,
-                    diameters[name],
-                    encode,
-                    layout,
-                    batch_size=batch_size,
-                    recolour=recolour.get(name),
-                )
-            if folder is not None and keys[name]:
-                save_tokens(folder, keys[name], tokens)
+            parts = []
+            for encode, key in zip(encoders, of_encoder, strict=True):
+                part = _in_folder(folder, name, key)
+                if part is None:
+                    with requested_threads():
+                        part = section_tokens(
+                            levels[name],
+                            centers,
+                            diameters[name],
+                            encode,
+                            layout,
+                            batch_size=batch_size,
+                            recolour=recolour.get(name),
+                        )
+                    if folder is not None and key:
+                        save_tokens(folder, key, part)
+                parts.append(part)
+            tokens = _side_by_side(parts, layout)
         found[name] = tokens
     provenance = {
-        "encoder": encode.name,
-        "mpp": float(encode.mpp),
+        "encoder": "+".join(encode.name for encode in encoders),
+        "mpp": float(min(encode.mpp for encode in encoders)),
         "stain_normalization": stain_normalization or "",
         "sections": keys,
     }
@@ -311,15 +329,29 @@ def _key(
     return section_key(identity, image, geometry, arrays)
 
 
-def _kept(table: AnnData, rows: np.ndarray, name: str, key: str, folder: Path | None) -> dict[str, np.ndarray] | None:
-    """Features of a section that were computed before, from the table or from the folder; None if there are none."""
-    if not key:
-        return None
+def _in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
+    """Features of a section that the table has already; None if it has others or none."""
     before = table.uns.get(Keys.FEATURES, {}).get("sections", {})
-    if before.get(name) == key and all(level in table.obsm for level in Keys.LEVELS):
-        logger.info("Section %s: features kept, encoder, image and spots are the same", name)
-        return {level: np.asarray(table.obsm[level])[rows] for level in Keys.LEVELS}
-    tokens = None if folder is None else load_tokens(folder, key)
+    if not key or before.get(name) != key or not all(level in table.obsm for level in Keys.LEVELS):
+        return None
+    logger.info("Section %s: features kept, encoder, image and spots are the same", name)
+    return {level: np.asarray(table.obsm[level])[rows] for level in Keys.LEVELS}
+
+
+def _in_folder(folder: Path | None, name: str, key: str) -> dict[str, np.ndarray] | None:
+    """Features of a section and encoder that were kept before; None if there are none."""
+    tokens = load_tokens(folder, key) if folder is not None and key else None
     if tokens is not None:
         logger.info("Section %s: features read from %s", name, folder)
     return tokens
+
+
+def _side_by_side(parts: list[dict[str, np.ndarray]], layout: Layout) -> dict[str, np.ndarray]:
+    """Each token with the features of all encoders; (n, tokens * d) per level."""
+    if len(parts) == 1:
+        return parts[0]
+    result = {}
+    for key, fields in layout.items():
+        tokens = [part[key].reshape(len(part[key]), len(fields), -1) for part in parts]
+        result[key] = np.concatenate(tokens, axis=2).reshape(len(tokens[0]), -1)
+    return result
