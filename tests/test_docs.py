@@ -214,7 +214,8 @@ def test_figures_and_files_that_pages_link_exist(page):
     text = re.sub(r"```(?!\{).*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"!?\[[^\]]*\]\(([^)\s#]+)[^)]*\)|```\{(?:figure|image)\} (\S+)", text)
     for target in {a or b for a, b in links}:
-        assert "://" in target or (page.parent / target).exists(), f"{page.name} links {target}"
+        drawn = target.startswith("_static/gallery/")  # by docs/gallery_figures.py, when the pages are built
+        assert "://" in target or drawn or (page.parent / target).exists(), f"{page.name} links {target}"
 
 
 def test_read_the_docs_can_build_what_make_docs_builds():

@@ -112,7 +112,7 @@ def require_model(model: object, classes: type | tuple[type, ...], *, made_by: s
     """Raise a ``TypeError`` unless `model` is of a class that the function applies."""
     if not isinstance(model, classes):
         names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
-        msg = f"`model` must be a {' or '.join(names)}, found {type(model).__name__}. Make one with `{made_by}`."
+        msg = f"`model` must be of class {' or '.join(names)}, found {type(model).__name__}. Make one with `{made_by}`."
         raise TypeError(msg)
 
 

@@ -477,20 +477,25 @@ def test_spot_geometry_refuses_ellipses(small_stack):
         spot_geometry(small_stack, record["s0"])
 
 
-def test_several_encoders_stand_side_by_side(stack, tmp_path):
-    def bright(patches: np.ndarray) -> np.ndarray:
-        return patches.reshape(len(patches), -1, 3).mean(axis=1)
+class Bright:
+    """Mean of each colour, at its own resolution."""
 
-    si.pp.extract_features(stack, bright, patch_px=32, mpp=4.0)
-    alone = {key: stack.tables["stack"].obsm[key].copy() for key in LEVELS}
-    si.pp.extract_features(stack, cache_dir=tmp_path)
-    texture = {key: stack.tables["stack"].obsm[key].copy() for key in LEVELS}
-    si.pp.extract_features(stack, ["texture", bright], patch_px=32, mpp=4.0, cache_dir=tmp_path)
+    name, mpp, patch_px, dense, identity = "bright", 4.0, 32, False, "bright"
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        return patches.mean(axis=(1, 2))
+
+
+def test_several_encoders_stand_side_by_side(stack, tmp_path):
+    found = {}
+    for name, encoder in {"bright": Bright(), "texture": "texture", "both": ["texture", Bright()]}.items():
+        si.pp.extract_features(stack, encoder, cache_dir=tmp_path)
+        found[name] = {key: stack.tables["stack"].obsm[key].copy() for key in LEVELS}
     table = stack.tables["stack"]
     for key, n_tokens in table.uns["features"]["n_tokens"].items():
-        both = table.obsm[key].reshape(table.n_obs, n_tokens, -1)
-        parts = [values[key].reshape(table.n_obs, n_tokens, -1) for values in (texture, alone)]
-        np.testing.assert_array_equal(both, np.concatenate(parts, axis=2))
-    assert table.uns["features"]["encoder"].startswith("texture+")
+        tokens = {name: values[key].reshape(table.n_obs, n_tokens, -1) for name, values in found.items()}
+        np.testing.assert_array_equal(tokens["both"], np.concatenate([tokens["texture"], tokens["bright"]], axis=2))
+    assert table.uns["features"]["encoder"] == "texture+bright"
+    assert len(list(tmp_path.glob("*.npz"))) == 6  # three sections, two encoders: nothing was computed twice
     with pytest.raises(ValueError, match="`encoder` is an empty list"):
         si.pp.extract_features(stack, [])

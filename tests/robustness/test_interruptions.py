@@ -210,7 +210,7 @@ def test_ctrl_c_while_a_map_is_written(stored, pixnet, expected):
     store = fresh("a.zarr")
 
     def interrupt(n: int) -> None:
-        if n == 60:
+        if n == 20:
             os.kill(os.getpid(), signal.SIGINT)
 
     assert in_child(lambda: dense(sdata, pixnet, store), before=lambda: watch(store, interrupt)) == 130

@@ -65,6 +65,21 @@ class AsignPanels:
         Per gene, as those of :class:`AsignModel`.
     history
         Those of all models, with a column ``panel``.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> si.settings.show_progress_bar = False
+    >>> sdata = si.datasets.synthetic_stack(measured=["s0", "s2"], n_genes=9)
+    >>> genes = list(sdata.tables["stack"].var_names)
+    >>> sdata.tables["s0_counts"] = sdata.tables["s0_counts"][:, genes[:6]].copy()  # a smaller panel
+    >>> si.pp.select_genes(sdata, genes=genes, join="outer")
+    >>> si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+    >>> si.pp.extract_features(sdata)
+    >>> si.tl.build_3d_graph(sdata)
+    >>> si.tl.fit_asign(sdata, model_params={"n_steps": 1})
+    AsignPanels(9 genes in 2 panels)
+    >>> si.settings.show_progress_bar = True
     """
 
     def __init__(self, models: list[AsignModel], var_names: list[str]) -> None:

@@ -71,7 +71,7 @@ def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: s
 
 def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
     """Name of the gene, and how well it was predicted if the layer is the one that this was found out for."""
-    if layer not in table.uns or Keys.PREDICTABILITY not in table.var:
+    if "cross_validated_r" not in table.uns.get(layer, {}) or Keys.PREDICTABILITY not in table.var:
         return gene
     r = table.var.loc[gene, Keys.PREDICTABILITY]
     return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"

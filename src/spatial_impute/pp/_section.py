@@ -100,7 +100,10 @@ def is_spatialdata(value: object) -> bool:
         return False
     import zarr
 
-    return "spatialdata_attrs" in zarr.open_group(path, mode="r").attrs
+    try:
+        return "spatialdata_attrs" in zarr.open_group(path, mode="r").attrs
+    except (OSError, ValueError):  # no store: told when it is opened as an image
+        return False
 
 
 def _is_zarr(path: Path) -> bool:

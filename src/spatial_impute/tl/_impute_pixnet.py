@@ -10,8 +10,13 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._progress import progress
-from spatial_impute._settings import settings
-from spatial_impute._validation import resolve_params
+from spatial_impute._validation import (
+    require_count,
+    require_device,
+    require_positive,
+    require_slot_key,
+    resolve_params,
+)
 from spatial_impute.tl._bases import measured_hash
 from spatial_impute.tl._read import read_spots
 
@@ -107,6 +112,10 @@ def impute_pixnet(
     if params.loss != "mse+pcc":
         msg = f"A stack holds log values; `model_params` asks for the loss {params.loss!r}, for counts."
         raise ValueError(msg)
+    n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
+    tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
+    require_positive(block_spacings, name="block_spacings")
+    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     setup = PixNetSetup(
@@ -115,7 +124,7 @@ def impute_pixnet(
         table_key=table_key,
         layer=layer,
         tile_size=tile_size,
-        device=device or settings.device,
+        device=device,
         seed=seed,
     )
     sections = read_sections(sdata, table)

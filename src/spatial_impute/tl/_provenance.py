@@ -29,7 +29,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
     Returns
     -------
     ``units``, ``encoder``, ``measured_sections``, ``genes``, ``version``, and ``registration``: its ``method``, and
-    ``verdict`` and ``residual_um`` per section (NaN where it is not known). Numbers, strings, lists and dicts only.
+    ``verdict`` and ``residual_um`` per section (where it is known). Numbers, strings, lists and dicts only.
     """
     registration = record.registration or {"method": "", "sections": {}}
     rows = registration["sections"]
@@ -42,7 +42,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
         "registration": {
             "method": registration["method"],
             "verdict": {name: row["verdict"] for name, row in rows.items()},
-            "residual_um": {name: float("nan") if um is None else float(um) for name, um in residuals.items()},
+            "residual_um": {name: float(um) for name, um in residuals.items() if um is not None},
         },
         "version": version("spatial-impute"),
     }

@@ -192,7 +192,10 @@ FILES = [
         lambda w: one(write(w.tmp / "a.tif", b"not an image")),
     ),
     refused(
-        "an empty file named .png", ValueError, "cannot be read as an image", lambda w: one(write(w.tmp / "a.png", b""))
+        "an empty file named .png",
+        ValueError,
+        "a.png is neither PNG nor JPEG",
+        lambda w: one(write(w.tmp / "a.png", b"")),
     ),
     refused("a truncated TIFF", ValueError, "a.tif' is truncated", lambda w: one(_truncated(w, "a.tif"))),
     refused("an OME-Zarr that is none", ValueError, "cannot be read as an image", lambda w: one(_folder(w, "a.zarr"))),

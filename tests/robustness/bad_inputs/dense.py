@@ -153,7 +153,7 @@ PIXNET = [
         "tl.predict_dense",
         "a model of another class",
         TypeError,
-        "`model` must be a PixNetModel, found AsignModel",
+        "`model` must be of class PixNetModel, found AsignModel",
         lambda w: si.tl.predict_dense(w.sdata, "s0_image", w.asign),
     ),
     refuses(

@@ -285,7 +285,7 @@ IMPUTING = [
         "tl.impute_3d",
         "a model of another class",
         TypeError,
-        "`model` must be a AsignModel, found PixNetModel",
+        "`model` must be of class AsignModel or AsignPanels, found PixNetModel",
         lambda w: si.tl.impute_3d(w.sdata, w.pixnet),
     ),
     refuses(
@@ -338,6 +338,27 @@ IMPUTING = [
         baseline,
         lambda w, _: finite(w),
         change=lambda w: w.table.obsm["spatial_3d"].__setitem__((slice(0, 4), slice(0, 2)), 700.0),
+    ),
+    refuses(
+        "tl.impute_pixnet",
+        "a loss for counts",
+        ValueError,
+        "asks for the loss 'poisson', for counts",
+        lambda w: si.tl.impute_pixnet(w.sdata, model_params={"loss": "poisson"}),
+    ),
+    refuses(
+        "tl.impute_pixnet",
+        "one fold",
+        ValueError,
+        "`n_folds` must be a whole number of at least 2",
+        lambda w: si.tl.impute_pixnet(w.sdata, n_folds=1),
+    ),
+    refuses(
+        "tl.impute_pixnet",
+        "the measured layer as target",
+        ValueError,
+        "would write over",
+        lambda w: si.tl.impute_pixnet(w.sdata, key_added="measured"),
     ),
     refuses("tl.cross_validate", "no method", ValueError, "`methods` is empty", lambda w: validate(w, [])),
     refuses(
