@@ -59,12 +59,6 @@ class AsignPanels:
     ----------
     models
         One :class:`AsignModel` per panel.
-    cross_validation
-        Scores per method: mean over panels, each counting as many times as it has genes.
-    predictability, predictable, weights
-        Per gene, as those of :class:`AsignModel`.
-    history
-        Those of all models, with a column ``panel``.
 
     Examples
     --------
