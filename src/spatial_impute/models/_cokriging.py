@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dtrtri
 from scipy.optimize import minimize
 
 from spatial_impute._geometry import plane_tiles
@@ -264,7 +265,9 @@ def _solve(covariance: np.ndarray, target: np.ndarray, noise: np.ndarray) -> tup
     """Weights of the known spots, and the prediction of each of them from the others."""
     factor = cho_factor(covariance + np.diag(noise), lower=True)
     dual = cho_solve(factor, target)
-    return dual, target - dual / np.diag(cho_solve(factor, np.eye(len(target))))
+    # The diagonal of the inverse, from the inverse of the triangle: a sixth of the work of the whole inverse.
+    triangle, _ = dtrtri(factor[0], lower=1)
+    return dual, target - dual / (np.tril(triangle) ** 2).sum(axis=0)
 
 
 def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:
