@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import tifffile
     import zarr
+
+    from spatial_impute._tiff import TiffLevel
 
 # A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
 _MAX_CHUNKS = 2**22
@@ -20,14 +22,14 @@ def require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> N
     """All pixels that the file announces lie within it: else it was cut off, or copied while it was written."""
     size = tiff.filehandle.size
     for level in series.levels:
-        page = level.pages[0]
+        page: Any = level.pages[0]
         end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
         if end > size:
             msg = f"{tiff.filename!r} is truncated: its pixels reach to byte {end}, the file has {size}. Copy it again."
             raise ValueError(msg)
 
 
-def require_plausible(array: zarr.Array, path: Path) -> None:
+def require_plausible(array: zarr.Array | TiffLevel, path: Path) -> None:
     """Refuse what would fill the memory: a few bytes of metadata can announce any size.
 
     Raises

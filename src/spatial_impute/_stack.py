@@ -170,7 +170,7 @@ def section_ranks(table: AnnData) -> np.ndarray:
     return column.cat.codes.to_numpy().astype(np.int64)
 
 
-def dense_rows(matrix: object, rows: np.ndarray) -> np.ndarray:
+def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
     """Some rows of a dense, sparse or lazy matrix, as float64."""
     values = matrix[np.flatnonzero(rows)]
     values = values.compute() if hasattr(values, "compute") else values

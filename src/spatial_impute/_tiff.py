@@ -39,7 +39,8 @@ class TiffLevel:
         self.shape, self.dtype, self.ndim, self.chunks = array.shape, array.dtype, array.ndim, array.chunks
 
     def _forget(self) -> None:
-        self._array, self._lock = None, threading.Lock()
+        self._array: Any = None
+        self._lock = threading.Lock()
 
     def _opened(self) -> Any:
         import tifffile

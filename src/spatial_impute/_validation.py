@@ -70,7 +70,7 @@ def require_positive(value: float | None, *, name: str, unit: str = "") -> float
     return number
 
 
-def require_count(value: object, *, name: str, least: int = 1) -> int:
+def require_count(value: Any, *, name: str, least: int = 1) -> int:
     """Return `value` as int, or raise a ``ValueError`` unless it is a whole number from `least` to 2^32 - 1."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     whole = whole or (isinstance(value, float | np.floating) and float(value).is_integer())
@@ -136,7 +136,7 @@ def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> 
         raise ValueError(msg)
 
 
-def require_element_key(sdata: SpatialData, key: object, *, name: str, kind: str, ours: bool) -> None:
+def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: bool) -> None:
     """Raise a ``ValueError`` unless a result may become the element `key`.
 
     Parameters

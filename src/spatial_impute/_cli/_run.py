@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._cli._config import RunConfig, SectionConfig
-    from spatial_impute.models import AsignModel
+    from spatial_impute.models import AsignModel, AsignPanels
 
 _N_PLOT_GENES = 2
 
@@ -204,7 +204,7 @@ def _draw(
     layer: str,
     folder: Path,
     *,
-    model: AsignModel | None,
+    model: AsignModel | AsignPanels | None,
     scores: pd.DataFrame | None,
 ) -> dict[str, str]:
     """Figures by file name, with what they show."""

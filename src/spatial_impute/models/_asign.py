@@ -142,7 +142,8 @@ class AsignModel:
             if name == NETWORK:
                 found = self._network_prediction(inputs, device)
             else:
-                found = spots.bases[name].copy() if name in (spots.bases or {}) else METHODS[name](spots)
+                bases = spots.bases or {}
+                found = bases[name].copy() if name in bases else METHODS[name](spots)
                 found -= centre
                 found /= scale
             found *= weights[:, k]
@@ -212,7 +213,7 @@ class AsignModel:
         own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         params = load_params(AsignParams, config)
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
-        shapes = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
+        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
         shapes["weights"] = (n_genes, len(config["experts"]))
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from spatial_impute.models import AsignModel, PixNetModel
+    from spatial_impute.models import AsignModel, AsignPanels, PixNetModel
 
 _TEXTS = {
     "loss": ("training loss", "loss"),
@@ -31,7 +31,7 @@ _PANEL = (3.6, 2.8)  # inches
 
 
 def training(
-    model: AsignModel | PixNetModel,
+    model: AsignModel | AsignPanels | PixNetModel,
     *,
     ncols: int = 3,
     ax: Axes | Sequence[Axes] | None = None,

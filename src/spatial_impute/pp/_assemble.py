@@ -193,7 +193,7 @@ def _named_inputs(
             msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
             raise ValueError(msg)
         seen_names.add(name.lower())
-        identity = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
+        identity: Any = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
         if is_spatialdata(value):
             identity = (identity, *(_for_section(choice, name) for choice in choices))
         if identity in seen_inputs:

@@ -140,10 +140,9 @@ def fit_asign(
         msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
     names = list(base_layers)
-    folds = {"n_folds": params.n_folds, "block_spacings": params.block_spacings, "seed": seed}
     read = [(table, replace(spots, bases=read_bases(table, names))) for table, spots in read]
     for table, spots in read:
-        require_same_folds(table, spots, names, **folds)
+        require_same_folds(table, spots, names, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
     panels = [by_panel(spots) for _, spots in read]
     several = len(panels[0]) > 1
     found_encoder = encoders.pop()
@@ -174,7 +173,7 @@ def fit_asign(
     for k, (columns, _) in enumerate(panels[0]):
         label = f"Fitting ASIGN, genes {k + 1} of {len(panels[0])}" if several else "Fitting ASIGN"
         with _steps(label, show=show_progress_bar) as steps:
-            model = fit(
+            fitted = fit(
                 [parts[k][1] for parts in panels],
                 [genes[i] for i in columns],
                 params,
@@ -185,7 +184,7 @@ def fit_asign(
                 checkpoint=panel_folder(k),
                 start=None if start_from is None else start_from._networks,
             )
-        models.append(model)
+        models.append(fitted)
     model = AsignPanels(models, genes) if several else models[0]
     logger.info("Fitted %r", model)
     return model

@@ -184,7 +184,7 @@ def cross_validate(
     truth[spots.known] = spots.expression
     bar = progress(None, "Cross-validating", show=show_progress_bar)
     bar.reset(total=len(names) * len(folds))
-    found = {}
+    found: dict[str, np.ndarray] = {}
     common = {"seed": seed, "device": device, "on_fold": bar.update}
     colour = _colour(stacks, tables, spots.section) if COLOUR in names else None
     try:
@@ -251,7 +251,7 @@ def _warn_of_leaks(
     if group is not None:
         warn_of_shared_groups(folds, spots.known, group)
     centers, radius = np.zeros((len(spots.known), 2)), np.zeros(len(spots.known))
-    sections = {}
+    sections: dict[int, tuple[int, str]] = {}
     for i, section, centre, r, rows in _geometry(stacks, tables):
         centers[rows], radius[rows] = centre, r
         sections |= dict.fromkeys(spots.section[rows[:1]], (i, section))

@@ -107,11 +107,11 @@ def predict_held_out(
     on_fold: Callable[[], None],
 ) -> np.ndarray:
     """(n, n_genes) each fold by a model fitted on the known spots of the others; NaN for spots in no fold."""
-    result = None
+    result = np.empty((0, 0))
     for fold in folds:
         model = fit_on(sections, known & ~fold, setup)
         found = predict_spots(sections, fold, model, setup)
-        result = found if result is None else result
+        result = result if result.size else found
         result[fold] = found[fold]
         on_fold()
     return result
