@@ -102,6 +102,19 @@ def test_cokriging_of_more_known_spots_than_it_can_solve_agrees_with_exact(monke
     np.testing.assert_array_equal(part, cokriging(spots))
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_cokriging_fits_to_some_of_many_known_spots(monkeypatch, leave_one_out):
+    """Parameters come from some of the known spots, and all are solved for."""
+    spots, true = field_spots(features=True)
+    exact = cokriging(spots, leave_one_out=leave_one_out)
+    for name, size in {"_MAX_FIT": 60, "_MAX_EXACT": 120, "_TILE_KNOWN": 40, "_TILE_NEAR": 90}.items():
+        monkeypatch.setattr(_cokriging, name, size)
+        part = cokriging(spots, leave_one_out=leave_one_out)
+        rows = spots.known if leave_one_out else ~spots.known
+        assert not np.array_equal(part, exact)
+        assert error(part, true, rows) < 2.5 * error(exact, true, rows) + 0.02
+
+
 def test_cokriging_in_blocks_of_rows_equals_whole(monkeypatch):
     spots, _ = field_spots(side=8)
     whole = cokriging(spots)

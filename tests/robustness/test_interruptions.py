@@ -210,7 +210,8 @@ def test_ctrl_c_while_a_map_is_written(stored, pixnet, expected):
     store = fresh("a.zarr")
 
     def interrupt(n: int) -> None:
-        if n == 20:
+        # Again if the first is lost: what is raised while an object is finalised goes nowhere.
+        if n in {8, 14, 20, 26}:
             os.kill(os.getpid(), signal.SIGINT)
 
     assert in_child(lambda: dense(sdata, pixnet, store), before=lambda: watch(store, interrupt)) == 130

@@ -34,6 +34,9 @@ class _Inputs:
     image: np.ndarray
     """(n, d) features, centred and scaled so that the mean squared norm of all spots is 1; d may be 0."""
 
+    def __getitem__(self, rows: np.ndarray) -> _Inputs:
+        return _Inputs(self.place[rows], self.image[rows])
+
 
 class _AllInputs:
     """Inputs of all spots, made for some of them at a time."""
