@@ -279,3 +279,27 @@ def test_impute_says_what_it_rests_on(small_stack, model):
     assert table.var["imputable"].dtype == bool
     r = table.var["imputation_r"]
     assert r[table.var["imputable"]].min() > 0
+
+
+def test_large_stacks_are_learned_from_regions_and_imputed_whole(small_stack, monkeypatch):
+    from spatial_impute.models import _cokriging, _fit_asign, _inference, _spots
+
+    known = int(small_stack.tables["stack"].obs["measured"].sum())
+    monkeypatch.setattr(_fit_asign, "_MAX_KNOWN", 2 * known // 3)
+    monkeypatch.setattr(_spots, "_N_REGIONS", 1)
+    monkeypatch.setattr(_inference, "_SPOTS_AT_A_TIME", 50)
+    for name, size in {"_MAX_FIT": 30, "_MAX_EXACT": 40, "_TILE_KNOWN": 20, "_TILE_NEAR": 30}.items():
+        monkeypatch.setattr(_cokriging, name, size)
+    seen = []
+    original = _fit_asign.with_components
+    monkeypatch.setattr(_fit_asign, "with_components", lambda spots: seen.append(spots) or original(spots))
+    model = si.tl.fit_asign(small_stack, model_params=SMALL | {"block_spacings": 1.0})
+    assert len(seen) == 1
+    assert 10 <= seen[0].known.sum() <= 2 * known // 3
+    si.tl.impute_3d(small_stack, model)
+    table = small_stack.tables["stack"]
+    assert np.isfinite(table.layers["asign"]).all()
+    assert np.isfinite(table.layers["asign_sd"]).all()
+    rows = table.obs["measured"].to_numpy()
+    np.testing.assert_allclose(table.layers["asign"][rows], table.layers["measured"][rows], rtol=1e-6)
+    assert model.cross_validation.loc["asign", "skill"] > 0

@@ -75,11 +75,8 @@ def fit(
         given = {"params": asdict(params), "var_names": list(var_names), "config": config, "seed": seed}
         given["start"] = [{key: value.tolist() for key, value in state.items()} for state in start or []]
         finished = FinishedNetworks(checkpoint, fit_fingerprint(stacks, given))
-    rows = [training_rows(s, max_known=_MAX_KNOWN, seed=seed) for s in stacks]
-    # Folds are those of the whole stack, which other models may have been fitted without.
-    folds = [[fold[r] for fold in _folds(s, params, seed)] for s, r in zip(stacks, rows, strict=True)]
-    folds = [[fold for fold in own if fold.any()] for own in folds]
-    stacks = [with_components(s.take(r) if len(r) < len(s.known) else s) for s, r in zip(stacks, rows, strict=True)]
+    parts = [_training_part(s, params, seed) for s in stacks]
+    stacks, folds = [with_components(spots) for spots, _ in parts], [own for _, own in parts]
     methods = available_methods(stacks[0])
     n_networks = max(len(f) for f in folds)
     step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
@@ -219,6 +216,16 @@ def _fit_networks(
         for k, (_, rows, _) in enumerate(runs)
     ]
     return [states[best] for states, _, _ in runs], np.concatenate(predicted), pd.concat(history, ignore_index=True)
+
+
+def _training_part(spots: Spots, params: AsignParams, seed: int) -> tuple[Spots, list[np.ndarray]]:
+    """Spots to learn from, and their folds: those of the whole stack, which other models may have been fitted without."""
+    folds = _folds(spots, params, seed)
+    rows = training_rows(spots, max_known=_MAX_KNOWN, seed=seed)
+    within = [fold[rows] for fold in folds if fold[rows].any()]
+    if len(rows) == len(spots.known) or len(within) < 2:  # regions smaller than the blocks of a fold
+        return spots, folds
+    return spots.take(rows), within
 
 
 def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
