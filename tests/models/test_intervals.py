@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 import spatial_impute as si
 from spatial_impute.models._intervals import (
@@ -61,7 +62,7 @@ def test_expected_noise_follows_depth_to_spots_without_counts():
     true = np.exp(spots.xyz[:, 0] / 1400 * np.log(20)) / 10_000
     found = expected_noise(spots)
     assert np.abs(np.log(found / true))[~spots.known].max() < 0.4
-    assert (expected_noise(replace(spots, total_counts=None)) == 1).all()
+    assert np.isnan(expected_noise(replace(spots, total_counts=None))).all()
 
 
 def test_held_out_noise_does_not_see_the_own_fold():
@@ -78,3 +79,9 @@ def test_held_out_noise_does_not_see_the_own_fold():
 def test_spot_scale_is_wider_where_counts_are_few():
     scale = spot_scale(np.array([1e-4, 4e-4]), np.array([1e-4, 0.5, 0.5]))
     np.testing.assert_allclose(scale, np.sqrt([1.0, 2.5]))
+
+
+@pytest.mark.parametrize(("noise", "usual"), [(np.nan, 1e-4), (1e-4, np.nan), (np.nan, np.nan)])
+def test_spot_scale_is_the_usual_one_where_depth_is_not_known(noise, usual):
+    """A model may be fitted on counts and used on values without them, or the other way round."""
+    assert spot_scale(np.array([noise]), np.array([usual, 0.6, 0.4])) == pytest.approx([1.0])

@@ -15,7 +15,13 @@ from spatial_impute.models._asign_checkpoint import FinishedNetworks, fit_finger
 from spatial_impute.models._baselines import METHODS, available_methods
 from spatial_impute.models._blend import blend_weights
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
-from spatial_impute.models._intervals import held_out_noise, held_out_spread, held_out_support, spot_scale
+from spatial_impute.models._intervals import (
+    held_out_noise,
+    held_out_spread,
+    held_out_support,
+    relative_noise,
+    spot_scale,
+)
 from spatial_impute.models._noise import counting_weights, variance_parts
 from spatial_impute.models._spots import Spots, spatial_folds, training_rows
 from spatial_impute.models._train import Episode, train
@@ -118,8 +124,8 @@ def fit(
     support = np.concatenate([held_out_support(s, f) for s, f in zip(stacks, folds, strict=True)])
     # How far a spot may be off depends on its depth: residuals are compared after that is taken out.
     noise = np.concatenate([held_out_noise(s, f) for s, f in zip(stacks, folds, strict=True)])
-    usual_noise = float(noise.mean())
-    parts = variance_parts(held_out["asign"] - truth, noise / usual_noise)
+    usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
+    parts = variance_parts(held_out["asign"] - truth, relative_noise(noise, usual_noise))
     tensors["noise"] = torch.tensor([usual_noise, *parts], dtype=torch.float64)
     size = spot_scale(noise, tensors["noise"].numpy())[:, None]
     tensors |= {

@@ -46,18 +46,18 @@ def held_out_spread(residuals: np.ndarray) -> np.ndarray:
 def expected_noise(spots: Spots) -> np.ndarray:
     """(n,) counting noise that a measurement of each spot would have, 1 / counts, by co-kriging of the known spots.
 
-    Depth follows the tissue: dense and sparse regions, and what stands over them on another section. All 1 where the
+    Depth follows the tissue: dense and sparse regions, and what stands over them on another section. NaN where the
     counts of the known spots are not known.
     """
     if spots.total_counts is None:
-        return np.ones(len(spots.known))
+        return np.full(len(spots.known), np.nan)
     log_noise = -np.log(spots.total_counts)[:, None]
     return np.exp(cokriging(replace(spots, expression=log_noise, total_counts=None))[:, 0])
 
 
 def held_out_noise(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
     """(n_known,) :func:`expected_noise` of each known spot while its fold is hidden."""
-    noise = np.ones(len(spots.known))
+    noise = np.full(len(spots.known), np.nan)
     for fold in folds:
         noise[fold] = expected_noise(spots.hide(fold))[fold]
     return noise[spots.known]
@@ -78,7 +78,13 @@ def spot_scale(noise: np.ndarray, parts: np.ndarray) -> np.ndarray:
     (n,) standard deviations.
     """
     usual, constant, slope = parts
-    return np.sqrt(constant + slope * noise / usual)
+    return np.sqrt(constant + slope * relative_noise(noise, usual))
+
+
+def relative_noise(noise: np.ndarray, usual: float) -> np.ndarray:
+    """Counting noise in units of the usual one; 1 where either is not known, as for values without counts."""
+    relative = noise / usual
+    return np.where(np.isfinite(relative), relative, 1.0)
 
 
 def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
