@@ -48,7 +48,7 @@ def test_labels_of_held_out_spots_reach_no_input(spots):
         for s in (spots, replace(spots, expression=changed)):
             mask = mask_of(s)
             source = s if mask is fold else s.hide(fold)
-            episodes.append(_episode(source, mask, np.ones(source.known.sum()), tensors, params.n_neighs))
+            episodes.append(_episode(source, mask, np.ones(source.known.sum()), tensors, params))
         for name, a in vars(episodes[0].inputs).items():
             assert torch.equal(a, getattr(episodes[1].inputs, name)), name
 

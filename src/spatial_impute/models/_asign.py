@@ -134,7 +134,7 @@ class AsignModel:
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
         centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
-        inputs = graph_inputs(with_components(spots), self._tensors, self.params.n_neighs)
+        inputs, _ = graph_inputs(with_components(spots), self._tensors, self.params)
         deviation = np.zeros((len(spots.known), len(centre)), dtype=np.float32)
         for k, name in enumerate(self._experts):
             if not weights[:, k].any():

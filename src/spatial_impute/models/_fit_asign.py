@@ -190,7 +190,7 @@ def _fit_networks(
         rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
         # Hidden for watching, and of the rest one block after the other hidden for training.
         episodes = [
-            _episode(r, mask, w[~o[s.known]], tensors, params.n_neighs)
+            _episode(r, mask, w[~o[s.known]], tensors, params)
             for s, r, o, w in zip(stacks, rest, out, weights, strict=True)
             for mask in _masks(r, params, seed)
         ]
@@ -198,7 +198,7 @@ def _fit_networks(
             run = train(
                 lambda k=k: build(k),
                 episodes,
-                [_episode(s, o, w, tensors, params.n_neighs) for s, o, w in zip(stacks, out, weights, strict=True)],
+                [_episode(s, o, w, tensors, params) for s, o, w in zip(stacks, out, weights, strict=True)],
                 n_steps=params.n_steps,
                 learning_rate=params.learning_rate,
                 weight_decay=params.weight_decay,
@@ -246,14 +246,15 @@ def _masks(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
 
 
 def _episode(
-    spots: Spots, masked: np.ndarray, weight: np.ndarray, tensors: dict[str, Tensor], n_neighs: int
+    spots: Spots, masked: np.ndarray, weight: np.ndarray, tensors: dict[str, Tensor], params: AsignParams
 ) -> Episode:
     """Hide some known spots from the network; they are what it has to predict. `weight` is that of the known spots."""
     chosen = masked[spots.known]
     expression = torch.from_numpy(spots.expression[chosen].astype(np.float32))
+    inputs, rows = graph_inputs(spots.hide(masked), tensors, params, asked=masked)
     return Episode(
-        inputs=graph_inputs(spots.hide(masked), tensors, n_neighs),
-        rows=torch.from_numpy(np.flatnonzero(masked)),
+        inputs=inputs,
+        rows=torch.from_numpy(np.flatnonzero(masked[rows])),
         expression=(expression - tensors["centre"]) / tensors["scale"],
         weight=torch.from_numpy(weight[chosen].astype(np.float32)),
     )

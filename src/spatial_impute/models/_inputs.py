@@ -45,11 +45,40 @@ def with_components(spots: Spots) -> Spots:
     return replace(spots, components=agreeing_components(spots.features, spots.graph, spots.section))
 
 
-def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> GraphInputs:
-    """Tensors of one stack; expression in standard deviations around the mean of the training spots."""
+def graph_inputs(
+    spots: Spots,
+    tensors: dict[str, Tensor],
+    params: AsignParams,
+    *,
+    asked: np.ndarray | None = None,
+) -> tuple[GraphInputs, np.ndarray]:
+    """Tensors of one stack; expression in standard deviations around the mean of the training spots.
+
+    Parameters
+    ----------
+    spots
+        The spots.
+    tensors
+        Mean, scale and group of the genes.
+    params
+        Settings of the network that is to read them.
+    asked
+        (n,) bool, the spots to predict. What the network cannot see from them is left out. All by default.
+
+    Returns
+    -------
+    The tensors, and the (m,) ascending positions of the spots in them.
+    """
+    coo = spots.graph.tocoo()
+    edges = _strongest(spots.graph, params.n_neighs)
+    seen = np.ones(len(spots.known), dtype=bool)
+    if asked is not None:
+        seen, into = _receptive_field(coo.row[edges], coo.col[edges], asked, params.n_graph_layers)
+        edges = edges[into]
+    rows = np.flatnonzero(seen)
 
     def standardised(expression: np.ndarray) -> Tensor:
-        return (torch.from_numpy(expression.astype(np.float32)) - tensors["centre"]) / tensors["scale"]
+        return (torch.from_numpy(expression[rows].astype(np.float32)) - tensors["centre"]) / tensors["scale"]
 
     values, support = propagate(spots.graph, spots.known, spots.expression)
     propagated = standardised(values)
@@ -57,24 +86,38 @@ def graph_inputs(spots: Spots, tensors: dict[str, Tensor], n_neighs: int) -> Gra
     # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
     # would find much noisier neighbours than it was trained with. Two views of the image err differently: all its
     # features, and the components on which sections agree.
-    base = cokriging(spots, leave_one_out=True)
-    base += cokriging(replace(spots, features=spots.components), leave_one_out=True)
-    base = standardised(base / 2)
-    spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in spots.tokens)
-    coo = spots.graph.tocoo()
-    strong = _strongest(spots.graph, n_neighs)
+    base = cokriging(spots, leave_one_out=True, wanted=seen)
+    base += cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
+    base *= 0.5
+    base = standardised(base)
+    spot, region, surroundings = (torch.from_numpy(np.asarray(t[rows], dtype=np.float32)) for t in spots.tokens)
     # Messages flow from column to row.
-    edge_index = torch.from_numpy(np.stack([coo.col[strong], coo.row[strong]]).astype(np.int64))
-    return GraphInputs(
+    position = np.cumsum(seen) - 1
+    edge_index = torch.from_numpy(position[np.stack([coo.col[edges], coo.row[edges]])])
+    inputs = GraphInputs(
         spot=spot[:, 0],
         region=region,
         surroundings=surroundings,
         base=base,
         propagated=torch.where(propagated.isfinite(), propagated, base),  # where nothing arrives
-        support=torch.from_numpy(support.astype(np.float32))[:, None],
+        support=torch.from_numpy(support[rows].astype(np.float32))[:, None],
         edge_index=edge_index,
-        edge_features=torch.from_numpy(spots.edge_features[strong].astype(np.float32)),
+        edge_features=torch.from_numpy(spots.edge_features[edges].astype(np.float32)),
     )
+    return inputs, rows
+
+
+def _receptive_field(
+    row: np.ndarray, col: np.ndarray, asked: np.ndarray, n_layers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spots within `n_layers` edges of those asked for, and the edges (from `col` to `row`) on the way to them."""
+    seen = asked
+    into = np.zeros(len(row), dtype=bool)
+    for _ in range(n_layers):
+        into = seen[row]
+        seen = seen.copy()
+        seen[col[into]] = True
+    return seen, into
 
 
 def build_network(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
