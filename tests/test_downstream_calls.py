@@ -6,6 +6,8 @@ Content is checked where the answer is known; beyond that, that nothing has to b
 from __future__ import annotations
 
 import copy
+import os
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -232,9 +234,33 @@ def test_render_all_sections_in_the_common_frame(sdata):
 # napari-spatialdata
 
 
-def test_napari_spatialdata_finds_elements_and_layers(sdata):
-    """Its model of the data, which needs no window."""
-    interactive = pytest.importorskip("napari_spatialdata")
-    utils = pytest.importorskip("napari_spatialdata.utils._utils")
-    assert interactive.Interactive
-    assert utils.get_elements_meta_mapping(sdata, "s0")
+@pytest.mark.skipif(
+    not os.environ.get("DISPLAY"), reason="napari needs a screen; run with xvfb-run where there is none"
+)
+def test_napari_spatialdata_links_the_imputed_layer_to_the_spots(sdata):
+    napari_spatialdata = pytest.importorskip("napari_spatialdata", reason="napari-spatialdata is not installed")
+    from napari_spatialdata._view import QtAdataViewWidget
+    from qtpy.QtWidgets import QApplication
+
+    interactive = napari_spatialdata.Interactive(sdata, headless=True)
+    viewer = interactive._viewer
+
+    def until(condition):
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            QApplication.instance().processEvents()
+        assert condition()
+
+    for n_layers, element in enumerate(("s0_image", "s0_spots"), start=1):
+        interactive.add_element(element, element_coordinate_system="aligned")  # in a thread of its own
+        until(lambda n=n_layers: len(viewer.layers) == n)
+    viewer.layers.selection.active = viewer.layers["s0_spots"]
+    panel = QtAdataViewWidget(viewer)
+    panel.model.adata_layer = LAYER
+    panel.var_widget._onAction(["smooth_0"])
+    shown = viewer.layers["s0_spots"].features
+    table = sdata.tables["stack"][sdata.tables["stack"].obs["section"] == "s0"]
+    expected = pd.Series(table[:, "smooth_0"].layers[LAYER].ravel(), index=table.obs["instance_id"].to_numpy())
+    np.testing.assert_allclose(shown["smooth_0"], expected[shown["index"]], rtol=1e-6)
+    assert len(np.unique(viewer.layers["s0_spots"].face_color, axis=0)) > len(expected) // 2
+    viewer.close()
