@@ -125,7 +125,7 @@ def test_cokriging_in_blocks_of_rows_equals_whole(monkeypatch):
 def test_cokriging_gradient_is_that_of_the_likelihood():
     """The fit must end where no parameter can be improved."""
     spots, _ = field_spots(side=8, features=True)
-    inputs = _cokriging._AllInputs(spots)[np.flatnonzero(spots.known)]
+    inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
     target = spots.expression[:, 0]
     target = (target - target.mean()) / target.std()
     counting = np.random.default_rng(0).gamma(2.0, size=len(target))
@@ -170,6 +170,6 @@ def test_leave_one_out_does_not_see_the_own_label():
 def test_cokriging_fit_stays_where_numbers_are_finite(size):
     """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
     spots, _ = field_spots(side=8, features=True)
-    inputs = _cokriging._AllInputs(spots)[np.flatnonzero(spots.known)]
+    inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
     theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
     assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()

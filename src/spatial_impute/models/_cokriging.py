@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky
-from scipy.linalg.lapack import dpotri, dtrtri
+from scipy.linalg.lapack import dpotri, get_lapack_funcs
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
@@ -50,8 +51,12 @@ class _AllInputs:
         squares = sum(((self._features[i : i + _ROWS_AT_A_TIME] - self._centre) ** 2).sum() for i in parts)
         self._size = max(np.sqrt(squares / max(len(self.place), 1)), 1e-12)
 
-    def __getitem__(self, rows: np.ndarray) -> _Inputs:
-        return _Inputs(self.place[rows], (self._features[rows] - self._centre) / self._size)
+    def of(self, rows: np.ndarray, origin: np.ndarray | None = None) -> _Inputs:
+        """Inputs of some spots; in single precision, and with their place from there, if an origin is given."""
+        place, image = self.place[rows], (self._features[rows] - self._centre) / self._size
+        if origin is None:
+            return _Inputs(place, image)
+        return _Inputs((place - origin).astype(np.float32), image.astype(np.float32))
 
 
 # Threads of BLAS wait for each other longer than they compute on matrices of this size, and on a machine that others
@@ -93,31 +98,37 @@ def cokriging(
     inputs = _AllInputs(spots)
     rows = np.flatnonzero(spots.known)
     keep = _sample(len(rows), _MAX_EXACT, seed)
-    centre, components = _fit_components(
-        inputs[rows[keep]], spots.expression[keep], spots.counting_noise[keep], max_components
-    )
+    sample = inputs.of(rows[keep])
+    centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep], max_components)
     result = np.tile(centre, (len(spots.known), 1))
     if not components:
         return result
-    kernels = _Kernels(inputs[rows[keep]])
-    for inside, own, near in _tiles(inputs.place, rows, seed):
-        known, counting = kernels.around(inputs[rows[near]]), spots.counting_noise[near]
-        targets = (spots.expression[near] - centre) @ np.stack([c.loading / c.spread for c in components], axis=1)
+    loadings = np.stack([c.loading / c.spread for c in components], axis=1)
+    effects = np.stack([c.loading * (c.spread * c.skill) for c in components])
+    kernels = _Kernels(sample)
+    for inside, others, own in _tiles(inputs.place, rows, seed):
+        near = np.concatenate([others, own])
+        # Tiles are many: single precision halves their time, and is enough within one.
+        origin = None if len(rows) <= _MAX_EXACT else inputs.place[rows[own]].mean(axis=0)
+        known, counting = kernels.around(inputs.of(rows[near], origin)), spots.counting_noise[near]
+        targets = (spots.expression[near] - centre) @ loadings
         covariances = known.distances(known.known)
-        solved = [
-            _solve(known.covariance(*covariances, c.theta), target, _noise(c.theta, counting))
-            for c, target in zip(components, targets.T, strict=True)
-        ]
+        duals, left_out = zip(
+            *(
+                _solve(known.covariance(*covariances, c.theta), target, _noise(c.theta, counting), n_left=len(own))
+                for c, target in zip(components, targets.T, strict=True)
+            ),
+            strict=True,
+        )
         if wanted is not None:
             inside = inside[wanted[inside]]
         for start in range(0, len(inside), _ROWS_AT_A_TIME):
             part = inside[start : start + _ROWS_AT_A_TIME]
-            distances = known.distances(inputs[part])
-            for c, (dual, _) in zip(components, solved, strict=True):
-                result[part] += np.outer(known.covariance(*distances, c.theta) @ dual, c.effect)
+            distances = known.distances(inputs.of(part, origin))
+            scores = [known.covariance(*distances, c.theta) @ d for c, d in zip(components, duals, strict=True)]
+            result[part] = centre + np.stack(scores, axis=1) @ effects
         if leave_one_out:
-            left_out = np.stack([left[: len(own)] for _, left in solved], axis=1)
-            result[rows[own]] = centre + left_out @ np.stack([c.effect for c in components])
+            result[rows[own]] = centre + np.stack(left_out, axis=1) @ effects
     return result
 
 
@@ -131,11 +142,6 @@ class _Component:
     """Logarithms of the parameters of its kernel."""
     skill: float
     """How much of its prediction to keep, 0-1."""
-
-    @property
-    def effect(self) -> np.ndarray:
-        """(g,) expression per unit of the standardised component."""
-        return self.loading * (self.spread * self.skill)
 
 
 def _fit_components(
@@ -156,7 +162,7 @@ def _fit_components(
         spread = float(np.sqrt(np.average(target**2, weights=weight)))
         theta = _fit(known, target / spread, counting)
         noise = _noise(theta, counting)
-        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise)
+        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, n_left=len(target))
         skill = _skill(target / spread, left_out, noise)
         if skill > 0:
             components.append(_Component(loading, spread, theta, skill))
@@ -170,14 +176,14 @@ def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.
     ------
     inside
         Spots of the tile.
+    others
+        Positions in `rows` (the known spots) to predict from beside `own`: the nearest to the tile, then some from
+        anywhere.
     own
-        Positions in `rows` (the known spots) of the known ones among them.
-    near
-        Positions in `rows` to predict from: `own` first, then the nearest others, then some from anywhere.
+        Positions in `rows` of those in the tile.
     """
     if len(rows) <= _MAX_EXACT:
-        everything = np.arange(len(rows))
-        yield np.arange(len(place)), everything, everything
+        yield np.arange(len(place)), np.arange(0), np.arange(len(rows))
         return
     rng = np.random.default_rng(seed)
     known = place[rows, :2]
@@ -188,7 +194,7 @@ def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.
         order = np.argsort((gap**2).sum(axis=1), kind="stable")
         n_near = max(_TILE_NEAR - len(own), 0)
         anywhere = order[n_near:][_sample(len(order) - n_near, _TILE_ANYWHERE, rng)]
-        yield inside, own, np.concatenate([own, outside[order[:n_near]], outside[anywhere]])
+        yield inside, np.concatenate([outside[order[:n_near]], outside[anywhere]]), own
 
 
 def _sample(n: int, size: int, seed: int | np.random.Generator) -> np.ndarray:
@@ -232,8 +238,13 @@ class _Kernels:
 
     @staticmethod
     def covariance(squared: np.ndarray, linear: np.ndarray, alike: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        near = np.exp(theta[0] - 0.5 * squared / np.exp(2 * theta[1]))
-        return near + np.exp(theta[2]) * linear + np.exp(theta[3]) * alike
+        size, length, by_line, by_likeness = (float(number) for number in theta[:4])  # of any precision
+        result = squared * (-0.5 / math.exp(2 * length))
+        result += size
+        np.exp(result, out=result)
+        result += math.exp(by_line) * linear
+        result += math.exp(by_likeness) * alike
+        return result
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -282,15 +293,22 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
     return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
 
-def _solve(covariance: np.ndarray, target: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the known spots, and the prediction of each of them from the others."""
-    covariance = covariance.copy()
+def _solve(
+    covariance: np.ndarray, target: np.ndarray, noise: np.ndarray, *, n_left: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the known spots, and the prediction of each of the last `n_left` of them from all others.
+
+    The covariance is overwritten.
+    """
     covariance[np.diag_indices_from(covariance)] += noise
     triangle = cholesky(covariance, lower=True, overwrite_a=True)
-    dual = cho_solve((triangle, True), target)
-    # The diagonal of the inverse, from the inverse of the triangle: a sixth of the work of the whole inverse.
-    inverse, _ = dtrtri(triangle, lower=1)
-    return dual, target - dual / np.einsum("ij,ij->j", inverse, inverse)
+    dual = cho_solve((triangle, True), target.astype(triangle.dtype))
+    # The diagonal of the inverse, from the inverse of the triangle: a sixth of the work of the whole inverse. Its last
+    # entries need the last rows of the triangle only.
+    corner = triangle[-n_left:, -n_left:]
+    (trtri,) = get_lapack_funcs(("trtri",), (triangle,))
+    inverse, _ = trtri(corner, lower=1)
+    return dual, target[-n_left:] - dual[-n_left:] / np.einsum("ij,ij->j", inverse, inverse)
 
 
 def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:
