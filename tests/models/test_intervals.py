@@ -18,8 +18,22 @@ from spatial_impute.models._spots import Spots
 
 def test_held_out_spread_covers_what_it_was_set_on():
     residuals = np.random.default_rng(0).exponential(size=(2000, 3)) * [1.0, 2.0, 5.0]
-    inside = np.abs(residuals) <= 1.6449 * held_out_spread(residuals)
+    inside = np.abs(residuals) <= 1.6449 * held_out_spread(residuals, n_blocks=2000)
     np.testing.assert_allclose(inside.mean(axis=0), 0.9, atol=0.01)
+
+
+def test_intervals_hold_for_the_block_to_come_where_neighbours_are_off_together():
+    rng = np.random.default_rng(0)
+    n_blocks, size, repeats = 20, 4, 4000
+    held_out = 0.8 * rng.normal(size=(n_blocks, 1, repeats)) + 0.6 * rng.normal(size=(n_blocks, size, repeats))
+    held_out = held_out.reshape(n_blocks * size, repeats)
+    to_come = np.abs(rng.normal(size=repeats))
+
+    def covered(n: int) -> float:
+        return float((to_come <= 1.6449 * held_out_spread(held_out, n_blocks=n)).mean())
+
+    assert 0.9 <= covered(n_blocks) <= 0.94
+    assert covered(len(held_out)) < 0.9  # as if spots were independent
 
 
 def test_spread_grows_to_that_of_the_mean_where_nothing_arrives():
@@ -36,7 +50,8 @@ def test_intervals_cover_unmeasured_sections(prepared_stack, truth, quick_params
     rows = ~table.obs["measured"].to_numpy()
     true = truth[table.obs_names, table.var_names].X.toarray()[rows]
     inside = np.abs(true - table.layers["asign"][rows]) <= 1.645 * table.layers["asign_sd"][rows]
-    assert 0.85 < inside.mean() < 0.95
+    # Spots right over measured ones are predicted a little better than blocks that are held out.
+    assert 0.87 < inside.mean() < 0.97
 
 
 def lattice_with_depth() -> Spots:

@@ -23,7 +23,7 @@ from spatial_impute.models._intervals import (
     spot_scale,
 )
 from spatial_impute.models._noise import counting_weights, variance_parts
-from spatial_impute.models._spots import Spots, spatial_folds, training_rows
+from spatial_impute.models._spots import Spots, blocks, spatial_folds, training_rows
 from spatial_impute.models._train import Episode, train
 
 if TYPE_CHECKING:
@@ -128,9 +128,12 @@ def fit(
     parts = variance_parts(held_out["asign"] - truth, relative_noise(noise, usual_noise))
     tensors["noise"] = torch.tensor([usual_noise, *parts], dtype=torch.float64)
     size = spot_scale(noise, tensors["noise"].numpy())[:, None]
+    n_blocks = sum(_n_blocks(s, params) for s in stacks)
     tensors |= {
-        "spread": torch.tensor(held_out_spread((held_out["asign"] - truth) / size), dtype=torch.float32),
-        "spread_of_mean": torch.tensor(held_out_spread((held_out["mean"] - truth) / size), dtype=torch.float32),
+        "spread": torch.tensor(held_out_spread((held_out["asign"] - truth) / size, n_blocks), dtype=torch.float32),
+        "spread_of_mean": torch.tensor(
+            held_out_spread((held_out["mean"] - truth) / size, n_blocks), dtype=torch.float32
+        ),
         "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
     }
 
@@ -232,6 +235,12 @@ def _training_part(spots: Spots, params: AsignParams, seed: int) -> tuple[Spots,
     if len(rows) == len(spots.known) or len(within) < 2:  # regions smaller than the blocks of a fold
         return spots, folds
     return spots.take(rows), within
+
+
+def _n_blocks(spots: Spots, params: AsignParams) -> int:
+    """Blocks with known spots, those of each section for itself."""
+    known = np.column_stack([spots.section[spots.known], blocks(spots, params.block_spacings)])
+    return len(np.unique(known, axis=0))
 
 
 def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:

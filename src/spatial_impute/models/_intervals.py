@@ -18,8 +18,8 @@ _LEVEL = 0.9
 _HALF_WIDTH = NormalDist().inv_cdf(0.5 + _LEVEL / 2)  # of a 90 % interval, in standard deviations
 
 
-def held_out_spread(residuals: np.ndarray) -> np.ndarray:
-    """Standard deviation of each gene with which 90 % intervals cover 90 % of held-out spots.
+def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
+    """Standard deviation of each gene with which 90 % intervals cover 90 % of spots to come.
 
     Counts are not normal, so the spread is set by the interval that it is there for.
 
@@ -27,6 +27,8 @@ def held_out_spread(residuals: np.ndarray) -> np.ndarray:
     ----------
     residuals
         (n, g) prediction minus measurement of held-out spots.
+    n_blocks
+        Blocks that they were held out in. Neighbours are off together, so blocks are what there are n of.
 
     Returns
     -------
@@ -34,12 +36,12 @@ def held_out_spread(residuals: np.ndarray) -> np.ndarray:
 
     Examples
     --------
-    >>> spread = held_out_spread(np.random.default_rng(0).normal(size=(10_000, 1)))
+    >>> spread = held_out_spread(np.random.default_rng(0).normal(size=(10_000, 1)), n_blocks=10_000)
     >>> round(float(spread[0]), 1)
     1.0
     """
-    # The spot to come is one more: of n held-out spots, the interval must take in 0.9 (n + 1).
-    level = min(1.0, _LEVEL * (len(residuals) + 1) / len(residuals))
+    # The block to come is one more: of n held-out blocks, the interval must take in 0.9 (n + 1).
+    level = min(1.0, _LEVEL * (n_blocks + 1) / n_blocks)
     return np.quantile(np.abs(residuals), level, axis=0) / _HALF_WIDTH
 
 

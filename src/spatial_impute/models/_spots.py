@@ -153,10 +153,7 @@ def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: in
 def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
     """Hold out square blocks of the registered frame, on all known sections alike; see :func:`spatial_folds`."""
     rows = np.flatnonzero(spots.known)
-    with np.errstate(over="ignore"):  # of blocks without extent: all are one then
-        cell = np.floor(spots.xyz[rows, :2] / max(block_spacings * spots.spacing, np.finfo(float).tiny))
-    _, block = np.unique(cell, axis=0, return_inverse=True)
-    block = block.ravel()
+    block = blocks(spots, block_spacings)
     n_blocks = int(block.max(initial=-1)) + 1
     n_folds = min(n_folds, n_blocks)
     if n_folds < 2:
@@ -172,3 +169,10 @@ def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int)
         held_out[rows[fold_of_block[block] == fold]] = True
         folds.append(held_out)
     return folds
+
+
+def blocks(spots: Spots, block_spacings: float) -> np.ndarray:
+    """(n_known,) number of the square block of the registered frame that each known spot lies in."""
+    with np.errstate(over="ignore"):  # of blocks without extent: all are one then
+        cell = np.floor(spots.xyz[spots.known, :2] / max(block_spacings * spots.spacing, np.finfo(float).tiny))
+    return np.unique(cell, axis=0, return_inverse=True)[1].ravel()
