@@ -100,8 +100,8 @@ class RollingLattice:
         self._pool_ready()
         needed = row + self._block - self._base
         if needed > len(self._values):
-            more = np.zeros((needed - len(self._values), *self._values.shape[1:]), dtype=np.float32)
-            self._values = np.concatenate([self._values, more])
+            # Grows in place, with zeros; a copy would double the band for a moment.
+            self._values.resize((needed, *self._values.shape[1:]), refcheck=False)
 
     def _pool_ready(self) -> None:
         incomplete = np.flatnonzero(self._missing)

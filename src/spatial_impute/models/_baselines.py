@@ -42,7 +42,7 @@ def knn(spots: Spots) -> np.ndarray:
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
     def predict(distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
-        return spots.expression[found[:, :k]].mean(axis=1)
+        return _weighted_mean(spots.expression, found[:, :k], np.full((len(found), k), 1 / k))
 
     return _by_neighbours(spots, counts, max(counts), predict)
 
@@ -91,11 +91,19 @@ def ridge(spots: Spots) -> np.ndarray:
 
 def transfer_ridge(spots: Spots) -> np.ndarray:
     """Kernel and ridge, averaged after both are brought to the same spread for each gene."""
-    parts = [method(spots) for method in (kernel, ridge)]
     centre = spots.expression.mean(axis=0)
-    spreads = [np.maximum((part - centre).std(axis=0), 1e-12) for part in parts]
-    scores = sum((part - centre) / spread for part, spread in zip(parts, spreads, strict=True)) / 2
-    return centre + scores * np.mean(spreads, axis=0)
+    result = 0.0
+    spreads = []
+    for method in (kernel, ridge):
+        part = method(spots)
+        part -= centre
+        spreads.append(np.maximum(part.std(axis=0), 1e-12))
+        part /= spreads[-1]
+        part += result  # in place: tables of a large stack take gigabytes
+        result = part
+    result *= np.mean(spreads, axis=0) / 2
+    result += centre
+    return result
 
 
 METHODS: dict[str, Callable[[Spots], np.ndarray]] = {

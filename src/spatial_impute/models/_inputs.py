@@ -90,7 +90,8 @@ def graph_inputs(
     base += cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
     base *= 0.5
     base = standardised(base)
-    spot, region, surroundings = (torch.from_numpy(np.asarray(t[rows], dtype=np.float32)) for t in spots.tokens)
+    tokens = spots.tokens if asked is None else tuple(t[rows] for t in spots.tokens)
+    spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tokens)
     # Messages flow from column to row.
     position = np.cumsum(seen) - 1
     edge_index = torch.from_numpy(position[np.stack([coo.col[edges], coo.row[edges]])])
