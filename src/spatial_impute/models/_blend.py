@@ -10,6 +10,9 @@ from scipy.optimize import nnls
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
 
 
+_NEGLIGIBLE = 1e-4  # a weight that changes nothing to be seen; the method need not be run for it
+
+
 def blend_weights(
     predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +77,8 @@ def _weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarra
     common = _solve(gram.sum(axis=0), moment.sum(axis=0))
     k = gram.shape[1]
     ridge = strength * np.trace(gram.mean(axis=0)) / k
-    return np.stack([_solve(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)])
+    found = np.stack([_solve(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)])
+    return np.where(found > _NEGLIGIBLE, found, 0.0)
 
 
 def _solve(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
