@@ -33,6 +33,15 @@ def test_training_has_a_line_per_network_and_marks_the_kept_step(asign_like, tmp
     assert (tmp_path / "t.png").exists()
 
 
+def test_training_of_several_gene_panels_has_plots_for_each(asign_like):
+    other = asign_like.history.assign(loss=lambda rows: rows["loss"] + 5, panel=1)
+    both = SimpleNamespace(history=pd.concat([asign_like.history.assign(panel=0), other], ignore_index=True))
+    axes = si.pl.training(both, return_ax=True)
+    assert [ax.get_title() for ax in axes[::2]] == ["training loss, gene panel 0", "training loss, gene panel 1"]
+    first, second = (axes[i].lines[0].get_ydata() for i in (0, 2))
+    np.testing.assert_allclose(second, first + 5)
+
+
 def test_training_of_pixnet_shows_what_was_held_out():
     model = model_with(
         step=[0, 5, 10],

@@ -25,6 +25,7 @@ _TEXTS = {
     "held_out_r": ("correlation on held-out regions", "Pearson r, mean over genes"),
 }
 _RUN = "network"  # column of the history that tells the networks of an ensemble apart
+_GENES = "panel"  # column that tells the models of different panels of genes apart
 # Okabe and Ito, without yellow, which is faint as a line.
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _PANEL = (3.6, 2.8)  # inches
@@ -42,6 +43,8 @@ def training(
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Training loss, and the error on what was held out, by step; a dashed vertical line marks the step that is kept.
+
+    With different panels of genes per section, the model of each panel gets plots of its own.
 
     The horizontal dotted line is where the network starts: at its base, before any step. If the kept step is 0, no step did
     better on the held-out spots than the base, and the base is what predicts.
@@ -105,22 +108,30 @@ def training(
     if int(ncols) < 1:
         msg = f"`ncols` must be at least 1, found {ncols!r}."
         raise ValueError(msg)
-    titles = [_TEXTS[name][0] for name in columns] if title is None else title
-    titles = [titles] if isinstance(titles, str) else list(titles)
-    if len(titles) != len(columns):
-        msg = f"`title` must have one entry per panel {columns}, found {len(titles)}."
+    models = _groups(history, _GENES)
+    panels = [(name, k, rows) for k, rows in models for name in columns]
+    if title is None:
+        titles = [_TEXTS[name][0] + ("" if k is None else f", gene panel {k}") for name, k, _ in panels]
+    else:
+        titles = [title] if isinstance(title, str) else list(title)
+    if len(titles) != len(panels):
+        msg = f"`title` must have one entry per panel {[name for name, *_ in panels]}, found {len(titles)}."
         raise ValueError(msg)
     n_columns = min(int(ncols), len(columns))
-    n_rows = -(-len(columns) // n_columns)
+    n_rows = -(-len(panels) // n_columns)
     size = figsize or (n_columns * _PANEL[0], n_rows * _PANEL[1])
-    axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(columns))
-    runs = [(None, history)] if _RUN not in history else list(history.groupby(_RUN, sort=True))
-    for panel, name, head in zip(axes, columns, titles, strict=True):
+    axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(panels))
+    for panel, (name, _, rows), head in zip(axes, panels, titles, strict=True):
+        runs = _groups(rows, _RUN)
         _draw_column(panel, name, runs)
         panel.set_title(head, fontsize="medium")
     if len(runs) > 1:
         axes[0].legend(title=_RUN, fontsize="small", title_fontsize="small", frameon=False, ncols=2)
     return finish(axes, save=save, show=show, return_ax=return_ax)
+
+
+def _groups(history: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:
+    return list(history.groupby(column, sort=True)) if column in history else [(None, history)]
 
 
 def _draw_column(ax: Axes, name: str, runs: list[tuple[int | None, pd.DataFrame]]) -> None:
