@@ -129,6 +129,45 @@ def test_region_without_a_pixel_centre_is_sampled_at_its_centre(cells):
     assert n_pixels[1] == 0
 
 
+def test_disc_on_a_ramp_is_that_of_the_plane():
+    """Its mean is the value at its centre and its pixels are its area: half a pixel of error would be 0.5 of the slope."""
+    x, y = ((np.arange(n) + 0.5) * STRIDE for n in (GRID.n_x, GRID.n_y))
+    ramps = torch.from_numpy(np.stack(np.broadcast_arrays(x[None, :], y[:, None])))
+    rng = np.random.default_rng(4)
+    radius = rng.uniform(12, 60, 40)
+    reach = radius[:, None] + STRIDE  # beyond the middle of the outermost cells the map is flat
+    centers = rng.uniform(reach, np.array([WIDTH, HEIGHT]) - reach - STRIDE)
+    sums, n_pixels = bag(ramps, Discs(centers, radius), IMAGE, GRID, IMAGE)
+    # Discs made of pixels miss their centre by some hundredths of a pixel.
+    np.testing.assert_allclose((sums / n_pixels[:, None]).numpy(), centers, atol=0.1)
+    np.testing.assert_allclose(n_pixels.numpy(), np.pi * radius**2, rtol=0.02)
+
+
+def test_small_region_on_the_border_of_two_tiles_counts_once(cells):
+    """Its centre belongs to the core that begins there; a larger one that misses no pixel centre is summed as usual."""
+    left, right = Box(0, HEIGHT, 0, 64), Box(0, HEIGHT, 64, WIDTH)
+    upper, lower = Box(0, 64, 0, WIDTH), Box(64, HEIGHT, 0, WIDTH)
+    for center, parts in (((64.0, 21.0), (left, right)), ((21.0, 64.0), (upper, lower))):
+        for radius in (0.3, 0.9):
+            discs = Discs(np.array([center]), np.array([radius]))
+            whole, n_whole = bag(cells, discs, IMAGE, GRID, IMAGE)
+            (a, n_a), (b, n_b) = (bag(cells, discs, part, GRID, IMAGE) for part in parts)
+            torch.testing.assert_close(a + b, whole)
+            assert n_a + n_b == n_whole > 0
+            if radius == 0.3:
+                assert n_a == 0
+    beyond = Discs(np.array([[WIDTH, 20.0], [20.0, HEIGHT], [0.0, 20.0], [20.0, 0.0]]), np.full(4, 0.3))
+    _, n_pixels = bag(cells, beyond, IMAGE, GRID, IMAGE)
+    np.testing.assert_array_equal(n_pixels.numpy() > 0, [False, False, True, True])
+
+
+def test_flat_region_between_pixel_centres_has_no_pixels(cells):
+    """Long and thin: it is no spot that a tile was too coarse for, and a number for its middle would not be its mean."""
+    thin = [shapely.box(10, 20.6, 60, 20.9), shapely.box(30.6, 10, 30.9, 60), shapely.box(40.6, 40.6, 40.9, 40.9)]
+    _, n_pixels = bag(cells, Polygons.from_shapely(np.array(thin)), IMAGE, GRID, IMAGE)
+    np.testing.assert_allclose(n_pixels.numpy(), [0, 0, 0.09])
+
+
 def test_regions_off_the_image_have_no_pixels(cells):
     discs = Discs(np.array([[-50.0, -50.0], [WIDTH + 100.0, 10.0], [150.0, 100.0]]), np.full(3, 20.0))
     _, n_pixels = bag(cells, discs, IMAGE, GRID, IMAGE)
