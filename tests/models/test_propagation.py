@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from spatial_impute._logging import logger
+from spatial_impute.models import _propagation
 from spatial_impute.models._propagation import propagate
 
 
@@ -219,12 +220,20 @@ def test_propagate_does_not_depend_on_how_many_genes_are_solved_at_a_time(monkey
     graph, known = random_graph(), mask(40, 0, 5, 11, 30)
     given_values = np.random.default_rng(0).normal(size=(4, 7))
     expected, expected_mass = propagate(graph, known, given_values)
+    widths, solve_columns = [], _propagation._conjugate_gradients
+    monkeypatch.setattr(
+        _propagation,
+        "_conjugate_gradients",
+        lambda system, source, *options: widths.append(source.shape[1]) or solve_columns(system, source, *options),
+    )
     for n_genes in (1, 3):
-        monkeypatch.setattr("spatial_impute.models._propagation._MAX_VALUES", n_genes * 36)
+        monkeypatch.setattr(_propagation, "_MAX_VALUES", n_genes * 36)
+        widths.clear()
         values, mass = propagate(graph, known, given_values)
+        assert widths == [1, *[n_genes] * (7 // n_genes), *[7 % n_genes] * (7 % n_genes > 0)]
         np.testing.assert_allclose(values, expected, atol=1e-7)
         np.testing.assert_array_equal(mass, expected_mass)
-    monkeypatch.setattr("spatial_impute.models._propagation._MAX_VALUES", 5)  # fewer than one gene takes
+    monkeypatch.setattr(_propagation, "_MAX_VALUES", 5)  # fewer than one gene takes
     np.testing.assert_allclose(propagate(graph, known, given_values)[0], expected, atol=1e-7)
 
 
@@ -262,6 +271,16 @@ def test_propagate_knows_no_unit_of_the_values(size):
     expected, _ = propagate(graph, known, given_values)
     values, _ = propagate(graph, known, given_values * size)
     np.testing.assert_allclose(values / size, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-100, 1e-9, 1e9])
+def test_propagate_without_leak_knows_no_unit_of_the_weights(size):
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    expected, _ = propagate(graph, known, given_values, leak=0.0)
+    values, mass = propagate(graph * size, known, given_values, leak=0.0)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(mass, 1, atol=1e-6)
 
 
 def test_propagate_finds_small_differences_on_a_high_level():

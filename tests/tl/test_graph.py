@@ -193,6 +193,15 @@ def test_build_graph_is_equivariant_to_permutation():
         )
 
 
+def test_build_graph_of_a_lattice_does_not_depend_on_the_order_of_rows():
+    """Which of several spots at one distance are linked is decided by place."""
+    xyz, section, radius = sections(n_sections=2)
+    order = np.random.default_rng(0).permutation(len(xyz))
+    whole = build(xyz, section, radius, n_neighs=3, n_cross_neighs=2)
+    turned = build(xyz[order], section[order], radius[order], n_neighs=3, n_cross_neighs=2)
+    np.testing.assert_allclose(dense(turned.weights), dense(whole.weights)[np.ix_(order, order)], atol=1e-6)
+
+
 def test_build_graph_isolated_spot_has_no_edge():
     xyz = np.concatenate([lattice(3), [[50.0, 50.0, 1.0]]])
     graph = build(xyz, np.array([0] * 9 + [1]), np.full(10, 0.4))
@@ -236,6 +245,7 @@ def test_build_graph_links_at_the_very_limit_of_distance_but_not_discs_that_touc
     xyz, radius = np.array([[0.0, 0, 0], [1, 0, 0]]), np.full(2, 0.5)
     at_limit = build(xyz, np.array([0, 1]), radius, max_distance=1.0)
     assert at_limit.weights[0, 1] == pytest.approx(np.exp(-0.5))
+    assert at_limit.overlap.nnz == 0
     beyond = build(xyz, np.array([0, 1]), radius, max_distance=0.999)
     assert beyond.weights.nnz == 0
     assert beyond.overlap.nnz == 0
