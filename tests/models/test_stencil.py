@@ -235,6 +235,16 @@ def test_window_too_small_is_an_error_not_a_wrong_number():
         build_stencil(Discs([[96.0, 96.0]], [32.0]), tiling.pixels((1, 1)), tiling.grid((1, 1), 0), IMAGE)
 
 
+@pytest.mark.parametrize(("y0", "x0", "rows", "columns"), [(5, 4, 8, 9), (4, 5, 9, 8), (4, 4, 8, 9), (4, 4, 9, 8)])
+def test_window_that_lacks_a_line_of_cells_on_any_side_is_an_error(y0, x0, rows, columns):
+    """The disc reads cells 4 to 12 in either direction."""
+    disc, core = Discs([[34.0, 34.0]], [15.9]), Box(16, 52, 16, 52)
+    whole = build_stencil(disc, core, CellGrid(STRIDE, 65, 77, 4, 4, 9, 9), IMAGE)
+    assert whole.n_pixels[0] > 700
+    with pytest.raises(IndexError, match="outside the window"):
+        build_stencil(disc, core, CellGrid(STRIDE, 65, 77, y0, x0, rows, columns), IMAGE)
+
+
 def test_take_and_move_keep_geometry():
     shapes = np.array(random_polygons("ring and box"))
     polygons = Polygons.from_shapely(shapes)
