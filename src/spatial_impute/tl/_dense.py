@@ -145,7 +145,7 @@ def predict_dense(
         device=device,
     )
     if inplace:
-        require_element_key(sdata, key, name="key_added", kind="images", ours=key in _maps(sdata))
+        require_element_key(sdata, key, name="key_added", kind="images", ours=_maps(sdata))
     if store is None:
         element = as_element(_lazy_array(job), names, job, frame)
     else:
@@ -266,7 +266,7 @@ def predict_regions(
     frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
     regions, index = read_shapes(sdata, shapes_key, frame)
     if inplace:
-        ours = key in sdata.tables and Keys.PIXNET in sdata.tables[key].uns
+        ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
         require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
     genes_index = model.gene_index(genes)
     from spatial_impute._working import survey
@@ -384,8 +384,8 @@ def genes_from_features(
     require_key(features_key, sdata.images, where="sdata.images")
     key = Keys.expression(features_key) if key_added is None else key_added
     if inplace:
-        ours = key_added is None or key in _maps(sdata)
-        require_element_key(sdata, key, name="key_added", kind="images", ours=ours and key != features_key)
+        ours = {*_maps(sdata), Keys.expression(features_key)} - {features_key}
+        require_element_key(sdata, key, name="key_added", kind="images", ours=ours)
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(features_key, {})
