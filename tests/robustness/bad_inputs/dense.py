@@ -259,6 +259,13 @@ PIXNET = [
     ),
     refuses(
         "tl.predict_dense",
+        "pixels of less than a nanometre",
+        ValueError,
+        "less than light can show; check `mpp`",
+        lambda w: dense(w, mpp=1e-66),
+    ),
+    refuses(
+        "tl.predict_dense",
         "an object without units",
         ValueError,
         "The unit of coordinate system 's0' is unknown",
