@@ -15,6 +15,7 @@ import numpy as np
 
 from spatial_impute._geometry import scaling
 from spatial_impute._logging import logger
+from spatial_impute._workers import run_on_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -212,29 +213,10 @@ def write_tiles(
             write_tile(store.job, tile, array, done)
             on_tile()
         return
-    from distributed import as_completed
-
     # One copy of network and image per worker.
-    job = client.scatter(store.job, broadcast=True)
-    futures = [client.submit(write_tile, job, tile, array, done, pure=False) for tile in tiles]
-    for future in as_completed(futures):
-        future.result()
-        future.release()
-        on_tile()
-
-
-def active_client() -> Any | None:
-    """The dask client of this process, if there is one."""
-    import sys
-
-    if "distributed" not in sys.modules:  # nobody can have made one
-        return None
-    from distributed import get_client
-
-    try:
-        return get_client()
-    except ValueError:
-        return None
+    run_on_workers(
+        client, write_tile, [(store.job, tile, array, done) for tile in tiles], broadcast=True, on_done=on_tile
+    )
 
 
 def as_element(data: Any, names: Sequence[str], job: DenseJob, frame: Frame) -> Any:

@@ -136,7 +136,7 @@ def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> 
         raise ValueError(msg)
 
 
-def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: bool) -> None:
+def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
     """Raise a ``ValueError`` unless a result may become the element `key`.
 
     Parameters
@@ -150,7 +150,7 @@ def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, o
     kind
         ``"images"``, ``"tables"``...
     ours
-        Whether an element of that name and kind is an earlier result, to be replaced.
+        Elements of that kind that are earlier results and may be replaced.
     """
     legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
     if not legal or key[0] == "." or key.startswith("__"):
@@ -158,7 +158,7 @@ def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, o
         raise ValueError(msg)
     for there in ("images", "labels", "points", "shapes", "tables"):
         for other in getattr(sdata, there):
-            if other.lower() == key.lower() and not (ours and there == kind and other == key):
+            if other.lower() == key.lower() and not (there == kind and other == key and other in ours):
                 msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
                 raise ValueError(msg)
 

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from spatial_impute._logging import logger
+from spatial_impute.models import _propagation
 from spatial_impute.models._propagation import propagate
 
 
@@ -212,3 +214,89 @@ def test_propagate_goes_on_until_the_slowest_gene_has_settled():
     values, _ = propagate(path, known, np.array([[5.0, 0.0], [5.0, 1.0]]), leak=0.0)
     np.testing.assert_allclose(values[:, 0], 5.0)
     np.testing.assert_allclose(values[:, 1], np.linspace(0, 1, n), atol=1e-5)
+
+
+def test_propagate_does_not_depend_on_how_many_genes_are_solved_at_a_time(monkeypatch):
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(0).normal(size=(4, 7))
+    expected, expected_mass = propagate(graph, known, given_values)
+    widths, solve_columns = [], _propagation._conjugate_gradients
+    monkeypatch.setattr(
+        _propagation,
+        "_conjugate_gradients",
+        lambda system, source, *options: widths.append(source.shape[1]) or solve_columns(system, source, *options),
+    )
+    for n_genes in (1, 3):
+        monkeypatch.setattr(_propagation, "_MAX_VALUES", n_genes * 36)
+        widths.clear()
+        values, mass = propagate(graph, known, given_values)
+        assert widths == [1, *[n_genes] * (7 // n_genes), *[7 % n_genes] * (7 % n_genes > 0)]
+        np.testing.assert_allclose(values, expected, atol=1e-7)
+        np.testing.assert_array_equal(mass, expected_mass)
+    monkeypatch.setattr(_propagation, "_MAX_VALUES", 5)  # fewer than one gene takes
+    np.testing.assert_allclose(propagate(graph, known, given_values)[0], expected, atol=1e-7)
+
+
+def test_propagate_says_when_it_has_not_settled(monkeypatch):
+    told = []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: told.append(text % values))
+    known, given_values = mask(200, 0, -1), np.array([[0.0], [1.0]])
+    propagate(path(200), known, given_values, leak=0.0, max_iterations=3)
+    assert len(told) == 2  # for the mass, and for the values
+    assert "stopped after 3 steps" in told[0]
+    told.clear()
+    values, _ = propagate(path(200), known, given_values, leak=0.0)
+    assert not told
+    np.testing.assert_allclose(values[:, 0], np.linspace(0, 1, 200), atol=1e-6)
+
+
+def test_propagate_takes_no_longer_than_there_are_unknown_spots(monkeypatch):
+    """Conjugate gradients end after as many steps as there are unknowns, also where degrees differ by powers of ten."""
+    monkeypatch.setattr(logger, "warning", lambda *args: pytest.fail("has not settled"))
+    graph = random_graph(seed=3)
+    scale = sparse.diags(10.0 ** np.random.default_rng(0).uniform(-3, 3, 40))
+    known = mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    weights = (scale @ graph @ scale).tocsr()
+    values, mass = propagate(weights, known, given_values, max_iterations=50)
+    expected, expected_mass = solve(weights, known, given_values, 3.6)
+    np.testing.assert_allclose(values[~known], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mass[~known], expected_mass, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-12, 1e12, 1e150])
+def test_propagate_knows_no_unit_of_the_values(size):
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    expected, _ = propagate(graph, known, given_values)
+    values, _ = propagate(graph, known, given_values * size)
+    np.testing.assert_allclose(values / size, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-100, 1e-9, 1e9])
+def test_propagate_without_leak_knows_no_unit_of_the_weights(size):
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    expected, _ = propagate(graph, known, given_values, leak=0.0)
+    values, mass = propagate(graph * size, known, given_values, leak=0.0)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(mass, 1, atol=1e-6)
+
+
+def test_propagate_finds_small_differences_on_a_high_level():
+    """Values are centred per gene: what is common to all of them costs no digits, whatever its size."""
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    expected, _ = propagate(graph, known, given_values)
+    values, _ = propagate(graph, known, given_values + np.array([1e6, -1e6, 3e6]))
+    np.testing.assert_allclose(values - np.array([1e6, -1e6, 3e6]), expected, atol=1e-6)
+
+
+def test_propagate_settles_to_the_direct_solution():
+    """To the tolerance that is asked for by default, which is far below the noise of any measurement."""
+    graph, known = random_graph(), mask(40, 0, 5, 11, 30)
+    given_values = np.random.default_rng(1).normal(size=(4, 3))
+    values, mass = propagate(graph, known, given_values, leak=0.5)
+    expected, expected_mass = solve(graph, known, given_values, 0.5)
+    np.testing.assert_allclose(values[~known], expected, atol=1e-6)
+    np.testing.assert_allclose(mass[~known], expected_mass, atol=1e-6)

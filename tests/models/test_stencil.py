@@ -10,6 +10,7 @@ import shapely
 import torch
 from torch.nn import functional as F
 
+from spatial_impute.models import _stencil
 from spatial_impute.models._stencil import Box, CellGrid, Discs, Polygons, build_stencil
 from spatial_impute.models._tiles import TileIndex, Tiling, bag
 
@@ -129,6 +130,83 @@ def test_region_without_a_pixel_centre_is_sampled_at_its_centre(cells):
     assert n_pixels[1] == 0
 
 
+def test_disc_on_a_ramp_is_that_of_the_plane():
+    """Its mean is the value at its centre and its pixels are its area: half a pixel of error would be 0.5 of the slope."""
+    x, y = ((np.arange(n) + 0.5) * STRIDE for n in (GRID.n_x, GRID.n_y))
+    ramps = torch.from_numpy(np.stack(np.broadcast_arrays(x[None, :], y[:, None])))
+    rng = np.random.default_rng(4)
+    radius = rng.uniform(12, 60, 40)
+    reach = radius[:, None] + STRIDE  # beyond the middle of the outermost cells the map is flat
+    centers = rng.uniform(reach, np.array([WIDTH, HEIGHT]) - reach - STRIDE)
+    sums, n_pixels = bag(ramps, Discs(centers, radius), IMAGE, GRID, IMAGE)
+    # Discs made of pixels miss their centre by some hundredths of a pixel.
+    np.testing.assert_allclose((sums / n_pixels[:, None]).numpy(), centers, atol=0.1)
+    np.testing.assert_allclose(n_pixels.numpy(), np.pi * radius**2, rtol=0.02)
+
+
+def test_small_region_on_the_border_of_two_tiles_counts_once(cells):
+    """Its centre belongs to the core that begins there."""
+    left, right = Box(0, HEIGHT, 0, 64), Box(0, HEIGHT, 64, WIDTH)
+    upper, lower = Box(0, 64, 0, WIDTH), Box(64, HEIGHT, 0, WIDTH)
+    for center, parts in (((64.0, 21.0), (left, right)), ((21.0, 64.0), (upper, lower))):
+        discs = Discs(np.array([center] * 3), np.array([0.3, 0.9, 40.0]))
+        whole, n_whole = bag(cells, discs, IMAGE, GRID, IMAGE)
+        (a, n_a), (b, n_b) = (bag(cells, discs, part, GRID, IMAGE) for part in parts)
+        torch.testing.assert_close(a + b, whole)
+        torch.testing.assert_close(n_a + n_b, n_whole)
+        np.testing.assert_array_equal(n_a.numpy() == 0, [True, False, False])
+        assert (n_b > 0).all()
+    beyond = Discs(np.array([[WIDTH, 20.0], [20.0, HEIGHT], [0.0, 20.0], [20.0, 0.0]]), np.full(4, 0.3))
+    _, n_pixels = bag(cells, beyond, IMAGE, GRID, IMAGE)
+    np.testing.assert_array_equal(n_pixels.numpy() > 0, [False, False, True, True])
+
+
+def test_small_region_is_not_sampled_where_another_tile_has_its_pixel(cells):
+    """A sliver with a pixel centre left of the border and its own centre right of it, beside a large region."""
+    sliver = shapely.Polygon([(63.35, 21.3), (63.35, 21.7), (65.34, 22.8)])
+    assert sliver.centroid.x > 64
+    polygons = Polygons.from_shapely(np.array([sliver, shapely.box(20, 20, 90, 90)]))
+    _, left = bag(cells, polygons, Box(0, HEIGHT, 0, 64), GRID, IMAGE)
+    _, right = bag(cells, polygons, Box(0, HEIGHT, 64, WIDTH), GRID, IMAGE)
+    np.testing.assert_array_equal(left.numpy(), [1, 44 * 70])
+    np.testing.assert_array_equal(right.numpy(), [0, 26 * 70])
+
+
+def test_no_regions_have_no_sums(cells):
+    for regions in (Discs(np.zeros((0, 2)), np.zeros(0)), Polygons.from_shapely(np.array([], dtype=object))):
+        assert regions.bounds.shape == (0, 4)
+        sums, n_pixels = bag(cells, regions, IMAGE, GRID, IMAGE)
+        assert sums.shape == (0, 3)
+        assert n_pixels.shape == (0,)
+
+
+def test_compiled_code_stays_within_its_arrays(monkeypatch):
+    """Run as Python the same numbers come out, and an index beyond an array, which compiled code would use, is an error."""
+    rng = np.random.default_rng(6)
+    centers = rng.uniform(-5, 40, (12, 2))
+    boxes = [shapely.box(x, y, x + w, y + w) for (x, y), w in zip(centers, rng.uniform(0.2, 20, 12), strict=True)]
+    rings = [shapely.Point(*c).buffer(9, quad_segs=2).difference(shapely.Point(*c).buffer(4)) for c in centers[:4]]
+    core, grid, image = Box(8, 32, 4, 36), CellGrid(STRIDE, 9, 10), Box(0, 35, 0, 38)
+    both = (Discs(centers, rng.uniform(0.2, 20, 12)), Polygons.from_shapely(np.array(boxes + rings)))
+    compiled = [build_stencil(regions, core, grid, image) for regions in both]
+    for name, function in list(vars(_stencil).items()):
+        if hasattr(function, "py_func"):
+            monkeypatch.setattr(_stencil, name, function.py_func)
+    for regions, expected in zip(both, compiled, strict=True):
+        found = build_stencil(regions, core, grid, image)
+        np.testing.assert_array_equal(found.start, expected.start)
+        np.testing.assert_array_equal(found.cells, expected.cells)
+        np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-12)
+        np.testing.assert_array_equal(found.n_pixels, expected.n_pixels)
+
+
+def test_flat_region_between_pixel_centres_has_no_pixels(cells):
+    """Long and thin: it is no spot that a tile was too coarse for, and a number for its middle would not be its mean."""
+    thin = [shapely.box(10, 20.6, 60, 20.9), shapely.box(30.6, 10, 30.9, 60), shapely.box(40.6, 40.6, 40.9, 40.9)]
+    _, n_pixels = bag(cells, Polygons.from_shapely(np.array(thin)), IMAGE, GRID, IMAGE)
+    np.testing.assert_allclose(n_pixels.numpy(), [0, 0, 0.09])
+
+
 def test_regions_off_the_image_have_no_pixels(cells):
     discs = Discs(np.array([[-50.0, -50.0], [WIDTH + 100.0, 10.0], [150.0, 100.0]]), np.full(3, 20.0))
     _, n_pixels = bag(cells, discs, IMAGE, GRID, IMAGE)
@@ -155,6 +233,16 @@ def test_window_too_small_is_an_error_not_a_wrong_number():
     tiling = Tiling(HEIGHT, WIDTH, core=64, halo=0, stride=STRIDE, multiple=STRIDE)
     with pytest.raises(IndexError, match="outside the window"):
         build_stencil(Discs([[96.0, 96.0]], [32.0]), tiling.pixels((1, 1)), tiling.grid((1, 1), 0), IMAGE)
+
+
+@pytest.mark.parametrize(("y0", "x0", "rows", "columns"), [(5, 4, 8, 9), (4, 5, 9, 8), (4, 4, 8, 9), (4, 4, 9, 8)])
+def test_window_that_lacks_a_line_of_cells_on_any_side_is_an_error(y0, x0, rows, columns):
+    """The disc reads cells 4 to 12 in either direction."""
+    disc, core = Discs([[34.0, 34.0]], [15.9]), Box(16, 52, 16, 52)
+    whole = build_stencil(disc, core, CellGrid(STRIDE, 65, 77, 4, 4, 9, 9), IMAGE)
+    assert whole.n_pixels[0] > 700
+    with pytest.raises(IndexError, match="outside the window"):
+        build_stencil(disc, core, CellGrid(STRIDE, 65, 77, y0, x0, rows, columns), IMAGE)
 
 
 def test_take_and_move_keep_geometry():

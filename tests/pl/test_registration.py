@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
+from scipy import ndimage as ndi
 
 import spatial_impute as si
 from spatial_impute.pl._canvas import Canvas, Scan
+from spatial_impute.pl._registration import _GRID_LINES
+from spatial_impute.pl._utils import nice_length
 
 
 def test_registration_rows_and_their_text(plot_stack):
@@ -71,6 +76,46 @@ def test_registration_resampling_is_exact_at_pixel_centres():
     expected = 3.0 * (cx + 100 - 40) + 2.0 * (cy + 50 + 10)
     np.testing.assert_allclose(drawn.stain, expected, rtol=1e-5)
     np.testing.assert_allclose(drawn.rgb[..., 0], expected, rtol=1e-5)
+
+
+def test_registration_shows_a_deformation_by_a_grid_in_its_true_lengths(plot_stack):
+    """One section is pushed by (24, 18) um throughout, that is by 30 um: every piece of its grid says so."""
+    from spatial_impute._registration._elements import displacement_elements
+    from spatial_impute._registration._transform import SectionTransform
+
+    deformed = copy.deepcopy(plot_stack)
+    rows = deformed.attrs["spatial_impute"]["stack"]["registration"]["sections"]
+    push = np.broadcast_to(np.array([24.0, 18.0], np.float32), (120, 120, 2))
+    grid = np.array([[50.0, 0, -2000], [0, 50, -2000], [0, 0, 1]])
+    transform = SectionTransform(np.array(rows["s0"]["matrix"]), -push, push, grid)
+    for key, element in displacement_elements(transform, "s0", "aligned").items():
+        deformed.images[key] = element
+    rows["s0"]["deformed"] = True
+    axes = si.pl.registration(deformed, return_ax=True)
+    assert axes.shape == (2, 4)
+    lengths = np.concatenate([np.asarray(line.get_array()) for line in axes[0, 3].collections])
+    np.testing.assert_allclose(lengths, 30.0, rtol=1e-3)
+    # Upright lines stay upright, and lie beside where they were by the displacement times the factor of the title.
+    factor = float(axes[0, 3].get_title().removeprefix("deformation, × "))
+    (left, right), (bottom, top) = axes[0, 3].get_xlim(), axes[0, 3].get_ylim()
+    spacing = nice_length(max(right - left, bottom - top) / _GRID_LINES)
+    starts = [segments[0, 0] for line in axes[0, 3].collections if np.ptp((segments := _points(line))[:, 0]) < 1e-6]
+    lines = (np.array(starts) - left - factor * 24.0) / spacing
+    assert len(lines) > 3
+    np.testing.assert_allclose(lines, lines.round(), atol=1e-4)
+    assert not axes[1, 3].collections
+    assert axes[1, 3].texts[0].get_text() == "affine only"
+    # The picture of the section, in red, is moved as its points are.
+    plain = si.pl.registration(plot_stack, return_ax=True)
+    moved, before = (np.asarray(ax.images[0].get_array(), float)[..., 0] for ax in (axes[0, 1], plain[0, 1]))
+    pixel = (right - left) / moved.shape[1]
+    expected = ndi.shift(before, (18.0 / pixel, 24.0 / pixel), order=1, mode="nearest")
+    assert np.abs(moved - expected).mean() < 0.3 * np.abs(moved - before).mean()
+
+
+def _points(line) -> np.ndarray:
+    """Points of a line drawn piece by piece."""
+    return np.concatenate(line.get_segments())
 
 
 def test_registration_says_when_a_section_is_weak_and_shortens_long_paths(plot_stack, monkeypatch):

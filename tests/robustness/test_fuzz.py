@@ -155,6 +155,33 @@ def test_predict_dense_arguments(still, pixnet, arguments):
     ours(lambda: si.tl.predict_dense(sdata, "s0_image", pixnet, **arguments))
 
 
+REGIONS = ("image_key", "genes", "coordinate_system", "mpp", "tile_size", "device", "key_added")
+
+
+@given(
+    shapes_key=odd | st.just("s0_spots"),
+    arguments=st.dictionaries(st.sampled_from(REGIONS), odd, min_size=1, max_size=3),
+)
+def test_predict_regions_arguments(still, pixnet, shapes_key, arguments):
+    sdata = copy.deepcopy(still[0])
+    ours(
+        lambda: si.tl.predict_regions(sdata, shapes_key, pixnet, **arguments),
+        work="spatial_impute.models._pixnet.PixNetModel._read_regions",
+    )
+
+
+WARP = ("section", "pixel_size", "key_added")
+
+
+@given(
+    key=odd | st.sampled_from(["s0_spots", "s0_image"]),
+    arguments=st.dictionaries(st.sampled_from(WARP), odd, min_size=1, max_size=3),
+)
+def test_warp_element_arguments(still, key, arguments):
+    sdata = copy.deepcopy(still[0])
+    ours(lambda: si.tl.warp_element(sdata, key, **arguments))
+
+
 FIT = (
     "width",
     "n_heads",

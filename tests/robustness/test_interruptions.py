@@ -214,7 +214,11 @@ def test_ctrl_c_while_a_map_is_written(stored, pixnet, expected):
         if n in {8, 14, 20, 26}:
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert in_child(lambda: dense(sdata, pixnet, store), before=lambda: watch(store, interrupt)) == 130
+    def before() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        watch(store, interrupt)
+
+    assert in_child(lambda: dense(sdata, pixnet, store), before=before) == 130
     assert not complete(store, expected)
     dense(sdata, pixnet, store)
     assert complete(store, expected)

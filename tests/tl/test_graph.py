@@ -193,6 +193,15 @@ def test_build_graph_is_equivariant_to_permutation():
         )
 
 
+def test_build_graph_of_a_lattice_does_not_depend_on_the_order_of_rows():
+    """Which of several spots at one distance are linked is decided by place."""
+    xyz, section, radius = sections(n_sections=2)
+    order = np.random.default_rng(0).permutation(len(xyz))
+    whole = build(xyz, section, radius, n_neighs=3, n_cross_neighs=2)
+    turned = build(xyz[order], section[order], radius[order], n_neighs=3, n_cross_neighs=2)
+    np.testing.assert_allclose(dense(turned.weights), dense(whole.weights)[np.ix_(order, order)], atol=1e-6)
+
+
 def test_build_graph_isolated_spot_has_no_edge():
     xyz = np.concatenate([lattice(3), [[50.0, 50.0, 1.0]]])
     graph = build(xyz, np.array([0] * 9 + [1]), np.full(10, 0.4))
@@ -211,6 +220,49 @@ def test_typical_spacing_is_that_within_sections():
     assert typical_spacing(xyz * 7, section) == pytest.approx(7.0)
     with pytest.raises(ValueError, match="No section has more than one spot"):
         typical_spacing(np.zeros((2, 3)), np.array([0, 1]))
+
+
+def test_typical_spacing_leaves_out_sections_of_one_spot():
+    xyz, section, _ = sections(n=2)
+    xyz, section = np.concatenate([xyz, [[9.0, 9.0, 1.0]], [[5.0, 5.0, 1.0]]]), np.concatenate([section, [7, 8]])
+    assert typical_spacing(xyz, section) == pytest.approx(1.0)
+
+
+def test_build_graph_links_all_spots_of_a_section_of_few():
+    xyz = np.array([[0.0, 0, 0], [1, 0, 0], [0, 5, 0]])
+    graph = build(xyz, np.zeros(3, int), np.full(3, 0.1), n_neighs=4)
+    np.testing.assert_array_equal(dense(graph.weights) > 0, ~np.eye(3, dtype=bool))
+
+
+def test_build_graph_neighbours_far_away_stay_linked():
+    """Where the Gaussian is 0 in floating point, the edge is not."""
+    graph = build(np.array([[0.0, 0, 0], [1e3, 0, 0]]), np.zeros(2, int), np.full(2, 0.1))
+    assert 0 < graph.weights[0, 1] < 1e-9
+    assert graph.distances[0, 1] == pytest.approx(1e3)
+
+
+def test_build_graph_links_at_the_very_limit_of_distance_but_not_discs_that_touch():
+    xyz, radius = np.array([[0.0, 0, 0], [1, 0, 0]]), np.full(2, 0.5)
+    at_limit = build(xyz, np.array([0, 1]), radius, max_distance=1.0)
+    assert at_limit.weights[0, 1] == pytest.approx(np.exp(-0.5))
+    assert at_limit.overlap.nnz == 0
+    beyond = build(xyz, np.array([0, 1]), radius, max_distance=0.999)
+    assert beyond.weights.nnz == 0
+    assert beyond.overlap.nnz == 0
+
+
+def test_build_graph_takes_as_many_neighbours_as_asked_for_on_each_section():
+    """One spot between the two sections' lattices: its nearest ones there, and it for each of theirs."""
+    xyz = np.concatenate([[[0.1, 0.2, 0.0]], lattice(4, z=1.0)])
+    section, radius = np.array([0] + [1] * 16), np.full(17, 0.01)
+    for k in (1, 2, 3):
+        graph = build(xyz, section, radius, n_cross_neighs=k, max_distance=2.0)
+        linked = np.flatnonzero(dense(graph.weights)[0])
+        length = np.linalg.norm(xyz[1:, :2] - xyz[0, :2], axis=1)
+        # Of the sixteen, those nearer than the limit have it as their only spot on the other section.
+        np.testing.assert_array_equal(linked, 1 + np.flatnonzero(length <= 2.0))
+    far = build(xyz[::-1], section[::-1] * -1 + 1, radius, n_cross_neighs=0, max_distance=2.0)
+    assert far.weights[16].nnz == 0
 
 
 def test_standardise_by_section_removes_stain_differences():

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from spatial_impute._validation import require_one_of, require_positive
 
+_LARGEST = 1e18  # of step sizes and weights: products of two are numbers in single precision, beyond it torch fails
+
 
 @dataclass(frozen=True, slots=True)
 class AsignParams:
@@ -63,12 +65,10 @@ class AsignParams:
             raise ValueError(msg)
         for name in ("learning_rate", "block_spacings"):
             require_positive(getattr(self, name), name=name)
-        if not 0 <= self.dropout < 1 or self.correlation_weight < 0 or self.weight_decay < 0:
-            msg = (
-                "`dropout` must lie in [0, 1), `correlation_weight` and `weight_decay` must not be negative; found "
-                f"{self.dropout!r}, {self.correlation_weight!r}, {self.weight_decay!r}."
-            )
+        if not 0 <= self.dropout < 1:
+            msg = f"`dropout` must lie in [0, 1), found {self.dropout!r}."
             raise ValueError(msg)
+        _require_rates(self, "learning_rate", "correlation_weight", "weight_decay")
 
     @classmethod
     def paper(cls) -> AsignParams:
@@ -163,10 +163,9 @@ class PixNetParams:
         if not 0 < self.held_out_fraction < 1:
             msg = f"`held_out_fraction` must lie between 0 and 1, found {self.held_out_fraction!r}."
             raise ValueError(msg)
-        for name in ("correlation_weight", "encoder_learning_rate", "weight_decay", "stain_jitter"):
-            if not getattr(self, name) >= 0:
-                msg = f"`{name}` must not be negative, found {getattr(self, name)!r}."
-                raise ValueError(msg)
+        _require_rates(
+            self, "learning_rate", "correlation_weight", "encoder_learning_rate", "weight_decay", "stain_jitter"
+        )
 
     @classmethod
     def paper(cls) -> PixNetParams:
@@ -181,3 +180,11 @@ class PixNetParams:
             patience=50,
             encoder_learning_rate=5e-5,
         )
+
+
+def _require_rates(params: AsignParams | PixNetParams, *names: str) -> None:
+    for name in names:
+        value = getattr(params, name)
+        if not 0 <= value <= _LARGEST:  # nor NaN
+            msg = f"`{name}` must not be negative, and at most {_LARGEST:g}; found {value!r}."
+            raise ValueError(msg)

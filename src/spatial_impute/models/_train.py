@@ -131,6 +131,10 @@ def train(
                 states.append({key: value.detach().cpu().clone() for key, value in network.state_dict().items()})
                 predictions.append([p.cpu() for p in found])
                 losses = []
+                if step and not math.isfinite(history[-1]["held_out_mse"]):
+                    raise ValueError(
+                        _diverged("error on held-out spots", history[-1]["held_out_mse"], step, learning_rate)
+                    )
             if step == n_steps:
                 break
             # Cosine decay to zero: the last steps settle instead of wandering.
@@ -139,10 +143,13 @@ def train(
             episode = episodes[(step * n_ranks + rank) % len(episodes)]
             losses.append(_step(trained, optimiser, episode, correlation_weight))
             if not math.isfinite(losses[-1]):
-                msg = f"The loss became {losses[-1]} in step {step + 1}; lower `learning_rate` (now {learning_rate:g})."
-                raise ValueError(msg)
+                raise ValueError(_diverged("loss", losses[-1], step + 1, learning_rate))
             on_step()
     return states, history, predictions
+
+
+def _diverged(what: str, value: float, step: int, learning_rate: float) -> str:
+    return f"The {what} became {value} in step {step}; lower `learning_rate` (now {learning_rate:g})."
 
 
 def _step(network: nn.Module, optimiser: torch.optim.Optimizer, episode: Episode, correlation_weight: float) -> float:

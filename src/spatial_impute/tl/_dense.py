@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
+from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
 from spatial_impute._validation import (
     require_count,
@@ -123,7 +123,8 @@ def predict_dense(
     --------
     See :func:`~spatial_impute.tl.predict_regions`.
     """
-    from spatial_impute._dense_store import DenseStore, active_client, as_element, write_tiles
+    from spatial_impute._dense_store import DenseStore, as_element, write_tiles
+    from spatial_impute._workers import active_client
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
@@ -144,7 +145,7 @@ def predict_dense(
         device=device,
     )
     if inplace:
-        require_element_key(sdata, key, name="key_added", kind="images", ours=key in _maps(sdata))
+        require_element_key(sdata, key, name="key_added", kind="images", ours=_maps(sdata))
     if store is None:
         element = as_element(_lazy_array(job), names, job, frame)
     else:
@@ -226,7 +227,8 @@ def predict_regions(
     ``None``, or the table with ``inplace=False``. Writes:
 
     `sdata.tables['{shapes_key}_expression']` : :class:`anndata.AnnData`
-        ``X`` (n_shapes, n_genes) ``float32`` in the units of the model, NaN for shapes without a pixel on the image;
+        ``X`` (n_shapes, n_genes) ``float32`` in the units of the model, NaN for shapes without a pixel on the image (a
+        warning says how many);
         ``obs["n_pixels"]`` pixels of the shape on the image at the model's resolution (the area of a shape too small to
         hold one); ``var["imputation_r"]`` correlation of the gene on held-out regions of the training slides;
         ``obsm["spatial"]`` centres in um; ``uns["pixnet"]`` provenance.
@@ -264,7 +266,7 @@ def predict_regions(
     frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
     regions, index = read_shapes(sdata, shapes_key, frame)
     if inplace:
-        ours = key in sdata.tables and Keys.PIXNET in sdata.tables[key].uns
+        ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
         require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
     genes_index = model.gene_index(genes)
     from spatial_impute._working import survey
@@ -304,6 +306,9 @@ def predict_regions(
         obs[Keys.N_PIXELS] = found.n_pixels
         table = AnnData(found.expression, obs=obs, var=var, obsm=obsm, uns=uns)
     bar.close()
+    n_off = int((table.obs[Keys.N_PIXELS] == 0).sum())
+    if n_off:
+        logger.warning("%d of %d shapes of %r hold no pixel of %r: NaN", n_off, len(index), shapes_key, image_key)
     if not inplace:
         return table
     from spatialdata.models import TableModel
@@ -379,8 +384,8 @@ def genes_from_features(
     require_key(features_key, sdata.images, where="sdata.images")
     key = Keys.expression(features_key) if key_added is None else key_added
     if inplace:
-        ours = key_added is None or key in _maps(sdata)
-        require_element_key(sdata, key, name="key_added", kind="images", ours=ours and key != features_key)
+        ours = {*_maps(sdata), Keys.expression(features_key)} - {features_key}
+        require_element_key(sdata, key, name="key_added", kind="images", ours=ours)
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(features_key, {})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spatial_impute._raster import Level
     from spatial_impute.models._stencil import Regions
 
+_FINEST = 1e-3  # um per pixel; two hundred times finer than what a light microscope resolves
 _MAX_STRETCH = 1.05  # beyond it circles would become ellipses
 
 
@@ -101,9 +102,22 @@ def find_frame(
 
 
 def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]:
-    """Resolutions of an image, finest first, with their maps to um."""
+    """Resolutions of an image, finest first, with their maps to um.
+
+    Raises
+    ------
+    ValueError
+        If its pixels are too small to be those of a section.
+    """
     element = sdata.images[image_key]
-    return image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
+    levels = image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
+    if not levels[0].pixel_size >= _FINEST:
+        msg = (
+            f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than light "
+            "can show; check `mpp` and the transformation of the image."
+        )
+        raise ValueError(msg)
+    return levels
 
 
 def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regions, pd.Index]:

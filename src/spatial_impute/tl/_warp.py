@@ -108,8 +108,8 @@ def warp_element(
         raise ValueError(msg)
     kind = next(kind for kind in ("points", "shapes", "labels", "images") if key in getattr(sdata, kind))
     if inplace:  # an earlier result lies in the common frame alone
-        old = getattr(sdata, kind).get(key_added)
-        ours = old is not None and set(get_transformation(old, get_all=True)) == {registration["coordinate_system"]}
+        there, common = getattr(sdata, kind), {registration["coordinate_system"]}
+        ours = [name for name, old in there.items() if set(get_transformation(old, get_all=True)) == common]
         require_element_key(sdata, key_added, name="key_added", kind=kind, ours=ours)
     target = registration["coordinate_system"]
 

@@ -79,7 +79,73 @@ def _store(world):
     return path
 
 
+def _counts(change):
+    """The counts of the measured section with something wrong."""
+
+    def spoil(world):
+        counts = world.sdata.tables["s1_counts"]
+        del world.sdata.tables["s1_counts"]
+        changed = change(counts.copy())
+        world.sdata.tables["s1_counts"] = changed
+
+    return spoil
+
+
+def _without_x(counts):
+    counts.layers["log"] = counts.X
+    counts.X = None
+    return counts
+
+
+def _one_gene_twice(counts):
+    counts.var_names = [counts.var_names[0], *counts.var_names[:-1]]
+    return counts
+
+
+def _one_spot_twice(counts):
+    ids = counts.obs[counts.uns["spatialdata_attrs"]["instance_key"]]
+    counts.obs[ids.name] = [ids.iloc[1], *ids.iloc[1:]]
+    return counts
+
+
+def _second_table(world):
+    world.sdata.tables["again"] = world.sdata.tables["s1_counts"].copy()
+    del world.sdata.tables["stack"]
+
+
 PIXNET = [
+    refuses(
+        "tl.fit_pixnet",
+        "a table without `X`",
+        ValueError,
+        "name the layer that holds expression with `layer=`, one of ['log']",
+        lambda w: fit(w, table_key="s1_counts"),
+        change=_counts(_without_x),
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "two rows for one region",
+        ValueError,
+        "annotate the shape",
+        lambda w: fit(w, table_key="s1_counts", aggregate="sum", model_params=QUICK | {"loss": "poisson"}),
+        change=_counts(_one_spot_twice),
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "two genes of one name",
+        ValueError,
+        "var_names` must be unique",
+        lambda w: fit(w, table_key="s1_counts", aggregate="sum", model_params=QUICK | {"loss": "poisson"}),
+        change=_counts(_one_gene_twice),
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "regions with several tables",
+        ValueError,
+        "has several tables ['again', 's1_counts']",
+        fit,
+        change=_second_table,
+    ),
     refuses(
         "tl.fit_pixnet", "an unknown image", KeyError, "not found in `sdata.images`", lambda w: fit(w, image_key="x")
     ),
@@ -190,6 +256,13 @@ PIXNET = [
         FileNotFoundError,
         "write the object first",
         lambda w: dense(w, store=w.tmp),
+    ),
+    refuses(
+        "tl.predict_dense",
+        "pixels of less than a nanometre",
+        ValueError,
+        "less than light can show; check `mpp`",
+        lambda w: dense(w, mpp=1e-66),
     ),
     refuses(
         "tl.predict_dense",

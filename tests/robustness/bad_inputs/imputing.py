@@ -237,10 +237,25 @@ MEASURED = [
     ),
     refuses(
         "tl.fit_asign",
+        "a parameter that is NaN",
+        ValueError,
+        "`weight_decay` must not be negative",
+        lambda w: fit(w, model_params=QUICK | {"weight_decay": float("nan")}),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a learning rate that leaves no network after its last step",
+        ValueError,
+        "error on held-out spots became",
+        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e18, "n_steps": 1}),
+        while_working=True,
+    ),
+    refuses(
+        "tl.fit_asign",
         "a learning rate at which the loss explodes",
         ValueError,
         "lower `learning_rate`",
-        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e20, "n_steps": 20}),
+        lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e18, "n_steps": 20}),
         while_working=True,
     ),
     answers(

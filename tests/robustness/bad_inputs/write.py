@@ -1,4 +1,4 @@
-"""Write the table of the list into the docs: ``python tests/robustness/bad_inputs/write.py``."""
+"""Write the lists of the tests into the docs: ``python tests/robustness/bad_inputs/write.py``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ HERE = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Replace the table between the two marks of the page."""
+    """Replace the tables between the marks of the page."""
     sys.path.insert(0, str(HERE))
-    from bad_inputs import table
+    import promises
+
+    import bad_inputs
     from bad_inputs.cases import CASES
 
     page = HERE.parents[1] / "docs" / "reliability.md"
-    marked = r"(?<=<!-- table of bad inputs -->\n).*?(?=<!-- end of table -->)"
-    page.write_text(re.sub(marked, lambda _: table(CASES), page.read_text(), flags=re.DOTALL))
+    text = page.read_text()
+    for name, table in (
+        ("bad inputs", bad_inputs.table(CASES)),
+        ("promises", promises.table(promises.PROMISES)),
+        ("figures", promises.figures(promises.FIGURES)),
+    ):
+        marked = rf"(?<=<!-- table of {name} -->\n).*?(?=<!-- end of table -->)"
+        text = re.sub(marked, lambda _, table=table: table, text, flags=re.DOTALL)
+    page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""Run pure functions on the workers of a dask client, also where workers die."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from spatial_impute._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+_ATTEMPTS = 4  # as many as dask gives a task whose workers die
+
+
+def active_client() -> Any | None:
+    """The dask client of this process, if there is one and this is not one of its tasks."""
+    if "distributed" not in sys.modules:  # nobody can have made one
+        return None
+    from distributed import Client, get_worker
+
+    try:
+        get_worker()
+    except ValueError:
+        pass
+    else:  # a task that waits for others may hold the only thread that could run them
+        return None
+    try:
+        return Client.current()
+    except ValueError:
+        return None
+
+
+def run_on_workers(
+    client: Any,
+    function: Callable,
+    tasks: Sequence[tuple],
+    *,
+    broadcast: bool = False,
+    on_done: Callable[[], Any] = lambda: None,
+) -> list[Any]:
+    """Results of ``function(*task)``, in the order of the tasks.
+
+    Dataclasses among the arguments are sent once, not with every task: graphs are no place for images and networks. Tasks
+    of a worker that dies are given to another one by dask. What was sent to it and is nowhere else dask cannot make
+    again: that is sent anew, and the tasks that wait for it.
+
+    Parameters
+    ----------
+    client
+        Client of dask.distributed.
+    function
+        Pure, so that the result does not depend on where and how often it runs.
+    tasks
+        Arguments.
+    broadcast
+        Send the dataclasses to all workers at once, instead of to those that ask for them.
+    on_done
+        Called for every result.
+
+    Raises
+    ------
+    CancelledError
+        If workers die again and again, or the cluster is shut down.
+    """
+    from distributed import CancelledError, as_completed
+
+    results: dict[int, Any] = {}
+    for attempt in range(_ATTEMPTS):
+        left = [i for i in range(len(tasks)) if i not in results]
+        shared = _send(client, (tasks[i] for i in left), broadcast=broadcast)
+        futures = {
+            client.submit(function, *(shared.get(id(part), part) for part in tasks[i]), pure=False): i for i in left
+        }
+        lost = None
+        for future in as_completed(list(futures)):
+            try:
+                results[futures[future]] = future.result()
+            except CancelledError as error:
+                lost = error
+                continue
+            future.release()
+            on_done()
+        if lost is None:
+            break
+        if attempt + 1 == _ATTEMPTS:
+            lost.add_note(f"Workers died in {_ATTEMPTS} attempts in a row; give them more memory, or start fewer.")
+            raise lost
+        logger.warning("A worker died: %d of %d tasks are sent again", len(tasks) - len(results), len(tasks))
+    return [results[i] for i in range(len(tasks))]
+
+
+def _send(client: Any, tasks: Iterable[tuple], *, broadcast: bool) -> dict[int, Any]:
+    """Futures of the dataclasses among the arguments, by their id."""
+    shared: dict[int, Any] = {}
+    for part in (part for task in tasks for part in task):
+        if hasattr(part, "__dataclass_fields__") and id(part) not in shared:
+            shared[id(part)] = client.scatter(part, hash=False, broadcast=broadcast)
+    return shared
