@@ -97,16 +97,22 @@ def fit_deformable(
     matrix: NDArray[np.float64],
     *,
     smoothing: tuple[float, float],
+    correlate: bool,
     params: RegistrationParams,
     seed: int,
 ) -> DisplacementField:
     """Diffeomorphic fit (SyN) on top of `matrix` (moving to fixed, um), which stays as it is.
 
-    By mutual information and local correlation in equal parts. Mutual information knows what a stain of one section
-    looks like in the other everywhere, and is not led astray where the stain alone differs; local correlation sees
-    structure too small or too pale to count in it.
+    By mutual information, or by that and local correlation in equal parts. Mutual information knows what a stain of one
+    section looks like in the other everywhere, and is not led astray where the stain alone differs. Local correlation
+    sees structure too small or too pale to count in it, but makes as much of a pattern of the slide as of the tissue.
 
-    `smoothing` is that of the update and of the total field, working pixels.
+    Parameters
+    ----------
+    smoothing
+        Of the update and of the total field, working pixels.
+    correlate
+        Whether local correlation takes part.
     """
     import ants
 
@@ -125,7 +131,7 @@ def fit_deformable(
             moving_mask=_image(moving, _widen(moving, params.max_displacement), to_moving),
             syn_metric="mattes",
             syn_sampling=_SYN_BINS,
-            multivariate_extras=[("CC", *images, 1.0, correlation_window(fixed, params))],
+            multivariate_extras=[("CC", *images, 1.0, correlation_window(fixed, params))] if correlate else None,
             reg_iterations=params.syn_iterations,
             flow_sigma=flow,
             total_sigma=total,

@@ -1,4 +1,4 @@
-"""The deformable part of a registration, kept only where it proves itself on tissue that it has not seen."""
+"""The deformable part of a registration, kept only where different parts of the tissue ask for the same one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block i
 _MIN_BLOCKS = 8  # of each colour; smaller tissue gets smaller blocks
 _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-# Standard errors over blocks. Any deformation has to beat none by one: of models that are as good the simpler is taken.
-_BETTER, _CLEARLY_BETTER = 1.0, 2.0
+_PATCH = 2  # blocks a side: displacements are smooth, so that those of neighbouring blocks are not independent
+_CLEAR = 2.0  # standard errors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,8 @@ class Deformation:
     """None if there is no deformation worth having; then `note` says why."""
     note: str
     quality: dict[str, Any]
-    """Of the field: folds, change of area, displacements; and the gain on held-out blocks with its standard error."""
+    """Of the field: folds, change of area, displacements. And the evidence: how far the two halves of the tissue agree,
+    and the gain of local correlation on held-out blocks, both with standard errors."""
 
 
 def fit_deformation(
@@ -44,42 +45,58 @@ def fit_deformation(
     """Deform on top of `matrix` (moving to fixed, um), as softly as the tissue allows.
 
     More freedom always fits the pixels better, and on serial sections soon by following noise: no two of them show the
-    same cells. So every degree of freedom has to earn its place. The tissue is cut into blocks like a checkerboard;
-    trial fits see the blocks of one colour each, and are judged by the local correlation in those of the other. The
-    stiffest deformation is kept if it is better than none there by more than one standard error over the blocks. A
-    softer one is tried only if the one before is better by more than two, and has to be better still by as much. What
-    is chosen is then fitted to all tissue.
+    same cells. So the tissue is cut into blocks like a checkerboard, and trial fits see the blocks of one colour each.
+
+    The first fit is stiff and by mutual information alone. It is kept if the two trials move the same places in the
+    same direction: what is noise in one of them is not in the other. Images could be compared instead, on the blocks
+    that were not seen. But the better place of a section two further on hardly shows in them, because what is compared
+    is mostly what the sections do not share.
+
+    Fits that also look at local correlation, from stiff to soft, follow finer structure. They are tried only where there
+    is some: where the blocks that were not seen correlate better by two standard errors than without the fit before. And
+    each has to be better than the one before by as much. What is chosen is then fitted to all tissue.
     """
     fixed, moving = _common_view(fixed, moving, matrix)
     black, labels = _blocks(fixed, params)
     before = _local_correlation(fixed, moving, matrix, None, params)
-    best, chosen, gains = before, None, {}
-    for smoothing in params.syn_smoothing:
-        after = np.empty_like(before)
+    fits = [(params.syn_smoothing[0], False), *((smoothing, True) for smoothing in params.syn_smoothing)]
+    best, n_kept, evidence = before, 0, {}
+    for smoothing, correlate in fits:
+        trials, after = [], np.empty_like(before)
         for hidden in (black, ~black):
             sees = _without(fixed, hidden)
-            trial = _ants.fit_deformable(sees, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+            trial = _ants.fit_deformable(
+                sees, moving, matrix, smoothing=smoothing, correlate=correlate, params=params, seed=seed
+            )
             after[hidden] = _local_correlation(fixed, moving, matrix, trial, params)[hidden]
+            trials.append(trial.pull)
         gain, error = _gain(after - best, labels)
-        clear = gain > _CLEARLY_BETTER * error
-        if not (clear if chosen else gain > _BETTER * error):
+        if n_kept == 0:
+            agreement = _agreement(*trials, fixed.mask, _PATCH * _block_side(fixed))
+            evidence = dict(zip(("agreement", "agreement_error"), agreement, strict=True))
+            if agreement[0] <= _CLEAR * agreement[1]:
+                break
+        elif gain <= _CLEAR * error:
             break
-        best, chosen = after, smoothing
-        gains = dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
-        if not clear:
+        best, n_kept = after, n_kept + 1
+        evidence |= dict(zip(("heldout_gain", "heldout_error"), _gain(after - before, labels), strict=True))
+        if gain <= _CLEAR * error:
             break
-    if chosen is None:
-        note = "A deformation did not make tissue that it had not seen agree better; it was discarded."
-        return Deformation(None, note, {})
+    if n_kept == 0:
+        note = "Different parts of the tissue did not ask for the same deformation; it was discarded."
+        return Deformation(None, note, evidence)
 
-    for smoothing in params.syn_smoothing[params.syn_smoothing.index(chosen) :: -1]:  # to stiffer ones, if need be
-        field = _ants.fit_deformable(fixed, moving, matrix, smoothing=smoothing, params=params, seed=seed)
+    for smoothing, correlate in fits[n_kept - 1 :: -1]:  # to stiffer ones, if need be
+        field = _ants.fit_deformable(
+            fixed, moving, matrix, smoothing=smoothing, correlate=correlate, params=params, seed=seed
+        )
         found = field_quality(field, fixed.mask)
         low, high = params.jacobian_limits
         if found["folds"] == 0 and found["jacobian_min"] >= low and found["jacobian_max"] <= high:
-            return Deformation(field, "", found | gains | {"syn_smoothing": list(smoothing)})
+            used = {"syn_smoothing": list(smoothing), "syn_correlation": correlate}
+            return Deformation(field, "", found | evidence | used)
     limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
-    return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", {})
+    return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", evidence)
 
 
 def _common_view(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> tuple[Channel, Channel]:
@@ -96,9 +113,13 @@ def _common_view(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -
     return views[0], views[1]
 
 
+def _block_side(channel: Channel) -> int:
+    return max(6, min(_BLOCK, round(np.sqrt(channel.mask.sum() / (2 * _MIN_BLOCKS)))))
+
+
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Blocks of one colour ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
-    side = max(6, min(_BLOCK, round(np.sqrt(channel.mask.sum() / (2 * _MIN_BLOCKS)))))
+    side = _block_side(channel)
     row, column = np.indices(channel.image.shape) // side
     black = (row + column) % 2 == 1
     core = max(1, min(_CORE * _ants.correlation_window(channel, params), side // 3))
@@ -121,6 +142,23 @@ def _without(channel: Channel, hidden: NDArray[np.bool_]) -> Channel:
     weight = ndi.gaussian_filter(seen.astype(np.float32), blur)
     likely = ndi.gaussian_filter(np.where(seen, channel.image, 0.0), blur) / np.maximum(weight, 1e-6)
     return replace(channel, image=np.where(seen, channel.image, likely).astype(np.float32), seen=seen)
+
+
+def _agreement(first: NDArray, second: NDArray, mask: NDArray[np.bool_], side: int) -> tuple[float, float]:
+    """How much of two displacement fields ``(y, x, 2)`` they have in common in tissue, and its standard error.
+
+    Their mean scalar product over their mean square: 1 if they are equal, 0 if they have nothing to do with each other.
+    The error is that of the jackknife over square patches of `side` pixels.
+    """
+    row, column = np.indices(mask.shape) // side
+    patches = (row * (column.max() + 1) + column)[mask]
+    first, second = (field[mask].astype(float) for field in (first, second))
+    common = np.bincount(patches, (first * second).sum(-1))
+    size = np.bincount(patches, 0.5 * (first**2 + second**2).sum(-1))
+    left_out = (common.sum() - common) / np.maximum(size.sum() - size, 1e-12)
+    left_out = left_out[np.bincount(patches) > 0]
+    spread = np.sum((left_out - left_out.mean()) ** 2) * (len(left_out) - 1) / len(left_out)
+    return float(common.sum() / max(size.sum(), 1e-12)), float(np.sqrt(spread))
 
 
 def _gain(difference: NDArray, labels: NDArray[np.int64]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
-_SCORE_NOISE = 0.01  # a fit that differs by a few um changes the score by this much, either way
+_CLEARLY_LOWER = 2.0  # standard errors of the score
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -48,7 +48,7 @@ def register_pair(
 
     Search over all rotations and both faces, refinement of the best distinct candidates by a rigid fit, choice by the
     structure inside the tissue, then (``"affine"``) a fit with stretch and shear that is kept only if it is plausible
-    and no worse.
+    and not clearly worse.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def register_pair(
         Thumbnails of the two sections. Their resolution may differ.
     method
         ``"rigid"`` (rotation, shift, mirror), ``"affine"``, or ``"syn"`` (affine and a smooth deformation, kept only
-        if it is plausible and brings regions, not just texture, into better agreement).
+        if it is plausible and different parts of the tissue ask for the same one).
     params
         Advanced settings.
     seed
@@ -100,10 +100,14 @@ def register_pair(
         if not is_sane(affine, params):
             largest, smallest = singular_values(affine)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        elif score(affine) < score(matrix) - _SCORE_NOISE:
-            notes.append("The affine fit scored lower than the rigid fit, which was kept.")
         else:
-            matrix, used = affine, "affine"
+            # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
+            # outline. So the affine fit stands unless the score speaks against it by more than its own error.
+            gain, error = score.gain(matrix, affine)
+            if gain < -_CLEARLY_LOWER * error:
+                notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
+            else:
+                matrix, used = affine, "affine"
 
     start = _start(start) | {"look": score.look}
     quality = start | _quality(score, matrix, None, runner_up)
@@ -117,6 +121,7 @@ def register_pair(
         field = found.field
         if field is None:
             notes.append(found.note)
+            quality |= found.quality
         else:
             used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
     quality["verdict"], reasons = verdict(quality, params)

@@ -25,6 +25,7 @@ _N_BINS = 24  # of the mutual information; thousands of pixels fill their square
 _FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
 _MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
 _MIN_SEEN = 0.5  # see common_tissue
+_TILES = 8  # along the longer side, each left out in turn: larger than the structure, and enough of them for an error
 _SAME_POSE = 0.2  # poses are one and the same if tissue points differ by less than this fraction of the tissue's radius
 
 
@@ -100,6 +101,27 @@ class StructureScore:
         correlation = float(np.mean(self._correlations(matrix, overlap, field)))
         return correlation * float(min(1.0, share / _FULL_OVERLAP))
 
+    def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
+        """How much higher the second pose scores than the first, and the standard error of that.
+
+        By the jackknife: tiles of the fixed section are left out one at a time.
+        """
+        side = max(1, -(-max(self.fixed.image.shape) // _TILES))
+        row, column = np.indices(self.fixed.image.shape) // side
+        tiles = row * (column.max() + 1) + column
+        left_out, total = [], []
+        for matrix in (before, after):
+            overlap, share = self._overlap(matrix, None)
+            pairs = self._values(matrix, overlap, None)
+            scores = [_correlations_without(*pair, tiles[overlap], tiles.max() + 1) for pair in pairs]
+            scores = np.mean(scores or np.zeros((1, tiles.max() + 1)), axis=0)
+            left_out.append(scores * min(1.0, share / _FULL_OVERLAP))
+            total.append(self(matrix))
+        used = np.bincount(tiles[self.fixed.mask], minlength=tiles.max() + 1) > 0
+        change = (left_out[1] - left_out[0])[used]
+        spread = np.sum((change - change.mean()) ** 2) * (len(change) - 1) / len(change)
+        return total[1] - total[0], float(np.sqrt(spread))
+
     def correlation(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> tuple[float, float]:
         """Correlation in the common tissue at the finer and the coarser scale; 0 if the tissues do not meet."""
         fine, coarse = self._correlations(matrix, self._overlap(matrix, field)[0], field)
@@ -113,10 +135,16 @@ class StructureScore:
     def _correlations(
         self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
     ) -> list[float]:
+        return [_correlation(*pair) for pair in self._values(matrix, overlap, field)] or [0.0] * len(_STRUCTURE_SCALES)
+
+    def _values(
+        self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
+    ) -> list[tuple[NDArray, NDArray]]:
+        """What is correlated: pixels of the overlap in both sections, for each scale. None if the tissues do not meet."""
         if not overlap.any():
-            return [0.0] * len(_STRUCTURE_SCALES)
+            return []
         moved = (pull_back(image, self.moving, self.fixed, matrix, field)[overlap] for image in self._moving)
-        return [_correlation(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
+        return [(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
 
 
 def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> float:
@@ -224,6 +252,17 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     if quality.get("displacement_p99", 0.0) > params.max_displacement:
         reasons.append(f"The deformable fit moves tissue by up to {quality['displacement_p99']:.0f} um.")
     return ("failed" if failed else "weak" if reasons else "ok"), reasons
+
+
+def _correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_tiles: int) -> NDArray[np.float64]:
+    """Correlation over all pixels but those of one tile, for each tile."""
+    # About the mean, or differences of large sums would lose the small variances.
+    a, b = (np.asarray(values, float) - np.mean(values) for values in (first, second))
+    sums = [np.bincount(tiles, product, n_tiles) for product in (np.ones_like(a), a, b, a * a, b * b, a * b)]
+    n, x, y, xx, yy, xy = (own.sum() - own for own in sums)
+    n = np.maximum(n, 1.0)
+    norm = np.sqrt(np.maximum(xx - x * x / n, 0.0) * np.maximum(yy - y * y / n, 0.0))
+    return np.where(norm > 1e-12, (xy - x * y / n) / np.maximum(norm, 1e-12), 0.0)
 
 
 def _correlation(first: Sequence[float] | NDArray, second: Sequence[float] | NDArray) -> float:
