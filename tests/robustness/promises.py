@@ -127,8 +127,24 @@ PROMISES = [
 ]
 
 
-# Measured by hand: what was counted, how much of it, and how.
-FIGURES: list[tuple[str, str, str]] = []
+_MUTANTS = "one operator, comparison, constant, `not` or pair such as `min` and `max` changed at a time"
+
+# Measured by hand on 21 November 2026: what was counted, how much of it, and how.
+FIGURES = [
+    (
+        "lines that the tests run",
+        "95.9 % (10,855 of 11,316)",
+        "`pytest --cov`; 196 of the others are in functions compiled by numba, where lines cannot be followed",
+    ),
+    ("branches that the tests run", "88.8 % (2,266 of 2,552)", "the same"),
+    (
+        "mutants of label propagation that the tests notice",
+        "36 of 40",
+        f"`models/_propagation.py`: {_MUTANTS}, drawn at random; of all there are, 93 of 111",
+    ),
+    ("of the graph", "38 of 40", "`_graph.py`, drawn at random"),
+    ("of the sums over regions", "36 of 40", "`models/_stencil.py`, drawn at random"),
+]
 
 
 def table(promises: list[Promise]) -> str:

@@ -25,7 +25,7 @@ def main() -> None:
         ("figures", promises.figures(promises.FIGURES)),
     ):
         marked = rf"(?<=<!-- table of {name} -->\n).*?(?=<!-- end of table -->)"
-        text = re.sub(marked, lambda _, table=table: table, text, flags=re.DOTALL)
+        text = re.sub(marked, lambda _, table=table: table, text, count=1, flags=re.DOTALL)
     page.write_text(text)
 
 
