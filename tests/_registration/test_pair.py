@@ -13,6 +13,7 @@ from spatial_impute._registration._ants import _read_matrix, _write_matrix, itk_
 from spatial_impute._registration._channel import registration_channel
 from spatial_impute._registration._orientation import pose
 from spatial_impute._registration._quality import pull_back
+from spatial_impute._registration._score import StructureScore
 
 SIZE = 16.0  # um per pixel: a tissue of about 2.5 x 2 mm
 SHAPE = (200, 240)
@@ -105,6 +106,14 @@ def test_implausible_affine_falls_back_to_rigid(fixed):
     assert result.method == "rigid"
     assert any("rigid" in reason for reason in result.quality["reasons"])
     np.testing.assert_allclose(result.quality["scale_max"], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [((-0.03, 0.02), "affine"), ((-0.05, 0.02), "rigid")])
+def test_affine_stands_unless_clearly_worse(fixed, monkeypatch, gain, expected):
+    monkeypatch.setattr(StructureScore, "gain", lambda *_: gain)
+    result = register_pair(fixed, fixed, method="affine", params=FAST)
+    assert result.method == expected
+    assert any("clearly lower" in reason for reason in result.quality["reasons"]) == (expected == "rigid")
 
 
 def test_missing_tissue(fixed):

@@ -19,11 +19,12 @@ from spatial_impute._registration import (
 )
 from spatial_impute._registration._align import Placed
 from spatial_impute._registration._channel import Channel, deformation_channel, shrink
-from spatial_impute._registration._deform import _blocks, _common_view, _gain, _without, fit_deformation
+from spatial_impute._registration._deform import _agreement, _blocks, _common_view, _gain, _without, fit_deformation
 from spatial_impute._registration._manual import check_matrix, landmark_matrix
 from spatial_impute._registration._orientation import orientation_candidates, pose
-from spatial_impute._registration._quality import StructureScore, edges_inside, mutual_information, pull_back
+from spatial_impute._registration._quality import pull_back
 from spatial_impute._registration._residual import residual_error
+from spatial_impute._registration._score import StructureScore, edges_inside, mutual_information
 
 SIZE = 10.0
 
@@ -175,6 +176,23 @@ def test_gain_by_hand():
     assert _gain(difference, np.zeros_like(labels)) == (0, 0)
 
 
+def test_agreement_of_two_displacements():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((120, 140), bool)
+    mask[10:110, 10:130] = True
+    first, second, common = (ndi.gaussian_filter(rng.normal(size=(120, 140, 2)), (4, 4, 0)) for _ in range(3))
+    assert _agreement(first, first, mask, 20) == pytest.approx((1, 0), abs=1e-9)
+    assert _agreement(first, -first, mask, 20) == pytest.approx((-1, 0), abs=1e-9)
+    nothing, error = _agreement(first, second, mask, 20)
+    assert abs(nothing) < 2 * error
+    half, error = _agreement(first + common, second + common, mask, 20)  # as much in common as each on its own
+    assert half == pytest.approx(0.5, abs=0.15)
+    assert half > 4 * error
+    outside = np.where(mask[..., None], 0, 100.0)
+    assert _agreement(first + outside, second - outside, mask, 20)[0] == nothing
+    assert _agreement(0 * first, 0 * first, mask, 20) == (0, 0)
+
+
 def test_trial_fits_know_nothing_of_hidden_blocks():
     """Windows and coarse levels of the fit reach beyond a mask, so what is hidden must not be in the image either."""
     fixed = channel()
@@ -207,6 +225,31 @@ def test_deformation_is_kept_if_true_and_dropped_if_made_up():
     made_up = fit_deformation(fixed, other, np.eye(3), soft, 0)
     assert made_up.field is None
     assert "discarded" in made_up.note
+
+
+def serial_section(seed: int) -> Channel:
+    """A section that shares its regions with the others, and half of its contrast; its cells are its own."""
+    regions = channel(shape=(260, 280), wavelength=10.0)
+    cells = channel(shape=(260, 280), wavelength=1.5, seed=seed)
+    return replace(regions, image=0.5 * (regions.image + cells.image))
+
+
+def test_sections_that_share_regions_and_no_cells():
+    """That both halves ask for the same deformation tells a true one from noise."""
+    first, second = serial_section(5), serial_section(6)
+    quick = RegistrationParams(syn_iterations=(40, 30, 10, 0))
+    y, x = np.indices(first.image.shape)
+    bend = np.stack([35 * np.sin(y / 40), 35 * np.cos(x / 45)], -1)
+    bent = fit_deformation(first, warped(second, bend), np.eye(3), quick, 0)
+    assert bent.field is not None
+    assert bent.quality["agreement"] > 4 * bent.quality["agreement_error"]
+    points = np.column_stack([x[first.mask], y[first.mask]])[::97]
+    true = bend[points[:, 1], points[:, 0]]
+    found = bent.field.pushed((points + 0.5) * SIZE) - (points + 0.5) * SIZE
+    assert np.median(np.linalg.norm(found - true, axis=1)) < 0.7 * np.median(np.linalg.norm(true, axis=1))
+    still = fit_deformation(first, second, np.eye(3), quick, 0)
+    assert still.quality["agreement"] < 0.5 * bent.quality["agreement"]
+    assert still.field is None or still.quality["displacement_median"] < SIZE  # of three and a half
 
 
 def test_section_drawn_in_the_common_frame():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
@@ -8,7 +10,6 @@ from spatial_impute._registration._channel import Channel, shrink
 from spatial_impute._registration._field import DisplacementField
 from spatial_impute._registration._orientation import pose
 from spatial_impute._registration._quality import (
-    StructureScore,
     disagreement,
     field_quality,
     is_sane,
@@ -18,6 +19,7 @@ from spatial_impute._registration._quality import (
     tissue_dice,
     verdict,
 )
+from spatial_impute._registration._score import StructureScore
 from spatial_impute._registration._types import RegistrationParams
 
 PARAMS = RegistrationParams()
@@ -68,6 +70,33 @@ def test_score_counts_missing_overlap():
     channel = disc()
     score = StructureScore(channel, channel)
     assert 0 < score(np.eye(3)) - score(shift(20)) < 1
+
+
+def test_gain_of_a_pose_and_its_error_from_left_out_tiles():
+    fixed = disc()
+    noise = disc(seed=1).image
+    moving = replace(fixed, image=(0.6 * fixed.image + 0.4 * noise).astype(np.float32))
+    score = StructureScore(fixed, moving)
+    poses = shift(60.0), np.eye(3)
+    gain, error = score.gain(*poses)
+    assert gain == pytest.approx(score(poses[1]) - score(poses[0]))
+    row, column = np.indices(fixed.image.shape) // 10  # 8 tiles a side
+    tiles = row * 8 + column
+    changes = []
+    for tile in np.unique(tiles[fixed.mask]):
+        scores = []
+        for matrix in poses:
+            overlap, share = score._overlap(matrix, None)
+            kept = tiles[overlap] != tile
+            pairs = score._values(matrix, overlap, None)
+            scores.append(np.mean([np.corrcoef(a[kept], b[kept])[0, 1] for a, b in pairs]) * min(1, share / 0.9))
+        changes.append(scores[1] - scores[0])
+    n = len(changes)
+    assert error == pytest.approx(np.sqrt((n - 1) * np.var(changes)), rel=1e-4)
+    assert gain > 2 * error
+    nearby, error = score.gain(np.eye(3), shift(2.0))  # a fifth of a pixel
+    assert abs(nearby) < 2 * error
+    assert score.gain(shift(2000), shift(3000)) == (0, 0)  # tissues that do not meet
 
 
 def test_constant_tissue_scores_zero():

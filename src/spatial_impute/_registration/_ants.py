@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from spatial_impute._registration._types import RegistrationParams
 
 _THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
-_SYN_STEP = 0.2  # pixels per iteration: serial sections need displacements of a few
+# Pixels per iteration. What smoothing of the total field takes back at each of them limits how far a fit can go: ten
+# pixels (bends of 200 um on HER2ST) for the first one, a few for those that follow finer structure.
+_SYN_STEP, _SYN_STEP_FINE = 0.5, 0.2
 _SYN_BINS = 32  # of mutual information, as in the linear fits
 _MAX_WINDOW = 4  # pixels, half side: the time of a local correlation grows with the area of its window
 
@@ -135,7 +137,7 @@ def fit_deformable(
             reg_iterations=params.syn_iterations,
             flow_sigma=flow,
             total_sigma=total,
-            grad_step=_SYN_STEP,
+            grad_step=_SYN_STEP_FINE if correlate else _SYN_STEP,
         )
         # Forward is [warp, matrix] (pull-back of images), inverse is [matrix, inverse warp] (points).
         fields = [ants.image_read(path).numpy() for path in (result["fwdtransforms"][0], result["invtransforms"][-1])]

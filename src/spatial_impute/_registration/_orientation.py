@@ -9,7 +9,8 @@ from scipy import fft
 from scipy import ndimage as ndi
 
 from spatial_impute._registration._channel import shrink
-from spatial_impute._registration._quality import disagreement, edges_inside
+from spatial_impute._registration._quality import disagreement
+from spatial_impute._registration._score import edges_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable

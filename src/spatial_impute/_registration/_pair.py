@@ -11,16 +11,9 @@ from spatial_impute._registration import _ants
 from spatial_impute._registration._channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration._deform import fit_deformation
 from spatial_impute._registration._orientation import orientation_candidates
-from spatial_impute._registration._quality import (
-    StructureScore,
-    is_sane,
-    mutual_information,
-    same_pose,
-    singular_values,
-    tissue_dice,
-    verdict,
-)
+from spatial_impute._registration._quality import is_sane, same_pose, singular_values, tissue_dice, verdict
 from spatial_impute._registration._residual import residual_error
+from spatial_impute._registration._score import StructureScore, mutual_information
 from spatial_impute._registration._types import PairResult, RegistrationParams, SectionImage
 
 if TYPE_CHECKING:
