@@ -87,8 +87,8 @@ def register_stack(
     For each pair of sections all rotations and both faces are searched; the best starts are refined by a rigid and an
     affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
     reference; where a neighbour gives no sound link, the next one is tried. With ``method="syn"`` each section then
-    gets one smooth deformation onto the next one on its way to the reference, if that improves tissue which the fit has
-    not seen; otherwise it keeps its affine place, and its row says why.
+    gets one smooth deformation onto the next one on its way to the reference, if different parts of the tissue
+    ask for the same one; otherwise it keeps its affine place, and its row says why.
 
     Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
     repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
