@@ -11,6 +11,8 @@ from scipy.spatial import cKDTree
 from spatial_impute._geometry import disc_iou
 from spatial_impute._similar import similar_pairs
 
+_COLUMNS_AT_A_TIME = 32  # features to hold in double precision
+
 
 @dataclass(frozen=True)
 class SpotGraph:
@@ -146,12 +148,15 @@ def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndar
     """
     result = np.empty(features.shape, dtype=np.float32)
     for code in np.unique(section):
-        rows = section == code
-        block = features[rows].astype(np.float64)
-        spread = block.std(axis=0)
-        result[rows] = (block - block.mean(axis=0)) / np.where(
-            spread > 1e-6 * (1 + np.abs(block).max()), spread, np.inf
-        )
+        rows = np.flatnonzero(section == code)
+        block = features[rows]
+        smallest = 1e-6 * (1 + max(float(block.max()), -float(block.min()))) if block.size else 0.0
+        for start in range(0, block.shape[1], _COLUMNS_AT_A_TIME):
+            columns = block[:, start : start + _COLUMNS_AT_A_TIME].astype(np.float64)
+            spread = columns.std(axis=0)
+            columns -= columns.mean(axis=0)
+            columns /= np.where(spread > smallest, spread, np.inf)
+            result[rows, start : start + _COLUMNS_AT_A_TIME] = columns
     return result
 
 

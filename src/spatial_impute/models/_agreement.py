@@ -47,7 +47,9 @@ def agreeing_components(
     centre = features[rows].mean(axis=0, dtype=float)
     k = min(_MAX_COMPONENTS, *features[rows].shape)
     _, _, axes = randomized_svd(features[rows] - centre, k, random_state=seed)
-    components = np.asarray(features @ axes.T - centre @ axes.T, dtype=float)
+    axes = axes.astype(features.dtype)  # without a copy of all features in another precision
+    components = features @ axes.T
+    components -= centre @ axes.T
     coo = weights.tocoo()
     between = section[coo.row] != section[coo.col]
     if not between.any():
@@ -59,4 +61,5 @@ def agreeing_components(
         agreement[j] = max(alike / size, 0.0) if size > 0 else 0.0
     if not agreement.any():
         return components
-    return components * np.sqrt(agreement)
+    components *= np.sqrt(agreement)
+    return components

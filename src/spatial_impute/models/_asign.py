@@ -20,6 +20,7 @@ from spatial_impute.models._base import (
     save_directory,
 )
 from spatial_impute.models._baselines import METHODS
+from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._inference import predict
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
 from spatial_impute.models._intervals import expected_noise, spot_scale, spread_by_support
@@ -133,30 +134,37 @@ class AsignModel:
             found = None if spots.tokens is None else spots.tokens[0].shape[2]
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
             raise ValueError(msg)
-        centre, scale, weights = (self._tensors[key].numpy() for key in ("centre", "scale", "weights"))
-        inputs, _ = graph_inputs(with_components(spots), self._tensors, self.params)
-        deviation = np.zeros((len(spots.known), len(centre)), dtype=np.float32)
-        for k, name in enumerate(self._experts):
-            if not weights[:, k].any():
-                continue
-            if name == NETWORK:
-                found = self._network_prediction(inputs, device)
-            else:
-                bases = spots.bases or {}
-                found = bases[name].copy() if name in bases else METHODS[name](spots)
-                found -= centre
-                found /= scale
-            found *= weights[:, k]
-            deviation += found
-            del found
-        expression = centre + deviation * scale
-        expression[spots.known] = spots.expression
+        centre, scale = self._tensors["centre"].numpy(), self._tensors["scale"].numpy()
+        weights = dict(zip(self._experts, self._tensors["weights"].numpy().T, strict=True))
+
+        def weighted(found: np.ndarray, name: str) -> np.ndarray:
+            found -= centre
+            found /= scale
+            found *= weights[name]
+            return found
+
+        # Of the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
+        by_features = cokriging(spots, leave_one_out=True)
+        inputs, _ = graph_inputs(with_components(spots), self._tensors, self.params, by_features=by_features)
+        # Left out in turn are only the known spots, which keep their measurement in the end.
+        expression = weighted(by_features.astype(np.float32, copy=False), "cokriging")
+        network = self._network_prediction(inputs, device)
+        network *= weights[NETWORK]
+        expression += network
         support = inputs.support[:, 0].numpy()
+        del by_features, network, inputs
+        bases = spots.bases or {}
+        for name in self._experts:
+            if name not in (NETWORK, "cokriging") and weights[name].any():
+                expression += weighted(bases[name].copy() if name in bases else METHODS[name](spots), name)
+        expression *= scale
+        expression += centre
+        expression[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
         sd = spread_by_support(support, float(usual[0]), *spreads)
-        sd *= spot_scale(expected_noise(spots), self._tensors["noise"].numpy())[:, None]
+        sd *= spot_scale(expected_noise(spots), self._tensors["noise"].numpy())[:, None].astype(np.float32)
         sd[spots.known] = 0.0
-        return Imputation(expression, sd.astype(np.float32), support)
+        return Imputation(expression, sd, support)
 
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""

@@ -21,14 +21,13 @@ _NEIGHBOURS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
+_ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
 def section_mean(spots: Spots) -> np.ndarray:
     """Mean profile of the known spots (of known sections, each counting the same)."""
-    section = spots.section[spots.known]
-    means = [spots.expression[section == code].mean(axis=0) for code in np.unique(section)]
-    return np.tile(np.mean(means, axis=0), (len(spots.known), 1))
+    return np.tile(_mean_profile(spots), (len(spots.known), 1))
 
 
 def nearest(spots: Spots) -> np.ndarray:
@@ -62,7 +61,8 @@ def kernel(spots: Spots) -> np.ndarray:
 def propagation(spots: Spots) -> np.ndarray:
     """Clamped label propagation on the 3D graph; the section mean where no known spot can be reached."""
     values, mass = propagate(spots.graph, spots.known, spots.expression)
-    return np.where((mass > 0)[:, None], values, section_mean(spots))
+    values[mass == 0] = _mean_profile(spots)
+    return values
 
 
 def ridge(spots: Spots) -> np.ndarray:
@@ -95,11 +95,11 @@ def transfer_ridge(spots: Spots) -> np.ndarray:
     result = 0.0
     spreads = []
     for method in (kernel, ridge):
-        part = method(spots)
+        part = method(spots).astype(np.float32)  # and in place: tables of a large stack take gigabytes
         part -= centre
         spreads.append(np.maximum(part.std(axis=0), 1e-12))
         part /= spreads[-1]
-        part += result  # in place: tables of a large stack take gigabytes
+        part += result
         result = part
     result *= np.mean(spreads, axis=0) / 2
     result += centre
@@ -149,8 +149,18 @@ def _by_neighbours(
         distance, found = (a[others].reshape(n_known, k - 1) for a in (distance, found))
         errors = [np.mean((predict(distance, found, option) - spots.expression) ** 2) for option in options]
         best = options[int(np.argmin(errors))]
-    distance, found = tree.query(spots.xyz, k=list(range(1, min(n_neighbours, n_known) + 1)))
-    return predict(distance, found, best)
+    k = list(range(1, min(n_neighbours, n_known) + 1))
+    result = np.empty((len(spots.xyz), spots.expression.shape[1]))
+    for start in range(0, len(result), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        result[rows] = predict(*tree.query(spots.xyz[rows], k=k), best)
+    return result
+
+
+def _mean_profile(spots: Spots) -> np.ndarray:
+    """(g,) mean of the known spots, of each known section first."""
+    section = spots.section[spots.known]
+    return np.mean([spots.expression[section == code].mean(axis=0) for code in np.unique(section)], axis=0)
 
 
 def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) -> np.ndarray:

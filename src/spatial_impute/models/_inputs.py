@@ -51,6 +51,7 @@ def graph_inputs(
     params: AsignParams,
     *,
     asked: np.ndarray | None = None,
+    by_features: np.ndarray | None = None,
 ) -> tuple[GraphInputs, np.ndarray]:
     """Tensors of one stack; expression in standard deviations around the mean of the training spots.
 
@@ -64,6 +65,8 @@ def graph_inputs(
         Settings of the network that is to read them.
     asked
         (n,) bool, the spots to predict. What the network cannot see from them is left out. All by default.
+    by_features
+        (n, g) co-kriging of the spots, known ones left out in turn, if it is at hand.
 
     Returns
     -------
@@ -78,18 +81,20 @@ def graph_inputs(
     rows = np.flatnonzero(seen)
 
     def standardised(expression: np.ndarray) -> Tensor:
-        return (torch.from_numpy(expression[rows].astype(np.float32)) - tensors["centre"]) / tensors["scale"]
+        # In place, here and below: each of these tables takes a gigabyte for a million spots.
+        part = expression if seen.all() else expression[rows]
+        return torch.from_numpy(part.astype(np.float32, copy=False)).sub_(tensors["centre"]).div_(tensors["scale"])
 
-    values, support = propagate(spots.graph, spots.known, spots.expression)
+    values, support = propagate(spots.graph, spots.known, spots.expression, dtype=np.float32)
     propagated = standardised(values)
-    del values
     # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
     # would find much noisier neighbours than it was trained with. Two views of the image err differently: all its
     # features, and the components on which sections agree.
-    base = cokriging(spots, leave_one_out=True, wanted=seen)
-    base += cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
+    base = cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
+    base += cokriging(spots, leave_one_out=True, wanted=seen) if by_features is None else by_features
     base *= 0.5
     base = standardised(base)
+    np.copyto(propagated.numpy(), base.numpy(), where=~np.isfinite(propagated.numpy()))  # where nothing arrives
     tokens = spots.tokens if asked is None else tuple(t[rows] for t in spots.tokens)
     spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tokens)
     # Messages flow from column to row.
@@ -100,7 +105,7 @@ def graph_inputs(
         region=region,
         surroundings=surroundings,
         base=base,
-        propagated=torch.where(propagated.isfinite(), propagated, base),  # where nothing arrives
+        propagated=propagated,
         support=torch.from_numpy(support[rows].astype(np.float32))[:, None],
         edge_index=edge_index,
         edge_features=torch.from_numpy(spots.edge_features[edges].astype(np.float32)),

@@ -119,4 +119,6 @@ def spread_by_support(
     """
     share = np.clip(support / max(usual_support, 1e-12), 0.0, 1.0)[:, None]
     worst = np.maximum(spread, spread_of_mean) ** 2
-    return np.sqrt(share * spread**2 + (1 - share) * worst)
+    variance = (1 - share) * (worst - spread**2)
+    variance += spread**2
+    return np.sqrt(variance, out=variance)

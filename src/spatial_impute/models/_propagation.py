@@ -18,6 +18,7 @@ def propagate(
     leak: float = 3.6,
     tolerance: float = 1e-8,
     max_iterations: int = 2000,
+    dtype: type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Spread known values over a graph until nothing changes any more.
 
@@ -45,6 +46,8 @@ def propagate(
         Residual, relative to the right-hand side, at which to stop.
     max_iterations
         Steps of conjugate gradients per gene after which to stop anyway, with a warning.
+    dtype
+        Precision of the returned values; they are computed in double precision.
 
     Returns
     -------
@@ -66,7 +69,7 @@ def propagate(
     reachable = _reachable(weights, known)
     unknown = np.flatnonzero(reachable & ~known)
     values = np.asarray(values, dtype=np.float64)
-    result = np.full((n, values.shape[1]), np.nan)
+    result = np.full((n, values.shape[1]), np.nan, dtype)
     mass = np.zeros(n)
     result[known], mass[known] = values, 1.0
     if not len(unknown) or not values.size:
