@@ -1,7 +1,7 @@
 """Time and peak memory against the number of spots: graph, propagation, fit and imputation of a whole stack.
 
-Run ``python benchmarks/scale.py [--sizes 1000 10000 100000 1000000] [--sections 3] [--genes 250] [--fit]``; set
-``OMP_NUM_THREADS=1``. Sections on a lattice, one of them measured, expression of eight smooth fields that the features
+Run ``python benchmarks/scale.py [--sizes 1000 10000 100000 1000000] [--sections 3] [--genes 250] [--fit]
+[--plot scale.png]``; set ``OMP_NUM_THREADS=1``. Sections on a lattice, one of them measured, expression of eight smooth fields that the features
 show as well. Every size runs in a process of its own. Beside it stands what the published implementation writes for its
 three dense tables (19.3 bytes a cell). Without ``--fit`` the model comes from a small stack of the same kind.
 """
@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--sections", type=int, default=3)
     parser.add_argument("--genes", type=int, default=250)
     parser.add_argument("--fit", action="store_true", help="fit the model on the stack itself")
+    parser.add_argument("--plot", type=Path, help="picture to write")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -44,6 +46,8 @@ def main() -> None:
         print(pd.DataFrame(rows[-1:]).to_string(index=False), flush=True)
     print()
     print(pd.DataFrame(rows).to_string(index=False))
+    if options.plot:
+        draw(pd.DataFrame(rows), options.plot)
 
 
 def measure(n_spots: int, n_sections: int, n_genes: int, *, fit: bool) -> dict[str, float]:
@@ -132,6 +136,24 @@ def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
         tokens=tuple(tokens),
         edge_features=rng.random((weights.nnz, 6), dtype=np.float32),
     )
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Time and memory against the number of spots."""
+    import matplotlib.pyplot as plt
+
+    fig, (time_of, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for column, label in {"graph_s": "graph", "fit_s": "fit", "impute_s": "imputation"}.items():
+        if column in table:
+            time_of.loglog(table["spots"], table[column], "o-", label=label)
+    memory.loglog(table["spots"], table["peak_GiB"], "o-", label="spatial_impute, whole process")
+    memory.loglog(table["spots"], table["dense_tables_GiB"], "s--", label="three dense tables, 19.3 bytes a cell")
+    time_of.set(xlabel="spots in the stack", ylabel="seconds, one thread")
+    memory.set(xlabel="spots in the stack", ylabel="peak memory (GiB)")
+    for axes in (time_of, memory):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    fig.savefig(path, dpi=150)
 
 
 def _peak() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from spatial_impute.models._inputs import build_network
 from spatial_impute.models._msagnet import N_EDGE_FEATURES, GraphInputs
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._train import Episode, _step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 N_GENES, WIDTH_OF_TOKEN, N_NEIGHS = 250, 256, 12
 
@@ -74,9 +78,27 @@ def main() -> None:
     parser.add_argument("--spots", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
+    n = options.spots
+    ours, bare = steps(n)
+    times = []
+    for repeat in range(options.repeats + 1):
+        start = time.perf_counter()
+        ours()
+        middle = time.perf_counter()
+        bare()
+        if repeat:  # the first warms up
+            times.append((middle - start, time.perf_counter() - middle))
+    own, peer = np.median(times, axis=0)
+    ratios = np.divide(*np.transpose(times))
+    print(f"{n} spots, {n * N_NEIGHS} edges, {AsignParams().width} wide: step {own:.3f} s, bare {peer:.3f} s")
+    print(f"ratio {own / peer:.3f} (median of pairs {np.median(ratios):.3f}); bar 1.3")
+
+
+def steps(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A training step on `n` spots with defaults, ours and the bare one."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    params, n = AsignParams(), options.spots
+    params = AsignParams()
     inputs = GraphInputs(
         spot=torch.randn(n, WIDTH_OF_TOKEN),
         region=torch.randn(n, 2, WIDTH_OF_TOKEN),
@@ -90,26 +112,15 @@ def main() -> None:
     rows = torch.arange(0, n, 5)
     episode = Episode(inputs, rows, torch.randn(len(rows), N_GENES), torch.ones(len(rows)))
     group = torch.arange(N_GENES) % params.n_gene_groups
-    ours, bare = build_network(params, WIDTH_OF_TOKEN, group), Bare(params)
-    adams = [torch.optim.AdamW(network.parameters(), lr=1e-3) for network in (ours, bare)]
+    network, bare = build_network(params, WIDTH_OF_TOKEN, group), Bare(params)
+    adams = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (network, bare)]
 
     def bare_step() -> None:
         adams[1].zero_grad()
         nn.functional.mse_loss(bare(inputs, group)[rows], episode.expression).backward()
         adams[1].step()
 
-    times = []
-    for repeat in range(options.repeats + 1):
-        start = time.perf_counter()
-        _step(ours, adams[0], episode, params.correlation_weight)
-        middle = time.perf_counter()
-        bare_step()
-        if repeat:  # the first warms up
-            times.append((middle - start, time.perf_counter() - middle))
-    own, peer = np.median(times, axis=0)
-    ratios = np.divide(*np.transpose(times))
-    print(f"{n} spots, {n * N_NEIGHS} edges, {params.width} wide: step {own:.3f} s, bare {peer:.3f} s")
-    print(f"ratio {own / peer:.3f} (median of pairs {np.median(ratios):.3f}); bar 1.3")
+    return lambda: _step(network, adams[0], episode, params.correlation_weight), bare_step
 
 
 if __name__ == "__main__":

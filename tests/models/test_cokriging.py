@@ -173,3 +173,23 @@ def test_cokriging_fit_stays_where_numbers_are_finite(size):
     inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
     theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
     assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()
+
+
+def test_cokriging_of_several_components_is_that_of_each_covariance():
+    rng = np.random.default_rng(0)
+    known, others = (_cokriging._Inputs(rng.normal(size=(n, 3)), rng.normal(size=(n, 5))) for n in (40, 25))
+    kernels = _cokriging._Kernels(known)
+    thetas = [rng.normal(size=6) for _ in range(3)]
+    duals = rng.normal(size=(40, 3))
+    expected = [
+        kernels.covariance(*kernels.distances(others), theta) @ dual
+        for theta, dual in zip(thetas, duals.T, strict=True)
+    ]
+    np.testing.assert_allclose(kernels.predict(others, thetas, duals), np.stack(expected, axis=1), rtol=1e-10)
+
+
+def test_cokriging_of_many_known_spots_takes_half_the_memory(monkeypatch):
+    spots, _ = field_spots()
+    assert cokriging(spots).dtype == np.float64
+    monkeypatch.setattr(_cokriging, "_MAX_EXACT", 128)
+    assert cokriging(spots).dtype == np.float32

@@ -107,6 +107,7 @@ def cokriging(
         return result
     loadings = np.stack([c.loading / c.spread for c in components], axis=1)
     effects = np.stack([c.loading * (c.spread * c.skill) for c in components])
+    thetas = [c.theta for c in components]
     kernels = _Kernels(sample)
     for inside, others, own in _tiles(inputs.place, rows, seed):
         near = np.concatenate([others, own])
@@ -125,9 +126,8 @@ def cokriging(
             inside = inside[wanted[inside]]
         for start in range(0, len(inside), _ROWS_AT_A_TIME):
             part = inside[start : start + _ROWS_AT_A_TIME]
-            distances = known.distances(inputs.of(part, origin))
-            scores = [known.covariance(*distances, c.theta) @ d for c, d in zip(components, duals, strict=True)]
-            result[part] = centre + np.stack(scores, axis=1) @ effects
+            scores = known.predict(inputs.of(part, origin), thetas, np.stack(duals, axis=1))
+            result[part] = centre + scores @ effects
         if leave_one_out:
             result[rows[own]] = centre + np.stack(left_out, axis=1) @ effects
     return result
@@ -234,8 +234,29 @@ class _Kernels:
 
     def distances(self, spots: _Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Squared distance of place, product of images, Gaussian kernel of images; (n, n_known) each."""
-        alike = np.exp(-0.5 * _squared_distances(spots.image, self.known.image) / self.image_scale)
-        return _squared_distances(spots.place, self.known.place), spots.image @ self.known.image.T, alike
+        linear = spots.image @ self.known.image.T
+        return _squared_distances(spots.place, self.known.place), linear, self._alike(spots)
+
+    def _alike(self, spots: _Inputs) -> np.ndarray:
+        alike = _squared_distances(spots.image, self.known.image)
+        alike *= -0.5 / self.image_scale
+        return np.exp(alike, out=alike)
+
+    def predict(self, spots: _Inputs, thetas: list[np.ndarray], duals: np.ndarray) -> np.ndarray:
+        """(n, k) covariance with the known spots times `duals` (n_known, k), of kernels with the parameters `thetas`.
+
+        Without a covariance for each of them: what only scales with the parameters is shared.
+        """
+        by_line, by_likeness = np.exp([theta[2:4] for theta in thetas]).T.astype(duals.dtype)
+        result = self._alike(spots) @ (duals * by_likeness)
+        result += spots.image @ (self.known.image.T @ (duals * by_line))
+        squared = _squared_distances(spots.place, self.known.place)
+        near = np.empty_like(squared)
+        for k, theta in enumerate(thetas):
+            np.multiply(squared, -0.5 / math.exp(2 * theta[1]), out=near)
+            np.exp(near, out=near)
+            result[:, k] += math.exp(theta[0]) * (near @ duals[:, k])
+        return result
 
     @staticmethod
     def covariance(squared: np.ndarray, linear: np.ndarray, alike: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -249,7 +270,10 @@ class _Kernels:
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0.0)
+    result = (-2 * a) @ b.T
+    result += (a**2).sum(axis=1)[:, None]
+    result += (b**2).sum(axis=1)
+    return np.maximum(result, 0.0, out=result)
 
 
 def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray:
