@@ -202,6 +202,19 @@ def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
     assert image.n_reads == len(ticks) <= 4 * 6
 
 
+def test_squares_are_those_of_the_cells():
+    network = make_network(SmallPyramid()).double()
+    image = Pixels(200, 333)
+    slide = Slide(
+        image, Stain((255.0,) * 3), Tiling(*image.shape, 64, receptive_halo(network), network.stride, network.multiple)
+    )
+    discs = Discs(np.random.default_rng(1).uniform(0, [333, 200], (20, 2)), np.linspace(0.5, 60, 20))
+    sums, _ = read_regions(network, network.features, slide, discs, 20, squares=True)
+    plain, _ = read_regions(network, network.features, slide, discs, 10)
+    squared, _ = read_regions(network, lambda rgb: network.features(rgb) ** 2, slide, discs, 10)
+    np.testing.assert_allclose(sums, np.hstack([plain, squared]), rtol=1e-12, atol=1e-12)
+
+
 def test_only_tiles_with_regions_are_forwarded():
     network = make_network(SmallPyramid())
     image = Pixels(256, 256)
