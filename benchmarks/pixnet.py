@@ -4,8 +4,10 @@ Run ``python benchmarks/pixnet.py PART`` with PART one of
 
 ``her2st --measured C4``    per-gene r on the other sections, ridge on the same encoder beside it, and at other sizes
 ``sizes``                   synthetic slide with known fields: trained on 100 um discs, read at 55, 16 and 8 um
-``cost``                    wall time against the bare network on the same tiles, peak memory from 4k to 20k pixels
+``cost``                    processor time against the bare network on the same tiles
+``memory``                  peak memory on slides of 4k and 20k pixels
 ``regions``                 1,000,000 bins, and ``spatialdata.aggregate`` by labels on the same task
+``storage``                 files of a stored map of 250 genes, and what drawing one of them reads
 ``kill``                    kill -9 at 20 random moments while a map is written
 ``workers``                 two dask worker processes against one process
 """
@@ -13,7 +15,7 @@ Run ``python benchmarks/pixnet.py PART`` with PART one of
 from __future__ import annotations
 
 import argparse
-import signal
+import gc
 import subprocess
 import sys
 import tempfile
@@ -52,13 +54,13 @@ def main() -> None:
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--measured", nargs="+", default=["C4"])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--pixels", type=int, default=4096, help="edge of the slide of `cost` that is timed")
-    parser.add_argument("--largest", type=int, default=20480, help="edge of the slide whose memory is looked at")
+    parser.add_argument("--pixels", type=int, default=4096, help="edge of the slide of `cost` and `storage`")
+    parser.add_argument("--largest", type=int, default=20480, help="edge of the larger slide of `memory`")
+    parser.add_argument("--rows", type=int, default=0, help="predict only so many rows of tiles in `memory`")
     parser.add_argument("--side", type=float, default=2000.0, help="edge of the slide of `sizes` in um")
     parser.add_argument("--no-context", action="store_true", help="leave the windows of the base out")
     parser.add_argument("--tile", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     si.settings.verbosity = "warning"
@@ -154,8 +156,8 @@ def synthetic_slide(side_um: float, mpp: float, seed: int) -> tuple[np.ndarray, 
     return (255 * np.exp(-density)).astype(np.uint8), [nuclei, eosin]
 
 
-def sizes(options: argparse.Namespace) -> None:
-    """One model trained on 100 um discs against models trained at the size they are read at, and ridge on patches."""
+def discs_of_sizes(options: argparse.Namespace) -> dict:
+    """Two synthetic slides, one to train on and one to test, with discs of four sizes and tables of 12 genes."""
     import anndata as ad
     import geopandas as gpd
     from spatialdata import SpatialData
@@ -209,6 +211,12 @@ def sizes(options: argparse.Namespace) -> None:
                 table, region=key, region_key="region", instance_key="instance_id"
             )
         objects[name] = sdata
+    return objects
+
+
+def sizes(options: argparse.Namespace) -> None:
+    """One model trained on 100 um discs against models trained at the size they are read at, and ridge on patches."""
+    objects = discs_of_sizes(options)
     frame = {"coordinate_system": "um", "mpp": 1.0}
     params = {"n_steps": options.steps, "finest_stride": 4, "crop": 512, "n_crops": 4, "n_cached_crops": 32}
     models, rows, start = {}, {}, time.perf_counter()
@@ -285,6 +293,7 @@ def random_model(n_genes: int, encoder: str | nn.Module, resolution: float) -> s
             "units": "none",
             "aggregate": "mean",
             "stain_density": [0.5, 0.6, 0.3],
+            "trained_on": [],
         },
     )
 
@@ -316,13 +325,16 @@ def peak_mib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def forget_peak() -> None:
+    """Measure the largest resident memory anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 FRAME = {"coordinate_system": "um", "mpp": 1.0}
 
 
 def cost(options: argparse.Namespace) -> None:
-    """Whole-slide prediction against the bare network; memory from 4k to 20k pixels."""
-    from spatial_impute.models._tiles import Tiling
-
+    """Whole-slide prediction against the bare network."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         side = options.pixels
@@ -350,26 +362,45 @@ def cost(options: argparse.Namespace) -> None:
                 f"processor time ({wall:.1f} s), ratio {full / bare:.3f}; peak {peak_mib():.0f} MiB (before: {before:.0f})",
                 flush=True,
             )
-        assert isinstance(tiling, Tiling)
-        for side in dict.fromkeys((options.pixels, 4096, options.largest)):
-            code = (
-                "import sys; sys.path.insert(0, 'benchmarks'); import pixnet as p, torch, spatial_impute as si\n"
-                "from spatialdata import read_zarr; torch.set_num_threads(1)\n"
-                "si.settings.verbosity = 'warning'; si.settings.show_progress_bar = False\n"
-                f"sdata = read_zarr({str(folder / f'slide{side}.zarr')!r}); model = p.random_model(64, p.Octaves(), 1.0)\n"
-                "before = p.peak_mib()\n"
-                f"si.tl.predict_dense(sdata, 'he', model, store={str(folder / f'slide{side}.zarr')!r}, key_added='m', "
-                "tissue_only=False, inplace=False, **p.FRAME)\n"
-                "print(f'{before:.0f} {p.peak_mib():.0f}')"
-            )
-            if side != options.pixels:
-                slide_on_disk(folder, side)
+
+
+_WITHIN_ROWS = """
+import sys; sys.path.insert(0, "benchmarks")
+import pixnet as p, torch, spatial_impute as si
+from spatialdata import read_zarr
+torch.set_num_threads(1)
+si.settings.verbosity = "warning"; si.settings.show_progress_bar = False
+store, shapes = sys.argv[1], sys.argv[2] or None
+sdata, model = read_zarr(store), p.random_model(64, p.Octaves(), 1.0)
+before = p.peak_mib()
+si.tl.predict_dense(
+    sdata, "he", model, shapes_key=shapes, store=store, key_added="m", tissue_only=False, inplace=False, **p.FRAME
+)
+print(f"{before:.0f} {p.peak_mib():.0f}")
+"""
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Largest resident memory of `predict_dense` over slides of several sizes, each in a process of its own."""
+    import geopandas as gpd
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import Identity
+
+    with tempfile.TemporaryDirectory() as name:
+        for side in dict.fromkeys((4096, options.largest)):
+            sdata, path = slide_on_disk(Path(name), side)
+            n_rows = min(options.rows or side, -(-side // 1024))
+            strip = gpd.GeoDataFrame(geometry=[shapely.box(1, 1, side - 2, n_rows * 1024 - 2)])
+            sdata.shapes["strip"] = ShapesModel.parse(strip, transformations={"um": Identity()})
+            sdata.write_element("strip")
             start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            before, after = map(float, done.stdout.split())
+            done = subprocess.run(
+                [sys.executable, "-c", _WITHIN_ROWS, str(path), "strip"], capture_output=True, text=True, check=True
+            )
+            before, after = map(float, done.stdout.split()[-2:])
             print(
-                f"{side} px, 64 genes, cheap encoder: {after - before:.0f} MiB over {before:.0f} MiB, "
-                f"{time.perf_counter() - start:.0f} s",
+                f"{side} px, {n_rows} of {-(-side // 1024)} rows of tiles, 64 genes, cheap encoder: {after - before:.0f} MiB over "
+                f"{before:.0f} MiB, {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
 
@@ -381,8 +412,9 @@ def regions(options: argparse.Namespace) -> None:
     from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
     from spatialdata.transformations import Identity
 
+    from spatial_impute.models._pixnet_network import PixNetNetwork
     from spatial_impute.models._stencil import Polygons
-    from spatial_impute.models._tiles import Slide, bag, forward_tile
+    from spatial_impute.models._tiles import bag
 
     side = 8000
     with tempfile.TemporaryDirectory() as name:
@@ -391,26 +423,30 @@ def regions(options: argparse.Namespace) -> None:
         boxes = shapely.box(x.ravel(), y.ravel(), x.ravel() + 8, y.ravel() + 8)
         sdata.shapes["bins"] = ShapesModel.parse(gpd.GeoDataFrame(geometry=boxes), transformations={"um": Identity()})
         model = random_model(250, Octaves(), 1.0)
-        tiling = model._tiling((side, side), 1024)
-        before = peak_mib()
-        start = time.perf_counter()
-        table = si.tl.predict_regions(sdata, "bins", model, image_key="he", inplace=False, **FRAME)
-        full = time.perf_counter() - start
-        after = peak_mib()
-        levels = si.tl._regions.read_levels(sdata, "he", si.tl._regions.Frame("um", 1.0))
-        image, stain = model._image(levels), model._stain(si._working.survey(levels))
-        slide = Slide(image, stain, tiling)
-        network = 0.0
-        for tile in np.ndindex(*tiling.shape):
-            start = time.perf_counter()
-            with torch.inference_mode():
-                forward_tile(model.network, model.network.features, slide, tile, margin=1)
-            network += time.perf_counter() - start
-        print(
-            f"{table.n_obs} bins x {table.n_vars} genes: {full:.1f} s, of which {network:.1f} s network and reading; "
-            f"peak {after - before:.0f} MiB over {before:.0f}",
-            flush=True,
-        )
+        features, in_network = PixNetNetwork.features, []
+
+        def timed(self: PixNetNetwork, rgb: torch.Tensor) -> torch.Tensor:
+            start = time.process_time()
+            found = features(self, rgb)
+            in_network.append(time.process_time() - start)
+            return found
+
+        PixNetNetwork.features = timed
+        for store in (None, Path(name) / "bins.zarr"):
+            in_network.clear()
+            forget_peak()
+            before, start, wall = peak_mib(), time.process_time(), time.perf_counter()
+            table = si.tl.predict_regions(sdata, "bins", model, image_key="he", store=store, inplace=False, **FRAME)
+            full, wall, network = time.process_time() - start, time.perf_counter() - wall, sum(in_network)
+            print(
+                f"{table.n_obs} bins x {table.n_vars} genes, {'in memory' if store is None else 'to disk'}: "
+                f"{full - network:.1f} s of processor time beyond the network ({network:.1f} s in its {len(in_network)} tiles; "
+                f"{wall:.1f} s by the clock); peak {peak_mib() - before:.0f} MiB over {before:.0f}",
+                flush=True,
+            )
+            del table
+            gc.collect()
+        PixNetNetwork.features = features
     # The same task for both: sums of 16 channels over 4096 square labels of 16 px on 1024 x 1024 pixels.
     n, k = 1024, 16
     cells = torch.rand(16, n // 8, n // 8)
@@ -422,82 +458,145 @@ def regions(options: argparse.Namespace) -> None:
     box = Box(0, n, 0, n)
     polygons = Polygons.from_shapely(squares)
     bag(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
-    start = time.perf_counter()
+    start = time.process_time()
     ours, _ = bag(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
-    ours_s = time.perf_counter() - start
+    ours_s = time.process_time() - start
     labels = (np.arange(n)[:, None] // k) * (n // k) + np.arange(n)[None] // k + 1
     labels[labels == 1] = 0  # spatialdata.aggregate fails without background
     element = Image2DModel.parse(pixels, dims=("c", "y", "x"))
     by = Labels2DModel.parse(labels, dims=("y", "x"))
-    start = time.perf_counter()
+    start = time.process_time()
     theirs = sd.aggregate(values=element, by=by, agg_func="sum", target_coordinate_system="global")
-    theirs_s = time.perf_counter() - start
+    theirs_s = time.process_time() - start
     found = np.asarray(
         theirs.tables["table"].X.todense() if hasattr(theirs.tables["table"].X, "todense") else theirs.tables["table"].X
     )
     print(
-        f"sums over 4096 squares, 16 channels: {ours_s:.4f} s, spatialdata.aggregate {theirs_s:.2f} s "
+        f"sums over 4096 squares, 16 channels, processor time: {ours_s:.4f} s, spatialdata.aggregate {theirs_s:.2f} s "
         f"({theirs_s / ours_s:.0f}x); largest relative difference "
         f"{np.abs(found[-len(ours) + 1 :] - ours.numpy()[1:]).max() / np.abs(ours.numpy()).max():.1e}"
     )
 
 
-def _write_map(store: str) -> None:
-    """What `kill` kills."""
+def storage(options: argparse.Namespace) -> None:
+    """Files of a stored map of 250 genes, and what drawing one of them reads."""
+    from spatialdata import read_zarr
+    from zarr.storage import LocalStore
+
+    read, get = [], LocalStore.get
+
+    async def counting(self: LocalStore, key: str, *args: object, **kwargs: object) -> object:
+        value = await get(self, key, *args, **kwargs)
+        if value is not None and "/images/m/" in f"{self.root}/{key}":
+            read.append(len(value))
+        return value
+
+    with tempfile.TemporaryDirectory() as name:
+        sdata, path = slide_on_disk(Path(name), options.pixels)
+        si.tl.predict_dense(
+            sdata, "he", random_model(250, Octaves(), 1.0), key_added="m", store=path, tissue_only=False, **FRAME
+        )
+        sizes = [p.stat().st_size for p in (path / "images" / "m").rglob("*") if p.is_file()]
+        found = read_zarr(path)
+        LocalStore.get = counting
+        read.clear()
+        si.pl.dense(found, "m", "g7", image_key="he")
+        LocalStore.get = get
+        print(
+            f"{options.pixels} px, 250 genes: {sum(sizes) / 2**20:.0f} MiB in {len(sizes)} files; drawing one gene reads "
+            f"{sum(read) / 2**20:.2f} MiB ({sum(read) / sum(sizes):.2%})"
+        )
+
+
+def _write_map(path: Path, key: str, log: Path) -> None:
+    """What `kill` kills. Notes each tile before it is computed."""
     from spatialdata import read_zarr
 
-    sdata = read_zarr(store)
+    from spatial_impute.models._dense import DenseJob
+
+    compute = DenseJob.compute
+
+    def noted(self: DenseJob, tile: tuple[int, int]) -> np.ndarray:
+        with log.open("a") as file:
+            file.write(f"{key} {tile}\n")
+        return compute(self, tile)
+
+    DenseJob.compute = noted
+    torch.set_num_threads(1)
+    sdata, model = read_zarr(path), random_model(8, Octaves(), 1.0)
+    log.with_suffix(".begun").touch()
     si.tl.predict_dense(
-        sdata,
-        "he",
-        random_model(8, Octaves(), 1.0),
-        store=store,
-        tile_size=256,
-        tissue_only=False,
-        inplace=False,
-        **FRAME,
+        sdata, "he", model, key_added=key, store=path, tile_size=256, tissue_only=False, inplace=False, **FRAME
     )
+
+
+def _look_at_map(path: Path, key: str, expected: Path) -> None:
+    """Fail unless the store opens and holds the map whole or not at all; the first whole one is what is expected."""
+    from spatialdata import read_zarr
+
+    images = read_zarr(path).images
+    if key in images:
+        values = images[key].compute(scheduler="synchronous").to_numpy().view(np.uint16)
+        if not expected.exists():
+            np.save(expected, values)
+        elif not np.array_equal(values, np.load(expected)):
+            sys.exit(1)
+        sys.exit(3)
 
 
 def kill(options: argparse.Namespace) -> None:
     """Kill -9 at random moments; the store must open, show all or nothing, and the rerun must go on."""
-    from spatialdata import read_zarr
+    from multiprocessing import get_context
 
-    if options.store:
-        _write_map(options.store)
-        return
+    # All that opens the store runs in forked processes: this one has no threads that they would miss.
+    fork = get_context("fork")
+
+    def run(target: object, *arguments: object) -> int:
+        process = fork.Process(target=target, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        sdata, path = slide_on_disk(Path(name), 4096)
-        command = [sys.executable, __file__, "kill", "--store", str(path)]
-        staging = path / ".spatial_impute_staging"
-
-        def n_done() -> int:
-            return sum(len(list(p.glob("*"))) for p in staging.glob("*/done"))
-
-        expected = si.tl.predict_dense(
-            sdata, "he", random_model(8, Octaves(), 1.0), tile_size=256, tissue_only=False, inplace=False, **FRAME
-        ).compute(scheduler="synchronous")
-        killed, opened, lost = 0, 0, 0
-        for _ in range(20):
-            before = n_done()
-            process = subprocess.Popen(command)
-            while process.poll() is None and n_done() == before and not (path / "images" / "he_expression").exists():
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.6))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-            process.wait()
-            lost += n_done() < before and not (path / "images" / "he_expression").exists()
-            images = read_zarr(path).images
-            if "he_expression" in images:
-                assert images["he_expression"].compute(scheduler="synchronous").equals(expected.astype(expected.dtype))
-            opened += 1
-        subprocess.run(command, check=True)
-        final = read_zarr(path).images["he_expression"].compute(scheduler="synchronous")
-        same = np.array_equal(final.to_numpy().view(np.uint16), expected.to_numpy().view(np.uint16))
-        print(f"killed {killed} of 20, opened {opened}, runs that lost finished tiles {lost}, final map equal: {same}")
+        folder = Path(name)
+        path, log, expected = folder / "slide1024.zarr", folder / "tiles.log", folder / "expected.npy"
+        run(slide_on_disk, folder, 1024)
+        start = time.perf_counter()
+        assert run(_write_map, path, "undisturbed", log) == 0
+        duration = time.perf_counter() - start
+        assert run(_look_at_map, path, "undisturbed", expected) == 3
+        log.unlink()
+        n_tiles, n_killed, n_complete, n_shown = 16, 0, 0, 0
+        while n_killed < 20:
+            key = f"map{n_complete}"
+            process = fork.Process(target=_write_map, args=(path, key, log))
+            begun = log.with_suffix(".begun")
+            begun.unlink(missing_ok=True)
+            process.start()
+            while process.is_alive() and not begun.exists():
+                time.sleep(0.002)
+            process.join(rng.uniform(0, 0.8 * duration))
+            killed = process.is_alive()
+            process.kill()
+            process.join()
+            n_killed += killed
+            seen = run(_look_at_map, path, key, expected)
+            assert seen in (0, 3), f"after kill {n_killed} the store does not open, or shows a part of the map"
+            n_shown += killed and seen == 3
+            n_complete += seen == 3
+            assert killed or seen == 3
+        if seen != 3:
+            assert run(_write_map, path, key, log) == 0
+            assert run(_look_at_map, path, key, expected) == 3
+            n_complete += 1
+        computed = len(log.read_text().splitlines())
+        staged = (path / ".spatial_impute_staging").exists()
+        print(
+            f"killed {n_killed} times while {n_complete} maps of {n_tiles} tiles were written; the store opened each time and "
+            f"showed no map or a whole one ({n_shown} times killed after it was in place), bytes as undisturbed; "
+            f"{computed - n_complete * n_tiles} tiles computed again; remains in the store: {staged}"
+        )
 
 
 def workers(options: argparse.Namespace) -> None:
@@ -528,7 +627,9 @@ PARTS = {
     "her2st": her2st,
     "sizes": sizes,
     "cost": cost,
+    "memory": memory,
     "regions": regions,
+    "storage": storage,
     "kill": kill,
     "workers": workers,
 }

@@ -31,9 +31,7 @@ _DONE = "done"
 _SKELETON = "skeleton.zarr"
 _IMAGES = "images"
 _FINGERPRINT = "spatial_impute_fingerprint"
-_FILE_BYTES = (
-    2**21
-)  # about: chunks hold as many genes of a tile as fit, so that one gene can be read without the others
+_FILE_BYTES = 2**25  # most of a file before compression; a tile of 250 genes has 8 or 32 MiB
 
 
 class DenseStore:
@@ -129,14 +127,18 @@ class DenseStore:
         old = group[name]
         rows, columns = self.job.cells
         n = self.job.chunk
-        per_file = max(1, min(len(self.names), _FILE_BYTES // (n * n * np.dtype(self.job.dtype).itemsize)))
-        # At most one fiftieth of the genes in a file, so that drawing one gene reads little else.
-        per_file = min(per_file, max(1, len(self.names) // 50))
+        # Readers take single chunks out of a file: one gene costs a hundredth of the map, and files stay few. Of a tile they
+        # hold whole stacks of chunks, so that no two tiles share one.
+        per_chunk = max(1, len(self.names) // 100)
+        stack = (min(n, rows), min(n, columns))
+        bytes_of_chunk = per_chunk * n * n * np.dtype(self.job.dtype).itemsize
+        n_chunks = min(-(-len(self.names) // per_chunk), max(1, _FILE_BYTES // bytes_of_chunk))
         dimension_names = old.metadata.dimension_names
         group.create_array(
             name,
             shape=(len(self.names), rows, columns),
-            chunks=(per_file, min(n, rows), min(n, columns)),
+            chunks=(per_chunk, *stack),
+            shards=(per_chunk * n_chunks, *stack),
             dtype=self.job.dtype,
             fill_value=float("nan"),
             dimension_names=dimension_names,

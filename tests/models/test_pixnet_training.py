@@ -156,6 +156,26 @@ def test_constant_features_and_more_components_than_regions_are_no_problem():
     assert np.isfinite(base.predict(x)).all()
 
 
+def test_base_of_large_regions_can_be_read_at_cells():
+    """Of features of single nuclei little is left in a region; they must not fill the map with what averaged out."""
+    rng = np.random.default_rng(0)
+    n, n_cells = 200, 100
+    field = rng.normal(size=(n, 1))
+    coarse = np.repeat((field + 0.5 * rng.normal(size=(n, 10)))[:, None], n_cells, axis=1)
+    fine = 0.1 * field[:, None] + rng.normal(size=(n, n_cells, 30))
+    cells = np.concatenate([coarse, fine], axis=2)
+    y = field @ rng.normal(size=(1, 20)) + rng.normal(size=(n, 20))
+    x, within = cells.mean(axis=1), cells.var(axis=1).mean(axis=0)
+    held = np.arange(n) >= 150
+    r = {}
+    for name, value in (("cells", within), ("regions", 0.0)):
+        base = fit_base(x[~held], y[~held], np.zeros(150), np.arange(150) // 5, n_components=40, within=value)
+        found = base.predict(cells[held].reshape(-1, 40))
+        true = np.repeat(field[held], n_cells, axis=0) @ (base.predict(x).T @ field / (field**2).sum()).T
+        r[name] = np.mean([np.corrcoef(found[:, g], true[:, g])[0, 1] for g in range(20)])
+    assert r["cells"] > 0.85 > 0.7 > r["regions"]
+
+
 def test_network_computes_its_base():
     """1x1 convolutions and head of the network against the regression on the same features."""
 

@@ -259,3 +259,17 @@ def test_take_and_move_keep_geometry():
     np.testing.assert_allclose(moved.edges, expected.edges)
     np.testing.assert_allclose(moved.area, expected.area)
     np.testing.assert_allclose(Discs([[1.0, 2.0]], [3.0]).moved(matrix).radius, [6.0])
+
+
+def test_polygons_taken_apart_in_batches_are_the_same(monkeypatch):
+    """Of one ring, with a hole, of several parts, and none at all."""
+    square, frame = shapely.box(0, 0, 3, 3), shapely.box(5, 5, 9, 9).difference(shapely.box(6, 6, 7, 8))
+    shapes = [square, frame, shapely.MultiPolygon([square, shapely.box(20, 2, 22, 9)]), shapely.box(1, 1, 2, 9), frame]
+    whole = Polygons.from_shapely(shapes)
+    monkeypatch.setattr(_stencil, "_BATCH", 2)
+    for found, expected in (
+        (Polygons.from_shapely(shapes), whole),
+        (Polygons.from_shapely([]), whole.take(np.arange(0))),
+    ):
+        for name in ("edges", "start", "centers", "area"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

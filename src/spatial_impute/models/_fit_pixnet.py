@@ -183,22 +183,24 @@ def _install_base(
     """
     halo = receptive_halo(network)
     rng = np.random.default_rng(seed)
-    features, target, image, block, held_out, read = [], [], [], [], [], []
+    features, within, target, image, block, held_out, read = [], [], [], [], [], [], []
     network.eval()
 
     def means(
-        slide: TrainingSlide, stage: Callable[..., Tensor], n_channels: int, *, in_part: bool
+        slide: TrainingSlide, stage: Callable[..., Tensor], n_channels: int, **how: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         tiled = Slide(slide.image, slide.stain, make_tiling(network, slide.image.shape, core, halo))
-        sums, n_pixels = read_regions(network, stage, tiled, slide.regions, n_channels, in_part=in_part)
+        sums, n_pixels = read_regions(network, stage, tiled, slide.regions, n_channels, **how)
         return sums / np.maximum(n_pixels, 1)[:, None], n_pixels > 0
 
     for slide, o in zip(slides, out, strict=True):
         rows = np.arange(len(slide.regions))
         if len(rows) > _MAX_BASE_REGIONS:
             rows = np.sort(rng.choice(rows, _MAX_BASE_REGIONS, replace=False))
-        found, seen = means(slide.take(rows), network.levels, network.n_levels, in_part=True)
-        features.append(found[seen])
+        found, seen = means(slide.take(rows), network.levels, 2 * network.n_levels, in_part=True, squares=True)
+        found, square = np.split(found[seen], 2, axis=1)
+        features.append(found)
+        within.append(np.maximum(square - found**2, 0))
         target.append(slide.expression[rows][seen])
         image.append(np.full(seen.sum(), slide.slide))
         block.append(slide.block[rows][seen] + 10**12 * slide.slide)
@@ -206,21 +208,21 @@ def _install_base(
         read.append(rows[seen])
     arrays = [np.concatenate(a) for a in (features, target, image, block)]
     kept = ~np.concatenate(held_out)
-    base = fit_base(*(a[kept] for a in arrays), n_components=network.n_base, seed=seed)
+    varied = np.concatenate(within).mean(axis=0)
+    base = fit_base(*(a[kept] for a in arrays), n_components=network.n_base, within=varied, seed=seed)
     set_base(network, base)
     with_base = []
     for slide, rows, found in zip(slides, read, features, strict=True):
         if len(rows) == len(slide.regions):
             components = base.components(found)
         else:  # only a sample was read for the regression
-            components, _ = means(
-                slide, lambda rgb: network.base_features(network.encode(rgb)), network.n_base, in_part=False
-            )
+            components, _ = means(slide, lambda rgb: network.base_features(network.encode(rgb)), network.n_base)
         with_base.append(replace(slide, base=(components @ base.weights).astype(np.float32)))
 
     def refit() -> None:
         """Same penalty and the decoder's share untouched: what the decoder adds is refitted around."""
-        full = fit_base(*arrays, n_components=network.n_base, choice=(base.penalty, base.shrinkage), seed=seed)
+        choice = base.penalty, base.shrinkage
+        full = fit_base(*arrays, n_components=network.n_base, within=varied, choice=choice, seed=seed)
         bias = network.head.bias.detach().clone() - torch.from_numpy(base.intercept).to(network.head.bias)
         set_base(network, full)
         with torch.no_grad():

@@ -48,6 +48,7 @@ def fit_base(
     block: np.ndarray,
     *,
     n_components: int,
+    within: np.ndarray | float = 0.0,
     choice: tuple[float, np.ndarray] | None = None,
     n_folds: int = 5,
     seed: int = 0,
@@ -61,6 +62,10 @@ def fit_base(
     Slides differ in level (stain, depth of sequencing) for reasons that are not in the tissue; what is learned is how
     expression follows the image within a slide.
 
+    Features are penalised by their spread over the cells of the map, not by that over regions. Those of single nuclei
+    average out within a region: what is left of them is small, and a regression that first brought it to the size of the
+    others would write their full strength into the map, where it is noise.
+
     Parameters
     ----------
     features
@@ -73,6 +78,8 @@ def fit_base(
         (n,) block of neighbouring regions; blocks stay together when the penalty is chosen.
     n_components
         Most components kept.
+    within
+        (n_features,) mean variance of the features over the cells of a region.
     choice
         Penalty per region, and shrinkage; chosen by cross-validation over blocks by default.
     n_folds
@@ -87,8 +94,10 @@ def fit_base(
     x = np.asarray(features, dtype=np.float64)
     y = np.asarray(target, dtype=np.float64)
     x_centred, y_centred = centre_by(x, slide), centre_by(y, slide)
-    spread = x_centred.std(axis=0)
+    spread = np.sqrt(x_centred.var(axis=0) + within)
     spread[spread < _SMALLEST_SPREAD * max(1.0, np.abs(x).max(initial=0))] = np.inf  # constant features say nothing
+    z = x_centred / spread
+    spread *= np.sqrt(max((z**2).mean(), 1e-300))  # penalties are per unit of variance of the means
     z = x_centred / spread
     _, s, vt = np.linalg.svd(z, full_matrices=False)
     rank = max(1, min(n_components, int((s > 1e-8 * s.max(initial=1e-300)).sum()), len(z) - 1))

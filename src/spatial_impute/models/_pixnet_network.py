@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._pyramid import Pyramid
 
 _FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the probe of the receptive field
+_LARGE_MAP = 257  # rows plus columns; up to 128 torch 2.13 has another kernel, and twice that is on the safe side
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,20 @@ class PixNetNetwork(nn.Module):
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    """Bilinear, to a multiple of the size; the same bits whether the map is a tile or a slide.
+
+    torch interpolates small maps with another kernel, which rounds differently: small maps are continued beyond their
+    right edge, by the values that interpolation would take there anyway.
+    """
+    height, width = maps.shape[-2:]
+    if (height, width) == size:
+        return maps
+    factor = size[1] // width
+    missing = _LARGE_MAP - sum(size)
+    if missing > 0:
+        maps = F.pad(maps, (0, -(-missing // factor), 0, 0), mode="replicate")
+    resized = F.interpolate(maps, size=(size[0], maps.shape[-1] * factor), mode="bilinear", align_corners=False)
+    return resized[..., : size[1]]
 
 
 def _resize_part(maps: Tensor, factor: int, cells: tuple[int, int, int, int]) -> Tensor:

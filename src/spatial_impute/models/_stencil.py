@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 _TINY = 2.0  # px; a larger region cannot miss all pixel centres
+_BATCH = 50_000  # polygons taken apart at a time
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,22 @@ class Polygons:
     @classmethod
     def from_shapely(cls, geometries: np.ndarray) -> Polygons:
         """From polygons and multi-polygons."""
+        geometries = np.asarray(geometries, dtype=object)
+        # Parts and rings are objects, each larger than its coordinates: of millions only some are made at a time.
+        parts = [cls._from_some(geometries[i : i + _BATCH]) for i in range(0, max(len(geometries), 1), _BATCH)]
+        first = np.cumsum([0, *(len(p.edges) for p in parts)])
+        start = [p.start[:-1] + n for p, n in zip(parts, first, strict=False)]
+        return cls(
+            np.concatenate([p.edges for p in parts]),
+            np.concatenate([*start, first[-1:]]),
+            np.concatenate([p.centers for p in parts]),
+            np.concatenate([p.area for p in parts]),
+        )
+
+    @classmethod
+    def _from_some(cls, geometries: np.ndarray) -> Polygons:
         import shapely
 
-        geometries = np.asarray(geometries, dtype=object)
         parts, of_polygon = shapely.get_parts(geometries, return_index=True)
         rings, of_part = shapely.get_rings(parts, return_index=True)
         points, of_ring = shapely.get_coordinates(rings, return_index=True)

@@ -152,25 +152,26 @@ def forward_tile(
     return maps[:, top:bottom, left:right], grid
 
 
-def bag(maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box) -> tuple[Tensor, Tensor]:
+def bag(
+    maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box, *, squares: bool = False
+) -> tuple[Tensor, Tensor]:
     """Sums over regions of the map resized to pixels; differentiable.
 
     Returns
     -------
     sums
-        (n_regions, c).
+        (n_regions, c); with `squares` (n_regions, 2 c), the second half of the squared cells.
     n_pixels
         (n_regions,) float64.
     """
     stencil = build_stencil(regions, core, grid, image)
     table = maps.flatten(1).T.contiguous()
-    sums = F.embedding_bag(
-        torch.from_numpy(stencil.cells).to(maps.device),
-        table,
-        torch.from_numpy(stencil.start[:-1]).to(maps.device),
-        mode="sum",
-        per_sample_weights=torch.from_numpy(stencil.weights).to(table),
-    )
+    cells, start = (torch.from_numpy(a).to(maps.device) for a in (stencil.cells, stencil.start[:-1]))
+    weights = torch.from_numpy(stencil.weights).to(table)
+    sums = F.embedding_bag(cells, table, start, mode="sum", per_sample_weights=weights)
+    if squares:
+        more = F.embedding_bag(cells, table.square(), start, mode="sum", per_sample_weights=weights)
+        sums = torch.cat([sums, more], dim=1)
     return sums, torch.from_numpy(stencil.n_pixels)
 
 
@@ -225,6 +226,7 @@ def iter_sums(
     regions: Regions,
     *,
     in_part: bool = False,
+    squares: bool = False,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Sums over regions, tile by tile, without a map: only tiles that regions touch are computed, each once.
@@ -236,7 +238,7 @@ def iter_sums(
     index
         Rows of `regions`.
     sums
-        (len(index), c).
+        (len(index), c), or (len(index), 2 c) with `squares`; see :func:`bag`.
     n_pixels
         (len(index),) float64; 0 for regions outside the image, which come last.
     """
@@ -254,7 +256,7 @@ def iter_sums(
             core, image = slide.tiling.pixels(tile), slide.tiling.image
             for start in range(0, len(index), _BATCH):
                 rows = index[start : start + _BATCH]
-                sums, n_pixels = bag(maps, regions.take(rows), core, grid, image)
+                sums, n_pixels = bag(maps, regions.take(rows), core, grid, image, squares=squares)
                 whole = place[rows] < 0
                 if not whole.all():
                     if total is None:
@@ -282,6 +284,7 @@ def read_regions(
     n_channels: int,
     *,
     in_part: bool = False,
+    squares: bool = False,
     on_tile: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums over all regions.
@@ -289,13 +292,15 @@ def read_regions(
     Returns
     -------
     sums
-        (n_regions, n_channels) in the precision of the network.
+        (n_regions, n_channels) in the precision of the network; `n_channels` counts those of `squares`.
     n_pixels
         (n_regions,) float64; 0 for regions outside the image.
     """
     dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
     sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
-    for index, found, count in iter_sums(network, stage, slide, regions, in_part=in_part, on_tile=on_tile):
+    for index, found, count in iter_sums(
+        network, stage, slide, regions, in_part=in_part, squares=squares, on_tile=on_tile
+    ):
         if found.shape[1]:
             sums[index] = found.cpu().numpy()
         n_pixels[index] = count

@@ -274,14 +274,15 @@ def predict_regions(
     levels = read_levels(sdata, image_key, frame)
     image, stain = model._image(levels), model._stain(survey(levels))
     model.network.to(device)
-    in_px = regions.moved(image.from_um)
+    in_px, centers = regions.moved(image.from_um), regions.centers
+    del regions  # millions of polygons are not kept twice
     bar = progress(None, f"Predicting {key}", show=show_progress_bar, total=model._n_tiles(image, in_px, tile_size))
     obs = pd.DataFrame({Keys.REGION: pd.Categorical([shapes_key] * len(index)), Keys.INSTANCE: index.to_numpy()})
     obs.index = index.astype(str)
     names = [model.var_names[i] for i in genes_index]
     var = pd.DataFrame({Keys.PREDICTABILITY: model.predictability.loc[names].to_numpy()}, index=names)
     uns = {Keys.PIXNET: _provenance(model, image_key)}
-    obsm = {Keys.SPATIAL: regions.centers}
+    obsm = {Keys.SPATIAL: centers}
     if store is not None:
         from spatial_impute._region_store import write_regions
 
