@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -378,7 +379,9 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     table = next(iter(annotating.values()))
     attrs = table.uns["spatialdata_attrs"]
     rows = (table.obs[attrs["region_key"]] == shapes_key).to_numpy()
-    counts = table[rows].copy()
+    with warnings.catch_warnings():  # we say so once, below
+        warnings.filterwarnings("ignore", "Variable names are not unique")
+        counts = table[rows].copy()
     if not counts.var_names.is_unique:
         logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
         counts.var_names_make_unique()
