@@ -334,3 +334,14 @@ def test_real_neighbours():
     assert result.quality["dice_after"] >= 0.97
     assert result.quality["correlation_after"] > result.quality["correlation_before"] + 0.1
     assert result.verdict == "ok", result.quality
+
+
+def test_real_section_of_another_scale():
+    """Two sections apart and ten per cent smaller: the inside fits about as well unscaled, the outline does not."""
+    fixed, moving = _her2st("C4"), _her2st("C6")
+    moving = SectionImage(moving.rgb, tuple(0.9 * size for size in moving.pixel_size), moving.mask)
+    result = register_pair(fixed, moving, method="affine")
+    assert result.quality["dice_after"] >= 0.97
+    # Sections of one block: their scale is found, up to the stretch of these two.
+    assert 0.9 * result.quality["scale_min"] > 0.93
+    assert 0.9 * result.quality["scale_max"] < 1.07

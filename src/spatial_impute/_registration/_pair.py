@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _CLEARLY_LOWER = 2.0  # standard errors of the score
+_MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
+_SAME_INFORMATION = (
+    0.8  # where the inside says little about the scale it changed by a tenth; with a fold it fell by half
+)
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -96,11 +100,20 @@ def register_pair(
         else:
             # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
             # outline. So the affine fit stands unless the score speaks against it by more than its own error.
-            gain, error = score.gain(matrix, affine)
-            if gain < -_CLEARLY_LOWER * error:
+            if _clearly_lower(score, matrix, affine):
                 notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
             else:
                 matrix, used = affine, "affine"
+        # A section of another scale can have its inside in place and its outline further out than the rim of the fit
+        # reaches. So another fit first sees as much background as a stretch may cross. Outlines say little if tissue is lost.
+        if not params.partial_tissue:
+            reach = params.mask_margin + (params.max_scale - 1) * _radius(source)
+            outlines = (registration_channel(section, 2 * size, reach) for section in (fixed, moving))
+            wide = _nearest_rigid(matrix, source)
+            wide = fit(*outlines, wide, "Affine", iterations=(*iterations[:2], 0), mask_margin=reach)
+            other = fit(target, source, wide, "Affine", iterations=iterations[1:])
+            if is_sane(other, params) and _fits_outline(score, matrix, other):
+                matrix, used, notes = other, "affine", []
 
     start = _start(start) | {"look": score.look}
     quality = start | _quality(score, matrix, None, runner_up)
@@ -143,6 +156,28 @@ def _choose(
     else:
         chosen = max(options, key=lambda option: option[3] - max(option[2], 0.0))
     return chosen[:3]
+
+
+def _clearly_lower(score: StructureScore, before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+    gain, error = score.gain(before, after)
+    return gain < -_CLEARLY_LOWER * error
+
+
+def _fits_outline(score: StructureScore, before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+    """Whether the second pose has the outlines better in place, and the inside about as well as the first.
+
+    A fold draws an outline in, but not what lies beside it: squeezed into the outline, that fits nothing any more.
+    """
+    pair = score.fixed, score.moving
+    if tissue_dice(*pair, after) <= tissue_dice(*pair, before) + _MORE_OVERLAP or _clearly_lower(score, before, after):
+        return False
+    return mutual_information(*pair, after) >= _SAME_INFORMATION * mutual_information(*pair, before)
+
+
+def _radius(channel: Channel) -> float:
+    """From the centre of the tissue to its farthest pixel, um."""
+    points = channel.centres()
+    return float(np.linalg.norm(points - points.mean(0), axis=1).max())
 
 
 def _nearest_rigid(matrix: NDArray[np.float64], moving: Channel) -> NDArray[np.float64]:
