@@ -104,14 +104,16 @@ def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -
     else:
         mpp, source = _mpp_of_array(folder, positions), "spot pitch"
         radius = float(factors["spot_diameter_fullres"]) / 2
-    sdata = section_object(
-        "sample",
-        _read_image(folder, factors, fullres_image, mpp),
-        centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
-        radius=radius,
-        ids=list(positions.index),
-        table=counts[shared].copy(),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are numbered later
+        sdata = section_object(
+            "sample",
+            _read_image(folder, factors, fullres_image, mpp),
+            centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
+            radius=radius,
+            ids=list(positions.index),
+            table=counts[shared].copy(),
+        )
     return sdata, mpp, source
 
 
