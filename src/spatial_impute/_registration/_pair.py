@@ -26,9 +26,8 @@ _METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _CLEARLY_LOWER = 2.0  # standard errors of the score
 _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
-_SAME_INFORMATION = (
-    0.8  # where the inside says little about the scale it changed by a tenth; with a fold it fell by half
-)
+# Share of mutual information: where the inside says little about the scale it changed by a tenth, with a fold by half.
+_SAME_INFORMATION = 0.8
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
