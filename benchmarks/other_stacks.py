@@ -45,7 +45,11 @@ def main() -> None:
         scores = si.metrics.evaluate(sdata, truth)
         print(scores[["pearson_gene", "pearson_gene_positive", "mse", "skill"]].round(4).to_string())
         sections = si.metrics.evaluate(sdata, truth, by="section")["pearson_gene"].unstack()
-        print("ASIGN - co-kriging:", (sections.loc["asign"] - sections.loc["baseline_cokriging"]).round(4).to_dict(), flush=True)
+        print(
+            "ASIGN - co-kriging:",
+            (sections.loc["asign"] - sections.loc["baseline_cokriging"]).round(4).to_dict(),
+            flush=True,
+        )
 
 
 def section(name: str, pixels: np.ndarray, centers: np.ndarray, radius: float, table: AnnData | None) -> SpatialData:

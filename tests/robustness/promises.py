@@ -53,7 +53,7 @@ PROMISES = [
             "robustness/test_same_anywhere.py::test_regions_without_a_pixel_are_nan_and_counted",
             "robustness/test_same_anywhere.py::test_a_map_says_how_much_of_it_was_predicted",
             "tl/test_dense.py::test_what_was_not_predicted_is_nan",
-            "tl/test_dense.py::test_one_gene_is_read_without_the_others",
+            "tl/test_dense.py::test_one_gene_of_many_is_read_without_the_others",
             "tl/test_pixnet.py::test_regions_off_the_image_are_nan_and_counted",
             "robustness/test_properties.py::test_nothing_unmeasured_reaches_a_result",
             "robustness/test_properties.py::test_nothing_unmeasured_reaches_a_model",
