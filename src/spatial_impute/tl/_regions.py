@@ -231,7 +231,7 @@ def read_measured(
     rows = (table.obs[attrs["region_key"]].astype(str) == shapes_key).to_numpy()
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
     if is_stack:
-        rows &= table.obs[Keys.MEASURED].to_numpy(bool)
+        rows = rows & table.obs[Keys.MEASURED].to_numpy(bool)
         layer = Keys.MEASURED if layer is None else layer
     where = f"sdata.tables[{key!r}]" + (".X" if layer is None else f".layers[{layer!r}]")
     if layer is not None:
@@ -241,7 +241,7 @@ def read_measured(
         msg = f"`{where}` is empty; name the layer that holds expression with `layer=`, one of {sorted(table.layers)}."
         raise ValueError(msg)
     place = pd.Index(index.astype(str)).get_indexer(table.obs[attrs["instance_key"]].astype(str))
-    rows &= place >= 0
+    rows = rows & (place >= 0)
     if not rows.any():
         msg = (
             f"None of the {len(index)} shapes of `sdata.shapes[{shapes_key!r}]` was measured: no row of "
