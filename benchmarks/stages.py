@@ -86,6 +86,7 @@ def measure(stage: str, size: int, how: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run, prepare = STAGES[stage](size, Path(folder))
         if how == "memory":
+            pixnet.forget_peak()
             before = pixnet.peak_mib()
             run()
             return {"peak_MiB": pixnet.peak_mib() - before}
@@ -202,15 +203,17 @@ def extraction(size: int, folder: Path) -> Stage:
         da.to_zarr(da.from_array(np.ascontiguousarray(fine[:, ::k, ::k]), (3, 2048, 2048)), str(folder / str(k)))
         levels.append(da.from_zarr(str(folder / str(k))))
     del fine
-    sdata = features.slide_with_spots(side, size, image_element(levels, "global", 1.0))
-    encoder = resolve_encoder("texture", device="cpu")
+    image, encoder = image_element(levels, "global", 1.0), resolve_encoder("texture", device="cpu")
+
+    def extract(encoder: object) -> None:
+        si.pp.extract_features(features.slide_with_spots(side, size, image), encoder)
 
     def prepare() -> Callable[[], object]:
         recorded = features.Recorded(encoder)
-        si.pp.extract_features(sdata, recorded)
+        extract(recorded)
         return lambda: features.bare(encoder, recorded.given)
 
-    return lambda: si.pp.extract_features(sdata, encoder), prepare
+    return lambda: extract(encoder), prepare
 
 
 def dense(size: int, folder: Path) -> Stage:
@@ -227,8 +230,9 @@ def dense(size: int, folder: Path) -> Stage:
             with torch.inference_mode():
                 model.network.genes(model.network.features(rgb))
 
-    options = {"tissue_only": False, "inplace": False, "overwrite": True, **pixnet.FRAME}
-    return lambda: si.tl.predict_dense(sdata, "he", model, store=path, **options), lambda: beside
+    options = {"tissue_only": False, "inplace": False, "store": path, **pixnet.FRAME}
+    maps = (f"map{i}" for i in itertools.count())
+    return lambda: si.tl.predict_dense(sdata, "he", model, key_added=next(maps), **options), lambda: beside
 
 
 def aggregation(size: int, folder: Path) -> Stage:
