@@ -89,7 +89,7 @@ def fitted(spots, n_genes: int):
 
 def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
     """Spots on a lattice, in sections of the same size, the one in the middle measured; with their graph."""
-    from spatial_impute._graph import build_graph, standardise_by_section
+    from spatial_impute._graph import standardise_by_section
     from spatial_impute.models._spots import Spots
 
     rng = np.random.default_rng(0)
@@ -109,20 +109,7 @@ def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
     known = section == n_sections // 2
     expression = fields[known] @ rng.normal(size=(8, n_genes)) / 4 + rng.normal(size=(known.sum(), n_genes))
     start = time.perf_counter()
-    graph = build_graph(
-        xyz,
-        section,
-        np.full(len(xyz), 27.5),
-        tokens[0][:, 0],
-        n_neighs=6,
-        n_cross_neighs=6,
-        max_section_gap=2,
-        max_distance=3 * _PITCH,
-        n_similar=3,
-        similarity_threshold=0.5,
-        similarity_weight=1.0,
-        bandwidth=_PITCH,
-    )
+    graph = default_graph(xyz, section, tokens[0][:, 0])
     times["graph_s"] = time.perf_counter() - start
     weights = graph.weights.astype(np.float64)
     return Spots(
@@ -135,6 +122,26 @@ def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
         graph=weights,
         tokens=tuple(tokens),
         edge_features=rng.random((weights.nnz, 6), dtype=np.float32),
+    )
+
+
+def default_graph(xyz: np.ndarray, section: np.ndarray, features: np.ndarray):
+    """3D graph with the defaults of the package."""
+    from spatial_impute._graph import build_graph
+
+    return build_graph(
+        xyz,
+        section,
+        np.full(len(xyz), 27.5),
+        features,
+        n_neighs=6,
+        n_cross_neighs=6,
+        max_section_gap=2,
+        max_distance=3 * _PITCH,
+        n_similar=3,
+        similarity_threshold=0.5,
+        similarity_weight=1.0,
+        bandwidth=_PITCH,
     )
 
 

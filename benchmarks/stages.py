@@ -31,6 +31,7 @@ import features
 import numpy as np
 import pandas as pd
 import pixnet
+import scale
 import shapely
 import torch
 import training
@@ -38,7 +39,6 @@ from spatialdata import aggregate
 from spatialdata.models import Image2DModel, Labels2DModel
 
 import spatial_impute as si
-from spatial_impute._graph import SpotGraph, build_graph
 from spatial_impute.models import _propagation
 from spatial_impute.models._encoders import resolve_encoder
 from spatial_impute.models._stencil import Box, CellGrid, Polygons
@@ -131,31 +131,13 @@ def graph(size: int, folder: Path) -> Stage:
                 search = NearestNeighbors(n_neighbors=3, metric="cosine", algorithm="brute")
                 search.fit(found[section == a]).kneighbors(found[section == b])
 
-    return lambda: three_sections(xyz, section, found), lambda: beside
-
-
-def three_sections(xyz: np.ndarray, section: np.ndarray, found: np.ndarray) -> SpotGraph:
-    """3D graph with the defaults of the package."""
-    return build_graph(
-        xyz,
-        section,
-        np.full(len(xyz), 27.5),
-        found,
-        n_neighs=6,
-        n_cross_neighs=6,
-        max_section_gap=2,
-        max_distance=3 * _PITCH,
-        n_similar=3,
-        similarity_threshold=0.5,
-        similarity_weight=1.0,
-        bandwidth=_PITCH,
-    )
+    return lambda: scale.default_graph(xyz, section, found), lambda: beside
 
 
 def propagation(size: int, folder: Path) -> Stage:
     """Propagation of 250 genes from the middle section, and as many sparse products as it took."""
     xyz, section, found = lattice(size)
-    weights = three_sections(xyz, section, found).weights.astype(np.float64)
+    weights = scale.default_graph(xyz, section, found).weights.astype(np.float64)
     known = section == 1
     values = np.random.default_rng(0).normal(size=(int(known.sum()), 250))
     widths: list[int] = []
