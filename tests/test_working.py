@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import dask.array as da
 import numpy as np
 import pytest
@@ -11,6 +9,8 @@ import xarray as xr
 
 from spatial_impute._raster import Level
 from spatial_impute._working import survey, working_image
+from spatial_impute.models._pixnet_network import Stain
+from spatial_impute.models._tiles import Slide, Tiling
 
 
 def level(array: np.ndarray, mpp: float | tuple[float, float], *, chunks: int = 64) -> Level:
@@ -75,30 +75,49 @@ def test_beyond_the_image_it_is_white(noise):
     assert (image.window(400, 410, 0, 5) == 255).all()
 
 
-@pytest.mark.parametrize("n_columns", [99, 6])
-def test_chunks_are_decoded_at_most_twice(n_columns):
-    """Once where three rows of chunks fit into memory; on a wider slide, taken in stripes, twice at the borders."""
-    from spatial_impute._chunks import ChunkCache
-    from spatial_impute.models._tiles import Tiling
-
+def counted(n_rows: int, n_columns: int, size: int) -> tuple[Level, list[tuple[int, ...]]]:
+    """Slide in square chunks, and a list of those that were decoded."""
     calls = []
 
     def decode(block_info=None):
         calls.append(tuple(block_info[None]["chunk-location"]))
-        return np.full((3, 256, 256), len(calls) % 256, np.uint8)
+        return np.full((3, size, size), len(calls) % 256, np.uint8)
 
     meta = np.empty((0, 0, 0), np.uint8)
-    array = da.map_blocks(decode, chunks=((3,), (256,) * 5, (256,) * 8), dtype=np.uint8, meta=meta)
-    image = working_image([Level(xr.DataArray(array, dims=("c", "y", "x")), np.eye(3))], 1.0)
-    image = replace(image, cache=ChunkCache(3 * n_columns * 3 * 256 * 256))
+    chunks = ((3,), (size,) * n_rows, (size,) * n_columns)
+    array = da.map_blocks(decode, chunks=chunks, dtype=np.uint8, meta=meta)
+    return Level(xr.DataArray(array, dims=("c", "y", "x")), np.eye(3)), calls
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("wide", [False, True])
+def test_chunks_are_decoded_at_most_twice(wide, step, monkeypatch):
+    """Once where the slide is no wider than a stripe, else twice at its borders; also if a window spans many chunks."""
+    monkeypatch.setattr("spatial_impute._chunks._STRIPE", 0 if wide else 2**26)
+    found, calls = counted(30, 20, 64)
+    image = working_image([found], float(step))
+    tiling = Tiling(*image.shape, core=64, halo=32, stride=8, multiple=32)
+    slide = Slide(image, Stain((255.0, 255.0, 255.0)), tiling)
     calls.clear()
-    tiling = Tiling(*image.shape, core=256, halo=64, stride=8, multiple=32)
-    for tile in tiling.order(np.ndindex(*tiling.shape), image.stripe):
+    kept = 0
+    for tile in slide.order(np.ndindex(*tiling.shape)):
         window = tiling.window(tile)
         image.window(window.y0, window.y1, window.x0, window.x1)
+        kept = max(kept, image.cache._bytes)
     counts = np.unique(calls, axis=0, return_counts=True)[1]
-    assert len(counts) == 5 * 8
-    assert counts.max() == (1 if n_columns == 99 else 2)
+    assert len(counts) == 30 * 20
+    assert counts.max() == (2 if wide else 1)
+    assert not wide or kept <= image.cache.limit
+
+
+def test_a_wider_slide_keeps_no_more_chunks():
+    limits = set()
+    for n_columns in (4, 40, 400):
+        image = working_image([counted(4, n_columns, 1024)[0]], 1.0)
+        image.stripe(1024, 512)
+        limits.add(image.cache.limit)
+    assert len(limits) == 1
+    assert limits.pop() <= 2**26
 
 
 def test_too_coarse_an_image_is_refused(noise):

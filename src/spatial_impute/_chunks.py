@@ -13,14 +13,15 @@ from spatial_impute._raster import read_window, to_rgb
 if TYPE_CHECKING:
     from spatial_impute._raster import Level
 
-_LIMIT = 2**28  # bytes: two rows of 2048 px chunks of a slide 20,000 px wide
+_LIMIT = 2**28  # bytes, where windows come in any order: two rows of 2048 px chunks of a slide 20,000 px wide
+_STRIPE = 2**26  # bytes, where they come in stripes; a slide of 5,000 px has more, so that larger ones take no more
 
 
 class ChunkCache:
     """Least recently used chunks of one resolution of an image.
 
-    Windows that are read row by row then decode each chunk once, and those of very wide slides, taken in stripes (see
-    :meth:`stripe`), at most twice. A copy for another process starts empty.
+    Windows that are taken in stripes (see :meth:`stripe`) then decode each chunk at most twice, and keep no more for a
+    wider slide. A copy for another process starts empty.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:
@@ -70,11 +71,28 @@ class ChunkCache:
                 self._bytes -= self._chunks.popitem(last=False)[1].nbytes
             return chunk
 
-    def stripe(self, level: Level) -> int:
-        """Pixels of the level across which windows may be taken row by row: three rows of chunks fit."""
+    def stripe(self, level: Level, core: int, halo: int) -> int:
+        """Keep what is needed to take windows row by row, in stripes.
+
+        Parameters
+        ----------
+        level
+            Resolution that is read.
+        core, halo
+            Windows begin `core` pixels of the level apart, and reach `halo` further on each side.
+
+        Returns
+        -------
+        Pixels of the level across which windows may be taken row by row.
+        """
         chunks = getattr(level.data.data, "chunks", None)
         if chunks is None:
             return level.shape[1]
-        per_column = 3 * max(chunks[1]) * level.data.sizes["c"] * level.data.dtype.itemsize
-        width = max(chunks[2])
-        return max(width, self.limit // per_column - 2 * width)  # windows reach into a chunk on either side
+        height, width = max(chunks[1]), max(chunks[2])
+        window = core + 2 * halo
+        n_rows = -(-window // height) + 1
+        per_column = n_rows * height * level.data.sizes["c"] * level.data.dtype.itemsize
+        around = 2 * halo + 2 * width  # windows reach out of the stripe, and end anywhere in a chunk
+        least = window + width  # or a chunk would lie in three stripes
+        self.limit = max(_STRIPE, per_column * (least + around))
+        return self.limit // per_column - around

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,10 +40,10 @@ class WorkingImage:
     cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)
     """Decoded chunks."""
 
-    @property
-    def stripe(self) -> int:
-        """Working pixels across which windows may be taken row by row without decoding chunks again."""
-        return max(1, int(self.cache.stripe(self.level) / self.step[1]))
+    def stripe(self, core: int, halo: int) -> int:
+        """Working pixels across which windows of `core` and `halo` are to be taken row by row; see the cache."""
+        step = max(self.step)
+        return int(self.cache.stripe(self.level, math.ceil(core * step), math.ceil(halo * step)) / self.step[1])
 
     @property
     def from_um(self) -> np.ndarray:

@@ -34,6 +34,9 @@ class Ramp:
     to_um = np.eye(3)
     shape = (600, 700)
 
+    def stripe(self, core: int, halo: int) -> int:
+        return 700
+
     def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         y, x = np.meshgrid(np.arange(y0, y1) + 0.5, np.arange(x0, x1) + 0.5, indexing="ij")
         return np.stack([255 * x / 700, 255 * y / 600, 0 * x + 100]).clip(1, 255).astype(np.float32)

@@ -59,7 +59,11 @@ class DenseJob:
     def tiles(self) -> list[tuple[int, int]]:
         """All tiles, in the order in which chunks of the image are decoded least often."""
         rows, columns = self.tiling.shape
-        return self.tiling.order(((i, j) for i in range(rows) for j in range(columns)), self.image.stripe)
+        return self._slide.order((i, j) for i in range(rows) for j in range(columns))
+
+    @property
+    def _slide(self) -> Slide:
+        return Slide(self.image, self.stain, self.tiling)
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Where the cells of a tile lie in the map."""
@@ -76,7 +80,7 @@ class DenseJob:
         network = self.network
         stage = network.features if self.features else lambda rgb: network.genes(network.features(rgb))
         with torch.inference_mode():
-            maps, _ = forward_tile(network, stage, Slide(self.image, self.stain, self.tiling), tile)
+            maps, _ = forward_tile(network, stage, self._slide, tile)
         values = maps[:, : shape[1], : shape[2]].cpu().numpy()
         if self.tissue is not None:
             values = np.where(self._on_tissue(y, x), values, np.nan)

@@ -15,6 +15,7 @@ from spatial_impute.models._encoders import IMAGENET_MEAN, IMAGENET_STD, _weight
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+_STRIP_BYTES = 2**24  # of a strip of the largest map; allocators keep blocks of up to some 32 MiB at hand
 _PROBE = 256  # px; edge of the image on which an unknown module is tried
 
 ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")
@@ -75,15 +76,30 @@ class TellezPyramid(Pyramid):
     def forward(self, rgb: Tensor) -> list[Tensor]:
         """Maps, finest first."""
         scaled = rgb / 127.5 - 1.0
-        maps = self._stack(scaled)[1:]  # stride 2 holds edges of single nuclei, at four times the cost of stride 4
-        return [*maps, *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
+        return [*self._stack(scaled), *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
 
     def _stack(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for i, block in enumerate(self.blocks):
-            x = block(F.pad(x, (0, 1, 0, 1) if i % 2 == 0 else (1, 0, 1, 0)))
-            maps.append(x)
-        return maps
+        """Maps at the strides 4, 8 and 16; that of stride 2 holds edges of single nuclei, at four times the cost of 4."""
+        finest = self._first_blocks(x)
+        middle = self.blocks[2](F.pad(finest, (0, 1, 0, 1)))
+        return [finest, middle, self.blocks[3](F.pad(middle, (1, 0, 1, 0)))]
+
+    def _first_blocks(self, x: Tensor) -> Tensor:
+        """Map at stride 4; on a CPU strip by strip, so that the map at stride 2 is never whole.
+
+        Memory of that size comes new from the system each time, which took longer than the convolutions.
+        """
+        height, width = x.shape[-2] // 4, x.shape[-1]
+        n_rows = height
+        if x.device.type == "cpu":
+            n_rows = max(1, _STRIP_BYTES // (width * self.channels[0] * x.element_size()))
+        strips = []
+        for top in range(0, height, n_rows):
+            bottom = min(top + n_rows, height)
+            # Row i reads rows 2 i - 1 to 2 i + 1 of the map at stride 2, and row j of that rows 2 j to 2 j + 2 of the image.
+            rows = F.pad(x[..., max(4 * top - 2, 0) : 4 * bottom + 1, :], (0, 1, 0, int(bottom == height)))
+            strips.append(self.blocks[1](F.pad(self.blocks[0](rows), (1, 0, int(top == 0), 0))))
+        return torch.cat(strips, dim=-2)
 
 
 class ModulePyramid(Pyramid):

@@ -62,11 +62,6 @@ class Tiling:
         """All pixels of the image."""
         return Box(0, self.height, 0, self.width)
 
-    def order(self, tiles: Iterable[tuple[int, int]], stripe: int) -> list[tuple[int, int]]:
-        """Row by row within stripes of so many pixels, so that decoded chunks are still at hand for the next row."""
-        columns = max(1, stripe // self.core)
-        return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
-
     def box(self, tile: tuple[int, int]) -> Box:
         """Pixels of a core within the extended image."""
         y, x = tile[0] * self.core, tile[1] * self.core
@@ -102,6 +97,12 @@ class Slide:
     image: WorkingImage
     stain: Stain
     tiling: Tiling
+
+    def order(self, tiles: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Row by row within stripes, so that decoded chunks are still at hand for the next row."""
+        stripe = self.image.stripe(self.tiling.core, self.tiling.halo)
+        columns = max(1, stripe // self.tiling.core)
+        return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
 
 
 def forward_tile(
@@ -249,7 +250,7 @@ def iter_sums(
     total, count = None, np.zeros(len(over_several))
     weight = network.head.weight
     touching = dict(tiles)
-    for tile in slide.tiling.order(touching, getattr(slide.image, "stripe", slide.tiling.width)):
+    for tile in slide.order(touching):
         index = touching[tile]
         with torch.inference_mode():
             maps, grid = forward_tile(network, stage, slide, tile, margin=1, in_part=in_part)
