@@ -27,10 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dask.array as da
+import dense_maps
 import features
 import numpy as np
 import pandas as pd
-import pixnet
 import scale
 import shapely
 import torch
@@ -86,10 +86,10 @@ def measure(stage: str, size: int, how: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run, prepare = STAGES[stage](size, Path(folder))
         if how == "memory":
-            pixnet.forget_peak()
-            before = pixnet.peak_mib()
+            dense_maps.forget_peak()
+            before = dense_maps.peak_mib()
             run()
-            return {"peak_MiB": pixnet.peak_mib() - before}
+            return {"peak_MiB": dense_maps.peak_mib() - before}
         times = [seconds(run)]
         peer = prepare()
         besides = [seconds(peer)]
@@ -201,8 +201,8 @@ def extraction(size: int, folder: Path) -> Stage:
 def dense(size: int, folder: Path) -> Stage:
     """A map of 64 genes of a slide on disk, and the network on its tiles."""
     side = 20 * int(np.ceil(np.sqrt(size)))
-    sdata, path = pixnet.slide_on_disk(folder, side)
-    model = pixnet.random_model(64, "tellez-multitask", 1.0)
+    sdata, path = dense_maps.slide_on_disk(folder, side)
+    model = dense_maps.random_model(64, "tellez-multitask", 1.0)
 
     def beside() -> None:
         tiling = model._tiling((side, side), 1024)
@@ -212,7 +212,7 @@ def dense(size: int, folder: Path) -> Stage:
             with torch.inference_mode():
                 model.network.genes(model.network.features(rgb))
 
-    options = {"tissue_only": False, "inplace": False, "store": path, **pixnet.FRAME}
+    options = {"tissue_only": False, "inplace": False, "store": path, **dense_maps.FRAME}
     maps = (f"map{i}" for i in itertools.count())
     return lambda: si.tl.predict_dense(sdata, "he", model, key_added=next(maps), **options), lambda: beside
 
