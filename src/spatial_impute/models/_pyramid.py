@@ -15,9 +15,8 @@ from spatial_impute.models._encoders import IMAGENET_MEAN, IMAGENET_STD, _weight
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_STRIP_BYTES = (
-    2**22
-)  # of a strip of the largest map: it stays in the cache, and allocators keep blocks of that size at hand
+# Of a strip of the largest map: it stays in the cache, and allocators keep blocks of that size at hand.
+_STRIP_BYTES = 2**22
 _PROBE = 256  # px; edge of the image on which an unknown module is tried
 
 ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")
