@@ -12,6 +12,7 @@ import spatial_impute as si
 from bad_inputs import answers, refuses
 from bad_inputs.preparing import drop, keep, spoil
 
+MOVED = np.array([[1.0, 0.0, 200.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 QUICK = {"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}
 
 
@@ -295,6 +296,22 @@ IMPUTING = [
         "Run `si.pp.extract_features` with the same encoder",
         impute,
         change=lambda w: w.table.uns["features"].update(encoder="other"),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "expression in other units",
+        ValueError,
+        "must have the same units, found ['log1p of counts per 100 (all genes)', 'log1p of counts per 10000 (all genes)']",
+        impute,
+        change=lambda w: si.pp.select_genes(w.sdata, genes=w.asign.var_names, target_sum=100),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "spots that a new registration moved since the graph was built",
+        ValueError,
+        "run `si.tl.build_3d_graph(sdata)` again",
+        impute,
+        change=lambda w: si.tl.register_stack(w.sdata, transformations={"s0": MOVED, "s2": np.eye(3)}),
     ),
     refuses(
         "tl.impute_3d",
