@@ -199,7 +199,8 @@ def _named_inputs(
         if identity in seen_inputs:
             msg = (
                 f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
-                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`)."
+                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`). Cut sections "
+                "that lie on one slide apart, e.g. with `spatialdata.bounding_box_query`."
             )
             raise ValueError(msg)
         seen_inputs[identity] = name
