@@ -356,7 +356,10 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
         bad[section == name] |= (missing != missing[0]).any(axis=1)
     if bad.any():
         first = table.obs_names[measured][bad][0]
-        msg = f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}."
+        msg = (
+            f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}. Run "
+            f"`si.pp.select_genes(sdata)` again, or set `obs[{Keys.MEASURED!r}]` to False there."
+        )
         raise ValueError(msg)
     nowhere = ~np.isfinite(values).any(axis=0)
     if nowhere.any():

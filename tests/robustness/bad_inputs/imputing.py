@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 
 import spatial_impute as si
@@ -463,6 +464,20 @@ SCORES = [
         "`truth.obs_names` must be unique",
         score,
         change=lambda w: (_filled(w), setattr(w.truth, "obs_names", ["s0_0", *w.truth.obs_names[:-1]])),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth that is no AnnData",
+        TypeError,
+        "must be an AnnData with log-normalised expression in `X`, found DataFrame",
+        lambda w: si.metrics.evaluate(w.sdata, w.truth.to_df(), layers="measured"),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth with its values in a layer",
+        ValueError,
+        "`truth.X` is empty; put the layer with log-normalised expression there (one of ['log'])",
+        lambda w: si.metrics.evaluate(w.sdata, AnnData(layers={"log": w.truth.X}, obs=w.truth.obs), layers="measured"),
     ),
     refuses("metrics.evaluate", "nothing imputed yet", ValueError, "holds nothing but the measurement", score),
     refuses(
