@@ -471,6 +471,21 @@ def test_assemble_stack_numbers_repeated_genes():
     assert list(source.tables["table"].var_names) == ["g", "g", "h"]
 
 
+@pytest.mark.parametrize(("mpp", "says"), [(500.0, True), (0.0005, True), (0.25, False), (30.0, False)])
+def test_assemble_stack_says_that_a_pixel_size_is_in_other_units(mpp, says, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
+    assert ("is no pixel of a scan" in caplog.text) is says
+
+
+def test_assemble_stack_takes_a_table_whose_index_is_named_as_a_column(tmp_path):
+    source = visium_like()
+    source.tables["table"].obs.index = pd.Index(["x", "y", "z"], name="instance_id")
+    sdata = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
+    sdata.write(tmp_path / "s.zarr")
+    assert list(sd.read_zarr(tmp_path / "s.zarr").tables["m_counts"].obs_names) == ["x", "y", "z"]
+
+
 def test_assemble_stack_takes_a_table_on_disk(tmp_path):
     source = visium_like()
     expected = source.tables["table"].X.toarray()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
 from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._section import is_spatialdata, read_section
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spatial_impute.pp._section import SectionInput
 
 
+_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm taken for um are a thousand times off
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -142,6 +144,12 @@ def assemble_stack(
             fullres_image=_for_section(fullres_image, name),
             bin_size=_for_section(bin_size, name),
         )
+        if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
+            logger.warning(
+                "Section %s: a pixel of %g um is no pixel of a scan or of its overview (0.1 to 50 um); check `mpp`",
+                name,
+                parts.mpp,
+            )
         sdata.images[Keys.image(name)] = parts.image
         if parts.spots is not None:
             sdata.shapes[Keys.spots(name)] = parts.spots

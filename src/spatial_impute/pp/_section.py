@@ -400,6 +400,8 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
+    if counts.obs.index.name in (Keys.REGION, Keys.INSTANCE):  # a column of that name must not differ from the index
+        counts.obs.index.name = None
     counts.obs[Keys.REGION] = Keys.spots(name)
     counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")
     counts.obs[Keys.INSTANCE] = pd.array(instance, dtype=object)
