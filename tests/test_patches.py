@@ -44,6 +44,16 @@ def test_iter_patches_of_whole_pixels_are_the_pixels(ramp):
     np.testing.assert_array_equal(found[0], np.moveaxis(array[:, 8:16, 16:24], 0, -1))
 
 
+def test_iter_patches_shows_transparent_pixels_as_glass(ramp):
+    """And averages them as such where the level is far too fine."""
+    array = np.zeros((4, 40, 50), dtype=np.uint8)
+    array[:, :, 20:] = 100
+    for n_px in (8, 2):
+        found = read_patches([ramp.level(array)], np.array([[20.0, 12.0]]), 8.0, n_px)
+        np.testing.assert_array_equal(found[0, :, : n_px // 2], 255)
+        np.testing.assert_array_equal(found[0, :, n_px // 2 :], 100)
+
+
 @pytest.mark.parametrize("flip", [1.0, -1.0])
 @pytest.mark.parametrize("degrees", [0, 30, 90, 200])
 def test_iter_patches_follow_the_axes_of_a_rotated_or_flipped_section(degrees, flip, ramp):

@@ -73,6 +73,41 @@ def test_to_rgb_brings_every_depth_to_255(dtype, white):
     np.testing.assert_allclose(result[0, :, 0], [0, 127.5, 255], atol=0.51)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_wholly_transparent_pixels_are_white(dtype):
+    """Glass that was erased in an image editor is transparent, with black beneath."""
+    rgba = np.full((4, 2, 2), 9, dtype)
+    rgba[:, 0] = 0
+    result = to_rgb(rgba, 255.0)
+    np.testing.assert_array_equal(result[0], 255)
+    np.testing.assert_array_equal(result[1], 9)
+
+
+def test_pixels_of_nan_are_white():
+    """What lies beyond a warped image."""
+    rgb = np.full((3, 2, 2), 0.5, np.float32)
+    rgb[1, 0, 0] = np.nan
+    result = to_rgb(rgb, 1.0)
+    np.testing.assert_array_equal(result[0, 0], 255)
+    np.testing.assert_array_equal(result[1], 127.5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint32, np.float32])
+@pytest.mark.parametrize("white", [255, 4095, 65535])
+def test_white_is_that_of_the_bits_in_use(dtype, white):
+    """8 or 12 bits kept in a wider type are no black image."""
+    image = (np.linspace(0.2, 0.97, 3 * 16 * 16).reshape(3, 16, 16) * white).astype(dtype)
+    (level,) = image_levels(Image2DModel.parse(image, dims=("c", "y", "x")), scaling(1.0))
+    assert level.white == white
+
+
+@pytest.mark.parametrize(("most", "white"), [(1.02, 1.0), (258.0, 255.0)])
+def test_white_of_floats_allows_for_resampling(most, white):
+    image = np.full((3, 8, 8), most, np.float32)
+    (level,) = image_levels(Image2DModel.parse(image, dims=("c", "y", "x")), scaling(1.0))
+    assert level.white == white
+
+
 @pytest.mark.parametrize("channels", [2, 5, 16])
 def test_to_rgb_rejects_other_numbers_of_channels(channels):
     with pytest.raises(ValueError, match=f"1, 3 or 4 channels, found {channels}"):

@@ -129,7 +129,7 @@ class _Tiles:
         if hasattr(data, "compute"):
             # Threads inside DataLoader or distributed workers can deadlock; one tile is too small to gain from them.
             data = data.compute(scheduler="synchronous")
-        data = require_colours(np.asarray(data))
+        data = require_colours(np.asarray(data), self.white)
         if f == 1:
             return np.ascontiguousarray(data)
         averaged = np.empty((len(data), y1 - y0, x1 - x0), dtype=np.float32)

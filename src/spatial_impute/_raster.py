@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _MAX_THUMBNAIL = 2**28  # px that are held in memory at once: 3 GiB as float32 RGB
 _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
+_DEPTHS = tuple(float(2**bits - 1) for bits in (8, 10, 12, 14, 16, 32))
+_OVERSHOOT = 1.1  # resampled images pass full brightness a little
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,22 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
 
 
 def _white(array: DataArray) -> float:
-    """Value of full brightness: that of the type for integers; floats come in 0-1 or in 0-255."""
-    if np.issubdtype(array.dtype, np.integer):
-        return float(np.iinfo(array.dtype).max)
+    """Value of full brightness: that of the bits in use, since arrays of 8 or 12 bits come in wider types and as floats.
+
+    Glass is bright, so that a scan which reaches no quarter of a range was not made in it.
+    """
+    whole = np.issubdtype(array.dtype, np.integer)
+    most = float(np.iinfo(array.dtype).max) if whole else np.inf
+    if most <= _DEPTHS[0]:
+        return most
     # Decided once for the whole image, on a sample of its pixels: a single window may be dark.
     step = max(1, max(array.sizes["y"], array.sizes["x"]) // 256)
     sample = array.isel(y=slice(None, None, step), x=slice(None, None, step)).data
     sample = np.asarray(sample.compute(scheduler="synchronous") if hasattr(sample, "compute") else sample)
-    return 1.0 if np.nanmax(sample, initial=0.0) <= 1.0 else 255.0
+    brightest = float(np.nanmax(sample, initial=0.0)) / _OVERSHOOT
+    if not whole and brightest <= 1.0:
+        return 1.0
+    return next((depth for depth in _DEPTHS if brightest <= depth < most), most if whole else brightest)
 
 
 def best_level(levels: list[Level], pixel_size: float) -> Level:
@@ -83,8 +93,11 @@ def best_level(levels: list[Level], pixel_size: float) -> Level:
     return fine_enough[-1] if fine_enough else levels[0]
 
 
-def require_colours(array: np.ndarray) -> np.ndarray:
-    """Colour channels of (c, y, x), alpha dropped.
+def require_colours(array: np.ndarray, white: float) -> np.ndarray:
+    """Colour channels of (c, y, x); wholly transparent and NaN pixels are `white`, else alpha is dropped.
+
+    Glass that was erased in an image editor is transparent, and usually black beneath; what lies beyond a warped image
+    is NaN.
 
     Raises
     ------
@@ -94,18 +107,23 @@ def require_colours(array: np.ndarray) -> np.ndarray:
     if array.shape[0] not in (1, 3, 4):
         msg = f"An H&E image has 1, 3 or 4 channels, found {array.shape[0]}. Select three channels before assembling."
         raise ValueError(msg)
-    return array[:3]
+    colours, absent = array[:3], None
+    if array.shape[0] == 4 and not array[3].all():
+        absent = array[3] == 0
+    if array.dtype.kind == "f" and np.isnan(colours).any():
+        absent = np.isnan(colours).any(axis=0) | (False if absent is None else absent)
+    return colours if absent is None else np.where(absent, array.dtype.type(white), colours)
 
 
 def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
-    """Bring (c, y, x) to (y, x, 3) float32 in 0-255: grey is repeated, alpha is dropped, `white` becomes 255.
+    """Bring (c, y, x) to (y, x, 3) float32 in 0-255: grey is repeated, `white` and pixels without colour become 255.
 
     Raises
     ------
     ValueError
         If there are 2 or more than 4 channels: such an image is no H&E scan.
     """
-    colours = require_colours(array)
+    colours = require_colours(array, white)
     rgb = np.repeat(colours, 3, axis=0) if len(colours) == 1 else colours
     rgb = np.moveaxis(rgb, 0, -1).astype(np.float32)
     return rgb if white == 255.0 else rgb * np.float32(255.0 / white)

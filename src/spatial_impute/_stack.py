@@ -88,7 +88,9 @@ def require_spatialdata(value: object) -> None:
 
 
 def load_record(sdata: SpatialData) -> StackRecord:
-    """Read the stack record.
+    """Read the stack record: the sections that the object holds.
+
+    ``filter_by_coordinate_system`` and ``subset`` take sections out of an object and leave its attrs as they are.
 
     Raises
     ------
@@ -103,8 +105,9 @@ def load_record(sdata: SpatialData) -> StackRecord:
             "Make one with `si.pp.assemble_stack({...})` or `si.datasets.her2st(...)`."
         )
         raise KeyError(msg)
+    sections = [Section(**section) for section in found["sections"]]
     return StackRecord(
-        sections=tuple(Section(**section) for section in found["sections"]),
+        sections=tuple(s for s in sections if s.image in sdata.images or s.spots in sdata.shapes),
         reference=found["reference"],
         version=found["version"],
         registration=found["registration"],
@@ -183,6 +186,18 @@ def element_affine(element: object, coordinate_system: str) -> np.ndarray:
 
     transformation = get_transformation(element, to_coordinate_system=coordinate_system)
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
+
+
+def to_frames(record: StackRecord, name: str, transformation: Any) -> dict[str, Any]:
+    """Transformations of a new element of a section: to its frame, and to the common one if there is one."""
+    from spatialdata.transformations import Affine, Sequence
+
+    found = {name: transformation}
+    registration = record.registration or {"sections": {}}
+    if name in registration["sections"]:
+        affine = Affine(registration["sections"][name]["matrix"], input_axes=("x", "y"), output_axes=("x", "y"))
+        found[registration["coordinate_system"]] = Sequence([transformation, affine])
+    return found
 
 
 def _require_frame(element: object, name: str, where: str) -> None:
@@ -341,7 +356,10 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
         bad[section == name] |= (missing != missing[0]).any(axis=1)
     if bad.any():
         first = table.obs_names[measured][bad][0]
-        msg = f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}."
+        msg = (
+            f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}. Run "
+            f"`si.pp.select_genes(sdata)` again, or set `obs[{Keys.MEASURED!r}]` to False there."
+        )
         raise ValueError(msg)
     nowhere = ~np.isfinite(values).any(axis=0)
     if nowhere.any():

@@ -12,6 +12,7 @@ import pytest
 import spatialdata as sd
 import tifffile
 from PIL import Image
+from scipy import sparse
 
 import spatial_impute as si
 from spatial_impute.__main__ import main
@@ -114,6 +115,17 @@ def test_spots_lie_where_their_pixels_are(inputs):
     assert not table.obs["measured"][table.obs["section"] == "top"].any()
     assert plot_genes(sdata, ["texture_3", "TP53"]) == ["texture_3"]
     assert plot_genes(sdata, None) == list(table.var_names[:2])
+
+
+def test_spots_without_counts_are_not_measured(inputs, tmp_path):
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    table.X = sparse.csr_matrix(table.X)
+    table.X[[2, 5]] = 0
+    table.write_h5ad(tmp_path / "empty.h5ad")
+    (inputs / "empty.yaml").write_text(RUN.replace("middle.h5ad", str(tmp_path / "empty.h5ad")))
+    stack = assemble(read_config(inputs / "empty.yaml")).tables["stack"]
+    middle = stack[stack.obs["section"] == "middle"].obs
+    assert list(middle.index[~middle["measured"]]) == [f"middle_{i}" for i in table.obs_names[[2, 5]]]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ def test_sections_placed_by_hand_are_no_pairs(stack):
     table = si.metrics.registration_quality(stack)
     assert table.empty
     assert table.index.names == ["fixed", "moving"]
-    assert {"verdict", "reasons"} <= set(table.columns)
+    assert table[["dice_after", "score", "verdict"]].shape == (0, 3)
+
+
+def test_columns_are_those_of_a_registered_pair(prepared, stack):
+    si.tl.register_stack(stack, transformations={"s0": np.eye(3), "s2": np.eye(3)})
+    registered = si.metrics.registration_quality(prepared)
+    assert list(si.metrics.registration_quality(stack).columns) == list(registered.columns)
 
 
 def test_a_stack_that_is_not_registered_says_what_to_call(stack):

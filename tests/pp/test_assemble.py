@@ -12,7 +12,7 @@ import spatialdata as sd
 import tifffile
 import xarray as xr
 import zarr
-from anndata import AnnData, concat
+from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
@@ -372,6 +372,32 @@ def test_assemble_stack_derives_the_pixel_size_from_the_spot_pitch():
     np.testing.assert_allclose(sdata.tables["stack"].obsm["spatial"], CENTERS * 5)
 
 
+def lattice(n: int = 20, *, keep: float = 1.0) -> np.ndarray:
+    """Hexagonal lattice of pitch 13.7 px in whole pixels, as Space Ranger writes positions; a share of it."""
+    row, column = np.mgrid[:n, :n].reshape(2, -1)
+    centers = np.round(np.column_stack([column + row % 2 / 2, row * np.sqrt(3) / 2]) * 13.7 + 20)
+    return centers[np.random.default_rng(0).random(len(centers)) < keep]
+
+
+def with_spots(centers: np.ndarray) -> SpatialData:
+    source = visium_like(with_table=False)
+    circles = gpd.GeoDataFrame({"radius": np.full(len(centers), 4.0)}, geometry=gpd.points_from_xy(*centers.T))
+    source.shapes["spots"] = ShapesModel.parse(circles, transformations={"global": Identity()})
+    return source
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.6])
+def test_assemble_stack_spot_pitch_is_not_biased_by_whole_pixels(keep):
+    sdata = si.pp.assemble_stack({"m": with_spots(lattice(keep=keep))}, spot_pitch=100, z=[0])
+    assert load_record(sdata)["m"].mpp == pytest.approx(2 * 100 / 13.7, rel=3e-3)  # 5 % off by nearest neighbours
+
+
+def test_assemble_stack_spot_pitch_needs_a_lattice():
+    centers = np.random.default_rng(0).uniform(0, 300, (60, 2))
+    with pytest.raises(ValueError, match=r"regular lattice; the nearest neighbours of 60 spots are .* Pass `mpp=`"):
+        si.pp.assemble_stack({"m": with_spots(centers)}, spot_pitch=100, z=[0])
+
+
 def test_assemble_stack_spot_pitch_needs_two_spots():
     with pytest.raises(ValueError, match="`spot_pitch` needs at least two spots"):
         si.pp.assemble_stack({"m": visium_like(ids=("a",), with_table=False)}, spot_pitch=100, z=[0])
@@ -445,6 +471,31 @@ def test_assemble_stack_numbers_repeated_genes():
     assert list(source.tables["table"].var_names) == ["g", "g", "h"]
 
 
+@pytest.mark.parametrize(("mpp", "says"), [(500.0, True), (0.0005, True), (0.25, False), (30.0, False)])
+def test_assemble_stack_says_that_a_pixel_size_is_in_other_units(mpp, says, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
+    assert ("is no pixel of a scan" in caplog.text) is says
+
+
+def test_assemble_stack_takes_a_table_whose_index_is_named_as_a_column(tmp_path):
+    source = visium_like()
+    source.tables["table"].obs.index = pd.Index(["x", "y", "z"], name="instance_id")
+    sdata = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
+    sdata.write(tmp_path / "s.zarr")
+    assert list(sd.read_zarr(tmp_path / "s.zarr").tables["m_counts"].obs_names) == ["x", "y", "z"]
+
+
+def test_assemble_stack_takes_a_table_on_disk(tmp_path):
+    source = visium_like()
+    expected = source.tables["table"].X.toarray()
+    source.tables["table"].write_h5ad(tmp_path / "t.h5ad")
+    source.tables["table"] = read_h5ad(tmp_path / "t.h5ad", backed="r")
+    sdata = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
+    assert not sdata.tables["m_counts"].isbacked
+    np.testing.assert_array_equal(sdata.tables["m_counts"].X.toarray(), expected)
+
+
 def test_assemble_stack_row_names_are_unique():
     """Rows are joined by name, so names of section and spot must not run into each other."""
     first = visium_like(ids=("1_a", "b", "c", "d"), with_table=False)
@@ -467,6 +518,13 @@ def test_stack_record_round_trips_through_json():
     assert load_record(sdata) == record
     assert [asdict(s) for s in record.sections] == sdata.attrs["spatial_impute"]["stack"]["sections"]
     assert record.version == si.__version__
+
+
+def test_load_record_has_the_sections_that_the_object_holds():
+    sdata = si.pp.assemble_stack({"a": image(), "m": visium_like(), "u": image(seed=1)}, mpp=0.5, z=[0, 4, 8])
+    assert load_record(sdata.filter_by_coordinate_system(["a", "m"])).names == ("a", "m")
+    assert load_record(sdata.subset(["u_image"])).names == ("u",)
+    assert load_record(sdata).names == ("a", "m", "u")
 
 
 def test_load_record_says_how_to_make_a_stack():

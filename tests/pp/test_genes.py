@@ -12,6 +12,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity
 
 import spatial_impute as si
+from spatial_impute._logging import logger
 from spatial_impute.pp._genes import log_normalize
 
 N = 6
@@ -230,8 +231,12 @@ def test_select_genes_without_x_says_to_name_a_layer():
 def test_select_genes_refuses_spots_without_counts():
     matrix = counts_matrix()
     matrix[3] = 0
-    with pytest.raises(ValueError, match="1 spots without a single count, the first is '3'"):
-        si.pp.select_genes(stack_of(m=section(matrix)))
+    sdata = stack_of(m=section(sparse.csr_matrix(matrix)))
+    with pytest.raises(ValueError, match="1 spots without a single count, the first is '3'") as caught:
+        si.pp.select_genes(sdata)
+    exec(str(caught.value).split("`")[3], {"sdata": sdata, "np": np})  # what the message says to do
+    si.pp.select_genes(sdata)
+    assert list(sdata.tables["stack"].obs["measured"]) == [True, True, True, False, True, True]
 
 
 @pytest.mark.parametrize("n", [0, -3])
@@ -257,3 +262,44 @@ def test_log_normalize_keeps_sparse_sparse_and_its_input():
     assert sparse.issparse(result)
     np.testing.assert_allclose(result.toarray(), expected_values(counts_matrix()))
     np.testing.assert_array_equal(matrix.toarray(), counts_matrix())
+
+
+def test_select_genes_follows_counts_that_lost_spots():
+    """A spot taken out of the counts after assembly is no longer measured, and no NaN among measured rows."""
+    sdata = stack_of(m=section(counts_matrix()))
+    sdata.tables["m_counts"] = sdata.tables["m_counts"][2:].copy()
+    si.pp.select_genes(sdata)
+    table = sdata.tables["stack"]
+    assert table.obs["measured"].dtype == bool
+    assert list(table.obs["measured"]) == [False, False, True, True, True, True]
+    np.testing.assert_array_equal(np.isfinite(table.layers["measured"]).all(axis=1), table.obs["measured"])
+
+
+def test_select_genes_measures_nothing_that_was_held_out():
+    sdata = stack_of(m=section(counts_matrix()))
+    sdata.tables["stack"].obs["measured"] = [False, True] * 3
+    si.pp.select_genes(sdata)
+    assert list(sdata.tables["stack"].obs["measured"]) == [False, True] * 3
+
+
+def test_select_genes_says_how_sections_name_their_genes():
+    ensembl = [f"ENSG{i}" for i in range(5)]
+    sdata = stack_of(a=section(counts_matrix()), b=section(counts_matrix(1), genes=ensembl, seed=1))
+    with pytest.raises(ValueError, match=r"'a': \['low', 'high'\], 'b': \['ENSG0', 'ENSG1'\]"):
+        si.pp.select_genes(sdata)
+
+
+def test_select_genes_says_that_few_genes_are_common(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    other = [*GENES[:2], "x", "y", "z"]
+    si.pp.select_genes(stack_of(a=section(counts_matrix()), b=section(counts_matrix(1), genes=other, seed=1)))
+    assert "2 genes are on all measured sections, of {'a': 5, 'b': 5}" in caplog.text
+
+
+@pytest.mark.parametrize(("kinds", "says"), [(["Antibody Capture"], True), (["Gene Expression"], False)])
+def test_select_genes_says_that_some_features_are_no_genes(kinds, says, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    sdata = stack_of(m=section(counts_matrix()))
+    sdata.tables["m_counts"].var["feature_types"] = ["Gene Expression"] * 4 + kinds
+    si.pp.select_genes(sdata)
+    assert ("'Antibody Capture': 1" in caplog.text) is says

@@ -190,3 +190,14 @@ def test_tile_spots_rejects_impossible_arguments(options, message):
 def test_tile_spots_names_an_unknown_section():
     with pytest.raises(KeyError, match=r"'x' not found in `the stack's sections`; available: \['u'\]"):
         si.pp.tile_spots(bare(), sections="x", spot_diameter=55, spacing=100)
+
+
+def test_tile_spots_lays_others_once_the_first_are_deleted():
+    sdata = bare()
+    si.pp.tile_spots(sdata, spot_diameter=55, spacing=100)
+    n = sdata.tables["stack"].n_obs
+    with pytest.raises(ValueError, match=r"delete them first: `del sdata.shapes\['u_spots'\]`"):
+        si.pp.tile_spots(sdata, sections="u", spot_diameter=55, spacing=200)
+    del sdata.shapes["u_spots"]
+    si.pp.tile_spots(sdata, spot_diameter=55, spacing=200)
+    assert len(sdata.shapes["u_spots"]) == sdata.tables["stack"].n_obs < n / 2

@@ -132,3 +132,14 @@ def test_segment_tissue_covers_the_spots_of_the_synthetic_stack(stack):
         table = stack.tables["stack"]
         centers = table.obsm["spatial"][(table.obs["section"] == name).to_numpy()]
         assert shapely.contains_xy(outline, *centers.T).mean() > 0.97
+
+
+def test_segment_tissue_of_a_registered_stack_is_in_the_common_frame():
+    sdata = stack_of(s=slide(), t=slide(seed=1))
+    matrix = np.array([[0.0, -1.0, 900.0], [1.0, 0.0, 50.0], [0.0, 0.0, 1.0]])
+    si.tl.register_stack(sdata, reference="s", transformations={"t": matrix})
+    si.pp.segment_tissue(sdata)
+    si.pp.tile_spots(sdata, spot_diameter=55, spacing=100)
+    for element in (sdata.labels["t_tissue"], sdata.shapes["t_tissue_outline"], sdata.shapes["t_spots"]):
+        np.testing.assert_allclose(element_affine(element, "aligned"), matrix @ element_affine(element, "t"))
+    np.testing.assert_allclose(element_affine(sdata.shapes["s_spots"], "aligned"), np.eye(3))

@@ -18,6 +18,7 @@ from spatialdata.transformations import Affine, Scale, get_transformation, set_t
 
 import spatial_impute as si
 from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
 from spatial_impute._registration._elements import displacement_elements, load_transform
 from spatial_impute._registration._transform import SectionTransform
 from spatial_impute._stack import element_affine, load_record
@@ -295,3 +296,10 @@ def test_unregistered_or_incomplete(sdata):
     sdata.attrs[Keys.ATTRS]["stack"]["registration"] = None
     with pytest.raises(KeyError, match="not registered"):
         si.tl.warp_element(sdata, "s0_spots")
+
+
+def test_registering_again_says_that_warped_elements_stay(sdata, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.warp_element(sdata, "s0_spots")
+    si.tl.register_stack(sdata, transformations={"s0": np.eye(3)})
+    assert "['s0_spots_aligned'] are in 'aligned' and in no section, and stay where they were" in caplog.text

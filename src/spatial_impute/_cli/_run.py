@@ -111,9 +111,26 @@ def assemble(config: RunConfig) -> SpatialData:
     if bare:
         si.pp.segment_tissue(sdata, sections=bare)
         si.pp.tile_spots(sdata, sections=bare)
+    _drop_empty_spots(sdata)
     chosen = {"genes": config.genes} if isinstance(config.genes, list) else {"n_top_genes": config.genes}
     si.pp.select_genes(sdata, **chosen)
     return sdata
+
+
+def _drop_empty_spots(sdata: SpatialData) -> None:
+    """Take spots without a single count out of the counts: Space Ranger leaves some in, and nobody is there to ask."""
+    import numpy as np
+
+    for section in load_record(sdata).sections:
+        table = None if section.counts is None else sdata.tables[section.counts]
+        if table is None or table.X is None:
+            continue
+        counted = np.ravel(table.X.sum(axis=1)) != 0
+        if counted.any() and not counted.all():
+            logger.warning(
+                "Section %s: %d spots without a single count are taken as not measured", section.name, (~counted).sum()
+            )
+            sdata.tables[section.counts] = table[counted].copy()
 
 
 def spots_on_image(

@@ -67,7 +67,9 @@ def evaluate(
     KeyError
         For layers or sections that do not exist, or if no spot or gene is shared with the truth.
     ValueError
-        If the truth holds raw counts.
+        If the truth holds raw counts, or nothing in ``X``.
+    TypeError
+        If the truth is no AnnData.
 
     Examples
     --------
@@ -105,6 +107,7 @@ def evaluate(
     if not len(sections):
         msg = "Something was measured on every section, so none is scored by default; name some with `sections=`."
         raise ValueError(msg)
+    _require_values(truth)
     for slot, names_of in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
         if not names_of.is_unique:
             msg = f"`truth.{slot}` must be unique, but {names_of[names_of.duplicated()][0]!r} is there more than once."
@@ -158,6 +161,21 @@ def evaluate(
         return pd.DataFrame(scores, index=pd.Index(wanted, name="layer"))
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_tuples(rows, names=["layer", "section"]))
     return result if by == "section" else result.groupby(level="layer", sort=False).mean()
+
+
+def _require_values(truth: object) -> None:
+    """Raise unless the truth is an AnnData with values in ``X``."""
+    for slot in ("X", "layers", "obs_names", "var_names"):
+        if not hasattr(truth, slot):
+            msg = (
+                f"`truth` must be an AnnData with log-normalised expression in `X`, found {type(truth).__name__}. Make one "
+                "with `AnnData(values)`, whose `obs_names` and `var_names` are those of the stack table."
+            )
+            raise TypeError(msg)
+    if truth.X is None:  # type: ignore[attr-defined]
+        found = sorted(truth.layers)  # type: ignore[attr-defined]
+        msg = f"`truth.X` is empty; put the layer with log-normalised expression there (one of {found})."
+        raise ValueError(msg)
 
 
 def _score(predicted: np.ndarray, true: np.ndarray, profile: np.ndarray) -> dict[str, float]:

@@ -12,6 +12,29 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
+_COLUMNS = (  # of a registered pair, for stacks without any
+    "method",
+    "start_rotation_deg",
+    "start_mirrored",
+    "look",
+    "dice_before",
+    "dice_after",
+    "correlation_before",
+    "correlation_after",
+    "score",
+    "margin",
+    "runner_up",
+    "scale_min",
+    "scale_max",
+    "folds",
+    "working_pixel",
+    "residual_um",
+    "residual_patches",
+    "verdict",
+    "reasons",
+)
+
+
 def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     """Quality of every registered pair of sections.
 
@@ -45,5 +68,5 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
         raise KeyError(msg)
     if not registration["pairs"]:
         none = pd.MultiIndex.from_arrays([[], []], names=["fixed", "moving"])
-        return pd.DataFrame(index=none, columns=["verdict", "reasons"])
+        return pd.DataFrame(index=none, columns=list(_COLUMNS))
     return pd.DataFrame(registration["pairs"]).set_index(["fixed", "moving"])

@@ -141,9 +141,9 @@ def registration(
         wanted = [section for section in wanted if section.name in rows]
     transforms = {section.name: load_transform(sdata, record, section.name) for section in wanted}
     if not wanted:
-        msg = (
-            f"Nothing to compare with the reference {reference.name!r}; `sections` must name others of {record.names}."
-        )
+        others = [name for name in record.names if name != reference.name]
+        then = f"`sections` must name some of {others}" if others else "the stack has no other section"
+        msg = f"Nothing to compare with the reference {reference.name!r}; {then}."
         raise ValueError(msg)
     titles = check_titles(title, wanted)
     if resolution is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
 from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._section import is_spatialdata, read_section
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spatial_impute.pp._section import SectionInput
 
 
+_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm taken for um are a thousand times off
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -142,6 +144,12 @@ def assemble_stack(
             fullres_image=_for_section(fullres_image, name),
             bin_size=_for_section(bin_size, name),
         )
+        if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
+            logger.warning(
+                "Section %s: a pixel of %g um is no pixel of a scan or of its overview (0.1 to 50 um); check `mpp`",
+                name,
+                parts.mpp,
+            )
         sdata.images[Keys.image(name)] = parts.image
         if parts.spots is not None:
             sdata.shapes[Keys.spots(name)] = parts.spots
@@ -199,7 +207,8 @@ def _named_inputs(
         if identity in seen_inputs:
             msg = (
                 f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
-                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`)."
+                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`). Cut sections "
+                "that lie on one slide apart, e.g. with `spatialdata.bounding_box_query`."
             )
             raise ValueError(msg)
         seen_inputs[identity] = name

@@ -252,7 +252,13 @@ def _require_all_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np
     """Rows of the stack table for the spots of each section; joined by name, since the table may have been reordered."""
     rows = {name: table.obs_names.get_indexer([f"{name}_{i}" for i in instances]) for name, instances in index.items()}
     if any((found < 0).any() for found in rows.values()) or sum(map(len, rows.values())) != table.n_obs:
-        msg = "`sdata.tables['stack']` and the spots differ; build the table anew with `si.pp.assemble_stack`."
+        spots = {f"{name}_{i}" for name, instances in index.items() for i in instances}
+        without_row, without_spot = spots.difference(table.obs_names), set(table.obs_names).difference(spots)
+        msg = (
+            f"`sdata.tables['stack']` and the spots differ: {len(without_row)} spots have no row (e.g. "
+            f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Take the same "
+            "ones out of `sdata.shapes`, or build the table anew with `si.pp.assemble_stack`."
+        )
         raise ValueError(msg)
     return rows
 

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
+from spatial_impute._logging import log_added, logger
 from spatial_impute._stack import load_record, stack_table
 from spatial_impute._validation import (
     looks_like_counts,
@@ -72,6 +72,8 @@ def select_genes(
     `sdata.tables['stack'].obs['total_counts']` : (``float32``)
         Counts of each measured spot over all genes, NaN elsewhere: how precisely a spot is known. Not with
         ``log_normalized=True``.
+    `sdata.tables['stack'].obs['measured']` : (``bool``)
+        False also where a spot has no row of counts any more.
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table are dropped, since they belong to other genes.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
@@ -106,8 +108,10 @@ def select_genes(
     require_one_of(join, ("inner", "outer"), name="join")
     values = {}
     for section in measured:
+        require_key(str(section.counts), sdata.tables, where="sdata.tables")
         counts = sdata.tables[section.counts]
         where = f"sdata.tables[{section.counts!r}]"
+        _warn_of_other_features(counts, where)
         values[section.name] = _log_values(
             counts, layer=layer, log_normalized=log_normalized, target_sum=target_sum, where=where
         )
@@ -116,6 +120,7 @@ def select_genes(
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
+    counted = np.zeros(table.n_obs, dtype=bool)
     row_of = pd.Series(np.arange(table.n_obs), index=table.obs_names)
     for section in measured:
         counts = sdata.tables[section.counts]
@@ -123,13 +128,14 @@ def select_genes(
         names = [f"{section.name}_{i}" for i in counts.obs[Keys.INSTANCE]]
         present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
         rows = row_of[np.asarray(names)[present]].to_numpy()
+        counted[rows] = True
         has = columns >= 0
         picked = values[section.name][np.flatnonzero(present)][:, columns[has]]
         expression[np.ix_(rows, has)] = picked.toarray() if hasattr(picked, "toarray") else picked
         raw = counts.X if layer is None else counts.layers[layer]
         totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
 
-    _write(sdata, table, expression, chosen, None if log_normalized else totals)
+    _write(sdata, table, expression, chosen, counted=counted, totals=None if log_normalized else totals)
     sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
         "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
         "target_sum": float("nan") if log_normalized else target_sum,
@@ -164,7 +170,7 @@ def _log_values(
         )
         raise ValueError(msg)
     matrix = table.X if layer is None else table.layers[layer]
-    where = f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
+    name, where = where, f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
     data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
     if not np.isfinite(data).all():
         rows = np.asarray(abs(matrix).sum(axis=1)).ravel()
@@ -188,9 +194,26 @@ def _log_values(
     totals = np.asarray(matrix.sum(axis=1)).ravel()
     if (totals == 0).any():
         empty = table.obs[Keys.INSTANCE].to_numpy()[totals == 0]
-        msg = f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}; remove them first."
+        of_table = where.removeprefix(name)
+        msg = (
+            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Take them out, and they "
+            f"are imputed: `table = {name}; {name} = table[np.ravel(table{of_table}.sum(axis=1)) > 0].copy()`."
+        )
         raise ValueError(msg)
     return log_normalize(matrix, target_sum)
+
+
+def _warn_of_other_features(table: AnnData, where: str) -> None:
+    """Say that antibodies or control probes count in the total of a spot, and may be chosen as genes."""
+    kinds = table.var["feature_types"].value_counts() if "feature_types" in table.var else {}
+    others = {str(kind): int(n) for kind, n in dict(kinds).items() if n and kind != "Gene Expression"}
+    if others and len(others) < len(kinds):
+        logger.warning(
+            "%s: features other than genes (%s) count in the total of each spot; keep genes only, with "
+            "`table[:, table.var['feature_types'] == 'Gene Expression'].copy()`",
+            where,
+            others,
+        )
 
 
 def _choose(
@@ -225,8 +248,18 @@ def _choose(
     counted = pd.Index([]).append([pd.Index(names).unique() for names in var_names.values()]).value_counts(sort=False)
     candidates = counted.index[counted >= enough]
     if not len(candidates):
-        msg = f"The measured sections {list(var_names)} have no gene in common; check that their gene names match."
+        named = {name: list(names[:2]) for name, names in var_names.items()}
+        msg = (
+            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section in "
+            "`sdata.tables`, e.g. from symbols to Ensembl ids."
+        )
         raise ValueError(msg)
+    if len(candidates) < n_top_genes and any(len(names) > len(candidates) for names in var_names.values()):
+        logger.warning(
+            "%d genes are on all measured sections, of %s; see that their names match, or pass `join='outer'`",
+            len(candidates),
+            {name: len(names) for name, names in var_names.items()},
+        )
     means = np.full((len(values), len(candidates)), np.nan)
     for k, (name, matrix) in enumerate(values.items()):
         columns = var_names[name].get_indexer(candidates)
@@ -236,13 +269,21 @@ def _choose(
 
 
 def _write(
-    sdata: SpatialData, old: AnnData, expression: np.ndarray, genes: list[str], totals: np.ndarray | None
+    sdata: SpatialData,
+    old: AnnData,
+    expression: np.ndarray,
+    genes: list[str],
+    *,
+    counted: np.ndarray,
+    totals: np.ndarray | None,
 ) -> None:
     """Replace the stack table by one with the chosen genes; what hangs on the spots is kept."""
     from anndata import AnnData
     from spatialdata.models import TableModel
 
     obs = old.obs.drop(columns=Keys.TOTAL_COUNTS, errors="ignore")
+    # Spots may have been taken out of the counts since the table was made.
+    obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)
     new = AnnData(
         obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),
         var=pd.DataFrame(index=pd.Index(genes, dtype=str)),

@@ -16,6 +16,7 @@ from spatial_impute._stack import (
     resolve_sections,
     save_record,
     spot_geometry,
+    to_frames,
 )
 from spatial_impute._validation import require_key, require_one_of, require_positive
 
@@ -91,11 +92,14 @@ def tile_spots(
     if not isinstance(min_tissue_fraction, int | float | np.number) or not 0 <= min_tissue_fraction <= 1:
         msg = f"`min_tissue_fraction` must lie between 0 and 1, found {min_tissue_fraction!r}."
         raise ValueError(msg)
-    bare = [name for name in record.names if record[name].spots is None]
+    bare = [s.name for s in record.sections if s.spots is None or (s.counts is None and s.spots not in sdata.shapes)]
     wanted = bare if sections is None else resolve_sections(record, sections)
     for name in wanted:
         if name not in bare:
-            msg = f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`)."
+            msg = (
+                f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`). To lay others on a section "
+                f"that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
+            )
             raise ValueError(msg)
         require_key(
             Keys.tissue(name), sdata.labels, where="sdata.labels", then="Run `si.pp.segment_tissue(sdata)` first."
@@ -128,7 +132,7 @@ def tile_spots(
             geometry=gpd.points_from_xy(*points.T),
             index=[str(i) for i in range(len(points))],
         )
-        sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations={name: Identity()})
+        sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
         log_added(f"shapes[{Keys.spots(name)!r}]")
         record = record.with_section(_with_spots(record, name))
     save_record(sdata, record)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._raster import read_thumbnail
-from spatial_impute._stack import load_record, resolve_sections, section_levels
+from spatial_impute._stack import load_record, resolve_sections, section_levels, to_frames
 from spatial_impute._tissue import tissue_mask
 from spatial_impute._validation import require_positive
 
@@ -57,18 +57,18 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     True
     """
     from spatialdata.models import Labels2DModel
-    from spatialdata.transformations import Affine
+    from spatialdata.transformations import Affine, Identity
 
     record = load_record(sdata)
     resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     found = {}
     for name in resolve_sections(record, sections):
         mask, to_um = section_tissue(sdata, record[name], resolution)
-        found[name] = (mask, to_um, _outline(mask, to_um, name))
+        found[name] = (mask, to_um, _outline(mask, to_um, to_frames(record, name, Identity())))
     for name, (mask, to_um, outline) in found.items():
         transformation = Affine(to_um, input_axes=("x", "y"), output_axes=("x", "y"))
         sdata.labels[Keys.tissue(name)] = Labels2DModel.parse(
-            mask.astype(np.uint8), dims=("y", "x"), transformations={name: transformation}
+            mask.astype(np.uint8), dims=("y", "x"), transformations=to_frames(record, name, transformation)
         )
         log_added(f"labels[{Keys.tissue(name)!r}]")
         sdata.shapes[Keys.tissue_outline(name)] = outline
@@ -95,14 +95,13 @@ def section_tissue(sdata: SpatialData, section: Section, resolution: float) -> t
     return mask, to_um
 
 
-def _outline(mask: np.ndarray, to_um: np.ndarray, name: str) -> GeoDataFrame:
+def _outline(mask: np.ndarray, to_um: np.ndarray, transformations: dict[str, Any]) -> GeoDataFrame:
     """Polygons around the pieces of a mask, in um, holes kept."""
     import geopandas as gpd
     import shapely
     from shapely.affinity import affine_transform
     from skimage.measure import find_contours
     from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity
 
     # Contours of the padded mask close at the image border; pixel centre i lies at i + 0.5.
     rings = [ring[:, ::-1] - 0.5 for ring in find_contours(np.pad(mask, 1).astype(float), 0.5) if len(ring) > 3]
@@ -112,4 +111,4 @@ def _outline(mask: np.ndarray, to_um: np.ndarray, name: str) -> GeoDataFrame:
     matrix = [to_um[0, 0], to_um[0, 1], to_um[1, 0], to_um[1, 1], to_um[0, 2], to_um[1, 2]]
     pieces = [p for p in shapely.get_parts(affine_transform(outline, matrix)) if p.area > 0]
     frame = gpd.GeoDataFrame({"area": [p.area for p in pieces]}, geometry=pieces)
-    return ShapesModel.parse(frame, transformations={name: Identity()})
+    return ShapesModel.parse(frame, transformations=transformations)

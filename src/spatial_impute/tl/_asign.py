@@ -25,7 +25,7 @@ from spatial_impute._validation import (
     resolve_params,
 )
 from spatial_impute.tl._bases import read_bases, require_same_folds
-from spatial_impute.tl._provenance import encoder, provenance, units
+from spatial_impute.tl._provenance import encoder, provenance, require_same_units, units
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def fit_asign(
     KeyError
         If features, graph or registration are missing.
     ValueError
-        If nothing is measured, values are raw counts, stacks have different genes, base layers were predicted with
-        other folds than those that are hidden, or `start_from` or `checkpoint` belong to another training.
+        If nothing is measured, values are raw counts, stacks have different genes or units, spots were moved since the
+        graph was built, base layers were predicted with other folds than those that are hidden, or `start_from` or
+        `checkpoint` belong to another training.
 
     Examples
     --------
@@ -139,6 +140,7 @@ def fit_asign(
     if len(encoders) > 1:
         msg = f"All stacks must carry features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
+    require_same_units(units(table) for table, _ in read)
     names = list(base_layers)
     read = [(table, replace(spots, bases=read_bases(table, names))) for table, spots in read]
     for table, spots in read:
@@ -246,7 +248,8 @@ def impute_3d(
     KeyError
         If the stack lacks genes, features, graph, registration, or a base layer of the model.
     ValueError
-        If features come from another encoder, or nothing is measured.
+        If features come from another encoder, expression has other units, spots were moved since the graph was built,
+        or nothing is measured.
 
     Examples
     --------
@@ -272,6 +275,7 @@ def impute_3d(
             f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
+    require_same_units((model.config.get("units", "unknown"), units(table)))
     spots = replace(spots, bases=read_bases(table, model.config.get("base_layers", ())))
     result = model._impute(spots, device=device)
     origin = provenance(record, table, spots.known) | {

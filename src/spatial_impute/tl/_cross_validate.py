@@ -20,6 +20,7 @@ from spatial_impute._validation import (
     require_positive,
     resolve_params,
 )
+from spatial_impute.tl._provenance import require_same_units, units
 from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def cross_validate(
         If features, graph, registration or the column of the groups are missing.
     ValueError
         For unknown methods, if nothing is measured, if there is nothing to learn from outside of a fold, or if several
-        stacks have different genes.
+        stacks have different genes or units.
 
     Examples
     --------
@@ -170,6 +171,7 @@ def cross_validate(
     ]
     tables = [table for table, _ in read]
     _require_same_genes(tables)
+    require_same_units(units(table) for table in tables)
     if not all(np.isfinite(spots.expression).all() for _, spots in read):
         msg = (
             "Sections were measured with different genes. Compare methods on those that all have: "

@@ -189,5 +189,11 @@ def _radii(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarra
         _, found, index = spot_geometry(sdata, section)
         rows = table.obs_names.get_indexer([f"{section.name}_{i}" for i in index])
         radius[rows[rows >= 0]] = found[rows >= 0]
-    require_finite(radius, name="Radii of the spots", row_names=table.obs_names)
+    bare = np.isnan(radius)
+    if bare.any():
+        msg = (
+            f"{int(bare.sum())} rows of the stack table have no circle in `sdata.shapes`, the first is "
+            f"{table.obs_names[bare][0]!r}. Take spots out of both, or neither."
+        )
+        raise ValueError(msg)
     return radius

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from spatial_impute._keys import Keys
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from anndata import AnnData
 
@@ -51,6 +53,17 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
 def encoder(table: AnnData) -> str:
     """Encoder of the image features."""
     return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
+
+
+def require_same_units(found: Iterable[str]) -> None:
+    """Raise a ``ValueError`` if expression comes in different units; those that nobody told us go with any."""
+    known = sorted({unit for unit in found if unit != "unknown" and not unit.endswith("as given")})
+    if len(known) > 1:
+        msg = (
+            f"Expression must have the same units, found {known}. Run `si.pp.select_genes` with the same `target_sum` and "
+            "`log_normalized`."
+        )
+        raise ValueError(msg)
 
 
 def units(table: AnnData) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _REGISTER = "Run `si.tl.register_stack(sdata)` first."
 _EXTRACT = "Run `si.pp.extract_features(sdata)` first."
 _BUILD = "Run `si.tl.build_3d_graph(sdata)` first."
+_MOVED = 1e-3  # of the bandwidth: lengths are kept as float32, a new registration moves spots by more
 
 
 def read_spots(
@@ -145,6 +146,14 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
     def on_edges(name: str) -> np.ndarray:
         return np.asarray(sparse.csr_matrix(table.obsp[name])[coo.row, coo.col]).ravel()
 
+    moved = np.abs(on_edges(Keys.distances(key)) / bandwidth - length) > _MOVED * np.maximum(length, 1)
+    if moved.any():
+        msg = (
+            f"{where}.obsp[{Keys.distances(key)!r}] was made at other coordinates: {int(moved.sum())} of {moved.size} edges "
+            f"have another length now, the first at {table.obs_names[coo.row[moved][0]]!r}. After a new registration run "
+            "`si.tl.build_3d_graph(sdata)` again."
+        )
+        raise ValueError(msg)
     edge_features = np.column_stack(
         [
             np.exp(-0.5 * length**2),

@@ -162,7 +162,7 @@ def register_stack(
     """
     record = load_record(sdata)
     reference = record.reference if reference is None else reference
-    require_key(reference, record.names, where="the stack's sections")
+    require_key(reference, record.names, where="the stack's sections", then="Choose one of them with `reference=`.")
     require_one_of(method, {"rigid", "affine", "syn"}, name="method")
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")

@@ -27,8 +27,12 @@ def write_transformations(
         set_transformation,
     )
 
+    warped = []
+    ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
     for _, name, element in list(sdata.gen_spatial_elements()):
         own = get_transformation(element, get_all=True)
+        if target in own and name not in ours and not set(own) & set(record.names):
+            warped.append(name)
         for section in record.names:
             if section in own and section in transforms:
                 affine = Affine(transforms[section].matrix, input_axes=("x", "y"), output_axes=("x", "y"))
@@ -36,6 +40,12 @@ def write_transformations(
                 logger.debug("Transformation of %r to %r", name, target)
             elif section in own and target in own:  # left over from a registration in which it was not skipped
                 remove_transformation(element, to_coordinate_system=target)
+    if warped:
+        logger.warning(
+            "%s are in %r and in no section, and stay where they were; if `si.tl.warp_element` made them, make them again",
+            sorted(warped),
+            target,
+        )
 
 
 def write_displacements(sdata: SpatialData, record: StackRecord, elements: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ ARRAYS = [
     ),
     answered(
         "four channels",
-        "alpha is dropped when colours are read",
+        "alpha is dropped when colours are read, and what is wholly transparent is glass",
         lambda w: one(scan(80, 90, 4)),
         lambda w, s: pixels(s).shape == (4, 80, 90),
     ),
@@ -176,7 +176,7 @@ ARRAYS = [
     ),
     answered(
         "uint16 and float images",
-        "keep their type; white is that of the type",
+        "keep their type; white is that of the bits in use (8 to 16)",
         lambda w: one(scan(dtype=np.uint16)),
         lambda w, s: pixels(s).dtype == np.uint16,
     ),
@@ -353,6 +353,31 @@ GENES = [
         ValueError,
         "without a single count, the first is 'a'",
         lambda w: select(np.zeros((4, 3))),
+    ),
+    refuses(
+        "pp.select_genes",
+        "a table of counts that is gone",
+        KeyError,
+        "'s1_counts' not found in `sdata.tables`",
+        lambda w: si.pp.select_genes(w.sdata),
+        change=lambda w: w.sdata.tables.pop("s1_counts"),
+    ),
+    answers(
+        "pp.select_genes",
+        "a spot that was taken out of the counts",
+        "is no longer measured",
+        lambda w: si.pp.select_genes(w.sdata),
+        lambda w, _: not w.table.obs.loc["s1_0", "measured"] and w.table.obs["measured"].sum() == len(w.spots) - 1,
+        change=lambda w: w.sdata.tables.__setitem__("s1_counts", w.sdata.tables["s1_counts"][1:].copy()),
+    ),
+    refuses(
+        "pp.select_genes",
+        "measured sections without a common name of a gene",
+        ValueError,
+        "they name them like {'a': ['g0', 'g1'], 'b': ['h', 'i']}",
+        lambda w: si.pp.select_genes(
+            si.pp.assemble_stack({"a": visium(), "b": visium(genes=("h", "i", "j"))}, mpp=1, section_spacing=9)
+        ),
     ),
     refuses(
         "pp.select_genes",

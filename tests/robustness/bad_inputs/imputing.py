@@ -6,12 +6,14 @@ import copy
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 
 import spatial_impute as si
 from bad_inputs import answers, refuses
 from bad_inputs.preparing import drop, keep, spoil
 
+MOVED = np.array([[1.0, 0.0, 200.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 QUICK = {"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}
 
 
@@ -298,6 +300,22 @@ IMPUTING = [
     ),
     refuses(
         "tl.impute_3d",
+        "expression in other units",
+        ValueError,
+        "must have the same units, found ['log1p of counts per 100 (all genes)', 'log1p of counts per 10000 (all genes)']",
+        impute,
+        change=lambda w: si.pp.select_genes(w.sdata, genes=w.asign.var_names, target_sum=100),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "spots that a new registration moved since the graph was built",
+        ValueError,
+        "run `si.tl.build_3d_graph(sdata)` again",
+        impute,
+        change=lambda w: si.tl.register_stack(w.sdata, transformations={"s0": MOVED, "s2": np.eye(3)}),
+    ),
+    refuses(
+        "tl.impute_3d",
         "a model of another class",
         TypeError,
         "`model` must be of class AsignModel or AsignPanels, found PixNetModel",
@@ -446,6 +464,20 @@ SCORES = [
         "`truth.obs_names` must be unique",
         score,
         change=lambda w: (_filled(w), setattr(w.truth, "obs_names", ["s0_0", *w.truth.obs_names[:-1]])),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth that is no AnnData",
+        TypeError,
+        "must be an AnnData with log-normalised expression in `X`, found DataFrame",
+        lambda w: si.metrics.evaluate(w.sdata, w.truth.to_df(), layers="measured"),
+    ),
+    refuses(
+        "metrics.evaluate",
+        "a truth with its values in a layer",
+        ValueError,
+        "`truth.X` is empty; put the layer with log-normalised expression there (one of ['log'])",
+        lambda w: si.metrics.evaluate(w.sdata, AnnData(layers={"log": w.truth.X}, obs=w.truth.obs), layers="measured"),
     ),
     refuses("metrics.evaluate", "nothing imputed yet", ValueError, "holds nothing but the measurement", score),
     refuses(

@@ -141,6 +141,13 @@ PP = [
         "has spots already",
         lambda w: si.pp.tile_spots(w.sdata, sections="s0"),
     ),
+    answers(
+        "pp.tile_spots",
+        "a section whose spots were deleted",
+        "gets others",
+        lambda w: _tiled_again(w),
+        lambda w, n: n == w.table.n_obs,
+    ),
     refuses(
         "pp.tile_spots",
         "no tissue labels",
@@ -222,7 +229,7 @@ PP = [
         "pp.extract_features",
         "rows of the stack table that are gone",
         ValueError,
-        "`sdata.tables['stack']` and the spots differ",
+        "Take the same ones out of `sdata.shapes`",
         features,
         change=keep(3, 3, 3),
     ),
@@ -262,6 +269,13 @@ PP = [
         lambda w: pool(w, lambda f: f.update(s1=f["s1"][:, :2])),
     ),
 ]
+
+
+def _tiled_again(world) -> int:
+    si.pp.segment_tissue(world.sdata, sections="s0")
+    del world.sdata.shapes["s0_spots"]
+    si.pp.tile_spots(world.sdata, spot_diameter=100, spacing=200)
+    return sum(len(world.sdata.shapes[f"s{i}_spots"]) for i in range(3))
 
 
 def _damaged_cache(world) -> bool:
@@ -426,6 +440,22 @@ GRAPH = [
         "the first in row 5 ('s0_5')",
         graph,
         change=spoil("obsm", "spatial_3d", 5, np.nan),
+    ),
+    refuses(
+        "tl.build_3d_graph",
+        "a row whose circle is gone",
+        ValueError,
+        "1 rows of the stack table have no circle in `sdata.shapes`, the first is 's1_3'",
+        graph,
+        change=lambda w: w.sdata.shapes.__setitem__("s1_spots", w.spots.drop(index="3")),
+    ),
+    answers(
+        "tl.build_3d_graph",
+        "the sections that `filter_by_coordinate_system` left",
+        "are the stack",
+        lambda w: graph(w),
+        lambda w, _: set(w.table.obs["section"]) == {"s0", "s1"},
+        change=lambda w: setattr(w, "sdata", w.sdata.filter_by_coordinate_system(["s0", "s1"])),
     ),
     refuses(
         "tl.build_3d_graph",
