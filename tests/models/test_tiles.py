@@ -264,6 +264,24 @@ def test_only_tiles_with_regions_are_forwarded():
     assert sums[1].tolist() == [0.0] * 10
 
 
+def test_threads_are_as_many_as_asked_for(monkeypatch):
+    """Whatever libraries that are imported in between made of them; workers of dask ask for one."""
+    network = make_network(SmallPyramid())
+    image = Regions(1024, 1024)  # large enough for threads
+    slide = Slide(image, Stain((255.0,) * 3), Tiling(1024, 1024, 1024, 0, network.stride, network.multiple))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(2)
+    found = []
+
+    def stage(rgb: torch.Tensor) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return network.features(rgb)
+
+    with torch.inference_mode():
+        forward_tile(network, stage, slide, (0, 0))
+    assert (found, torch.get_num_threads()) == ([1], 2)
+
+
 def test_encoder_keeps_its_statistics_in_training():
     network = make_network(SmallPyramid())
     before = {k: v.clone() for k, v in network.pyramid.state_dict().items()}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from spatial_impute.models._encoders import requested_threads
 from spatial_impute.models._inputs import suitable_threads
 from spatial_impute.models._stencil import Box, CellGrid, Regions, build_stencil
 
@@ -145,7 +146,9 @@ def forward_tile(
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
     bottom, right = top + grid.window[0], left + grid.window[1]
-    with suitable_threads(rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2, network.head.in_channels):
+    # Workers of dask are told to use one thread; two of them with a thread per core each are slower than one alone.
+    n_cells = rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2
+    with requested_threads(), suitable_threads(n_cells, network.head.in_channels):
         stained = slide.stain.apply(rgb[None])
         if in_part:
             return stage(stained, (top, bottom, left, right))[0], grid
