@@ -404,9 +404,12 @@ def kill(options: argparse.Namespace) -> None:
 
 def workers(options: argparse.Namespace) -> None:
     """Two worker processes against one process: bytes, and tiles per second once the workers have loaded the network."""
+    import dask
     from distributed import Client, LocalCluster
     from spatialdata import read_zarr
 
+    # dask has its workers hand memory back after every operation: the network then takes more than twice as long.
+    dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None})
     with tempfile.TemporaryDirectory() as name:
         sdata, path = slide_on_disk(Path(name), options.pixels)
         small, small_path = slide_on_disk(Path(name), 1024)
