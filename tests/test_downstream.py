@@ -14,6 +14,7 @@ import spatialdata as sd
 import squidpy as sq
 
 import spatial_impute as si
+from spatial_impute._stack import load_record, save_record
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +240,12 @@ def test_model_survives_disk(small_stack, model, tmp_path):
     pd.testing.assert_frame_equal(one.var, two.var)
     with pytest.raises(FileExistsError, match="overwrite=True"):
         model.save(tmp_path / "model")
+
+
+def test_work_on_a_part_of_the_stack_leaves_the_whole_as_it_was(small_stack):
+    part = small_stack.filter_by_coordinate_system(["s0", "s1"])
+    names = load_record(small_stack).names
+    assert load_record(part).names == ("s0", "s1") != names
+    save_record(part, load_record(part))
+    assert load_record(small_stack).names == names
+    assert load_record(part).names == ("s0", "s1")

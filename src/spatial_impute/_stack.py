@@ -115,10 +115,12 @@ def load_record(sdata: SpatialData) -> StackRecord:
 
 
 def save_record(sdata: SpatialData, record: StackRecord) -> None:
-    """Write the stack record, leaving other attrs alone."""
-    ours = dict(sdata.attrs.get(Keys.ATTRS, {}))
-    ours[Keys.STACK] = record.to_json()
-    sdata.attrs[Keys.ATTRS] = ours
+    """Write the stack record, leaving other attrs alone.
+
+    Objects cut out of another share its attrs, so that these are replaced and not changed.
+    """
+    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.STACK: record.to_json()}
+    sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
 
 
 def resolve_sections(record: StackRecord, sections: str | Sequence[str] | None) -> list[str]:
