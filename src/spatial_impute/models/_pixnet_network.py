@@ -34,7 +34,7 @@ class Stain:
         """(n, 3, y, x) in 0-255 as the slide would look on white glass with the reference's amount of stain."""
         background = rgb.new_tensor(self.background).view(1, 3, 1, 1)
         factor = rgb.new_tensor(self.factor).view(1, 3, 1, 1)
-        return 255.0 * (rgb / background).clamp(1 / 255, 1.0).pow(factor)
+        return (rgb / background).clamp_(1 / 255, 1.0).pow_(factor).mul_(255.0)
 
 
 class ChannelNorm(nn.Module):
@@ -181,8 +181,16 @@ class PixNetNetwork(nn.Module):
 
     def base_features(self, maps: list[Tensor]) -> Tensor:
         """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
-        size = maps[0].shape[-2:]
-        return sum(_resize(project(m), size) for project, m in zip(self.base, self._base_maps(maps), strict=True))
+        # What has cells of one size is added before it is resized, and the rest in place: of maps as large as the finest one,
+        # the time goes into getting memory for them.
+        by_size: dict[torch.Size, Tensor] = {}
+        for project, m in zip(self.base, self._base_maps(maps), strict=True):
+            size, part = m.shape[-2:], project(m)
+            by_size[size] = by_size[size].add_(part) if size in by_size else part
+        total, *coarser = by_size.values()
+        for part in coarser:
+            total.add_(_resize(part, total.shape[-2:]))
+        return total
 
     def _base_maps(self, maps: list[Tensor]) -> list[Tensor]:
         if self.context is None:
