@@ -255,6 +255,14 @@ def test_assemble_stack_takes_ome_zarr(tmp_path):
     np.testing.assert_array_equal(pixels_of(sdata.images["a_image"]), np.moveaxis(image(), -1, 0))
 
 
+def test_assemble_stack_takes_an_image_out_of_a_store(tmp_path):
+    two_sections().write(tmp_path / "both.zarr")
+    images = {key: tmp_path / "both.zarr" / "images" / key for key in ("a", "b")}
+    sdata = si.pp.assemble_stack(images, mpp=0.5, z=[0, 10])
+    np.testing.assert_array_equal(pixels_of(sdata.images["b_image"]), np.moveaxis(image(seed=1), -1, 0))
+    np.testing.assert_allclose(to_um(sdata.images["b_image"], "b"), np.diag([0.5, 0.5, 1]))
+
+
 @pytest.mark.parametrize(
     "given", [np.zeros((4, 5, 6, 3), np.uint8), np.zeros(5), "missing.tif", 3, np.zeros((9, 5, 6)), np.zeros((0, 5, 3))]
 )

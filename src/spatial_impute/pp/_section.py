@@ -103,7 +103,9 @@ def is_spatialdata(value: object) -> bool:
     import zarr
 
     try:
-        return "spatialdata_attrs" in zarr.open_group(path, mode="r").attrs
+        attrs = zarr.open_group(path, mode="r").attrs
+        # Images within a store have these attributes too, and are images.
+        return "spatialdata_attrs" in attrs and not {"ome", "multiscales"} & set(attrs)
     except (OSError, ValueError):  # no store: told when it is opened as an image
         return False
 
