@@ -26,6 +26,7 @@ from scipy import ndimage as ndi
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
 from spatial_impute._registration._ants import fit_deformable
 from spatial_impute._registration._channel import deformation_channel, working_pixel
+from spatial_impute._registration._deform import contrast_fits
 from spatial_impute._registration._orientation import pose
 
 if TYPE_CHECKING:
@@ -169,9 +170,8 @@ def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> PairResul
     result = register_pair(fixed, moving, method="affine", params=params)
     size = working_pixel(fixed, moving, params, side=params.syn_side)
     channels = [deformation_channel(image, size, params.max_displacement + 4 * size) for image in (fixed, moving)]
-    field = fit_deformable(
-        *channels, result.matrix, smoothing=params.syn_smoothing[0], correlate=False, params=params, seed=0
-    )
+    smoothing, look = contrast_fits(params)[-1]
+    field = fit_deformable(*channels, result.matrix, smoothing=smoothing, look=look, params=params, seed=0)
     return PairResult(result.matrix, "syn", result.quality, result.moving_box, field)
 
 
