@@ -200,7 +200,9 @@ def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int) -> Non
             error, before = (np.linalg.norm(found - truth, axis=1) for found in (result.warp_points(points), linear))
             row = {"section": name, "angle": angle, "mirrored": mirrored, "elastic": _elastic(points, origin)}
             row |= {"linear": np.median(before), "syn": np.median(error), "p90": np.percentile(error, 90)}
-            row |= {key: result.quality.get(key) for key in ("folds", "residual_um", "agreement", "verdict")}
+            row |= {
+                key: result.quality.get(key) for key in ("folds", "residual_um", "agreement", "syn_look", "verdict")
+            }
             rows.append(row | {"used": result.method, "s": seconds})
             print(
                 ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
