@@ -92,7 +92,7 @@ def fit_deformation(
     by_contrast = contrast_fits(params) if common > -_CLEAR * error else []
     evidence, needed = agreement(first), _CLEAR
     if by_contrast and not _clear(evidence):
-        evidence, needed = agreement(trials(*by_contrast[-1])), _CLEAR_AT_SECOND_LOOK
+        evidence, needed = agreement(trials(*by_contrast[0])), _CLEAR_AT_SECOND_LOOK
     quality = dict(zip(("agreement", "agreement_error"), evidence, strict=True))
     if not _clear(evidence, needed):
         note = "Different parts of the tissue did not ask for the same deformation; it was discarded."
