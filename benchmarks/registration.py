@@ -26,6 +26,7 @@ from scipy import ndimage as ndi
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
 from spatial_impute._registration._ants import fit_deformable
 from spatial_impute._registration._channel import deformation_channel, working_pixel
+from spatial_impute._registration._deform import contrast_fits
 from spatial_impute._registration._orientation import pose
 
 if TYPE_CHECKING:
@@ -169,9 +170,8 @@ def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> PairResul
     result = register_pair(fixed, moving, method="affine", params=params)
     size = working_pixel(fixed, moving, params, side=params.syn_side)
     channels = [deformation_channel(image, size, params.max_displacement + 4 * size) for image in (fixed, moving)]
-    field = fit_deformable(
-        *channels, result.matrix, smoothing=params.syn_smoothing[0], correlate=False, params=params, seed=0
-    )
+    smoothing, look = contrast_fits(params)[-1]
+    field = fit_deformable(*channels, result.matrix, smoothing=smoothing, look=look, params=params, seed=0)
     return PairResult(result.matrix, "syn", result.quality, result.moving_box, field)
 
 
@@ -200,7 +200,9 @@ def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int) -> Non
             error, before = (np.linalg.norm(found - truth, axis=1) for found in (result.warp_points(points), linear))
             row = {"section": name, "angle": angle, "mirrored": mirrored, "elastic": _elastic(points, origin)}
             row |= {"linear": np.median(before), "syn": np.median(error), "p90": np.percentile(error, 90)}
-            row |= {key: result.quality.get(key) for key in ("folds", "residual_um", "agreement", "verdict")}
+            row |= {
+                key: result.quality.get(key) for key in ("folds", "residual_um", "agreement", "syn_look", "verdict")
+            }
             rows.append(row | {"used": result.method, "s": seconds})
             print(
                 ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),

@@ -3,7 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spatial_impute._registration import DisplacementField, PairResult, chain_to_reference, warp_along_path
+from spatial_impute._registration import (
+    ChainResult,
+    DisplacementField,
+    PairResult,
+    RegistrationParams,
+    SectionImage,
+    chain_to_reference,
+    deform_stack,
+    warp_along_path,
+)
 from spatial_impute._registration._orientation import pose
 
 NAMES = ["a", "b", "c", "d"]
@@ -68,6 +77,35 @@ def test_chain_is_kept_while_direct_agrees():
     assert placed.route == "sequential"
     assert placed.disagreement == pytest.approx(20)
     assert placed.reasons == []
+    assert placed.confirmed
+
+
+@pytest.mark.parametrize("direct", [None, pair(shift(40), verdict="weak"), pair(shift(400), score=0.1)])
+def test_only_a_sound_direct_pair_that_agrees_confirms(direct):
+    pairs = {("a", "b"): pair(shift(10)), ("b", "c"): pair(shift(10))}
+    placed = chain_to_reference(pairs if direct is None else pairs | {("a", "c"): direct}, ["a", "b", "c"], "a")
+    assert not any(result.confirmed for result in placed.values())
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_confirmed_sections_are_deformed_onto_the_reference(confirmed):
+    """A deformation that follows that of a neighbour adds its error."""
+    glass = np.full((60, 60, 3), 240.0)
+    glass[15:45, 12:40] = 120
+    images = dict.fromkeys("abc", SectionImage(glass, (20.0, 20.0)))
+    placed = {
+        "a": ChainResult(np.eye(3), ("a",), "reference", 1.0, "ok"),
+        "b": ChainResult(shift(10), ("b", "a"), "direct", 1.0, "ok"),
+        "c": ChainResult(shift(20), ("c", "b", "a"), "sequential", 1.0, "ok", confirmed=confirmed),
+    }
+    targets = {}
+
+    def run(function, tasks, label):
+        targets.update({source.matrix[0, 2]: target.matrix[0, 2] for target, source, *_ in tasks})
+        return [(None, {})] * len(tasks)
+
+    deform_stack(images, placed, "a", params=RegistrationParams(), seed=0, run=run)
+    assert targets == {10: 0, 20: 0 if confirmed else 10}
 
 
 @pytest.mark.parametrize(("score", "route", "x"), [(0.9, "direct", 400), (0.1, "sequential", 20)])

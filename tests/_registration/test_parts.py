@@ -18,7 +18,7 @@ from spatial_impute._registration import (
     run_all,
 )
 from spatial_impute._registration._align import Placed
-from spatial_impute._registration._channel import Channel, deformation_channel, shrink
+from spatial_impute._registration._channel import Channel, contrast, deformation_channel, inside_only, shrink
 from spatial_impute._registration._deform import _agreement, _blocks, _common_view, _gain, _without, fit_deformation
 from spatial_impute._registration._manual import check_matrix, landmark_matrix
 from spatial_impute._registration._orientation import orientation_candidates, pose
@@ -227,11 +227,42 @@ def test_deformation_is_kept_if_true_and_dropped_if_made_up():
     assert "discarded" in made_up.note
 
 
-def serial_section(seed: int) -> Channel:
+def test_contrast_of_a_faint_pattern_stays_faint():
+    own = channel(shape=(260, 280), wavelength=5.0)
+    left = np.indices(own.image.shape)[1] < 140
+    faint = replace(own, image=np.where(left, 0.5 + 0.1 * (own.image - 0.5), own.image).astype(np.float32))
+    deep = ndi.binary_erosion(own.mask, iterations=20)
+    spread = [contrast(faint)[deep & side].std() for side in (left, ~left)]
+    assert 0.05 < spread[0] / spread[1] < 0.2, "a tenth of the contrast, not made equal"
+    # Units of the contrast of the tissue: another exposure changes nothing, and is no division by zero.
+    np.testing.assert_allclose(contrast(replace(own, image=0.3 * own.image)), contrast(own), atol=1e-4)
+    flat = contrast(replace(own, image=np.where(own.mask, np.float32(0.5), np.float32(0))))
+    np.testing.assert_allclose(flat, 0, atol=1e-3)
+
+
+def test_contrast_does_not_see_the_outline():
+    own = channel()
+    shaded = replace(own, image=np.where(own.mask, own.image, np.float32(5)))
+    np.testing.assert_array_equal(inside_only(shaded), inside_only(own))
+    np.testing.assert_array_equal(contrast(shaded), contrast(own))
+
+
+def test_contrast_takes_part_unless_stains_differ_in_it():
+    fixed = serial_section(5, regions=5.0)
+    y, x = np.indices(fixed.image.shape)
+    bend = np.stack([35 * np.sin(y / 40), 35 * np.cos(x / 45)], -1)
+    moving = warped(serial_section(6, regions=5.0), bend)
+    quick = RegistrationParams(syn_iterations=(40, 30, 10, 0))
+    assert fit_deformation(fixed, moving, np.eye(3), quick, 0).quality["syn_look"] == "contrast"
+    inverse = replace(moving, image=np.where(moving.mask, 1 - moving.image, 0).astype(np.float32))
+    assert fit_deformation(fixed, inverse, np.eye(3), quick, 0).quality["syn_look"] == "information"
+
+
+def serial_section(seed: int, regions: float = 10.0) -> Channel:
     """A section that shares its regions with the others, and half of its contrast; its cells are its own."""
-    regions = channel(shape=(260, 280), wavelength=10.0)
+    shared = channel(shape=(260, 280), wavelength=regions)
     cells = channel(shape=(260, 280), wavelength=1.5, seed=seed)
-    return replace(regions, image=0.5 * (regions.image + cells.image))
+    return replace(shared, image=0.5 * (shared.image + cells.image))
 
 
 def test_sections_that_share_regions_and_no_cells():

@@ -1,4 +1,4 @@
-"""Deform the sections of a chained stack: each one onto its neighbour as that lies in the common frame."""
+"""Deform the sections of a chained stack: each one onto the reference, or its neighbour as that lies in its frame."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ def deform_stack(
     seed: int,
     run: Callable[[Callable, list[tuple], str], list],
 ) -> dict[str, tuple[DisplacementField | None, dict[str, Any]]]:
-    """One deformation per section, on top of its matrix, against the next section on its path as that already lies.
+    """One deformation per section, on top of its matrix, against the reference or a neighbour as that already lies.
+
+    Against the reference where a registration to it confirms the place: then no deformation follows that of another
+    section. On HER2ST C6 did worse in expression on the deformed C5 (0.126) than not deformed (0.145), and better on C4
+    itself (0.150). Sections further away share too little with the reference; they follow the next one on their path.
 
     Every field acts in the frame of the reference and is smoothed as a whole. Deformations between pairs would have to
     be composed along the path, and their errors would add up (measured: two to five times the drift of the matrices).
@@ -81,13 +85,13 @@ def deform_stack(
     done = {reference: Placed(channels[reference], np.eye(3))}
     done |= {n: Placed(channels[n], placed[n].matrix) for n in channels if placed[n].route == "given"}
     found = {}
+    onto = {
+        name: reference if placed[name].confirmed else placed[name].path[1] for name in channels if name not in done
+    }
     todo = [name for name in channels if name not in done and placed[name].verdict != "failed"]
     while todo:
-        ready = [name for name in todo if placed[name].path[1] in done]
-        tasks = [
-            (done[placed[n].path[1]], Placed(channels[n], np.asarray(placed[n].matrix, float)), params, seed)
-            for n in ready
-        ]
+        ready = [name for name in todo if onto[name] in done]
+        tasks = [(done[onto[n]], Placed(channels[n], np.asarray(placed[n].matrix, float)), params, seed) for n in ready]
         for name, task, result in zip(ready, tasks, run(deform_onto, tasks, "Deforming sections"), strict=True):
             done[name] = replace(task[1], field=result[0])
             found[name] = result

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage as ndi
 
+from spatial_impute._registration._channel import contrast
 from spatial_impute._registration._field import DisplacementField
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration._channel import Channel
     from spatial_impute._registration._types import RegistrationParams
+
+Look = Literal["information", "contrast", "correlation"]
 
 _THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
 # Pixels per iteration. What smoothing of the total field takes back at each of them limits how far a fit can go: ten
@@ -99,22 +102,23 @@ def fit_deformable(
     matrix: NDArray[np.float64],
     *,
     smoothing: tuple[float, float],
-    correlate: bool,
+    look: Look,
     params: RegistrationParams,
     seed: int,
 ) -> DisplacementField:
     """Diffeomorphic fit (SyN) on top of `matrix` (moving to fixed, um), which stays as it is.
 
-    By mutual information, or by that and local correlation in equal parts. Mutual information knows what a stain of one
-    section looks like in the other everywhere, and is not led astray where the stain alone differs. Local correlation
-    sees structure too small or too pale to count in it, but makes as much of a pattern of the slide as of the tissue.
+    By mutual information, or by that and another measure in equal parts. Mutual information knows what a stain of one
+    section looks like in the other everywhere, and is not led astray where the stain alone differs. Squared differences
+    of contrast follow what stands out of its surroundings, and count it for as much as it does. Local correlation also
+    sees structure too small or too pale to count in either, but makes as much of a pattern of the slide as of the tissue.
 
     Parameters
     ----------
     smoothing
         Of the update and of the total field, working pixels.
-    correlate
-        Whether local correlation takes part.
+    look
+        What takes part beside mutual information.
     """
     import ants
 
@@ -124,6 +128,12 @@ def fit_deformable(
         start = str(Path(folder) / "initial.mat")
         _write_matrix(np.linalg.inv(to_fixed) @ matrix @ to_moving, start)
         images = _image(fixed, fixed.image, to_fixed), _image(moving, moving.image, to_moving)
+        more = None
+        if look == "contrast":
+            pair = _image(fixed, contrast(fixed), to_fixed), _image(moving, contrast(moving), to_moving)
+            more = [("MeanSquares", *pair, 1.0, 1)]  # the last number is not used
+        elif look == "correlation":
+            more = [("CC", *images, 1.0, correlation_window(fixed, params))]
         result = ants.registration(
             *images,
             "SyNOnly",
@@ -133,11 +143,11 @@ def fit_deformable(
             moving_mask=_image(moving, _widen(moving, params.max_displacement), to_moving),
             syn_metric="mattes",
             syn_sampling=_SYN_BINS,
-            multivariate_extras=[("CC", *images, 1.0, correlation_window(fixed, params))] if correlate else None,
+            multivariate_extras=more,
             reg_iterations=params.syn_iterations,
             flow_sigma=flow,
             total_sigma=total,
-            grad_step=_SYN_STEP_FINE if correlate else _SYN_STEP,
+            grad_step=_SYN_STEP_FINE if look == "correlation" else _SYN_STEP,
         )
         # Forward is [warp, matrix] (pull-back of images), inverse is [matrix, inverse warp] (points).
         fields = [ants.image_read(path).numpy() for path in (result["fwdtransforms"][0], result["invtransforms"][-1])]

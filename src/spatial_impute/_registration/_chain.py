@@ -36,6 +36,8 @@ class ChainResult:
     """``"ok"``, ``"weak"`` or ``"failed"``: the worst pair on the path."""
     disagreement: float | None = None
     """Distance in um to the best other placement, mostly the direct one (root mean square); None without another."""
+    confirmed: bool = False
+    """Whether a sound registration to the reference itself agrees."""
     reasons: list[str] = field(default_factory=list)
     """What is to be known about this section, one sentence each."""
 
@@ -135,7 +137,8 @@ def _place(
     box = _moving_box(name, pairs)
     distance = disagreement(chain.matrix, rival.matrix, _corners(box)) if box is not None else None
     if distance is None or distance <= params.max_chain_disagreement:
-        return _with(chain, reasons, distance)
+        confirmed = rival.route == "direct" and rival.verdict == "ok" and distance is not None
+        return replace(_with(chain, reasons, distance), confirmed=confirmed)
     kinds = "Chained and direct placement" if rival.route == "direct" else f"Placements by {chain.path[1]!r} and "
     kinds += "" if rival.route == "direct" else repr(rival.path[1])
     note = f"{kinds} differ by {distance:.0f} um; "
@@ -177,8 +180,7 @@ def _step(
         "direct" if len(before.path) == 1 else "sequential",
         min(float(pair.quality.get("score", 0.0)), before.score),
         verdict,
-        None,
-        reasons,
+        reasons=reasons,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage as ndi
 
+from spatial_impute._registration._channel import inside_only
 from spatial_impute._registration._quality import common_tissue, pull_back
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # grid, not um, because what can be compared between serial sections is structure on the scale of the section.
 _STRUCTURE_SCALES = (2.0, 6.0)
 _EDGE = 1.0  # working pixels: scale of the edges
-_RIM = 2  # working pixels that the channel's own blur mixes with glass
 _N_BINS = 24  # of the mutual information; thousands of pixels fill their squares
 _FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
 _MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
@@ -124,14 +124,8 @@ def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float
 
 
 def edges_inside(channel: Channel) -> NDArray[np.float32]:
-    """Strength of edges ``(y, x)``, whatever their sign, without the outline of the tissue.
-
-    The outline is taken away by continuing the tissue, less a rim where it is mixed with glass, to the outside.
-    """
-    core = ndi.binary_erosion(channel.mask, iterations=_RIM)
-    core = core if core.any() else channel.mask
-    nearest = ndi.distance_transform_edt(~core, return_distances=False, return_indices=True)
-    return ndi.gaussian_gradient_magnitude(channel.image[tuple(nearest)], _EDGE)
+    """Strength of edges ``(y, x)``, whatever their sign, without the outline of the tissue."""
+    return ndi.gaussian_gradient_magnitude(inside_only(channel), _EDGE)
 
 
 def _masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:

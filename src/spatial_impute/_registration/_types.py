@@ -50,8 +50,8 @@ class RegistrationParams:
     syn_smoothing: tuple[tuple[float, float], ...] = ((6.0, 3.0), (6.0, 1.0))
     """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
 
-    The first fit is by mutual information alone, with the first of them; then local correlation takes part. Each is used
-    only if it is better on tissue that the fit has not seen.
+    The first fit is with the first of them, by mutual information alone, and two or four times as stiff with contrast.
+    Then local correlation takes part, which is used only if it is better on tissue that the fit has not seen.
     """
     jacobian_limits: tuple[float, float] = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
