@@ -57,7 +57,8 @@ def fit_deformation(
     same direction: what is noise in one of them is not in the other. Images could be compared instead, on the blocks
     that were not seen. But the better place of a section two further on hardly shows in them, because what is compared
     is mostly what the sections do not share. Where these trials do not agree, those of a fit that also looks at contrast
-    may: of known bends of HER2ST, mutual information in half of the tissue misses one in ten.
+    may: of known bends of HER2ST, mutual information in half of the tissue misses one in ten. What makes the blocks that
+    were not seen fit clearly worse than no deformation is discarded all the same: sections that lie well need none.
 
     Fits that also look at local correlation, from stiff to soft, follow finer structure. They are tried only where there
     is some: where the blocks that were not seen correlate better by two standard errors than without the fit before. And
@@ -92,16 +93,20 @@ def fit_deformation(
     by_contrast = contrast_fits(params) if common > -_CLEAR * error else []
     evidence, needed = agreement(first), _CLEAR
     if by_contrast and not _clear(evidence):
-        evidence, needed = agreement(trials(*by_contrast[0])), _CLEAR_AT_SECOND_LOOK
+        first = trials(*by_contrast[0])
+        evidence, needed = agreement(first), _CLEAR_AT_SECOND_LOOK
+    before, best = correlation(None), unseen(correlation, first)
+    gained = _gain(best - before, labels)
     quality = dict(zip(("agreement", "agreement_error"), evidence, strict=True))
+    quality |= dict(zip(("heldout_gain", "heldout_error"), gained, strict=True))
     if not _clear(evidence, needed):
         note = "Different parts of the tissue did not ask for the same deformation; it was discarded."
         return Deformation(None, note, quality)
+    if _clear((-gained[0], gained[1])):
+        note = "The deformation of one part of the tissue made others fit worse; it was discarded."
+        return Deformation(None, note, quality)
 
     kept = [stiff, *by_contrast]
-    before, best = correlation(None), unseen(correlation, first)
-    gained = _gain(best - before, labels)
-    quality |= dict(zip(("heldout_gain", "heldout_error"), gained, strict=True))
     for smoothing in params.syn_smoothing:
         if not _clear(gained):
             break
