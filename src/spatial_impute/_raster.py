@@ -131,11 +131,16 @@ def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
 
 def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
     """Pixels [y0, y1) x [x0, x1) of a level as (y, x, 3) float32 in 0-255."""
+    return to_rgb(_stored_pixels(level, y0, y1, x0, x1), level.white)
+
+
+def _stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+    """Pixels [y0, y1) x [x0, x1) of a level as they are stored, (c, y, x)."""
     window = level.data.isel(y=slice(y0, y1), x=slice(x0, x1)).data
     if hasattr(window, "compute"):
         # Threads inside DataLoader or distributed workers can deadlock; one window is too small to gain from them.
         window = window.compute(scheduler="synchronous")
-    return to_rgb(np.asarray(window), level.white)
+    return np.asarray(window)
 
 
 def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +175,16 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
     strips = []
     for y0 in range(0, rows * factor, strip):
         y1 = min(y0 + strip, rows * factor)
-        rgb = read_window(level, y0, y1, 0, columns * factor)
-        if factor > 1:
-            rgb = rgb.reshape(rgb.shape[0] // factor, factor, columns, factor, 3).mean(axis=(1, 3))
-        strips.append(rgb)
+        stored = _stored_pixels(level, y0, y1, 0, columns * factor)
+        # As floats a strip takes several times its size, so it is reduced part by part.
+        edges = range(0, columns * factor, max(1, _TILE // factor) * factor)
+        parts = (stored[:, :, x0 : x0 + edges.step] for x0 in edges)
+        strips.append(np.concatenate([_area_means(to_rgb(part, level.white), factor) for part in parts], axis=1))
     return np.concatenate(strips), level.to_um @ scaling(float(factor))
+
+
+def _area_means(rgb: np.ndarray, factor: int) -> np.ndarray:
+    """(y, x, 3) reduced by a whole number."""
+    if factor == 1:
+        return rgb
+    return rgb.reshape(rgb.shape[0] // factor, factor, rgb.shape[1] // factor, factor, 3).mean(axis=(1, 3))
