@@ -57,8 +57,8 @@ def fit_deformation(
     same direction: what is noise in one of them is not in the other. Images could be compared instead, on the blocks
     that were not seen. But the better place of a section two further on hardly shows in them, because what is compared
     is mostly what the sections do not share. Where these trials do not agree, those of a fit that also looks at contrast
-    may: of known bends of HER2ST, mutual information in half of the tissue misses one in ten. What makes the blocks that
-    were not seen fit clearly worse than no deformation is discarded all the same: sections that lie well need none.
+    may: mutual information in half of the tissue misses some of the known bends. What makes the blocks that were not
+    seen fit clearly worse than no deformation is discarded all the same: sections that lie well need none.
 
     Fits that also look at local correlation, from stiff to soft, follow finer structure. They are tried only where there
     is some: where the blocks that were not seen correlate better by two standard errors than without the fit before. And
