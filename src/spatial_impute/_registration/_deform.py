@@ -27,7 +27,6 @@ _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
 _PATCH = 2  # blocks a side: displacements are smooth, so that those of neighbouring blocks are not independent
 _CLEAR = 2.0  # standard errors
-_CLEAR_AT_SECOND_LOOK = 3.0  # two looks find something twice as often where there is nothing
 # Times the smoothing by information alone. Contrast pulls harder: as soft, it changed areas by up to 2.4. The stiffer one
 # is for where twice as stiff still leaves the limits, two of twelve fits on HER2ST.
 _STIFFER = (4.0, 2.0)
@@ -91,15 +90,15 @@ def fit_deformation(
     product = unseen(lambda fit: standing_out[0] * pull_back(standing_out[1], moving, fixed, matrix, fit), first)
     common, error = _gain(product, labels)
     by_contrast = contrast_fits(params) if common > -_CLEAR * error else []
-    evidence, needed = agreement(first), _CLEAR
+    evidence = agreement(first)
     if by_contrast and not _clear(evidence):
         first = trials(*by_contrast[0])
-        evidence, needed = agreement(first), _CLEAR_AT_SECOND_LOOK
+        evidence = agreement(first)
     before, best = correlation(None), unseen(correlation, first)
     gained = _gain(best - before, labels)
     quality = dict(zip(("agreement", "agreement_error"), evidence, strict=True))
     quality |= dict(zip(("heldout_gain", "heldout_error"), gained, strict=True))
-    if not _clear(evidence, needed):
+    if not _clear(evidence):
         note = "Different parts of the tissue did not ask for the same deformation; it was discarded."
         return Deformation(None, note, quality)
     if _clear((-gained[0], gained[1])):
@@ -128,9 +127,9 @@ def fit_deformation(
     return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", quality)
 
 
-def _clear(estimate: tuple[float, float], errors: float = _CLEAR) -> bool:
-    """Whether an estimate is above zero by so many of its standard errors."""
-    return estimate[0] > errors * estimate[1]
+def _clear(estimate: tuple[float, float]) -> bool:
+    """Whether an estimate is above zero by two of its standard errors."""
+    return estimate[0] > _CLEAR * estimate[1]
 
 
 def contrast_fits(params: RegistrationParams) -> list[tuple[tuple[float, float], _ants.Look]]:
