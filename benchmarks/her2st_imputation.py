@@ -19,8 +19,6 @@ import pandas as pd
 
 import spatial_impute as si
 from spatial_impute.metrics._scores import bootstrap_interval
-from spatial_impute.models._intervals import expected_noise, spot_scale
-from spatial_impute.tl._read import read_spots
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -89,30 +87,19 @@ def as_published(sdata: SpatialData, truth: AnnData) -> AnnData:
 
 
 def coverage(sdata: SpatialData, truth: AnnData, model: si.models.AsignModel) -> pd.DataFrame:
-    """Share of true values within 1.645 standard deviations, by unmeasured section.
+    """Share of true values within 90 % intervals, by unmeasured section.
 
-    As predicted, and with what no one knows beforehand, the depth of each spot.
+    For measurements of the depth that is expected, and with what no one knows beforehand, the depth of each spot.
     """
-    table, spots = read_spots(sdata)
-    noise = model._tensors["noise"].numpy()
-    expected = pd.Series(spot_scale(expected_noise(spots), noise), index=table.obs_names)
-    table = table[~table.obs["measured"].to_numpy() & table.obs_names.isin(truth.obs_names)]
-    truth = truth[table.obs_names]
-    true = truth[:, table.var_names].X
-    true = true.toarray() if hasattr(true, "toarray") else np.asarray(true)
-    depth = np.asarray(truth.layers["counts"].sum(axis=1)).ravel()
-    at_depth = spot_scale(1 / depth, noise) / expected[table.obs_names].to_numpy()
-    off, sd = np.abs(true - table.layers["asign"]), 1.645 * table.layers["asign_sd"]
-    inside = pd.DataFrame(
-        {
-            "in 90 % intervals": (off <= sd).mean(axis=1),
-            "at the true depth": (off <= sd * at_depth[:, None]).mean(axis=1),
-            "median counts": depth,
-        }
-    ).groupby(table.obs["section"].astype(str).to_numpy())
-    found = inside.mean()
-    found["median counts"] = inside["median counts"].median()
-    return found
+    table = sdata.tables["stack"]
+    counts = pd.Series(np.asarray(truth.layers["counts"].sum(axis=1)).ravel(), index=truth.obs_names)
+    table.obs["true_depth"] = counts.reindex(table.obs_names).fillna(counts.median())  # a few spots have no counts
+    found = {"in 90 % intervals": si.metrics.evaluate(sdata, truth, layers="asign", by="section")["coverage"]}
+    si.tl.impute_3d(sdata, model, depth="true_depth")
+    found["at the true depth"] = si.metrics.evaluate(sdata, truth, layers="asign", by="section")["coverage"]
+    found = pd.DataFrame(found).droplevel("layer")
+    section = table.obs["section"].astype(str).reindex(counts.index)
+    return found.assign(**{"median counts": counts.groupby(section).median()})
 
 
 def paired_intervals(genes: pd.DataFrame) -> pd.DataFrame:

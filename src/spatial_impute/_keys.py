@@ -41,6 +41,7 @@ class Keys:
     ASIGN = "asign"
     SUPPORT = "imputation_support"
     SOURCE = "imputation_source"
+    DEPTH = "imputation_depth"
     PREDICTABILITY = "imputation_r"
     PREDICTABLE = "imputable"
 

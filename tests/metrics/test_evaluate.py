@@ -51,6 +51,23 @@ def test_evaluate_by_layer_is_the_mean_over_sections(scored, truth):
     assert by_layer.loc["flat", "skill"] == pytest.approx(0, abs=1e-6)
 
 
+def test_coverage_is_the_share_of_the_truth_in_the_intervals(scored, truth):
+    table = scored.tables["stack"]
+    table.layers["close_sd"] = np.where(np.arange(table.n_vars) % 2, 0.5, 0.25) * np.ones((table.n_obs, 1))
+    sections = si.metrics.evaluate(scored, truth, by="section")["coverage"]
+    inside = {}
+    for section in ("s0", "s2"):
+        predicted, true = arrays(scored, truth, "close", section)
+        inside[section] = np.abs(predicted - true) <= 1.6448536 * table.layers["close_sd"][: len(true)]
+        assert sections["close", section] == pytest.approx(inside[section].mean())
+    even, odd = (np.concatenate([x[:, k::2] for x in inside.values()]).mean() for k in (0, 1))
+    assert even == pytest.approx(0.59, abs=0.05)  # noise of 0.5: 0.82 standard deviations
+    assert odd == pytest.approx(0.9, abs=0.05)
+    assert sections["flat"].isna().all()
+    pooled = si.metrics.evaluate(scored, truth, by="pooled")["coverage"]
+    assert pooled["close"] == pytest.approx(np.concatenate(list(inside.values())).mean())
+
+
 def test_evaluate_by_gene_is_the_mean_over_sections(scored, truth):
     table = si.metrics.evaluate(scored, truth, layers=["flat", "close"], by="gene")
     assert list(table.columns) == ["flat", "close"]

@@ -54,6 +54,35 @@ def test_intervals_cover_unmeasured_sections(prepared_stack, truth, quick_params
     assert 0.87 < inside.mean() < 0.97
 
 
+def test_intervals_are_for_measurements_of_the_depth_that_is_asked_for(prepared_stack, quick_params):
+    model = si.tl.fit_asign(prepared_stack, model_params=quick_params)
+    si.tl.impute_3d(prepared_stack, model)
+    table = prepared_stack.tables["stack"]
+    measured = table.obs["measured"].to_numpy()
+    values, sd = table.layers["asign"].copy(), table.layers["asign_sd"].copy()
+    expected = table.obs["imputation_depth"].copy()
+    counts = table.obs["total_counts"].to_numpy()[measured]
+    np.testing.assert_allclose(expected[measured], counts, rtol=1e-6)
+    assert (expected[~measured] > counts.min() / 3).all()
+    assert (expected[~measured] < counts.max() * 3).all()
+    assert table.uns["asign"]["depth"] == "expected"
+
+    model._tensors["noise"][1:] = 0.5  # counting is half of what is off
+    half, tenth = (si.tl.impute_3d(prepared_stack, model, depth=n, inplace=False) for n in (500, 100.0))
+    assert (half.obs["imputation_depth"].to_numpy()[~measured] == 500).all()
+    assert half.uns["asign"]["depth"] == 500
+    np.testing.assert_array_equal(half.X, values)
+    ratio = spot_scale(np.array([1 / 100, 1 / 500]), model._tensors["noise"].numpy())
+    found = tenth.layers["asign_sd"][~measured] / half.layers["asign_sd"][~measured]
+    np.testing.assert_allclose(found, ratio[0] / ratio[1], rtol=1e-5)
+
+    model = si.tl.fit_asign(prepared_stack, model_params=quick_params)
+    table.obs["hoped"] = expected.where(~measured)  # what measured spots have is known
+    si.tl.impute_3d(prepared_stack, model, depth="hoped")
+    np.testing.assert_allclose(table.layers["asign_sd"], sd, rtol=1e-5)
+    assert table.uns["asign"]["depth"] == "hoped"
+
+
 def lattice_with_depth() -> Spots:
     """Two sections over each other, the first known; depth falls from left to right by a factor of 20."""
     x, y = (a.ravel() for a in np.meshgrid(np.arange(14.0), np.arange(14.0)))

@@ -10,7 +10,7 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._stack import measured_mask, stack_table
 from spatial_impute._validation import name_list, require_finite, require_key, require_log_values, require_one_of
-from spatial_impute.metrics._scores import bootstrap_interval, pearson_by_gene, summarise
+from spatial_impute.metrics._scores import bootstrap_interval, interval_coverage, pearson_by_gene, summarise
 from spatial_impute.metrics._spatial import moran_gap, structural_similarity
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def evaluate(
     ``mse``; ``mae``; ``skill`` = 1 - mse / mse of the mean profile of the measured spots; ``n_spots``; ``n_genes``;
     ``low`` and ``high``, the 95 % interval of ``pearson_gene`` by bootstrap over genes; ``moran_gap``, Moran's I of the
     prediction minus that of the truth (above 0: smoother), and ``ssim``, structural similarity on the lattice of the
-    spots, both within sections and not for ``"pooled"``. Genes whose truth is constant on a section cannot be scored
+    spots, both within sections and not for ``"pooled"``; ``coverage``, the share of the truth within the 90 % intervals
+    of layers that have them (``layers["asign_sd"]``), which are for measurements of the depth in
+    ``obs["imputation_depth"]``. Genes whose truth is constant on a section cannot be scored
     there and are left out of its mean; ``n_genes`` counts the others. A constant prediction scores 0.
 
     Raises
@@ -142,7 +144,9 @@ def evaluate(
                 values[spots], name=f"sdata.tables[{table_key!r}].layers[{key!r}]", row_names=table.obs_names[spots]
             )
         if by == "pooled":
-            scores.append(_score(values[np.concatenate(spots_of)], np.concatenate(true_of), profile[columns]))
+            spots, true = np.concatenate(spots_of), np.concatenate(true_of)
+            coverage = {"coverage": _coverage(table, key, spots, columns, true)}
+            scores.append(_score(values[spots], true, profile[columns]) | coverage)
             continue
         for name, spots, true in zip(sections, spots_of, true_of, strict=True):
             if by == "gene":
@@ -152,6 +156,7 @@ def evaluate(
             spatial = {
                 "moran_gap": moran_gap(values[spots], true, xy[spots]),
                 "ssim": structural_similarity(values[spots], true, xy[spots]),
+                "coverage": _coverage(table, key, spots, columns, true),
             }
             scores.append(_score(values[spots], true, profile[columns]) | spatial)
     if by == "gene":
@@ -181,6 +186,15 @@ def _require_values(truth: object) -> None:
 def _score(predicted: np.ndarray, true: np.ndarray, profile: np.ndarray) -> dict[str, float]:
     low, high = bootstrap_interval(pearson_by_gene(predicted, true))
     return summarise(predicted, true, profile) | {"low": low, "high": high}
+
+
+def _coverage(table: AnnData, key: str, spots: np.ndarray, columns: np.ndarray, true: np.ndarray) -> float:
+    """Share of the truth within the 90 % intervals of a layer; NaN if it has none."""
+    if Keys.sd(key) not in table.layers:
+        return float("nan")
+    rows = np.ix_(spots, columns)
+    values, sd = (np.asarray(table.layers[name], dtype=float)[rows] for name in (key, Keys.sd(key)))
+    return interval_coverage(values, sd, true)
 
 
 def _mean_profile(table: AnnData, measured: np.ndarray) -> np.ndarray:

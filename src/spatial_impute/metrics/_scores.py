@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
+
+INTERVAL_LEVEL = 0.9  # of the intervals that standard deviations stand for
+HALF_WIDTH = NormalDist().inv_cdf(0.5 + INTERVAL_LEVEL / 2)  # of such an interval, in standard deviations
 
 
 def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -70,6 +75,22 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(0, values.size, (n_draws, values.size))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -> float:
+    """Share of the truth within 90 % intervals, 1.645 standard deviations to either side.
+
+    Parameters
+    ----------
+    predicted, sd, true
+        (n_spots, n_genes).
+
+    Examples
+    --------
+    >>> interval_coverage(np.zeros((2, 2)), np.ones((2, 2)), np.array([[0.0, 1.6], [-1.6, 1.7]]))
+    0.75
+    """
+    return float(np.mean(np.abs(predicted - true) <= HALF_WIDTH * sd))
 
 
 def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray) -> np.ndarray:

@@ -50,6 +50,8 @@ class Imputation:
     """(n, g) standard deviation of a measurement around the imputed value; 0 at measured spots."""
     support: np.ndarray
     """(n,) 0-1: how much of the measurement reaches a spot over the graph."""
+    depth: np.ndarray
+    """(n,) total counts of the measurement that `sd` is for; NaN where no counts are known."""
 
 
 class AsignModel:
@@ -128,8 +130,8 @@ class AsignModel:
         """Weight of each blended method (columns) in the prediction of each gene (rows)."""
         return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
 
-    def _impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
-        """Impute the unknown spots of one stack."""
+    def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
+        """Impute the unknown spots of one stack; `depth` (n,) is that of the measurements that intervals are for."""
         if spots.tokens is None or spots.tokens[0].shape[2] != self._n_features:
             found = None if spots.tokens is None else spots.tokens[0].shape[2]
             msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
@@ -162,9 +164,12 @@ class AsignModel:
         expression[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
         sd = spread_by_support(support, float(usual[0]), *spreads)
-        sd *= spot_scale(expected_noise(spots), self._tensors["noise"].numpy())[:, None].astype(np.float32)
+        noise = expected_noise(spots) if depth is None else 1.0 / depth
+        if spots.total_counts is not None:
+            noise[spots.known] = 1.0 / spots.total_counts
+        sd *= spot_scale(noise, self._tensors["noise"].numpy())[:, None].astype(np.float32)
         sd[spots.known] = 0.0
-        return Imputation(expression, sd, support)
+        return Imputation(expression, sd, support, 1.0 / noise)
 
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute.metrics._scores import HALF_WIDTH, INTERVAL_LEVEL
 from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._propagation import propagate
 
 if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
-
-_LEVEL = 0.9
-_HALF_WIDTH = NormalDist().inv_cdf(0.5 + _LEVEL / 2)  # of a 90 % interval, in standard deviations
 
 
 def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
@@ -41,8 +38,8 @@ def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
     1.0
     """
     # The block to come is one more: of n held-out blocks, the interval must take in 0.9 (n + 1).
-    level = min(1.0, _LEVEL * (n_blocks + 1) / n_blocks)
-    return np.quantile(np.abs(residuals), level, axis=0) / _HALF_WIDTH
+    level = min(1.0, INTERVAL_LEVEL * (n_blocks + 1) / n_blocks)
+    return np.quantile(np.abs(residuals), level, axis=0) / HALF_WIDTH
 
 
 def expected_noise(spots: Spots) -> np.ndarray:

@@ -126,18 +126,20 @@ class AsignPanels:
         parts = [model.history.assign(panel=k) for k, model in enumerate(self.models)]
         return pd.concat(parts, ignore_index=True)
 
-    def _impute(self, spots: Spots, *, device: str = "cpu") -> Imputation:
+    def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
         """Impute the unknown spots of one stack, and the genes that a known spot lacks."""
         shape = (len(spots.known), len(self.var_names))
-        expression, sd, support = np.empty(shape, np.float32), np.empty(shape, np.float32), np.zeros(shape[0])
+        expression, sd = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        support, expected = np.zeros(shape[0]), np.zeros(shape[0])
         column_of = pd.Index(self.var_names)
         for model in self.models:
             columns = column_of.get_indexer(model.var_names)
             measured = np.isfinite(spots.expression[:, columns]).all(axis=1)
-            found = model._impute(_with_genes(spots, columns, measured), device=device)
+            found = model._impute(_with_genes(spots, columns, measured), depth=depth, device=device)
             expression[:, columns], sd[:, columns] = found.expression, found.sd
             support += found.support * len(columns) / shape[1]
-        return Imputation(expression, sd, support)
+            expected += found.depth * len(columns) / shape[1]
+        return Imputation(expression, sd, support, expected)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write one directory per panel, and their order.

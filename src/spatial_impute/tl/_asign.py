@@ -20,7 +20,9 @@ from spatial_impute._validation import (
     require_count,
     require_device,
     require_folder,
+    require_key,
     require_model,
+    require_positive,
     require_slot_key,
     resolve_params,
 )
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute.models import AsignModel, AsignPanels, AsignParams
+    from spatial_impute.models._spots import Spots
 
 
 def fit_asign(
@@ -199,6 +202,7 @@ def impute_3d(
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
+    depth: float | str | None = None,
     device: str | None = None,
     key_added: str = Keys.ASIGN,
     inplace: bool = True,
@@ -213,6 +217,10 @@ def impute_3d(
         Model of :func:`~spatial_impute.tl.fit_asign`.
     table_key, layer, graph_key
         Stack table, layer with log-normalised expression, graph.
+    depth
+        Total counts (all genes) of the measurements that ``layers['asign_sd']`` is for: a number, or a column of
+        ``obs``. By default what each spot is expected to have, predicted from ``obs['total_counts']`` of the measured
+        ones. Imputed values do not depend on it.
     device
         Torch device; ``settings.device`` by default.
     key_added
@@ -230,6 +238,8 @@ def impute_3d(
         (n_spots, n_genes) standard deviation of what a measurement would show around the imputed value, such that
         intervals of 1.645 of them cover 90 % of held-out spots; wider where support is low, 0 at measured spots.
         Sections that differ in depth or stain from the measured ones are covered less: no held-out block shows that.
+    `.obs['imputation_depth']` : (``float32``)
+        Total counts of the measurement that ``asign_sd`` is for; NaN where ``obs['total_counts']`` is not known.
     `.obs['imputation_support']` : (``float32``)
         0-1: how much of the measurement reaches the spot over the 3D graph; 1 at measured spots, 0 where none does.
     `.obs['imputation_source']` : :class:`~pandas.Categorical`
@@ -249,7 +259,7 @@ def impute_3d(
         If the stack lacks genes, features, graph, registration, or a base layer of the model.
     ValueError
         If features come from another encoder, expression has other units, spots were moved since the graph was built,
-        or nothing is measured.
+        nothing is measured, or `depth` is not positive or asked for without total counts.
 
     Examples
     --------
@@ -277,15 +287,21 @@ def impute_3d(
         raise ValueError(msg)
     require_same_units((model.config.get("units", "unknown"), units(table)))
     spots = replace(spots, bases=read_bases(table, model.config.get("base_layers", ())))
-    result = model._impute(spots, device=device)
+    wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
+    result = model._impute(spots, depth=wanted, device=device)
     origin = provenance(record, table, spots.known) | {
         "model": model.identity,
         "model_params": asdict(model.params),
         "seed": int(model.config["seed"]),
         "weights": {name: float(w) for name, w in model.weights.mean().items()},
         "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
+        "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
     }
-    obs = {Keys.SUPPORT: result.support, Keys.SOURCE: _source(spots.known, result.support)}
+    obs = {
+        Keys.SUPPORT: result.support,
+        Keys.SOURCE: _source(spots.known, result.support),
+        Keys.DEPTH: result.depth.astype(np.float32),
+    }
     var = {
         Keys.PREDICTABILITY: model.predictability.reindex(table.var_names).to_numpy(),
         Keys.PREDICTABLE: model.predictable.reindex(table.var_names).to_numpy(dtype=bool),
@@ -315,6 +331,32 @@ def impute_3d(
     table.uns[key_added] = origin
     log_added(f"{where}.uns[{key_added!r}]")
     return None
+
+
+def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:
+    """(n,) total counts that intervals are wanted for, or None for the expected ones."""
+    if depth is None:
+        return None
+    if spots.total_counts is None:
+        msg = (
+            f"`depth` needs total counts of the measured spots, found none in {where}[{Keys.TOTAL_COUNTS!r}]. "
+            "Run `si.pp.select_genes(sdata)` on raw counts, or leave out `depth`."
+        )
+        raise ValueError(msg)
+    if not isinstance(depth, str):
+        return np.full(table.n_obs, require_positive(depth, name="depth", unit="total counts"))
+    require_key(depth, table.obs, where=where)
+    values = pd.to_numeric(table.obs[depth], errors="coerce").to_numpy(dtype=np.float64, copy=True)
+    bad = ~spots.known & ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        msg = (
+            f"{where}[{depth!r}] must be positive at all unmeasured spots; it is {table.obs[depth].iloc[row]} at "
+            f"{table.obs_names[row]!r}. Fill it, or pass a number as `depth`."
+        )
+        raise ValueError(msg)
+    values[spots.known] = spots.total_counts
+    return values
 
 
 def _source(known: np.ndarray, support: np.ndarray) -> pd.Categorical:

@@ -329,6 +329,27 @@ IMPUTING = [
         lambda w: impute(w, key_added="measured"),
     ),
     refuses(
+        "tl.impute_3d", "a depth of 0", ValueError, "`depth` must be a positive number", lambda w: impute(w, depth=0)
+    ),
+    refuses(
+        "tl.impute_3d", "a depth that is no column", KeyError, "'nope' not found", lambda w: impute(w, depth="nope")
+    ),
+    refuses(
+        "tl.impute_3d",
+        "a column of depth with gaps",
+        ValueError,
+        "must be positive at all unmeasured spots; it is nan at 's0_0'",
+        lambda w: impute(w, depth="total_counts"),
+    ),
+    refuses(
+        "tl.impute_3d",
+        "a depth where total counts are not known",
+        ValueError,
+        "`depth` needs total counts of the measured spots",
+        lambda w: impute(w, depth=1000),
+        change=lambda w: w.table.obs.drop(columns="total_counts", inplace=True),
+    ),
+    refuses(
         "tl.impute_baseline", "an unknown method", ValueError, "`method` must be one of", lambda w: baseline(w, "magic")
     ),
     refuses(
