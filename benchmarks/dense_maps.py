@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import subprocess
 import sys
 import tempfile
@@ -404,6 +405,36 @@ def kill(options: argparse.Namespace) -> None:
         )
 
 
+def undisturbed(options: argparse.Namespace) -> None:
+    """Tiles per second of one process that waits for its start, for :func:`processes`."""
+    with tempfile.TemporaryDirectory() as name:
+        small, small_path = slide_on_disk(Path(name), 1024)
+        sdata, path = slide_on_disk(Path(name), options.pixels)
+        model = random_model(64, "tellez-multitask", 1.0)
+        arguments = {"tissue_only": False, "inplace": False, **FRAME}
+        si.tl.predict_dense(small, "he", model, store=small_path, tile_size=512, **arguments)
+        print("ready", flush=True)
+        input()
+        start = time.perf_counter()
+        si.tl.predict_dense(sdata, "he", model, store=path, tile_size=options.tile, **arguments)
+        print((-(-options.pixels // options.tile)) ** 2 / (time.perf_counter() - start), flush=True)
+
+
+def processes(n: int, options: argparse.Namespace) -> float:
+    """Tiles per second of `n` processes that have nothing to do with each other: what the machine has to give."""
+    command = [sys.executable, __file__, "undisturbed", "--pixels", str(options.pixels), "--tile", str(options.tile)]
+    keep = os.environ | {key: str(value) for key, value in KEEP_MEMORY.items()}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": keep}
+    running = [subprocess.Popen(command, **pipes) for _ in range(n)]
+    for process in running:
+        process.stdout.readline()
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    rates = [float(process.communicate()[0]) for process in running]
+    return sum(rates)
+
+
 def workers(options: argparse.Namespace) -> None:
     """Two worker processes against one: bytes, and tiles per second once the workers have loaded the network."""
     import dask
@@ -425,6 +456,7 @@ def workers(options: argparse.Namespace) -> None:
             si.tl.predict_dense(sdata, "he", model, store=path, key_added=key, **arguments)
             return n_tiles / (time.perf_counter() - start)
 
+        alone, beside = processes(1, options), processes(2, options)
         rates = {"serial": rate("serial")}
         for n in (1, 2):
             with (
@@ -438,7 +470,8 @@ def workers(options: argparse.Namespace) -> None:
             f"{n_tiles} tiles, 64 genes, tellez-multitask; bytes equal: {len(set(bytes_of.values())) == 1}; tiles per "
             f"second: this process {rates['serial']:.3f}, one worker {rates['workers1']:.3f}, two {rates['workers2']:.3f}; "
             f"two over one {rates['workers2'] / rates['workers1']:.2f}, over this process "
-            f"{rates['workers2'] / rates['serial']:.2f}"
+            f"{rates['workers2'] / rates['serial']:.2f}; of processes that have nothing to do with each other two are "
+            f"{beside / alone:.2f} times as fast as one ({alone:.3f})"
         )
 
 
@@ -447,6 +480,7 @@ PARTS = {
     "memory": memory,
     "regions": regions,
     "storage": storage,
+    "undisturbed": undisturbed,
     "kill": kill,
     "workers": workers,
 }

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from spatial_impute._registration import RegistrationParams
 from spatial_impute._validation import (
     looks_like_counts,
     require_finite,
@@ -14,6 +16,7 @@ from spatial_impute._validation import (
     require_positive,
     resolve_params,
 )
+from spatial_impute.models import AsignParams, PixNetParams
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,15 @@ def test_resolve_params_lists_unknown_fields():
         resolve_params({"width": 1, "shape": 2}, Params)
     with pytest.raises(TypeError, match="Expected None, a mapping or Params, found int"):
         resolve_params(3, Params)
+
+
+@pytest.mark.parametrize("cls", [AsignParams, PixNetParams, RegistrationParams])
+def test_settings_take_numbers_from_files(cls):
+    """YAML reads 1e-3 as text."""
+    for field in dataclasses.fields(cls):
+        if field.type != "float":
+            continue
+        value = getattr(cls(), field.name)
+        assert getattr(cls(**{field.name: str(value)}), field.name) == value
+        with pytest.raises(ValueError, match=rf"`{field.name}` must be a number, found"):
+            cls(**{field.name: "much"})

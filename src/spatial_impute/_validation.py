@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -192,6 +193,22 @@ def require_log_values(values: np.ndarray, *, where: str) -> None:
             "Normalise over all genes and take log1p: `si.pp.select_genes(sdata)` does both from the count tables."
         )
         raise ValueError(msg)
+
+
+def make_floats(params: object) -> None:
+    """Turn fields of settings that are annotated ``float`` into floats, or raise a ``ValueError``.
+
+    Settings come from files as well, and YAML reads ``1e-3`` as text.
+    """
+    for field in dataclasses.fields(params):  # type: ignore[arg-type]
+        if field.type in (float, "float"):
+            value = getattr(params, field.name)
+            try:
+                number = float(value)
+            except (OverflowError, TypeError, ValueError) as error:
+                msg = f"`{field.name}` must be a number, found {value!r}."
+                raise ValueError(msg) from error
+            object.__setattr__(params, field.name, number)
 
 
 def resolve_params(params: object, cls: type[_Params]) -> _Params:

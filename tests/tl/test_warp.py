@@ -271,6 +271,8 @@ def test_a_section_without_deformation(sdata):
         ("s0_spots", {"key_added": "s0_spots"}, ValueError, "must differ"),
         ("s0_image", {"pixel_size": -1.0}, ValueError, "pixel_size"),
         ("s0_image", {"pixel_size": 1e-6}, ValueError, "choose a larger one"),
+        ("s0_image", {"pixel_size": 1e-300}, ValueError, "choose a larger one"),
+        ("s0_image", {"pixel_size": 10**30}, ValueError, "larger than the image"),
         ("s0_displacement", {}, KeyError, "no transformation to a section"),
     ],
 )

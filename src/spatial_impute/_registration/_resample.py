@@ -46,11 +46,18 @@ def output_grid(
         (height, width) in px.
     """
     border = transform.points(apply_affine(_outline(0, 0, shape[1], shape[0]), to_section))
+    extent = np.ptp(border, axis=0)
+    if pixel_size > extent.max():
+        msg = f"A `pixel_size` of {pixel_size:g} um is larger than the image, {extent[0]:g} x {extent[1]:g} um."
+        raise ValueError(msg)
+    with np.errstate(over="ignore"):  # of the smallest numbers there are; refused below
+        across = extent / pixel_size
+        n_pixels = across.prod()
+    if not n_pixels <= _MAX_PIXELS:
+        msg = f"A `pixel_size` of {pixel_size:g} um makes an image of {across[0]:.3g} x {across[1]:.3g} pixels; choose a larger one."
+        raise ValueError(msg)
     low = np.floor(border.min(axis=0) / pixel_size)
     width, height = (np.ceil(border.max(axis=0) / pixel_size) - low).astype(int)
-    if int(width) * int(height) > _MAX_PIXELS:
-        msg = f"A `pixel_size` of {pixel_size:g} um makes an image of {width} x {height} pixels; choose a larger one."
-        raise ValueError(msg)
     grid = scaling(pixel_size)
     grid[:2, 2] = low * pixel_size
     return grid, (int(height), int(width))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._tissue import tissue_mask
+from spatial_impute._validation import make_floats
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -78,6 +79,7 @@ class RegistrationParams:
     """Distance in um between chained and direct registration up to which the chain is kept."""
 
     def __post_init__(self) -> None:
+        make_floats(self)
         counts = {"working_side": 64, "syn_side": 64, "search_side": 32, "n_angles": 4, "n_candidates": 1}
         for name, low in counts.items():
             value = getattr(self, name)

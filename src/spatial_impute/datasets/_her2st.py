@@ -141,7 +141,7 @@ def her2st(
         raise ValueError(msg)
     for name in measured:
         require_key(name, images, where=f"sections of patient {patient!r}")
-    require_positive(section_spacing, name="section_spacing", unit="um")
+    section_spacing = require_positive(section_spacing, name="section_spacing", unit="um")
 
     files = {name: _fetch_section(name, image) for name, image in images.items()}
     read = [name for name in images if truth or name in measured]

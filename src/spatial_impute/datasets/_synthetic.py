@@ -143,8 +143,8 @@ def synthetic_stack(
     if n_sections < 1 or n_genes < 3:
         msg = f"Need `n_sections` >= 1 and `n_genes` >= 3, found {n_sections} and {n_genes}."
         raise ValueError(msg)
-    for name, value in {"extent": extent, "mpp": mpp, "spot_diameter": spot_diameter, "spot_pitch": spot_pitch}.items():
-        require_positive(value, name=name, unit="um")
+    lengths = {"extent": extent, "mpp": mpp, "spot_diameter": spot_diameter, "spot_pitch": spot_pitch}
+    extent, mpp, spot_diameter, spot_pitch = (require_positive(v, name=k, unit="um") for k, v in lengths.items())
     names = [f"s{i}" for i in range(n_sections)]
     measured = [names[n_sections // 2]] if measured is None else list(measured)
     for name in measured:

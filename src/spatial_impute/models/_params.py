@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute._validation import make_floats, require_one_of, require_positive
 
 _LARGEST = 1e18  # of step sizes and weights: products of two are numbers in single precision, beyond it torch fails
 
@@ -51,6 +51,7 @@ class AsignParams:
     within the network."""
 
     def __post_init__(self) -> None:
+        make_floats(self)
         for name in ("width", "n_heads", "n_neighs", "n_graph_layers", "n_level_layers", "n_steps", "n_gene_groups"):
             value = getattr(self, name)
             most = 2**31 if name in ("n_steps", "n_neighs") else 2**14  # beyond it no machine holds the network
@@ -141,6 +142,7 @@ class PixNetParams:
     """Bring the mean optical density of the tissue of each slide to that of the training slides."""
 
     def __post_init__(self) -> None:
+        make_floats(self)
         counts = ("width", "finest_stride", "crop", "n_crops", "max_regions", "n_steps_per_check", "patience")
         for name, least in {
             **dict.fromkeys(counts, 1),
@@ -159,7 +161,8 @@ class PixNetParams:
         require_one_of(self.loss, ("mse+pcc", "poisson", "nb"), name="loss")
         require_positive(self.learning_rate, name="learning_rate")
         if self.resolution is not None:
-            require_positive(self.resolution, name="resolution", unit="um per pixel")
+            resolution = require_positive(self.resolution, name="resolution", unit="um per pixel")
+            object.__setattr__(self, "resolution", resolution)
         if not 0 < self.held_out_fraction < 1:
             msg = f"`held_out_fraction` must lie between 0 and 1, found {self.held_out_fraction!r}."
             raise ValueError(msg)

@@ -164,7 +164,7 @@ def imputed(
     require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then="Run `si.tl.register_stack(sdata)` first.")
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
     require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
-    require_positive(size, name="size")
+    size = require_positive(size, name="size")
     members = {section.name: np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted}
     shown = np.concatenate(list(members.values()))
     if not shown.size:

@@ -147,7 +147,7 @@ def registration(
         raise ValueError(msg)
     titles = check_titles(title, wanted)
     if resolution is not None:
-        require_positive(resolution, name="resolution", unit="um per pixel")
+        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     if int(n_tiles) < 2:
         msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
         raise ValueError(msg)

@@ -145,7 +145,7 @@ def stack(
         msg = f"`ncols` must be at least 1, found {ncols!r}."
         raise ValueError(msg)
     if resolution is not None:
-        require_positive(resolution, name="resolution", unit="um per pixel")
+        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     shown = np.empty(0)
     if coloring is not None and table is not None:
         shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in wanted]).to_numpy()]

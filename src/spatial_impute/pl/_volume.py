@@ -153,7 +153,7 @@ def volume(
         msg = f"`ncols` must be at least 1, found {ncols!r}."
         raise ValueError(msg)
     if resolution is not None:
-        require_positive(resolution, name="resolution", unit="um")
+        resolution = require_positive(resolution, name="resolution", unit="um")
     values = layer_values(table, genes, layer, table_key=table_key)
     titles = [gene_title(table, gene, layer) for gene in genes] if title is None else title
     titles = [titles] if isinstance(titles, str) else list(titles)

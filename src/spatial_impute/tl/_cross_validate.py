@@ -153,7 +153,7 @@ def cross_validate(
         require_one_of(name, allowed, name="methods")
     require_one_of(by, ("method", "gene"), name="by")
     n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
-    require_positive(block_spacings, name="block_spacings")
+    block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
         msg = f"Methods are compared on log values; `pixnet_params` asks for the loss {pixnet.loss!r}, for counts."

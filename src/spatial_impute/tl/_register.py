@@ -167,7 +167,7 @@ def register_stack(
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")
     if resolution is not None:
-        require_positive(resolution, name="resolution", unit="um per pixel")
+        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     params = resolve_params(registration_params, RegistrationParams)
     seed = require_count(seed, name="seed", least=0)
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)

@@ -119,7 +119,7 @@ def warp_element(
         if vector:
             msg = f"`pixel_size` is for images and labels; `{key}` holds {'points' if model is PointsModel else 'shapes'}."
             raise ValueError(msg)
-        require_positive(pixel_size, name="pixel_size", unit="um")
+        pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
     mapping = _mapping(transform, to_section)
     if model is PointsModel:
         new = _warp_points(element, mapping, target)
