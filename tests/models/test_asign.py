@@ -174,6 +174,7 @@ def test_fit_on_several_stacks_and_several_sections(small_prepared):
     model = si.tl.fit_asign(sdata, model_params=SMALL)
     assert model.config["sections"] == [["s0", "s2"]]
     assert len(model._networks) == 2  # each measured section is held out once
+    assert model._tensors["whole_sections"].item()  # so that it shows how depth is predicted elsewhere
     si.tl.impute_3d(sdata, model)
     assert np.isfinite(sdata.tables["stack"].layers["asign"]).all()
 

@@ -10,6 +10,7 @@ from spatial_impute.models._intervals import (
     expected_noise,
     held_out_noise,
     held_out_spread,
+    noise_elsewhere,
     spot_scale,
     spread_by_support,
 )
@@ -107,6 +108,23 @@ def test_expected_noise_follows_depth_to_spots_without_counts():
     found = expected_noise(spots)
     assert np.abs(np.log(found / true))[~spots.known].max() < 0.4
     assert np.isnan(expected_noise(replace(spots, total_counts=None))).all()
+
+
+def test_depth_is_half_believed_where_no_section_was_held_out(prepared_stack, quick_params):
+    spots = lattice_with_depth()
+    noise = expected_noise(spots)
+    found = noise_elsewhere(spots, noise, 3e-4)
+    np.testing.assert_array_equal(found[spots.known], noise[spots.known])
+    np.testing.assert_allclose(found[~spots.known], (noise[~spots.known] + 3e-4) / 2)
+    partly = noise_elsewhere(replace(spots, known=np.ones(len(noise), dtype=bool)), noise, 3e-4)
+    np.testing.assert_array_equal(partly, noise)
+
+    model = si.tl.fit_asign(prepared_stack, model_params=quick_params)  # one measured section
+    rows = ~prepared_stack.tables["stack"].obs["measured"].to_numpy()
+    halves = 1 / si.tl.impute_3d(prepared_stack, model, inplace=False).obs["imputation_depth"].to_numpy()[rows]
+    model._tensors["whole_sections"][:] = True
+    whole = 1 / si.tl.impute_3d(prepared_stack, model, inplace=False).obs["imputation_depth"].to_numpy()[rows]
+    np.testing.assert_allclose(halves, (whole + float(model._tensors["noise"][0])) / 2, rtol=1e-5)
 
 
 def test_held_out_noise_does_not_see_the_own_fold():

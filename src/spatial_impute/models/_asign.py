@@ -23,7 +23,7 @@ from spatial_impute.models._baselines import METHODS
 from spatial_impute.models._cokriging import cokriging
 from spatial_impute.models._inference import predict
 from spatial_impute.models._inputs import build_network, graph_inputs, suitable_threads, with_components
-from spatial_impute.models._intervals import expected_noise, spot_scale, spread_by_support
+from spatial_impute.models._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models._params import AsignParams
 
 if TYPE_CHECKING:
@@ -164,12 +164,19 @@ class AsignModel:
         expression[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
         sd = spread_by_support(support, float(usual[0]), *spreads)
-        noise = expected_noise(spots) if depth is None else 1.0 / depth
+        noise = self._expected_noise(spots) if depth is None else 1.0 / depth
         if spots.total_counts is not None:
             noise[spots.known] = 1.0 / spots.total_counts
         sd *= spot_scale(noise, self._tensors["noise"].numpy())[:, None].astype(np.float32)
         sd[spots.known] = 0.0
         return Imputation(expression, sd, support, 1.0 / noise)
+
+    def _expected_noise(self, spots: Spots) -> np.ndarray:
+        """(n,) counting noise of the measurements that intervals are for."""
+        noise = expected_noise(spots)
+        if self._tensors["whole_sections"].item():
+            return noise
+        return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
 
     def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
         """(n, g) mean over the networks, standardised."""

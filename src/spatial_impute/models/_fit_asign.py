@@ -135,6 +135,7 @@ def fit(
             held_out_spread((held_out["mean"] - truth) / size, n_blocks), dtype=torch.float32
         ),
         "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
+        "whole_sections": torch.tensor([all(len(np.unique(s.section[s.known])) > 1 for s in stacks)]),
     }
 
     scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}

@@ -54,6 +54,17 @@ def expected_noise(spots: Spots) -> np.ndarray:
     return np.exp(cokriging(replace(spots, expression=log_noise, total_counts=None))[:, 0])
 
 
+def noise_elsewhere(spots: Spots, noise: np.ndarray, usual: float) -> np.ndarray:
+    """(n,) counting noise to expect where one section alone tells how depth varies.
+
+    On the measured section held-out blocks have shown how well depth is predicted. On another one it may follow place
+    and image as well, or come from how that section was processed, in which case nothing is known of it and a spot has
+    the usual noise. One section cannot tell which, so the variance is the mean of both.
+    """
+    measured = np.isin(spots.section, np.unique(spots.section[spots.known]))
+    return np.where(measured, noise, (noise + usual) / 2)
+
+
 def held_out_noise(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
     """(n_known,) :func:`expected_noise` of each known spot while its fold is hidden."""
     noise = np.full(len(spots.known), np.nan)
