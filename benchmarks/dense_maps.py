@@ -7,7 +7,8 @@ Run ``python benchmarks/dense_maps.py PART`` with PART one of
 ``regions``                 1,000,000 or more bins, and ``spatialdata.aggregate`` by labels on the same task
 ``storage``                 files of a stored map of 250 genes, and what drawing one of them reads
 ``kill``                    kill -9 at 20 random moments while a map is written
-``workers``                 two dask worker processes against one: bytes and speed
+``workers``                 two dask worker processes against one: bytes and speed; two processes that know nothing of each
+                            other (``undisturbed``, started by it) show what the machine has to give
 """
 
 from __future__ import annotations

@@ -216,11 +216,11 @@ def write_tiles(
             on_tile()
         return
     # One copy of network and image per worker.
-    tasks = [(store.job, tile, array, done) for tile in _by_turns(tiles, len(client.nthreads()))]
+    tasks = [(store.job, tile, array, done) for tile in by_turns(tiles, len(client.nthreads()))]
     run_on_workers(client, write_tile, tasks, broadcast=True, on_done=on_tile)
 
 
-def _by_turns(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, int]]:
+def by_turns(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, int]]:
     """Tiles in an order in which workers that take turns each go through a part of the slide.
 
     Neighbouring tiles share chunks of the image, which a worker keeps.

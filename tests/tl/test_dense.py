@@ -13,6 +13,7 @@ from spatialdata.transformations import get_transformation
 from torch.nn import functional as F
 
 import spatial_impute as si
+from spatial_impute._dense_store import by_turns
 from spatial_impute.models._dense import DenseJob
 
 KEY = "s0_image_expression"
@@ -198,6 +199,19 @@ def test_workers_write_the_same_bytes(stored, small_pixnet):
     ):
         si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store)
     assert same_with_nan(sd.read_zarr(store).images[KEY].compute(scheduler="synchronous"), expected)
+
+
+@pytest.mark.parametrize(("n_tiles", "n_workers"), [(1, 2), (10, 2), (11, 3), (3, 5), (4, 0)])
+def test_workers_that_take_turns_go_through_neighbouring_tiles(n_tiles, n_workers):
+    tiles = [(i // 4, i % 4) for i in range(n_tiles)]
+    dealt = by_turns(tiles, n_workers)
+    assert sorted(dealt) == tiles
+    size = -(-n_tiles // max(n_workers, 1))
+    for first in range(0, n_tiles, size):
+        own = [tile for tile in dealt if tile in tiles[first : first + size]]
+        assert own == tiles[first : first + size]
+    if n_tiles == n_workers * size:
+        assert all(dealt[k::n_workers] == tiles[k * size : (k + 1) * size] for k in range(n_workers))
 
 
 def test_one_gene_of_many_is_read_without_the_others(stored, small_pixnet, monkeypatch):
