@@ -120,11 +120,12 @@ def test_mean_of_a_constant_map_does_not_depend_on_the_radius():
     torch.testing.assert_close(sums[held, 0] / n_pixels[held], torch.full((int(held.sum()),), 2.5).double())
 
 
-def test_region_without_a_pixel_centre_is_sampled_at_its_centre(cells):
+@pytest.mark.parametrize(("x", "y"), [(11, 21), (1, 1), (WIDTH - 2, HEIGHT - 1)])
+def test_region_without_a_pixel_centre_is_sampled_at_its_centre(cells, x, y):
     """Two discs between pixel centres; between these four the map is bilinear."""
-    discs = Discs(np.array([[11.0, 21.0], [WIDTH + 5.0, 20.0]]), np.array([0.3, 0.3]))
+    discs = Discs(np.array([[x, y], [WIDTH + 5.0, 20.0]], dtype=float), np.array([0.3, 0.3]))
     sums, n_pixels = bag(cells, discs, IMAGE, GRID, IMAGE)
-    around = resized(cells)[:, 20:22, 10:12].mean(dim=(1, 2))
+    around = resized(cells)[:, y - 1 : y + 1, x - 1 : x + 1].mean(dim=(1, 2))
     torch.testing.assert_close(sums[0] / n_pixels[0], around)
     assert n_pixels[0] == pytest.approx(np.pi * 0.09)
     assert n_pixels[1] == 0
