@@ -43,7 +43,7 @@ def main() -> None:
         table = sdata.tables["stack"]
         print(f"\n{name}: {int(table.obs['measured'].sum())} measured spots of {table.n_obs}, {table.n_vars} genes")
         scores = si.metrics.evaluate(sdata, truth)
-        print(scores[["pearson_gene", "pearson_gene_positive", "mse", "skill"]].round(4).to_string())
+        print(scores[["pearson_gene", "pearson_gene_positive", "mse", "skill", "coverage"]].round(4).to_string())
         sections = si.metrics.evaluate(sdata, truth, by="section")["pearson_gene"].unstack()
         print(
             "ASIGN - co-kriging:",

@@ -265,6 +265,17 @@ def test_build_graph_takes_as_many_neighbours_as_asked_for_on_each_section():
     assert far.weights[16].nnz == 0
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_build_graph_links_the_nearest_spots_of_the_other_section_and_no_more(k):
+    rng = np.random.default_rng(0)
+    xyz = np.column_stack([rng.uniform(0, 10, (60, 2)), np.repeat([0.0, 1.0], 30)])
+    section = np.repeat([0, 1], 30)
+    graph = build(xyz, section, np.full(60, 1e-3), n_cross_neighs=k, max_distance=100.0)
+    length = np.linalg.norm(xyz[:30, None, :2] - xyz[None, 30:, :2], axis=2)
+    rank_there, rank_here = (length.argsort(axis=a, kind="stable").argsort(axis=a, kind="stable") for a in (1, 0))
+    np.testing.assert_array_equal(dense(graph.weights)[:30, 30:] > 0, (rank_there < k) | (rank_here < k))
+
+
 def test_standardise_by_section_removes_stain_differences():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(40, 3))
