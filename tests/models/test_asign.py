@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -161,8 +162,6 @@ def test_load_refuses_what_is_no_model(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_fit_on_several_stacks_and_several_sections(small_prepared):
-    import copy
-
     both = [copy.deepcopy(small_prepared), copy.deepcopy(small_prepared)]
     model = si.tl.fit_asign(both, model_params=SMALL)
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
@@ -304,3 +303,12 @@ def test_large_stacks_are_learned_from_regions_and_imputed_whole(small_stack, mo
     rows = table.obs["measured"].to_numpy()
     np.testing.assert_allclose(table.layers["asign"][rows], table.layers["measured"][rows], rtol=1e-6)
     assert model.cross_validation.loc["asign", "skill"] > 0
+
+
+def test_a_model_that_lacks_a_part_is_refused_when_loaded(model, tmp_path):
+    """As one saved by a version that did not have it."""
+    incomplete = copy.copy(model)
+    incomplete._tensors = {key: value for key, value in model._tensors.items() if key != "whole_sections"}
+    incomplete.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="do not fit their configuration"):
+        si.models.AsignModel.load(tmp_path / "model")

@@ -139,14 +139,14 @@ def evaluate(
         true_of.append(true)
     for key in wanted:
         values = np.asarray(table.layers[key], dtype=float)[:, columns]
+        sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
         for spots in spots_of:
             require_finite(
                 values[spots], name=f"sdata.tables[{table_key!r}].layers[{key!r}]", row_names=table.obs_names[spots]
             )
         if by == "pooled":
             spots, true = np.concatenate(spots_of), np.concatenate(true_of)
-            coverage = {"coverage": _coverage(table, key, spots, columns, true)}
-            scores.append(_score(values[spots], true, profile[columns]) | coverage)
+            scores.append(_score(values, sd, spots, true, profile[columns]))
             continue
         for name, spots, true in zip(sections, spots_of, true_of, strict=True):
             if by == "gene":
@@ -156,9 +156,8 @@ def evaluate(
             spatial = {
                 "moran_gap": moran_gap(values[spots], true, xy[spots]),
                 "ssim": structural_similarity(values[spots], true, xy[spots]),
-                "coverage": _coverage(table, key, spots, columns, true),
             }
-            scores.append(_score(values[spots], true, profile[columns]) | spatial)
+            scores.append(_score(values, sd, spots, true, profile[columns]) | spatial)
     if by == "gene":
         means = {key: pd.DataFrame(values).mean().to_numpy() for key, values in by_gene.items()}
         return pd.DataFrame(means, index=pd.Index(genes, name="gene"))
@@ -183,18 +182,14 @@ def _require_values(truth: object) -> None:
         raise ValueError(msg)
 
 
-def _score(predicted: np.ndarray, true: np.ndarray, profile: np.ndarray) -> dict[str, float]:
+def _score(
+    values: np.ndarray, sd: np.ndarray | None, spots: np.ndarray, true: np.ndarray, profile: np.ndarray
+) -> dict[str, float]:
+    """Scores of some spots; the coverage is NaN for layers without standard deviations."""
+    predicted = values[spots]
     low, high = bootstrap_interval(pearson_by_gene(predicted, true))
-    return summarise(predicted, true, profile) | {"low": low, "high": high}
-
-
-def _coverage(table: AnnData, key: str, spots: np.ndarray, columns: np.ndarray, true: np.ndarray) -> float:
-    """Share of the truth within the 90 % intervals of a layer; NaN if it has none."""
-    if Keys.sd(key) not in table.layers:
-        return float("nan")
-    rows = np.ix_(spots, columns)
-    values, sd = (np.asarray(table.layers[name], dtype=float)[rows] for name in (key, Keys.sd(key)))
-    return interval_coverage(values, sd, true)
+    coverage = float("nan") if sd is None else interval_coverage(predicted, sd[spots], true)
+    return summarise(predicted, true, profile) | {"low": low, "high": high, "coverage": coverage}
 
 
 def _mean_profile(table: AnnData, measured: np.ndarray) -> np.ndarray:

@@ -235,6 +235,8 @@ class AsignModel:
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
         shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
         shapes["weights"] = (n_genes, len(config["experts"]))
+        shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
+        shapes |= {"noise": (3,), "usual_support": (1,), "whole_sections": (1,)}
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
             raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
