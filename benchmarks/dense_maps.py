@@ -66,9 +66,9 @@ def main() -> None:
 
 def random_model(n_genes: int, encoder: str | nn.Module, resolution: float) -> si.models.PixNetModel:
     """Model with random decoder and head: what it predicts does not matter for what it costs."""
-    from spatial_impute.models._fit_pixnet import context_px
-    from spatial_impute.models._pixnet_network import PixNetNetwork
-    from spatial_impute.models._pyramid import build_pyramid
+    from spatial_impute.encoders._pyramids import build_pyramid
+    from spatial_impute.models.pixnet._fit import context_px
+    from spatial_impute.models.pixnet._network import PixNetNetwork
 
     torch.manual_seed(0)
     params = si.models.PixNetParams()
@@ -216,9 +216,9 @@ def regions(options: argparse.Namespace) -> None:
     from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
     from spatialdata.transformations import Identity
 
-    from spatial_impute.models._pixnet_network import PixNetNetwork
-    from spatial_impute.models._stencil import Polygons
-    from spatial_impute.models._tiles import bag
+    from spatial_impute.models.pixnet._network import PixNetNetwork
+    from spatial_impute.models.pixnet._region_weights import Polygons
+    from spatial_impute.models.pixnet._tiles import bag
 
     side = 8000
     with tempfile.TemporaryDirectory() as name:
@@ -257,7 +257,7 @@ def regions(options: argparse.Namespace) -> None:
     # The same task for both: sums of 16 channels over 4096 square labels of 16 px on 1024 x 1024 pixels.
     n, k = 1024, 16
     cells = torch.rand(16, n // 8, n // 8)
-    from spatial_impute.models._stencil import Box, CellGrid
+    from spatial_impute.models.pixnet._region_weights import Box, CellGrid
 
     pixels = nn.functional.interpolate(cells[None], size=(n, n), mode="bilinear")[0].numpy()
     x, y = np.meshgrid(*[np.arange(0, n, k)] * 2)
@@ -319,7 +319,7 @@ def _write_map(path: Path, key: str, log: Path) -> None:
     """What `kill` kills. Notes each tile before it is computed."""
     from spatialdata import read_zarr
 
-    from spatial_impute.models._dense import DenseJob
+    from spatial_impute.models.pixnet._dense_map import DenseJob
 
     compute = DenseJob.compute
 

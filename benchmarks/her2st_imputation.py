@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 import spatial_impute as si
-from spatial_impute.metrics._scores import bootstrap_interval
+from spatial_impute._scores import bootstrap_interval
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -18,7 +18,7 @@ import torch
 from scipy.spatial import cKDTree
 
 import spatial_impute as si
-from spatial_impute.metrics._scores import pearson_by_gene, summarise
+from spatial_impute._scores import pearson_by_gene, summarise
 
 
 def main() -> None:
@@ -211,10 +211,10 @@ def sizes(options: argparse.Namespace) -> None:
 
 def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> float:
     """Ridge on the features of one patch around each region, whatever its size."""
-    from spatial_impute._patches import iter_patches
-    from spatial_impute.models._encoders import resolve_encoder
-    from spatial_impute.models._pixnet_base import fit_base
-    from spatial_impute.tl._regions import Frame, read_levels, read_shapes
+    from spatial_impute._image.patches import iter_patches
+    from spatial_impute.encoders._encoder import resolve_encoder
+    from spatial_impute.models.pixnet._base import fit_base
+    from spatial_impute.tl._read_regions import Frame, read_levels, read_shapes
 
     encoder = resolve_encoder("tellez-multitask", patch_px=64, device="cpu")
 

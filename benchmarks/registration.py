@@ -24,10 +24,10 @@ import pandas as pd
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
-from spatial_impute._registration._ants import fit_deformable
-from spatial_impute._registration._channel import deformation_channel, working_pixel
-from spatial_impute._registration._deform import contrast_fits
-from spatial_impute._registration._orientation import pose
+from spatial_impute._registration.ants_fits import fit_deformable
+from spatial_impute._registration.channel import deformation_channel, working_pixel
+from spatial_impute._registration.deform_pair import contrast_fits
+from spatial_impute._registration.orientation import pose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -279,7 +279,7 @@ def there_and_back(sdata: object, name: str) -> dict[str, float]:
     from spatialdata.transformations import Scale
 
     import spatial_impute as si
-    from spatial_impute._registration._elements import load_transform
+    from spatial_impute._registration.elements import load_transform
     from spatial_impute._stack import element_affine, load_record
 
     spots, transform = sdata.tables["stack"], load_transform(sdata, load_record(sdata), name)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spatial_impute.models._inputs import build_network
-from spatial_impute.models._msagnet import N_EDGE_FEATURES, GraphInputs
 from spatial_impute.models._params import AsignParams
-from spatial_impute.models._train import Episode, _step
+from spatial_impute.models.asign._graph_inputs import build_network
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs
+from spatial_impute.models.asign._training import Episode, _step
 
 if TYPE_CHECKING:
     from collections.abc import Callable

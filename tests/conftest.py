@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 
 import spatial_impute as si
-from spatial_impute._raster import Level
+from spatial_impute._image.levels import Level
 
 if TYPE_CHECKING:
     from anndata import AnnData

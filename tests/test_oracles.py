@@ -17,9 +17,9 @@ from scipy import sparse
 
 import spatial_impute as si
 from spatial_impute._geometry import apply_affine
-from spatial_impute.metrics._scores import pearson_by_spot
-from spatial_impute.models._propagation import propagate
-from spatial_impute.models._train import correlation_loss
+from spatial_impute._scores import pearson_by_spot
+from spatial_impute.models.asign._propagation import propagate
+from spatial_impute.models.asign._training import correlation_loss
 
 
 @pytest.mark.parametrize(("p", "after_20_steps"), [(1 / 3, 3.0e-4), (1 / 6, 2.61e-2)])

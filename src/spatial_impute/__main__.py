@@ -25,12 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     if options.command == "demo":
-        from spatial_impute._demo import run_demo
+        from spatial_impute._cli.demo import run_demo
 
         run_demo(options.output, data=options.data)
         return 0
     if options.command == "info":
-        from spatial_impute._cli._info import info
+        from spatial_impute._cli.info import info
 
         print(info())
         return 0
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from spatial_impute._cli._config import EXAMPLE, ConfigError, read_config
+    from spatial_impute._cli.config import EXAMPLE, ConfigError, read_config
 
     if options.example:
         print(EXAMPLE, end="")
@@ -55,7 +55,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             print(f"{options.config}: {len(config.sections)} sections, output to {config.output}")
             return 0
         import spatial_impute as si
-        from spatial_impute._cli._run import run
+        from spatial_impute._cli.run import run
 
         before = si.settings.show_progress_bar
         si.settings.show_progress_bar = before and sys.stderr.isatty()  # a bar fills the log of a batch job

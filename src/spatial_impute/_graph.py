@@ -9,7 +9,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute._geometry import disc_iou
-from spatial_impute._similar import similar_pairs
+from spatial_impute._similarity import similar_pairs
 
 _COLUMNS_AT_A_TIME = 32  # features to hold in double precision
 

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
+from spatial_impute._image.levels import Level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._raster import Level, image_levels
 from spatial_impute._validation import name_list, require_finite, require_key
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 
 import spatial_impute as si
 from spatial_impute.__main__ import main
-from spatial_impute._cli._config import EXAMPLE, ConfigError, all_methods, check_config, read_config
+from spatial_impute._cli.config import EXAMPLE, ConfigError, all_methods, check_config, read_config
 
 GOOD = {
     "sections": {"s0": {"image": "s0.tif", "mpp": 0.5}, "s1": {"spaceranger": "outs"}},
@@ -174,7 +174,7 @@ def test_info_lists_versions_devices_and_data(tmp_path, monkeypatch, capsys):
 def test_page_of_the_command_line_explains_every_key():
     from pathlib import Path
 
-    from spatial_impute._cli._config import RunConfig, SectionConfig
+    from spatial_impute._cli.config import RunConfig, SectionConfig
 
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     keys = (set(RunConfig.__dataclass_fields__) | set(SectionConfig.__dataclass_fields__)) - {"source", "path"}

@@ -16,9 +16,9 @@ from scipy import sparse
 
 import spatial_impute as si
 from spatial_impute.__main__ import main
-from spatial_impute._cli._config import ConfigError, read_config
-from spatial_impute._cli._report import Results, cautions, to_html, to_markdown
-from spatial_impute._cli._run import assemble, plot_genes
+from spatial_impute._cli.config import ConfigError, read_config
+from spatial_impute._cli.report import Results, cautions, to_html, to_markdown
+from spatial_impute._cli.run import assemble, plot_genes
 
 RUN = """
 sections:
@@ -199,15 +199,15 @@ def test_html_escapes_and_markdown_leaves_missing_values_empty(tmp_path):
 
 
 def test_demo_leaves_what_it_names(small_stack, quick_params, tmp_path, monkeypatch):
-    from spatial_impute import _demo
+    from spatial_impute._cli import demo
 
     truth = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, truth=True)[1]
     fit = si.tl.fit_asign
-    monkeypatch.setattr(_demo, "_load", lambda data: (small_stack, truth, ["smooth_0", "texture_3"]))
+    monkeypatch.setattr(demo, "_load", lambda data: (small_stack, truth, ["smooth_0", "texture_3"]))
     monkeypatch.setattr(si.tl, "register_stack", lambda sdata: None)  # it is registered
     monkeypatch.setattr(si.tl, "fit_asign", lambda sdata: fit(sdata, model_params=quick_params))
     said = []
-    monkeypatch.setattr(_demo.logger, "info", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(demo.logger, "info", lambda text, *args: said.append(text % args))
     assert main(["demo", "--output", str(tmp_path / "out")]) == 0
     named = re.findall(rf"{tmp_path}/out/([\w.]+):", said[-1])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(named)

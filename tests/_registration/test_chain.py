@@ -13,7 +13,7 @@ from spatial_impute._registration import (
     deform_stack,
     warp_along_path,
 )
-from spatial_impute._registration._orientation import pose
+from spatial_impute._registration.orientation import pose
 
 NAMES = ["a", "b", "c", "d"]
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import RegistrationParams, SectionImage, register_pair
-from spatial_impute._registration._orientation import pose
+from spatial_impute._registration.orientation import pose
 
 SIZE = 16.0  # um per pixel
 SHAPE = (200, 240)

@@ -17,14 +17,14 @@ from spatial_impute._registration import (
     chain_to_reference,
     run_all,
 )
-from spatial_impute._registration._align import Placed
-from spatial_impute._registration._channel import Channel, contrast, deformation_channel, inside_only, shrink
-from spatial_impute._registration._deform import _agreement, _blocks, _common_view, _gain, _without, fit_deformation
-from spatial_impute._registration._manual import check_matrix, landmark_matrix
-from spatial_impute._registration._orientation import orientation_candidates, pose
-from spatial_impute._registration._quality import pull_back
-from spatial_impute._registration._residual import residual_error
-from spatial_impute._registration._score import StructureScore, edges_inside, mutual_information
+from spatial_impute._registration.channel import Channel, contrast, deformation_channel, inside_only, shrink
+from spatial_impute._registration.deform_pair import _agreement, _blocks, _common_view, _gain, _without, fit_deformation
+from spatial_impute._registration.deform_stack import Placed
+from spatial_impute._registration.orientation import orientation_candidates, pose
+from spatial_impute._registration.quality import pull_back
+from spatial_impute._registration.residual import residual_error
+from spatial_impute._registration.score import StructureScore, edges_inside, mutual_information
+from spatial_impute._registration.user_transforms import check_matrix, landmark_matrix
 
 SIZE = 10.0
 

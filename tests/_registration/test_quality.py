@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
-from spatial_impute._registration._channel import Channel, shrink
-from spatial_impute._registration._field import DisplacementField
-from spatial_impute._registration._orientation import pose
-from spatial_impute._registration._quality import (
+from spatial_impute._registration.channel import Channel, shrink
+from spatial_impute._registration.displacement import DisplacementField
+from spatial_impute._registration.orientation import pose
+from spatial_impute._registration.quality import (
     disagreement,
     field_quality,
     is_sane,
@@ -19,8 +19,8 @@ from spatial_impute._registration._quality import (
     tissue_dice,
     verdict,
 )
-from spatial_impute._registration._score import StructureScore
-from spatial_impute._registration._types import RegistrationParams
+from spatial_impute._registration.score import StructureScore
+from spatial_impute._registration.types import RegistrationParams
 
 PARAMS = RegistrationParams()
 GOOD = {"dice_after": 0.98, "score": 0.6, "margin": 0.3, "scale_min": 0.98, "scale_max": 1.02}

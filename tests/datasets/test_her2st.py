@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import spatial_impute as si
-from spatial_impute import _image_io
+from spatial_impute._image import reading
 from spatial_impute._stack import load_record, section_levels, spot_geometry
 from spatial_impute.datasets import _her2st
 
@@ -69,7 +69,7 @@ def test_her2st_images_are_lazy_pyramids(her2st, monkeypatch):
     assert [level.pixel_size for level in section_levels(sdata, load_record(sdata)["C4"])] == pytest.approx(
         [0.688, 1.376, 2.752, 5.504]
     )
-    monkeypatch.setattr(_image_io, "_decode_plain", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(reading, "_decode_plain", lambda *_: pytest.fail("decoded"))
     again = si.datasets.her2st("C", n_top_genes=None)
     coarse = again.images["C4_image"]["scale3"]["image"]
     assert 1100 < coarse.shape[1] < 1300
@@ -78,7 +78,7 @@ def test_her2st_images_are_lazy_pyramids(her2st, monkeypatch):
 
 
 def test_her2st_thumbnail_shows_the_section(her2st):
-    from spatial_impute._raster import read_thumbnail
+    from spatial_impute._image.levels import read_thumbnail
 
     sdata, _ = her2st
     rgb, to_um = read_thumbnail(section_levels(sdata, load_record(sdata)["C3"]), 20.0)

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 import spatial_impute as si
-from spatial_impute.metrics._scores import pearson_by_gene, summarise
+from spatial_impute._scores import pearson_by_gene, summarise
 
 
 @pytest.fixture

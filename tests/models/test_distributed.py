@@ -10,8 +10,8 @@ import sys
 
 import torch
 from torch import distributed
-from spatial_impute.models._msagnet import N_EDGE_FEATURES, GraphInputs, MSAGNet
-from spatial_impute.models._train import Episode, train
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
+from spatial_impute.models.asign._training import Episode, train
 
 N, D, G = 10, 4, 3
 
@@ -38,7 +38,7 @@ def run():
     return states[-1]
 
 if __name__ == "__main__":
-    from spatial_impute.models._train import correlation_loss
+    from spatial_impute.models.asign._training import correlation_loss
 
     # What one step on the mean of both gradients gives.
     torch.manual_seed(0)

@@ -142,13 +142,13 @@ FIGURES = [
     (
         "mutants of label propagation that the tests notice",
         "32 of 40",
-        f"`models/_propagation.py` with the tests of propagation, baselines and oracles: {_MUTANTS}",
+        f"`models/asign/_propagation.py` with the tests of propagation, baselines and oracles: {_MUTANTS}",
     ),
     ("of the graph", "36 of 40", "`_graph.py` with the tests of the graph and the oracles"),
     (
         "of the sums over regions",
         "37 of 40",
-        "`models/_stencil.py` with its own tests, without flags of the compiler; the one mutant of a first draw of 40 that "
+        "`models/pixnet/_region_weights.py` with its own tests, without flags of the compiler; the one mutant of a first draw of 40 that "
         "was a gap has a test now",
     ),
 ]

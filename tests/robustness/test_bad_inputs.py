@@ -16,15 +16,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 # What costs time or writes; none of it may begin before the input has been checked.
 WORK = [
-    "spatial_impute.models._fit_asign.fit",
-    "spatial_impute.models._fit_pixnet.fit",
-    "spatial_impute.models._asign.AsignModel._impute",
-    "spatial_impute.models._pixnet.PixNetModel._read_regions",
-    "spatial_impute.models._dense.DenseJob.compute",
-    "spatial_impute.models._tokens.section_tokens",
-    "spatial_impute.models._cross_validate.predict_held_out",
-    "spatial_impute.tl._graph.build_graph",
-    "spatial_impute.tl._register.register_chain",
+    "spatial_impute.models.asign._fit.fit",
+    "spatial_impute.models.pixnet._fit.fit",
+    "spatial_impute.models.asign._model.AsignModel._impute",
+    "spatial_impute.models.pixnet._model.PixNetModel._read_regions",
+    "spatial_impute.models.pixnet._dense_map.DenseJob.compute",
+    "spatial_impute.encoders._tokens.section_tokens",
+    "spatial_impute.models.asign._held_out.predict_held_out",
+    "spatial_impute.tl._build_3d_graph.build_graph",
+    "spatial_impute.tl._register_stack.register_chain",
 ]
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import spatial_impute as si
-from spatial_impute._image_io import open_image
+from spatial_impute._image.reading import open_image
 
 SOURCE = str(Path(si.__file__).parent)
 OURS = (ValueError, KeyError, TypeError, FileNotFoundError, FileExistsError)
@@ -117,7 +117,7 @@ VALIDATE = ("methods", "split", "n_folds", "block_spacings", "by", "table_key", 
 def test_cross_validate_arguments(still, arguments):
     ours(
         lambda: si.tl.cross_validate(still[0], **({"methods": ["mean"]} | arguments)),
-        work="spatial_impute.models._cross_validate.predict_held_out",
+        work="spatial_impute.models.asign._held_out.predict_held_out",
     )
 
 
@@ -142,7 +142,7 @@ def test_register_stack_arguments(still, arguments):
     place = {"transformations": {"s0": np.eye(3), "s2": np.eye(3)}}
     ours(
         lambda: si.tl.register_stack(sdata, **(place | {"inplace": False} | arguments)),
-        work="spatial_impute.tl._register.register_chain",
+        work="spatial_impute.tl._register_stack.register_chain",
     )
 
 
@@ -166,7 +166,7 @@ def test_predict_regions_arguments(still, pixnet, shapes_key, arguments):
     sdata = copy.deepcopy(still[0])
     ours(
         lambda: si.tl.predict_regions(sdata, shapes_key, pixnet, **arguments),
-        work="spatial_impute.models._pixnet.PixNetModel._read_regions",
+        work="spatial_impute.models.pixnet._model.PixNetModel._read_regions",
     )
 
 

@@ -17,8 +17,8 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute._image.levels import read_window
 from spatial_impute._logging import logger
-from spatial_impute._raster import read_window
 from spatial_impute._stack import load_record, section_levels
 
 KEY = "s0_image_expression"

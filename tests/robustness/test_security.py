@@ -15,11 +15,10 @@ import zarr
 from PIL import Image
 
 import spatial_impute as si
-from spatial_impute import _download
-from spatial_impute._cache import load_tokens
-from spatial_impute._image_io import open_image
+from spatial_impute._image.reading import open_image
 from spatial_impute.datasets import _her2st
-from spatial_impute.models import _resnet, _tellez, _weights
+from spatial_impute.encoders import _resnet, _tellez, _weights
+from spatial_impute.encoders._feature_cache import load_tokens
 
 SOURCE = Path(si.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -104,7 +103,7 @@ def test_every_download_is_https_and_has_a_hash():
     assert all(len(bytes.fromhex(digest)) == 32 for digest in _her2st._SHA256.values())
     # Nothing else downloads.
     users = {path.name for path in FILES if "import pooch" in path.read_text()}
-    assert users == {"_download.py", "_settings.py"}
+    assert users == {"_io/download.py", "_settings.py"}
 
 
 def test_download_refuses_other_bytes(tmp_path, monkeypatch):
@@ -118,7 +117,7 @@ def test_download_refuses_other_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(pooch.core, "choose_downloader", lambda *args, **kwargs: download)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=r"(?i)sha256 hash"):
-        _download.fetch("a.bin", folder=tmp_path, sha256={"a.bin": "0" * 64}, urls={"a.bin": "https://x.example/a.bin"})
+        download.fetch("a.bin", folder=tmp_path, sha256={"a.bin": "0" * 64}, urls={"a.bin": "https://x.example/a.bin"})
     assert not (tmp_path / "a.bin").exists()
 
 

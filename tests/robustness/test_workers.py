@@ -17,7 +17,7 @@ import torch
 from dying import DyingBlur, DyingColour, Load, add, features_of, map_of
 
 import spatial_impute as si
-from spatial_impute._workers import run_on_workers
+from spatial_impute._io.workers import run_on_workers
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="kills processes"),

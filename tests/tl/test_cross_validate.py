@@ -9,7 +9,7 @@ from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
 from spatial_impute.models._spots import block_folds
-from spatial_impute.tl._read import read_spots
+from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3}
 
@@ -90,7 +90,7 @@ def test_cross_validate_compares_pixnet_with_what_reads_the_image(two_measured, 
 
 def test_pixnet_of_a_fold_is_that_fitted_without_it(two_measured, octaves, pixnet_params):
     """Against two calls of the public functions, section by section."""
-    from spatial_impute.metrics._scores import pearson_by_gene
+    from spatial_impute._scores import pearson_by_gene
 
     params = pixnet_params | {"n_steps": 0}
     genes = si.tl.cross_validate(two_measured, ["pixnet"], by="gene", encoder=octaves, pixnet_params=params)["pixnet"]
@@ -164,8 +164,8 @@ def test_leaks_are_told(two_measured, caplog):
 
 def test_pixnet_of_a_fold_cannot_see_it(two_measured, octaves, pixnet_params):
     """What stands in the rows of a fold does not change what is predicted for it, by not one bit."""
+    from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import PixNetParams
-    from spatial_impute.models._pyramid import build_pyramid
     from spatial_impute.tl._pixnet_folds import PixNetSetup, predict_held_out, read_sections
 
     def predict(sdata):

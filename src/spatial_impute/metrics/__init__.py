@@ -1,6 +1,6 @@
 """How good an imputation is, and how good a registration."""
 
 from spatial_impute.metrics._evaluate import evaluate
-from spatial_impute.metrics._registration import registration_quality
+from spatial_impute.metrics._registration_quality import registration_quality
 
 __all__ = ["evaluate", "registration_quality"]

@@ -1,7 +1,7 @@
 """Plots of stacks, registrations, graphs, imputations, dense maps, training and scores."""
 
 from spatial_impute.pl._dense import dense
-from spatial_impute.pl._graph import graph_3d
+from spatial_impute.pl._graph_3d import graph_3d
 from spatial_impute.pl._imputed import imputed
 from spatial_impute.pl._metrics import metrics
 from spatial_impute.pl._registration import registration

@@ -9,11 +9,11 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._raster import read_thumbnail
-from spatial_impute._tissue import optical_density, tissue_mask
+from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._image.tissue import optical_density, tissue_mask
 
 if TYPE_CHECKING:
-    from spatial_impute._raster import Level
+    from spatial_impute._image.levels import Level
 
 _PIXELS = 600  # along the longer side of a panel: sharp at 200 dots per inch
 _CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale

@@ -10,10 +10,10 @@ from matplotlib.patches import Patch
 from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._registration._elements import load_transform, require_registration
+from spatial_impute._registration.elements import load_transform, require_registration
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_positive
-from spatial_impute.metrics._registration import registration_quality
+from spatial_impute.metrics._registration_quality import registration_quality
 from spatial_impute.pl._canvas import Canvas, Drawn, overlay, read_scan, tissue_dice
 from spatial_impute.pl._utils import (
     add_colorbar,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
-    from spatial_impute._registration._transform import SectionTransform
+    from spatial_impute._registration.transform import SectionTransform
     from spatial_impute.pl._canvas import Scan
 
 _COLUMNS = ("before", "after", "checkerboard, after")

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import apply_affine
+from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
-from spatial_impute._raster import read_thumbnail
 from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
-from spatial_impute._tissue import tissue_mask
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
 from spatial_impute.pl._stack_space import stack_space

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._raster import read_thumbnail
-from spatial_impute._registration._elements import load_transform
-from spatial_impute._registration._transform import SectionTransform
+from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._image.tissue import tissue_mask
+from spatial_impute._registration.elements import load_transform
+from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._stack import section_levels, spot_geometry
-from spatial_impute._tissue import tissue_mask
 from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, make_space, resolve_stretch, stack_share
 from spatial_impute.pl._utils import INK
 

@@ -1,14 +1,14 @@
 """Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
-from spatial_impute.tl._asign import fit_asign, impute_3d
-from spatial_impute.tl._baselines import impute_baseline
+from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
-from spatial_impute.tl._dense import genes_from_features, predict_dense, predict_regions
-from spatial_impute.tl._graph import build_3d_graph
+from spatial_impute.tl._fit_asign import fit_asign, impute_3d
+from spatial_impute.tl._fit_pixnet import fit_pixnet
+from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
-from spatial_impute.tl._pixnet import fit_pixnet
-from spatial_impute.tl._register import register_stack
-from spatial_impute.tl._warp import warp_element
+from spatial_impute.tl._predict_dense import genes_from_features, predict_dense, predict_regions
+from spatial_impute.tl._register_stack import register_stack
+from spatial_impute.tl._warp_element import warp_element
 
 __all__ = [
     "build_3d_graph",

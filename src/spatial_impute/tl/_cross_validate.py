@@ -21,7 +21,7 @@ from spatial_impute._validation import (
     resolve_params,
 )
 from spatial_impute.tl._provenance import require_same_units, units
-from spatial_impute.tl._read import read_spots
+from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,8 +124,9 @@ def cross_validate(
     True
     >>> si.settings.show_progress_bar = True
     """
-    from spatial_impute.models._baselines import METHODS, NEEDS_GRAPH
-    from spatial_impute.models._cross_validate import (
+    from spatial_impute.models._params import AsignParams, PixNetParams
+    from spatial_impute.models.asign._baselines import METHODS, NEEDS_GRAPH
+    from spatial_impute.models.asign._held_out import (
         ASIGN,
         COLOUR,
         FROM_IMAGE,
@@ -135,7 +136,6 @@ def cross_validate(
         needs_features,
         predict_held_out,
     )
-    from spatial_impute.models._params import AsignParams, PixNetParams
 
     params = resolve_params(model_params, AsignParams)
     pixnet = resolve_params(pixnet_params, PixNetParams)
@@ -248,7 +248,11 @@ def _warn_of_leaks(
     folds: list[np.ndarray],
     group: pd.Series | None,
 ) -> None:
-    from spatial_impute.tl._leaks import warn_of_equal_images, warn_of_overlapping_spots, warn_of_shared_groups
+    from spatial_impute.tl._held_out_checks import (
+        warn_of_equal_images,
+        warn_of_overlapping_spots,
+        warn_of_shared_groups,
+    )
 
     if group is not None:
         warn_of_shared_groups(folds, spots.known, group)
@@ -280,8 +284,8 @@ def _geometry(
 
 def _colour(stacks: list[SpatialData], tables: list[AnnData], section: np.ndarray) -> np.ndarray:
     """(n, 6) colour statistics of spots, standardised within sections like all features."""
-    from spatial_impute._colour import colour_statistics
     from spatial_impute._graph import standardise_by_section
+    from spatial_impute._image.color import colour_statistics
 
     values = np.zeros((len(section), 6))
     for i, name, centers, radius, rows in _geometry(stacks, tables):
@@ -300,7 +304,7 @@ def _pixnet(
     on_fold: Any,
     **setup: Any,
 ) -> np.ndarray:
-    from spatial_impute.models._pyramid import build_pyramid
+    from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.tl._pixnet_folds import PixNetSetup, predict_held_out, read_sections
 
     first = np.cumsum([0, *(t.n_obs for t in tables)])
@@ -343,7 +347,7 @@ def _table(
     by: str,
     seed: int,
 ) -> pd.DataFrame:
-    from spatial_impute.metrics._scores import bootstrap_interval, pearson_by_gene, summarise
+    from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
 
     scored = np.isfinite(truth).all(axis=1)
     parts = [scored & (section == code) for code in np.unique(section[scored])]

@@ -17,8 +17,8 @@ from spatial_impute._validation import (
     require_slot_key,
     resolve_params,
 )
-from spatial_impute.tl._bases import measured_hash
-from spatial_impute.tl._read import read_spots
+from spatial_impute.tl._base_layers import measured_hash
+from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,8 +103,8 @@ def impute_pixnet(
     [-1, 0, 1]
     >>> si.settings.show_progress_bar = True
     """
+    from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import PixNetParams
-    from spatial_impute.models._pyramid import build_pyramid
     from spatial_impute.models._spots import spatial_folds
     from spatial_impute.tl._pixnet_folds import PixNetSetup, fit_on, predict_held_out, predict_spots, read_sections
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record
-from spatial_impute.tl._pixnet import fit_pairs
-from spatial_impute.tl._regions import find_frame, read_levels, read_shapes
+from spatial_impute.tl._fit_pixnet import fit_pairs
+from spatial_impute.tl._read_regions import find_frame, read_levels, read_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from spatial_impute.encoders._pyramids import Pyramid
     from spatial_impute.models._params import PixNetParams
-    from spatial_impute.models._pixnet import PixNetModel
-    from spatial_impute.models._pyramid import Pyramid
+    from spatial_impute.models.pixnet._model import PixNetModel
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def predict_spots(
     sections: Sequence[SectionSpots], rows: np.ndarray, model: PixNetModel, setup: PixNetSetup
 ) -> np.ndarray:
     """(n, n_genes) values at the spots at these positions, (n,) bool; NaN elsewhere and off the images."""
-    from spatial_impute._working import survey
+    from spatial_impute._image.resampling import survey
 
     result = np.full((len(rows), len(model.var_names)), np.nan)
     model.network.to(setup.device)

@@ -1,0 +1,258 @@
+"""A run from files to a folder with results."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import spatial_impute as si
+from spatial_impute._cli.demo import save_stack
+from spatial_impute._cli.report import Results, write_report
+from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
+from spatial_impute._stack import load_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from spatialdata import SpatialData
+
+    from spatial_impute._cli.config import RunConfig, SectionConfig
+    from spatial_impute.models import AsignModel, AsignPanels
+
+_N_PLOT_GENES = 2
+
+
+def run(config: RunConfig) -> Path:
+    """Run everything and leave data, figures, tables and a report in ``config.output``.
+
+    Parameters
+    ----------
+    config
+        A checked run.
+
+    Returns
+    -------
+    Path of the report (HTML); the same in markdown is beside it.
+
+    Raises
+    ------
+    FileExistsError
+        If the output folder holds something that no run has written.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    started = time.perf_counter()
+    figures = _prepare(config.output)
+    sdata = assemble(config)
+    si.tl.register_stack(sdata, reference=config.reference, method=config.registration, seed=config.seed)
+    si.pp.extract_features(sdata, config.encoder, device=config.device, cache_dir=config.output / "features")
+    si.tl.build_3d_graph(sdata)
+    baselines = [method for method in config.methods if method != Keys.ASIGN]
+    for method in baselines:
+        si.tl.impute_baseline(sdata, method)
+    model, layer = None, Keys.ASIGN if Keys.ASIGN in config.methods else Keys.baseline(baselines[-1])
+    if layer == Keys.ASIGN:
+        model = si.tl.fit_asign(sdata, model_params=config.asign, device=config.device, seed=config.seed)
+        si.tl.impute_3d(sdata, model, device=config.device)
+        model.save(config.output / "asign_model", overwrite=True)
+    scores = None
+    if config.cross_validate:
+        scores = si.tl.cross_validate(
+            sdata, config.methods, model_params=config.asign, device=config.device, seed=config.seed
+        )
+    elif model is not None:
+        scores = model.cross_validation
+    results = Results(
+        sdata=sdata,
+        scores=scores,
+        registration=si.metrics.registration_quality(sdata),
+        layer=layer,
+        config=_plain(asdict(config)),
+        figures=_draw(sdata, plot_genes(sdata, config.plot_genes), layer, figures, model=model, scores=scores),
+    )
+    _write_data(results, config.output)
+    results.seconds = time.perf_counter() - started
+    report = write_report(results, config.output)
+    logger.info("Wrote %s in %.0f s", report, results.seconds)
+    return report
+
+
+def assemble(config: RunConfig) -> SpatialData:
+    """Stack with spots on every section and genes chosen."""
+    given = config.sections
+    arguments: dict[str, Any] = {
+        name: {key: getattr(s, name) for key, s in given.items() if getattr(s, name) is not None}
+        for name in ("mpp", "fullres_image", "bin_size", "image_key", "shapes_key", "table_key", "coordinate_system")
+    }
+    arguments["fullres_image"] = {name: str(path) for name, path in arguments["fullres_image"].items()}
+    inputs: dict[str, Any] = {}
+    for name, section in given.items():
+        if section.counts is not None and section.spot_diameter is not None:
+            inputs[name], arguments["mpp"][name] = spots_on_image(
+                name, section, counts=section.counts, spot_diameter=section.spot_diameter
+            )
+        elif section.source == "spatialdata":
+            import spatialdata as sd
+
+            inputs[name] = sd.read_zarr(section.path)
+        else:
+            inputs[name] = str(section.path)
+    heights: dict[str, Any] = {"section_spacing": config.section_spacing}
+    if config.section_spacing is None:
+        heights = {"z": {name: section.z for name, section in given.items()}}
+    sdata = si.pp.assemble_stack(
+        inputs, reference=config.reference, **heights, **{key: value or None for key, value in arguments.items()}
+    )
+    bare = [section.name for section in load_record(sdata).sections if section.spots is None]
+    if bare:
+        si.pp.segment_tissue(sdata, sections=bare)
+        si.pp.tile_spots(sdata, sections=bare)
+    _drop_empty_spots(sdata)
+    chosen = {"genes": config.genes} if isinstance(config.genes, list) else {"n_top_genes": config.genes}
+    si.pp.select_genes(sdata, **chosen)
+    return sdata
+
+
+def _drop_empty_spots(sdata: SpatialData) -> None:
+    """Take spots without a single count out of the counts: Space Ranger leaves some in, and nobody is there to ask."""
+    import numpy as np
+
+    for section in load_record(sdata).sections:
+        table = None if section.counts is None else sdata.tables[section.counts]
+        if table is None or table.X is None:
+            continue
+        counted = np.ravel(table.X.sum(axis=1)) != 0
+        if counted.any() and not counted.all():
+            logger.warning(
+                "Section %s: %d spots without a single count are taken as not measured", section.name, (~counted).sum()
+            )
+            sdata.tables[section.counts] = table[counted].copy()
+
+
+def spots_on_image(
+    name: str, section: SectionConfig, *, counts: Path, spot_diameter: float
+) -> tuple[SpatialData, float]:
+    """Image file and AnnData with pixel coordinates as one object, and um per pixel.
+
+    Raises
+    ------
+    ConfigError
+        If the pixel size is unknown, or the table has no coordinates on the image.
+    """
+    import anndata as ad
+    import numpy as np
+
+    from spatial_impute._cli.config import ConfigError
+    from spatial_impute._image.reading import open_image
+    from spatial_impute._io.section_object import section_object
+    from spatial_impute.pp._read_section import image_element
+
+    opened = open_image(section.path)
+    mpp = section.mpp or opened.mpp
+    if mpp is None:
+        msg = f"`sections.{name}.mpp` is missing, and '{section.path}' does not say how large its pixels are."
+        raise ConfigError(msg)
+    table = ad.read_h5ad(counts)
+    if Keys.SPATIAL not in table.obsm:
+        msg = f"`sections.{name}.counts`: '{counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
+        raise ConfigError(msg)
+    centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
+    height, width = opened.levels[0].shape[1:]
+    outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)
+    if outside.any():
+        msg = (
+            f"`sections.{name}.counts`: {int(outside.sum())} of {len(centers)} spots lie outside the image of "
+            f"{width} x {height} pixels; `obsm[{Keys.SPATIAL!r}]` must hold x and y in its pixels."
+        )
+        raise ConfigError(msg)
+    found = section_object(
+        name,
+        image_element(opened.levels, "global", 1.0),
+        centers=centers,
+        radius=spot_diameter / 2 / mpp,
+        ids=[str(spot) for spot in table.obs_names],
+        table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=table.var[[]].copy()),
+    )
+    return found, float(mpp)
+
+
+def _prepare(output: Path) -> Path:
+    """Make the folder; only what an earlier run has left there is replaced."""
+    mark = output / "run.json"
+    if output.exists() and any(output.iterdir()) and not mark.exists():
+        msg = f"'{output}' holds files that no run has written; name another `output`, or empty it."
+        raise FileExistsError(msg)
+    figures = output / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return figures
+
+
+def _plain(value: Any) -> Any:
+    """The same with paths as text, for JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:
+    """Genes to draw: those asked for that are in the table, else the most predictable, else the first."""
+    table = sdata.tables[Keys.STACK_TABLE]
+    missing = [gene for gene in wanted or [] if gene not in table.var_names]
+    if missing:
+        logger.warning("`plot_genes`: %s are not among the genes of the run and are not drawn", missing)
+    found = [gene for gene in wanted or [] if gene in table.var_names]
+    if found:
+        return found
+    if Keys.PREDICTABILITY in table.var:
+        return list(table.var[Keys.PREDICTABILITY].nlargest(_N_PLOT_GENES).index)
+    return list(table.var_names[:_N_PLOT_GENES])
+
+
+def _draw(
+    sdata: SpatialData,
+    genes: list[str],
+    layer: str,
+    folder: Path,
+    *,
+    model: AsignModel | AsignPanels | None,
+    scores: pd.DataFrame | None,
+) -> dict[str, str]:
+    """Figures by file name, with what they show."""
+    from matplotlib import pyplot as plt
+
+    drawn = {
+        "stack.png": ("The sections and their spots", lambda p: si.pl.stack(sdata, save=p)),
+        "registration.png": ("Sections on the reference", lambda p: si.pl.registration(sdata, save=p)),
+        "imputed.png": (
+            "Measured and imputed expression",
+            lambda p: si.pl.imputed(sdata, genes, layer=[Keys.MEASURED, layer], show_sd=model is not None, save=p),
+        ),
+        "volume.png": ("Slices through the stack", lambda p: si.pl.volume(sdata, genes, layer=layer, save=p)),
+        "graph.png": ("Edges of the 3D graph", lambda p: si.pl.graph_3d(sdata, save=p)),
+    }
+    if scores is not None:
+        drawn["scores.png"] = ("Methods on held-out spots", lambda p: si.pl.metrics(sdata, scores, save=p))
+    if model is not None:
+        drawn["training.png"] = ("Training of the networks", lambda p: si.pl.training(model, save=p))
+    for name, (_, draw) in drawn.items():
+        draw(folder / name)
+        plt.close("all")
+    return {name: text for name, (text, _) in drawn.items()}
+
+
+def _write_data(results: Results, output: Path) -> None:
+    table = results.sdata.tables[Keys.STACK_TABLE]
+    table.write_h5ad(output / "imputed.h5ad")
+    results.registration.to_csv(output / "registration.csv")
+    if results.scores is not None:
+        results.scores.to_csv(output / "scores.csv")
+    if Keys.PREDICTABILITY in table.var:
+        table.var[[Keys.PREDICTABILITY]].sort_values(Keys.PREDICTABILITY).to_csv(output / "genes.csv")
+    save_stack(results.sdata, output / "stack.zarr")

@@ -1,0 +1,1 @@
+"""Files and processes: stores written piece by piece, downloads, workers."""

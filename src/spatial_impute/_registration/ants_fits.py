@@ -1,0 +1,230 @@
+"""The only place that talks to antspyx, and the only one that knows its conventions.
+
+* ITK wants ``[x, y]`` arrays and the position of the first pixel centre; :func:`_image` gives both, so that ITK's
+  physical space is the section's corner-based frame in um (up to a shift) at any resolution.
+* An ITK transform maps points of the fixed image to the moving one, because that is what resampling an image needs.
+  The matrices of this package map moving points to fixed ones. The inverse is taken here and nowhere else.
+* antsRegistration passes everything by files. They live in a temporary folder that is gone when the call returns.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from spatial_impute._registration.channel import contrast
+from spatial_impute._registration.displacement import DisplacementField
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from spatial_impute._registration.channel import Channel
+    from spatial_impute._registration.types import RegistrationParams
+
+Look = Literal["information", "contrast", "correlation"]
+
+_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
+# Pixels per iteration. What smoothing of the total field takes back at each of them limits how far a fit can go: ten
+# pixels (bends of 200 um on HER2ST) for the first one, a few for those that follow finer structure.
+_SYN_STEP, _SYN_STEP_FINE = 0.5, 0.2
+_SYN_BINS = 32  # of mutual information, as in the linear fits
+_MAX_WINDOW = 4  # pixels, half side: the time of a local correlation grows with the area of its window
+
+
+def fit_linear(
+    fixed: Channel,
+    moving: Channel,
+    initial: NDArray[np.float64],
+    kind: Literal["Rigid", "Affine"],
+    *,
+    iterations: tuple[int, ...],
+    mask_margin: float,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Refine a linear transform by mutual information inside the (widened) tissue masks.
+
+    Mutual information does not mind other stains. Every pixel is a sample, so that there is no random part.
+
+    Parameters
+    ----------
+    initial
+        Matrix ``(3, 3)`` to start from, moving to fixed, um. A mirrored one stays mirrored.
+    iterations
+        One number per level. Each level is twice as fine as the one before; the last one is the grid of the channels.
+    mask_margin
+        Width in um of the rim of background that takes part.
+
+    Returns
+    -------
+    Matrix ``(3, 3)``, moving to fixed, um.
+    """
+    import ants
+
+    # antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and
+    # shift are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections). So each
+    # image gets its own origin, at the centre of its tissue.
+    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
+    initial = np.linalg.inv(to_fixed) @ initial @ to_moving
+    levels = tuple(range(len(iterations)))[::-1]
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
+        start = str(Path(folder) / "initial.mat")
+        _write_matrix(initial, start)
+        result = ants.registration(
+            _image(fixed, fixed.image, to_fixed),
+            _image(moving, moving.image, to_moving),
+            kind,
+            initial_transform=[start],
+            outprefix=str(Path(folder) / "linear_"),
+            mask=_image(fixed, _widen(fixed, mask_margin), to_fixed),
+            moving_mask=_image(moving, _widen(moving, mask_margin), to_moving),
+            mask_all_stages=True,
+            aff_metric="mattes",
+            aff_random_sampling_rate=1.0,
+            aff_iterations=tuple(iterations),
+            aff_shrink_factors=tuple(2**level for level in levels),
+            aff_smoothing_sigmas=levels,
+        )
+        matrix = _read_matrix(result["fwdtransforms"][0])
+    return to_fixed @ matrix @ np.linalg.inv(to_moving)
+
+
+def fit_deformable(
+    fixed: Channel,
+    moving: Channel,
+    matrix: NDArray[np.float64],
+    *,
+    smoothing: tuple[float, float],
+    look: Look,
+    params: RegistrationParams,
+    seed: int,
+) -> DisplacementField:
+    """Diffeomorphic fit (SyN) on top of `matrix` (moving to fixed, um), which stays as it is.
+
+    By mutual information, or by that and another measure in equal parts. Mutual information knows what a stain of one
+    section looks like in the other everywhere, and is not led astray where the stain alone differs. Squared differences
+    of contrast follow what stands out of its surroundings, and count it for as much as it does. Local correlation also
+    sees structure too small or too pale to count in either, but makes as much of a pattern of the slide as of the tissue.
+
+    Parameters
+    ----------
+    smoothing
+        Of the update and of the total field, working pixels.
+    look
+        What takes part beside mutual information.
+    """
+    import ants
+
+    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
+    flow, total = smoothing
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
+        start = str(Path(folder) / "initial.mat")
+        _write_matrix(np.linalg.inv(to_fixed) @ matrix @ to_moving, start)
+        images = _image(fixed, fixed.image, to_fixed), _image(moving, moving.image, to_moving)
+        more = None
+        if look == "contrast":
+            pair = _image(fixed, contrast(fixed), to_fixed), _image(moving, contrast(moving), to_moving)
+            more = [("MeanSquares", *pair, 1.0, 1)]  # the last number is not used
+        elif look == "correlation":
+            more = [("CC", *images, 1.0, correlation_window(fixed, params))]
+        result = ants.registration(
+            *images,
+            "SyNOnly",
+            initial_transform=[start],
+            outprefix=str(Path(folder) / "syn_"),
+            mask=_image(fixed, _widen(fixed, params.max_displacement), to_fixed),
+            moving_mask=_image(moving, _widen(moving, params.max_displacement), to_moving),
+            syn_metric="mattes",
+            syn_sampling=_SYN_BINS,
+            multivariate_extras=more,
+            reg_iterations=params.syn_iterations,
+            flow_sigma=flow,
+            total_sigma=total,
+            grad_step=_SYN_STEP_FINE if look == "correlation" else _SYN_STEP,
+        )
+        # Forward is [warp, matrix] (pull-back of images), inverse is [matrix, inverse warp] (points).
+        fields = [ants.image_read(path).numpy() for path in (result["fwdtransforms"][0], result["invtransforms"][-1])]
+    pull, push = (np.ascontiguousarray(field.transpose(1, 0, 2), np.float32) for field in fields)
+    return DisplacementField(pull, push, fixed.origin, fixed.size)
+
+
+def correlation_window(channel: Channel, params: RegistrationParams) -> int:
+    """Half side in pixels of the window in which the deformable fit correlates."""
+    return min(_MAX_WINDOW, max(2, round(params.syn_radius / channel.size)))
+
+
+def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
+    """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
+    matrix = np.eye(3)
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = np.asarray(translation, float) + centre - matrix[:2, :2] @ np.asarray(centre, float)
+    return matrix
+
+
+def _translation(offset: NDArray) -> NDArray[np.float64]:
+    return itk_matrix(np.eye(2), np.zeros(2), offset)
+
+
+def _image(channel: Channel, array: NDArray, shift: NDArray) -> Any:
+    """`array` on the grid of `channel` as an ANTs image, in coordinates whose origin is at the translation `shift`."""
+    import ants
+
+    corner = np.asarray(channel.origin) - shift[:2, 2]
+    return ants.from_numpy(
+        np.ascontiguousarray(array.T, dtype=np.float32),
+        origin=tuple(float(c) for c in corner + 0.5 * channel.size),
+        spacing=(channel.size, channel.size),
+    )
+
+
+def _widen(channel: Channel, margin: float) -> NDArray[np.bool_]:
+    """Tissue and a rim of background, as far as the image goes."""
+    return channel.visible() & (ndi.distance_transform_edt(~channel.mask, sampling=channel.size) <= margin)
+
+
+def _write_matrix(matrix: NDArray[np.float64], path: str) -> None:
+    import ants
+
+    pull_back = np.linalg.inv(matrix)
+    transform = ants.create_ants_transform(
+        "AffineTransform", precision="double", dimension=2, matrix=pull_back[:2, :2], translation=pull_back[:2, 2]
+    )
+    ants.write_transform(transform, path)
+
+
+def _read_matrix(path: str) -> NDArray[np.float64]:
+    import ants
+
+    transform = ants.read_transform(path)
+    linear = np.asarray(transform.parameters[:4], float).reshape(2, 2)
+    return np.linalg.inv(itk_matrix(linear, transform.fixed_parameters, transform.parameters[4:6]))
+
+
+@contextmanager
+def _controlled(seed: int) -> Iterator[None]:
+    """Give antsRegistration a seed and one thread.
+
+    antspyx reads the seed from a module variable; its public setter would also reseed NumPy and change the environment.
+    ITK reads the number of threads from the environment at its first use in a process and never again. With several,
+    mutual information is summed in another order each time and the result moves; so it is one, unless the variable is
+    set. Stacks are faster by registering several pairs at a time instead.
+    """
+    import ants.config
+
+    before, threads = ants.config._random_seed, os.environ.get(_THREADS)
+    # antsRegistration takes 0 as "use the clock".
+    ants.config._random_seed = int(seed) % (2**31 - 1) + 1
+    os.environ.setdefault(_THREADS, "1")
+    try:
+        yield
+    finally:
+        ants.config._random_seed = before
+        if threads is None:
+            os.environ.pop(_THREADS, None)

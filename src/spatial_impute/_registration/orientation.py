@@ -1,0 +1,142 @@
+"""Search for the orientation of one section on another: all rotations, both faces, all shifts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import fft
+from scipy import ndimage as ndi
+
+from spatial_impute._registration.channel import shrink
+from spatial_impute._registration.quality import disagreement
+from spatial_impute._registration.score import edges_inside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from spatial_impute._registration.channel import Channel
+    from spatial_impute._registration.types import RegistrationParams
+
+_BLUR = 1.5  # search pixels: a step of 10 degrees moves the rim of the tissue by several pixels
+
+
+def pose(
+    angle: float, moving_centre: ArrayLike, fixed_centre: ArrayLike, *, mirrored: bool = False
+) -> NDArray[np.float64]:
+    """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees and carries one centre onto the other."""
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
+    matrix = np.eye(3)
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = np.asarray(fixed_centre) - linear @ np.asarray(moving_centre)
+    return matrix
+
+
+def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
+    """Distinct rigid poses of the moving section on the fixed one, most promising first.
+
+    Every rotation and mirror image of the moving section is laid over the fixed one at every shift by a Fourier
+    transform. The measure is the correlation of what is inside the tissue plus the overlap of the outlines: outlines
+    alone cannot tell a roughly symmetric section from itself turned by 180 degrees. Content is looked at twice, as
+    stain and as edges: another stain may turn dark into pale, but edges stay where they are.
+
+    Returns
+    -------
+    ``params.n_candidates`` matrices ``(3, 3)`` at most, moving to fixed, um: peaks over the angles, of both looks in
+    turn; the search leaves errors of up to half a step of angle. Then, always, the section as it lies, and as it lies
+    with the centres of the tissues on each other: most sections come with about the right face and turn.
+    """
+    size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
+    fixed, moving = shrink(fixed, size), shrink(moving, size)
+    centre = moving.centres().mean(0)
+    rankings = []
+    for look in (_stain, _edges):
+        scores, poses = _search(fixed, moving, look, centre, params)
+        rankings.append([poses[key] for key in _peaks(scores)[: params.n_candidates]])
+    chosen: list[NDArray] = []
+    for i in range(params.n_candidates):
+        for ranking in rankings:
+            if i < len(ranking) and len(chosen) < params.n_candidates:
+                _add(chosen, ranking[i], moving)
+    _add(chosen, pose(0.0, centre, fixed.centres().mean(0)), moving)
+    _add(chosen, np.eye(3), moving)
+    return chosen
+
+
+def _add(chosen: list[NDArray], candidate: NDArray, moving: Channel) -> None:
+    """Append a pose unless it repeats one, up to the precision of the search (3 pixels)."""
+    points = moving.centres()[:: max(1, int(moving.mask.sum()) // 500)]
+    if all(disagreement(candidate, other, points) > 3 * moving.size for other in chosen):
+        chosen.append(candidate)
+
+
+def _search(
+    fixed: Channel, moving: Channel, look: Callable, centre: NDArray, params: RegistrationParams
+) -> tuple[NDArray, dict[tuple[int, int], NDArray]]:
+    """Score ``(face, angle)`` at the best shift, and the poses."""
+    fixed_mask, moving_mask = (channel.mask.astype(np.float32) for channel in (fixed, moving))
+    fixed_content, moving_content = look(fixed), look(moving)
+    # Every rotation of the moving tissue about its centre fits a square of this half side.
+    radius = float(np.linalg.norm(moving.centres() - centre, axis=1).max()) / moving.size
+    side = 2 * int(np.ceil(radius)) + 3
+    shape = [fft.next_fast_len(n + side, real=True) for n in fixed.image.shape]
+    fixed_content /= np.sqrt(np.sum(fixed_content**2)) + 1e-12
+    spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_content, fixed_mask)]
+    # The overlap is relative to the smaller tissue, so that a torn section is not punished for what it lost.
+    area = min(float(fixed_mask.sum()), float(moving_mask.sum()))
+
+    faces = (False, True) if params.allow_mirror else (False,)
+    angles = np.arange(params.n_angles) * (360.0 / params.n_angles)
+    scores = np.empty((len(faces), len(angles)))
+    poses: dict[tuple[int, int], NDArray] = {}
+    middle = np.array([side, side]) * (0.5 * moving.size)
+    for f, mirrored in enumerate(faces):
+        for a, angle in enumerate(angles):
+            turn = pose(angle, centre, middle, mirrored=mirrored)
+            content, mask = (_turned(image, moving, turn, side) for image in (moving_content, moving_mask))
+            content /= np.sqrt(np.sum(content**2)) + 1e-12
+            # Both correlations are linear: one inverse transform does for their sum.
+            product = spectra[0] * fft.rfft2(content, shape) + spectra[1] * fft.rfft2(mask / area, shape)
+            surface = fft.irfft2(product, shape)
+            peak = np.unravel_index(np.argmax(surface), surface.shape)
+            scores[f, a] = surface[peak]
+            # surface[s] = sum_p fixed[p] * turned[p + s]: the turned image has to move by -s.
+            shift = [-(p if p < side else p - n) for p, n in zip(peak, shape, strict=True)]
+            move = np.eye(3)
+            move[:2, 2] = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
+            poses[f, a] = move @ turn
+    return scores, poses
+
+
+def _stain(channel: Channel) -> NDArray[np.float32]:
+    """Stain inside the tissue: zero mean there, zero outside."""
+    return _centred(channel.image, channel.mask)
+
+
+def _edges(channel: Channel) -> NDArray[np.float32]:
+    """Edges inside the tissue, whatever their sign: zero mean there, zero outside."""
+    return _centred(edges_inside(channel), channel.mask)
+
+
+def _centred(image: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    weight = mask.astype(np.float32)
+    blurred = ndi.gaussian_filter(image * weight, _BLUR) / np.maximum(ndi.gaussian_filter(weight, _BLUR), 1e-3)
+    return (blurred - blurred[mask].mean()) * weight
+
+
+def _turned(image: NDArray, channel: Channel, turn: NDArray, side: int) -> NDArray[np.float32]:
+    """`image` of `channel` after the pose `turn`, on a square of `side` pixels that starts at the origin."""
+    square = np.array([[0, channel.size, 0.5 * channel.size], [channel.size, 0, 0.5 * channel.size], [0, 0, 1]])
+    index = channel.to_index() @ np.linalg.inv(turn) @ square  # (row, col) of the square -> um -> um -> (row, col)
+    return ndi.affine_transform(image, index[:2, :2], index[:2, 2], output_shape=(side, side), order=1, cval=0.0)
+
+
+def _peaks(scores: NDArray) -> list[tuple[int, int]]:
+    """Indices ``(face, angle)`` of the local maxima over the circle of angles, best first."""
+    higher = (scores >= np.roll(scores, 1, axis=1)) & (scores > np.roll(scores, -1, axis=1))
+    higher |= scores == scores.max()  # a flat circle has no local maximum
+    order = np.argsort(-scores[higher], kind="stable")
+    return [(int(f), int(a)) for f, a in np.argwhere(higher)[order]]

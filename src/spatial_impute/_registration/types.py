@@ -1,0 +1,212 @@
+"""What goes into a registration and what comes out.
+
+Lengths are micrometres. Matrices are 3x3 and act on columns ``(x, y, 1)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_impute._image.tissue import tissue_mask
+from spatial_impute._validation import make_floats
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from spatial_impute._registration.displacement import DisplacementField
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationParams:
+    """Advanced settings of the registration of a pair of sections."""
+
+    working_side: int = 320
+    """Longer side, in pixels, of the tissue at the working resolution. Finer brings no measurable gain."""
+    min_working_pixel: float = 2.0
+    """Finest working resolution in um per pixel. Below a nucleus, serial sections do not show the same objects."""
+    search_side: int = 160
+    """Longer side, in pixels, of the tissue in the search for the orientation."""
+    n_angles: int = 36
+    """Number of rotations tried, evenly spread over 360 degrees."""
+    allow_mirror: bool = True
+    """Whether a section may lie upside down on its slide."""
+    n_candidates: int = 6
+    """Number of distinct orientations refined before the best one is chosen."""
+    linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 50)
+    """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after two."""
+    syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
+    """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
+    syn_radius: float = 50.0
+    """Half side in um of the window in which the deformable fit correlates (4 pixels at most): above a cell, below a
+    region."""
+    syn_side: int = 320
+    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows what two sections do
+    not share. 640 is closer where they show the same structures (two stains of neighbouring thin sections); it takes
+    four times as long or more."""
+    syn_smoothing: tuple[tuple[float, float], ...] = ((6.0, 3.0), (6.0, 1.0))
+    """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
+
+    The first fit is with the first of them, by mutual information alone, and two or four times as stiff with contrast.
+    Then local correlation takes part, which is used only if it is better on tissue that the fit has not seen.
+    """
+    jacobian_limits: tuple[float, float] = (0.5, 2.0)
+    """Local change of area in tissue beyond which a deformable fit is discarded."""
+    max_displacement: float = 250.0
+    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak. So much background
+    round the tissue takes part in the fit, that outlines can find each other."""
+    max_scale: float = 1.18
+    """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
+    mask_margin: float = 100.0
+    """Width in um of the rim of background round the tissue that takes part in the fit, so that outlines count."""
+    min_score: float = 0.35
+    """Structure score below which a pair is called weak. Wrong orientations of real sections reach 0.37."""
+    min_margin: float = 0.08
+    """Lead of the chosen pose over the best different one, below which a pair is called weak."""
+    min_dice: float = 0.9
+    """Overlap of the tissue masks (Dice) below which a pair is called weak."""
+    failed_dice: float = 0.8
+    """Overlap of the tissue masks below which a pair has failed, unless `partial_tissue`."""
+    max_residual: float = 100.0
+    """Estimated residual error in um above which a pair is called weak: a spot of an ST array."""
+    partial_tissue: bool = False
+    """Whether sections may have lost a large part of their tissue. A low overlap is then weak, never failed."""
+    max_chain_disagreement: float = 50.0
+    """Distance in um between chained and direct registration up to which the chain is kept."""
+
+    def __post_init__(self) -> None:
+        make_floats(self)
+        counts = {"working_side": 64, "syn_side": 64, "search_side": 32, "n_angles": 4, "n_candidates": 1}
+        for name, low in counts.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                msg = f"`{name}` must be an integer of at least {low}, found {value!r}."
+                raise ValueError(msg)
+        lengths = ("min_working_pixel", "mask_margin", "max_chain_disagreement", "syn_radius", "max_displacement")
+        for name in (*lengths, "max_residual"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                msg = f"`{name}` must be a positive length in um, found {getattr(self, name)!r}."
+                raise ValueError(msg)
+        for name in ("min_score", "min_margin", "min_dice", "failed_dice"):
+            if not 0 <= getattr(self, name) <= 1:
+                msg = f"`{name}` must lie between 0 and 1, found {getattr(self, name)!r}."
+                raise ValueError(msg)
+        if not (math.isfinite(self.max_scale) and self.max_scale > 1):
+            msg = f"`max_scale` must be above 1, found {self.max_scale!r}."
+            raise ValueError(msg)
+        for name in ("linear_iterations", "syn_iterations"):
+            found = getattr(self, name)
+            if len(found) != 4 or any(not isinstance(n, int) or n < 0 for n in found) or sum(found) == 0:
+                msg = f"`{name}` must be four non-negative integers, not all zero; found {found!r}."
+                raise ValueError(msg)
+        pairs = [np.ravel(pair) for pair in self.syn_smoothing]
+        if not pairs or any(len(pair) != 2 or not (np.isfinite(pair) & (pair >= 0)).all() for pair in pairs):
+            msg = f"`syn_smoothing` must be pairs of non-negative numbers, found {self.syn_smoothing!r}."
+            raise ValueError(msg)
+        if len(self.jacobian_limits) != 2 or not 0 < self.jacobian_limits[0] < 1 < self.jacobian_limits[1]:
+            msg = (
+                f"`jacobian_limits` must be one number between 0 and 1 and one above 1, found {self.jacobian_limits!r}."
+            )
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SectionImage:
+    """Thumbnail of one section.
+
+    The frame of a section has its origin at the corner of the image: the centre of pixel ``i`` lies at
+    ``(i + 0.5) * size``.
+    """
+
+    rgb: NDArray
+    """Image ``(y, x)``, ``(y, x, 3)`` or ``(y, x, 4)``, any numeric type."""
+    pixel_size: tuple[float, float]
+    """Micrometres per thumbnail pixel, ``(x, y)``."""
+    mask: NDArray[np.bool_] | None = None
+    """Tissue mask ``(y, x)``. None: found by :func:`~spatial_impute._image.tissue.tissue_mask`."""
+
+    def __post_init__(self) -> None:
+        rgb = np.asarray(self.rgb)
+        if rgb.ndim not in (2, 3) or min(rgb.shape[:2]) < _MIN_PIXELS:
+            msg = (
+                f"Expected a thumbnail of shape (y, x, 3) with at least {_MIN_PIXELS} pixels a side, found shape "
+                f"{rgb.shape}. Give a finer pyramid level of the image."
+            )
+            raise ValueError(msg)
+        if not np.issubdtype(rgb.dtype, np.number) or not np.isfinite(rgb).all():
+            msg = (
+                f"Expected a numeric image without NaN or infinity, found non-finite values or a non-numeric "
+                f"type (dtype {rgb.dtype}). Fill missing pixels with the background colour."
+            )
+            raise ValueError(msg)
+        size = tuple(float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
+        if not all(math.isfinite(s) and s > 0 for s in size):
+            msg = f"`pixel_size` must be two positive numbers (um per pixel in x and y), found {self.pixel_size!r}."
+            raise ValueError(msg)
+        mask = tissue_mask(rgb, size) if self.mask is None else np.asarray(self.mask, bool)
+        if mask.shape != rgb.shape[:2]:
+            msg = f"The tissue mask has shape {mask.shape}, the image {rgb.shape[:2]}; they must be equal."
+            raise ValueError(msg)
+        if not mask.any():
+            msg = (
+                "No tissue found: the image is blank or the mask is empty. Expected stained tissue on a bright "
+                "background. Check that this is the right image, leave the section out, or give a tissue mask."
+            )
+            raise ValueError(msg)
+        for name, value in (("rgb", rgb), ("pixel_size", size), ("mask", mask)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def tissue_area(self) -> float:
+        """Area of the tissue mask in square um."""
+        return float(np.count_nonzero(self.mask)) * self.pixel_size[0] * self.pixel_size[1]
+
+    @property
+    def tissue_box(self) -> tuple[float, float, float, float]:
+        """Bounding box of the tissue in um: ``(x0, y0, x1, y1)``."""
+        rows, cols = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
+        size_x, size_y = self.pixel_size
+        box = (cols[0] * size_x, rows[0] * size_y, (cols[-1] + 1) * size_x, (rows[-1] + 1) * size_y)
+        return tuple(float(value) for value in box)
+
+
+_MIN_PIXELS = 16  # a section of fewer pixels a side shows no structure to register
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairResult:
+    """Registration of one section (moving) to another (fixed)."""
+
+    matrix: NDArray[np.float64]
+    """``(3, 3)``: points of the moving frame to the fixed frame, um."""
+    method: str
+    """What was used in the end. May be simpler than what was asked for; `quality` says why."""
+    quality: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Plain floats, booleans, strings and lists of strings; ready for JSON."""
+    moving_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Bounding box of the moving tissue in its own frame, um: ``(x0, y0, x1, y1)``."""
+
+    field: DisplacementField | None = None
+    """Non-linear part, if there is one. It acts in the fixed frame, after the matrix."""
+
+    def warp_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the moving section in the fixed frame, um."""
+        points = np.asarray(points, float).reshape(-1, 2)
+        points = points @ self.matrix[:2, :2].T + self.matrix[:2, 2]
+        return points if self.field is None else self.field.pushed(points)
+
+    def pull_points(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the fixed section in the moving frame, um: where an image has to be sampled."""
+        points = np.asarray(points, float).reshape(-1, 2)
+        points = points if self.field is None else self.field.pulled(points)
+        inverse = np.linalg.inv(self.matrix)
+        return points @ inverse[:2, :2].T + inverse[:2, 2]
+
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, ``"weak"`` or ``"failed"``."""
+        return self.quality.get("verdict", "failed")

@@ -1,0 +1,172 @@
+"""Simple imputation methods: the bar that a model has to clear. All take :class:`Spots` and return (n, g)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from spatial_impute.models.asign._cokriging import cokriging
+from spatial_impute.models.asign._propagation import propagate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spatial_impute.models._spots import Spots
+
+# Distances are tried in spot spacings: from one that sees hardly more than the nearest spot to one that sees a region.
+_BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+_NEIGHBOURS = (1, 2, 4, 8, 16, 32)
+# Ridge penalties in units of the number of known spots, for standardised features.
+_PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
+_ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
+_MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
+
+
+def section_mean(spots: Spots) -> np.ndarray:
+    """Mean profile of the known spots (of known sections, each counting the same)."""
+    return np.tile(_mean_profile(spots), (len(spots.known), 1))
+
+
+def nearest(spots: Spots) -> np.ndarray:
+    """Value of the nearest known spot in the registered frame."""
+    _, found = cKDTree(spots.xyz[spots.known]).query(spots.xyz)
+    return spots.expression[found]
+
+
+def knn(spots: Spots) -> np.ndarray:
+    """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
+    counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
+
+    def predict(distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
+        return _weighted_mean(spots.expression, found[:, :k], np.full((len(found), k), 1 / k))
+
+    return _by_neighbours(spots, counts, max(counts), predict)
+
+
+def kernel(spots: Spots) -> np.ndarray:
+    """Mean of the known spots weighted by a Gaussian of distance; bandwidth by leave-one-out on the known spots."""
+
+    def predict(distance: np.ndarray, found: np.ndarray, bandwidth: float) -> np.ndarray:
+        exponent = -0.5 * (distance / (bandwidth * spots.spacing)) ** 2
+        weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
+        weight /= weight.sum(axis=1, keepdims=True)
+        return _weighted_mean(spots.expression, found, weight)
+
+    return _by_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, predict)
+
+
+def propagation(spots: Spots) -> np.ndarray:
+    """Clamped label propagation on the 3D graph; the section mean where no known spot can be reached."""
+    values, mass = propagate(spots.graph, spots.known, spots.expression)
+    values[mass == 0] = _mean_profile(spots)
+    return values
+
+
+def ridge(spots: Spots) -> np.ndarray:
+    """Ridge regression on image features; penalty by leave-one-out on the known spots."""
+    rows, expression = np.flatnonzero(spots.known), spots.expression
+    if len(rows) > _MAX_RIDGE:
+        part = np.linspace(0, len(rows) - 1, _MAX_RIDGE).astype(int)
+        rows, expression = rows[part], expression[part]
+    centre = expression.mean(axis=0)
+    known = spots.features[rows].astype(float)
+    offset = known.mean(axis=0)
+    u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
+    target = u.T @ (expression - centre)
+    best, best_error = None, np.inf
+    for penalty in _PENALTIES:
+        shrink = s**2 / (s**2 + penalty * len(known))
+        fitted = u @ (shrink[:, None] * target)
+        leverage = (u**2 * shrink).sum(axis=1) + 1 / len(known)
+        residual = (expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
+        error = float(np.mean(residual**2))
+        if error < best_error:
+            best, best_error = shrink / np.where(s > 0, s, 1.0), error
+    weights = vt.T @ (best[:, None] * target)
+    return spots.features @ weights + (centre - offset @ weights)
+
+
+def transfer_ridge(spots: Spots) -> np.ndarray:
+    """Kernel and ridge, averaged after both are brought to the same spread for each gene."""
+    centre = spots.expression.mean(axis=0)
+    result = 0.0
+    spreads = []
+    for method in (kernel, ridge):
+        part = method(spots).astype(np.float32)  # and in place: tables of a large stack take gigabytes
+        part -= centre
+        spreads.append(np.maximum(part.std(axis=0), 1e-12))
+        part /= spreads[-1]
+        part += result
+        result = part
+    result *= np.mean(spreads, axis=0) / 2
+    result += centre
+    return result
+
+
+METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
+    "mean": section_mean,
+    "nearest": nearest,
+    "knn": knn,
+    "kernel": kernel,
+    "propagation": propagation,
+    "ridge": ridge,
+    "transfer_ridge": transfer_ridge,
+    "cokriging": cokriging,
+}
+"""Every baseline by name."""
+
+NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging"})
+NEEDS_GRAPH = frozenset({"propagation"})
+
+
+def available_methods(spots: Spots) -> list[str]:
+    """Names of the baselines that can run on what the spots carry."""
+    return [
+        name
+        for name in METHODS
+        if not (name in NEEDS_FEATURES and spots.features is None) and not (name in NEEDS_GRAPH and spots.graph is None)
+    ]
+
+
+def _by_neighbours(
+    spots: Spots,
+    options: tuple | list,
+    n_neighbours: int,
+    predict: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
+) -> np.ndarray:
+    """Predict from the nearest known spots with the option that has the lowest leave-one-out error among them."""
+    tree = cKDTree(spots.xyz[spots.known])
+    n_known = int(spots.known.sum())
+    best = options[0]
+    if n_known > 1 and len(options) > 1:
+        k = min(n_neighbours + 1, n_known)
+        distance, found = tree.query(spots.xyz[spots.known], k=k)
+        others = found != np.arange(n_known)[:, None]
+        others[others.all(axis=1), -1] = False  # the spot itself was crowded out by others at the same place
+        distance, found = (a[others].reshape(n_known, k - 1) for a in (distance, found))
+        errors = [np.mean((predict(distance, found, option) - spots.expression) ** 2) for option in options]
+        best = options[int(np.argmin(errors))]
+    k = list(range(1, min(n_neighbours, n_known) + 1))
+    result = np.empty((len(spots.xyz), spots.expression.shape[1]))
+    for start in range(0, len(result), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        result[rows] = predict(*tree.query(spots.xyz[rows], k=k), best)
+    return result
+
+
+def _mean_profile(spots: Spots) -> np.ndarray:
+    """(g,) mean of the known spots, of each known section first."""
+    section = spots.section[spots.known]
+    return np.mean([spots.expression[section == code].mean(axis=0) for code in np.unique(section)], axis=0)
+
+
+def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(n, g) means of `values` rows `found` (n, k) by `weight` (n, k), as one sparse product."""
+    from scipy import sparse
+
+    n, k = found.shape
+    matrix = sparse.csr_matrix((weight.ravel(), found.ravel(), np.arange(n + 1) * k), shape=(n, len(values)))
+    return matrix @ values

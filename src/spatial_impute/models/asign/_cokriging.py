@@ -1,0 +1,349 @@
+"""Co-kriging: Gaussian processes over place and image for a few components of expression."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.lapack import dpotri, get_lapack_funcs
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
+
+from spatial_impute._geometry import plane_tiles
+from spatial_impute.models.asign._counting_noise import counting_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spatial_impute.models._spots import Spots
+
+_MAX_EXACT = 2000  # known spots solved for at once: a Cholesky factor of 32 MB and a second per component
+_MAX_FIT = 500  # the likelihood of 500 spots settles six numbers
+# Beyond, tile by tile: what lies near tells about place, what lies anywhere about image.
+_TILE_KNOWN = 500
+_TILE_NEAR = 750
+_TILE_ANYWHERE = 250
+_ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    place: np.ndarray
+    """(n, 3) in spot spacings."""
+    image: np.ndarray
+    """(n, d) features, centred and scaled so that the mean squared norm of all spots is 1; d may be 0."""
+
+    def __getitem__(self, rows: np.ndarray) -> _Inputs:
+        return _Inputs(self.place[rows], self.image[rows])
+
+
+class _AllInputs:
+    """Inputs of all spots, made for some of them at a time."""
+
+    def __init__(self, spots: Spots) -> None:
+        self.place = spots.xyz / spots.spacing
+        self._features = np.empty((len(spots.known), 0)) if spots.features is None else spots.features
+        self._centre = self._features.mean(axis=0, dtype=float)
+        parts = range(0, len(self.place), _ROWS_AT_A_TIME)
+        squares = sum(((self._features[i : i + _ROWS_AT_A_TIME] - self._centre) ** 2).sum() for i in parts)
+        self._size = max(np.sqrt(squares / max(len(self.place), 1)), 1e-12)
+
+    def of(self, rows: np.ndarray, origin: np.ndarray | None = None) -> _Inputs:
+        """Inputs of some spots; in single precision, and with their place from there, if an origin is given."""
+        place, image = self.place[rows], (self._features[rows] - self._centre) / self._size
+        if origin is None:
+            return _Inputs(place, image)
+        return _Inputs((place - origin).astype(np.float32), image.astype(np.float32))
+
+
+# Threads of BLAS wait for each other longer than they compute on matrices of this size, and on a machine that others
+# use as well they made it 25 times slower.
+@threadpool_limits.wrap(limits=1, user_api="blas")
+def cokriging(
+    spots: Spots,
+    *,
+    max_components: int = 20,
+    leave_one_out: bool = False,
+    wanted: np.ndarray | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Predict expression from place and image by Gaussian processes on its principal components.
+
+    Each component has a kernel of its own: a Gaussian of the registered distance, a linear and a Gaussian kernel of the
+    image features, and noise in two parts, one the same for all spots and one that falls with the total counts of a
+    spot, as counting noise does. Their sizes maximise the marginal likelihood. A component is used only if it predicts
+    spots that are left out significantly better than its mean does (two standard errors), since what is not structure
+    is noise.
+
+    Parameters
+    ----------
+    spots
+        The spots; without features only their place is used.
+    max_components
+        Components of expression to model at most.
+    leave_one_out
+        Predict each known spot from the other known ones instead of from all.
+    wanted
+        (n,) bool; the others are left at the mean profile, which saves their time. All by default.
+    seed
+        Seed of the choice of known spots where there are more than 2000.
+
+    Returns
+    -------
+    (n, g) expected expression; in single precision where there are more than 2000 known spots.
+    """
+    inputs = _AllInputs(spots)
+    rows = np.flatnonzero(spots.known)
+    keep = _sample(len(rows), _MAX_EXACT, seed)
+    sample = inputs.of(rows[keep])
+    centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep], max_components)
+    # Tiles are many: single precision halves their time and the memory of the result, and is enough within one.
+    in_tiles = len(rows) > _MAX_EXACT
+    result = np.tile(centre.astype(np.float32) if in_tiles else centre, (len(spots.known), 1))
+    if not components:
+        return result
+    loadings = np.stack([c.loading / c.spread for c in components], axis=1)
+    effects = np.stack([c.loading * (c.spread * c.skill) for c in components])
+    thetas = [c.theta for c in components]
+    kernels = _Kernels(sample)
+    for inside, others, own in _tiles(inputs.place, rows, seed):
+        near = np.concatenate([others, own])
+        origin = inputs.place[rows[own]].mean(axis=0) if in_tiles else None
+        known, counting = kernels.around(inputs.of(rows[near], origin)), spots.counting_noise[near]
+        targets = (spots.expression[near] - centre) @ loadings
+        covariances = known.distances(known.known)
+        duals, left_out = zip(
+            *(
+                _solve(known.covariance(*covariances, c.theta), target, _noise(c.theta, counting), n_left=len(own))
+                for c, target in zip(components, targets.T, strict=True)
+            ),
+            strict=True,
+        )
+        if wanted is not None:
+            inside = inside[wanted[inside]]
+        for start in range(0, len(inside), _ROWS_AT_A_TIME):
+            part = inside[start : start + _ROWS_AT_A_TIME]
+            scores = known.predict(inputs.of(part, origin), thetas, np.stack(duals, axis=1))
+            result[part] = centre + scores @ effects
+        if leave_one_out:
+            result[rows[own]] = centre + np.stack(left_out, axis=1) @ effects
+    return result
+
+
+@dataclass(frozen=True)
+class _Component:
+    loading: np.ndarray
+    """(g,) unit vector."""
+    spread: float
+    """Standard deviation of the component."""
+    theta: np.ndarray
+    """Logarithms of the parameters of its kernel."""
+    skill: float
+    """How much of its prediction to keep, 0-1."""
+
+
+def _fit_components(
+    known: _Inputs, expression: np.ndarray, counting: np.ndarray, max_components: int
+) -> tuple[np.ndarray, list[_Component]]:
+    """Mean profile, and the principal components that can be predicted."""
+    weight = counting_weights(expression - expression.mean(axis=0), counting)
+    centre = np.average(expression, axis=0, weights=weight)
+    centred = expression - centre
+    # Components of the spots that are known well: noise of few counts is not structure.
+    _, s, vt = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)
+    n_components = min(max_components, int((s > 1e-8 * max(s[0], 1e-300)).sum()))
+    kernels = _Kernels(known)
+    distances = kernels.distances(known)
+    components = []
+    for loading in vt[:n_components]:
+        target = centred @ loading
+        spread = float(np.sqrt(np.average(target**2, weights=weight)))
+        theta = _fit(known, target / spread, counting)
+        noise = _noise(theta, counting)
+        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, n_left=len(target))
+        skill = _skill(target / spread, left_out, noise)
+        if skill > 0:
+            components.append(_Component(loading, spread, theta, skill))
+    return centre, components
+
+
+def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Split the plane so that few known spots lie in each tile.
+
+    Yields
+    ------
+    inside
+        Spots of the tile.
+    others
+        Positions in `rows` (the known spots) to predict from beside `own`: the nearest to the tile, then some from
+        anywhere.
+    own
+        Positions in `rows` of those in the tile.
+    """
+    if len(rows) <= _MAX_EXACT:
+        yield np.arange(len(place)), np.arange(0), np.arange(len(rows))
+        return
+    rng = np.random.default_rng(seed)
+    known = place[rows, :2]
+    for inside, own in plane_tiles(place[:, :2], known, size=_TILE_KNOWN):
+        outside = np.setdiff1d(np.arange(len(rows)), own, assume_unique=True)
+        low, high = known[own].min(axis=0), known[own].max(axis=0)
+        gap = np.maximum(np.maximum(low - known[outside], known[outside] - high), 0.0)
+        order = np.argsort((gap**2).sum(axis=1), kind="stable")
+        n_near = max(_TILE_NEAR - len(own), 0)
+        anywhere = order[n_near:][_sample(len(order) - n_near, _TILE_ANYWHERE, rng)]
+        yield inside, np.concatenate([outside[order[:n_near]], outside[anywhere]]), own
+
+
+def _sample(n: int, size: int, seed: int | np.random.Generator) -> np.ndarray:
+    """Sorted positions of at most `size` of n."""
+    if n <= size:
+        return np.arange(max(n, 0))
+    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+
+
+# Logarithms of: variance and length (spacings) of place, variance of the linear and of the Gaussian kernel of the
+# image, variance of the noise of all spots and of counting noise. For standardised targets the variances add up to
+# about one; the standard deviations let each of them be 20 times smaller or larger.
+_PRIOR_MEAN = np.log([0.3, 1.5, 0.15, 0.15, 0.25, 0.25])
+_PRIOR_SD = np.array([1.5, 0.7, 1.5, 1.5, 1.5, 1.5])
+
+
+def _noise(theta: np.ndarray, counting: np.ndarray) -> np.ndarray:
+    return np.exp(theta[4]) + np.exp(theta[5]) * counting
+
+
+class _Kernels:
+    """Covariance between any spots and the known ones."""
+
+    def __init__(self, known: _Inputs, image_scale: float | None = None) -> None:
+        self.known = known
+        if image_scale is None:
+            squared = _squared_distances(known.image, known.image)
+            off_diagonal = squared[np.triu_indices(len(squared), 1)]
+            # The median distance is the usual length where features have many dimensions.
+            image_scale = max(float(np.median(off_diagonal)) if len(off_diagonal) else 1.0, 1e-12)
+        self.image_scale = image_scale
+
+    def around(self, known: _Inputs) -> _Kernels:
+        """Return the same kernels between other known spots."""
+        return _Kernels(known, self.image_scale)
+
+    def distances(self, spots: _Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Squared distance of place, product of images, Gaussian kernel of images; (n, n_known) each."""
+        linear = spots.image @ self.known.image.T
+        return _squared_distances(spots.place, self.known.place), linear, self._alike(spots)
+
+    def _alike(self, spots: _Inputs) -> np.ndarray:
+        alike = _squared_distances(spots.image, self.known.image)
+        alike *= -0.5 / self.image_scale
+        return np.exp(alike, out=alike)
+
+    def predict(self, spots: _Inputs, thetas: list[np.ndarray], duals: np.ndarray) -> np.ndarray:
+        """(n, k) covariance with the known spots times `duals` (n_known, k), of kernels with the parameters `thetas`.
+
+        Without a covariance for each of them: what only scales with the parameters is shared.
+        """
+        by_line, by_likeness = np.exp([theta[2:4] for theta in thetas]).T.astype(duals.dtype)
+        result = self._alike(spots) @ (duals * by_likeness)
+        result += spots.image @ (self.known.image.T @ (duals * by_line))
+        squared = _squared_distances(spots.place, self.known.place)
+        near = np.empty_like(squared)
+        for k, theta in enumerate(thetas):
+            np.multiply(squared, -0.5 / math.exp(2 * theta[1]), out=near)
+            np.exp(near, out=near)
+            result[:, k] += math.exp(theta[0]) * (near @ duals[:, k])
+        return result
+
+    @staticmethod
+    def covariance(squared: np.ndarray, linear: np.ndarray, alike: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        size, length, by_line, by_likeness = (float(number) for number in theta[:4])  # of any precision
+        result = squared * (-0.5 / math.exp(2 * length))
+        result += size
+        np.exp(result, out=result)
+        result += math.exp(by_line) * linear
+        result += math.exp(by_likeness) * alike
+        return result
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    result = (-2 * a) @ b.T
+    result += (a**2).sum(axis=1)[:, None]
+    result += (b**2).sum(axis=1)
+    return np.maximum(result, 0.0, out=result)
+
+
+def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray:
+    """Parameters of highest posterior density: marginal likelihood and a broad log-normal prior."""
+    if len(target) > _MAX_FIT:
+        part = np.linspace(0, len(target) - 1, _MAX_FIT).astype(int)
+        known, target, counting = known[part], target[part], counting[part]
+    squared, linear, alike = _Kernels(known).distances(known)
+    own = np.diag_indices(len(target))
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        near = np.exp(theta[0] - 0.5 * squared / np.exp(2 * theta[1]))
+        by_image = [np.exp(theta[2]) * linear, np.exp(theta[3]) * alike]
+        covariance = near + by_image[0] + by_image[1]
+        covariance[own] += _noise(theta, counting)
+        try:
+            triangle = cholesky(covariance, lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            return 1e10, np.zeros(len(theta))
+        alpha = cho_solve((triangle, True), target, check_finite=False)
+        # The inverse by dpotri, a third of the work of solving for the identity; it fills one half, here the upper.
+        pull = dpotri(triangle, lower=1)[0].T
+        pull += np.triu(pull, 1).T
+        pull -= np.outer(alpha, alpha)
+        gradient = 0.5 * np.array(
+            [
+                np.vdot(pull, near),
+                np.vdot(pull, near * squared) / np.exp(2 * theta[1]),
+                np.vdot(pull, by_image[0]),
+                np.vdot(pull, by_image[1]),
+                np.trace(pull) * np.exp(theta[4]),
+                (np.diag(pull) * counting).sum() * np.exp(theta[5]),
+            ]
+        )
+        z = (theta - _PRIOR_MEAN) / _PRIOR_SD
+        value = 0.5 * target @ alpha + np.log(np.diag(triangle)).sum() + 0.5 * z @ z
+        return float(value), gradient + z / _PRIOR_SD
+
+    # A line search may step far out, where exponentials overflow; four standard deviations leave out nothing likely.
+    bounds = np.column_stack([_PRIOR_MEAN - 4 * _PRIOR_SD, _PRIOR_MEAN + 4 * _PRIOR_SD])
+    options = {"maxiter": 60}
+    return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+
+
+def _solve(
+    covariance: np.ndarray, target: np.ndarray, noise: np.ndarray, *, n_left: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the known spots, and the prediction of each of the last `n_left` of them from all others.
+
+    The covariance is overwritten.
+    """
+    covariance[np.diag_indices_from(covariance)] += noise
+    triangle = cholesky(covariance, lower=True, overwrite_a=True)
+    dual = cho_solve((triangle, True), target.astype(triangle.dtype))
+    # The diagonal of the inverse, from the inverse of the triangle: a sixth of the work of the whole inverse. Its last
+    # entries need the last rows of the triangle only.
+    corner = triangle[-n_left:, -n_left:]
+    (trtri,) = get_lapack_funcs(("trtri",), (triangle,))
+    inverse, _ = trtri(corner, lower=1)
+    return dual, target[-n_left:] - dual[-n_left:] / np.einsum("ij,ij->j", inverse, inverse)
+
+
+def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:
+    """How much of the prediction to keep, 0-1; 0 if it does not help.
+
+    With each spot left out in turn, the gain in squared error over the mean must exceed two standard errors; the
+    prediction is then shrunk by the factor that fits the left-out spots best. Spots count by the inverse of their noise.
+    """
+    gain = (target**2 - (target - left_out) ** 2) / noise
+    if gain.mean() <= 2 * gain.std() / np.sqrt(len(gain)):
+        return 0.0
+    skill = (left_out / noise) @ target / ((left_out / noise) @ left_out)
+    return float(np.clip(skill, 0.0, 1.0))

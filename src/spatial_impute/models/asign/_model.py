@@ -1,0 +1,264 @@
+"""The ASIGN model: baselines and an ensemble of networks, blended by what they achieve on held-out spots."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spatial_impute.models._directory import (
+    does_not_fit,
+    load_directory,
+    load_params,
+    reading,
+    require_shapes,
+    save_directory,
+)
+from spatial_impute.models._params import AsignParams
+from spatial_impute.models.asign._baselines import METHODS
+from spatial_impute.models.asign._cokriging import cokriging
+from spatial_impute.models.asign._graph_inputs import build_network, graph_inputs, suitable_threads, with_components
+from spatial_impute.models.asign._inference import predict
+from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from spatial_impute.models._directory import Config
+    from spatial_impute.models._spots import Spots
+    from spatial_impute.models.asign._network import GraphInputs
+
+NETWORK = "network"
+"""Name of the networks among the blended methods."""
+
+
+@dataclass
+class Imputation:
+    """Result for one stack."""
+
+    expression: np.ndarray
+    """(n, g) log-normalised; measured spots keep their measurement."""
+    sd: np.ndarray
+    """(n, g) standard deviation of a measurement around the imputed value; 0 at measured spots."""
+    support: np.ndarray
+    """(n,) 0-1: how much of the measurement reaches a spot over the graph."""
+    depth: np.ndarray
+    """(n,) total counts of the measurement that `sd` is for; NaN where no counts are known."""
+
+
+class AsignModel:
+    """A fitted model; made by :func:`~spatial_impute.tl.fit_asign` or :meth:`load`.
+
+    Attributes
+    ----------
+    params
+        Settings.
+    var_names
+        Genes.
+    cross_validation
+        One row per method: scores on held-out blocks of the measured sections. All baselines, the network alone, and
+        the blend ``"asign"``, whose weights for a block come from the other blocks.
+    predictability
+        Pearson correlation on held-out blocks per gene (the later ``var["imputation_r"]``).
+    predictable
+        Whether that is better than chance (the later ``var["imputable"]``).
+    history
+        Loss and held-out error of each network by step; ``kept`` marks the step that is used.
+    config
+        Encoder, normalisation and provenance of the training data.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> model = si.tl.fit_asign(sdata)  # doctest: +SKIP
+    >>> model.save("model")  # doctest: +SKIP
+    >>> model = si.models.AsignModel.load("model")  # doctest: +SKIP
+    >>> model.cross_validation.loc[["cokriging", "asign"], ["pearson_gene", "skill"]]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        params: AsignParams,
+        var_names: Sequence[str],
+        experts: Sequence[str],
+        n_features: int,
+        networks: list[dict[str, Tensor]],
+        tensors: dict[str, Tensor],
+        cross_validation: pd.DataFrame,
+        predictability: pd.Series,
+        predictable: pd.Series,
+        history: pd.DataFrame,
+        config: dict[str, Any],
+    ) -> None:
+        self.params = params
+        self.var_names = list(var_names)
+        self.cross_validation = cross_validation
+        self.predictability = predictability
+        self.predictable = predictable
+        self.history = history
+        self.config = config
+        self._experts = list(experts)
+        self._n_features = n_features
+        self._networks = networks
+        self._tensors = tensors
+
+    def __repr__(self) -> str:
+        r = self.cross_validation.loc["asign", "pearson_gene"]
+        return f"AsignModel({len(self.var_names)} genes, {len(self._networks)} networks, held-out r per gene {r:.3f})"
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all numbers of the model, by which results know it."""
+        digest = hashlib.sha256()
+        for state in (self._tensors, *self._networks):
+            for key, value in sorted(state.items()):
+                digest.update(key.encode())
+                digest.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        return digest.hexdigest()[:12]
+
+    @property
+    def weights(self) -> pd.DataFrame:
+        """Weight of each blended method (columns) in the prediction of each gene (rows)."""
+        return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
+
+    def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
+        """Impute the unknown spots of one stack; `depth` (n,) is that of the measurements that intervals are for."""
+        if spots.tokens is None or spots.tokens[0].shape[2] != self._n_features:
+            found = None if spots.tokens is None else spots.tokens[0].shape[2]
+            msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
+            raise ValueError(msg)
+        centre, scale = self._tensors["centre"].numpy(), self._tensors["scale"].numpy()
+        weights = dict(zip(self._experts, self._tensors["weights"].numpy().T, strict=True))
+
+        def weighted(found: np.ndarray, name: str) -> np.ndarray:
+            found -= centre
+            found /= scale
+            found *= weights[name]
+            return found
+
+        # Of the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
+        by_features = cokriging(spots, leave_one_out=True)
+        inputs, _ = graph_inputs(with_components(spots), self._tensors, self.params, by_features=by_features)
+        # Left out in turn are only the known spots, which keep their measurement in the end.
+        expression = weighted(by_features.astype(np.float32, copy=False), "cokriging")
+        network = self._network_prediction(inputs, device)
+        network *= weights[NETWORK]
+        expression += network
+        support = inputs.support[:, 0].numpy()
+        del by_features, network, inputs
+        bases = spots.bases or {}
+        for name in self._experts:
+            if name not in (NETWORK, "cokriging") and weights[name].any():
+                expression += weighted(bases[name].copy() if name in bases else METHODS[name](spots), name)
+        expression *= scale
+        expression += centre
+        expression[spots.known] = spots.expression
+        usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
+        sd = spread_by_support(support, float(usual[0]), *spreads)
+        noise = self._expected_noise(spots) if depth is None else 1.0 / depth
+        if spots.total_counts is not None:
+            noise[spots.known] = 1.0 / spots.total_counts
+        sd *= spot_scale(noise, self._tensors["noise"].numpy())[:, None].astype(np.float32)
+        sd[spots.known] = 0.0
+        return Imputation(expression, sd, support, 1.0 / noise)
+
+    def _expected_noise(self, spots: Spots) -> np.ndarray:
+        """(n,) counting noise of the measurements that intervals are for."""
+        noise = expected_noise(spots)
+        if self._tensors["whole_sections"].item():
+            return noise
+        return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
+
+    def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
+        """(n, g) mean over the networks, standardised."""
+        total = torch.zeros_like(inputs.base)
+        with suitable_threads(len(inputs.spot), self.params.width):
+            for state in self._networks:
+                network = build_network(self.params, self._n_features, self._tensors["group"])
+                network.load_state_dict(state)
+                total += predict(network, inputs, device=device)
+        return (total / len(self._networks)).numpy()
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a directory.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something at `path` and `overwrite` is False.
+        """
+        tensors = {f"model.{key}": value for key, value in self._tensors.items()}
+        for k, state in enumerate(self._networks):
+            tensors |= {f"network{k}.{key}": value for key, value in state.items()}
+        config = {
+            "params": asdict(self.params),
+            "var_names": self.var_names,
+            "experts": self._experts,
+            "n_features": self._n_features,
+            "n_networks": len(self._networks),
+            "cross_validation": self.cross_validation.reset_index().to_dict(orient="list"),
+            "predictability": [None if np.isnan(r) else float(r) for r in self.predictability],
+            "predictable": [bool(p) for p in self.predictable],
+            "history": self.history.astype(object).where(self.history.notna(), None).to_dict(orient="list"),
+            "config": self.config,
+        }
+        save_directory(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AsignModel:
+        """Read a model written by :meth:`save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is missing.
+        ValueError
+            If the directory holds something else, or weights that do not fit the configuration.
+        """
+        config, tensors = load_directory(path, kind=cls.__name__)
+        with reading(path):
+            return cls._from_config(path, config, tensors)
+
+    @classmethod
+    def _from_config(cls, path: str | Path, config: Config, tensors: dict[str, Tensor]) -> AsignModel:
+        own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+        params = load_params(AsignParams, config)
+        n_networks, n_genes = config["n_networks"], len(config["var_names"])
+        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
+        shapes["weights"] = (n_genes, len(config["experts"]))
+        shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
+        shapes |= {"noise": (3,), "usual_support": (1,), "whole_sections": (1,)}
+        found = {key: tuple(own[key].shape) for key in shapes if key in own}
+        if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
+            raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
+        sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
+        networks = []
+        for k in range(n_networks):
+            prefix = f"network{k}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            require_shapes(path, lambda: build_network(params, config["n_features"], own["group"]), state, sizes)
+            networks.append(state)
+        model = cls(
+            params=params,
+            var_names=config["var_names"],
+            experts=config["experts"],
+            n_features=config["n_features"],
+            networks=networks,
+            tensors=own,
+            cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method"),
+            predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
+            predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),
+            history=pd.DataFrame(config["history"]),
+            config=config["config"],
+        )
+        repr(model)  # shows its score, so that is there
+        return model

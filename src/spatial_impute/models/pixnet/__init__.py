@@ -1,0 +1,1 @@
+"""PixNet: a network from an image to a dense map of expression. Arrays in, arrays out."""

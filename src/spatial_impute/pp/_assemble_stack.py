@@ -1,0 +1,250 @@
+"""Make one stack out of the files and objects that people have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
+from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
+from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._read_section import is_spatialdata, read_section
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+    from spatial_impute.pp._read_section import SectionInput
+
+
+_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm taken for um are a thousand times off
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def assemble_stack(
+    sections: Mapping[str, SectionInput] | Sequence[tuple[str, SectionInput]],
+    *,
+    mpp: float | Mapping[str, float] | None = None,
+    z: Sequence[float] | Mapping[str, float] | None = None,
+    section_spacing: float | None = None,
+    reference: str | None = None,
+    spot_pitch: float | None = None,
+    coordinate_system: str | Mapping[str, str] | None = None,
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Mapping[str, str] | None = None,
+    table_key: str | Mapping[str, str] | None = None,
+    fullres_image: Mapping[str, str | Path] | None = None,
+    bin_size: float | Mapping[str, float] | None = None,
+) -> SpatialData:
+    """Assemble serial sections into one SpatialData object under the data contract of the stack.
+
+    Each section becomes a coordinate system in micrometres, named after the section. Images stay lazy. A section
+    whose input carries a table counts as measured; its counts are copied to a table of their own.
+
+    Parameters
+    ----------
+    sections
+        Section names in their order in the block, each with an image file (TIFF, OME-TIFF, SVS, PNG, JPEG, OME-Zarr),
+        an image as array ((y, x, 3), (c, y, x) or (y, x)) or DataArray / DataTree, a folder of Space Ranger (Visium,
+        CytAssist, Visium HD), or a SpatialData object such as ``spatialdata_io.visium``, ``visium_hd`` or ``xenium``
+        return, or the path of one. An object that holds several sections is given once for each, with their
+        `coordinate_system` or `image_key`.
+    mpp
+        Micrometres per pixel of the images; per unit of `coordinate_system` for SpatialData objects (a full-resolution
+        pixel in those of ``spatialdata_io``). One number or one per section. If missing, it is read from the metadata
+        of the file or folder, or derived from `spot_pitch`.
+    z
+        Height of each section in um.
+    section_spacing
+        Distance of consecutive sections in um, instead of `z`.
+    reference
+        Section whose frame the others are brought to; by default the first measured one, else the middle one.
+    spot_pitch
+        Centre-to-centre distance of neighbouring spots in um (100 for Visium), from which the pixel size of SpatialData
+        objects is derived where `mpp` is missing.
+    coordinate_system
+        Coordinate system to read from SpatialData objects; may be left out if there is only one, or one ``"global"``.
+    image_key, shapes_key, table_key
+        Elements to take from SpatialData objects; by default the colour image of the highest resolution, the only circles
+        (else the only squares of one size, which become circles) and the only table that annotates them. One name, or
+        one per section.
+    fullres_image
+        For folders of Space Ranger, the scan that was given to it. Without it the best image of the folder is taken, and
+        a warning says how coarse that is.
+    bin_size
+        For folders of Visium HD, the edge of the bins to take in um; 8 by default.
+
+    Returns
+    -------
+    A new SpatialData object; the inputs are left as they are. It holds
+
+    `images["{section}_image"]`
+        The H&E image, transformed to the coordinate system `section` (um).
+    `shapes["{section}_spots"]`
+        The spots as circles, where the input has some.
+    `tables["{section}_counts"]`
+        The measured table as it came, where the input has one.
+    `tables["stack"]`
+        One row per spot of all sections: obs ``region``, ``instance_id``, ``section``, ``z``, ``measured``; obsm
+        ``spatial`` (um).
+    `attrs["spatial_impute"]["stack"]`
+        The stack record (JSON).
+
+    Raises
+    ------
+    ValueError
+        For missing pixel sizes or heights, duplicate or illegal names, the same image given twice, ambiguous elements.
+    KeyError
+        For elements, coordinate systems or bin sizes that do not exist.
+    FileNotFoundError
+        For files that do not exist, and files that a folder of Space Ranger lacks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spatial_impute as si
+    >>> scans = {name: np.full((300, 400, 3), 230, dtype=np.uint8) for name in ("top", "bottom")}
+    >>> sdata = si.pp.assemble_stack(scans, mpp=2.0, section_spacing=10.0)
+    >>> sorted(sdata.coordinate_systems)
+    ['bottom', 'top']
+    """
+    from spatialdata import SpatialData
+
+    inputs = _named_inputs(sections, coordinate_system, image_key)
+    names = list(inputs)
+    heights = _heights(names, z, section_spacing)
+    for argument, value in {
+        "mpp": mpp,
+        "coordinate_system": coordinate_system,
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "fullres_image": fullres_image,
+        "bin_size": bin_size,
+    }.items():
+        for name in value if isinstance(value, Mapping) else ():
+            require_key(name, names, where="sections", then=f"`{argument}` names a section that is not there.")
+    sdata = SpatialData()
+    records = []
+    for name in names:
+        parts = read_section(
+            name,
+            inputs[name],
+            mpp=_for_section(mpp, name),
+            spot_pitch=spot_pitch,
+            coordinate_system=_for_section(coordinate_system, name),
+            image_key=_for_section(image_key, name),
+            shapes_key=_for_section(shapes_key, name),
+            table_key=_for_section(table_key, name),
+            fullres_image=_for_section(fullres_image, name),
+            bin_size=_for_section(bin_size, name),
+        )
+        if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
+            logger.warning(
+                "Section %s: a pixel of %g um is no pixel of a scan or of its overview (0.1 to 50 um); check `mpp`",
+                name,
+                parts.mpp,
+            )
+        sdata.images[Keys.image(name)] = parts.image
+        if parts.spots is not None:
+            sdata.shapes[Keys.spots(name)] = parts.spots
+        if parts.counts is not None:
+            sdata.tables[Keys.counts(name)] = parts.counts
+        records.append(
+            Section(
+                name=name,
+                z=heights[name],
+                mpp=parts.mpp,
+                mpp_source=parts.mpp_source,
+                image=Keys.image(name),
+                spots=None if parts.spots is None else Keys.spots(name),
+                counts=None if parts.counts is None else Keys.counts(name),
+            )
+        )
+    measured = [record.name for record in records if record.counts is not None]
+    if reference is None:
+        reference = measured[0] if measured else names[len(names) // 2]
+    require_key(reference, names, where="sections")
+    record = StackRecord(tuple(records), reference=reference, version=version("spatial-impute"))
+    save_record(sdata, record)
+    build_stack_table(sdata, record)
+    return sdata
+
+
+def _named_inputs(
+    sections: Mapping[str, Any] | Sequence[tuple[str, Any]], *choices: str | Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Check names and inputs; refuse duplicates of either, unless the `choices` take different parts of one object."""
+    pairs = list(sections.items() if isinstance(sections, Mapping) else sections)
+    if not pairs:
+        msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
+        raise ValueError(msg)
+    seen_names: set[str] = set()
+    seen_inputs: dict[object, str] = {}
+    for name, value in pairs:
+        if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
+            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
+            msg = (
+                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
+                f"{name!r}. Call it {legal!r}, for instance."
+            )
+            raise ValueError(msg)
+        if name == Keys.ALIGNED:
+            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
+            raise ValueError(msg)
+        if name.lower() in seen_names:
+            msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
+            raise ValueError(msg)
+        seen_names.add(name.lower())
+        identity: Any = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
+        if is_spatialdata(value):
+            identity = (identity, *(_for_section(choice, name) for choice in choices))
+        if identity in seen_inputs:
+            msg = (
+                f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
+                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`). Cut sections "
+                "that lie on one slide apart, e.g. with `spatialdata.bounding_box_query`."
+            )
+            raise ValueError(msg)
+        seen_inputs[identity] = name
+    return dict(pairs)
+
+
+def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[str, float]:
+    if (z is None) == (section_spacing is None):
+        msg = "Give the heights of the sections: either `z` (um, one per section) or `section_spacing` (um)."
+        raise ValueError(msg)
+    if z is None:
+        spacing = require_positive(section_spacing, name="section_spacing", unit="um")
+        return {name: i * spacing for i, name in enumerate(names)}
+    if isinstance(z, Mapping):
+        for name in names:
+            require_key(name, z, where="z")
+        values = [z[name] for name in names]
+    else:
+        values = list(z) if isinstance(z, Iterable) else [z]
+    try:
+        heights = np.asarray(values, dtype=float)
+    except (OverflowError, TypeError, ValueError):
+        heights = np.array([np.nan])
+    if heights.shape != (len(names),) or not np.isfinite(heights).all():
+        msg = f"`z` must hold one finite number per section ({len(names)}), found {values!r}."
+        raise ValueError(msg)
+    steps = np.diff(heights)
+    if not ((steps > 0).all() or (steps < 0).all()):
+        msg = (
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours in "
+            "the stack are neighbours in the block. Give the sections in their order in the block."
+        )
+        raise ValueError(msg)
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+
+def _for_section(value: Any, name: str) -> Any:
+    """Value for one section of an argument that is a scalar or a mapping of section names."""
+    return value.get(name) if isinstance(value, Mapping) else value

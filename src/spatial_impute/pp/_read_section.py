@@ -1,0 +1,411 @@
+"""Read one section from whatever people have. The only reader of foreign SpatialData objects."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._geometry import linear_scale
+from spatial_impute._image.reading import open_image
+from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
+from spatial_impute._stack import element_affine
+from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._read_spaceranger import SCALEFACTORS, find_spaceranger, read_spaceranger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
+
+    SectionInput: TypeAlias = SpatialData | DataArray | DataTree | np.ndarray | str | Path
+
+
+_SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
+_SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
+_SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
+
+
+@dataclass
+class SectionParts:
+    """Elements of one section in its own frame, and the pixel size of its image."""
+
+    image: DataArray | DataTree
+    mpp: float
+    mpp_source: str
+    spots: GeoDataFrame | None = None
+    counts: AnnData | None = None
+
+
+def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts:
+    """Read one section; `options` are the arguments of ``assemble_stack`` that may differ between sections."""
+    from spatialdata import SpatialData
+
+    fullres_image, bin_size = options.pop("fullres_image"), options.pop("bin_size")
+    if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
+        folder = _require_spaceranger(name, Path(value), bin_size)
+        try:
+            sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
+        except FileNotFoundError:
+            raise
+        except (OSError, LookupError, ValueError) as error:
+            if type(error) is ValueError and str(folder) in str(error):  # ours
+                raise
+            msg = (
+                f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
+            )
+            raise ValueError(msg) from error
+        given = options["mpp"] is not None or options["spot_pitch"] is not None
+        parts = _from_spatialdata(name, sdata, **(options if given else options | {"mpp": mpp}))
+        return parts if given else replace(parts, mpp_source=source)
+    if fullres_image is not None:
+        msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
+        raise ValueError(msg)
+    if is_spatialdata(value):
+        sdata = value if isinstance(value, SpatialData) else SpatialData.read(value)
+        return _from_spatialdata(name, sdata, **options)
+    mpp, source, known = options["mpp"], "argument", None
+    if isinstance(value, str | Path):
+        opened = open_image(value)
+        levels, known = opened.levels, opened.pixel_size
+    else:
+        levels = _array_levels(name, value)
+    if mpp is None and known is None:
+        msg = (
+            f"Pixel size of section {name!r} is unknown: its image carries no physical size. "
+            f"Pass `mpp=` (um per pixel), e.g. `mpp={{{name!r}: 0.5}}`."
+        )
+        raise ValueError(msg)
+    sizes = known if mpp is None else (mpp, mpp)
+    x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
+    if mpp is None:
+        source = "metadata"
+    elif known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
+        logger.warning("Section %s: `mpp=%g` given, its file says %g; taking the former", name, mpp, known[0])
+    return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
+
+
+def is_spatialdata(value: object) -> bool:
+    """Whether something is a SpatialData object, or the folder of one."""
+    from spatialdata import SpatialData
+
+    if not isinstance(value, str | Path):
+        return isinstance(value, SpatialData)
+    path = Path(value)
+    if not path.is_dir() or not _is_zarr(path):
+        return False
+    import zarr
+
+    try:
+        attrs = zarr.open_group(path, mode="r").attrs
+        # Images within a store have these attributes too, and are images.
+        return "spatialdata_attrs" in attrs and not {"ome", "multiscales"} & set(attrs)
+    except (OSError, ValueError):  # no store: told when it is opened as an image
+        return False
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists()
+
+
+def _require_spaceranger(name: str, path: Path, bin_size: float | None) -> Path:
+    folder = find_spaceranger(path, bin_size)
+    if folder is None:
+        found = sorted(entry.name for entry in path.iterdir())
+        msg = (
+            f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
+            f"{found[:8]}). Give the folder that has 'spatial' or 'binned_outputs' in it, the path of an image, or a "
+            "SpatialData object made of the files."
+        )
+        raise FileNotFoundError(msg)
+    return folder
+
+
+def _array_levels(name: str, value: object) -> list[Any]:
+    """(c, y, x) arrays of an image given as ndarray, dask array, DataArray or DataTree; finest first."""
+    if hasattr(value, "children") and hasattr(value, "to_dict"):
+        return [
+            level
+            for child in value.children.values()
+            for level in _array_levels(name, next(iter(child.ds.data_vars.values())))
+        ]
+    if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
+        return [(value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x").data]
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) not in (2, 3):
+        msg = (
+            f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
+            f"found {type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}."
+        )
+        raise ValueError(msg)
+    if len(shape) == 2:
+        return [value[None]]
+    return [value.transpose(2, 0, 1)] if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else [value]
+
+
+def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]) -> DataArray | DataTree:
+    """Image element whose transformation to the section is the scale by `mpp` (x, y); multi-scale if there are levels."""
+    import xarray as xr
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    channels = {1: ["grey"], 3: ["r", "g", "b"], 4: ["r", "g", "b", "a"]}.get(levels[0].shape[0])
+    if channels is None or 0 in levels[0].shape:
+        msg = (
+            f"Section {name!r}: an H&E image has 1, 3 or 4 channels and at least one pixel; found an array of shape "
+            f"{tuple(levels[0].shape)} (c, y, x)."
+        )
+        raise ValueError(msg)
+    if np.dtype(levels[0].dtype).kind not in "buif":
+        msg = f"Section {name!r}: pixels must be numbers of type integer or float, found {levels[0].dtype}."
+        raise ValueError(msg)
+    elements = []
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    for level in levels:
+        factor = round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1
+        scale = Scale([factor * x, factor * y], axes=("x", "y"))
+        elements.append(
+            Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=channels, transformations={name: scale})
+        )
+    if len(elements) == 1:
+        return elements[0]
+    return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
+
+
+def _from_spatialdata(
+    name: str,
+    source: SpatialData,
+    *,
+    mpp: float | None,
+    spot_pitch: float | None,
+    coordinate_system: str | None,
+    image_key: str | None,
+    shapes_key: str | None,
+    table_key: str | None,
+) -> SectionParts:
+    """Take image, spots and table of one section out of somebody else's object."""
+    where = f"sections[{name!r}]"
+    system = _choose_system(source, coordinate_system, where)
+    image_key = _choose_image(source, image_key, system, where)
+    shapes_key = _choose_spots(source, shapes_key, system, where)
+    circles = None if shapes_key is None else _as_circles(source.shapes[shapes_key], shapes_key, where)
+    image = source.images[image_key]
+    if mpp is not None:
+        mpp_source = "argument"
+    elif spot_pitch is not None and shapes_key is not None:
+        mpp, mpp_source = _mpp_from_pitch(circles, system, spot_pitch), "spot pitch"
+    else:
+        msg = (
+            f"Pixel size of {where} is unknown. Pass `mpp=` (um per unit of its coordinate system {system!r}) or, for "
+            "spots on a regular lattice, `spot_pitch=` (um, 100 for Visium)."
+        )
+        raise ValueError(msg)
+    mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
+    parts = SectionParts(
+        image=_moved(image, system, name, mpp),
+        mpp=linear_scale(element_affine(image, system)) * mpp,
+        mpp_source=mpp_source,
+    )
+    if shapes_key is not None:
+        parts.spots = _moved(circles, system, name, mpp)
+        # One table annotates the spots of all sections, so their ids must be of one type; barcodes are strings.
+        parts.spots.index = parts.spots.index.astype(str)
+        parts.counts = _take_counts(source, shapes_key, table_key, name, where)
+    return parts
+
+
+def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
+    systems = list(source.coordinate_systems)
+    if wanted is not None:
+        require_key(wanted, systems, where=f"{where}.coordinate_systems")
+        return wanted
+    if len(systems) == 1 or "global" in systems:
+        return systems[0] if len(systems) == 1 else "global"
+    # Readers of Visium HD add frames of the small images beside that of the full resolution.
+    full = [system for system in systems if "downscaled_" not in system]
+    if len(full) == 1:
+        return full[0]
+    msg = f"{where} has the coordinate systems {systems}; say which one to read with `coordinate_system=`."
+    raise ValueError(msg)
+
+
+def _in_system(element: object, system: str) -> bool:
+    from spatialdata.transformations import get_transformation
+
+    return system in get_transformation(element, get_all=True)
+
+
+def _choose_image(source: SpatialData, wanted: str | None, system: str, where: str) -> str:
+    if wanted is not None:
+        require_key(wanted, source.images, where=f"{where}.images")
+        return wanted
+    keys = [key for key, element in source.images.items() if _in_system(element, system)]
+    if not keys:
+        msg = f"{where} has no image in the coordinate system {system!r}; images: {sorted(source.images)}."
+        raise ValueError(msg)
+    # Colour images first (fluorescence has other numbers of channels), then the fewest units per pixel.
+    colour = [key for key in keys if _n_channels(source.images[key]) == 3] or keys
+    best = min(colour, key=lambda key: linear_scale(element_affine(source.images[key], system)))
+    if len(keys) > 1:
+        logger.info("%s: taking the finest image %r of %s", where, best, sorted(keys))
+    return best
+
+
+def _n_channels(image: DataArray | DataTree) -> int:
+    array = next(iter(image["scale0"].ds.data_vars.values())) if hasattr(image, "children") else image
+    return int(array.sizes["c"])
+
+
+def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
+    """Name of the spots: the only circles, else the only squares that a table annotates (bins of Visium HD)."""
+    if wanted is not None:
+        require_key(wanted, source.shapes, where=f"{where}.shapes")
+        return wanted
+    here = [key for key, shape in source.shapes.items() if _in_system(shape, system)]
+    circles = [key for key in here if "radius" in source.shapes[key]]
+    annotated = {key for table in source.tables.values() for key in _regions(table)}
+    keys = circles or [key for key in here if key in annotated and _square_edge(source.shapes[key]) is not None]
+    if len(keys) > 1:
+        kind = "circle" if circles else "bin"
+        msg = f"{where} has several {kind} elements {sorted(keys)}; say which ones are the spots with `shapes_key=`."
+        raise ValueError(msg)
+    return keys[0] if keys else None
+
+
+def _regions(table: AnnData) -> list[str]:
+    regions = table.uns.get("spatialdata_attrs", {}).get("region")
+    return [regions] if isinstance(regions, str) else list(regions or [])
+
+
+def _square_edge(shapes: GeoDataFrame) -> float | None:
+    """Edge of polygons that all are squares of one size; None for anything else."""
+    if not len(shapes) or not (shapes.geom_type == "Polygon").all():
+        return None
+    area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
+    edge = float(np.sqrt(np.median(area)))
+    # Among shapes of four corners only a square has this relation of area and circumference.
+    same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
+    square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
+    return edge if same.all() and square.all() else None
+
+
+def _as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
+    """Spots as circles: squares become the circles inscribed in them."""
+    import geopandas as gpd
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import get_transformation
+
+    if "radius" in shapes:
+        return shapes
+    edge = _square_edge(shapes)
+    if edge is None:
+        msg = (
+            f"{where}.shapes[{key!r}] holds neither circles nor squares of one size; make circles of it with "
+            "`spatialdata.to_circles`, or choose others with `shapes_key=`."
+        )
+        raise ValueError(msg)
+    circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
+    return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
+
+
+def _mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
+    """Units of the pitch per unit of the coordinate system, from the mean distance of neighbours on the lattice.
+
+    Positions are whole pixels, so that the nearest of six neighbours is nearer than the pitch, by up to 0.7 % on Visium.
+    """
+    from scipy.spatial import cKDTree
+
+    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
+    if len(circles) < 2:
+        msg = f"`spot_pitch` needs at least two spots to compare with, found {len(circles)}; pass `mpp=`."
+        raise ValueError(msg)
+    centers = np.column_stack([circles.geometry.x, circles.geometry.y])
+    distance = cKDTree(centers).query(centers, k=min(7, len(centers)))[0][:, 1:]
+    near = np.abs(distance / np.median(distance[:, 0]) - 1) < _SAME_STEP
+    if near[:, 0].mean() < 0.5:
+        low, high = np.quantile(distance[:, 0], [0.1, 0.9])
+        msg = (
+            f"`spot_pitch` needs spots on a regular lattice; the nearest neighbours of {len(circles)} spots are "
+            f"{low:.3g} to {high:.3g} away (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+        )
+        raise ValueError(msg)
+    return pitch / (float(distance[near].mean()) * linear_scale(element_affine(circles, system)))
+
+
+def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
+    """Shallow copy of an element whose only transformation goes to the section's frame in um."""
+    from spatialdata.transformations import Scale, Sequence, get_transformation, set_transformation
+
+    to_system = get_transformation(element, to_coordinate_system=system)
+    copy = element.copy()
+    copy.attrs = dict(copy.attrs)
+    to_section = Sequence([to_system, Scale([mpp, mpp], axes=("x", "y"))])
+    set_transformation(copy, {name: to_section}, set_all=True)
+    return copy
+
+
+def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_key: str) -> None:
+    """Every spot has one row of the table at most, and some have one."""
+    known = np.isin(instance, index)
+    if not known.any() and len(instance):
+        msg = (
+            f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name e.g. "
+            f"{instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Make the instance ids those of the spots."
+        )
+        raise ValueError(msg)
+    repeated = pd.Index(instance).duplicated()
+    if repeated.any():
+        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of them."
+        raise ValueError(msg)
+    if not known.all():
+        logger.warning(
+            "%s: %d of %d rows of its table have no spot and are left out, e.g. %r",
+            where,
+            int((~known).sum()),
+            len(known),
+            str(instance[~known][0]),
+        )
+
+
+def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
+    """Copy of the rows of the table that annotate the spots, re-labelled for the stack."""
+    from spatialdata.models import TableModel
+
+    annotating = {}
+    for key, table in source.tables.items():
+        if shapes_key in _regions(table):
+            annotating[key] = table
+    if table_key is not None:
+        require_key(table_key, source.tables, where=f"{where}.tables")
+        require_key(table_key, annotating, where=f"tables of {where} that annotate {shapes_key!r}")
+        annotating = {table_key: annotating[table_key]}
+    if not annotating:
+        return None
+    if len(annotating) > 1:
+        msg = f"{where} has several tables {sorted(annotating)} for {shapes_key!r}; choose with `table_key=`."
+        raise ValueError(msg)
+    table = next(iter(annotating.values()))
+    attrs = table.uns["spatialdata_attrs"]
+    rows = (table.obs[attrs["region_key"]] == shapes_key).to_numpy()
+    with warnings.catch_warnings():  # we say so once, below
+        warnings.filterwarnings("ignore", "Variable names are not unique")
+        counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
+    if not counts.var_names.is_unique:
+        logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
+        counts.var_names_make_unique()
+    instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
+    _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
+    counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
+    if counts.obs.index.name in (Keys.REGION, Keys.INSTANCE):  # a column of that name must not differ from the index
+        counts.obs.index.name = None
+    counts.obs[Keys.REGION] = Keys.spots(name)
+    counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")
+    counts.obs[Keys.INSTANCE] = pd.array(instance, dtype=object)
+    del counts.uns["spatialdata_attrs"]
+    return TableModel.parse(counts, region=Keys.spots(name), region_key=Keys.REGION, instance_key=Keys.INSTANCE)

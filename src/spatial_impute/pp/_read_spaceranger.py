@@ -1,0 +1,196 @@
+"""Folders of Space Ranger (Visium, CytAssist, Visium HD), read without the full-resolution image if they have none."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._image.reading import open_image
+from spatial_impute._logging import logger
+from spatial_impute._validation import require_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+SCALEFACTORS = "scalefactors_json.json"
+_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+_COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
+_COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
+_IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.png"))
+# Spots of one row of a Visium array are 100 um apart, two steps of array_col; rows are 100 * sin(60 degrees) apart.
+_COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
+
+
+def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
+    """Folder that holds counts and ``spatial``: the given one, its ``outs``, or one of its ``binned_outputs``.
+
+    Parameters
+    ----------
+    path
+        A folder.
+    bin_size
+        Edge of the Visium HD bins to take, in um; 8 by default, else the smallest there is.
+
+    Returns
+    -------
+    None if there are no files of Space Ranger.
+
+    Raises
+    ------
+    KeyError
+        If there are no bins of that size.
+    """
+    for folder in (path, path / "outs"):
+        if (folder / "spatial" / SCALEFACTORS).exists():
+            return folder
+        bins = {float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_*um") if f.is_dir()}
+        if bins:
+            wanted = float(bin_size) if bin_size is not None else (8.0 if 8.0 in bins else min(bins))
+            require_key(f"{wanted:g}", [f"{size:g}" for size in bins], where=f"bin sizes (um) of {path}")
+            return bins[wanted]
+    return None
+
+
+def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
+    """Read image, spots and counts of one sample.
+
+    Parameters
+    ----------
+    folder
+        As :func:`find_spaceranger` returns it.
+    fullres_image
+        The scan that was given to Space Ranger; without it the ``hires``, then the ``lowres`` image of the folder.
+
+    Returns
+    -------
+    sdata
+        Everything in the coordinate system ``"global"``, in pixels of the full resolution.
+    mpp
+        um per pixel of the full resolution.
+    source
+        Where that comes from: ``"metadata"`` (Visium HD) or ``"spot pitch"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing; the message names it and the way out.
+    ValueError
+        If counts and positions share no barcode.
+    """
+    from spatial_impute._io.section_object import section_object
+
+    factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
+    positions = _read_positions(folder)
+    counts = _read_counts(folder)
+    shared = counts.obs_names.intersection(positions.index)
+    if not len(shared):
+        msg = (
+            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); they "
+            "belong to different samples or bin sizes."
+        )
+        raise ValueError(msg)
+    positions = positions[positions["in_tissue"].astype(bool) | positions.index.isin(shared)]
+    if "microns_per_pixel" in factors:
+        mpp, source = float(factors["microns_per_pixel"]), "metadata"
+        radius = float(factors["bin_size_um"]) / mpp / 2
+    else:
+        mpp, source = _mpp_of_array(folder, positions), "spot pitch"
+        radius = float(factors["spot_diameter_fullres"]) / 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are numbered later
+        sdata = section_object(
+            "sample",
+            _read_image(folder, factors, fullres_image, mpp),
+            centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
+            radius=radius,
+            ids=list(positions.index),
+            table=counts[shared].copy(),
+        )
+    return sdata, mpp, source
+
+
+def _read_positions(folder: Path) -> pd.DataFrame:
+    for name in _POSITIONS:
+        path = folder / "spatial" / name
+        if path.exists():
+            break
+    else:
+        msg = (
+            f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
+            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
+        )
+        raise FileNotFoundError(msg)
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+    else:
+        # Space Ranger 1 wrote no header.
+        header = 0 if path.read_text()[:8] == "barcode," else None
+        table = pd.read_csv(path, header=header)
+    table.columns = _COLUMNS
+    return table.set_index(table["barcode"].astype(str))
+
+
+def _read_counts(folder: Path) -> AnnData:
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are numbered later
+        for pattern in _COUNTS:
+            for path in sorted(folder.glob(pattern)):
+                return sc.read_10x_h5(path)
+        for name in _COUNT_FOLDERS:
+            if (folder / name).is_dir():
+                return sc.read_10x_mtx(folder / name, make_unique=False)
+    msg = (
+        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. Copy "
+        "it from the output of Space Ranger, or give the image alone for an unmeasured section."
+    )
+    raise FileNotFoundError(msg)
+
+
+def _mpp_of_array(folder: Path, positions: pd.DataFrame) -> float:
+    """Micrometres per pixel from the known lattice of the array, by least squares over all spots."""
+    place = positions[["array_col", "array_row"]].to_numpy(float) * [_COLUMN_STEP, _ROW_STEP]
+    pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
+    if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
+        msg = (
+            f"{folder}: {len(place)} spots in one line tell no pixel size; pass `mpp=` (um per full-resolution pixel)."
+        )
+        raise ValueError(msg)
+    matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
+    return float(1 / np.sqrt(abs(np.linalg.det(matrix))))
+
+
+def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, mpp: float) -> object:
+    """Image element in full-resolution pixels."""
+    from spatial_impute.pp._read_section import image_element
+
+    if fullres_image is not None:
+        return image_element(open_image(fullres_image).levels, "global", 1.0)
+    for kind, name in _IMAGES:
+        path = folder / "spatial" / name
+        if path.exists() and f"tissue_{kind}_scalef" in factors:
+            pixel = 1 / float(factors[f"tissue_{kind}_scalef"])
+            logger.warning(
+                "%s: no full-resolution image given, taking the %s image with %.3g um per pixel; give the scan with "
+                "`fullres_image=` if there is one",
+                folder,
+                kind,
+                pixel * mpp,
+            )
+            return image_element(open_image(path).levels, "global", pixel)
+    names = [name for _, name in _IMAGES]
+    msg = (
+        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give the "
+        "scan with `fullres_image=`."
+    )
+    raise FileNotFoundError(msg)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spatial_impute.models.asign import _blend
+from spatial_impute.models.asign._blend import blend_weights
+
+
+@pytest.fixture
+def data():
+    """Genes 0-9 follow the first prediction, 10-19 the second; the third is noise."""
+    rng = np.random.default_rng(0)
+    predictions = rng.normal(size=(3, 400, 20))
+    truth = np.where(np.arange(20) < 10, predictions[0], predictions[1]) + 0.5 * rng.normal(size=(400, 20))
+    return predictions, truth, np.arange(400) % 5
+
+
+def test_blend_gives_each_gene_what_predicts_it(data):
+    weights, held_out = blend_weights(*data)
+    assert weights[:10, 0].min() > 0.85
+    assert weights[10:, 1].min() > 0.85
+    assert weights[:, 2].max() < 0.15
+    assert np.mean((held_out - data[1]) ** 2) < 0.3  # the noise alone has 0.25
+
+
+def test_blend_is_never_negative_and_leans_to_the_mean_on_noise():
+    rng = np.random.default_rng(1)
+    weights, _ = blend_weights(-rng.normal(size=(2, 300, 8)), rng.normal(size=(300, 8)), np.arange(300) % 5)
+    assert weights.min() >= 0
+    assert weights.mean() < 0.1
+
+
+def test_blend_shares_weights_where_genes_are_too_noisy_for_their_own():
+    rng = np.random.default_rng(2)
+    signal = rng.normal(size=(1, 60, 30))
+    truth = 0.3 * signal[0] + 2.0 * rng.normal(size=(60, 30))
+    weights, _ = blend_weights(signal, truth, np.arange(60) % 5)
+    assert weights.std() < 0.05
+    assert weights.mean() == pytest.approx(0.3, abs=0.1)
+
+
+def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
+    """The blend of a fold must not change with the truth of that fold (the strength of sharing sees all folds)."""
+    monkeypatch.setattr(_blend, "_STRENGTHS", (1.0,))
+    predictions, truth, folds = data
+    _, before = blend_weights(predictions, truth, folds)
+    changed = truth.copy()
+    changed[folds == 2] = np.random.default_rng(3).normal(size=changed[folds == 2].shape)
+    _, after = blend_weights(predictions, changed, folds)
+    np.testing.assert_allclose(after[folds == 2], before[folds == 2], atol=1e-9)  # rounding of the sums
+    assert np.abs(after[folds != 2] - before[folds != 2]).max() > 1e-3
+
+
+def test_blend_survives_identical_and_empty_predictions():
+    p = np.random.default_rng(4).normal(size=(1, 50, 3))
+    both = np.concatenate([p, p, np.zeros_like(p)])
+    weights, _ = blend_weights(both, p[0], np.arange(50) % 5)
+    np.testing.assert_allclose(weights[:, :2].sum(axis=1), 1.0, atol=0.02)
+    weights, held_out = blend_weights(np.zeros((2, 50, 3)), p[0], np.arange(50) % 5)
+    assert np.isfinite(weights).all()
+    np.testing.assert_array_equal(held_out, 0)

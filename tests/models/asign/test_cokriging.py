@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spatial_impute.models._spots import Spots
+from spatial_impute.models.asign import _cokriging
+from spatial_impute.models.asign._cokriging import cokriging
+
+
+def field_spots(
+    *, side: int = 16, noise: float = 0.3, seed: int = 0, features: bool = False, scale: float = 1.0, n_genes: int = 4
+) -> tuple[Spots, np.ndarray]:
+    """Two lattices over each other, the lower known; returns the true values of all spots."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(side, dtype=float), np.arange(side, dtype=float))
+    plane = np.column_stack([x.ravel(), y.ravel()])
+    xyz = np.concatenate([np.column_stack([plane + 0.3 * k, np.full(side**2, 0.2 * k)]) for k in (0, 1)])
+    waves = np.column_stack([np.sin(xyz[:, 0] / 2.5), np.cos(xyz[:, 1] / 3), np.sin((xyz[:, 0] + xyz[:, 1]) / 4)])
+    image = rng.normal(size=(len(xyz), 5))
+    signal = (image if features else waves) @ rng.normal(size=(5 if features else 3, n_genes))
+    signal += 2.0
+    known = np.repeat([True, False], side**2)
+    spots = Spots(
+        xyz=xyz * 100 * scale,
+        section=np.repeat([0, 1], side**2),
+        known=known,
+        expression=signal[known] + noise * rng.normal(size=(side**2, n_genes)),
+        spacing=100.0 * scale,
+        features=image if features else None,
+    )
+    return spots, signal
+
+
+def error(predicted: np.ndarray, true: np.ndarray, rows: np.ndarray) -> float:
+    return float(np.mean((predicted[rows] - true[rows]) ** 2))
+
+
+def test_cokriging_recovers_a_smooth_field():
+    spots, true = field_spots()
+    predicted = cokriging(spots)
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert predicted.shape == true.shape
+    assert error(predicted, true, ~spots.known) < 0.1 * error(mean, true, ~spots.known)
+
+
+def test_cokriging_averages_noise_at_known_spots():
+    """It says what is expected, and at known spots that is better than the noisy measurement."""
+    spots, true = field_spots(noise=0.5)
+    predicted = cokriging(spots)
+    measured = np.zeros_like(true)
+    measured[spots.known] = spots.expression
+    assert error(predicted, true, spots.known) < 0.5 * error(measured, true, spots.known)
+
+
+def test_cokriging_reads_the_image():
+    spots, true = field_spots(features=True)
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert error(cokriging(spots), true, ~spots.known) < 0.15 * error(mean, true, ~spots.known)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 6])
+@pytest.mark.parametrize("features", [False, True])
+def test_cokriging_of_noise_is_about_the_mean(seed, features):
+    spots, _ = field_spots(features=features)
+    rng = np.random.default_rng(seed)
+    noise = Spots(**(vars(spots) | {"expression": rng.normal(size=spots.expression.shape)}))
+    predicted = cokriging(noise) - noise.expression.mean(axis=0)
+    assert predicted[~spots.known].std() < 0.03
+
+
+def test_cokriging_of_constant_expression_is_that_constant():
+    spots, _ = field_spots(side=6)
+    constant = Spots(**(vars(spots) | {"expression": np.full(spots.expression.shape, 1.5)}))
+    np.testing.assert_allclose(cokriging(constant), 1.5)
+
+
+def test_cokriging_does_not_depend_on_the_unit_of_length():
+    a, b = (cokriging(field_spots(side=8, scale=scale)[0]) for scale in (1.0, 1e3))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_cokriging_shifts_with_expression():
+    spots, _ = field_spots(side=8)
+    moved = Spots(**(vars(spots) | {"expression": spots.expression + 10}))
+    np.testing.assert_allclose(cokriging(moved), cokriging(spots) + 10, atol=1e-4)
+
+
+def test_cokriging_of_more_known_spots_than_it_can_solve_agrees_with_exact(monkeypatch):
+    spots, true = field_spots()
+    exact = cokriging(spots)
+    for name, size in {"_MAX_EXACT": 128, "_TILE_KNOWN": 40, "_TILE_NEAR": 80, "_TILE_ANYWHERE": 10}.items():
+        monkeypatch.setattr(_cokriging, name, size)
+    part = cokriging(spots)
+    assert not np.array_equal(part, exact)
+    for gene in range(true.shape[1]):
+        assert np.corrcoef(part[~spots.known, gene], exact[~spots.known, gene])[0, 1] > 0.9
+    mean = np.broadcast_to(spots.expression.mean(axis=0), true.shape)
+    assert error(part, true, ~spots.known) < 0.25 * error(mean, true, ~spots.known)
+    np.testing.assert_array_equal(part, cokriging(spots))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_cokriging_fits_to_some_of_many_known_spots(monkeypatch, leave_one_out):
+    """Parameters come from some of the known spots, and all are solved for."""
+    spots, true = field_spots(features=True)
+    exact = cokriging(spots, leave_one_out=leave_one_out)
+    for name, size in {"_MAX_FIT": 60, "_MAX_EXACT": 120, "_TILE_KNOWN": 40, "_TILE_NEAR": 90}.items():
+        monkeypatch.setattr(_cokriging, name, size)
+        part = cokriging(spots, leave_one_out=leave_one_out)
+        rows = spots.known if leave_one_out else ~spots.known
+        assert not np.array_equal(part, exact)
+        assert error(part, true, rows) < 2.5 * error(exact, true, rows) + 0.02
+
+
+def test_cokriging_in_blocks_of_rows_equals_whole(monkeypatch):
+    spots, _ = field_spots(side=8)
+    whole = cokriging(spots)
+    monkeypatch.setattr(_cokriging, "_ROWS_AT_A_TIME", 17)
+    np.testing.assert_allclose(cokriging(spots), whole, atol=1e-9)
+
+
+def test_cokriging_gradient_is_that_of_the_likelihood():
+    """The fit must end where no parameter can be improved."""
+    spots, _ = field_spots(side=8, features=True)
+    inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
+    target = spots.expression[:, 0]
+    target = (target - target.mean()) / target.std()
+    counting = np.random.default_rng(0).gamma(2.0, size=len(target))
+    theta = _cokriging._fit(inputs, target, counting)
+    kernels = _cokriging._Kernels(inputs)
+
+    def posterior(theta: np.ndarray) -> float:
+        covariance = kernels.covariance(*kernels.distances(inputs), theta) + np.diag(_cokriging._noise(theta, counting))
+        z = (theta - _cokriging._PRIOR_MEAN) / _cokriging._PRIOR_SD
+        return float(
+            -0.5 * target @ np.linalg.solve(covariance, target) - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * z @ z
+        )
+
+    best = posterior(theta)
+    for i in range(len(theta)):
+        for step in (-0.1, 0.1):
+            assert posterior(theta + step * np.eye(len(theta))[i]) < best
+
+
+def test_cokriging_trusts_spots_with_many_counts():
+    spots, true = field_spots(noise=0.0)
+    rng = np.random.default_rng(1)
+    totals = np.where(rng.random(len(spots.expression)) < 0.5, 100.0, 10_000.0)
+    noise = np.sqrt(100.0 / totals)[:, None] * rng.normal(size=spots.expression.shape)
+    noisy = replace(spots, expression=spots.expression + noise)
+    known_depth = error(cokriging(replace(noisy, total_counts=totals)), true, ~spots.known)
+    assert known_depth < 0.8 * error(cokriging(noisy), true, ~spots.known)
+
+
+def test_leave_one_out_does_not_see_the_own_label():
+    spots, _ = field_spots()
+    changed = spots.expression.copy()
+    changed[0] += 5.0
+    before, after = (
+        cokriging(replace(spots, expression=values), leave_one_out=True) for values in (spots.expression, changed)
+    )
+    moved = np.abs(after - before)[spots.known].max(axis=1)
+    assert moved[0] < 0.2 < moved[1:].max()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e3])
+def test_cokriging_fit_stays_where_numbers_are_finite(size):
+    """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
+    spots, _ = field_spots(side=8, features=True)
+    inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
+    theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
+    assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()
+
+
+def test_cokriging_of_several_components_is_that_of_each_covariance():
+    rng = np.random.default_rng(0)
+    known, others = (_cokriging._Inputs(rng.normal(size=(n, 3)), rng.normal(size=(n, 5))) for n in (40, 25))
+    kernels = _cokriging._Kernels(known)
+    thetas = [rng.normal(size=6) for _ in range(3)]
+    duals = rng.normal(size=(40, 3))
+    expected = [
+        kernels.covariance(*kernels.distances(others), theta) @ dual
+        for theta, dual in zip(thetas, duals.T, strict=True)
+    ]
+    np.testing.assert_allclose(kernels.predict(others, thetas, duals), np.stack(expected, axis=1), rtol=1e-10)
+
+
+def test_cokriging_of_many_known_spots_takes_half_the_memory(monkeypatch):
+    spots, _ = field_spots()
+    assert cokriging(spots).dtype == np.float64
+    monkeypatch.setattr(_cokriging, "_MAX_EXACT", 128)
+    assert cokriging(spots).dtype == np.float32

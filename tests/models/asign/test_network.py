@@ -1,0 +1,155 @@
+"""Oracles of the network: each of these fails on the released ASIGN code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spatial_impute.models.asign import _inference
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
+from spatial_impute.models.asign._training import correlation_loss
+
+N, T, D, G = 12, 5, 7, 6
+
+
+@pytest.fixture
+def inputs() -> GraphInputs:
+    """Ring of 11 spots and one without neighbours."""
+    torch.manual_seed(0)
+    ring = torch.arange(N - 1)
+    edges = torch.stack([torch.cat([ring, ring.roll(-1)]), torch.cat([ring.roll(-1), ring])])
+    return GraphInputs(
+        spot=torch.randn(N, D),
+        region=torch.randn(N, T, D),
+        surroundings=torch.randn(N, T, D),
+        base=torch.randn(N, G),
+        propagated=torch.randn(N, G),
+        support=torch.rand(N, 1),
+        edge_index=edges,
+        edge_features=torch.rand(edges.shape[1], N_EDGE_FEATURES),
+    )
+
+
+def network(**kwargs) -> MSAGNet:
+    """Small network whose heads are not zero, as after some training."""
+    torch.manual_seed(1)
+    group = torch.arange(G) % 2
+    sizes = {"width": 16, "n_heads": 2, "n_graph_layers": 2, "n_level_layers": 1, "dropout": 0.0} | kwargs
+    net = MSAGNet(D, G, group=group, **sizes)
+    for head in (net.correction, net.merge):
+        torch.nn.init.normal_(head.weight, std=0.5)
+    return net.eval()
+
+
+def test_network_starts_exactly_at_the_base(inputs):
+    net = network()
+    net.reset_parameters()
+    assert torch.equal(net(inputs), inputs.base)
+
+
+@pytest.mark.parametrize("level", ["spot", "region", "surroundings"])
+def test_network_sees_the_image_of_the_spot(inputs, level):
+    changed = getattr(inputs, level).clone()
+    changed[3] += 1.0
+    difference = (network()(replace(inputs, **{level: changed})) - network()(inputs)).abs().amax(dim=1)
+    assert difference[3] > 1e-3
+    assert difference[N - 1] == 0  # no path leads from spot 3 to the isolated one
+
+
+def test_network_sees_neighbours_within_its_layers_only(inputs):
+    changed = inputs.spot.clone()
+    changed[0] += 1.0
+    difference = (network()(replace(inputs, spot=changed)) - network()(inputs)).abs().amax(dim=1)
+    assert (difference[[1, 2, 9, 10]] > 1e-6).all()
+    assert (difference[[3, 4, 5, 6, 7, 8, 11]] == 0).all()
+
+
+def test_permuting_spots_permutes_predictions(inputs):
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    position = torch.argsort(order)
+    permuted = GraphInputs(
+        spot=inputs.spot[order],
+        region=inputs.region[order],
+        surroundings=inputs.surroundings[order],
+        base=inputs.base[order],
+        propagated=inputs.propagated[order],
+        support=inputs.support[order],
+        edge_index=position[inputs.edge_index],
+        edge_features=inputs.edge_features,
+    )
+    torch.testing.assert_close(network()(permuted), network()(inputs)[order], rtol=0, atol=1e-5)
+
+
+def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs):
+    before = [tensor.clone() for tensor in vars(inputs).values()]
+    net = network()
+    assert torch.equal(net(inputs), net(inputs))
+    assert all(torch.equal(a, b) for a, b in zip(before, vars(inputs).values(), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 11])
+def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, size, monkeypatch):
+    shuffled = torch.randperm(inputs.edge_index.shape[1], generator=torch.Generator().manual_seed(0))
+    mixed = replace(inputs, edge_index=inputs.edge_index[:, shuffled], edge_features=inputs.edge_features[shuffled])
+    monkeypatch.setattr(_inference, "_SPOTS_AT_A_TIME", size)
+    found = _inference.predict(network(), mixed, device="cpu")
+    torch.testing.assert_close(found, network()(inputs), rtol=0, atol=1e-5)
+
+
+def test_isolated_spot_is_finite(inputs):
+    assert torch.isfinite(network()(inputs)[N - 1]).all()
+
+
+def test_attention_weights_sum_to_one_and_react_to_edge_features(inputs):
+    layer = network().graph[0]
+    nodes = torch.randn(N, 16)
+
+    def weights(features):
+        _, (index, alpha) = layer.attention(nodes, inputs.edge_index, features, return_attention_weights=True)
+        return index, alpha.detach()
+
+    index, alpha = weights(inputs.edge_features)
+    totals = torch.zeros(N, alpha.shape[1]).index_add_(0, index[1], alpha)
+    torch.testing.assert_close(totals, torch.ones_like(totals))
+    changed = inputs.edge_features.clone()
+    changed[0] += 1.0
+    assert (weights(changed)[1] - alpha).abs().max() > 1e-4
+
+
+def test_every_parameter_receives_a_gradient(inputs):
+    net = network()
+    net.train()
+    (net(inputs) ** 2).mean().backward()
+    idle = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert idle == []
+
+
+def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs):
+    net = network()
+    torch.nn.init.zeros_(net.merge.weight)
+    torch.nn.init.constant_(net.merge.bias, 20.0)  # tanh saturates at 1
+    torch.testing.assert_close(net(inputs), inputs.propagated)
+    torch.nn.init.zeros_(net.merge.bias)
+    assert torch.equal(net(inputs), net(replace(inputs, propagated=inputs.propagated + 1.0)))
+
+
+def test_correlation_loss_is_one_minus_pearson():
+    true = torch.tensor([[1.0, 4.0, 2.0], [2.0, 3.0, 2.0], [3.0, 1.0, 2.0], [4.0, 2.0, 2.0]])
+    predicted = torch.tensor([[1.0, 1.0, 5.0], [3.0, 2.0, 1.0], [2.0, 3.0, 0.0], [4.0, 4.0, 2.0]])
+    # r = 0.8 and -0.8; the third gene does not vary and does not count.
+    same = torch.ones(4)
+    torch.testing.assert_close(correlation_loss(predicted, true, same), torch.tensor(1.0))
+    torch.testing.assert_close(correlation_loss(true[:, :2], true[:, :2], same), torch.tensor(0.0), atol=1e-6, rtol=0)
+    tiny = 1e-3 * true[:, :2]
+    torch.testing.assert_close(correlation_loss(tiny, tiny, same), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_correlation_loss_counts_a_spot_of_weight_two_twice():
+    torch.manual_seed(0)
+    predicted, true = torch.randn(5, 3), torch.randn(5, 3)
+    weight = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0])
+    twice = [0, 0, 1, 2, 3, 4]
+    expected = correlation_loss(predicted[twice], true[twice], torch.ones(6))
+    torch.testing.assert_close(correlation_loss(predicted, true, weight), expected)

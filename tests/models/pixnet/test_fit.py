@@ -1,0 +1,240 @@
+"""Crops, base and losses of PixNet."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spatial_impute.encoders._pyramids import ModulePyramid
+from spatial_impute.models.pixnet._base import fit_base, set_base
+from spatial_impute.models.pixnet._crops import (
+    TrainingSlide,
+    assign_blocks,
+    cover,
+    crop_size,
+    held_out_blocks,
+    make_crop,
+    random_crop,
+)
+from spatial_impute.models.pixnet._fit import _row
+from spatial_impute.models.pixnet._loss import RegionLoss
+from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
+from spatial_impute.models.pixnet._region_weights import Discs
+
+WHITE = Stain((255.0, 255.0, 255.0))
+
+
+class Ramp:
+    """Image whose colour tells where one is; stands in for a working image."""
+
+    to_um = np.eye(3)
+    shape = (600, 700)
+
+    def stripe(self, core: int, halo: int) -> int:
+        return 700
+
+    def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+        y, x = np.meshgrid(np.arange(y0, y1) + 0.5, np.arange(x0, x1) + 0.5, indexing="ij")
+        return np.stack([255 * x / 700, 255 * y / 600, 0 * x + 100]).clip(1, 255).astype(np.float32)
+
+
+def slide(n: int = 200, *, number: int = 0, radius: float = 10.0) -> TrainingSlide:
+    rng = np.random.default_rng(number)
+    centers = rng.uniform(50, [650, 550], (n, 2))
+    blocks = assign_blocks(centers, np.zeros(2), np.array([700.0, 600.0]))
+    return TrainingSlide(Ramp(), WHITE, Discs(centers, np.full(n, radius)), rng.normal(size=(n, 2)), number, blocks)
+
+
+def pooled(crop) -> np.ndarray:
+    """Mean colour of each region, from 8 x 8 means of the crop's pixels."""
+    cells = nn.functional.avg_pool2d(crop.rgb[None].double(), 8)[0].flatten(1).T
+    sums = nn.functional.embedding_bag(
+        torch.from_numpy(crop.stencil.cells),
+        cells,
+        torch.from_numpy(crop.stencil.start[:-1]),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(crop.stencil.weights),
+    )
+    return (sums / torch.from_numpy(crop.stencil.n_pixels)[:, None]).numpy()
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_regions_turn_and_flip_with_the_image(turn):
+    """The colour at a region tells its place, whichever way the crop lies; the ramp is linear, so means are exact."""
+    entry = slide()
+    crop = make_crop(entry, np.array([350.3, 300.7]), 256, 8, margin=8, max_regions=999, turn=turn)
+    assert len(crop.rows) > 15
+    expected = entry.regions.centers[crop.rows] * [255 / 700, 255 / 600]
+    np.testing.assert_allclose(pooled(crop)[:, :2], expected, atol=0.25)  # a pixel is 0.4 grey values
+
+
+def test_only_whole_regions_enter_a_crop():
+    entry = slide()
+    crop = make_crop(entry, np.array([350.0, 300.0]), 256, 8, margin=8, max_regions=999)
+    centers = entry.regions.centers
+    inside = ((np.abs(centers - [350, 300]) + 10) <= 120).all(axis=1)
+    np.testing.assert_array_equal(crop.rows, np.flatnonzero(inside))
+    assert len(make_crop(entry, np.array([350.0, 300.0]), 256, 8, margin=8, max_regions=5).rows) == 5
+
+
+def test_random_crops_hold_their_region_and_repeat_with_the_seed():
+    entries = [slide(), slide(number=1, radius=30.0)]
+    size = crop_size(entries, 128, 8, 32)
+    arguments = {"margin": 8, "max_regions": 99, "flips": True, "stain_jitter": 0.1}
+    crops = [random_crop(entries, size, 8, rng=np.random.default_rng(k), **arguments) for k in range(20)]
+    assert {which for which, _ in crops} == {0, 1}
+    assert all(len(crop.rows) for _, crop in crops)
+    again = random_crop(entries, size, 8, rng=np.random.default_rng(3), **arguments)[1]
+    assert torch.equal(again.rgb, crops[3][1].rgb)
+
+
+def test_crops_grow_until_a_region_fits():
+    assert crop_size([slide(radius=100.0)], 64, 8, 32) == 224
+    assert crop_size([slide(radius=5.0)], 64, 8, 32) == 64
+
+
+def test_windows_cover_every_region_once():
+    entry = slide()
+    windows = cover(entry, 256, 8)
+    rows = np.concatenate([r for _, r in windows])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(entry.regions)))
+    for center, owned in windows:
+        crop = make_crop(entry, center, 256, 8, margin=8, max_regions=999)
+        assert np.isin(owned, crop.rows).all()
+
+
+def test_held_out_regions_are_whole_blocks_of_every_slide():
+    """Two sizes on one slide share what is held out: no pixel is trained on and looked at."""
+    a, b, c = slide(), slide(50, radius=4.0), slide(number=1)
+    out = held_out_blocks([a, b, c], 0.2, seed=0)
+    for entry, held in zip((a, b, c), out, strict=True):
+        assert 0 < held.mean() < 0.5
+        assert not set(entry.block[held]) & set(entry.block[~held])
+    assert not set(a.block[out[0]]) & set(b.block[~out[1]])
+
+
+def make_data(n: int = 150, n_features: int = 40, n_genes: int = 60):
+    """Genes follow two directions of the features, under noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, n_features)) * np.linspace(0.5, 3, n_features) + 5
+    signal = (x[:, :2] - 5) / x[:, :2].std(axis=0) @ rng.normal(size=(2, n_genes))
+    return x, signal, signal + 3 * rng.normal(size=signal.shape), np.arange(n) // 5
+
+
+def test_base_shrinks_patterns_that_are_noise():
+    x, signal, y, block = make_data()
+    base = fit_base(x, y, np.zeros(len(x)), block, n_components=40)
+    assert base.shrinkage[:2].min() > 0.6
+    assert base.shrinkage[10:].max() < 0.3
+    assert (np.diff(base.shrinkage) <= 1e-12).all()
+    full = fit_base(x, y, np.zeros(len(x)), block, n_components=40, choice=(base.penalty, np.ones(40)))
+    errors = [np.mean((b.predict(x) - y.mean(axis=0) - signal + signal.mean(axis=0)) ** 2) for b in (base, full)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_base_ignores_the_level_of_a_slide():
+    x, _, y, block = make_data()
+    number = (np.arange(len(x)) % 2).astype(float)
+    shifted = y + 100 * number[:, None]
+    base = fit_base(x, y, number, block, n_components=40)
+    moved = fit_base(x, shifted, number, block, n_components=40)
+    np.testing.assert_allclose(moved.weights, base.weights, atol=1e-8)
+
+
+def test_base_learns_nothing_from_noise():
+    x, _, _, block = make_data()
+    y = np.random.default_rng(1).normal(size=(len(x), 60))
+    assert fit_base(x, y, np.zeros(len(x)), block, n_components=40).predict(x).std(axis=0).mean() < 0.15
+
+
+def test_constant_features_and_more_components_than_regions_are_no_problem():
+    x, _, y, block = make_data(n=20)
+    x = np.column_stack([x, np.full(20, 7.0)])
+    base = fit_base(x, y, np.zeros(20), block, n_components=64)
+    assert base.projection.shape == (41, 64)
+    assert np.isfinite(base.predict(x)).all()
+
+
+def test_base_of_large_regions_can_be_read_at_cells():
+    """Of features of single nuclei little is left in a region; they must not fill the map with what averaged out."""
+    rng = np.random.default_rng(0)
+    n, n_cells = 200, 100
+    field = rng.normal(size=(n, 1))
+    coarse = np.repeat((field + 0.5 * rng.normal(size=(n, 10)))[:, None], n_cells, axis=1)
+    fine = 0.1 * field[:, None] + rng.normal(size=(n, n_cells, 30))
+    cells = np.concatenate([coarse, fine], axis=2)
+    y = field @ rng.normal(size=(1, 20)) + rng.normal(size=(n, 20))
+    x, within = cells.mean(axis=1), cells.var(axis=1).mean(axis=0)
+    held = np.arange(n) >= 150
+    r = {}
+    for name, value in (("cells", within), ("regions", 0.0)):
+        base = fit_base(x[~held], y[~held], np.zeros(150), np.arange(150) // 5, n_components=40, within=value)
+        found = base.predict(cells[held].reshape(-1, 40))
+        true = np.repeat(field[held], n_cells, axis=0) @ (base.predict(x).T @ field / (field**2).sum()).T
+        r[name] = np.mean([np.corrcoef(found[:, g], true[:, g])[0, 1] for g in range(20)])
+    assert r["cells"] > 0.85 > 0.7 > r["regions"]
+
+
+def test_network_computes_its_base():
+    """1x1 convolutions and head of the network against the regression on the same features."""
+
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
+
+    network = PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=60, width=4, n_base=5).double().eval()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 6))
+    y = rng.normal(size=(50, 60)) + x @ rng.normal(size=(6, 60))
+    base = fit_base(x, y, np.zeros(50), np.arange(50) // 5, n_components=5)
+    set_base(network, base)
+    rgb = torch.rand(1, 3, 16, 16, dtype=torch.float64) * 255
+    with torch.inference_mode():
+        found = network.genes(network.features(rgb))[0].flatten(1).T
+        levels = network.levels(rgb)[0].flatten(1).T.numpy()
+    np.testing.assert_allclose(found, base.predict(levels), rtol=1e-8, atol=1e-8)
+
+
+def test_loss_is_error_and_correlation_per_gene():
+    rng = np.random.default_rng(0)
+    p, t = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
+    t[:, 3] = 1.0  # a gene that does not vary has no correlation
+    r = [np.corrcoef(p[:, g], t[:, g])[0, 1] for g in range(3)]
+    expected = np.mean((p - t) ** 2) + 0.5 * (1 - np.mean(r))
+    found = RegionLoss("mse+pcc", 4, 0.5)(torch.from_numpy(p), torch.from_numpy(t))
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["poisson", "nb"])
+def test_losses_of_counts_are_lowest_at_the_mean(kind):
+    counts = torch.from_numpy(np.random.default_rng(0).poisson(5.0, (400, 1))).double()
+    loss = RegionLoss(kind, 1, 0.5).double()
+    values = [float(loss(torch.full_like(counts, rate), counts)) for rate in (3.0, float(counts.mean()), 8.0)]
+    assert np.argmin(values) == 1
+
+
+def test_negative_binomial_is_that_of_scipy():
+    from scipy.stats import nbinom
+
+    counts = torch.arange(6.0).double()[:, None]
+    loss = RegionLoss("nb", 1, 0.5).double()
+    with torch.no_grad():
+        loss.log_dispersion.fill_(float(np.log(2.5)))
+    expected = -nbinom.logpmf(np.arange(6), 2.5, 2.5 / (2.5 + 4.0)).mean()
+    assert float(loss(torch.full_like(counts, 4.0), counts)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_row_of_the_history_can_be_kept_in_a_checkpoint():
+    better = np.float64(0.4) < np.float64(0.5)
+    row = _row(10, 0.5, 0.4, np.array([0.2, np.nan]), kept=better)
+    assert json.loads(json.dumps(row)) == {
+        "step": 10,
+        "loss": 0.5,
+        "held_out_loss": 0.4,
+        "held_out_r": 0.2,
+        "kept": True,
+    }

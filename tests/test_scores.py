@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from spatial_impute._scores import pearson_by_gene, pearson_by_spot, summarise
+
+
+def example(n: int = 30, g: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    true = rng.gamma(2.0, size=(n, g))
+    return 0.6 * true + rng.normal(size=(n, g)), true
+
+
+def test_pearson_by_gene_equals_scipy_and_numpy():
+    predicted, true = example()
+    found = pearson_by_gene(predicted, true)
+    np.testing.assert_allclose(found, [scipy.stats.pearsonr(p, t)[0] for p, t in zip(predicted.T, true.T, strict=True)])
+    np.testing.assert_allclose(found[0], np.corrcoef(predicted[:, 0], true[:, 0])[0, 1])
+
+
+def test_pearson_by_spot_equals_scipy():
+    predicted, true = example()
+    expected = [scipy.stats.pearsonr(p, t)[0] for p, t in zip(predicted, true, strict=True)]
+    np.testing.assert_allclose(pearson_by_spot(predicted, true), expected)
+
+
+def test_pearson_by_gene_of_known_rows():
+    np.testing.assert_allclose(
+        pearson_by_gene(np.array([[1, 1], [2, 2], [3, 3]]), np.array([[2, 3], [4, 2], [6, 1]])), [1, -1]
+    )
+    np.testing.assert_allclose(pearson_by_gene(np.array([[1], [2], [3], [4]]), np.array([[1], [3], [2], [4]])), [0.8])
+
+
+def test_pearson_by_gene_does_not_depend_on_scale():
+    """No epsilon inside the root: small values correlate as large ones do."""
+    small = np.array([[1e-3], [2e-3], [3e-3]])
+    np.testing.assert_allclose(pearson_by_gene(small, small), 1.0)
+    predicted, true = example()
+    np.testing.assert_allclose(pearson_by_gene(1e-5 * predicted, 1e4 * true), pearson_by_gene(predicted, true))
+
+
+@pytest.mark.parametrize("constant", [0.0, 1 / 3, 1e4 / 3, -7.1])
+def test_pearson_by_gene_of_constant_prediction_is_zero(constant):
+    _, true = example()
+    np.testing.assert_array_equal(pearson_by_gene(np.full_like(true, constant), true), 0)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e3 / 7])
+def test_pearson_by_gene_of_constant_truth_is_not_defined(constant):
+    predicted, true = example()
+    true[:, 2] = constant
+    found = pearson_by_gene(predicted, true)
+    assert np.isnan(found[2])
+    assert np.isfinite(np.delete(found, 2)).all()
+    predicted[:, 2] = constant
+    assert np.isnan(pearson_by_gene(predicted, true)[2])
+
+
+def test_pearson_by_gene_of_constant_float32_prediction_is_zero():
+    """Written as float32 and read as float64, a constant profile is still constant."""
+    _, true = example()
+    profile = np.tile(true.mean(axis=0), (len(true), 1)).astype(np.float32)
+    np.testing.assert_array_equal(pearson_by_gene(profile, true), 0)
+
+
+def test_constant_profile_scores_high_per_spot_and_zero_per_gene():
+    rng = np.random.default_rng(0)
+    level = rng.normal(3, 1.5, 100)
+    true = level + 0.3 * rng.normal(size=(50, 100))
+    scores = summarise(np.tile(true.mean(axis=0), (50, 1)), true, true.mean(axis=0))
+    assert scores["pearson_gene"] == 0
+    assert scores["pearson_spot"] > 0.95
+    assert scores["skill"] == pytest.approx(0)
+
+
+def test_summarise_by_hand():
+    true = np.array([[1.0, 0.0], [3.0, 1.0], [2.0, 5.0], [4.0, 2.0]])
+    predicted = np.array([[1.0, 0.0], [2.0, -1.0], [3.0, -5.0], [4.0, -2.0]])
+    scores = summarise(predicted, true, np.zeros(2))
+    assert scores["pearson_gene"] == pytest.approx((0.8 - 1) / 2)
+    assert scores["pearson_gene_median"] == pytest.approx(-0.1)
+    assert scores["pearson_gene_q1"] == pytest.approx(-1 + 0.25 * 1.8)
+    assert scores["pearson_gene_positive"] == 0.5
+    assert scores["mse"] == pytest.approx((1 + 1 + 4 + 100 + 16) / 8)
+    assert scores["mae"] == pytest.approx((1 + 1 + 2 + 10 + 4) / 8)
+    assert scores["skill"] == pytest.approx(1 - 122 / (1 + 9 + 4 + 16 + 1 + 25 + 4))
+    assert (scores["n_spots"], scores["n_genes"]) == (4, 2)
+
+
+def test_summarise_leaves_out_genes_without_variation():
+    predicted, true = example()
+    expected = summarise(predicted[:, 1:], true[:, 1:], np.zeros(7))["pearson_gene"]
+    true[:, 0] = 1.0
+    scores = summarise(predicted, true, np.zeros(8))
+    assert scores["pearson_gene"] == pytest.approx(expected)
+    assert scores["n_genes"] == 7
+
+
+def test_summarise_of_truth_that_never_varies_has_no_correlation():
+    scores = summarise(np.ones((3, 2)), np.ones((3, 2)), np.zeros(2))
+    assert np.isnan(scores["pearson_gene"])
+    assert np.isnan(scores["pearson_spot"])
+    assert scores["mse"] == 0
+    assert scores["n_genes"] == 0
+
+
+def test_summarise_of_perfect_prediction():
+    _, true = example()
+    scores = summarise(true, true, true.mean(axis=0))
+    assert scores["pearson_gene"] == pytest.approx(1)
+    assert scores["pearson_spot"] == pytest.approx(1)
+    assert scores["skill"] == 1
+    assert scores["mse"] == scores["mae"] == 0
+
+
+def test_summarise_of_perfect_reference_does_not_fail():
+    true = np.tile([1.0, 2.0], (3, 1))
+    scores = summarise(true + 1, true, true[0])
+    assert not scores["skill"] > 0
