@@ -18,7 +18,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
 import spatial_impute as si
-from spatial_impute.pp._select_genes import log_normalize
+from spatial_impute._expression import log_normalize
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -39,11 +39,11 @@ from spatialdata import aggregate
 from spatialdata.models import Image2DModel, Labels2DModel
 
 import spatial_impute as si
+from spatial_impute._stack.elements import image_element
 from spatial_impute.encoders._encoder import resolve_encoder
 from spatial_impute.models.asign import _propagation
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Polygons
 from spatial_impute.models.pixnet._tiles import bag
-from spatial_impute.pp._read_section import image_element
 
 Stage = tuple[Callable[[], object], Callable[[], Callable[[], object]]]  # itself; what prepares what stands beside it
 

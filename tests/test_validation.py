@@ -6,16 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from spatial_impute._expression import looks_like_counts, require_log_values
 from spatial_impute._registration import RegistrationParams
-from spatial_impute._validation import (
-    looks_like_counts,
-    require_finite,
-    require_key,
-    require_log_values,
-    require_one_of,
-    require_positive,
-    resolve_params,
-)
+from spatial_impute._validation import require_finite, require_key, require_one_of, require_positive, resolve_params
 from spatial_impute.models import AsignParams, PixNetParams
 
 

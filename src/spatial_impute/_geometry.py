@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Coordinate system in which image and regions are brought together."""
+
+    name: str
+    um: float
+    """um per unit."""
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

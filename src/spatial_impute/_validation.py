@@ -6,12 +6,9 @@ import dataclasses
 import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from spatialdata import SpatialData
 
 _Params = TypeVar("_Params")  # a dataclass of settings
 _MOST = 2**32 - 1  # what seeds of NumPy and torch can hold
@@ -137,33 +134,6 @@ def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> 
         raise ValueError(msg)
 
 
-def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
-    """Raise a ``ValueError`` unless a result may become the element `key`.
-
-    Parameters
-    ----------
-    sdata
-        Where to.
-    key
-        Name of the new element. SpatialData drops names that begin with a dot when it reads a store.
-    name
-        Argument it comes from.
-    kind
-        ``"images"``, ``"tables"``...
-    ours
-        Elements of that kind that are earlier results and may be replaced.
-    """
-    legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
-    if not legal or key[0] == "." or key.startswith("__"):
-        msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
-        raise ValueError(msg)
-    for there in ("images", "labels", "points", "shapes", "tables"):
-        for other in getattr(sdata, there):
-            if other.lower() == key.lower() and not (there == kind and other == key and other in ours):
-                msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
-                raise ValueError(msg)
-
-
 def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] | None = None) -> None:
     """Raise a ``ValueError`` naming the first bad row unless all of `values` are finite."""
     bad = ~np.isfinite(np.asarray(values, dtype=float))
@@ -173,26 +143,6 @@ def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] 
     label = f" ({list(row_names)[row]!r})" if row_names is not None else ""
     msg = f"{name} must be finite; found {int(bad.sum())} NaN or infinite values, the first in row {row}{label}."
     raise ValueError(msg)
-
-
-def looks_like_counts(values: np.ndarray) -> bool:
-    """Whether `values` are raw counts: non-negative integers, some above 1 (log values are never all integers)."""
-    sample = np.asarray(values)
-    sample = sample[np.isfinite(sample)]
-    if sample.size == 0:
-        return False
-    return bool((sample >= 0).all() and (sample == np.round(sample)).all() and (sample > 1).any())
-
-
-def require_log_values(values: np.ndarray, *, where: str) -> None:
-    """Raise a ``ValueError`` if `values` are raw counts or negative infinities where log values are expected."""
-    if looks_like_counts(values):
-        found = np.asarray(values)[np.isfinite(values)]
-        msg = (
-            f"`{where}` must hold log-normalised expression, found raw counts (integers up to {found.max():g}). "
-            "Normalise over all genes and take log1p: `si.pp.select_genes(sdata)` does both from the count tables."
-        )
-        raise ValueError(msg)
 
 
 def make_floats(params: object) -> None:

@@ -12,8 +12,8 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity
 
 import spatial_impute as si
+from spatial_impute._expression import log_normalize
 from spatial_impute._logging import logger
-from spatial_impute.pp._select_genes import log_normalize
 
 N = 6
 GENES = ["low", "high", "mid", "none", "top"]

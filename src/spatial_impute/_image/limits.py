@@ -9,9 +9,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import tifffile
-    import zarr
-
-    from spatial_impute._image.tiff import TiffLevel
 
 # A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
 _MAX_CHUNKS = 2**22
@@ -29,7 +26,7 @@ def require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> N
             raise ValueError(msg)
 
 
-def require_plausible(array: zarr.Array | TiffLevel, path: Path) -> None:
+def require_plausible(array: Any, path: Path) -> None:
     """Refuse what would fill the memory: a few bytes of metadata can announce any size.
 
     Raises

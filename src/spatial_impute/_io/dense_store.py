@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     import zarr
 
-    from spatial_impute.models.pixnet._dense_map import DenseJob
-    from spatial_impute.tl._read_regions import Frame
+    from spatial_impute._geometry import Frame
 
 _STAGING = ".spatial_impute_staging"
 _PLAN = "plan.json"
@@ -32,6 +31,37 @@ _SKELETON = "skeleton.zarr"
 _IMAGES = "images"
 _FINGERPRINT = "spatial_impute_fingerprint"
 _FILE_BYTES = 2**25  # most of a file before compression; a tile of 250 genes has 8 or 32 MiB
+
+
+class TiledMap(Protocol):
+    """A map of channels that is computed tile by tile, anywhere."""
+
+    dtype: str
+    wanted: frozenset[tuple[int, int]]
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of the map."""
+
+    @property
+    def chunk(self) -> int:
+        """Cells along the edge of a tile."""
+
+    @property
+    def cell_to_um(self) -> np.ndarray:
+        """(3, 3) affine from cell corners to the frame of the map in um."""
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """All tiles, in the order in which they are computed."""
+
+    def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a tile."""
+
+    def compute(self, tile: tuple[int, int]) -> np.ndarray:
+        """(channels, rows, columns) of one tile."""
+
+    def fingerprint(self, names: list[str]) -> str:
+        """Text that is the same for the same map."""
 
 
 class DenseStore:
@@ -61,7 +91,7 @@ class DenseStore:
     """
 
     def __init__(
-        self, store: str | Path, key: str, job: DenseJob, names: Sequence[str], frame: Frame, *, overwrite: bool
+        self, store: str | Path, key: str, job: TiledMap, names: Sequence[str], frame: Frame, *, overwrite: bool
     ) -> None:
         self.store = Path(store)
         if not (self.store / "zarr.json").is_file():
@@ -192,7 +222,7 @@ def _marker(tile: tuple[int, int]) -> str:
     return f"{tile[0]}_{tile[1]}"
 
 
-def write_tile(job: DenseJob, tile: tuple[int, int], array_path: str, done: str) -> tuple[int, int]:
+def write_tile(job: TiledMap, tile: tuple[int, int], array_path: str, done: str) -> tuple[int, int]:
     """Compute one tile, write it to its own chunks, and leave its marker. Runs in this process or in a worker."""
     import zarr
 
@@ -229,7 +259,7 @@ def by_turns(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, in
     return [tiles[i] for first in range(size) for i in range(first, len(tiles), size)]
 
 
-def as_element(data: Any, names: Sequence[str], job: DenseJob, frame: Frame) -> Any:
+def as_element(data: Any, names: Sequence[str], job: TiledMap, frame: Frame) -> Any:
     """Image element (gene, y, x) with its map to the frame."""
     from spatialdata.models import Image2DModel
     from spatialdata.transformations import Affine

@@ -1,4 +1,4 @@
-"""Predictions at millions of regions, written to an AnnData in zarr while they are made."""
+"""Tables of millions of regions, written to an AnnData in zarr while they are computed."""
 
 from __future__ import annotations
 
@@ -9,38 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._keys import Keys
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import pandas as pd
     from anndata import AnnData
-
-    from spatial_impute._image.resampling import WorkingImage
-    from spatial_impute.models import PixNetModel
-    from spatial_impute.models.pixnet._network import Stain
-    from spatial_impute.models.pixnet._region_weights import Regions
 
 _CHUNK_BYTES = 2**25  # of a chunk of rows in zarr
 
 
-def write_regions(
-    store: str | Path,
-    model: PixNetModel,
-    *,
-    image: WorkingImage,
-    stain: Stain,
-    regions: Regions,
-    index: list[int],
-    obs: pd.DataFrame,
-    var: pd.DataFrame,
-    obsm: dict[str, np.ndarray],
-    uns: dict[str, Any],
-    core: int,
-    on_tile: Callable[[], None],
-) -> AnnData:
-    """Predict, write, and return the table with a lazy ``X``.
+class RegionStore:
+    """Table (regions, genes) on its way to a store.
 
     Values grow in a file beside the store, so that memory holds one tile; the store appears when all is written.
 
@@ -49,54 +25,43 @@ def write_regions(
     FileExistsError
         If there is something at `store`.
     """
-    import dask.array as da
-    import zarr
-    from anndata import AnnData
-    from anndata.io import write_elem
 
-    store = Path(store)
-    if store.exists():
-        msg = f"{str(store)!r} exists; pass another `store`, or remove it first."
-        raise FileExistsError(msg)
-    scratch = store.with_name(store.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    values = _MappedTable(scratch / "values.bin", (len(regions), len(index)))
-
-    def tile_done() -> None:
-        values.release()
-        on_tile()
-
-    found = model._read_regions(image, stain, regions, index, core=core, on_tile=tile_done, out=values.mapped)
-    obs[Keys.N_PIXELS] = found.n_pixels
-    n_rows = max(1, _CHUNK_BYTES // (4 * len(index)))
-    lazy = da.from_array(values, chunks=(n_rows, len(index)), name=False, asarray=False)
-    group = zarr.open_group(scratch / "table.zarr", mode="w")
-    write_elem(group, "/", AnnData(lazy, obs=obs, var=var, obsm=obsm, uns=uns))
-    zarr.consolidate_metadata(group.store)
-    del lazy
-    values.close()
-    (scratch / "table.zarr").rename(store)
-    shutil.rmtree(scratch)
-    matrix = da.from_zarr(zarr.open_group(store, mode="r")["X"])
-    return AnnData(matrix, obs=obs, var=var, obsm=obsm, uns=uns)
-
-
-class _MappedTable:
-    """Table in a file on disk. What was read or written of it does not stay in the memory of the process."""
-
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self.mapped: Any = np.memmap(path, dtype=np.float32, mode="w+", shape=shape)
-        self.shape, self.dtype, self.ndim = self.mapped.shape, self.mapped.dtype, self.mapped.ndim
+    def __init__(self, store: str | Path, shape: tuple[int, int]) -> None:
+        self.store = Path(store)
+        if self.store.exists():
+            msg = f"{str(store)!r} exists; pass another `store`, or remove it first."
+            raise FileExistsError(msg)
+        self.scratch = self.store.with_name(self.store.name + ".partial")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        self.values: Any = np.memmap(self.scratch / "values.bin", dtype=np.float32, mode="w+", shape=shape)
+        """(regions, genes) float32, to be filled."""
+        self.shape, self.dtype, self.ndim = self.values.shape, self.values.dtype, self.values.ndim
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-        part = np.array(self.mapped[key])
+        part = np.array(self.values[key])
         self.release()
         return part
 
     def release(self) -> None:
+        """Take what was read or written out of the memory of the process."""
         if hasattr(mmap, "MADV_DONTNEED"):  # of a shared file it drops nothing but the pages of this process
-            self.mapped._mmap.madvise(mmap.MADV_DONTNEED)
+            self.values._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def close(self) -> None:
-        self.mapped = None  # the file cannot be removed on every system while it is mapped
+    def commit(self, **parts: Any) -> AnnData:
+        """Write the table with `parts` (arguments of AnnData), and return it with a lazy ``X``."""
+        import dask.array as da
+        import zarr
+        from anndata import AnnData
+        from anndata.io import write_elem
+
+        n_rows = max(1, _CHUNK_BYTES // (4 * self.shape[1]))
+        lazy = da.from_array(self, chunks=(n_rows, self.shape[1]), name=False, asarray=False)
+        group = zarr.open_group(self.scratch / "table.zarr", mode="w")
+        write_elem(group, "/", AnnData(lazy, **parts))
+        zarr.consolidate_metadata(group.store)
+        del lazy
+        self.values = None  # the file cannot be removed on every system while it is mapped
+        (self.scratch / "table.zarr").rename(self.store)
+        shutil.rmtree(self.scratch)
+        return AnnData(da.from_zarr(zarr.open_group(self.store, mode="r")["X"]), **parts)

@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from spatial_impute._expression import log_normalize
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.download import fetch
-from spatial_impute._io.section_object import section_object
 from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
+from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._assemble_stack import assemble_stack
-from spatial_impute.pp._read_section import image_element
-from spatial_impute.pp._select_genes import log_normalize, select_genes
+from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from spatial_impute._expression import require_log_values
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval, interval_coverage, pearson_by_gene, summarise
-from spatial_impute._stack import measured_mask, stack_table
-from spatial_impute._validation import name_list, require_finite, require_key, require_log_values, require_one_of
+from spatial_impute._stack.table import measured_mask, stack_table
+from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 from spatial_impute.metrics._spatial import moran_gap, structural_similarity
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from matplotlib.transforms import Affine2D
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
-from spatial_impute._stack import element_affine
+from spatial_impute._stack.elements import element_affine
 from spatial_impute._validation import require_key
 from spatial_impute.pl._utils import (
     add_colorbar,

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, stack_table
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_finite, require_key, require_one_of
 from spatial_impute.pl._imputed import registered_radius
 from spatial_impute.pl._space import draw_discs, frame_space, make_space, resolve_stretch, stack_share
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
 # Okabe and Ito: told apart with every kind of colour blindness.
 _KINDS = {

@@ -10,7 +10,9 @@ import pandas as pd
 
 from spatial_impute._geometry import linear_scale
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, spot_geometry, stack_table
+from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_finite, require_key, require_positive
 from spatial_impute.pl._color import layer_values, units_label
 from spatial_impute.pl._utils import (
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.pl._utils import Limit
 
 

@@ -10,10 +10,11 @@ from matplotlib.patches import Patch
 from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._registration.elements import load_transform, require_registration
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.registration import load_transform, require_registration
 from spatial_impute._validation import require_positive
-from spatial_impute.metrics._registration_quality import registration_quality
+from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._canvas import Canvas, Drawn, overlay, read_scan, tissue_dice
 from spatial_impute.pl._utils import (
     add_colorbar,

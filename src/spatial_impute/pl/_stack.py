@@ -11,7 +11,9 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
 from spatial_impute.pl._stack_space import stack_space
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
 _PIXELS = 1000  # along the longer side of an image; tissue fills half of it or more
 _MASK_PIXELS = 500  # enough to find where the tissue is

@@ -9,9 +9,9 @@ import numpy as np
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
-from spatial_impute._registration.elements import load_transform
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import section_levels, spot_geometry
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.registration import load_transform
 from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, make_space, resolve_stretch, stack_share
 from spatial_impute.pl._utils import INK
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stack.record import Section, StackRecord
 
 _PIXELS = 110  # along the longer side of a section: each is a polygon of its own
 

@@ -15,7 +15,7 @@ from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import resolve_sections
+from spatial_impute._stack.record import resolve_sections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.colors import Colormap
 
-    from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stack.record import Section, StackRecord
 
     Limit = float | str | None
 

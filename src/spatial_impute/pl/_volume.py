@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, stack_table
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_finite, require_key, require_positive
 from spatial_impute.pl._color import layer_values, units_label
 from spatial_impute.pl._space import resolve_stretch, stack_share
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
     from spatial_impute.pl._utils import Limit
 
 _PANELS = 3  # planes per gene

@@ -14,7 +14,7 @@ from spatial_impute._geometry import linear_scale
 from spatial_impute._image.reading import open_image
 from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
-from spatial_impute._stack import element_affine
+from spatial_impute._stack.elements import element_affine, image_element
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import SCALEFACTORS, find_spaceranger, read_spaceranger
 
@@ -147,35 +147,6 @@ def _array_levels(name: str, value: object) -> list[Any]:
     if len(shape) == 2:
         return [value[None]]
     return [value.transpose(2, 0, 1)] if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else [value]
-
-
-def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]) -> DataArray | DataTree:
-    """Image element whose transformation to the section is the scale by `mpp` (x, y); multi-scale if there are levels."""
-    import xarray as xr
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import Scale
-
-    channels = {1: ["grey"], 3: ["r", "g", "b"], 4: ["r", "g", "b", "a"]}.get(levels[0].shape[0])
-    if channels is None or 0 in levels[0].shape:
-        msg = (
-            f"Section {name!r}: an H&E image has 1, 3 or 4 channels and at least one pixel; found an array of shape "
-            f"{tuple(levels[0].shape)} (c, y, x)."
-        )
-        raise ValueError(msg)
-    if np.dtype(levels[0].dtype).kind not in "buif":
-        msg = f"Section {name!r}: pixels must be numbers of type integer or float, found {levels[0].dtype}."
-        raise ValueError(msg)
-    elements = []
-    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
-    for level in levels:
-        factor = round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1
-        scale = Scale([factor * x, factor * y], axes=("x", "y"))
-        elements.append(
-            Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=channels, transformations={name: scale})
-        )
-    if len(elements) == 1:
-        return elements[0]
-    return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
 
 
 def _from_spatialdata(

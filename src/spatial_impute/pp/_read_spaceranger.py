@@ -85,7 +85,7 @@ def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -
     ValueError
         If counts and positions share no barcode.
     """
-    from spatial_impute._io.section_object import section_object
+    from spatial_impute._stack.elements import section_object
 
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
     positions = _read_positions(folder)
@@ -172,7 +172,7 @@ def _mpp_of_array(folder: Path, positions: pd.DataFrame) -> float:
 
 def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, mpp: float) -> object:
     """Image element in full-resolution pixels."""
-    from spatial_impute.pp._read_section import image_element
+    from spatial_impute._stack.elements import image_element
 
     if fullres_image is not None:
         return image_element(open_image(fullres_image).levels, "global", 1.0)

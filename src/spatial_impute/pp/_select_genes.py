@@ -9,17 +9,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from spatial_impute._expression import log_normalize, looks_like_counts
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._stack import load_record, stack_table
-from spatial_impute._validation import (
-    looks_like_counts,
-    name_list,
-    require_count,
-    require_key,
-    require_one_of,
-    require_positive,
-)
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import stack_table
+from spatial_impute._validation import name_list, require_count, require_key, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,19 +138,6 @@ def select_genes(
         "version": version("spatial-impute"),
     }
     log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")
-
-
-def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np.ndarray | sparse.csr_matrix:
-    """Log1p of counts per `target_sum`; rows are spots, totals run over all columns. Sparse stays sparse."""
-    import scanpy as sc
-    from anndata import AnnData
-
-    values = AnnData(
-        sparse.csr_matrix(counts, dtype=np.float64) if sparse.issparse(counts) else np.array(counts, float)
-    )
-    sc.pp.normalize_total(values, target_sum=target_sum)
-    sc.pp.log1p(values)
-    return values.X
 
 
 def _log_values(

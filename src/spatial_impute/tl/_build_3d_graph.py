@@ -10,7 +10,9 @@ import numpy as np
 from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._stack import load_record, section_ranks, spot_geometry, stack_table
+from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import section_ranks, stack_table
 from spatial_impute._validation import require_count, require_finite, require_key, require_positive, require_slot_key
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 
 class Graph3DResult(NamedTuple):

@@ -10,7 +10,8 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._progress import progress
-from spatial_impute._stack import load_record, section_levels, spot_geometry
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
     name_list,
     require_count,

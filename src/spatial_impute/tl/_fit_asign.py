@@ -15,7 +15,7 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
     require_count,
     require_device,

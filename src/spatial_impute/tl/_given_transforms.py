@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
 from spatial_impute._registration.user_transforms import check_matrix, landmark_matrix
-from spatial_impute._stack import element_affine
+from spatial_impute._stack.elements import element_affine
 from spatial_impute._validation import require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
     Placement = str | np.ndarray | Sequence
 

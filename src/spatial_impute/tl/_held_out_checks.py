@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._logging import logger
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 from spatial_impute._validation import require_one_of, require_slot_key
 from spatial_impute.tl._provenance import provenance
 from spatial_impute.tl._read_spots import read_spots

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 from spatial_impute.tl._fit_pixnet import fit_pairs
 from spatial_impute.tl._read_regions import find_frame, read_levels, read_shapes
 

@@ -11,10 +11,10 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
 from spatial_impute._progress import progress
+from spatial_impute._stack.elements import require_element_key
 from spatial_impute._validation import (
     require_count,
     require_device,
-    require_element_key,
     require_key,
     require_model,
     require_one_of,
@@ -284,22 +284,19 @@ def predict_regions(
     uns = {Keys.PIXNET: _provenance(model, image_key)}
     obsm = {Keys.SPATIAL: centers}
     if store is not None:
-        from spatial_impute._io.region_store import write_regions
+        from spatial_impute._io.region_store import RegionStore
 
-        table = write_regions(
-            store,
-            model,
-            image=image,
-            stain=stain,
-            regions=in_px,
-            index=genes_index,
-            obs=obs,
-            var=var,
-            obsm=obsm,
-            uns=uns,
-            core=tile_size,
-            on_tile=bar.update,
+        writer = RegionStore(store, (len(in_px), len(genes_index)))
+
+        def tile_done() -> None:
+            writer.release()
+            bar.update()
+
+        found = model._read_regions(
+            image, stain, in_px, genes_index, core=tile_size, on_tile=tile_done, out=writer.values
         )
+        obs[Keys.N_PIXELS] = found.n_pixels
+        table = writer.commit(obs=obs, var=var, obsm=obsm, uns=uns)
     else:
         from anndata import AnnData
 
@@ -537,7 +534,7 @@ def _provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
 
 def _image_of(sdata: SpatialData, shapes_key: str) -> str:
     """Image of the section whose spots these are."""
-    from spatial_impute._stack import load_record
+    from spatial_impute._stack.record import load_record
 
     require_key(shapes_key, sdata.shapes, where="sdata.shapes")
     sections = load_record(sdata).sections if Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}) else ()

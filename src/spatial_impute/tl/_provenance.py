@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from anndata import AnnData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 
 def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import anisotropy, apply_affine, linear_scale, scaling
+from spatial_impute._expression import looks_like_counts
+from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
-from spatial_impute._stack import element_affine, load_record, require_spatialdata
-from spatial_impute._validation import looks_like_counts, name_list, require_finite, require_key, require_positive
+from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack.record import load_record, require_spatialdata
+from spatial_impute._validation import name_list, require_finite, require_key, require_positive
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
 if TYPE_CHECKING:
@@ -26,15 +28,6 @@ if TYPE_CHECKING:
 
 _FINEST = 1e-3  # um per pixel; two hundred times finer than what a light microscope resolves
 _MAX_STRETCH = 1.05  # beyond it circles would become ellipses
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Coordinate system in which image and regions are brought together."""
-
-    name: str
-    um: float
-    """um per unit."""
 
 
 def find_frame(
@@ -279,7 +272,7 @@ def _to_units(
     """Check what the values are and bring them to what the loss wants."""
     from scipy import sparse
 
-    from spatial_impute.pp._select_genes import log_normalize
+    from spatial_impute._expression import log_normalize
 
     data = values.data if sparse.issparse(values) else np.asarray(values)
     raw = looks_like_counts(data)

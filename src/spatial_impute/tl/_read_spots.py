@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import dense_rows, measured_mask, section_ranks, stack_table
-from spatial_impute._validation import require_finite, require_key, require_log_values
+from spatial_impute._stack.table import dense_rows, measured_mask, section_ranks, stack_table
+from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 
 if TYPE_CHECKING:

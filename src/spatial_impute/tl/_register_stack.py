@@ -24,8 +24,9 @@ from spatial_impute._registration import (
     register_chain,
     run_all,
 )
-from spatial_impute._registration.elements import displacement_elements
-from spatial_impute._stack import load_record, save_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record, save_record
+from spatial_impute._stack.registration import displacement_elements
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration import PairResult
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.tl._given_transforms import Placement
 
 # Tissue rarely fills less than half of the side of its scan, so this leaves it the pixels that registration works at.

@@ -10,10 +10,11 @@ from spatial_impute._geometry import apply_affine, linear_scale
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._registration.elements import load_transform, require_registration
 from spatial_impute._registration.warp_image import output_grid, resampled
-from spatial_impute._stack import element_affine, load_record
-from spatial_impute._validation import require_element_key, require_key, require_positive
+from spatial_impute._stack.elements import element_affine, require_element_key
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.registration import load_transform, require_registration
+from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
     Mapping = Callable[[np.ndarray], np.ndarray]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration import SectionTransform
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 
 def write_transformations(

@@ -1,7 +1,4 @@
-"""The registration as it is stored: matrices in the stack record, displacements as image elements.
-
-The one file of this package that knows SpatialData. Tools and plots both read a registration from here.
-"""
+"""Registration of a stack as it is stored: matrices in the record, displacements as image elements."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import element_affine
+from spatial_impute._stack.elements import element_affine
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 _CHANNELS = ["dx", "dy"]
 

@@ -1,0 +1,200 @@
+"""Elements of a section: images and spots, and their way from pixels to micrometres."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
+from spatial_impute._image.levels import Level, image_levels
+from spatial_impute._keys import Keys
+from spatial_impute._validation import require_finite, require_key
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
+
+    from spatial_impute._stack.record import Section, StackRecord
+
+
+def element_affine(element: object, coordinate_system: str) -> np.ndarray:
+    """(3, 3) affine from the intrinsic frame of an element (pixel corners for images) to a coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    transformation = get_transformation(element, to_coordinate_system=coordinate_system)
+    return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
+
+
+def to_frames(record: StackRecord, name: str, transformation: Any) -> dict[str, Any]:
+    """Transformations of a new element of a section: to its frame, and to the common one if there is one."""
+    from spatialdata.transformations import Affine, Sequence
+
+    found = {name: transformation}
+    registration = record.registration or {"sections": {}}
+    if name in registration["sections"]:
+        affine = Affine(registration["sections"][name]["matrix"], input_axes=("x", "y"), output_axes=("x", "y"))
+        found[registration["coordinate_system"]] = Sequence([transformation, affine])
+    return found
+
+
+def _require_frame(element: object, name: str, where: str) -> None:
+    from spatialdata.transformations import get_transformation
+
+    require_key(
+        name,
+        get_transformation(element, get_all=True),
+        where=f"coordinate systems of {where}",
+        then="Every element of a section has a transformation to its frame (um): `set_transformation(element, ..., name)`.",
+    )
+
+
+def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
+    """Resolutions of the image of a section, finest first, with their maps to um."""
+    require_key(section.image, sdata.images, where="sdata.images")
+    element = sdata.images[section.image]
+    _require_frame(element, section.name, f"sdata.images[{section.image!r}]")
+    return image_levels(element, element_affine(element, section.name))
+
+
+def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:
+    """Spots of a section in its own frame.
+
+    Returns
+    -------
+    centers
+        (n, 2) x, y in um.
+    radius
+        (n,) in um.
+    index
+        Instance ids.
+
+    Raises
+    ------
+    ValueError
+        If the spots are no circles, or their transformation is so anisotropic that circles would become ellipses.
+    """
+    require_key(str(section.spots), sdata.shapes, where="sdata.shapes")
+    circles = sdata.shapes[section.spots]
+    if "radius" not in circles or not (circles.geom_type == "Point").all():
+        msg = f"`sdata.shapes[{section.spots!r}]` must hold circles (points with a `radius` column)."
+        raise ValueError(msg)
+    _require_frame(circles, section.name, f"sdata.shapes[{section.spots!r}]")
+    matrix = element_affine(circles, section.name)
+    if anisotropy(matrix) > 1.05:
+        msg = (
+            f"The transformation of `sdata.shapes[{section.spots!r}]` to {section.name!r} stretches one axis "
+            f"{anisotropy(matrix):.2f} times more than the other, so its circles have no radius in um."
+        )
+        raise ValueError(msg)
+    values = np.column_stack([circles.geometry.x, circles.geometry.y, circles["radius"].to_numpy(float)])
+    require_finite(values, name=f"Circles of `sdata.shapes[{section.spots!r}]`", row_names=circles.index)
+    centers = apply_affine(values[:, :2], matrix)
+    return centers, circles["radius"].to_numpy(float) * linear_scale(matrix), circles.index
+
+
+def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
+    """Raise a ``ValueError`` unless a result may become the element `key`.
+
+    Parameters
+    ----------
+    sdata
+        Where to.
+    key
+        Name of the new element. SpatialData drops names that begin with a dot when it reads a store.
+    name
+        Argument it comes from.
+    kind
+        ``"images"``, ``"tables"``...
+    ours
+        Elements of that kind that are earlier results and may be replaced.
+    """
+    legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
+    if not legal or key[0] == "." or key.startswith("__"):
+        msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
+        raise ValueError(msg)
+    for there in ("images", "labels", "points", "shapes", "tables"):
+        for other in getattr(sdata, there):
+            if other.lower() == key.lower() and not (there == kind and other == key and other in ours):
+                msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
+                raise ValueError(msg)
+
+
+def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]) -> DataArray | DataTree:
+    """Image element whose transformation to the section is the scale by `mpp` (x, y); multi-scale if there are levels."""
+    import xarray as xr
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import Scale
+
+    channels = {1: ["grey"], 3: ["r", "g", "b"], 4: ["r", "g", "b", "a"]}.get(levels[0].shape[0])
+    if channels is None or 0 in levels[0].shape:
+        msg = (
+            f"Section {name!r}: an H&E image has 1, 3 or 4 channels and at least one pixel; found an array of shape "
+            f"{tuple(levels[0].shape)} (c, y, x)."
+        )
+        raise ValueError(msg)
+    if np.dtype(levels[0].dtype).kind not in "buif":
+        msg = f"Section {name!r}: pixels must be numbers of type integer or float, found {levels[0].dtype}."
+        raise ValueError(msg)
+    elements = []
+    x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    for level in levels:
+        factor = round(levels[0].shape[2] / level.shape[2]) if len(levels) > 1 else 1
+        scale = Scale([factor * x, factor * y], axes=("x", "y"))
+        elements.append(
+            Image2DModel.parse(level, dims=("c", "y", "x"), c_coords=channels, transformations={name: scale})
+        )
+    if len(elements) == 1:
+        return elements[0]
+    return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
+
+
+def section_object(
+    name: str,
+    image: DataArray | DataTree,
+    *,
+    centers: np.ndarray,
+    radius: float,
+    ids: Sequence[str],
+    table: AnnData | None,
+) -> SpatialData:
+    """Image, circles and (for a measured section) table in the coordinate system ``"global"``.
+
+    Parameters
+    ----------
+    name
+        Name of the section.
+    image
+        Image element in ``"global"``.
+    centers, radius
+        (n, 2) centres and common radius of the spots in px.
+    ids
+        (n,) names of the spots.
+    table
+        Counts whose ``obs_names`` are among `ids`; None if the section is not measured.
+    """
+    import geopandas as gpd
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity
+
+    circles = gpd.GeoDataFrame(
+        {"radius": np.full(len(centers), radius)},
+        geometry=gpd.points_from_xy(centers[:, 0], centers[:, 1]),
+        index=pd.Index(ids),
+    )
+    sdata = SpatialData(
+        images={Keys.image(name): image},
+        shapes={Keys.spots(name): ShapesModel.parse(circles, transformations={"global": Identity()})},
+    )
+    if table is not None:
+        table.obs[Keys.REGION] = pd.Categorical([Keys.spots(name)] * table.n_obs)
+        table.obs[Keys.INSTANCE] = table.obs_names.to_numpy()
+        sdata.tables[Keys.counts(name)] = TableModel.parse(
+            table, region=Keys.spots(name), region_key=Keys.REGION, instance_key=Keys.INSTANCE
+        )
+    return sdata

@@ -1,0 +1,122 @@
+"""Record of a stack: its sections, their order and their heights, kept as JSON in ``sdata.attrs``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from spatial_impute._keys import Keys
+from spatial_impute._validation import name_list, require_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spatialdata import SpatialData
+
+
+@dataclass(frozen=True)
+class Section:
+    """One tissue section of a stack."""
+
+    name: str
+    """Name of the section and of its coordinate system (um)."""
+    z: float
+    """Height in the block, um."""
+    mpp: float
+    """um per pixel of the full-resolution image."""
+    mpp_source: str
+    """Where the pixel size comes from: ``"argument"``, ``"metadata"``, ``"spot pitch"``."""
+    image: str
+    """Image element."""
+    spots: str | None = None
+    """Shapes element with the spots; None until :func:`~spatial_impute.pp.tile_spots` lays some."""
+    counts: str | None = None
+    """Table with the measured expression; None for an unmeasured section."""
+
+
+@dataclass(frozen=True)
+class StackRecord:
+    """What ``sdata.attrs["spatial_impute"]["stack"]`` holds."""
+
+    sections: tuple[Section, ...]
+    reference: str
+    version: str
+    registration: dict[str, Any] | None = None
+    """Written by :func:`~spatial_impute.tl.register_stack`: method, per-section matrices, quality rows."""
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(section.name for section in self.sections))
+
+    def __getitem__(self, name: str) -> Section:
+        require_key(name, self.names, where="the stack's sections")
+        return self.sections[self.names.index(name)]
+
+    def with_section(self, section: Section) -> StackRecord:
+        """Return a copy in which one section is replaced by the given one of the same name."""
+        return replace(self, sections=tuple(section if s.name == section.name else s for s in self.sections))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for ``sdata.attrs``."""
+        return {
+            "sections": [asdict(section) for section in self.sections],
+            "reference": self.reference,
+            "version": self.version,
+            "registration": self.registration,
+        }
+
+
+def require_spatialdata(value: object) -> None:
+    """Raise a ``TypeError`` unless `value` is a SpatialData object."""
+    if not all(hasattr(value, slot) for slot in ("attrs", "images", "shapes", "tables")):
+        msg = (
+            f"Expected a SpatialData object, found {type(value).__name__}. Make one with `si.pp.assemble_stack({{...}})`, "
+            "or read one with `spatialdata.read_zarr(path)`."
+        )
+        raise TypeError(msg)
+
+
+def load_record(sdata: SpatialData) -> StackRecord:
+    """Read the stack record: the sections that the object holds.
+
+    ``filter_by_coordinate_system`` and ``subset`` take sections out of an object and leave its attrs as they are.
+
+    Raises
+    ------
+    KeyError
+        If the object was not made by :func:`~spatial_impute.pp.assemble_stack`.
+    """
+    require_spatialdata(sdata)
+    found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK)
+    if found is None:
+        msg = (
+            f"No stack in `sdata.attrs[{Keys.ATTRS!r}]`; attrs hold {sorted(map(str, sdata.attrs))}. "
+            "Make one with `si.pp.assemble_stack({...})` or `si.datasets.her2st(...)`."
+        )
+        raise KeyError(msg)
+    sections = [Section(**section) for section in found["sections"]]
+    return StackRecord(
+        sections=tuple(s for s in sections if s.image in sdata.images or s.spots in sdata.shapes),
+        reference=found["reference"],
+        version=found["version"],
+        registration=found["registration"],
+    )
+
+
+def save_record(sdata: SpatialData, record: StackRecord) -> None:
+    """Write the stack record, leaving other attrs alone.
+
+    Objects cut out of another share its attrs, so that these are replaced and not changed.
+    """
+    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.STACK: record.to_json()}
+    sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
+
+
+def resolve_sections(record: StackRecord, sections: str | Sequence[str] | None) -> list[str]:
+    """Names of the wanted sections in stack order; all for ``None``."""
+    if sections is None:
+        return list(record.names)
+    wanted = name_list(sections, name="sections")
+    for name in wanted:
+        require_key(name, record.names, where="the stack's sections")
+    return [name for name in record.names if name in wanted]

@@ -1,0 +1,182 @@
+"""Table of a stack: one row per spot of every section."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._keys import Keys
+from spatial_impute._logging import log_added
+from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._stack.record import require_spatialdata
+from spatial_impute._validation import require_key
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from spatial_impute._stack.record import Section, StackRecord
+
+
+def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
+    """Return the stack table.
+
+    Raises
+    ------
+    KeyError
+        If there is none, because no section has spots yet, or a column of its contract is missing.
+    ValueError
+        If names of rows or genes repeat: everything is joined by them.
+    """
+    require_spatialdata(sdata)
+    require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
+    table = sdata.tables[table_key]
+    where = f"sdata.tables[{table_key!r}]"
+    for column in (Keys.SECTION, Keys.MEASURED):
+        require_key(column, table.obs, where=f"{where}.obs", then="Make the table with `si.pp.assemble_stack({...})`.")
+    for slot, names in {"obs_names": table.obs_names, "var_names": table.var_names}.items():
+        if not names.is_unique:
+            msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} is there more than once."
+            raise ValueError(msg)
+    return table
+
+
+def section_ranks(table: AnnData) -> np.ndarray:
+    """(n,) place of each row's section in the stack.
+
+    Raises
+    ------
+    ValueError
+        If the column is not the categorical that the stack was made with.
+    """
+    column = table.obs[Keys.SECTION]
+    if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
+        msg = (
+            f"`obs[{Keys.SECTION!r}]` must be categorical, in the order of the stack and without missing values; found "
+            f"{column.dtype} with {int(column.isna().sum())} missing. Restore it with "
+            "`pd.Categorical(values, categories=[...], ordered=True)`."
+        )
+        raise ValueError(msg)
+    return column.cat.codes.to_numpy().astype(np.int64)
+
+
+def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
+    """Some rows of a dense, sparse or lazy matrix, as float64."""
+    values = matrix[np.flatnonzero(rows)]
+    values = values.compute() if hasattr(values, "compute") else values
+    return np.asarray(values.toarray() if hasattr(values, "toarray") else values, dtype=np.float64)
+
+
+def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
+    """Write ``tables["stack"]``: one row per spot of every section, in stack order, without expression yet.
+
+    Columns and slots of an existing stack table are dropped: they belong to other rows.
+    """
+    from anndata import AnnData
+    from spatialdata.models import TableModel
+
+    frames, coordinates = [], []
+    for section in record.sections:
+        if section.spots is None:
+            continue
+        centers, _, index = spot_geometry(sdata, section)
+        frames.append(
+            pd.DataFrame(
+                {
+                    Keys.REGION: section.spots,
+                    Keys.INSTANCE: index.to_numpy(),
+                    Keys.SECTION: section.name,
+                    Keys.Z: section.z,
+                    Keys.MEASURED: measured_spots(sdata, section, index),
+                },
+                index=[f"{section.name}_{i}" for i in index],
+            )
+        )
+        coordinates.append(centers)
+    if not frames:
+        return
+    obs = pd.concat(frames)
+    if not obs.index.is_unique:
+        repeated = obs.index[obs.index.duplicated()][0]
+        msg = (
+            f"Two spots of the stack would both be named {repeated!r} (section, then id): rename the sections, or give "
+            "the spots of each section unique ids."
+        )
+        raise ValueError(msg)
+    obs[Keys.SECTION] = pd.Categorical(obs[Keys.SECTION], categories=list(record.names), ordered=True)
+    obs[Keys.REGION] = pd.Categorical(obs[Keys.REGION])
+    table = AnnData(obs=obs, obsm={Keys.SPATIAL: np.concatenate(coordinates)})
+    sdata.tables[Keys.STACK_TABLE] = TableModel.parse(
+        table,
+        region=list(obs[Keys.REGION].cat.categories),
+        region_key=Keys.REGION,
+        instance_key=Keys.INSTANCE,
+    )
+    log_added(f"tables[{Keys.STACK_TABLE!r}]")
+
+
+def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.ndarray:
+    """(n,) bool: which spots have a row in the section's table of counts (joined by instance id)."""
+    if section.counts is None:
+        return np.zeros(len(index), dtype=bool)
+    table = sdata.tables[section.counts]
+    instance_key = table.uns["spatialdata_attrs"]["instance_key"]
+    return np.isin(index.to_numpy().astype(str), table.obs[instance_key].to_numpy().astype(str))
+
+
+def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
+    """(n,) bool: rows whose expression may be used.
+
+    Only ``obs["measured"]`` decides, never the values: whatever stands in the other rows cannot reach a result.
+
+    Raises
+    ------
+    KeyError
+        If the layer is missing.
+    ValueError
+        If no spot is measured, or measured rows hold infinities, or NaN other than for genes that are not on the panel
+        of a section.
+    """
+    require_key(
+        layer,
+        table.layers,
+        where=f"sdata.tables[{Keys.STACK_TABLE!r}].layers",
+        then="Write it with `si.pp.select_genes(sdata)`.",
+    )
+    flags = table.obs[Keys.MEASURED]
+    if flags.dtype != bool:  # "False" is true to Python, and would let in what was not measured
+        msg = (
+            f"`obs[{Keys.MEASURED!r}]` must be of type bool, found {flags.dtype} with values like "
+            f"{flags.unique()[:3].tolist()!r}. Convert it, e.g. with `.map({{'True': True, 'False': False}}).astype(bool)`."
+        )
+        raise ValueError(msg)
+    measured = flags.to_numpy()
+    if not measured.any():
+        msg = (
+            f"No measured section: `obs[{Keys.MEASURED!r}]` is False for all {table.n_obs} spots. Imputation needs "
+            "at least one section with expression; pass its SpatialData (with a table) to `si.pp.assemble_stack`."
+        )
+        raise ValueError(msg)
+    values = np.asarray(dense_rows(table.layers[layer], measured))
+    if np.isfinite(values).all():
+        return measured
+    # A gene that is not on the panel of a section is NaN at all of its spots.
+    section = table.obs[Keys.SECTION].to_numpy()[measured]
+    bad = np.isinf(values).any(axis=1) | ~np.isfinite(values).any(axis=1)
+    for name in np.unique(section):
+        missing = np.isnan(values[section == name])
+        bad[section == name] |= (missing != missing[0]).any(axis=1)
+    if bad.any():
+        first = table.obs_names[measured][bad][0]
+        msg = (
+            f"Measured rows of `layers[{layer!r}]` must be finite; the first that is not: {first!r}. Run "
+            f"`si.pp.select_genes(sdata)` again, or set `obs[{Keys.MEASURED!r}]` to False there."
+        )
+        raise ValueError(msg)
+    nowhere = ~np.isfinite(values).any(axis=0)
+    if nowhere.any():
+        msg = f"Gene {table.var_names[nowhere][0]!r} of `layers[{layer!r}]` was not measured on any section."
+        raise ValueError(msg)
+    return measured
