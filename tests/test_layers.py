@@ -20,6 +20,7 @@ LAYERS = [
         "_scores",
         "_similarity",
         "_graph",
+        "_voxels",
     },
     {"_image", "_io"},
     {"encoders", "_registration"},

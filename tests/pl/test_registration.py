@@ -8,9 +8,9 @@ from matplotlib.colors import same_color
 from scipy import ndimage as ndi
 
 import spatial_impute as si
-from spatial_impute.pl._canvas import Canvas, Scan
+from spatial_impute.pl._figure import nice_length
+from spatial_impute.pl._overlay import Canvas, Scan
 from spatial_impute.pl._registration import _GRID_LINES
-from spatial_impute.pl._utils import nice_length
 
 
 def test_registration_rows_and_their_text(plot_stack):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
+from spatial_impute._geometry import linear_scale
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack.elements import element_affine, spot_geometry
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
     from xarray import DataArray
 
@@ -79,3 +82,18 @@ def displacement_elements(transform: SectionTransform, section: str, target: str
         )
         for key, field in fields.items()
     }
+
+
+def registered_radius(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:
+    """(n_spots,) radius in the common frame, um, in the order of the table."""
+    radius = np.full(table.n_obs, np.nan)
+    matrices = (record.registration or {}).get("sections", {})
+    for section in record.sections:
+        if section.spots is None:
+            continue
+        _, own, index = spot_geometry(sdata, section)
+        rows = (table.obs[Keys.SECTION] == section.name).to_numpy()
+        scale = linear_scale(np.asarray(matrices[section.name]["matrix"])) if section.name in matrices else 1.0
+        by_id = pd.Series(own * scale, index=index.astype(str))
+        radius[rows] = by_id.reindex(table.obs[Keys.INSTANCE].to_numpy()[rows].astype(str)).to_numpy()
+    return np.where(np.isfinite(radius), radius, np.nanmedian(radius))

@@ -11,7 +11,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._stack.elements import spot_geometry
 from spatial_impute._stack.record import require_spatialdata
-from spatial_impute._validation import require_key
+from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -180,3 +180,27 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
         msg = f"Gene {table.var_names[nowhere][0]!r} of `layers[{layer!r}]` was not measured on any section."
         raise ValueError(msg)
     return measured
+
+
+def registered_spots(table: AnnData, table_key: str) -> np.ndarray:
+    """(n, 3) x, y, z of all spots in the common frame, um.
+
+    Raises
+    ------
+    KeyError
+        If the stack is not registered.
+    ValueError
+        If a coordinate is not finite.
+    """
+    where = f"sdata.tables[{table_key!r}].obsm"
+    require_key(Keys.SPATIAL_3D, table.obsm, where=where, then="Run `si.tl.register_stack(sdata)` first.")
+    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
+    require_finite(xyz, name=f"{where}[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
+    return xyz
+
+
+def values_by_spot(table: AnnData, section: str, values: np.ndarray, index: pd.Index) -> np.ndarray:
+    """Values of the spots of a section, joined by instance id; NaN for spots that the table lacks."""
+    rows = (table.obs[Keys.SECTION] == section).to_numpy()
+    by_id = pd.Series(values[rows], index=table.obs[Keys.INSTANCE].to_numpy()[rows].astype(str))
+    return by_id.reindex(index.astype(str)).to_numpy()

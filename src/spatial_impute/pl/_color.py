@@ -1,4 +1,4 @@
-"""What colours a spot: a gene of a layer or a column of the table."""
+"""Colors of spots: values of a gene or a column, their scale, and the color bar or legend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from spatial_impute._keys import Keys
 from spatial_impute._validation import require_key
-from spatial_impute.pl._utils import add_colorbar, color_limits, resolve_cmap
+from spatial_impute.pl._figure import MISSING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,26 +23,98 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-# Okabe and Ito: told apart with every kind of colour blindness.
+    Limit = float | str | None
+
+# Okabe and Ito: readers with any kind of color blindness can tell them apart.
 _CATEGORIES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
-_LABEL_WIDTH = 24  # characters; a colour bar is as long as a panel is high
+_LABEL_WIDTH = 24  # characters; a color bar is as long as a panel is high
+
+
+def resolve_cmap(cmap: str | Colormap) -> Colormap:
+    """Color map that shows missing values in light grey."""
+    return mpl.colormaps.get_cmap(cmap).with_extremes(bad=MISSING)
+
+
+def color_limits(values: np.ndarray, vmin: Limit, vmax: Limit) -> Normalize:
+    """Color scale from numbers, percentiles like ``"p99"`` (scanpy's convention) or None (the extremes)."""
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    low = _resolve_limit(finite, vmin, name="vmin", default=0.0)
+    high = _resolve_limit(finite, vmax, name="vmax", default=100.0)
+    if low > high:
+        msg = f"`vmin` must not exceed `vmax`, found {low:g} (`vmin={vmin!r}`) and {high:g} (`vmax={vmax!r}`)."
+        raise ValueError(msg)
+    if low == high:  # a constant gene still needs a scale
+        high = low + 1.0
+    return Normalize(low, high)
+
+
+def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: float) -> float:
+    percentile = default if limit is None else None
+    if isinstance(limit, str):
+        try:
+            percentile = float(limit.removeprefix("p")) if limit.startswith("p") else float("nan")
+        except ValueError:
+            percentile = float("nan")
+        if not 0 <= percentile <= 100:
+            msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
+            raise ValueError(msg)
+    if percentile is None:
+        return float(limit)  # type: ignore[arg-type]
+    return float(np.percentile(finite, percentile)) if finite.size else default / 100
+
+
+def add_colorbar(
+    axes: Sequence[Axes] | np.ndarray,
+    values: np.ndarray,
+    norm: Normalize,
+    cmap: Colormap,
+    label: str,
+    *,
+    n_rows: int = 1,
+) -> None:
+    """Color bar right of `axes` and as long as one of their rows, with pointed ends where values exceed the scale."""
+    finite = values[np.isfinite(values)]
+    low, high = bool((finite < norm.vmin).any()), bool((finite > norm.vmax).any())
+    bar = axes[0].figure.colorbar(
+        mpl.cm.ScalarMappable(norm, cmap),
+        ax=list(axes),
+        extend={(False, False): "neither", (True, False): "min", (False, True): "max"}.get((low, high), "both"),
+        shrink=0.85 / n_rows,
+        anchor=(0.0, 0.5 if n_rows == 1 else 1 - 0.07 / n_rows),
+        aspect=14,
+        pad=0.015,
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize="small", length=2)
+    bar.set_label(label, fontsize="small")
+
+
+def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:
+    """Color limits of all genes, from one limit for all or one per gene."""
+    if limit is None or isinstance(limit, str | int | float | np.number):
+        return [limit] * len(genes)
+    if len(limit) != len(genes):
+        msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
+        raise ValueError(msg)
+    return list(limit)
 
 
 @dataclass(frozen=True)
 class Coloring:
-    """Values of spots and how they become colours."""
+    """Values of spots and their colors."""
 
     values: np.ndarray
     """(n_spots,) numbers, or codes of categories; NaN where there is none."""
     label: str
     categories: tuple[str, ...] | None = None
     palette: tuple[str, ...] = ()
-    """Colours of the categories."""
+    """Colors of the categories."""
 
     def scale(
         self, shown: np.ndarray, cmap: str | Colormap, vmin: float | str | None, vmax: float | str | None
     ) -> tuple[Normalize, Colormap]:
-        """Colour scale of the `shown` values."""
+        """Color scale of the `shown` values."""
         if self.categories is None:
             return color_limits(shown, vmin, vmax), resolve_cmap(cmap)
         return Normalize(-0.5, len(self.palette) - 0.5), ListedColormap(list(self.palette))
@@ -57,7 +129,7 @@ class Coloring:
         *,
         n_rows: int | None = None,
     ) -> None:
-        """Colour bar right of `axes`, as long as one of `n_rows` rows, or a legend right of the first row."""
+        """Color bar right of `axes`, as long as one of `n_rows` rows, or a legend right of the first row."""
         if self.categories is None:
             add_colorbar(axes, shown, norm, cmap, self.label, n_rows=n_rows or -(-len(axes) // n_columns))
             return
@@ -141,3 +213,11 @@ def _palette(n: int) -> tuple[str, ...]:
         if n <= len(palette):
             return tuple(palette[:n])
     return tuple(mpl.colors.to_hex(c) for c in mpl.colormaps["turbo"](np.linspace(0, 1, n)))
+
+
+def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
+    """Name of the gene, and its held-out correlation if the layer comes from the model that measured it."""
+    if "cross_validated_r" not in table.uns.get(layer, {}) or Keys.PREDICTABILITY not in table.var:
+        return gene
+    r = table.var.loc[gene, Keys.PREDICTABILITY]
+    return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"

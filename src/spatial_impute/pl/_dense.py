@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.transforms import Affine2D
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack.elements import element_affine
 from spatial_impute._validation import require_key
-from spatial_impute.pl._utils import (
-    add_colorbar,
+from spatial_impute.pl._color import add_colorbar, color_limits, limit_per_gene, resolve_cmap
+from spatial_impute.pl._figure import (
     add_scale_bar,
-    color_limits,
+    document_figure,
     finish,
     frame_panel,
-    limit_per_gene,
     make_panels,
-    resolve_cmap,
+    names_or_raise,
     show_image,
+    show_raster,
+    titles_for,
 )
 
 if TYPE_CHECKING:
@@ -29,22 +29,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.colors import Colormap
     from spatialdata import SpatialData
     from xarray import DataArray
 
-    from spatial_impute.pl._utils import Limit
+    from spatial_impute.pl._color import Limit
+
+    Window = tuple[float, float, float, float]
 
 _PIXELS = 800  # along the longer side of a panel: sharp at 200 dots per inch
 
 
+@document_figure
 def dense(
     sdata: SpatialData,
     map_key: str,
     genes: str | Sequence[str],
     *,
     image_key: str | None = None,
-    window: tuple[float, float, float, float] | None = None,
+    window: Window | None = None,
     coordinate_system: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
@@ -58,39 +61,33 @@ def dense(
 ) -> np.ndarray | None:
     """Dense map of genes beside the H&E image, whole or in a window.
 
-    Only the genes and cells that are drawn are read, as many as the figure can show; of a lazy map only those tiles are
-    computed.
+    Only the genes and cells that the figure can show are read. A lazy map is computed only in the tiles that are shown.
 
     Parameters
     ----------
     sdata
-        Object with map and image.
+        Object with the map and the image.
     map_key
         Map of :func:`~spatial_impute.tl.predict_dense`.
     genes
         Gene or genes; one panel each.
     image_key
-        Image to show first; by default that the map was predicted from.
+        Image to show first; by default the image from which the map was predicted.
     window
         Lowest x, highest x, lowest y and highest y to show, in units of the coordinate system (um for a stack).
     coordinate_system
-        Frame to draw in; by default the only one the map has.
+        Coordinate system to draw in. Needed only if the map has several.
     ax
         Axes to draw on, image first, instead of a new figure.
-    figsize
-        Size of the figure in inches.
     cmap
-        Colour map.
-    vmin, vmax
-        Colour limits: numbers, percentiles such as ``"p99"`` or ``None`` for the extremes; or one of these per gene.
+        Color map.
+    vmin
+        Lower end of the color scale: a number, a percentile such as ``"p1"``, ``None`` for the lowest value, or one of
+        these per gene.
+    vmax
+        Upper end of the color scale, like `vmin`.
     title
-        One title per panel, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        One title per panel, instead of the default.
 
     Returns
     -------
@@ -120,32 +117,19 @@ def dense(
     >>> len(axes)
     3
     """
-    from spatialdata.transformations import get_transformation
-
+    genes = names_or_raise(genes, name="genes", there=f"the channels of `sdata.images[{map_key!r}]`")
     require_key(map_key, sdata.images, where="sdata.images", then="Make it with `si.tl.predict_dense(sdata, ...)`.")
     element = sdata.images[map_key]
-    genes = [genes] if isinstance(genes, str) else list(genes)
-    if not genes:
-        msg = f"`genes` is empty; name at least one channel of `sdata.images[{map_key!r}]`."
-        raise ValueError(msg)
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")
-    systems = list(get_transformation(element, get_all=True))
-    if coordinate_system is None and len(systems) > 1:
-        msg = f"`sdata.images[{map_key!r}]` has the coordinate systems {systems}; choose one with `coordinate_system=`."
-        raise ValueError(msg)
-    coordinate_system = systems[0] if coordinate_system is None else coordinate_system
-    require_key(coordinate_system, systems, where=f"coordinate systems of sdata.images[{map_key!r}]")
+    coordinate_system = _choose_system(element, coordinate_system, f"sdata.images[{map_key!r}]")
     image_key = _source(sdata, map_key) if image_key is None else image_key
     require_key(image_key, sdata.images, where="sdata.images")
     matrix = element_affine(element, coordinate_system)
-    x0, x1, y0, y1 = _extent(element.sizes, matrix) if window is None else window
+    x0, x1, y0, y1 = window = _extent(element.sizes, matrix) if window is None else window
     limits = [limit_per_gene(value, genes, name) for name, value in (("vmin", vmin), ("vmax", vmax))]
-    titles = [image_key, *genes] if title is None else ([title] if isinstance(title, str) else list(title))
-    if len(titles) != len(genes) + 1:
-        msg = f"`title` must have one entry for the image and each of the {len(genes)} genes, found {len(titles)}."
-        raise ValueError(msg)
-    values, to_frame = _read_map(element.sel(c=genes), matrix, (x0, x1, y0, y1), map_key)
+    titles = titles_for(title, [image_key, *genes], f"for the image and each of the {len(genes)} genes")
+    values, to_frame = _read_map(element.sel(c=genes), matrix, window, map_key)
     levels = image_levels(sdata.images[image_key], element_affine(sdata.images[image_key], coordinate_system))
     level = best_level(levels, max(x1 - x0, y1 - y0) / _PIXELS)
 
@@ -153,38 +137,49 @@ def dense(
     for panel, text in zip(axes, titles, strict=True):
         frame_panel(panel, (x0, y0, x1, y1))
         panel.set_title(text, fontsize="medium")
-    rgb, rgb_to_frame = _read_cells(level.data, level.to_um, (x0, x1, y0, y1))
+    rgb, rgb_to_frame = _read_cells(level.data, level.to_um, window)
     if rgb.size:
         show_image(axes[0], to_rgb(rgb, level.white), rgb_to_frame)
     colors = resolve_cmap(cmap)
-    for k, panel in enumerate(axes[1:]):
-        norm = color_limits(values[k], limits[0][k], limits[1][k])
-        _show_map(panel, values[k], to_frame, colors, norm)
-        add_colorbar([panel], values[k], norm, colors, "")
+    for panel, cells, low, high in zip(axes[1:], values, *limits, strict=True):
+        norm = color_limits(cells, low, high)
+        show_raster(panel, np.ma.masked_invalid(cells), to_frame, cmap=colors, norm=norm, interpolation="nearest")
+        add_colorbar([panel], cells, norm, colors, "")
     add_scale_bar(axes[0])
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
+def _choose_system(element: DataArray, wanted: str | None, where: str) -> str:
+    """Coordinate system to draw in: the one that the user names, or the only one."""
+    from spatialdata.transformations import get_transformation
+
+    systems = list(get_transformation(element, get_all=True))
+    if wanted is None and len(systems) > 1:
+        msg = f"`{where}` has the coordinate systems {systems}; choose one with `coordinate_system=`."
+        raise ValueError(msg)
+    chosen = systems[0] if wanted is None else wanted
+    require_key(chosen, systems, where=f"coordinate systems of {where}")
+    return chosen
+
+
 def _source(sdata: SpatialData, map_key: str) -> str:
-    """Image that a map was predicted from."""
+    """Image from which a map was predicted."""
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key)
     if found is None:
-        msg = f"`sdata.attrs` do not say which image {map_key!r} was predicted from; name it with `image_key=`."
+        msg = f"`sdata.attrs` do not name the image from which {map_key!r} was predicted; name it with `image_key=`."
         raise ValueError(msg)
     return found["image"]
 
 
-def _extent(sizes: Mapping[Hashable, int], matrix: np.ndarray) -> tuple[float, float, float, float]:
+def _extent(sizes: Mapping[Hashable, int], matrix: np.ndarray) -> Window:
     """Lowest and highest x, then y, of a raster."""
     corners = apply_affine(np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * [sizes["x"], sizes["y"]], matrix)
     (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
     return x0, x1, y0, y1
 
 
-def _read_cells(
-    data: DataArray, matrix: np.ndarray, window: tuple[float, float, float, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(c, y, x) cells of a raster that a window meets, every k-th where there are more than can be drawn."""
+def _read_cells(data: DataArray, matrix: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """(c, y, x) cells of a raster in a window, thinned to what can be drawn, and their affine to the frame."""
     x0, x1, y0, y1 = window
     corners = apply_affine(np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]), np.linalg.inv(matrix))
     n = np.array([data.sizes["x"], data.sizes["y"]])
@@ -198,9 +193,7 @@ def _read_cells(
     return cells, matrix @ shift
 
 
-def _read_map(
-    element: DataArray, matrix: np.ndarray, window: tuple[float, float, float, float], map_key: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_map(element: DataArray, matrix: np.ndarray, window: Window, map_key: str) -> tuple[np.ndarray, np.ndarray]:
     cells, to_frame = _read_cells(element, matrix, window)
     if not cells.size:
         x0, x1, y0, y1 = _extent(element.sizes, matrix)
@@ -210,18 +203,3 @@ def _read_map(
         )
         raise ValueError(msg)
     return cells.astype(np.float32), to_frame
-
-
-def _show_map(ax: Axes, values: np.ndarray, to_frame: np.ndarray, cmap: Colormap, norm: Normalize) -> None:
-    height, width = values.shape
-    limits = ax.get_xlim(), ax.get_ylim()
-    ax.imshow(
-        np.ma.masked_invalid(values),
-        extent=(0, width, height, 0),
-        transform=Affine2D(to_frame) + ax.transData,
-        cmap=cmap,
-        norm=norm,
-        interpolation="nearest",
-        aspect="equal",
-    )
-    ax.set(xlim=limits[0], ylim=limits[1])

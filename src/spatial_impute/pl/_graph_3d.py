@@ -1,4 +1,4 @@
-"""The 3D graph: edges of a few spots by type, in 3D or between two sections."""
+"""Edges of the 3D graph by type, in 3D or between two sections."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import stack_table
-from spatial_impute._validation import require_finite, require_key, require_one_of
-from spatial_impute.pl._imputed import registered_radius
-from spatial_impute.pl._space import draw_discs, frame_space, make_space, resolve_stretch, stack_share
-from spatial_impute.pl._utils import (
+from spatial_impute._stack.registration import registered_radius
+from spatial_impute._stack.table import registered_spots, stack_table
+from spatial_impute._validation import name_list, require_key, require_one_of
+from spatial_impute.pl._figure import (
     INK,
     MISSING,
     add_scale_bar,
+    document_figure,
     draw_circles,
     finish,
     frame_panel,
+    legend_below,
     make_panels,
     section_title,
     sections_in_z,
 )
+from spatial_impute.pl._space import draw_discs, frame_space, make_space, resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from mpl_toolkits.mplot3d import Axes3D
     from scipy import sparse
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._stack.record import Section
 
-# Okabe and Ito: told apart with every kind of colour blindness.
+# Okabe and Ito: readers with any kind of color blindness can tell them apart.
 _KINDS = {
     "within": ("same section", "#0072B2"),
     "overlap": ("overlapping", "#D55E00"),
@@ -48,6 +51,26 @@ _KINDS = {
     "similar": ("look alike", "#009E73"),
 }
 _GAP = 0.12  # of the width of a section, between two side by side
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Spots and edges to draw, in the common frame."""
+
+    sections: list[Section]
+    members: list[np.ndarray]
+    """Rows of the spots of each section."""
+    measured: list[bool]
+    xyz: np.ndarray
+    radius: np.ndarray
+    chosen: np.ndarray
+    """Rows of the spots whose edges are drawn."""
+    edges: Edges
+
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest x, y of the centers, um."""
+        points = self.xyz[np.concatenate(self.members), :2]
+        return points.min(axis=0), points.max(axis=0)
 
 
 @dataclass(frozen=True)
@@ -68,12 +91,16 @@ class Edges:
 def typed_edges(
     weights: sparse.csr_matrix, overlap: sparse.csr_matrix, similarity: sparse.csr_matrix, section: np.ndarray
 ) -> Edges:
-    """Edges with their type: within a section; else overlapping; else linked because they look alike; else near.
+    """Edges with their type: within a section, else overlap, else similar image features, else near.
 
     Parameters
     ----------
-    weights, overlap, similarity
-        (n, n) symmetric: strength of every edge; overlap (IoU) and cosine of those that have one.
+    weights
+        (n, n) symmetric, strength of every edge.
+    overlap
+        (n, n) symmetric, overlap (IoU) of the edges that have one.
+    similarity
+        (n, n) symmetric, cosine of the edges that have one.
     section
         (n,) section of every spot.
 
@@ -103,6 +130,7 @@ def _stored(matrix: sparse.csr_matrix, pairs: np.ndarray) -> np.ndarray:
     return np.isin(pairs[:, 0].astype(np.int64) * n + pairs[:, 1], coo.row.astype(np.int64) * n + coo.col)
 
 
+@document_figure
 def graph_3d(
     sdata: SpatialData,
     sections: str | Sequence[str] | None = None,
@@ -121,12 +149,12 @@ def graph_3d(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Edges of the 3D graph by type, in the common frame: of a few spots in 3D, or between two sections side by side.
+    """Edges of the 3D graph by type in the common frame, in 3D or between two sections side by side.
 
-    All edges at once hide each other, so those of a few spots are drawn, spread over the tissue of the reference (of
-    the first section with ``view="pair"``). Edges are as thick as they are strong. The legend counts those drawn, by
-    type: in the same section; between overlapping spots of two sections; between spots that were linked because they
-    look alike and do not overlap; between other near spots of two sections.
+    All edges at once would hide each other. So the figure shows the edges of a few spots, spread over the tissue of the
+    reference (of the first section with ``view="pair"``). A strong edge is thick. The legend counts the edges shown:
+    within a section, between overlapping spots of two sections, between spots with similar image features that do not
+    overlap, and between other near spots of two sections.
 
     Parameters
     ----------
@@ -139,25 +167,19 @@ def graph_3d(
     edges
         Types to draw, of ``"within"``, ``"overlap"``, ``"near"``, ``"similar"``; all by default.
     n_spots
-        How many spots to draw the edges of; ``None`` for all.
+        Number of spots whose edges are drawn; ``None`` for all.
     spots
-        Their names in the stack table instead.
-    graph_key, table_key
-        Graph and stack table.
+        Names of these spots in the stack table, instead of `n_spots`.
+    graph_key
+        Name of the graph, the ``key_added`` of :func:`~spatial_impute.tl.build_3d_graph`.
+    table_key
+        Name of the stack table in ``sdata.tables``.
     z_stretch
-        Factor on z in 3D; by default such that sections stand clear of each other. It is written into the figure.
+        Factor on z in 3D. The default separates the sections. The figure states the factor.
     ax
         Axes to draw on instead of a new figure: 3D axes for ``view="3d"``.
-    figsize
-        Size of the figure in inches.
     title
-        Title, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        Title instead of the default.
 
     Returns
     -------
@@ -166,7 +188,7 @@ def graph_3d(
     Raises
     ------
     KeyError
-        If there is no such graph, section or spot, or the stack is not registered.
+        If a graph, section or spot does not exist, or the stack is not registered.
     ValueError
         For unknown types, for ``view="pair"`` without two sections, or axes that do not fit the view.
 
@@ -187,80 +209,79 @@ def graph_3d(
         msg = f'`view="pair"` needs two `sections` of {list(record.names)}, found {[s.name for s in wanted]}.'
         raise ValueError(msg)
     table = stack_table(sdata, table_key)
-    where = f"sdata.tables[{table_key!r}]"
-    for name in (Keys.connectivities(graph_key), Keys.graph_overlap(graph_key), Keys.graph_similarity(graph_key)):
-        require_key(name, table.obsp, where=f"{where}.obsp", then="Run `si.tl.build_3d_graph(sdata)` first.")
-    require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then="Run `si.tl.register_stack(sdata)` first.")
-    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
-    require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
-    kinds = list(_KINDS) if edges is None else ([edges] if isinstance(edges, str) else list(edges))
-    for kind in kinds:
-        require_one_of(kind, _KINDS, name="edges")
-    if view == "pair":
-        kinds = [kind for kind in kinds if kind != "within"]
-    if not kinds:
-        msg = f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; there are {list(_KINDS)}."
-        raise ValueError(msg)
-
+    found = _read_edges(table, graph_key, table_key)
+    xyz = registered_spots(table, table_key)
+    kinds = _wanted_kinds(edges, view)
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
     names = [s.name for s in wanted]
     shown = np.isin(section, names)
     start = record.reference if view == "3d" and record.reference in names else names[0]
-    chosen = _chosen(table, xyz, shown & (section == start), n_spots, spots)
-    if not shown[chosen].all():
-        msg = f"`spots` must lie on the sections shown ({names}); {table.obs_names[chosen[~shown[chosen]]][0]!r} does not."
-        raise ValueError(msg)
-    found = typed_edges(
-        table.obsp[Keys.connectivities(graph_key)],
-        table.obsp[Keys.graph_overlap(graph_key)],
-        table.obsp[Keys.graph_similarity(graph_key)],
-        section,
-    )
-    keep = shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
-    if view == "pair":
-        keep &= found.kind != "within"
-    found = found.where(keep)
-    radius = registered_radius(sdata, record, table)
-    axis: Axes
-    drawing: dict[str, Any] = {"xyz": xyz, "radius": radius, "chosen": chosen, "edges": found}
-    if view == "3d":
-        axis = space = make_space(ax, figsize)
-        _draw_in_space(space, wanted, table, z_stretch=z_stretch, **drawing)
+    if spots is None:
+        chosen = _spread(xyz, np.flatnonzero(shown & (section == start)), n_spots)
     else:
-        axis = _draw_pair(wanted, table, ax=ax, figsize=figsize, **drawing)
+        chosen = _named(table, name_list(spots, name="spots"), shown, names)
+    found = found.where(
+        shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
+    )
+    members = [np.flatnonzero(section == name) for name in names]
+    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    measured = [bool(flags[index].any()) for index in members]
+    scene = _Scene(wanted, members, measured, xyz, registered_radius(sdata, record, table), chosen, found)
+    axis = _draw_in_space(scene, make_space(ax, figsize), z_stretch) if view == "3d" else _draw_pair(scene, ax, figsize)
     text = f"edges of {len(chosen)} of {int(shown.sum())} spots" if title is None else title
     axis.set_title(text, fontsize="medium", pad=6 if view == "3d" else 20)
-    handles = []
+    handles: list[Artist] = []
     for kind in kinds:
         label, color = _KINDS[kind]
         handles.append(Line2D([], [], color=color, linewidth=2, label=f"{label} ({int((found.kind == kind).sum())})"))
-    axis.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0 if view == "3d" else -0.08),
-        ncols=min(len(handles), 4),
-        frameon=False,
-        fontsize="small",
-        handlelength=1.2,
-    )
+    legend_below(axis, handles, y=0.0 if view == "3d" else -0.08, n_columns=min(len(handles), 4), handlelength=1.2)
     return finish(np.array([axis], dtype=object), save=save, show=show, return_ax=return_ax)
 
 
-def _chosen(
-    table: AnnData, xyz: np.ndarray, candidates: np.ndarray, n_spots: int | None, spots: Sequence[str] | None
-) -> np.ndarray:
-    """Rows of the spots whose edges are drawn."""
-    if spots is not None:
-        for spot in [spots] if isinstance(spots, str) else spots:
-            require_key(spot, table.obs_names, where="obs_names of the stack table")
-        return table.obs_names.get_indexer([spots] if isinstance(spots, str) else list(spots))
-    rows = np.flatnonzero(candidates)
+def _read_edges(table: AnnData, graph_key: str, table_key: str) -> Edges:
+    """Edges of a graph with their types."""
+    keys = (Keys.connectivities(graph_key), Keys.graph_overlap(graph_key), Keys.graph_similarity(graph_key))
+    for key in keys:
+        where = f"sdata.tables[{table_key!r}].obsp"
+        require_key(key, table.obsp, where=where, then="Run `si.tl.build_3d_graph(sdata)` first.")
+    weights, overlap, similarity = (table.obsp[key] for key in keys)
+    return typed_edges(weights, overlap, similarity, table.obs[Keys.SECTION].astype(str).to_numpy())
+
+
+def _wanted_kinds(edges: str | Sequence[str] | None, view: str) -> list[str]:
+    """Types of edges to draw."""
+    kinds = list(_KINDS) if edges is None else name_list(edges, name="edges")
+    for kind in kinds:
+        require_one_of(kind, _KINDS, name="edges")
+    kinds = [kind for kind in kinds if view == "3d" or kind != "within"]
+    if not kinds:
+        msg = (
+            f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; the types are {list(_KINDS)}."
+        )
+        raise ValueError(msg)
+    return kinds
+
+
+def _named(table: AnnData, spots: list[str], shown: np.ndarray, sections: list[str]) -> np.ndarray:
+    """Rows of the spots with these names."""
+    for spot in spots:
+        require_key(spot, table.obs_names, where="obs_names of the stack table")
+    rows = table.obs_names.get_indexer(spots)
+    if not shown[rows].all():
+        msg = (
+            f"`spots` must lie on the sections shown ({sections}); {table.obs_names[rows[~shown[rows]]][0]!r} does not."
+        )
+        raise ValueError(msg)
+    return rows
+
+
+def _spread(xyz: np.ndarray, rows: np.ndarray, n_spots: int | None) -> np.ndarray:
+    """Rows of `n_spots` spots spread over the tissue: farthest points, starting in the middle."""
     if n_spots is None or n_spots >= len(rows):
         return rows
     if int(n_spots) < 1:
         msg = f"`n_spots` must be at least 1, found {n_spots!r}."
         raise ValueError(msg)
-    # Farthest points, from the one in the middle on: spread over the tissue, and the same every time.
     points = xyz[rows, :2]
     taken = [int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))]
     distance = np.full(len(rows), np.inf)
@@ -270,82 +291,48 @@ def _chosen(
     return rows[taken]
 
 
-def _widths(weight: np.ndarray) -> np.ndarray:
-    strongest = weight.max(initial=0.0)
-    return 0.5 + 1.5 * weight / strongest if strongest > 0 else np.full(len(weight), 0.5)
+def _line_style(edges: Edges) -> dict[str, Any]:
+    strongest = edges.weight.max(initial=0.0)
+    widths = 0.5 + 1.5 * edges.weight / strongest if strongest > 0 else np.full(len(edges.weight), 0.5)
+    return {"colors": [_KINDS[kind][1] for kind in edges.kind], "linewidths": widths}
 
 
-def _draw_in_space(
-    ax: Axes3D,
-    sections: list[Section],
-    table: AnnData,
-    *,
-    xyz: np.ndarray,
-    radius: np.ndarray,
-    chosen: np.ndarray,
-    edges: Edges,
-    z_stretch: float | None,
-) -> None:
-    section = table.obs[Keys.SECTION].astype(str).to_numpy()
-    members = {s.name: np.flatnonzero(section == s.name) for s in sections}
-    rows = np.concatenate(list(members.values()))
-    low, high = xyz[rows, :2].min(axis=0), xyz[rows, :2].max(axis=0)
-    for index in members.values():
+def _draw_in_space(scene: _Scene, ax: Axes3D, z_stretch: float | None) -> Axes3D:
+    xyz, radius = scene.xyz, scene.radius
+    for index in scene.members:
         draw_discs(ax, xyz[index], 0.6 * radius[index], facecolors=MISSING, edgecolors="none", alpha=0.9)
-    if len(edges.pairs):
-        colors = [_KINDS[kind][1] for kind in edges.kind]
-        lines = Line3DCollection(xyz[edges.pairs], colors=colors, linewidths=_widths(edges.weight))
-        ax.add_collection3d(lines, autolim=False)
-    draw_discs(ax, xyz[chosen], radius[chosen], facecolors=INK, edgecolors="none")
-    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    measured = [name for name, index in members.items() if flags[index].any()]
-    stretch = resolve_stretch(
-        z_stretch, (high - low).max(), np.ptp([s.z for s in sections]), share=stack_share(len(sections))
-    )
-    frame_space(ax, np.array([low, high]), sections, measured=measured, stretch=stretch)
+    if len(scene.edges.pairs):
+        ax.add_collection3d(Line3DCollection(xyz[scene.edges.pairs], **_line_style(scene.edges)), autolim=False)
+    draw_discs(ax, xyz[scene.chosen], radius[scene.chosen], facecolors=INK, edgecolors="none")
+    low, high = scene.box()
+    height = float(np.ptp([s.z for s in scene.sections]))
+    stretch = resolve_stretch(z_stretch, (high - low).max(), height, share=stack_share(len(scene.sections)))
+    names = [s.name for s, flag in zip(scene.sections, scene.measured, strict=True) if flag]
+    frame_space(ax, np.array([low, high]), scene.sections, measured=names, stretch=stretch)
+    return ax
 
 
-def _draw_pair(
-    sections: list[Section],
-    table: AnnData,
-    *,
-    xyz: np.ndarray,
-    radius: np.ndarray,
-    chosen: np.ndarray,
-    edges: Edges,
-    ax: Axes | None,
-    figsize: tuple[float, float] | None,
-) -> Axes:
-    section = table.obs[Keys.SECTION].astype(str).to_numpy()
-    members = [np.flatnonzero(section == s.name) for s in sections]
-    rows = np.concatenate(members)
-    margin = radius[rows].max()
-    low, high = xyz[rows, :2].min(axis=0) - margin, xyz[rows, :2].max(axis=0) + margin
+def _draw_pair(scene: _Scene, ax: Axes | None, figsize: tuple[float, float] | None) -> Axes:
+    radius, edges, chosen = scene.radius, scene.edges, scene.chosen
+    margin = radius[np.concatenate(scene.members)].max()
+    low, high = scene.box()
+    low, high = low - margin, high + margin
     width = high[0] - low[0]
     shift = (1 + _GAP) * width
-    place = xyz[:, :2].copy()
-    place[members[1], 0] += shift
-    axis = make_panels(
-        1,
-        1,
-        aspect=(high - low)[1] / (width + shift),
-        ax=ax,
-        figsize=figsize or (9.0, 9.0 * (high - low)[1] / (width + shift) + 0.8),
-    )[0]
+    place = scene.xyz[:, :2].copy()
+    place[scene.members[1], 0] += shift
+    aspect = (high - low)[1] / (width + shift)
+    axis = make_panels(1, 1, aspect=aspect, ax=ax, figsize=figsize or (9.0, 9.0 * aspect + 0.8))[0]
     frame_panel(axis, (low[0], low[1], high[0] + shift, high[1]))
-    linked = np.unique(edges.pairs)
-    for index in members:
+    for index in scene.members:
         draw_circles(axis, place[index], radius[index], facecolors=MISSING, edgecolors="none")
     if len(edges.pairs):
-        colors = [_KINDS[kind][1] for kind in edges.kind]
-        lines = LineCollection(place[edges.pairs], colors=colors, linewidths=_widths(edges.weight))
-        axis.add_collection(lines, autolim=False)
-        other = np.setdiff1d(linked, chosen)
+        axis.add_collection(LineCollection(place[edges.pairs], **_line_style(edges)), autolim=False)
+        other = np.setdiff1d(np.unique(edges.pairs), chosen)
         draw_circles(axis, place[other], 0.6 * radius[other], facecolors="0.5", edgecolors="none", zorder=3)
     draw_circles(axis, place[chosen], radius[chosen], facecolors=INK, edgecolors="none", zorder=3)
-    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    for k, (s, index) in enumerate(zip(sections, members, strict=True)):
-        head = section_title(s, measured=bool(flags[index].any()))
+    for k, (section, flag) in enumerate(zip(scene.sections, scene.measured, strict=True)):
+        head = section_title(section, measured=flag)
         axis.text(low[0] + k * shift + width / 2, low[1], head, ha="center", va="bottom", fontsize="small")
     add_scale_bar(axis)
     return axis

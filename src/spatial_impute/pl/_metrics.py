@@ -1,7 +1,8 @@
-"""Baselines beside models, and how well each gene can be predicted."""
+"""Scores of baselines and models, and predictability of genes."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval
 from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_key
-from spatial_impute.pl._utils import INK, finish, make_panels
+from spatial_impute.pl._figure import INK, document_figure, finish, grid_shape, make_panels, titles_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -36,6 +37,7 @@ _HIGHER_IS_BETTER = {"mse": False, "mae": False}
 _N_LABELS = 2  # genes named by default in the panel of genes
 
 
+@document_figure
 def metrics(
     sdata: SpatialData,
     scores: pd.DataFrame | None = None,
@@ -53,50 +55,42 @@ def metrics(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Baselines beside models, with intervals where they are known, and the predictability of genes.
+    """Scores of baselines and models with their intervals, and the predictability of genes.
 
-    Which panels there are follows from `scores`:
+    The panels depend on the rows of `scores`:
 
-    - one row per method or layer: a panel per `metric`, best on top; 95 % intervals over genes where the table has
-      them (:func:`~spatial_impute.tl.cross_validate`), for the mean correlation only;
+    - one row per method or layer: a panel per `metric`, the best method on top. The mean correlation has its 95 %
+      interval over genes, if the table has one (:func:`~spatial_impute.tl.cross_validate`);
     - one row per layer and section (``by="section"``): the same, with a small mark per section;
-    - one row per gene (``by="gene"``): correlation per gene, its mean with the 95 % interval by bootstrap over genes,
-      and the genes as small marks.
+    - one row per gene (``by="gene"``): correlations of all genes as small marks, and their mean with the 95 % interval
+      by bootstrap over genes.
 
-    The last panel has ``var["imputation_r"]``, what :func:`~spatial_impute.tl.impute_3d` expects of each gene, sorted;
-    with scores per gene that hold `layer`, against what was reached.
+    The last panel shows ``var["imputation_r"]``, the held-out correlation of each gene, sorted. If `scores` has the
+    correlation per gene of `layer`, it shows the one against the other.
 
     Parameters
     ----------
     sdata
-        Stack; only its table of genes is read.
+        Stack; only the genes of its table are read.
     scores
         Table of :func:`~spatial_impute.tl.cross_validate` or :func:`~spatial_impute.metrics.evaluate`.
     metric
-        Columns to show; by default ``"pearson_gene"``, ``"pearson_gene_positive"`` and ``"skill"``. Not for scores per
-        gene.
+        Columns to show; by default ``"pearson_gene"``, ``"pearson_gene_positive"`` and ``"skill"``. Ignored for scores
+        per gene.
     layer
-        Model that stands out, and whose genes are compared.
+        Layer to highlight, and whose genes the last panel compares.
     genes
         Genes to name in the last panel; by default the best and the worst.
     show_predictability
         Draw the last panel, if the table has ``var["imputation_r"]``.
     table_key
-        Stack table.
+        Name of the stack table in ``sdata.tables``.
     ncols
         Panels per row.
     ax
         Axes to draw on, one per panel, instead of a new figure.
-    figsize
-        Size of the figure in inches.
     title
-        One title per panel, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        One title per panel, instead of the default.
 
     Returns
     -------
@@ -105,9 +99,9 @@ def metrics(
     Raises
     ------
     KeyError
-        If the scores have no such column, or a gene to name does not exist.
+        If a column of the scores or a gene to name does not exist.
     ValueError
-        If there is nothing to draw, or `ax` or `title` do not fit the number of panels.
+        If `scores` and the table hold nothing to draw, or `ax` or `title` do not fit the number of panels.
 
     Examples
     --------
@@ -121,42 +115,37 @@ def metrics(
     ['Pearson r per gene, mean', 'mean squared error']
     """
     table = stack_table(sdata, table_key)
+    for gene in [] if genes is None else genes:
+        require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
     by_gene = scores is not None and scores.index.name == "gene"
     names = _metric_names(scores, metric) if scores is not None and not by_gene else []
-    expected = table.var[Keys.PREDICTABILITY] if show_predictability and Keys.PREDICTABILITY in table.var else None
-    n_panels = (len(names) if not by_gene else 1) + (expected is not None)
-    if not n_panels:
+    draw: list[Callable[[Axes], None]] = []
+    if scores is not None:
+        draw += [partial(_draw_genes_by_method, scores=scores, layer=layer)] if by_gene else []
+        draw += [partial(_draw_methods, scores=scores, name=name, layer=layer) for name in names]
+    if show_predictability and Keys.PREDICTABILITY in table.var:
+        expected = table.var[Keys.PREDICTABILITY]
+        reached = scores[layer].reindex(expected.index) if by_gene and scores is not None and layer in scores else None
+        draw.append(partial(_draw_predictability, expected=expected, reached=reached, genes=genes))
+    if not draw:
         msg = (
             f"Nothing to draw: pass `scores`, or let `si.tl.impute_3d(sdata, model)` write "
             f"`sdata.tables[{table_key!r}].var[{Keys.PREDICTABILITY!r}]` first."
         )
         raise ValueError(msg)
-    for gene in [] if genes is None else genes:
-        require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
-    if int(ncols) < 1:
-        msg = f"`ncols` must be at least 1, found {ncols!r}."
-        raise ValueError(msg)
-    titles = None if title is None else ([title] if isinstance(title, str) else list(title))
-    if titles is not None and len(titles) != n_panels:
-        msg = f"`title` must have one entry per panel ({n_panels}), found {len(titles)}."
-        raise ValueError(msg)
-    n_columns = min(int(ncols), n_panels)
-    n_rows = -(-n_panels // n_columns)
-    n_methods = 4 if scores is None else scores.shape[1] if by_gene else scores.index.get_level_values(0).nunique()
+    n_rows, n_columns = grid_shape(len(draw), ncols)
+    titles = titles_for(title, [""] * len(draw), "per panel")
+    n_methods = 4
+    if scores is not None:
+        n_methods = scores.shape[1] if by_gene else scores.index.get_level_values(0).nunique()
     size = figsize or (4.0 * n_columns, n_rows * max(2.8, 0.32 * n_methods + 1.1))
-    axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=n_panels)
-    for panel, name in zip(axes, names, strict=False):
-        _draw_methods(panel, scores, name, layer)
-    if by_gene:
-        _draw_genes_by_method(axes[0], scores, layer)
-    if expected is not None:
-        reached = scores[layer].reindex(expected.index) if scores is not None and by_gene and layer in scores else None
-        _draw_predictability(axes[-1], expected, reached, genes)
-    for panel in axes:
+    axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(draw))
+    for panel, draw_panel, text in zip(axes, draw, titles, strict=True):
+        draw_panel(panel)
         panel.tick_params(labelsize="small")
         panel.spines[["top", "right"]].set_visible(False)
-    for panel, text in zip(axes, titles or [], strict=False):
-        panel.set_title(text, fontsize="medium")
+        if text:
+            panel.set_title(text, fontsize="medium")
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
@@ -175,13 +164,13 @@ def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> l
 
 
 def _by_method(scores: pd.DataFrame, name: str) -> pd.Series:
-    """Mean over sections, if there are several per method."""
+    """Column of scores; its mean over sections if the table has rows per section."""
     column = scores[name]
     return column.groupby(level=0, sort=False).mean() if column.index.nlevels > 1 else column
 
 
 def _order(ax: Axes, values: pd.Series, layer: str, *, higher_is_better: bool = True) -> pd.Series:
-    """Sort from the worst, at the bottom, to the best; name the rows."""
+    """Sort from the worst (bottom) to the best, and name the rows."""
     values = values.sort_values(ascending=higher_is_better, na_position="first")
     ax.set_yticks(range(len(values)), [str(name).removeprefix(Keys.baseline("")) for name in values.index])
     for label, name in zip(ax.get_yticklabels(), values.index, strict=True):
@@ -211,7 +200,7 @@ def _draw_genes_by_method(ax: Axes, scores: pd.DataFrame, layer: str) -> None:
     for y, (method, value) in enumerate(values.items()):
         color = _MODEL if method == layer else _BASELINE
         each = scores[method].dropna().to_numpy()
-        # Marks of genes are spread by their rank, so that those on each other can be told apart.
+        # Spread by rank, so that marks at the same place can be told apart.
         spread = 0.25 * ((np.arange(len(each)) % 5) / 2 - 1)
         ax.scatter(each, y + spread, s=5, color=_FAINT, zorder=1)
         ax.plot(bootstrap_interval(each), [y, y], color=color, linewidth=2, zorder=2)

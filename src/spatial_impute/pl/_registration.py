@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
-from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._stack.elements import section_levels
@@ -15,35 +14,36 @@ from spatial_impute._stack.record import load_record
 from spatial_impute._stack.registration import load_transform, require_registration
 from spatial_impute._validation import require_positive
 from spatial_impute.metrics import registration_quality
-from spatial_impute.pl._canvas import Canvas, Drawn, overlay, read_scan, tissue_dice
-from spatial_impute.pl._utils import (
-    add_colorbar,
+from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap
+from spatial_impute.pl._figure import (
     add_scale_bar,
-    check_titles,
-    color_limits,
+    document_figure,
     finish,
     frame_panel,
     label_row,
+    legend_below,
     make_panels,
     nice_length,
-    resolve_cmap,
     sections_in_z,
     show_image,
+    titles_for,
 )
+from spatial_impute.pl._overlay import Canvas, Drawn, overlay, read_scan, tissue_dice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import pandas as pd
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute.pl._canvas import Scan
+    from spatial_impute._stack.record import Section, StackRecord
 
 _COLUMNS = ("before", "after", "checkerboard, after")
-_REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # magenta and green, told apart by the colour-blind
+_REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # readers with color blindness can tell magenta from green
 _TABLE = {
     "dice_before": "Dice before",
     "dice_after": "Dice after",
@@ -61,6 +61,7 @@ _FULL_BEND = 0.7  # of the spacing: how far the largest displacement may be draw
 _PALE = 0.35  # of the ink of the tissue under the grid
 
 
+@document_figure
 def registration(
     sdata: SpatialData,
     *,
@@ -75,18 +76,17 @@ def registration(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """How well sections lie on the reference: one row per section, in the order of z.
+    """Overlay of each section on the reference before and after registration, one row per section in the order of z.
 
-    The overlays show the stain inside the tissue, the reference in magenta and the section in green on white, so that
-    what agrees is grey. "before" lays the frames of the two images on each other as they are. The checkerboard
-    alternates the H&E of both; its upper left tile is of the reference. Vessels, glands and the outline should run on
-    across tiles. Where a section is deformed (``method="syn"``) a fourth column shows by how much: a grid that is
-    straight in the affine placement, bent by the deformation, exaggerated by the factor in the title and coloured by
-    the true displacement.
+    The overlays show the stain of the tissue: the reference is magenta, the section is green, and both together are
+    grey. "before" places the two images on each other without registration. The checkerboard alternates the H&E of both;
+    its upper left tile shows the reference. Vessels, glands and the outline should continue across tiles. If a section is
+    deformed (``method="syn"``), a fourth column shows the deformation as a bent grid. The title states the factor by
+    which the bends are enlarged; the color is the true displacement.
 
-    The text beside a row tells the route to the reference, the verdict, the overlap of the two tissues as drawn (Dice)
-    before and after, the estimated residual error, and the structure score of the weakest pair on the route. Sections
-    that were left out of the registration are not shown.
+    The text beside a row states the verdict, the route to the reference, the overlap of the two tissues (Dice) before
+    and after, the estimated residual error, and the structure score of the weakest pair on the route. Sections that the
+    registration skipped are not shown.
 
     Parameters
     ----------
@@ -97,22 +97,14 @@ def registration(
     resolution
         Pixel size in um at which the images are read; by default 600 pixels along the longer side.
     n_tiles
-        Tiles of the checkerboard along the longer side of a panel, at least; their size is a round length.
+        Least number of tiles of the checkerboard along the longer side of a panel; their size is a round length.
     show_table
         Add the table of :func:`~spatial_impute.metrics.registration_quality` under the panels: one row per registered
         pair of sections.
     ax
         Axes to draw on, three per section (four if one is deformed), row by row, instead of a new figure.
-    figsize
-        Size of the figure in inches.
     title
-        One text per row, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        One text per row instead of the default.
 
     Returns
     -------
@@ -137,16 +129,9 @@ def registration(
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     reference = record[record.reference]
-    wanted = [section for section in sections_in_z(record, sections) if section.name != reference.name]
-    if sections is None:
-        wanted = [section for section in wanted if section.name in rows]
-    transforms = {section.name: load_transform(sdata, record, section.name) for section in wanted}
-    if not wanted:
-        others = [name for name in record.names if name != reference.name]
-        then = f"`sections` must name some of {others}" if others else "the stack has no other section"
-        msg = f"Nothing to compare with the reference {reference.name!r}; {then}."
-        raise ValueError(msg)
-    titles = check_titles(title, wanted)
+    wanted = _compared(record, sections_in_z(record, sections), rows if sections is None else None)
+    transforms = [load_transform(sdata, record, section.name) for section in wanted]
+    titles = titles_for(title, [""] * len(wanted), "per section")
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     if int(n_tiles) < 2:
@@ -156,13 +141,14 @@ def registration(
         msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
         raise ValueError(msg)
     fixed = read_scan(section_levels(sdata, reference), resolution)
-    moving = {section.name: read_scan(section_levels(sdata, section), resolution) for section in wanted}
-    poses = [(fixed, np.eye(3))]
-    poses += [(moving[n], m) for n, transform in transforms.items() for m in (np.eye(3), transform.matrix)]
-    canvas = Canvas.around(np.concatenate([scan.tissue_corners(matrix) for scan, matrix in poses]))
-    tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
+    scans = [read_scan(section_levels(sdata, section), resolution) for section in wanted]
+    corners = [fixed.tissue_corners(np.eye(3))]
+    for scan, transform in zip(scans, transforms, strict=True):
+        corners += [scan.tissue_corners(np.eye(3)), scan.tissue_corners(transform.matrix)]
+    canvas = Canvas.around(np.concatenate(corners))
+    on_canvas = canvas.draw(fixed, np.eye(3))
 
-    deformed = any(transform.deforms for transform in transforms.values())
+    deformed = any(transform.deforms for transform in transforms)
     quality = registration_quality(sdata) if show_table else None
     axes = make_panels(
         len(wanted),
@@ -175,38 +161,44 @@ def registration(
     ).reshape(-1, 3 + deformed)
     if quality is not None:
         _draw_table(axes[0, 0].get_figure(root=True).axes[-1], quality)
-    on_canvas, drawn = canvas.draw(fixed, np.eye(3)), []
-    for i, section in enumerate(wanted):
-        before = canvas.draw(moving[section.name], np.eye(3))
-        after = _draw(canvas, moving[section.name], transforms[section.name])
-        pictures = [
-            overlay(on_canvas, before),
-            overlay(on_canvas, after),
-            canvas.checkerboard(on_canvas, after, tile),
-        ]
-        for panel, picture in zip(axes[i, :3], pictures, strict=True):
+    moved = [canvas.draw(scan, transform) for scan, transform in zip(scans, transforms, strict=True)]
+    tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
+    for panels, section, scan, after, text in zip(axes, wanted, scans, moved, titles, strict=True):
+        before, row = canvas.draw(scan, np.eye(3)), rows[section.name]
+        checkerboard = canvas.checkerboard(on_canvas, after, tile)
+        for panel, picture in zip(
+            panels, (overlay(on_canvas, before), overlay(on_canvas, after), checkerboard), strict=False
+        ):
             frame_panel(panel, canvas.limits)
             show_image(panel, picture, canvas.to_um)
-        _draw_tiles(axes[i, 2], canvas, tile)
-        row = rows[section.name]
-        text = (
-            titles[i]
-            if titles
-            else _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
-        )
-        label_row(axes[i, 0], text, color="black" if row["verdict"] == "ok" else _ALARM)
-        drawn.append(after)
+        _draw_tiles(panels[2], canvas, tile)
+        text = text or _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
+        label_row(panels[0], text, color="black" if row["verdict"] == "ok" else _ALARM)
     if deformed:
-        _draw_deformations(axes[:, 3], canvas, drawn, list(transforms.values()))
-    for panel, head in zip(axes[0, :3], _COLUMNS, strict=True):
+        _draw_deformations(axes[:, 3], canvas, moved, transforms)
+    for panel, head in zip(axes[0], _COLUMNS, strict=False):
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
-    _add_legend(axes[-1, 1], reference.name)
+    colors = {f"{reference.name} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
+    handles: list[Artist] = [Patch(color=color, label=label) for label, color in colors.items()]
+    legend_below(axes[-1, 1], handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
+def _compared(record: StackRecord, sections: list[Section], registered: dict[str, Any] | None) -> list[Section]:
+    """Sections to compare with the reference; only the `registered` ones if these are given."""
+    found = [section for section in sections if section.name != record.reference]
+    found = [section for section in found if registered is None or section.name in registered]
+    if not found:
+        others = [name for name in record.names if name != record.reference]
+        then = f"`sections` must name some of {others}" if others else "the stack has no other section"
+        msg = f"Nothing to compare with the reference {record.reference!r}; {then}."
+        raise ValueError(msg)
+    return found
+
+
 def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
-    """Pairs of sections as they were registered; a verdict that is not "ok" stands out."""
+    """Table of the registered pairs of sections; a verdict other than "ok" is colored."""
     columns = {key: head for key, head in _TABLE.items() if key in quality}
     rows = [
         [f"{moving} on {fixed}", *(_cell(row[key]) for key in columns)] for (fixed, moving), row in quality.iterrows()
@@ -238,26 +230,10 @@ def _describe(name: str, row: dict[str, Any], before: float, after: float) -> st
     return f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\n{residual}score {row['score']:.2f}"
 
 
-def _draw(canvas: Canvas, scan: Scan, transform: SectionTransform) -> Drawn:
-    """Resample a section in its registered place, with its deformation."""
-    if not transform.deforms:
-        return canvas.draw(scan, transform.matrix)
-    rows, columns = np.indices(canvas.shape).reshape(2, -1) + 0.5
-    points = transform.inverse(apply_affine(np.column_stack([columns, rows]), canvas.to_um))
-    x, y = apply_affine(points, np.linalg.inv(scan.to_um)).T - 0.5
-
-    def sample(image: np.ndarray, outside: float) -> np.ndarray:
-        return ndi.map_coordinates(image, [y, x], order=1, cval=outside).reshape(canvas.shape)
-
-    rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
-    mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
-    return Drawn(rgb, sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5)
-
-
 def _draw_deformations(
     panels: np.ndarray, canvas: Canvas, drawn: list[Drawn], transforms: list[SectionTransform]
 ) -> None:
-    """Bent grids over pale tissue, all with one exaggeration and one colour scale."""
+    """Bent grids over pale tissue, all with one factor and one color scale."""
     spacing = nice_length(max(canvas.width, canvas.height) / _GRID_LINES)
     x0, y0, x1, y1 = canvas.limits
     fine = [np.arange(low, high + spacing, _GRID_STEP * spacing) for low, high in ((x0, x1), (y0, y1))]
@@ -305,25 +281,9 @@ def _bends(
 
 
 def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:
-    """Edges of the tiles: that is where to look."""
+    """Edges of the tiles, where structures should continue."""
     style: dict[str, Any] = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
     x0, y0, x1, y1 = canvas.limits
     ax.vlines(np.arange(x0, x1, tile), y0, y1, **style)
     ax.hlines(np.arange(y0, y1, tile), x0, x1, **style)
     ax.set(xlim=(x0, x1), ylim=(y1, y0))
-
-
-def _add_legend(ax: Axes, reference: str) -> None:
-    colors = {f"{reference} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
-    ax.legend(
-        handles=[Patch(color=color, label=label) for label, color in colors.items()],
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0),
-        ncols=3,
-        frameon=False,
-        fontsize="small",
-        handlelength=1,
-        handleheight=1,
-        columnspacing=1.0,
-        handletextpad=0.4,
-    )

@@ -10,7 +10,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from spatial_impute._validation import require_positive
-from spatial_impute.pl._utils import INK, nice_length
+from spatial_impute.pl._figure import INK, nice_length
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
+from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import stack_table
+from spatial_impute._stack.registration import load_transform
+from spatial_impute._stack.table import stack_table, values_by_spot
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
-from spatial_impute.pl._stack_space import stack_space
-from spatial_impute.pl._utils import (
+from spatial_impute.pl._figure import (
     INK,
     add_scale_bar,
-    check_titles,
+    document_figure,
     draw_circles,
     finish,
     frame_panel,
+    grid_shape,
     make_panels,
     section_title,
     sections_in_z,
     show_image,
+    titles_for,
 )
+from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, make_space, resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
+    from matplotlib.colors import Colormap, Normalize
+    from mpl_toolkits.mplot3d import Axes3D
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack.record import Section, StackRecord
+    from spatial_impute.pl._color import Coloring
 
-_PIXELS = 1000  # along the longer side of an image; tissue fills half of it or more
+_PIXELS = 1000  # 2D: along the longer side of an image; tissue fills half of it or more
+_PIXELS_3D = 110  # along the longer side of a section: each pixel is a polygon
 _MASK_PIXELS = 500  # enough to find where the tissue is
 _MARGIN = 0.05  # of the extent of the tissue
 _ONE_ROW, _COLUMNS = 5, 4
 _LONG_TITLE = 2.4  # inches that the default title takes on one line
 
 
+@document_figure
 def stack(
     sdata: SpatialData,
     *,
@@ -73,8 +82,8 @@ def stack(
 ) -> np.ndarray | None:
     """Sections side by side in the order of z, or as a 3D stack of images.
 
-    Side by side, each section is in its own frame and all have the same scale. In 3D they lie at their height in the
-    common frame, if the stack is registered; spots are drawn with `color` only.
+    Side by side, each section is drawn in its own frame, all at the same scale. In 3D, each section lies at its height,
+    in the common frame if the stack is registered. Spots in 3D are drawn only if `color` is given.
 
     Parameters
     ----------
@@ -85,38 +94,32 @@ def stack(
     projection
         ``"2d"`` or ``"3d"``.
     color
-        Column of ``obs`` or a gene of the stack table. Spots without a value are drawn as outlines, as all are without
-        `color`. Spots have their true diameter.
+        Column of ``obs`` or gene of the stack table. A spot without a value is drawn as an outline. Spots have their
+        true diameter.
     layer
-        Layer for a gene, ``"measured"`` by default.
+        Layer of the gene; ``"measured"`` by default.
     table_key
-        Stack table.
+        Name of the stack table in ``sdata.tables``.
     resolution
         Pixel size in um at which the images are read; by default 1000 pixels along the longer side, 110 in 3D.
     img_alpha
         Strength of the image, 0-1; 1 by default, 0.5 with `color`.
     crop
-        Show tissue and spots only, not the whole image. In 3D there is always only the tissue.
+        Show only tissue and spots, not the whole image. The 3D view always shows only the tissue.
     z_stretch
-        In 3D, factor on z; by default such that sections stand clear of each other. It is written into the figure.
+        Factor on z in 3D. The default separates the sections. The figure states the factor.
     ncols
         Panels per row; by default one row for up to five sections, else four.
     ax
         Axes to draw on, one per section or one 3D axes, instead of a new figure.
-    figsize
-        Size of the figure in inches.
     cmap
-        Colour map for numbers.
-    vmin, vmax
-        Colour limits: numbers, or percentiles such as ``"p99"``.
+        Color map for numbers.
+    vmin
+        Lower end of the color scale: a number, or a percentile such as ``"p1"``.
+    vmax
+        Upper end of the color scale: a number, or a percentile such as ``"p99"``.
     title
-        One title per section, in place of the default; in 3D one for the figure.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        One title per section instead of the default; in 3D one title for the figure.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def stack(
     KeyError
         If there is no stack, or a section, column, gene or layer does not exist.
     ValueError
-        If `ax` or `title` do not fit the number of sections, or colour limits make no sense.
+        If `ax` or `title` do not fit the number of sections, or `vmin` exceeds `vmax`.
 
     Examples
     --------
@@ -140,116 +143,221 @@ def stack(
     record = load_record(sdata)
     wanted = sections_in_z(record, sections)
     require_one_of(projection, ("2d", "3d"), name="projection")
-    titles = check_titles(title, wanted) if projection == "2d" else None
-    table = None if color is None else stack_table(sdata, table_key)
-    coloring = None if color is None else read_color(table, color, layer, table_key=table_key)
-    if ncols is not None and int(ncols) < 1:
-        msg = f"`ncols` must be at least 1, found {ncols!r}."
-        raise ValueError(msg)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
-    shown = np.empty(0)
-    if coloring is not None and table is not None:
-        shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in wanted]).to_numpy()]
-        norm, colors = coloring.scale(shown, cmap, vmin, vmax)
-    strength = img_alpha if img_alpha is not None else 1.0 if coloring is None else 0.5
+    strength = img_alpha if img_alpha is not None else 1.0 if color is None else 0.5
+    paint = None
+    if color is not None:
+        table = stack_table(sdata, table_key)
+        paint = _Paint.of(table, read_color(table, color, layer, table_key=table_key), wanted, (cmap, vmin, vmax))
     if projection == "3d":
-        spot_colors: dict[str, np.ndarray] = {}
-        for section in wanted:
-            if coloring is not None and table is not None and section.spots is not None:
-                values = _values_of(table, section.name, coloring.values, spot_geometry(sdata, section)[2])
-                spot_colors[section.name] = colors(norm(np.ma.masked_invalid(values)))
-        axes = stack_space(
-            sdata,
-            record,
-            wanted,
-            spot_colors,
-            resolution=resolution,
-            img_alpha=strength,
-            z_stretch=z_stretch,
-            ax=ax,
-            figsize=figsize,
+        axes = _draw_3d(
+            make_space(ax, figsize), _read_slabs(sdata, record, wanted, resolution), strength, z_stretch, paint
         )
+        if record.registration is None:
+            axes[0].text2D(
+                0.5, 0.0, "not registered", transform=axes[0].transAxes, ha="center", fontsize="small", color=INK
+            )
         if title is not None:
             axes[0].set_title(str(title), fontsize="medium")
-        if coloring is not None:
-            coloring.add_key(axes, 1, shown, norm, colors, n_rows=2)
+        if paint is not None:
+            paint.add_key(axes, 1, n_rows=2)
         return finish(axes, save=save, show=show, return_ax=return_ax)
 
-    thumbnails, frames, boxes = [], [], []
-    for section in wanted:
-        levels = section_levels(sdata, section)
-        longest = max(levels[0].shape) * levels[0].pixel_size
-        thumbnails.append(read_thumbnail(levels, resolution or longest / _PIXELS))
-        frames.append(_frame(*thumbnails[-1]))
-        boxes.append(_content(sdata, section, *thumbnails[-1]) if crop else frames[-1])
-    span = np.max([np.ptp(box, axis=0) for box in boxes], axis=0)  # the same for all: one scale
-    n_columns = min(int(ncols or (len(wanted) if len(wanted) <= _ONE_ROW else _COLUMNS)), len(wanted))
-    n_rows = -(-len(wanted) // n_columns)
+    n_rows, n_columns = grid_shape(
+        len(wanted), (len(wanted) if len(wanted) <= _ONE_ROW else _COLUMNS) if ncols is None else ncols
+    )
+    titles = titles_for(title, [""] * len(wanted), "per section")
+    panels = [_read_panel(sdata, section, resolution, crop=crop) for section in wanted]
+    span = np.max([np.ptp(panel.box, axis=0) for panel in panels], axis=0)  # the same for all: one scale
+    margin = (0.2 if color is None else 1.2, 0.5 * n_rows)
     axes = make_panels(
-        n_rows,
-        n_columns,
-        aspect=span[1] / span[0],
-        ax=ax,
-        figsize=figsize,
-        n_panels=len(wanted),
-        margin=(0.2 if color is None else 1.2, 0.5 * n_rows),
+        n_rows, n_columns, aspect=span[1] / span[0], ax=ax, figsize=figsize, n_panels=len(wanted), margin=margin
     )
     wide = axes[0].get_figure(root=True).get_figwidth() / n_columns > _LONG_TITLE
-    for i, (panel, section) in enumerate(zip(axes, wanted, strict=True)):
-        # Stay inside the image where it is large enough.
-        room = np.maximum(np.ptp(frames[i], axis=0) - span, 0) / 2
-        middle = frames[i].mean(axis=0) + np.clip(boxes[i].mean(axis=0) - frames[i].mean(axis=0), -room, room)
-        frame_panel(panel, (*(middle - span / 2), *(middle + span / 2)))
-        show_image(panel, *thumbnails[i], alpha=strength)
-        if section.spots is not None:
-            centers, radius, index = spot_geometry(sdata, section)
-            values = np.full(len(radius), np.nan)
-            if coloring is not None and table is not None:
-                values = _values_of(table, section.name, coloring.values, index)
-            known = np.isfinite(values)
-            if not known.all():
-                draw_circles(panel, centers[~known], radius[~known], facecolors="none", edgecolors=INK, linewidths=0.4)
-            if known.any():
-                draw_circles(panel, centers[known], radius[known], values=values[known], cmap=colors, norm=norm)
-        measured = section.counts is not None
-        panel.set_title(
-            titles[i] if titles else section_title(section, measured=measured, separator=", " if wide else "\n"),
-            fontsize="medium",
-            fontweight="bold" if measured else "normal",
-        )
+    for axis, panel, text in zip(axes, panels, titles, strict=True):
+        _draw_panel(axis, panel, span, strength, paint)
+        measured = panel.section.counts is not None
+        text = text or section_title(panel.section, measured=measured, separator=", " if wide else "\n")
+        axis.set_title(text, fontsize="medium", fontweight="bold" if measured else "normal")
     add_scale_bar(axes[(n_rows - 1) * n_columns])
-    if coloring is not None:
-        coloring.add_key(axes, n_columns, shown, norm, colors)
+    if paint is not None:
+        paint.add_key(axes, n_columns)
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
-def _frame(rgb: np.ndarray, to_um: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class _Paint:
+    """Colors of the spots of the sections shown."""
+
+    table: AnnData
+    coloring: Coloring
+    shown: np.ndarray
+    """Values of all spots shown, which set the scale."""
+    norm: Normalize
+    cmap: Colormap
+
+    @classmethod
+    def of(cls, table: AnnData, coloring: Coloring, sections: list[Section], scale: tuple) -> _Paint:
+        """Colors on a `scale` of color map, vmin and vmax."""
+        shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in sections]).to_numpy()]
+        return cls(table, coloring, shown, *coloring.scale(shown, *scale))
+
+    def values(self, section: Section, index: pd.Index) -> np.ndarray:
+        """(n_spots,) values of the spots of a section."""
+        return values_by_spot(self.table, section.name, self.coloring.values, index)
+
+    def add_key(self, axes: np.ndarray, n_columns: int, n_rows: int | None = None) -> None:
+        """Color bar or legend."""
+        self.coloring.add_key(axes, n_columns, self.shown, self.norm, self.cmap, n_rows=n_rows)
+
+
+@dataclass(frozen=True)
+class _Spots:
+    """Spots of a section in the frame of the plot, um."""
+
+    centers: np.ndarray
+    radius: np.ndarray
+    index: pd.Index
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Image and spots of one section in its own frame."""
+
+    section: Section
+    rgb: np.ndarray
+    to_um: np.ndarray
+    spots: _Spots | None
+    image_box: np.ndarray
     """(2, 2) lowest and highest x, y of the image, um."""
+    box: np.ndarray
+    """(2, 2) lowest and highest x, y to show, um."""
+
+
+def _read_thumbnail(sdata: SpatialData, section: Section, resolution: float | None, n_pixels: int) -> tuple:
+    """RGB (y, x, 3) at `resolution` (um per pixel), or with `n_pixels` along its longer side, and its affine to um."""
+    levels = section_levels(sdata, section)
+    return read_thumbnail(levels, resolution or max(levels[0].shape) * levels[0].pixel_size / n_pixels)
+
+
+def _read_panel(sdata: SpatialData, section: Section, resolution: float | None, *, crop: bool) -> _Panel:
+    rgb, to_um = _read_thumbnail(sdata, section, resolution, _PIXELS)
     height, width = rgb.shape[:2]
-    corners = apply_affine(np.array([[0, 0], [width, 0], [width, height], [0, height]]), to_um)
-    return np.array([corners.min(axis=0), corners.max(axis=0)])
+    image_box = _box(apply_affine(np.array([[0, 0], [width, 0], [width, height], [0, height]]), to_um))
+    spots = None if section.spots is None else _Spots(*spot_geometry(sdata, section))
+    box = _content(rgb, to_um, spots) if crop else image_box
+    return _Panel(section, rgb, to_um, spots, image_box, image_box if box is None else box)
 
 
-def _content(sdata: SpatialData, section: Section, rgb: np.ndarray, to_um: np.ndarray) -> np.ndarray:
-    """(2, 2) lowest and highest x, y of tissue and spots with a margin, um; of the image if there are none."""
+def _box(points: np.ndarray) -> np.ndarray:
+    return np.array([points.min(axis=0), points.max(axis=0)])
+
+
+def _content(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
+    """(2, 2) lowest and highest x, y of tissue and spots with a margin, um; None if there are none."""
     step = max(1, max(rgb.shape[:2]) // _MASK_PIXELS)
-    mask = tissue_mask(rgb[::step, ::step], tuple(step * np.linalg.norm(to_um[:2, :2], axis=0)))
-    y, x = np.nonzero(mask)
+    size_x, size_y = step * np.linalg.norm(to_um[:2, :2], axis=0)
+    y, x = np.nonzero(tissue_mask(rgb[::step, ::step], (size_x, size_y)))
     points = [apply_affine(np.column_stack([x, y]) * step + 0.5, to_um)]
-    if section.spots is not None:
-        centers, radius, _ = spot_geometry(sdata, section)
-        points += [centers - radius[:, None], centers + radius[:, None]]
-    points = np.concatenate(points)
-    if not len(points):
-        return _frame(rgb, to_um)
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = _MARGIN * (high - low).max()
-    return np.array([low - margin, high + margin])
+    if spots is not None:
+        points += [spots.centers - spots.radius[:, None], spots.centers + spots.radius[:, None]]
+    found = np.concatenate(points)
+    if not len(found):
+        return None
+    box = _box(found)
+    margin = _MARGIN * np.ptp(box, axis=0).max()
+    return box + np.array([[-margin], [margin]])
 
 
-def _values_of(table: AnnData, section: str, values: np.ndarray, index: pd.Index) -> np.ndarray:
-    """Values of the spots of a section, joined by instance id; NaN for spots that the table lacks."""
-    rows = (table.obs[Keys.SECTION] == section).to_numpy()
-    by_id = pd.Series(values[rows], index=table.obs[Keys.INSTANCE].to_numpy()[rows].astype(str))
-    return by_id.reindex(index.astype(str)).to_numpy()
+def _draw_panel(ax: Axes, panel: _Panel, span: np.ndarray, strength: float, paint: _Paint | None) -> None:
+    # Stay inside the image where it is large enough.
+    room = np.maximum(np.ptp(panel.image_box, axis=0) - span, 0) / 2
+    center = panel.image_box.mean(axis=0)
+    middle = center + np.clip(panel.box.mean(axis=0) - center, -room, room)
+    frame_panel(ax, (*(middle - span / 2), *(middle + span / 2)))
+    show_image(ax, panel.rgb, panel.to_um, alpha=strength)
+    if panel.spots is None:
+        return
+    centers, radius = panel.spots.centers, panel.spots.radius
+    values = np.full(len(radius), np.nan) if paint is None else paint.values(panel.section, panel.spots.index)
+    known = np.isfinite(values)
+    if not known.all():
+        draw_circles(ax, centers[~known], radius[~known], facecolors="none", edgecolors=INK, linewidths=0.4)
+    if paint is not None and known.any():
+        draw_circles(ax, centers[known], radius[known], values=values[known], cmap=paint.cmap, norm=paint.norm)
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Tissue pixels and spots of one section in the frame of the 3D plot, um."""
+
+    section: Section
+    corners: np.ndarray
+    """(n_pixels, 4, 3) corners of the tissue pixels."""
+    rgb: np.ndarray
+    """(n_pixels, 3) in 0-255."""
+    spots: _Spots | None
+    length: float
+    """Longer side of the image, um."""
+
+
+def _read_slabs(
+    sdata: SpatialData, record: StackRecord, sections: list[Section], resolution: float | None
+) -> list[_Slab]:
+    """Sections in the common frame if the stack is registered, else each in its own frame."""
+    slabs = []
+    registered = (record.registration or {}).get("sections", {})
+    for section in sections:
+        place = (
+            load_transform(sdata, record, section.name) if section.name in registered else SectionTransform(np.eye(3))
+        )
+        rgb, to_um = _read_thumbnail(sdata, section, resolution, _PIXELS_3D)
+        size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
+        mask = tissue_mask(rgb, (size_x, size_y))
+        spots = None
+        if section.spots is not None:
+            centers, radius, index = spot_geometry(sdata, section)
+            spots = _Spots(place.points(centers), radius, index)
+        finest = section_levels(sdata, section)[0]
+        length = max(finest.shape) * finest.pixel_size
+        slabs.append(_Slab(section, _pixel_corners(mask, to_um, place, section.z), rgb[mask], spots, length))
+    return slabs
+
+
+def _pixel_corners(mask: np.ndarray, to_um: np.ndarray, place: SectionTransform, z: float) -> np.ndarray:
+    """(n_pixels, 4, 3) corners of the tissue pixels in the common frame."""
+    height, width = mask.shape
+    rows, columns = np.indices((height + 1, width + 1)).reshape(2, -1)
+    points = place.points(apply_affine(np.column_stack([columns, rows]), to_um)).reshape(height + 1, width + 1, 2)
+    y, x = np.nonzero(mask)
+    corners = np.stack([points[y, x], points[y, x + 1], points[y + 1, x + 1], points[y + 1, x]], axis=1)
+    return np.concatenate([corners, np.full((*corners.shape[:2], 1), z)], axis=-1)
+
+
+def _draw_3d(
+    ax: Axes3D, slabs: list[_Slab], strength: float, z_stretch: float | None, paint: _Paint | None
+) -> np.ndarray:
+    """Draw the tissue of every section, and the spots if they have colors."""
+    points = [np.empty((0, 2))]
+    for slab in slabs:
+        if len(slab.corners):
+            faces = np.clip(1 - strength * (1 - slab.rgb / 255.0), 0, 1)
+            # Edges in the color of the face close the seams between pixels.
+            draw_polygons(ax, slab.corners, facecolors=faces, edgecolors=faces, linewidths=0.3, rasterized=True)
+            points.append(slab.corners[..., :2].reshape(-1, 2))
+        if slab.spots is None:
+            continue
+        points.append(slab.spots.centers)
+        if paint is not None:
+            values = np.ma.masked_invalid(paint.values(slab.section, slab.spots.index))
+            xyz = np.column_stack([slab.spots.centers, np.full(len(values), slab.section.z)])
+            draw_discs(ax, xyz, slab.spots.radius, facecolors=paint.cmap(paint.norm(values)), edgecolors="none")
+    found = np.concatenate(points)
+    box = _box(found) if len(found) else np.array([[0.0, 0.0], [slabs[-1].length] * 2])
+    sections = [slab.section for slab in slabs]
+    height = float(np.ptp([section.z for section in sections]))
+    stretch = resolve_stretch(z_stretch, np.ptp(box, axis=0).max(), height, share=stack_share(len(sections)))
+    measured = [section.name for section in sections if section.counts is not None]
+    frame_space(ax, box, sections, measured=measured, stretch=stretch)
+    return np.array([ax], dtype=object)

@@ -1,4 +1,4 @@
-"""How a model learned."""
+"""Training curves of a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import MaxNLocator
 
-from spatial_impute.pl._utils import INK, finish, make_panels
+from spatial_impute.pl._figure import INK, document_figure, finish, grid_shape, make_panels, titles_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,13 +24,14 @@ _TEXTS = {
     "held_out_loss": ("loss on held-out regions", "loss"),
     "held_out_r": ("correlation on held-out regions", "Pearson r, mean over genes"),
 }
-_RUN = "network"  # column of the history that tells the networks of an ensemble apart
-_GENES = "panel"  # column that tells the models of different panels of genes apart
+_RUN = "network"  # column of the history: networks of an ensemble
+_GENES = "panel"  # column of the history: models of different panels of genes
 # Okabe and Ito, without yellow, which is faint as a line.
 _LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _PANEL = (3.6, 2.8)  # inches
 
 
+@document_figure
 def training(
     model: AsignModel | AsignPanels | PixNetModel,
     *,
@@ -42,12 +43,11 @@ def training(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Training loss, and the error on what was held out, by step; a dashed vertical line marks the step that is kept.
+    """Training loss and held-out error by step; a dashed vertical line marks the step that was kept.
 
-    With different panels of genes per section, the model of each panel gets plots of its own.
-
-    The horizontal dotted line is where the network starts: at its base, before any step. If the kept step is 0, no step did
-    better on the held-out spots than the base, and the base is what predicts.
+    The horizontal dotted line is the error of the base, where the network starts. If the kept step is 0, no step was
+    better than the base on the held-out spots, and the model predicts with the base alone. If sections were measured
+    with different panels of genes, each panel has plots of its own.
 
     Parameters
     ----------
@@ -58,20 +58,12 @@ def training(
         Panels per row.
     ax
         Axes to draw on, one per panel, instead of a new figure.
-    figsize
-        Size of the figure in inches.
     title
-        One title per panel, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`.
-    return_ax
-        Return the axes.
+        One title per panel, instead of the default.
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array of :class:`~matplotlib.axes.Axes`: the loss, then what was held out.
+    ``None``, or with ``return_ax=True`` an array of :class:`~matplotlib.axes.Axes`: the loss, then the held-out scores.
 
     Raises
     ------
@@ -105,26 +97,17 @@ def training(
     if not columns:
         msg = f"The history of `model` is empty ({len(history)} rows, no values): it was fitted with no training step."
         raise ValueError(msg)
-    if int(ncols) < 1:
-        msg = f"`ncols` must be at least 1, found {ncols!r}."
-        raise ValueError(msg)
-    models = _groups(history, _GENES)
-    panels = [(name, k, rows) for k, rows in models for name in columns]
-    if title is None:
-        titles = [_TEXTS[name][0] + ("" if k is None else f", gene panel {k}") for name, k, _ in panels]
-    else:
-        titles = [title] if isinstance(title, str) else list(title)
-    if len(titles) != len(panels):
-        msg = f"`title` must have one entry per panel {[name for name, *_ in panels]}, found {len(titles)}."
-        raise ValueError(msg)
-    n_columns = min(int(ncols), len(columns))
+    panels = [(name, k, rows) for k, rows in _groups(history, _GENES) for name in columns]
+    heads = [_TEXTS[name][0] + ("" if k is None else f", gene panel {k}") for name, k, _ in panels]
+    titles = titles_for(title, heads, "per panel")
+    n_columns = grid_shape(len(columns), ncols)[1]
     n_rows = -(-len(panels) // n_columns)
     size = figsize or (n_columns * _PANEL[0], n_rows * _PANEL[1])
     axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(panels))
-    for panel, (name, _, rows), head in zip(axes, panels, titles, strict=True):
+    for panel, (name, _, rows), text in zip(axes, panels, titles, strict=True):
         runs = _groups(rows, _RUN)
         _draw_column(panel, name, runs)
-        panel.set_title(head, fontsize="medium")
+        panel.set_title(text, fontsize="medium")
     if len(runs) > 1:
         axes[0].legend(title=_RUN, fontsize="small", title_fontsize="small", frameon=False, ncols=2)
     return finish(axes, save=save, show=show, return_ax=return_ax)

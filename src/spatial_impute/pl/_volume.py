@@ -1,51 +1,64 @@
-"""Expression in 3D: orthogonal slices through the stack, and an interactive view."""
+"""Slices through the expression in 3D, and an interactive view."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import stack_table
-from spatial_impute._validation import require_finite, require_key, require_positive
-from spatial_impute.pl._color import layer_values, units_label
-from spatial_impute.pl._space import resolve_stretch, stack_share
-from spatial_impute.pl._utils import (
-    INK,
+from spatial_impute._stack.table import registered_spots, stack_table
+from spatial_impute._validation import require_positive
+from spatial_impute._voxels import Volume, interpolate_stack
+from spatial_impute.pl._color import (
     add_colorbar,
-    add_scale_bar,
     color_limits,
-    finish,
-    frame_panel,
     gene_title,
+    layer_values,
     limit_per_gene,
     resolve_cmap,
-    sections_in_z,
+    units_label,
 )
-from spatial_impute.pl._voxels import Volume, interpolate_stack
+from spatial_impute.pl._figure import (
+    INK,
+    add_scale_bar,
+    document_figure,
+    finish,
+    frame_panel,
+    given_axes,
+    grid_shape,
+    names_or_raise,
+    sections_in_z,
+    titles_for,
+)
+from spatial_impute.pl._space import resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
+    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
     from plotly.graph_objects import Figure
     from spatialdata import SpatialData
 
     from spatial_impute._stack.record import Section
-    from spatial_impute.pl._utils import Limit
+    from spatial_impute.pl._color import Limit
+
+    Point = tuple[float, float, float]
 
 _PANELS = 3  # planes per gene
+_SHADES = 32  # steps of the color scale of the interactive view
 _SLICE_HEIGHT = 0.3  # of the longer side of the tissue: the slices across the stack beside the one in it
 _LARGE = 3.3  # inches, the longer side of the tissue
 
 
+@document_figure
 def volume(
     sdata: SpatialData,
     genes: str | Sequence[str],
@@ -68,12 +81,12 @@ def volume(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | Figure | None:
-    """Expression interpolated in 3D: orthogonal slices through the stack in the common frame.
+    """Orthogonal slices through the expression in 3D, in the common frame.
 
-    Per gene a slice along the sections (x, y) and two across them (z, y and x, z), whose places are marked in each
-    other; measured sections are bold. Values are interpolated between the spots of a section and linearly between sections; nothing is shown
-    outside the tissue. Only the sections, marked as ticks, carry values: what lies between them is drawn for the eye
-    and is no prediction. Sections on which `layer` has no value are passed over.
+    Each gene has one slice along the sections (x, y) and two slices across them (z, y and x, z). Dashed lines mark the
+    slices in each other. The names of measured sections are bold. Values are interpolated between the spots of a section,
+    and linearly between sections. Cells outside the tissue are empty. Only the sections have predicted values; the values
+    between them are an interpolation and not a prediction. Sections without values in `layer` are left out.
 
     Parameters
     ----------
@@ -90,31 +103,25 @@ def volume(
     resolution
         Edge of a cell in x and y in um; by default a sixth of the spot spacing.
     z_stretch
-        Factor on z, which is written into the figure; by default such that the slices across can be read.
+        Factor on z. The default makes the slices across the stack readable. The figure states the factor.
     interactive
-        Return an interactive view made with plotly instead: the slices in 3D, with a slider for z. Needs
-        ``pip install "spatial-impute[interactive]"``. One gene only; `save` writes HTML that needs nothing else.
+        Return an interactive plotly figure instead: the slices of one gene in 3D, with a slider for z. It needs
+        ``pip install "spatial-impute[interactive]"``. `save` then writes one HTML file that works offline.
     table_key
-        Stack table.
+        Name of the stack table in ``sdata.tables``.
     ncols
         Genes per row.
     ax
         Axes to draw on instead of a new figure: three per gene, for (x, y), (z, y) and (x, z).
-    figsize
-        Size of the figure in inches.
     cmap
-        Colour map.
-    vmin, vmax
-        Colour limits: numbers, percentiles such as ``"p99"`` of the spots, or ``None`` for the extremes; or one of
+        Color map.
+    vmin
+        Lower end of the color scale: a number, a percentile such as ``"p1"``, ``None`` for the lowest value, or one of
         these per gene.
+    vmax
+        Upper end of the color scale, like `vmin`.
     title
-        One title per gene, in place of the default.
-    save
-        File to save the figure to.
-    show
-        Call :func:`matplotlib.pyplot.show`, or open the interactive view.
-    return_ax
-        Return the axes.
+        One title per gene, instead of the default.
 
     Returns
     -------
@@ -141,111 +148,111 @@ def volume(
     >>> axes.shape
     (1, 3)
     """
-    genes = [genes] if isinstance(genes, str) else list(genes)
     table = stack_table(sdata, table_key)
-    where = f"sdata.tables[{table_key!r}]"
-    if not genes:
-        msg = f"`genes` is empty; name some of `{where}.var_names`."
-        raise ValueError(msg)
+    genes = names_or_raise(genes, name="genes", there=f"`sdata.tables[{table_key!r}].var_names`")
     if interactive and len(genes) > 1:
         msg = f"`interactive=True` shows one gene, found {len(genes)}: {genes}."
         raise ValueError(msg)
-    if int(ncols) < 1:
-        msg = f"`ncols` must be at least 1, found {ncols!r}."
-        raise ValueError(msg)
+    n_rows, n_columns = grid_shape(len(genes), ncols)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um")
     values = layer_values(table, genes, layer, table_key=table_key)
-    titles = [gene_title(table, gene, layer) for gene in genes] if title is None else title
-    titles = [titles] if isinstance(titles, str) else list(titles)
-    if len(titles) != len(genes):
-        msg = f"`title` must have one entry per gene ({len(genes)}), found {len(titles)}."
-        raise ValueError(msg)
+    titles = titles_for(title, [gene_title(table, gene, layer) for gene in genes], "per gene")
     limits = list(zip(limit_per_gene(vmin, genes, "vmin"), limit_per_gene(vmax, genes, "vmax"), strict=True))
-    require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then="Run `si.tl.register_stack(sdata)` first.")
-    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
-    require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
-    used = _sections_with_values(table, sections_in_z(load_record(sdata), sections), values, layer)
+    xyz = registered_spots(table, table_key)
+    used = _Used.of(table, sections_in_z(load_record(sdata), sections), values, layer)
     spacing = typical_spacing(xyz, table.obs[Keys.SECTION].cat.codes.to_numpy())
-    heights = [section.z for section, _ in used]
+    points, heights = [xyz[rows, :2] for rows in used.rows], used.heights
     volumes = [
-        interpolate_stack(
-            [xyz[rows, :2] for _, rows in used],
-            [values[rows, k] for _, rows in used],
-            heights,
-            spacing=spacing,
-            resolution=resolution,
-        )
-        for k in range(len(genes))
+        interpolate_stack(points, [column[rows] for rows in used.rows], heights, spacing=spacing, resolution=resolution)
+        for column in values.T
     ]
-    rows = np.concatenate([index for _, index in used])
-    middle = (*((xyz[rows, :2].min(axis=0) + xyz[rows, :2].max(axis=0)) / 2), (heights[0] + heights[-1]) / 2)
+    shown = np.concatenate(used.rows)
+    middle = (*((xyz[shown, :2].min(axis=0) + xyz[shown, :2].max(axis=0)) / 2), (heights[0] + heights[-1]) / 2)
     place = _place(position, middle, volumes[0])
-    norms = [color_limits(values[rows, k], *limits[k]) for k in range(len(genes))]
-    colors = resolve_cmap(cmap)
-    (x0, x1), (y0, y1), (z0, z1) = volumes[0].limits
-    if interactive:
-        from spatial_impute.pl._volume_view import volume_view
-
-        stretch = resolve_stretch(z_stretch, max(x1 - x0, y1 - y0), z1 - z0, share=stack_share(len(used)))
-        view = volume_view(
-            volumes[0],
+    looks = [
+        _Look(
             place,
-            norm=norms[0],
-            cmap=colors,
-            stretch=stretch,
-            heights={s.name: s.z for s, _ in used},
-            title=titles[0],
-            units=units_label(table),
+            color_limits(column[shown], *limit),
+            resolve_cmap(cmap),
+            _stretch(volumes[0], z_stretch, used, interactive=interactive),
         )
+        for column, limit in zip(values.T, limits, strict=True)
+    ]
+    if interactive:
+        view = _interactive_view(volumes[0], looks[0], used, titles[0], units_label(table))
         if save is not None:
             view.write_html(save)
         if show:
             view.show()
         return view
-    stretch = resolve_stretch(z_stretch, max(x1 - x0, y1 - y0), z1 - z0, share=_SLICE_HEIGHT)
-    axes = _make_axes(volumes[0], stretch, n_genes=len(genes), ncols=int(ncols), ax=ax, figsize=figsize)
-    measured = _measured(table, used)
-    for k, panels in enumerate(axes):
-        _draw_slices(
-            panels, volumes[k], place, norm=norms[k], cmap=colors, stretch=stretch, used=used, measured=measured
-        )
-        panels[0].set_title(titles[k], fontsize="medium")
-        add_colorbar([panels[1]], values[rows, k], norms[k], colors, units_label(table))
+    if ax is not None:
+        axes = given_axes(ax, _PANELS * len(genes), "three per gene").reshape(-1, _PANELS)
+    else:
+        axes = _make_axes(volumes[0], looks[0].stretch, (n_rows, n_columns), len(genes), figsize)
+    for panels, found, look, text, column in zip(axes, volumes, looks, titles, values.T, strict=True):
+        _draw_slices(panels, found, look, used)
+        panels[0].set_title(text, fontsize="medium")
+        add_colorbar([panels[1]], column[shown], look.norm, look.cmap, units_label(table))
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
-def _sections_with_values(
-    table: AnnData, wanted: list[Section], values: np.ndarray, layer: str
-) -> list[tuple[Section, np.ndarray]]:
-    """Sections and their rows, in the order of z."""
-    used = []
-    for section in wanted:
-        rows = np.flatnonzero(table.obs[Keys.SECTION] == section.name)
-        if rows.size and np.isfinite(values[rows]).any():
-            used.append((section, rows))
-    if len(used) < 2:
-        msg = (
-            f"A volume needs values on at least two sections; `layers[{layer!r}]` has some on "
-            f"{[section.name for section, _ in used]}. Impute the others, or draw one section with `si.pl.imputed`."
-        )
-        raise ValueError(msg)
-    heights = [section.z for section, _ in used]
-    if np.min(np.diff(heights)) <= 0:
-        msg = f"The sections of a volume must have different heights, found z = {heights} um."
-        raise ValueError(msg)
-    return used
+@dataclass(frozen=True)
+class _Used:
+    """Sections with values, in the order of z."""
+
+    sections: list[Section]
+    rows: list[np.ndarray]
+    """Rows of the table of each section."""
+    measured: set[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [section.name for section in self.sections]
+
+    @property
+    def heights(self) -> list[float]:
+        return [section.z for section in self.sections]
+
+    @classmethod
+    def of(cls, table: AnnData, wanted: list[Section], values: np.ndarray, layer: str) -> _Used:
+        """Sections of `wanted` with values (n_spots, n_genes); raise a ``ValueError`` if they do not make a volume."""
+        rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
+        pairs = [(s, index) for s, index in zip(wanted, rows, strict=True) if np.isfinite(values[index]).any()]
+        flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+        used = cls([s for s, _ in pairs], [i for _, i in pairs], {s.name for s, i in pairs if flags[i].any()})
+        if len(pairs) < 2:
+            msg = (
+                f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. Impute "
+                "the others, or draw one section with `si.pl.imputed`."
+            )
+            raise ValueError(msg)
+        if np.min(np.diff(used.heights)) <= 0:
+            msg = f"The sections of a volume must have different heights, found z = {used.heights} um."
+            raise ValueError(msg)
+        return used
 
 
-def _measured(table: AnnData, used: list[tuple[Section, np.ndarray]]) -> set[str]:
-    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    return {section.name for section, rows in used if flags[rows].any()}
+@dataclass(frozen=True)
+class _Look:
+    """Place of the slices of a gene (um), color scale, and factor on z."""
+
+    place: Point
+    norm: Normalize
+    cmap: Colormap
+    stretch: float
+
+
+def _stretch(found: Volume, wanted: float | None, used: _Used, *, interactive: bool) -> float:
+    (x0, x1), (y0, y1), (z0, z1) = found.limits
+    share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
+    return resolve_stretch(wanted, max(x1 - x0, y1 - y0), z1 - z0, share=share)
 
 
 def _place(
     position: tuple[float | None, float | None, float | None] | None, middle: tuple[float, ...], found: Volume
-) -> tuple[float, float, float]:
-    """Where the slices are."""
+) -> Point:
+    """Place of the slices (um): from the user, or the middle of the tissue."""
     given = (None, None, None) if position is None else tuple(position)
     if len(given) != 3:
         msg = f"`position` must hold x, y and z (um, or None for the middle), found {position!r}."
@@ -259,52 +266,30 @@ def _place(
 
 
 def _make_axes(
-    found: Volume,
-    stretch: float,
-    *,
-    n_genes: int,
-    ncols: int,
-    ax: Axes | Sequence[Axes] | None,
-    figsize: tuple[float, float] | None,
+    found: Volume, stretch: float, grid: tuple[int, int], n_genes: int, figsize: tuple[float, float] | None
 ) -> np.ndarray:
     """(n_genes, 3) axes for (x, y), (z, y), (x, z)."""
-    if ax is not None:
-        axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
-        if len(axes) != _PANELS * n_genes:
-            msg = f"`ax` must hold {_PANELS * n_genes} axes, three per gene, found {len(axes)}."
-            raise ValueError(msg)
-        return axes.reshape(n_genes, _PANELS)
     (x0, x1), (y0, y1), (z0, z1) = found.limits
     width, height, depth = x1 - x0, y1 - y0, stretch * (z1 - z0)
-    n_columns = min(ncols, n_genes)
-    n_rows = -(-n_genes // n_columns)
+    n_rows, n_columns = grid
     inch = _LARGE / max(width, height)
     if figsize is None:
         figsize = (n_columns * ((width + depth) * inch + 1.9), n_rows * ((height + depth) * inch + 0.9))
     figure = plt.figure(figsize=figsize, layout="constrained")
-    parts = np.ravel(figure.subfigures(n_rows, n_columns, squeeze=False))
     panels = []
-    for part in parts[:n_genes]:
-        grid = part.add_gridspec(2, 2, width_ratios=(width, depth), height_ratios=(height, depth))
-        panels.append([part.add_subplot(grid[0, 0]), part.add_subplot(grid[0, 1]), part.add_subplot(grid[1, 0])])
+    for part in np.ravel(figure.subfigures(n_rows, n_columns, squeeze=False))[:n_genes]:
+        cells = part.add_gridspec(2, 2, width_ratios=(width, depth), height_ratios=(height, depth))
+        panels.append([part.add_subplot(cells[0, 0]), part.add_subplot(cells[0, 1]), part.add_subplot(cells[1, 0])])
     return np.array(panels, dtype=object)
 
 
-def _draw_slices(
-    panels: np.ndarray,
-    found: Volume,
-    place: tuple[float, float, float],
-    *,
-    norm: Normalize,
-    cmap: Colormap,
-    stretch: float,
-    used: list[tuple[Section, np.ndarray]],
-    measured: set[str],
-) -> None:
-    x, y, z = place
+def _draw_slices(panels: np.ndarray, found: Volume, look: _Look, used: _Used) -> None:
+    x, y, z = look.place
+    stretch = look.stretch
     x_limits, y_limits, z_limits = found.limits
-    style = {"cmap": cmap.with_extremes(bad=(0, 0, 0, 0)), "norm": norm, "interpolation": "nearest", "origin": "lower"}
-    line = {"color": INK, "linewidth": 0.7, "linestyle": (0, (4, 3))}
+    style: dict[str, Any] = {"norm": look.norm, "interpolation": "nearest", "origin": "lower"}
+    style["cmap"] = look.cmap.with_extremes(bad=(0, 0, 0, 0))
+    line: dict[str, Any] = {"color": INK, "linewidth": 0.7, "linestyle": (0, (4, 3))}
     along, across_x, across_y = panels
     along.imshow(found.slice(2, z), extent=(*x_limits, *y_limits), **style)
     frame_panel(along, (x_limits[0], y_limits[0], x_limits[1], y_limits[1]))
@@ -319,16 +304,87 @@ def _draw_slices(
     frame_panel(across_y, (x_limits[0], z_limits[0], x_limits[1], z_limits[1]))
     across_y.set(aspect=stretch)
     across_y.axhline(z, **line)
-    names, heights = [s.name for s, _ in used], [s.z for s, _ in used]
-    across_y.set_yticks(heights, names, fontsize="x-small")
-    across_x.set_xticks(heights, names, fontsize="x-small", rotation=90)
-    for labels in (across_y.get_yticklabels(), across_x.get_xticklabels()):
-        for label in labels:
-            label.set_fontweight("bold" if label.get_text() in measured else "normal")
-    # The three share edges, whatever the figure leaves them of room.
+    across_y.set_yticks(used.heights, used.names, fontsize="x-small")
+    across_x.set_xticks(used.heights, used.names, fontsize="x-small", rotation=90)
+    for label in (*across_y.get_yticklabels(), *across_x.get_xticklabels()):
+        label.set_fontweight("bold" if label.get_text() in used.measured else "normal")
+    # The three panels touch, at any size of the figure.
     for panel, anchor in ((along, "SE"), (across_x, "SW"), (across_y, "NE")):
         panel.set_anchor(anchor)
     factor = "" if stretch == 1 else f", × {stretch:g}"
     across_y.set_ylabel(f"z{factor}", fontsize="small")
     across_x.set_xlabel(f"z{factor}", fontsize="small")
     add_scale_bar(across_y)
+
+
+def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units: str) -> Figure:
+    """Slices of a volume in 3D: two upright ones, and one that a slider moves along z."""
+    try:
+        from plotly import graph_objects as go
+    except ImportError as error:
+        msg = (
+            'The interactive view needs plotly: `pip install "spatial-impute[interactive]"`. '
+            "Without it, `si.pl.volume(sdata, gene)` draws slices."
+        )
+        raise ImportError(msg) from error
+
+    stops = np.linspace(0, 1, _SHADES)
+    scale = [[float(s), "rgb({:.0f},{:.0f},{:.0f})".format(*(255 * np.array(look.cmap(s)[:3])))] for s in stops]
+    # Shading would change the colors, which are values.
+    flat = {"ambient": 1.0, "diffuse": 0.0, "specular": 0.0, "fresnel": 0.0}
+    colors = {"colorscale": scale, "cmin": look.norm.vmin, "cmax": look.norm.vmax, "lighting": flat}
+    x, y, z = found.axes
+    surfaces = [
+        {**_plane(found, 0, look.place[0]), "showscale": False},
+        {
+            **_plane(found, 1, look.place[1]),
+            "showscale": True,
+            "colorbar": {"title": {"text": units.replace("\n", "<br>")}},
+        },
+    ]
+    start = found.cell(2, look.place[2])
+    moving = [{**_plane(found, 2, height), "showscale": False, "visible": k == start} for k, height in enumerate(z)]
+    figure = go.Figure([go.Surface(**surface, **colors, connectgaps=False) for surface in [*surfaces, *moving]])
+    steps = [
+        {
+            "label": f"{height:g}",
+            "method": "update",
+            "args": [{"visible": [True, True, *(i == k for i in range(len(z)))]}],
+        }
+        for k, height in enumerate(z)
+    ]
+    factor = "" if look.stretch == 1 else f" (z × {look.stretch:g})"
+    longest = max(np.ptp(x), np.ptp(y))
+    figure.update_layout(
+        title=f"{title.replace(chr(10), ', ')}{factor}",
+        scene={
+            "xaxis": {"title": "x, µm"},
+            "yaxis": {"title": "y, µm", "autorange": "reversed"},
+            "zaxis": {
+                "title": "z",
+                "tickvals": used.heights,
+                "ticktext": [f"{s.name}, {s.z:g} µm" for s in used.sections],
+            },
+            "aspectmode": "manual",
+            "aspectratio": {
+                "x": float(np.ptp(x) / longest),
+                "y": float(np.ptp(y) / longest),
+                "z": float(look.stretch * np.ptp(z) / longest),
+            },
+        },
+        sliders=[{"active": start, "currentvalue": {"prefix": "z = ", "suffix": " µm"}, "steps": steps}],
+        margin={"l": 0, "r": 0, "t": 40, "b": 0},
+    )
+    return figure
+
+
+def _plane(found: Volume, axis: int, position: float) -> dict[str, Any]:
+    """Coordinates and colors of a slice across x (0), y (1) or z (2); nothing outside the tissue."""
+    values = found.slice(axis, position)
+    others = [found.axes[k] for k in (2, 1, 0) if k != axis]  # rows, columns of the slice
+    rows, columns = np.meshgrid(*others, indexing="ij")
+    here = np.full(values.shape, float(position))
+    order = {0: (here, columns, rows), 1: (columns, here, rows), 2: (columns, rows, here)}[axis]
+    # plotly leaves out the points of a surface whose z is missing.
+    x, y, z = (order[0], order[1], np.where(np.isfinite(values), order[2], np.nan))
+    return {"x": x, "y": y, "z": z, "surfacecolor": values}

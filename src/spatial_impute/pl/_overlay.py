@@ -1,4 +1,4 @@
-"""Sections resampled on one grid, so that they can be compared pixel by pixel."""
+"""Sections resampled on one grid for overlays and checkerboards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import optical_density, tissue_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spatial_impute._image.levels import Level
+    from spatial_impute._registration.transform import SectionTransform
+
+    Sampler = Callable[[np.ndarray, float], np.ndarray]
 
 _PIXELS = 600  # along the longer side of a panel: sharp at 200 dots per inch
 _CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
 _BLUR = 10.0  # um, the size of a nucleus: serial sections share structure, not single nuclei
-_FULL_INK = 0.85  # of the densest tissue: colours can still be told apart where both are dense
+_FULL_INK = 0.85  # of the densest tissue: colors still differ where both are dense
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Scan:
     """One section at the resolution of the plot."""
 
     rgb: np.ndarray
-    """(y, x, 3) 0-255, glass white."""
+    """(y, x, 3) in 0-255, white background."""
     stain: np.ndarray
     """(y, x) 0-1, 0 outside the tissue."""
     mask: np.ndarray
@@ -46,7 +51,7 @@ def read_scan(levels: list[Level], resolution: float | None) -> Scan:
     size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
     mask = tissue_mask(rgb, (size_x, size_y))
     density = optical_density(rgb)
-    # Glass of any tint becomes white, or the tiles of the checkerboard would show where there is no tissue.
+    # Background of any tint becomes white, or the tiles of the checkerboard would show off the tissue.
     balanced = 255.0 * np.exp(-density)
     stain = ndi.gaussian_filter(density.sum(axis=-1), (_BLUR / size_y, _BLUR / size_x))
     densest = np.percentile(stain[mask], _CLIP_PERCENTILE) if mask.any() else 1.0
@@ -93,8 +98,15 @@ class Canvas:
     def to_um(self) -> np.ndarray:
         return np.array([[self.pixel, 0, self.x0], [0, self.pixel, self.y0], [0, 0, 1.0]])
 
-    def draw(self, scan: Scan, matrix: np.ndarray) -> Drawn:
-        """Resample a section that `matrix` (um to um) places in the frame of the reference."""
+    def draw(self, scan: Scan, place: np.ndarray | SectionTransform) -> Drawn:
+        """Resample a section that a matrix or a transform (um to um) places in the frame of the reference."""
+        if isinstance(place, np.ndarray):
+            return _sample_all(scan, self._affine_sampler(scan, place))
+        return _sample_all(
+            scan, self._sampler(scan, place) if place.deforms else self._affine_sampler(scan, place.matrix)
+        )
+
+    def _affine_sampler(self, scan: Scan, matrix: np.ndarray) -> Sampler:
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])  # from indices to pixel corners
         to_scan = np.linalg.inv(half) @ np.linalg.inv(matrix @ scan.to_um) @ self.to_um @ half
         rows_columns = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
@@ -102,20 +114,29 @@ class Canvas:
         def sample(image: np.ndarray, outside: float) -> np.ndarray:
             return ndi.affine_transform(image, *rows_columns, output_shape=self.shape, order=1, cval=outside)
 
-        rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
-        everywhere = np.ones(scan.mask.shape, dtype=np.float32)
-        return Drawn(
-            rgb,
-            sample(scan.stain, 0.0),
-            sample(scan.mask.astype(np.float32), 0.0) > 0.5,
-            sample(everywhere, 0.0) > 0.5,
-        )
+        return sample
+
+    def _sampler(self, scan: Scan, transform: SectionTransform) -> Sampler:
+        rows, columns = np.indices(self.shape).reshape(2, -1) + 0.5
+        points = transform.inverse(apply_affine(np.column_stack([columns, rows]), self.to_um))
+        x, y = apply_affine(points, np.linalg.inv(scan.to_um)).T - 0.5
+
+        def sample(image: np.ndarray, outside: float) -> np.ndarray:
+            return ndi.map_coordinates(image, [y, x], order=1, cval=outside).reshape(self.shape)
+
+        return sample
 
     def checkerboard(self, first: Drawn, second: Drawn, tile: float) -> np.ndarray:
-        """Tiles of edge `tile` (um) from both sections in turn."""
+        """Alternate tiles of edge `tile` (um) from both sections."""
         y, x = ((np.arange(n) + 0.5) * self.pixel // tile for n in self.shape)
         odd = (y[:, None] + x) % 2 == 1
         return np.where(odd[..., None], second.rgb, first.rgb)
+
+
+def _sample_all(scan: Scan, sample: Sampler) -> Drawn:
+    rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
+    mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
+    return Drawn(rgb, sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5)
 
 
 def overlay(reference: Drawn, moved: Drawn) -> np.ndarray:

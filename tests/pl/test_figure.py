@@ -6,7 +6,8 @@ from matplotlib import pyplot as plt
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
 import spatial_impute as si
-from spatial_impute.pl._utils import add_scale_bar, color_limits, frame_panel, nice_length
+from spatial_impute.pl._color import color_limits
+from spatial_impute.pl._figure import add_scale_bar, frame_panel, nice_length
 
 
 def test_pl_exports():

@@ -1,32 +1,32 @@
-"""What the plots share: panels in micrometres with y down, circles, colour limits, scale bars, saving."""
+"""Parts of all figures: panels in micrometres with y down, images, circles, scale bars, saving."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
-from matplotlib.colors import Normalize
 from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
-from spatial_impute._keys import Keys
 from spatial_impute._stack.record import resolve_sections
+from spatial_impute._validation import name_list
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from anndata import AnnData
-    from matplotlib.colors import Colormap
+    from matplotlib.artist import Artist
+    from matplotlib.colors import Colormap, Normalize
 
     from spatial_impute._stack.record import Section, StackRecord
 
-    Limit = float | str | None
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 MISSING = "0.85"  # light grey: no value
 INK = "0.15"
@@ -39,42 +39,51 @@ _MANY_SPOTS = 5000  # a vector file with more circles is slow to open
 
 
 def sections_in_z(record: StackRecord, sections: str | Sequence[str] | None) -> list[Section]:
-    """The wanted sections from the lowest to the highest."""
+    """Wanted sections from the lowest to the highest."""
     return sorted((record[name] for name in resolve_sections(record, sections)), key=lambda section: section.z)
 
 
 def section_title(section: Section, *, measured: bool, separator: str = ", ") -> str:
-    """Name, whether measured, and height of a section."""
+    """Name and height of a section; says if it was measured."""
     return f"{section.name}{' (measured)' if measured else ''}{separator}z = {section.z:g} µm"
 
 
-def check_titles(title: str | Sequence[str] | None, sections: list[Section]) -> list[str] | None:
-    """One title per section, or None for the default ones."""
+def titles_for(title: str | Sequence[str] | None, default: Sequence[str], of: str) -> list[str]:
+    """Titles from the user, one per panel, or the default ones; `of` says what there is one title for."""
     if title is None:
-        return None
+        return list(default)
     titles = [title] if isinstance(title, str) else list(title)
-    if len(titles) != len(sections):
-        msg = f"`title` must have one entry per section {[s.name for s in sections]}, found {len(titles)}."
+    if len(titles) != len(default):
+        msg = f"`title` must have one entry {of} ({len(default)}), found {len(titles)}."
         raise ValueError(msg)
     return titles
 
 
-def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:
-    """One colour limit per gene, from one for all or one for each."""
-    if limit is None or isinstance(limit, str | int | float | np.number):
-        return [limit] * len(genes)
-    if len(limit) != len(genes):
-        msg = f"`{name}` must be one limit or one per gene ({len(genes)}), found {len(limit)}."
+def names_or_raise(value: str | Sequence[str], *, name: str, there: str) -> list[str]:
+    """One name or several as a list that is not empty; `there` says where names can be found."""
+    names = name_list(value, name=name)
+    if not names:
+        msg = f"`{name}` is empty; name some of {there}."
         raise ValueError(msg)
-    return list(limit)
+    return names
 
 
-def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
-    """Name of the gene, and how well it was predicted if the layer is the one that this was found out for."""
-    if "cross_validated_r" not in table.uns.get(layer, {}) or Keys.PREDICTABILITY not in table.var:
-        return gene
-    r = table.var.loc[gene, Keys.PREDICTABILITY]
-    return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"
+def grid_shape(n_panels: int, n_columns: int) -> tuple[int, int]:
+    """Rows and columns of a grid with at most `n_columns` columns."""
+    if int(n_columns) < 1:
+        msg = f"`ncols` must be at least 1, found {n_columns!r}."
+        raise ValueError(msg)
+    n_columns = min(int(n_columns), n_panels)
+    return -(-n_panels // n_columns), n_columns
+
+
+def given_axes(ax: Axes | Sequence[Axes], n_panels: int, layout: str) -> np.ndarray:
+    """Axes from the user as a flat array of `n_panels`; `layout` describes them in the error."""
+    axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
+    if len(axes) != n_panels:
+        msg = f"`ax` must hold {n_panels} axes ({layout}), found {len(axes)}."
+        raise ValueError(msg)
+    return axes
 
 
 def make_panels(
@@ -88,12 +97,14 @@ def make_panels(
     margin: tuple[float, float] = (0.2, 0.6),
     foot: float = 0.0,
 ) -> np.ndarray:
-    """Axes of a new figure, or the given ones.
+    """Axes of a new figure, or the axes from the user, as an array (n_panels,), row by row.
 
     Parameters
     ----------
-    n_rows, n_columns
-        Grid.
+    n_rows
+        Rows of the grid.
+    n_columns
+        Columns of the grid.
     aspect
         Height over width of a panel.
     ax
@@ -101,23 +112,15 @@ def make_panels(
     figsize
         Size of the new figure in inches.
     n_panels
-        How many panels of the grid are used; all by default.
+        Number of panels of the grid that are used; all by default.
     margin
         Width and height in inches for what stands beside the panels.
     foot
         Height in inches of one more axes under all panels of a new figure; it becomes the last of ``figure.axes``.
-
-    Returns
-    -------
-    (n_panels,) axes, row by row.
     """
     n_panels = n_rows * n_columns if n_panels is None else n_panels
     if ax is not None:
-        axes = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.ravel(np.asarray(ax, dtype=object))
-        if len(axes) != n_panels:
-            msg = f"`ax` must hold {n_panels} axes ({n_rows} x {n_columns} panels), found {len(axes)}."
-            raise ValueError(msg)
-        return axes
+        return given_axes(ax, n_panels, f"{n_rows} x {n_columns} panels")
     if figsize is None:
         width = np.clip((_FIGURE_WIDTH - margin[0]) / n_columns, *_PANEL_WIDTH)
         width = min(width, _TALLEST_PANEL / aspect, max(_SMALL_PANEL, _FIGURE_HEIGHT / (n_rows * aspect)))
@@ -125,11 +128,10 @@ def make_panels(
     figure = plt.figure(figsize=figsize, layout="constrained")
     heights = [(figsize[1] - foot) / n_rows] * n_rows + ([foot] if foot else [])
     grid = figure.add_gridspec(len(heights), n_columns, height_ratios=heights)
-    places = [(row, column) for row in range(n_rows) for column in range(n_columns)][:n_panels]
-    axes = np.array([figure.add_subplot(grid[place]) for place in places], dtype=object)
+    axes = [figure.add_subplot(grid[divmod(k, n_columns)]) for k in range(n_panels)]
     if foot:
         figure.add_subplot(grid[-1, :])
-    return axes
+    return np.array(axes, dtype=object)
 
 
 def frame_panel(ax: Axes, limits: tuple[float, float, float, float]) -> None:
@@ -144,13 +146,22 @@ def label_row(ax: Axes, text: str, **kwargs: Any) -> None:
     ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize="medium", linespacing=1.4, **kwargs)
 
 
+def show_raster(ax: Axes, raster: np.ndarray, to_um: np.ndarray, **kwargs: Any) -> None:
+    """Draw a raster (y, x) or (y, x, 3) through the affine of its pixel corners."""
+    height, width = raster.shape[:2]
+    limits = ax.get_xlim(), ax.get_ylim()
+    place: dict[str, Any] = {
+        "extent": (0, width, height, 0),
+        "transform": Affine2D(to_um) + ax.transData,
+        "aspect": "equal",
+    }
+    ax.imshow(raster, **place, **kwargs)
+    ax.set(xlim=limits[0], ylim=limits[1])  # imshow takes its extent for um
+
+
 def show_image(ax: Axes, rgb: np.ndarray, to_um: np.ndarray, *, alpha: float = 1.0) -> None:
     """Draw (y, x, 3) in 0-255 through the affine of its pixel corners; `alpha` fades it to white."""
-    height, width = rgb.shape[:2]
-    faded = np.clip(1 - alpha * (1 - rgb / 255.0), 0, 1)
-    limits = ax.get_xlim(), ax.get_ylim()
-    ax.imshow(faded, extent=(0, width, height, 0), transform=Affine2D(to_um) + ax.transData, aspect="equal")
-    ax.set(xlim=limits[0], ylim=limits[1])  # imshow takes its extent for um
+    show_raster(ax, np.clip(1 - alpha * (1 - rgb / 255.0), 0, 1), to_um)
 
 
 def draw_circles(
@@ -163,7 +174,7 @@ def draw_circles(
     norm: Normalize | None = None,
     **kwargs: Any,
 ) -> EllipseCollection:
-    """Circles of true size (um), coloured by `values` if given."""
+    """Circles of true size (um), colored by `values`."""
     if values is not None and len(radius) <= _MANY_SPOTS:
         kwargs = {"edgecolors": "0.5", "linewidths": 0.3} | kwargs  # or pale spots would drown in white
     circles = EllipseCollection(
@@ -180,66 +191,6 @@ def draw_circles(
         circles.set(array=np.ma.masked_invalid(np.asarray(values, dtype=float)), cmap=cmap, norm=norm)
     ax.add_collection(circles, autolim=False)
     return circles
-
-
-def resolve_cmap(cmap: str | Colormap) -> Colormap:
-    """Colour map that shows missing values in light grey."""
-    return mpl.colormaps.get_cmap(cmap).with_extremes(bad=MISSING)
-
-
-def color_limits(values: np.ndarray, vmin: Limit, vmax: Limit) -> Normalize:
-    """Colour scale from numbers, percentiles like ``"p99"`` (scanpy's convention) or None (the extremes)."""
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    low = _resolve_limit(finite, vmin, name="vmin", default=0.0)
-    high = _resolve_limit(finite, vmax, name="vmax", default=100.0)
-    if low > high:
-        msg = f"`vmin` must not exceed `vmax`, found {low:g} (`vmin={vmin!r}`) and {high:g} (`vmax={vmax!r}`)."
-        raise ValueError(msg)
-    if low == high:  # a constant gene still needs a scale
-        high = low + 1.0
-    return Normalize(low, high)
-
-
-def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: float) -> float:
-    percentile = default if limit is None else None
-    if isinstance(limit, str):
-        try:
-            percentile = float(limit.removeprefix("p")) if limit.startswith("p") else float("nan")
-        except ValueError:
-            percentile = float("nan")
-        if not 0 <= percentile <= 100:
-            msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
-            raise ValueError(msg)
-    if percentile is None:
-        return float(limit)  # type: ignore[arg-type]
-    return float(np.percentile(finite, percentile)) if finite.size else default / 100
-
-
-def add_colorbar(
-    axes: Sequence[Axes] | np.ndarray,
-    values: np.ndarray,
-    norm: Normalize,
-    cmap: Colormap,
-    label: str,
-    *,
-    n_rows: int = 1,
-) -> None:
-    """Colour bar right of `axes` and as long as one of their rows, with pointed ends where values exceed the scale."""
-    finite = values[np.isfinite(values)]
-    low, high = bool((finite < norm.vmin).any()), bool((finite > norm.vmax).any())
-    bar = axes[0].figure.colorbar(
-        mpl.cm.ScalarMappable(norm, cmap),
-        ax=list(axes),
-        extend={(False, False): "neither", (True, False): "min", (False, True): "max"}.get((low, high), "both"),
-        shrink=0.85 / n_rows,
-        anchor=(0.0, 0.5 if n_rows == 1 else 1 - 0.07 / n_rows),
-        aspect=14,
-        pad=0.015,
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize="small", length=2)
-    bar.set_label(label, fontsize="small")
 
 
 def nice_length(span: float) -> float:
@@ -271,13 +222,38 @@ def add_scale_bar(ax: Axes) -> None:
     ax.add_artist(bar)
 
 
+def legend_below(ax: Axes, handles: list[Artist], *, y: float = 0.0, n_columns: int = 3, **kwargs: Any) -> None:
+    """Legend without a frame under a panel."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, y), "ncols": n_columns}
+    ax.legend(handles=handles, frameon=False, fontsize="small", **place, **kwargs)
+
+
 def finish(axes: np.ndarray, *, save: str | Path | None, show: bool, return_ax: bool) -> np.ndarray | None:
-    """Save, show and return as asked for."""
+    """Save and show the figure, and return its axes, each if the user wants it."""
     figure = axes.flat[0].get_figure(root=True)
     if save is not None:
-        # 100 dots per inch, the default of matplotlib, are too few for H&E; whoever set another value gets it.
+        # The default of matplotlib, 100 dots per inch, is too coarse for H&E. A value that the user set is kept.
         dpi = mpl.rcParams["savefig.dpi"]
         figure.savefig(save, dpi=200 if dpi == "figure" else dpi, bbox_inches="tight")
     if show:
         plt.show()
     return axes if return_ax else None
+
+
+_TAIL = """    figsize
+        Size of the figure in inches.
+    save
+        File to save the figure to.
+    show
+        Call :func:`matplotlib.pyplot.show`.
+    return_ax
+        Return the axes.
+
+    Returns
+"""
+
+
+def document_figure(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Add the parameters that all plots share to the end of the parameters in a docstring."""
+    function.__doc__ = (function.__doc__ or "").replace("\n    Returns\n", f"{_TAIL}", 1)
+    return function

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spatial_impute._geometry import grid_in_box
-from spatial_impute.pl._voxels import interpolate_stack
+from spatial_impute._voxels import interpolate_stack
 
 SPACING = 10.0
 
