@@ -230,12 +230,17 @@ def graph_3d(
     axis = _draw_in_space(scene, make_space(ax, figsize), z_stretch) if view == "3d" else _draw_pair(scene, ax, figsize)
     text = f"edges of {len(chosen)} of {int(shown.sum())} spots" if title is None else title
     axis.set_title(text, fontsize="medium", pad=6 if view == "3d" else 20)
+    _add_legend(axis, found, kinds, y=0.0 if view == "3d" else -0.08)
+    return finish(np.array([axis], dtype=object), save=save, show=show, return_ax=return_ax)
+
+
+def _add_legend(ax: Axes, edges: Edges, kinds: list[str], *, y: float) -> None:
+    """Legend with the number of edges of each type."""
     handles: list[Artist] = []
     for kind in kinds:
         label, color = _KINDS[kind]
-        handles.append(Line2D([], [], color=color, linewidth=2, label=f"{label} ({int((found.kind == kind).sum())})"))
-    legend_below(axis, handles, y=0.0 if view == "3d" else -0.08, n_columns=min(len(handles), 4), handlelength=1.2)
-    return finish(np.array([axis], dtype=object), save=save, show=show, return_ax=return_ax)
+        handles.append(Line2D([], [], color=color, linewidth=2, label=f"{label} ({int((edges.kind == kind).sum())})"))
+    legend_below(ax, handles, y=y, n_columns=min(len(handles), 4), handlelength=1.2)
 
 
 def _read_edges(table: AnnData, graph_key: str, table_key: str) -> Edges:

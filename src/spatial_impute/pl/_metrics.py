@@ -117,16 +117,9 @@ def metrics(
     table = stack_table(sdata, table_key)
     for gene in [] if genes is None else genes:
         require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
-    by_gene = scores is not None and scores.index.name == "gene"
-    names = _metric_names(scores, metric) if scores is not None and not by_gene else []
-    draw: list[Callable[[Axes], None]] = []
-    if scores is not None:
-        draw += [partial(_draw_genes_by_method, scores=scores, layer=layer)] if by_gene else []
-        draw += [partial(_draw_methods, scores=scores, name=name, layer=layer) for name in names]
+    draw = [] if scores is None else _score_panels(scores, metric, layer)
     if show_predictability and Keys.PREDICTABILITY in table.var:
-        expected = table.var[Keys.PREDICTABILITY]
-        reached = scores[layer].reindex(expected.index) if by_gene and scores is not None and layer in scores else None
-        draw.append(partial(_draw_predictability, expected=expected, reached=reached, genes=genes))
+        draw.append(_gene_panel(table.var[Keys.PREDICTABILITY], scores, layer, genes))
     if not draw:
         msg = (
             f"Nothing to draw: pass `scores`, or let `si.tl.impute_3d(sdata, model)` write "
@@ -135,9 +128,7 @@ def metrics(
         raise ValueError(msg)
     n_rows, n_columns = grid_shape(len(draw), ncols)
     titles = titles_for(title, [""] * len(draw), "per panel")
-    n_methods = 4
-    if scores is not None:
-        n_methods = scores.shape[1] if by_gene else scores.index.get_level_values(0).nunique()
+    n_methods = 4 if scores is None else _n_methods(scores)
     size = figsize or (4.0 * n_columns, n_rows * max(2.8, 0.32 * n_methods + 1.1))
     axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(draw))
     for panel, draw_panel, text in zip(axes, draw, titles, strict=True):
@@ -147,6 +138,30 @@ def metrics(
         if text:
             panel.set_title(text, fontsize="medium")
     return finish(axes, save=save, show=show, return_ax=return_ax)
+
+
+def _is_by_gene(scores: pd.DataFrame) -> bool:
+    return scores.index.name == "gene"
+
+
+def _n_methods(scores: pd.DataFrame) -> int:
+    return scores.shape[1] if _is_by_gene(scores) else scores.index.get_level_values(0).nunique()
+
+
+def _score_panels(scores: pd.DataFrame, metric: str | Sequence[str] | None, layer: str) -> list[Callable[[Axes], None]]:
+    """Functions that draw the panels of the scores."""
+    if _is_by_gene(scores):
+        return [partial(_draw_genes_by_method, scores=scores, layer=layer)]
+    return [partial(_draw_methods, scores=scores, name=name, layer=layer) for name in _metric_names(scores, metric)]
+
+
+def _gene_panel(
+    expected: pd.Series, scores: pd.DataFrame | None, layer: str, genes: Sequence[str] | None
+) -> Callable[[Axes], None]:
+    """Function that draws the predictability of genes."""
+    has_genes = scores is not None and _is_by_gene(scores) and layer in scores
+    reached = scores[layer].reindex(expected.index) if has_genes and scores is not None else None
+    return partial(_draw_predictability, expected=expected, reached=reached, genes=genes)
 
 
 def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> list[str]:

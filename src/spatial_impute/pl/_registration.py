@@ -132,14 +132,7 @@ def registration(
     wanted = _compared(record, sections_in_z(record, sections), rows if sections is None else None)
     transforms = [load_transform(sdata, record, section.name) for section in wanted]
     titles = titles_for(title, [""] * len(wanted), "per section")
-    if resolution is not None:
-        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
-    if int(n_tiles) < 2:
-        msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
-        raise ValueError(msg)
-    if show_table and ax is not None:
-        msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
-        raise ValueError(msg)
+    resolution = _check_options(resolution, n_tiles, show_table=show_table, ax=ax)
     fixed = read_scan(section_levels(sdata, reference), resolution)
     scans = [read_scan(section_levels(sdata, section), resolution) for section in wanted]
     corners = [fixed.tissue_corners(np.eye(3))]
@@ -165,13 +158,7 @@ def registration(
     tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
     for panels, section, scan, after, text in zip(axes, wanted, scans, moved, titles, strict=True):
         before, row = canvas.draw(scan, np.eye(3)), rows[section.name]
-        checkerboard = canvas.checkerboard(on_canvas, after, tile)
-        for panel, picture in zip(
-            panels, (overlay(on_canvas, before), overlay(on_canvas, after), checkerboard), strict=False
-        ):
-            frame_panel(panel, canvas.limits)
-            show_image(panel, picture, canvas.to_um)
-        _draw_tiles(panels[2], canvas, tile)
+        _draw_row(panels, canvas, (on_canvas, before, after), tile)
         text = text or _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
         label_row(panels[0], text, color="black" if row["verdict"] == "ok" else _ALARM)
     if deformed:
@@ -183,6 +170,19 @@ def registration(
     handles: list[Artist] = [Patch(color=color, label=label) for label, color in colors.items()]
     legend_below(axes[-1, 1], handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
     return finish(axes, save=save, show=show, return_ax=return_ax)
+
+
+def _check_options(
+    resolution: float | None, n_tiles: int, *, show_table: bool, ax: Axes | Sequence[Axes] | None
+) -> float | None:
+    """Pixel size to read the images at, after a check of the options."""
+    if int(n_tiles) < 2:
+        msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
+        raise ValueError(msg)
+    if show_table and ax is not None:
+        msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
+        raise ValueError(msg)
+    return None if resolution is None else require_positive(resolution, name="resolution", unit="um per pixel")
 
 
 def _compared(record: StackRecord, sections: list[Section], registered: dict[str, Any] | None) -> list[Section]:
@@ -278,6 +278,16 @@ def _bends(
         edges = np.flatnonzero(np.diff(np.r_[False, inside, False]))
         result += [(line[a:b], shift[a:b]) for a, b in edges.reshape(-1, 2) if b - a > 1]
     return result
+
+
+def _draw_row(panels: np.ndarray, canvas: Canvas, drawn: tuple[Drawn, Drawn, Drawn], tile: float) -> None:
+    """Overlays before and after, and the checkerboard after, of (reference, before, after)."""
+    reference, before, after = drawn
+    pictures = (overlay(reference, before), overlay(reference, after), canvas.checkerboard(reference, after, tile))
+    for panel, picture in zip(panels, pictures, strict=False):
+        frame_panel(panel, canvas.limits)
+        show_image(panel, picture, canvas.to_um)
+    _draw_tiles(panels[2], canvas, tile)
 
 
 def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:

@@ -151,22 +151,13 @@ def stack(
         table = stack_table(sdata, table_key)
         paint = _Paint.of(table, read_color(table, color, layer, table_key=table_key), wanted, (cmap, vmin, vmax))
     if projection == "3d":
-        axes = _draw_3d(
-            make_space(ax, figsize), _read_slabs(sdata, record, wanted, resolution), strength, z_stretch, paint
-        )
-        if record.registration is None:
-            axes[0].text2D(
-                0.5, 0.0, "not registered", transform=axes[0].transAxes, ha="center", fontsize="small", color=INK
-            )
-        if title is not None:
-            axes[0].set_title(str(title), fontsize="medium")
-        if paint is not None:
-            paint.add_key(axes, 1, n_rows=2)
+        slabs = _read_slabs(sdata, record, wanted, resolution)
+        axes = _draw_3d(make_space(ax, figsize), slabs, strength, z_stretch, paint)
+        _label_3d(axes, title, registered=record.registration is not None, paint=paint)
         return finish(axes, save=save, show=show, return_ax=return_ax)
 
-    n_rows, n_columns = grid_shape(
-        len(wanted), (len(wanted) if len(wanted) <= _ONE_ROW else _COLUMNS) if ncols is None else ncols
-    )
+    default = len(wanted) if len(wanted) <= _ONE_ROW else _COLUMNS
+    n_rows, n_columns = grid_shape(len(wanted), default if ncols is None else ncols)
     titles = titles_for(title, [""] * len(wanted), "per section")
     panels = [_read_panel(sdata, section, resolution, crop=crop) for section in wanted]
     span = np.max([np.ptp(panel.box, axis=0) for panel in panels], axis=0)  # the same for all: one scale
@@ -361,3 +352,13 @@ def _draw_3d(
     measured = [section.name for section in sections if section.counts is not None]
     frame_space(ax, box, sections, measured=measured, stretch=stretch)
     return np.array([ax], dtype=object)
+
+
+def _label_3d(axes: np.ndarray, title: str | Sequence[str] | None, *, registered: bool, paint: _Paint | None) -> None:
+    if not registered:
+        style = {"ha": "center", "fontsize": "small", "color": INK}
+        axes[0].text2D(0.5, 0.0, "not registered", transform=axes[0].transAxes, **style)
+    if title is not None:
+        axes[0].set_title(str(title), fontsize="medium")
+    if paint is not None:
+        paint.add_key(axes, 1, n_rows=2)
