@@ -18,7 +18,6 @@ LAYERS = [
         "_geometry",
         "_expression",
         "_scores",
-        "_similarity",
         "_graph",
         "_voxels",
     },

@@ -18,11 +18,17 @@ from spatial_impute._registration import (
     run_all,
 )
 from spatial_impute._registration.channel import Channel, contrast, deformation_channel, inside_only, shrink
-from spatial_impute._registration.deform_pair import _agreement, _blocks, _common_view, _gain, _without, fit_deformation
-from spatial_impute._registration.deform_stack import Placed
+from spatial_impute._registration.deform import (
+    Placed,
+    _agreement,
+    _blocks,
+    _common_view,
+    _gain,
+    _without,
+    fit_deformation,
+)
 from spatial_impute._registration.orientation import orientation_candidates, pose
-from spatial_impute._registration.quality import pull_back
-from spatial_impute._registration.residual import residual_error
+from spatial_impute._registration.quality import pull_back, residual_error
 from spatial_impute._registration.score import StructureScore, edges_inside, mutual_information
 from spatial_impute._registration.user_transforms import check_matrix, landmark_matrix
 

@@ -7,7 +7,6 @@ import pytest
 from scipy import ndimage as ndi
 
 from spatial_impute._registration.channel import Channel, shrink
-from spatial_impute._registration.displacement import DisplacementField
 from spatial_impute._registration.orientation import pose
 from spatial_impute._registration.quality import (
     disagreement,
@@ -20,6 +19,7 @@ from spatial_impute._registration.quality import (
     verdict,
 )
 from spatial_impute._registration.score import StructureScore
+from spatial_impute._registration.transform import DisplacementField
 from spatial_impute._registration.types import RegistrationParams
 
 PARAMS = RegistrationParams()

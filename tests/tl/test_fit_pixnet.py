@@ -14,6 +14,7 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute._scores import pearson_by_gene
 from spatial_impute.encoders._resnet import build_resnet
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid
 from spatial_impute.models.pixnet._tiles import bag
@@ -50,9 +51,7 @@ def test_fit_pixnet_learns_what_the_image_shows(big, octaves, pixnet_params):
     table = si.tl.predict_regions(sdata, "s1_spots", model, inplace=False)
     rows = [f"s1_{i}" for i in table.obs["instance_id"]]
     true = truth[rows, model.var_names]
-    r = si.metrics._scores.pearson_by_gene(
-        table.X, np.asarray(true.X.toarray() if hasattr(true.X, "toarray") else true.X)
-    )
+    r = pearson_by_gene(table.X, np.asarray(true.X.toarray() if hasattr(true.X, "toarray") else true.X))
     kind = true.var["kind"].to_numpy()
     assert np.nanmean(r[kind == "texture"]) > 0.5
     assert abs(np.nanmean(r[kind == "noise"])) < 0.25

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._logging import logger
+from spatial_impute._progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -97,3 +98,18 @@ def _send(client: Any, tasks: Iterable[tuple], *, broadcast: bool) -> dict[int, 
         if hasattr(part, "__dataclass_fields__") and id(part) not in shared:
             shared[id(part)] = client.scatter(part, hash=False, broadcast=broadcast)
     return shared
+
+
+def run_all(function: Callable, tasks: list[tuple], label: str, *, show: bool | None = None) -> list[Any]:
+    """Results of ``function(*task)``, in the order of the tasks.
+
+    The functions are pure, so the result does not depend on where they run.
+    """
+    client = active_client()
+    if client is None:
+        return [function(*task) for task in progress(tasks, label, show=show)]
+    bar = progress(None, label, show=show, total=len(tasks))
+    try:
+        return run_on_workers(client, function, tasks, on_done=bar.update)
+    finally:
+        bar.close()

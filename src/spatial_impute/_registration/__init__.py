@@ -1,14 +1,18 @@
-"""Registration of section images: arrays in, transforms out. Only ``elements`` knows SpatialData."""
+"""Registration of section images: arrays in, transforms out."""
 
 from __future__ import annotations
 
-from spatial_impute._registration.chain import ChainResult, chain_to_reference, warp_along_path
-from spatial_impute._registration.deform_stack import deform_stack
-from spatial_impute._registration.displacement import DisplacementField
+from spatial_impute._io.workers import run_all
+from spatial_impute._registration.chain import (
+    ChainResult,
+    StackTask,
+    chain_to_reference,
+    register_chain,
+    warp_along_path,
+)
+from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.pair import register_pair
-from spatial_impute._registration.parallel import run_all
-from spatial_impute._registration.stack_pairs import register_chain
-from spatial_impute._registration.transform import SectionTransform
+from spatial_impute._registration.transform import DisplacementField, SectionTransform
 from spatial_impute._registration.types import PairResult, RegistrationParams, SectionImage
 
 __all__ = [
@@ -18,6 +22,7 @@ __all__ = [
     "RegistrationParams",
     "SectionImage",
     "SectionTransform",
+    "StackTask",
     "chain_to_reference",
     "deform_stack",
     "register_chain",

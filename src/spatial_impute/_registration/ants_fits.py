@@ -1,4 +1,4 @@
-"""The only place that talks to antspyx, and the only one that knows its conventions.
+"""Calls of antspyx, and its conventions.
 
 * ITK wants ``[x, y]`` arrays and the position of the first pixel centre; :func:`_image` gives both, so that ITK's
   physical space is the section's corner-based frame in um (up to a shift) at any resolution.
@@ -19,7 +19,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._registration.channel import contrast
-from spatial_impute._registration.displacement import DisplacementField
+from spatial_impute._registration.transform import DisplacementField
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def fit_linear(
 ) -> NDArray[np.float64]:
     """Refine a linear transform by mutual information inside the (widened) tissue masks.
 
-    Mutual information does not mind other stains. Every pixel is a sample, so that there is no random part.
+    Mutual information works across stains. Every pixel is a sample, so the result has no random part.
 
     Parameters
     ----------
@@ -106,19 +106,18 @@ def fit_deformable(
     params: RegistrationParams,
     seed: int,
 ) -> DisplacementField:
-    """Diffeomorphic fit (SyN) on top of `matrix` (moving to fixed, um), which stays as it is.
+    """Diffeomorphic fit (SyN) on top of `matrix` (moving to fixed, um), which does not change.
 
-    By mutual information, or by that and another measure in equal parts. Mutual information knows what a stain of one
-    section looks like in the other everywhere, and is not led astray where the stain alone differs. Squared differences
-    of contrast follow what stands out of its surroundings, and count it for as much as it does. Local correlation also
-    sees structure too small or too pale to count in either, but makes as much of a pattern of the slide as of the tissue.
+    The measure is mutual information, alone or in equal parts with a second one. Mutual information works across stains.
+    Squared differences of contrast follow structure that differs from its surroundings, in proportion to its strength.
+    Local correlation also follows small and pale structure, but it follows patterns of the slide as well.
 
     Parameters
     ----------
     smoothing
-        Of the update and of the total field, working pixels.
+        Smoothing of the update and of the total field, working pixels.
     look
-        What takes part beside mutual information.
+        ``"information"`` for mutual information alone, else the second measure.
     """
     import ants
 
@@ -185,7 +184,7 @@ def _image(channel: Channel, array: NDArray, shift: NDArray) -> Any:
 
 
 def _widen(channel: Channel, margin: float) -> NDArray[np.bool_]:
-    """Tissue and a rim of background, as far as the image goes."""
+    """Tissue and a rim of background inside the image."""
     return channel.visible() & (ndi.distance_transform_edt(~channel.mask, sampling=channel.size) <= margin)
 
 
@@ -204,7 +203,8 @@ def _read_matrix(path: str) -> NDArray[np.float64]:
 
     transform = ants.read_transform(path)
     linear = np.asarray(transform.parameters[:4], float).reshape(2, 2)
-    return np.linalg.inv(itk_matrix(linear, transform.fixed_parameters, transform.parameters[4:6]))
+    matrix = itk_matrix(linear, transform.fixed_parameters, transform.parameters[4:6])
+    return np.asarray(np.linalg.inv(matrix), float)
 
 
 @contextmanager

@@ -1,20 +1,28 @@
-"""From pairs of neighbours to one frame: compose matrices towards the reference section."""
+"""Registration of a stack: which pairs are fitted, and how their matrices are chained to the reference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.quality import disagreement
 from spatial_impute._registration.types import PairResult, RegistrationParams
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+    from spatial_impute._registration.types import PairResult, SectionImage
+
+    Run = Callable[[Callable, list[tuple], str], list]
+    Pairs = dict[tuple[str, str], PairResult]
+    Matrices = Mapping[str, NDArray[np.float64]]
 
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
 _NAMES = {"direct": "direct one", "sequential": "other one"}
@@ -37,9 +45,9 @@ class ChainResult:
     disagreement: float | None = None
     """Distance in um to the best other placement, mostly the direct one (root mean square); None without another."""
     confirmed: bool = False
-    """Whether a sound registration to the reference itself agrees."""
+    """True if a sound registration to the reference itself agrees."""
     reasons: list[str] = field(default_factory=list)
-    """What is to be known about this section, one sentence each."""
+    """Remarks on this section, one sentence each."""
 
 
 def chain_to_reference(
@@ -52,11 +60,11 @@ def chain_to_reference(
 ) -> dict[str, ChainResult]:
     """Place every section in the frame of the reference by composing pair matrices.
 
-    A section follows its neighbour on the side of the reference. If that pair failed and a pair that jumps over the
-    neighbour is given, that one is used. Where there is another pair, mostly the direct one to the reference, the two
-    placements are compared: while they agree the chain is kept (its steps are between more similar sections), otherwise
-    the one with the better score is. Two sound registrations that contradict each other make the section weak: one of
-    them is wrong, perhaps upside down.
+    A section is placed through its neighbour on the side of the reference. If that pair failed, a pair that jumps over
+    the neighbour is used. If there is another pair, mostly the direct one to the reference, the two placements are
+    compared. If they agree, the chain is kept, because its steps are between more similar sections. Otherwise the
+    placement with the better score is used. If two sound registrations disagree, one of them is wrong, perhaps upside
+    down; the section is then weak.
 
     Parameters
     ----------
@@ -115,8 +123,9 @@ def _place(
     placed: dict[str, ChainResult],
     params: RegistrationParams,
 ) -> ChainResult:
-    options = [_step(name, parent, pairs, placed) for parent in reversed(inner)]
-    options = [option for option in options if option is not None]
+    """Place a section through the sections `inner` that are placed already."""
+    steps = (_step(name, parent, pairs, placed) for parent in reversed(inner))
+    options = [option for option in steps if option is not None]
     if not options:
         msg = (
             f"No registration links section {name!r} to the reference: expected one of "
@@ -124,32 +133,39 @@ def _place(
             f"Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
         )
         raise ValueError(msg)
-    # The nearest neighbour whose whole path did not fail; if all failed, the nearest.
-    chain = next((option for option in options if option.verdict != "failed"), options[0])
-    reasons = list(chain.reasons)
-    if chain.path[1] != inner[-1] and chain.route == "sequential":
-        reasons.append(f"Bridged: placed by {chain.path[1]!r}, because {inner[-1]!r} gave no usable link.")
-
-    rivals = [option for option in options if option is not chain]
+    chain, rivals = _split(options, inner[-1])
     if not rivals:
-        return _with(chain, reasons, None)
+        return chain
     rival = min(rivals, key=_order)
     box = _moving_box(name, pairs)
-    distance = disagreement(chain.matrix, rival.matrix, _corners(box)) if box is not None else None
+    distance = None if box is None else disagreement(chain.matrix, rival.matrix, _corners(box))
     if distance is None or distance <= params.max_chain_disagreement:
         confirmed = rival.route == "direct" and rival.verdict == "ok" and distance is not None
-        return replace(_with(chain, reasons, distance), confirmed=confirmed)
-    kinds = "Chained and direct placement" if rival.route == "direct" else f"Placements by {chain.path[1]!r} and "
-    kinds += "" if rival.route == "direct" else repr(rival.path[1])
-    note = f"{kinds} differ by {distance:.0f} um; "
-    if _order(rival) < _order(chain):
-        better, note = rival, note + f"the {_NAMES[rival.route]} has the better score and is used."
+        return replace(chain, disagreement=distance, confirmed=confirmed)
+    return _better(chain, rival, distance)
+
+
+def _split(options: list[ChainResult], neighbour: str) -> tuple[ChainResult, list[ChainResult]]:
+    """Placement by the nearest section whose path did not fail (else by the nearest), and the other placements."""
+    k = next((k for k, option in enumerate(options) if option.verdict != "failed"), 0)
+    chain, rivals = options[k], options[:k] + options[k + 1 :]
+    if chain.path[1] != neighbour and chain.route == "sequential":
+        note = f"Bridged: placed by {chain.path[1]!r}, because {neighbour!r} gave no usable link."
+        chain = replace(chain, reasons=[*chain.reasons, note])
+    return chain, rivals
+
+
+def _better(chain: ChainResult, rival: ChainResult, distance: float) -> ChainResult:
+    """Better one of two placements that disagree; weak if both look sound, because one of them is wrong."""
+    if rival.route == "direct":
+        kinds = "Chained and direct placement"
     else:
-        better, note = chain, note + "the chain has the better score and is used."
-    notes = [*(reasons if better is chain else rival.reasons), note]
-    if chain.verdict == rival.verdict == "ok":
-        better = replace(better, verdict="weak")
-    return _with(better, notes, distance)
+        kinds = f"Placements by {chain.path[1]!r} and {rival.path[1]!r}"
+    better = min(chain, rival, key=_order)
+    which = "chain" if better is chain else _NAMES[rival.route]
+    note = f"{kinds} differ by {distance:.0f} um; the {which} has the better score and is used."
+    verdict = "weak" if chain.verdict == rival.verdict == "ok" else better.verdict
+    return replace(better, verdict=verdict, reasons=[*better.reasons, note], disagreement=distance)
 
 
 def _order(option: ChainResult) -> tuple[int, float]:
@@ -166,7 +182,7 @@ def _step(
         matrix = pair.matrix
     elif (name, parent) in pairs:
         pair = pairs[name, parent]
-        matrix = np.linalg.inv(pair.matrix)
+        matrix = np.asarray(np.linalg.inv(pair.matrix), float)
     else:
         return None
     before = placed[parent]
@@ -184,10 +200,6 @@ def _step(
     )
 
 
-def _with(result: ChainResult, reasons: list[str], distance: float | None) -> ChainResult:
-    return replace(result, reasons=reasons, disagreement=distance)
-
-
 def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple[float, float, float, float] | None:
     """Extent of the section's tissue, known from any pair in which it was the moving one."""
     return next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
@@ -196,3 +208,101 @@ def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple
 def _corners(box: tuple[float, float, float, float]) -> NDArray[np.float64]:
     x0, y0, x1, y1 = box
     return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+
+
+def wanted_pairs(names: Sequence[str], reference: str, policy: str) -> list[tuple[str, str]]:
+    """Pairs (fixed, moving) to register: neighbours towards the reference, and each section to the reference."""
+    middle = list(names).index(reference)
+    pairs = []
+    for i, name in enumerate(names):
+        if i == middle:
+            continue
+        neighbour = names[i + 1] if i < middle else names[i - 1]
+        if policy != "star" or neighbour == reference:
+            pairs.append((neighbour, name))
+        if policy != "sequential" and neighbour != reference:
+            pairs.append((reference, name))
+    return pairs
+
+
+@dataclass(frozen=True)
+class StackTask:
+    """A stack of sections to be registered."""
+
+    images: Mapping[str, SectionImage]
+    """Thumbnails in the order of the stack, the reference among them."""
+    reference: str
+    policy: str
+    """``"auto"``, ``"sequential"`` or ``"star"``."""
+    method: str
+    given: Matrices
+    """Matrices to the frame of the reference, um, of sections with a known place."""
+    initial: Matrices
+    """Matrices to the frame of the reference, um, to start from."""
+    params: RegistrationParams
+    seed: int
+
+
+def register_chain(task: StackTask, run: Run) -> tuple[Pairs, dict[str, ChainResult]]:
+    """Register the pairs of a stack and place every section.
+
+    `run` calls a function for each tuple of arguments, in parallel or not, and returns the results in order.
+    """
+    names, middle = list(task.images), list(task.images).index(task.reference)
+    pairs: Pairs = {}
+    wanted = [pair for pair in wanted_pairs(names, task.reference, task.policy) if pair[1] not in task.given]
+
+    def register(some: list[tuple[str, str]], starts: Sequence[NDArray | None]) -> None:
+        fit = partial(_register, method=task.method, params=task.params, seed=task.seed)
+        tasks = [(task.images[f], task.images[m], start) for (f, m), start in zip(some, starts, strict=True)]
+        pairs.update(zip(some, run(fit, tasks, "Registering pairs"), strict=True))
+
+    def place() -> dict[str, ChainResult]:
+        return chain_to_reference(pairs, names, task.reference, given=task.given, params=task.params)
+
+    searched = [pair for pair in wanted if pair[1] not in task.initial]
+    register(searched, [None] * len(searched))
+    # A start is given in the frame of the reference. From the reference outwards, each section's neighbour is placed.
+    for name in sorted(task.initial, key=lambda n: abs(names.index(n) - middle)):
+        started = [pair for pair in wanted if pair[1] == name]
+        poses = _poses(pairs, names, task.reference, task.given)
+        register(started, [np.linalg.inv(poses[fixed]) @ task.initial[name] for fixed, _ in started])
+    placed = place()
+    bridges = [] if task.policy == "star" else _bridges(task, pairs, placed)
+    if bridges:
+        register(bridges, [None] * len(bridges))
+        placed = place()
+    return pairs, placed
+
+
+def _bridges(task: StackTask, pairs: Pairs, placed: dict[str, ChainResult]) -> list[tuple[str, str]]:
+    """Pairs that jump over a neighbour without a sound link (a fold, a tear)."""
+    names, middle = list(task.images), list(task.images).index(task.reference)
+    bridges = []
+    for i, name in enumerate(names):
+        if abs(i - middle) < 2 or name in task.given or name in task.initial or placed[name].verdict == "ok":
+            continue
+        over = names[i + 2 if i < middle else i - 2]
+        if (over, name) not in pairs:
+            bridges.append((over, name))
+    return bridges
+
+
+def _register(
+    fixed: SectionImage, moving: SectionImage, initial: NDArray[np.float64] | None, **kwargs: Any
+) -> PairResult:
+    return register_pair(fixed, moving, initial=initial, **kwargs)
+
+
+def _poses(pairs: Pairs, names: Sequence[str], reference: str, given: Matrices) -> dict[str, NDArray[np.float64]]:
+    """Matrices to the reference of the sections that can be placed so far."""
+    poses: dict[str, NDArray[np.float64]] = {reference: np.eye(3), **given}
+    middle = list(names).index(reference)
+    for side in (names[:middle][::-1], names[middle + 1 :]):
+        for name in side:
+            # The nearest neighbour comes last in the stack order towards the reference; any placed one will do.
+            fixed = next((f for f, m in pairs if m == name and f in poses and pairs[f, m].verdict != "failed"), None)
+            fixed = next((f for f, m in pairs if m == name and f in poses), None) if fixed is None else fixed
+            if name not in poses and fixed is not None:
+                poses[name] = poses[fixed] @ pairs[fixed, name].matrix
+    return poses

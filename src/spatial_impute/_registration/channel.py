@@ -1,4 +1,4 @@
-"""The images that are registered: stain of the tissue on a small isotropic grid."""
+"""Images that the registration compares: stain of the tissue on a small isotropic grid."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Channel:
     """``(y, x)``: inside the image, where that is no rectangle from the origin (a section drawn in another frame)."""
 
     def in_frame(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which points ``(n, 2)``, um, lie inside the image."""
+        """``(n,)`` bool: points ``(n, 2)``, um, inside the image."""
         if self.seen is None:
-            return ((points >= 0) & (points <= self.frame)).all(1)
+            inside = (points >= 0) & (points <= np.asarray(self.frame))
+            return inside[:, 0] & inside[:, 1]
         col, row = np.floor((points - self.origin) / self.size).astype(int).T
         height, width = self.seen.shape
         inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
@@ -56,7 +57,7 @@ class Channel:
         return inside
 
     def visible(self) -> NDArray[np.bool_]:
-        """Which pixels ``(y, x)`` of the grid lie inside the image."""
+        """``(y, x)`` bool: pixels of the grid inside the image."""
         if self.seen is not None:
             return self.seen
         axes = [o + (np.arange(n) + 0.5) * self.size for o, n in zip(self.origin, self.image.shape[::-1], strict=True)]
@@ -78,9 +79,9 @@ class Channel:
 def working_pixel(
     fixed: SectionImage, moving: SectionImage, params: RegistrationParams, *, side: int | None = None
 ) -> float:
-    """Micrometres per working pixel for a pair: set by the larger tissue, and never finer than the thumbnails.
+    """Micrometres per working pixel of a pair, never finer than the thumbnails.
 
-    Its longer side has `side` pixels, ``params.working_side`` by default.
+    The longer side of the larger tissue has `side` pixels, ``params.working_side`` by default.
     """
     boxes = np.array([fixed.tissue_box, moving.tissue_box])
     extent = float((boxes[:, 2:] - boxes[:, :2]).max())
@@ -89,7 +90,7 @@ def working_pixel(
 
 
 def registration_channel(section: SectionImage, size: float, margin: float) -> Channel:
-    """Summed optical density, from glass (0) to the densest tissue (1), faded out a little outside the tissue.
+    """Summed optical density, from background (0) to the densest tissue (1), faded out just outside the tissue.
 
     Parameters
     ----------
@@ -98,8 +99,8 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
     size
         Working resolution, um per pixel.
     margin
-        Width in um of background kept round the tissue. Everything further away is cut off, so a small section in a
-        large frame costs no more than a cropped one.
+        Width in um of the background kept around the tissue. The rest is cut off, so a small section in a large image
+        costs no more than a cropped one.
     """
     channel = _on_grid(section, optical_density(section.rgb).sum(-1), size, margin)
     near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
@@ -108,10 +109,10 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
 
 
 def deformation_channel(section: SectionImage, size: float, margin: float) -> Channel:
-    """Share of light absorbed, from glass (0) to the darkest tissue (1), as far as the image goes.
+    """Share of absorbed light, from background (0) to the darkest tissue (1), for the deformable fit.
 
-    For the deformable fit, which sees details: the logarithm of a density would blow up the noise of dark pixels. What
-    lies on the glass is faded out there, where the tissue of both sections is known.
+    That fit uses details, and the logarithm of a density would amplify the noise of dark pixels. The fit itself fades out
+    the background, because it knows the tissue of both sections.
     """
     absorbed = 1 - np.exp(-optical_density(section.rgb)).mean(-1)
     channel = _on_grid(section, absorbed, size, margin)
@@ -119,7 +120,7 @@ def deformation_channel(section: SectionImage, size: float, margin: float) -> Ch
 
 
 def inside_only(channel: Channel) -> NDArray[np.float32]:
-    """The image ``(y, x)`` without the outline: the tissue, less a rim mixed with glass, continued to the outside."""
+    """Image ``(y, x)`` without the outline: the tissue without its mixed rim, continued to the outside."""
     core = ndi.binary_erosion(channel.mask, iterations=_MIXED)
     core = core if core.any() else channel.mask
     nearest = ndi.distance_transform_edt(~core, return_distances=False, return_indices=True)
@@ -127,10 +128,9 @@ def inside_only(channel: Channel) -> NDArray[np.float32]:
 
 
 def contrast(channel: Channel) -> NDArray[np.float32]:
-    """What stands out of its surroundings ``(y, x)``, in units of the contrast there and of the whole tissue together.
+    """Difference of each pixel ``(y, x)`` from its surroundings, divided by the local and the overall contrast together.
 
-    Divided by the local contrast alone, a faint pattern would count as much as a strong one. With that of the whole
-    tissue as a floor, it counts for what it is.
+    The overall contrast is a floor: with the local contrast alone, a faint pattern would count as much as a strong one.
     """
     image = inside_only(channel).astype(float)
     mean = ndi.gaussian_filter(image, _SURROUNDINGS)
@@ -140,7 +140,7 @@ def contrast(channel: Channel) -> NDArray[np.float32]:
 
 
 def shrink(channel: Channel, size: float) -> Channel:
-    """The same channel on a coarser grid of about `size` um per pixel (at least the present one)."""
+    """Same channel on a coarser grid of about `size` um per pixel."""
     factor = max(1, round(size / channel.size))
     if factor == 1:
         return channel
@@ -157,15 +157,15 @@ def shrink(channel: Channel, size: float) -> Channel:
 
 
 def _on_grid(section: SectionImage, image: NDArray[np.float32], size: float, margin: float) -> Channel:
-    """`image` of a section, 1 at its darkest tissue, and the tissue, on a grid that leaves `margin` um round it."""
-    darkest = float(np.percentile(image[section.mask], _CLIP_PERCENTILE))
+    """Channel of an image of a section, 1 at its darkest tissue, on a grid with a margin (um) around the tissue."""
+    darkest = float(np.percentile(image[section.tissue], _CLIP_PERCENTILE))
     image = np.clip(image / max(darkest, 1e-6), 0, 1)
     x0, y0, x1, y1 = section.tissue_box
     origin = (x0 - margin, y0 - margin)
     shape = tuple(int(np.ceil((length + 2 * margin) / size)) for length in (y1 - y0, x1 - x0))
     # Both are continued beyond the image: a tissue cut by the frame must not get an outline there.
     image = ndi.gaussian_filter(_resample(image, section.pixel_size, origin, shape, size), _BLUR)
-    tissue = _resample(section.mask, section.pixel_size, origin, shape, size) >= 0.5
+    tissue = _resample(section.tissue, section.pixel_size, origin, shape, size) >= 0.5
     frame = (section.rgb.shape[1] * section.pixel_size[0], section.rgb.shape[0] * section.pixel_size[1])
     return Channel(image.astype(np.float32), tissue, origin, size, frame)
 
@@ -177,7 +177,7 @@ def _resample(
     shape: tuple[int, ...],
     size: float,
 ) -> NDArray[np.float32]:
-    """Image on the grid of pixel `size` starting at `origin` (um), smoothed as much as the coarser grid asks for."""
+    """Image on a grid of pixel `size` from `origin` (um), smoothed for the coarser grid."""
     steps = [size / s for s in (pixel_size[1], pixel_size[0])]
     image = image.astype(np.float32, copy=False)
     # A box of `step` pixels has a standard deviation of step / sqrt(12); linear interpolation smooths a little as well.

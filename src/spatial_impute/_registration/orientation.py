@@ -1,4 +1,4 @@
-"""Search for the orientation of one section on another: all rotations, both faces, all shifts."""
+"""Search for the pose of one section on another over all rotations, both faces and all shifts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLUR = 1.5  # search pixels: a step of 10 degrees moves the rim of the tissue b
 def pose(
     angle: float, moving_centre: ArrayLike, fixed_centre: ArrayLike, *, mirrored: bool = False
 ) -> NDArray[np.float64]:
-    """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees and carries one centre onto the other."""
+    """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees, and moves one centre onto the other."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
     matrix = np.eye(3)
@@ -38,16 +38,16 @@ def pose(
 def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
     """Distinct rigid poses of the moving section on the fixed one, most promising first.
 
-    Every rotation and mirror image of the moving section is laid over the fixed one at every shift by a Fourier
-    transform. The measure is the correlation of what is inside the tissue plus the overlap of the outlines: outlines
-    alone cannot tell a roughly symmetric section from itself turned by 180 degrees. Content is looked at twice, as
-    stain and as edges: another stain may turn dark into pale, but edges stay where they are.
+    A Fourier transform compares every rotation and mirror image of the moving section with the fixed one at every shift.
+    The measure is the correlation inside the tissue plus the overlap of the outlines. Outlines alone cannot distinguish a
+    symmetric section from itself turned by 180 degrees. The content is compared as stain and as edges, because another
+    stain may turn dark into pale but keeps the edges.
 
     Returns
     -------
-    ``params.n_candidates`` matrices ``(3, 3)`` at most, moving to fixed, um: peaks over the angles, of both looks in
-    turn; the search leaves errors of up to half a step of angle. Then, always, the section as it lies, and as it lies
-    with the centres of the tissues on each other: most sections come with about the right face and turn.
+    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um: alternately the best peaks of stain and of
+    edges, with errors of up to half a step of angle. Two more poses always follow: the section unmoved, and the section
+    moved so that the centres of both tissues meet. Most sections have about the right face and rotation.
     """
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)
@@ -117,7 +117,7 @@ def _stain(channel: Channel) -> NDArray[np.float32]:
 
 
 def _edges(channel: Channel) -> NDArray[np.float32]:
-    """Edges inside the tissue, whatever their sign: zero mean there, zero outside."""
+    """Strength of edges inside the tissue: zero mean there, zero outside."""
     return _centred(edges_inside(channel), channel.mask)
 
 

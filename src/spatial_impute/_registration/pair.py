@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
-from spatial_impute._registration.deform_pair import fit_deformation
+from spatial_impute._registration.deform import fit_deformation
 from spatial_impute._registration.orientation import orientation_candidates
-from spatial_impute._registration.quality import is_sane, same_pose, singular_values, tissue_dice, verdict
-from spatial_impute._registration.residual import residual_error
+from spatial_impute._registration.quality import (
+    is_sane,
+    residual_error,
+    same_pose,
+    singular_values,
+    tissue_dice,
+    verdict,
+)
 from spatial_impute._registration.score import StructureScore, mutual_information
 from spatial_impute._registration.types import PairResult, RegistrationParams, SectionImage
 
@@ -20,7 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spatial_impute._registration.channel import Channel
-    from spatial_impute._registration.displacement import DisplacementField
+    from spatial_impute._registration.deform import Deformation
+    from spatial_impute._registration.transform import DisplacementField
+
+Matrix: TypeAlias = "NDArray[np.float64]"
 
 _METHODS = ("rigid", "affine", "syn")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
@@ -38,13 +47,12 @@ def register_pair(
     method: Literal["rigid", "affine", "syn"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
-    initial: NDArray[np.float64] | None = None,
+    initial: Matrix | None = None,
 ) -> PairResult:
     """Find where the moving section lies on the fixed one.
 
-    Search over all rotations and both faces, refinement of the best distinct candidates by a rigid fit, choice by the
-    structure inside the tissue, then (``"affine"``) a fit with stretch and shear that is kept only if it is plausible
-    and not clearly worse.
+    All rotations and both faces are searched. The best distinct candidates are refined, and the structure inside the
+    tissue decides between them. An affine fit is kept only if it is plausible and not clearly worse than the rigid one.
 
     Parameters
     ----------
@@ -52,7 +60,7 @@ def register_pair(
         Thumbnails of the two sections. Their resolution may differ.
     method
         ``"rigid"`` (rotation, shift, mirror), ``"affine"``, or ``"syn"`` (affine and a smooth deformation, kept only
-        if it is plausible and different parts of the tissue ask for the same one).
+        if it is plausible and different parts of the tissue agree on it).
     params
         Advanced settings.
     seed
@@ -62,67 +70,29 @@ def register_pair(
 
     Returns
     -------
-    Matrix from moving to fixed points in um, what was used, and its quality. A poor result is returned, never replaced
-    by the identity: look at ``verdict``.
+    Matrix from moving to fixed points in um, the method used, and the quality. A poor result is returned and never
+    replaced by the identity; check its ``verdict``.
     """
     if method not in _METHODS:
         msg = f"`method` must be one of {_METHODS}, found {method!r}."
         raise ValueError(msg)
     params = RegistrationParams() if params is None else params
     _check_areas(fixed, moving)
-    size = working_pixel(fixed, moving, params)
-    margin = params.mask_margin + 4 * size  # a rim beyond the fit's own, so that its gradient is defined everywhere
-    target, source = (registration_channel(section, size, margin) for section in (fixed, moving))
-    _check_pixels(target, source)
-
-    starts = orientation_candidates(target, source, params) if initial is None else [np.asarray(initial, float)]
-    fit = partial(ants_fits.fit_linear, mask_margin=params.mask_margin, seed=seed)
-    iterations = params.linear_iterations
-    # Candidates are told apart by the two coarsest levels, on images of half the size. Only the winner goes on.
-    coarse = shrink(target, 2 * size), shrink(source, 2 * size)
-    fits = [fit(*coarse, start, "Rigid", iterations=(*iterations[:2], 0)) for start in starts]
-    if method != "rigid":  # stretched sections match no fine structure before they are stretched back
-        stretched = [fit(*coarse, pose, "Affine", iterations=(*iterations[:2], 0)) for pose in fits]
-        fits = [new if is_sane(new, params) else old for new, old in zip(stretched, fits, strict=True)]
-    score, best, runner_up = _choose(target, source, fits, params)
-    start, matrix, used, notes = starts[best], fits[best], "rigid", []
-    if method == "rigid":
-        matrix = fit(target, source, matrix, "Rigid", iterations=iterations[2:])
-    else:  # to fall back on: the finest level, most of the time of a fit, would change it by 1 to 2 um
-        matrix = fit(target, source, _nearest_rigid(matrix, source), "Rigid", iterations=(iterations[2], 0))
-
-    if method != "rigid":
-        affine = fit(target, source, fits[best], "Affine", iterations=iterations[1:])
-        if not is_sane(affine, params):
-            largest, smallest = singular_values(affine)
-            notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        else:
-            # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
-            # outline. So the affine fit stands unless the score speaks against it by more than its own error.
-            if _clearly_lower(score, matrix, affine):
-                notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
-            else:
-                matrix, used = affine, "affine"
-        # A section of another scale can have its inside in place and its outline further out than the rim of the fit
-        # reaches. So another fit first sees as much background as a stretch may cross. Outlines say little if tissue is lost.
-        if not params.partial_tissue:
-            reach = params.mask_margin + (params.max_scale - 1) * _radius(source)
-            outlines = (registration_channel(section, 2 * size, reach) for section in (fixed, moving))
-            wide = _nearest_rigid(matrix, source)
-            wide = fit(*outlines, wide, "Affine", iterations=(*iterations[:2], 0), mask_margin=reach)
-            other = fit(target, source, wide, "Affine", iterations=iterations[1:])
-            if is_sane(other, params) and _fits_outline(score, matrix, other):
-                matrix, used, notes = other, "affine", []
-
-    start = _start(start) | {"look": score.look}
+    fitter = _Fitter.of(fixed, moving, params, seed)
+    starts = (
+        orientation_candidates(fitter.target, fitter.source, params)
+        if initial is None
+        else [np.asarray(initial, float)]
+    )
+    fits = fitter.refine(starts, affine=method != "rigid")
+    score, best, runner_up = _choose(fitter.target, fitter.source, fits, params)
+    matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
+    start = _start(starts[best]) | {"look": score.look}
     quality = start | _quality(score, matrix, None, runner_up)
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
-        fine = working_pixel(fixed, moving, params, side=params.syn_side)
-        margin = params.max_displacement + 4 * fine
-        channels = (deformation_channel(section, fine, margin) for section in (fixed, moving))
-        found = fit_deformation(*channels, matrix, params, seed)
+        found = fitter.deformation(matrix)
         field = found.field
         if field is None:
             notes.append(found.note)
@@ -134,13 +104,101 @@ def register_pair(
     return PairResult(matrix, used, quality, moving.tissue_box, field)
 
 
-def _choose(
-    fixed: Channel, moving: Channel, fits: list[NDArray[np.float64]], params: RegistrationParams
-) -> tuple[StructureScore, int, float]:
-    """Best pose; its score, its index, and the score of the best different one.
+@dataclass(frozen=True)
+class _Fitter:
+    """Linear fits of a pair of sections at its working resolution."""
 
-    Stain and edges each have a favourite. Of two different ones, the pose with more mutual information is taken: it does
-    not mind what another stain does to either. Of one and the same, the look that sets it off better scores it.
+    fixed: SectionImage
+    moving: SectionImage
+    target: Channel
+    source: Channel
+    params: RegistrationParams
+    seed: int
+
+    @classmethod
+    def of(cls, fixed: SectionImage, moving: SectionImage, params: RegistrationParams, seed: int) -> _Fitter:
+        size = working_pixel(fixed, moving, params)
+        margin = params.mask_margin + 4 * size  # a rim beyond the fit's own, so that its gradient is defined everywhere
+        target, source = (registration_channel(section, size, margin) for section in (fixed, moving))
+        _check_pixels(target, source)
+        return cls(fixed, moving, target, source, params, seed)
+
+    def _fit(
+        self,
+        channels: tuple[Channel, Channel],
+        start: Matrix,
+        kind: Literal["Rigid", "Affine"],
+        iterations: tuple[int, ...],
+        mask_margin: float | None = None,
+    ) -> Matrix:
+        margin = self.params.mask_margin if mask_margin is None else mask_margin
+        options: dict[str, Any] = {"iterations": iterations, "mask_margin": margin, "seed": self.seed}
+        return ants_fits.fit_linear(*channels, start, kind, **options)
+
+    def refine(self, starts: list[Matrix], *, affine: bool) -> list[Matrix]:
+        """Coarse fits of all candidates; only the winner is fitted further."""
+        coarse = shrink(self.target, 2 * self.target.size), shrink(self.source, 2 * self.target.size)
+        iterations = (*self.params.linear_iterations[:2], 0)
+        fits = [self._fit(coarse, start, "Rigid", iterations) for start in starts]
+        if affine:  # stretched sections match no fine structure before they are stretched back
+            stretched = [self._fit(coarse, pose, "Affine", iterations) for pose in fits]
+            fits = [new if is_sane(new, self.params) else old for new, old in zip(stretched, fits, strict=True)]
+        return fits
+
+    def rigid(self, start: Matrix) -> tuple[Matrix, str, list[str]]:
+        """Rigid fit down to the finest level, in the form of :meth:`affine`."""
+        return self._fit((self.target, self.source), start, "Rigid", self.params.linear_iterations[2:]), "rigid", []
+
+    def affine(self, start: Matrix, score: StructureScore) -> tuple[Matrix, str, list[str]]:
+        """Affine fit, or the rigid one if the affine fit is not plausible; the method used, and remarks."""
+        both, iterations = (self.target, self.source), self.params.linear_iterations
+        # The finest level would take most of the time and change this fall-back by 1 to 2 um.
+        rigid = self._fit(both, _nearest_rigid(start, self.source), "Rigid", (iterations[2], 0))
+        affine = self._fit(both, start, "Affine", iterations[1:])
+        matrix, used, notes = rigid, "rigid", []
+        if not is_sane(affine, self.params):
+            largest, smallest = singular_values(affine)
+            notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
+        elif _clearly_lower(score, rigid, affine):
+            # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
+            # outline. So the affine fit is rejected only if the score is lower by more than its own error.
+            notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
+        else:
+            matrix, used = affine, "affine"
+        if not self.params.partial_tissue:  # outlines say little if tissue is lost
+            other = self._outline_fit(matrix)
+            if is_sane(other, self.params) and _fits_outline(score, matrix, other):
+                return other, "affine", []
+        return matrix, used, notes
+
+    def _outline_fit(self, matrix: Matrix) -> Matrix:
+        """Affine fit that first sees as much background as a stretch may cross.
+
+        The inside of a section of another scale can be in place while its outline lies outside the rim of the usual fit.
+        """
+        reach = self.params.mask_margin + (self.params.max_scale - 1) * _radius(self.source)
+        fixed, moving = (
+            registration_channel(section, 2 * self.target.size, reach) for section in (self.fixed, self.moving)
+        )
+        iterations, start = self.params.linear_iterations, _nearest_rigid(matrix, self.source)
+        wide = self._fit((fixed, moving), start, "Affine", (*iterations[:2], 0), mask_margin=reach)
+        return self._fit((self.target, self.source), wide, "Affine", iterations[1:])
+
+    def deformation(self, matrix: Matrix) -> Deformation:
+        """Deformation on top of the matrix."""
+        fine = working_pixel(self.fixed, self.moving, self.params, side=self.params.syn_side)
+        margin = self.params.max_displacement + 4 * fine
+        target, source = (deformation_channel(section, fine, margin) for section in (self.fixed, self.moving))
+        return fit_deformation(target, source, matrix, self.params, self.seed)
+
+
+def _choose(
+    fixed: Channel, moving: Channel, fits: list[Matrix], params: RegistrationParams
+) -> tuple[StructureScore, int, float]:
+    """Score of the best pose, its index, and the score of the best different pose.
+
+    Stain and edges may prefer different poses. Then the pose with more mutual information is taken, which does not depend
+    on the stain. If both prefer the same pose, the one with the larger lead gives the score.
     """
     options = []
     for look in ("stain", "edges"):
@@ -154,18 +212,18 @@ def _choose(
         chosen = max(options, key=lambda option: mutual_information(fixed, moving, fits[option[1]]))
     else:
         chosen = max(options, key=lambda option: option[3] - max(option[2], 0.0))
-    return chosen[:3]
+    return chosen[0], chosen[1], chosen[2]
 
 
-def _clearly_lower(score: StructureScore, before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
+def _clearly_lower(score: StructureScore, before: Matrix, after: Matrix) -> bool:
     gain, error = score.gain(before, after)
     return gain < -_CLEARLY_LOWER * error
 
 
-def _fits_outline(score: StructureScore, before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Whether the second pose has the outlines better in place, and the inside about as well as the first.
+def _fits_outline(score: StructureScore, before: Matrix, after: Matrix) -> bool:
+    """True if the second pose fits the outlines better, and the inside about as well as the first.
 
-    A fold draws an outline in, but not what lies beside it: squeezed into the outline, that fits nothing any more.
+    A fold shortens an outline but not the tissue beside it. If that tissue is squeezed into the outline, it fits nothing.
     """
     pair = score.fixed, score.moving
     if tissue_dice(*pair, after) <= tissue_dice(*pair, before) + _MORE_OVERLAP or _clearly_lower(score, before, after):
@@ -174,12 +232,12 @@ def _fits_outline(score: StructureScore, before: NDArray[np.float64], after: NDA
 
 
 def _radius(channel: Channel) -> float:
-    """From the centre of the tissue to its farthest pixel, um."""
+    """Distance from the centre of the tissue to its farthest pixel, um."""
     points = channel.centres()
     return float(np.linalg.norm(points - points.mean(0), axis=1).max())
 
 
-def _nearest_rigid(matrix: NDArray[np.float64], moving: Channel) -> NDArray[np.float64]:
+def _nearest_rigid(matrix: Matrix, moving: Channel) -> Matrix:
     """Rotation (and mirror) and shift closest to a matrix on the moving tissue."""
     u, _, vt = np.linalg.svd(matrix[:2, :2])
     centre = moving.centres().mean(0)
@@ -190,7 +248,7 @@ def _nearest_rigid(matrix: NDArray[np.float64], moving: Channel) -> NDArray[np.f
 
 
 def _quality(
-    score: StructureScore, matrix: NDArray[np.float64], field: DisplacementField | None, runner_up: float
+    score: StructureScore, matrix: Matrix, field: DisplacementField | None, runner_up: float
 ) -> dict[str, Any]:
     fixed, moving = score.fixed, score.moving
     largest, smallest = singular_values(matrix)
@@ -213,8 +271,8 @@ def _quality(
     return quality | {"residual_um": error, "residual_patches": n_patches}
 
 
-def _start(matrix: NDArray[np.float64]) -> dict[str, Any]:
-    """Rotation in degrees (0 to 360) and face of the start that won."""
+def _start(matrix: Matrix) -> dict[str, Any]:
+    """Rotation in degrees (0 to 360) and face of the chosen start."""
     mirrored = bool(np.linalg.det(matrix[:2, :2]) < 0)
     linear = matrix[:2, :2] @ np.diag([-1.0 if mirrored else 1.0, 1.0])
     angle = float(np.rad2deg(np.arctan2(linear[1, 0], linear[0, 0])) % 360)

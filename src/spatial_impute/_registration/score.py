@@ -1,4 +1,4 @@
-"""How well do images agree in a pose: correlation of structure, mutual information."""
+"""Agreement of two images in a pose: correlation of structure, and mutual information."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from spatial_impute._registration.channel import inside_only
 from spatial_impute._registration.quality import common_tissue, pull_back
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from spatial_impute._registration.channel import Channel
-    from spatial_impute._registration.displacement import DisplacementField
+    from spatial_impute._registration.transform import DisplacementField
 
 # Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working
 # grid, not um, because what can be compared between serial sections is structure on the scale of the section.
@@ -29,18 +27,18 @@ _TILES = 8  # along the longer side, each left out in turn: larger than the stru
 
 
 class StructureScore:
-    """Agreement of structure inside the common tissue; the fixed side is prepared once for many poses.
+    """Agreement of structure inside the common tissue, for many poses.
 
     The score is the mean over scales of the correlation inside the overlap of the masks, times the share of the smaller
-    tissue that overlaps. Unlike Dice it sees content, so that it can tell 0 from 180 degrees, and a section that lost
+    tissue that overlaps. Unlike Dice it uses the content. It can distinguish 0 from 180 degrees, and a section that lost
     half of its tissue can still score well.
 
     Parameters
     ----------
     look
-        What is correlated: ``"stain"``, or ``"edges"``, the strength of edges whatever their sign. Another stain may
-        turn dark into pale, but edges stay where they are; between H&E sections, too, they often tell right from wrong
-        poses better. In tissue of scattered nuclei they are noise, and the stain is the better look.
+        ``"stain"``, or ``"edges"`` for the strength of edges. Another stain may turn dark into pale but keeps the edges.
+        Between H&E sections, edges often separate right from wrong poses better. In tissue of scattered nuclei edges
+        are noise, and the stain is better.
     """
 
     def __init__(self, fixed: Channel, moving: Channel, look: str = "stain") -> None:
@@ -58,10 +56,7 @@ class StructureScore:
         return correlation * float(min(1.0, share / _FULL_OVERLAP))
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
-        """How much higher the second pose scores than the first, and the standard error of that.
-
-        By the jackknife: tiles of the fixed section are left out one at a time.
-        """
+        """Score of the second pose minus that of the first, and its standard error by a jackknife over tiles."""
         side = max(1, -(-max(self.fixed.image.shape) // _TILES))
         row, column = np.indices(self.fixed.image.shape) // side
         tiles = row * (column.max() + 1) + column
@@ -96,7 +91,7 @@ class StructureScore:
     def _values(
         self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
     ) -> list[tuple[NDArray, NDArray]]:
-        """What is correlated: pixels of the overlap in both sections, for each scale. None if the tissues do not meet."""
+        """Pixels of the overlap in both sections, for each scale; empty if the tissues do not meet."""
         if not overlap.any():
             return []
         moved = (pull_back(image, self.moving, self.fixed, matrix, field)[overlap] for image in self._moving)
@@ -124,7 +119,7 @@ def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float
 
 
 def edges_inside(channel: Channel) -> NDArray[np.float32]:
-    """Strength of edges ``(y, x)``, whatever their sign, without the outline of the tissue."""
+    """Strength of edges ``(y, x)`` without the outline of the tissue."""
     return ndi.gaussian_gradient_magnitude(inside_only(channel), _EDGE)
 
 
@@ -145,7 +140,7 @@ def _correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_til
     return np.where(norm > 1e-12, (xy - x * y / n) / np.maximum(norm, 1e-12), 0.0)
 
 
-def _correlation(first: Sequence[float] | NDArray, second: Sequence[float] | NDArray) -> float:
+def _correlation(first: NDArray, second: NDArray) -> float:
     first = np.asarray(first, float) - np.mean(first)
     second = np.asarray(second, float) - np.mean(second)
     norm = np.sqrt(np.sum(first**2) * np.sum(second**2))

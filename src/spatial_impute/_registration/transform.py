@@ -1,28 +1,70 @@
-"""The whole way of one section into the common frame: a matrix and, on top of it, perhaps a deformation."""
+"""Transforms of sections: a matrix and, on top of it, a displacement field."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from scipy import ndimage as ndi
 
+from spatial_impute._geometry import apply_affine
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from spatial_impute._registration.displacement import DisplacementField
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DisplacementField:
+    """Displacements in um on a grid in the frame of the fixed section; 0 outside the grid.
+
+    Pixel ``(row, col)`` is centred at ``origin + (col + 0.5, row + 0.5) * size``.
+    """
+
+    pull: NDArray[np.float32]
+    """``(y, x, 2)`` as ``(dx, dy)``: from a point of the fixed section to the aligned moving one: for images."""
+    push: NDArray[np.float32]
+    """``(y, x, 2)``: from a point of the moving section, aligned by the matrix, to the fixed one. For points."""
+    origin: tuple[float, float]
+    """Corner of the grid, um ``(x, y)``."""
+    size: float
+    """Micrometres per pixel."""
+
+    def pulled(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the fixed frame, um, moved by :attr:`pull`."""
+        return self._moved(points, self.pull)
+
+    def pushed(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Matrix-aligned points ``(n, 2)``, um, moved by :attr:`push`."""
+        return self._moved(points, self.push)
+
+    def jacobian(self) -> NDArray[np.float64]:
+        """Local change of area ``(y, x)`` of the pull-back; 0 or below where the map folds."""
+        (xx, xy), (yx, yy) = (
+            [np.gradient(self.pull[..., k].astype(float), self.size, axis=axis) for axis in (1, 0)] for k in (0, 1)
+        )
+        return (1 + xx) * (1 + yy) - xy * yx
+
+    def _moved(self, points: ArrayLike, field: NDArray) -> NDArray[np.float64]:
+        points = np.asarray(points, float).reshape(-1, 2)
+        col, row = ((points - self.origin) / self.size - 0.5).T
+        return points + _sample(field, row, col)
+
+
+def _sample(field: NDArray, row: NDArray, column: NDArray) -> NDArray[np.float64]:
+    """Displacements ``(n, 2)`` at array positions; 0 outside the grid."""
+    where = [row, column]
+    return np.column_stack(
+        [ndi.map_coordinates(field[..., k], where, order=1, mode="constant", output=float) for k in (0, 1)]
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SectionTransform:
-    """Where every point of a section lies in the common frame, and back. Lengths are um.
-
-    Points and images use the same object, so that they cannot part.
-    """
+    """Map of a section to the common frame and back, in um, for points and for images."""
 
     matrix: NDArray[np.float64]
-    """``(3, 3)``: points of the section to the common frame; with a deformation, to where that takes over."""
+    """``(3, 3)``: points of the section to the common frame, before the deformation."""
     pull: NDArray[np.float32] | None = None
     """``(y, x, 2)`` as ``(dx, dy)``: from a point of the common frame to the one before the deformation: for images."""
     push: NDArray[np.float32] | None = None
@@ -34,7 +76,7 @@ class SectionTransform:
     def from_field(
         cls, matrix: NDArray[np.float64], field: DisplacementField | None, to_common: NDArray[np.float64]
     ) -> SectionTransform:
-        """Matrix and field of a registration whose fixed frame `to_common` ``(3, 3)`` carries to the common one."""
+        """Transform from a matrix and a field in the fixed frame; `to_common` ``(3, 3)`` maps that frame to the common one."""
         if field is None:
             return cls(np.asarray(matrix, float))
         (x0, y0), size = field.origin, field.size
@@ -44,28 +86,21 @@ class SectionTransform:
 
     @property
     def deforms(self) -> bool:
-        """Whether there is a deformation."""
+        """True if the transform has a deformation."""
         return self.grid is not None
 
     def points(self, points: ArrayLike) -> NDArray[np.float64]:
         """Points ``(n, 2)`` of the section in the common frame."""
         points = np.asarray(points, float).reshape(-1, 2)
-        return self._moved(points @ self.matrix[:2, :2].T + self.matrix[:2, 2], self.push)
+        return self._moved(apply_affine(points, self.matrix), self.push)
 
     def inverse(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Points ``(n, 2)`` of the common frame in the section: where an image has to be sampled."""
+        """Points ``(n, 2)`` of the common frame in the section, where its image is sampled."""
         points = self._moved(np.asarray(points, float).reshape(-1, 2), self.pull)
-        back = np.linalg.inv(self.matrix)
-        return points @ back[:2, :2].T + back[:2, 2]
+        return apply_affine(points, np.linalg.inv(self.matrix))
 
     def _moved(self, points: NDArray[np.float64], displacement: NDArray | None) -> NDArray[np.float64]:
         if displacement is None:
             return points
-        back = np.linalg.inv(self.grid)
-        x, y = (points @ back[:2, :2].T + back[:2, 2]).T
-        # Outside the grid there is no deformation; at its edge the fields have come down to 0.
-        shift = [
-            ndi.map_coordinates(displacement[..., k], [y - 0.5, x - 0.5], order=1, mode="constant", output=float)
-            for k in (0, 1)
-        ]
-        return points + np.column_stack(shift)
+        x, y = apply_affine(points, np.linalg.inv(cast("NDArray", self.grid))).T
+        return points + _sample(displacement, y - 0.5, x - 0.5)

@@ -1,4 +1,4 @@
-"""What goes into a registration and what comes out.
+"""Inputs, settings and results of a registration.
 
 Lengths are micrometres. Matrices are 3x3 and act on columns ``(x, y, 1)``.
 """
@@ -8,17 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from spatial_impute._geometry import apply_affine
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._validation import make_floats
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from spatial_impute._registration.displacement import DisplacementField
+    from spatial_impute._registration.transform import DisplacementField
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,8 @@ class SectionImage:
                 f"type (dtype {rgb.dtype}). Fill missing pixels with the background colour."
             )
             raise ValueError(msg)
-        size = tuple(float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
+        x, y = (float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
+        size = (x, y)
         if not all(math.isfinite(s) and s > 0 for s in size):
             msg = f"`pixel_size` must be two positive numbers (um per pixel in x and y), found {self.pixel_size!r}."
             raise ValueError(msg)
@@ -161,17 +163,22 @@ class SectionImage:
             object.__setattr__(self, name, value)
 
     @property
+    def tissue(self) -> NDArray[np.bool_]:
+        """Tissue mask ``(y, x)``, given or found."""
+        return cast("NDArray[np.bool_]", self.mask)
+
+    @property
     def tissue_area(self) -> float:
         """Area of the tissue mask in square um."""
-        return float(np.count_nonzero(self.mask)) * self.pixel_size[0] * self.pixel_size[1]
+        return float(np.count_nonzero(self.tissue)) * self.pixel_size[0] * self.pixel_size[1]
 
     @property
     def tissue_box(self) -> tuple[float, float, float, float]:
         """Bounding box of the tissue in um: ``(x0, y0, x1, y1)``."""
-        rows, cols = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
+        rows, cols = np.flatnonzero(self.tissue.any(1)), np.flatnonzero(self.tissue.any(0))
         size_x, size_y = self.pixel_size
-        box = (cols[0] * size_x, rows[0] * size_y, (cols[-1] + 1) * size_x, (rows[-1] + 1) * size_y)
-        return tuple(float(value) for value in box)
+        right, bottom = float((cols[-1] + 1) * size_x), float((rows[-1] + 1) * size_y)
+        return float(cols[0] * size_x), float(rows[0] * size_y), right, bottom
 
 
 _MIN_PIXELS = 16  # a section of fewer pixels a side shows no structure to register
@@ -184,7 +191,7 @@ class PairResult:
     matrix: NDArray[np.float64]
     """``(3, 3)``: points of the moving frame to the fixed frame, um."""
     method: str
-    """What was used in the end. May be simpler than what was asked for; `quality` says why."""
+    """Method of the result. It may be simpler than the requested one; `quality` says why."""
     quality: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Plain floats, booleans, strings and lists of strings; ready for JSON."""
     moving_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -196,15 +203,14 @@ class PairResult:
     def warp_points(self, points: ArrayLike) -> NDArray[np.float64]:
         """Points ``(n, 2)`` of the moving section in the fixed frame, um."""
         points = np.asarray(points, float).reshape(-1, 2)
-        points = points @ self.matrix[:2, :2].T + self.matrix[:2, 2]
+        points = apply_affine(points, self.matrix)
         return points if self.field is None else self.field.pushed(points)
 
     def pull_points(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Points ``(n, 2)`` of the fixed section in the moving frame, um: where an image has to be sampled."""
+        """Points ``(n, 2)`` of the fixed section in the moving frame, um, where its image is sampled."""
         points = np.asarray(points, float).reshape(-1, 2)
         points = points if self.field is None else self.field.pulled(points)
-        inverse = np.linalg.inv(self.matrix)
-        return points @ inverse[:2, :2].T + inverse[:2, 2]
+        return apply_affine(points, np.linalg.inv(self.matrix))
 
     @property
     def verdict(self) -> str:

@@ -1,4 +1,4 @@
-"""Placements given by hand: matrices and landmarks."""
+"""Matrices and landmarks that the user gives for a section."""
 
 from __future__ import annotations
 
@@ -28,24 +28,10 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     ValueError
         If there are fewer than two, numbers differ, or they lie on one point or (three or more) on one line.
     """
-    moving, fixed = np.asarray(moving, float), np.asarray(fixed, float)
-    if moving.ndim != 2 or moving.shape[-1] != 2 or moving.shape != fixed.shape or len(moving) < 2:
-        msg = (
-            "Landmarks must be two arrays (n, 2) of x, y in um with the same n >= 2, first in the section, then in the "
-            f"reference; found shapes {moving.shape} and {fixed.shape}."
-        )
-        raise ValueError(msg)
-    if not (np.isfinite(moving).all() and np.isfinite(fixed).all()):
-        msg = "Landmarks must be finite."
-        raise ValueError(msg)
+    moving, fixed = _checked(moving, fixed)
     matrix = np.eye(3)
     centres = moving.mean(axis=0), fixed.mean(axis=0)
     centred = moving - centres[0], fixed - centres[1]
-    spreads = [np.linalg.svd(points, compute_uv=False) for points in centred]
-    for spread in spreads:
-        if spread[0] == 0 or (len(moving) > 2 and spread[1] < _MIN_SPREAD * spread[0]):
-            msg = "Landmarks must not coincide or lie on one line: they do not tell how the section lies."
-            raise ValueError(msg)
     if kind == "affine" and len(moving) > 2:
         linear = np.linalg.lstsq(centred[0], centred[1], rcond=None)[0].T
     else:
@@ -56,6 +42,26 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     matrix[:2, :2] = linear
     matrix[:2, 2] = centres[1] - linear @ centres[0]
     return matrix
+
+
+def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Landmarks as two arrays (n, 2) that fix a transform."""
+    moving, fixed = np.asarray(moving, float), np.asarray(fixed, float)
+    if moving.ndim != 2 or moving.shape[-1] != 2 or moving.shape != fixed.shape or len(moving) < 2:
+        msg = (
+            "Landmarks must be two arrays (n, 2) of x, y in um with the same n >= 2, first in the section, then in the "
+            f"reference; found shapes {moving.shape} and {fixed.shape}."
+        )
+        raise ValueError(msg)
+    if not (np.isfinite(moving).all() and np.isfinite(fixed).all()):
+        msg = "Landmarks must be finite."
+        raise ValueError(msg)
+    for points in (moving, fixed):
+        spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+        if spread[0] == 0 or (len(points) > 2 and spread[1] < _MIN_SPREAD * spread[0]):
+            msg = "Landmarks must not coincide or lie on one line: such landmarks do not determine the placement."
+            raise ValueError(msg)
+    return moving, fixed
 
 
 def check_matrix(matrix: ArrayLike) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from spatial_impute._registration import (
     RegistrationParams,
     SectionImage,
     SectionTransform,
+    StackTask,
     deform_stack,
     register_chain,
     run_all,
@@ -192,17 +193,8 @@ def register_stack(
         for some in (given, starts)
     ]
     run = partial(run_all, show=show_progress_bar)
-    pairs, placed = register_chain(
-        images,
-        reference,
-        policy=policy,
-        method=kind,
-        given=in_thumbnails[0],
-        initial=in_thumbnails[1],
-        params=params,
-        seed=seed,
-        run=run,
-    )
+    task = StackTask(images, reference, policy, kind, *in_thumbnails, params, seed)
+    pairs, placed = register_chain(task, run)
     fields: dict[str, Any] = {}
     if method == "syn" and not (on_failure == "raise" and any(r.verdict == "failed" for r in placed.values())):
         fields = deform_stack(images, placed, reference, params=params, seed=seed, run=run)
