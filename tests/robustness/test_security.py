@@ -16,6 +16,7 @@ from PIL import Image
 
 import spatial_impute as si
 from spatial_impute._image.reading import open_image
+from spatial_impute._io.download import fetch
 from spatial_impute.datasets import _her2st
 from spatial_impute.encoders import _resnet, _tellez, _weights
 from spatial_impute.encoders._feature_cache import load_tokens
