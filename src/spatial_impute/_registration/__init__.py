@@ -13,7 +13,7 @@ from spatial_impute._registration.chain import (
 from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.transform import DisplacementField, SectionTransform
-from spatial_impute._registration.types import PairResult, RegistrationParams, SectionImage
+from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
 
 __all__ = [
     "ChainResult",

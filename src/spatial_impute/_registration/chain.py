@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -26,28 +26,6 @@ if TYPE_CHECKING:
 
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
 _NAMES = {"direct": "direct one", "sequential": "other one"}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChainResult:
-    """Where one section lies in the frame of the reference."""
-
-    matrix: NDArray[np.float64]
-    """``(3, 3)``: points of the section's frame to the reference frame, um."""
-    path: tuple[str, ...]
-    """Sections from this one to the reference, both included; each step is one pair."""
-    route: str
-    """``"reference"``, ``"sequential"`` (through the neighbours), ``"direct"`` or ``"given"`` (not registered)."""
-    score: float
-    """Structure score of the weakest pair on the path."""
-    verdict: str
-    """``"ok"``, ``"weak"`` or ``"failed"``: the worst pair on the path."""
-    disagreement: float | None = None
-    """Distance in um to the best other placement, mostly the direct one (root mean square); None without another."""
-    confirmed: bool = False
-    """True if a sound registration to the reference itself agrees."""
-    reasons: list[str] = field(default_factory=list)
-    """Remarks on this section, one sentence each."""
 
 
 def chain_to_reference(

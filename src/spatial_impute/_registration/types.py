@@ -216,3 +216,25 @@ class PairResult:
     def verdict(self) -> str:
         """``"ok"``, ``"weak"`` or ``"failed"``."""
         return self.quality.get("verdict", "failed")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainResult:
+    """Where one section lies in the frame of the reference."""
+
+    matrix: NDArray[np.float64]
+    """``(3, 3)``: points of the section's frame to the reference frame, um."""
+    path: tuple[str, ...]
+    """Sections from this one to the reference, both included; each step is one pair."""
+    route: str
+    """``"reference"``, ``"sequential"`` (through the neighbours), ``"direct"`` or ``"given"`` (not registered)."""
+    score: float
+    """Structure score of the weakest pair on the path."""
+    verdict: str
+    """``"ok"``, ``"weak"`` or ``"failed"``: the worst pair on the path."""
+    disagreement: float | None = None
+    """Distance in um to the best other placement, mostly the direct one (root mean square); None without another."""
+    confirmed: bool = False
+    """True if a sound registration to the reference itself agrees."""
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    """Remarks on this section, one sentence each."""
