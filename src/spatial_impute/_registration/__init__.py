@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from spatial_impute._io.workers import run_all
 from spatial_impute._registration.chain import (
-    ChainResult,
     StackTask,
     chain_to_reference,
     register_chain,

@@ -11,14 +11,12 @@ import numpy as np
 
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.quality import disagreement
-from spatial_impute._registration.types import PairResult, RegistrationParams
+from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
-
-    from spatial_impute._registration.types import PairResult, SectionImage
 
     Run = Callable[[Callable, list[tuple], str], list]
     Pairs = dict[tuple[str, str], PairResult]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-        from spatial_impute._registration.transform import DisplacementField
+    from spatial_impute._registration.transform import DisplacementField
     from spatial_impute._registration.types import ChainResult, RegistrationParams, SectionImage
 
 _BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
