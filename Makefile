@@ -42,10 +42,11 @@ docs: $(VENV)/.stamp-docs ## build the documentation, warnings are errors
 	DOCS_OFFLINE=$$offline $(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
-lint: $(VENV)/.stamp-dev ## check style, formatting and types
+lint: $(VENV)/.stamp-dev ## check style, formatting, complexity, types and dead code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/vulture src --min-confidence 80
 
 clean: ## remove build output, caches and demo_output/ (keeps .venv)
 	@rm -rf build dist demo_output docs/_build docs/generated docs/_static/gallery .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

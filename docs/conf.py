@@ -59,7 +59,6 @@ project = "spatial-impute"
 author = "spatial_impute contributors"
 copyright = f"{datetime.now():%Y}, {author}"
 release = version = _version("spatial-impute")
-repository_url = "https://github.com/scverse/spatial-impute"
 
 # -- general ----------------------------------------------------------------------------------------------------------
 extensions = [
@@ -70,6 +69,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_design",
     "sphinxcontrib.bibtex",
 ]
 templates_path = ["_templates"]
@@ -103,9 +103,6 @@ html_title = "spatial_impute"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_theme_options = {
-    "repository_url": repository_url,
-    "use_repository_button": True,
-    "path_to_docs": "docs/",
     "navbar_persistent": [],  # the search field is in the sidebar; not a second one above the page
 }
 
