@@ -60,7 +60,13 @@ def common_tissue(
 def tissue_dice(fixed: Channel, moving: Channel, matrix: NDArray, field: DisplacementField | None = None) -> float:
     """Dice coefficient of the two tissues after `matrix` and `field`, where both images show something."""
     overlap, fixed_area, moving_area = common_tissue(fixed, moving, matrix, field)
-    return min(1.0, 2.0 * float(overlap.sum()) / (fixed_area + moving_area))
+    return dice(float(overlap.sum()), fixed_area, moving_area)
+
+
+def dice(overlap: float, first: float, second: float) -> float:
+    """Dice coefficient from the area of an overlap and the areas of both masks; 0 without any area."""
+    total = first + second
+    return min(1.0, 2.0 * overlap / total) if total else 0.0
 
 
 def same_pose(first: NDArray[np.float64], second: NDArray[np.float64], moving: Channel) -> bool:

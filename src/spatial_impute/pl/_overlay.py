@@ -11,6 +11,7 @@ from scipy import ndimage as ndi
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import optical_density, tissue_mask
+from spatial_impute._registration.quality import dice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +146,7 @@ def overlay(reference: Drawn, moved: Drawn) -> np.ndarray:
 
 
 def tissue_dice(first: Drawn, second: Drawn) -> float:
-    """Overlap of the tissues where both images show something."""
+    """Dice coefficient of the two tissues inside both images."""
     seen = first.seen & second.seen
-    total = (first.mask & seen).sum() + (second.mask & seen).sum()
-    return float(2 * (first.mask & second.mask).sum() / total) if total else 0.0
+    first_mask, second_mask = first.mask & seen, second.mask & seen
+    return dice(float((first_mask & second_mask).sum()), float(first_mask.sum()), float(second_mask.sum()))
