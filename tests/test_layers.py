@@ -13,7 +13,7 @@ LAYERS = [
         "_keys",
         "_logging",
         "_settings",
-        "_progress",
+        "_params",
         "_validation",
         "_geometry",
         "_expression",

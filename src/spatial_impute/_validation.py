@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-_Params = TypeVar("_Params")  # a dataclass of settings
 _MOST = 2**32 - 1  # what seeds of NumPy and torch can hold
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
@@ -143,53 +141,3 @@ def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] 
     label = f" ({list(row_names)[row]!r})" if row_names is not None else ""
     msg = f"{name} must be finite; found {int(bad.sum())} NaN or infinite values, the first in row {row}{label}."
     raise ValueError(msg)
-
-
-def make_floats(params: object) -> None:
-    """Turn fields of settings that are annotated ``float`` into floats, or raise a ``ValueError``.
-
-    Settings come from files as well, and YAML reads ``1e-3`` as text.
-    """
-    for field in dataclasses.fields(params):  # type: ignore[arg-type]
-        if field.type in (float, "float"):
-            value = getattr(params, field.name)
-            try:
-                number = float(value)
-            except (OverflowError, TypeError, ValueError) as error:
-                msg = f"`{field.name}` must be a number, found {value!r}."
-                raise ValueError(msg) from error
-            object.__setattr__(params, field.name, number)
-
-
-def resolve_params(params: object, cls: type[_Params]) -> _Params:
-    """Return `params` as an instance of the parameter class `cls`.
-
-    Parameters
-    ----------
-    params
-        ``None`` (defaults), an instance of `cls`, or a mapping of its field names.
-    cls
-        A dataclass that checks itself on creation.
-
-    Raises
-    ------
-    TypeError
-        For anything else, or for unknown field names (all are listed).
-    """
-    if params is None:
-        return cls()
-    if isinstance(params, cls):
-        return params
-    if isinstance(params, Mapping):
-        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        unknown = sorted(set(params) - set(fields))
-        if unknown:
-            msg = f"Unknown fields {unknown} for {cls.__name__}; available: {sorted(fields)}."
-            raise TypeError(msg)
-        try:
-            return cls(**params)
-        except TypeError as error:  # compared a string to a number, say
-            msg = f"{cls.__name__} cannot be made of {dict(params)}: {error}."
-            raise ValueError(msg) from error
-    msg = f"Expected None, a mapping or {cls.__name__}, found {type(params).__name__}."
-    raise TypeError(msg)

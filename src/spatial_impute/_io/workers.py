@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._logging import logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

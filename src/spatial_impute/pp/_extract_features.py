@@ -12,7 +12,7 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.table import stack_table

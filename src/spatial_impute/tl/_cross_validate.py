@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._progress import progress
+from spatial_impute._params import resolve_params
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
@@ -19,7 +20,6 @@ from spatial_impute._validation import (
     require_key,
     require_one_of,
     require_positive,
-    resolve_params,
 )
 from spatial_impute.tl._provenance import require_same_units, units
 from spatial_impute.tl._read_spots import read_spots

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._logging import logger
-from spatial_impute._validation import require_count, require_device, resolve_params
+from spatial_impute._params import resolve_params
+from spatial_impute._validation import require_count, require_device
 from spatial_impute.tl._fit_asign import _steps
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import require_element_key
 from spatial_impute._validation import (
     require_count,
