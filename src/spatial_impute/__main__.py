@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spatial_impute._settings import settings
 
-_PACKAGES = "anndata spatialdata scanpy squidpy torch torch-geometric antspyx dask zarr numpy".split()
+_PACKAGES = ["anndata", "spatialdata", "scanpy", "squidpy", "torch", "torch-geometric", "antspyx", "dask", "zarr", "numpy"]
 _EXTRAS = {"plot": ["spatialdata-plot"], "interactive": ["plotly"], "encoders": ["timm", "transformers"]}
 
 
