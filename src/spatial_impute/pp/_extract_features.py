@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from spatial_impute._image.color import StainMap
     from spatial_impute._image.levels import Level
-    from spatial_impute._image.stain import StainMap
     from spatial_impute._stack.record import Section, StackRecord
     from spatial_impute.encoders._encoder import Encoder
     from spatial_impute.encoders._tokens import Layout
@@ -130,7 +130,7 @@ def extract_features(
     >>> sdata.tables["stack"].obsm["X_spot"].shape[1]
     50
     """
-    from spatial_impute._image.stain import METHODS
+    from spatial_impute._image.color import METHODS
     from spatial_impute.encoders._encoder import requested_threads, resolve_encoder
     from spatial_impute.encoders._tokens import section_tokens
 
@@ -297,7 +297,7 @@ def _stain_maps(
     """Colour maps to the reference section, for the other ones."""
     if method is None:
         return {}
-    from spatial_impute._image.stain import fit_stain_map
+    from spatial_impute._image.color import fit_stain_map
 
     def thumbnail(section: Section) -> tuple[np.ndarray, float]:
         rgb, to_um = read_thumbnail(section_levels(sdata, section), _STAIN_RESOLUTION)

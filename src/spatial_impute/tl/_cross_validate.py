@@ -286,12 +286,12 @@ def _geometry(
 def _colour(stacks: list[SpatialData], tables: list[AnnData], section: np.ndarray) -> np.ndarray:
     """(n, 6) colour statistics of spots, standardised within sections like all features."""
     from spatial_impute._graph import standardise_by_section
-    from spatial_impute._image.color import colour_statistics
+    from spatial_impute._image.color import color_statistics
 
     values = np.zeros((len(section), 6))
     for i, name, centers, radius, rows in _geometry(stacks, tables):
         levels = section_levels(stacks[i], load_record(stacks[i])[name])
-        values[rows] = colour_statistics(levels, centers, radius)
+        values[rows] = color_statistics(levels, centers, radius)
     return standardise_by_section(values, section)
 
 
