@@ -123,7 +123,7 @@ def predict_dense(
     --------
     See :func:`~spatial_impute.tl.predict_regions`.
     """
-    from spatial_impute._io.dense_store import DenseStore, as_element, write_tiles
+    from spatial_impute._io.stores import DenseStore, as_element, write_tiles
     from spatial_impute._io.workers import active_client
 
     key = Keys.expression(image_key) if key_added is None else key_added
@@ -284,7 +284,7 @@ def predict_regions(
     uns = {Keys.PIXNET: _provenance(model, image_key)}
     obsm = {Keys.SPATIAL: centers}
     if store is not None:
-        from spatial_impute._io.region_store import RegionStore
+        from spatial_impute._io.stores import RegionStore
 
         writer = RegionStore(store, (len(in_px), len(genes_index)))
 
