@@ -205,7 +205,7 @@ PP = [
         "pp.extract_features",
         "a spot off its image",
         ValueError,
-        "1 of 34 spots of `sdata.shapes['s1_spots']` lie off their image",
+        "1 of 34 spots of `sdata.shapes['s1_spots']` lie outside their image",
         features,
         change=move_spot,
     ),
