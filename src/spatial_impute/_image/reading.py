@@ -160,10 +160,10 @@ def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=2)
-def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
+def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
     """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG.
 
-    These formats are decoded in one piece, so the last two images stay in memory while their windows are read. `modified`
+    These formats are decoded in one piece, so the last two images stay in memory while their windows are read. `_modified`
     (time of change, ns) tells a changed file from an old one.
     """
     with _pil_open(path) as image:

@@ -46,9 +46,9 @@ class RegistrationParams:
     search_side: Annotated[Whole, Field(ge=32)] = 160
     """Longer side, in pixels, of the tissue in the search for the orientation."""
     n_angles: Annotated[Whole, Field(ge=4)] = 36
-    """Number of rotations tried, evenly spread over 360 degrees."""
+    """Number of rotations to try, evenly spread over 360 degrees."""
     allow_mirror: Flag = True
-    """Whether a section may lie upside down on its slide."""
+    """Also try mirror images: a section may lie upside down on its slide."""
     n_candidates: Count = 6
     """Number of distinct orientations refined before the best one is chosen."""
     linear_iterations: Iterations = (200, 200, 100, 50)
@@ -59,38 +59,38 @@ class RegistrationParams:
     """Half side in um of the window in which the deformable fit correlates (4 pixels at most): above a cell, below a
     region."""
     syn_side: Annotated[Whole, Field(ge=64)] = 320
-    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows what two sections do
-    not share. 640 is closer where they show the same structures (two stains of neighbouring thin sections); it takes
-    four times as long or more."""
+    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows structures that two
+    sections do not share. 640 is more exact for sections with the same structures (two stains of neighbouring thin
+    sections), and takes at least four times as long."""
     syn_smoothing: Smoothing = ((6.0, 3.0), (6.0, 1.0))
     """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
 
-    The first fit is with the first of them, by mutual information alone, and two or four times as stiff with contrast.
-    Then local correlation takes part, which is used only if it is better on tissue that the fit has not seen.
+    The first fit uses the first pair and mutual information alone; with contrast it is two or four times as stiff. The
+    next fits add local correlation. They are used only if they are better on tissue that was held out of the fit.
     """
     jacobian_limits: AreaLimits = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
     max_displacement: Positive = 250.0
-    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak. So much background
-    round the tissue takes part in the fit, that outlines can find each other."""
+    """Displacement in um (99th percentile in tissue) above which the verdict on a deformable fit is "weak". The fit
+    also includes a rim of background of this width, so that outlines can match."""
     max_scale: Annotated[Number, Field(gt=1)] = 1.18
-    """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
+    """Largest stretch of an accepted affine fit, and the inverse of its largest shrinkage."""
     mask_margin: Positive = 100.0
-    """Width in um of the rim of background round the tissue that takes part in the fit, so that outlines count."""
+    """Width in um of the rim of background around the tissue that the fit includes, so that outlines count."""
     min_score: Share = 0.35
-    """Structure score below which a pair is called weak. Wrong orientations of real sections reach 0.37."""
+    """Structure score below which the verdict is "weak". Wrong orientations of real sections reach 0.37."""
     min_margin: Share = 0.08
-    """Lead of the chosen pose over the best different one, below which a pair is called weak."""
+    """Lead of the chosen pose over the best other one, below which the verdict is "weak"."""
     min_dice: Share = 0.9
-    """Overlap of the tissue masks (Dice) below which a pair is called weak."""
+    """Overlap of the tissue masks (Dice) below which the verdict is "weak"."""
     failed_dice: Share = 0.8
-    """Overlap of the tissue masks below which a pair has failed, unless `partial_tissue`."""
+    """Overlap of the tissue masks below which the verdict is "failed", unless `partial_tissue`."""
     max_residual: Positive = 100.0
-    """Estimated residual error in um above which a pair is called weak: a spot of an ST array."""
+    """Estimated residual error in um above which the verdict is "weak": the size of a spot of an ST array."""
     partial_tissue: Flag = False
-    """Whether sections may have lost a large part of their tissue. A low overlap is then weak, never failed."""
+    """Accept sections without a large part of their tissue. A low overlap is then "weak", never "failed"."""
     max_chain_disagreement: Positive = 50.0
-    """Distance in um between chained and direct registration up to which the chain is kept."""
+    """Largest distance in um between chained and direct registration for which the chain is used."""
 
     @field_validator("linear_iterations", "syn_iterations")
     @classmethod

@@ -229,7 +229,7 @@ PP = [
         "pp.extract_features",
         "rows of the stack table that are gone",
         ValueError,
-        "Take the same ones out of `sdata.shapes`",
+        "Remove the same spots from `sdata.shapes`",
         features,
         change=keep(3, 3, 3),
     ),
