@@ -11,7 +11,18 @@ from pathlib import Path
 
 from spatial_impute._settings import settings
 
-_PACKAGES = ["anndata", "spatialdata", "scanpy", "squidpy", "torch", "torch-geometric", "antspyx", "dask", "zarr", "numpy"]
+_PACKAGES = [
+    "anndata",
+    "spatialdata",
+    "scanpy",
+    "squidpy",
+    "torch",
+    "torch-geometric",
+    "antspyx",
+    "dask",
+    "zarr",
+    "numpy",
+]
 _EXTRAS = {"plot": ["spatialdata-plot"], "interactive": ["plotly"], "encoders": ["timm", "transformers"]}
 
 
@@ -76,6 +87,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def info() -> str:
     """Versions, devices, caches and data; for users and for bug reports."""
+    import torch
+
     lines = [f"spatial-impute {version('spatial-impute')}", ""]
     lines += [f"python         {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<14} {_version(name) or 'MISSING'}" for name in _PACKAGES]
@@ -83,7 +96,20 @@ def info() -> str:
     for extra, names in _EXTRAS.items():
         found = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in names)
         lines.append(f"  {extra:<12} {found}")
-    return "\n".join([*lines, "", *_devices(), "", *_data(settings.data_dir)])
+    threads = f"CPU threads    {torch.get_num_threads()} of {os.cpu_count()} cores"
+    lines += ["", f"device         {settings.device}", threads]
+    for k in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(k)
+        lines.append(f"  cuda:{k}       {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    lines += ["", f"data folder    {settings.data_dir}"]
+    if not settings.data_dir.is_dir():
+        lines.append("  does not exist yet; the first download makes it")
+        return "\n".join(lines)
+    for entry in sorted(path for path in settings.data_dir.iterdir() if path.is_dir()):
+        files = [path for path in entry.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 2**20
+        lines.append(f"  {entry.name:<12} {len(files)} files, {size:.1f} MiB")
+    return "\n".join(lines)
 
 
 def _version(name: str) -> str | None:
@@ -91,27 +117,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _devices() -> list[str]:
-    import torch
-
-    lines = [f"device         {settings.device}", f"CPU threads    {torch.get_num_threads()} of {os.cpu_count()} cores"]
-    for k in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(k)
-        lines.append(f"  cuda:{k}       {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    return lines
-
-
-def _data(folder: Path) -> list[str]:
-    lines = [f"data folder    {folder}"]
-    if not folder.is_dir():
-        return [*lines, "  does not exist yet; the first download makes it"]
-    for entry in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [path for path in entry.rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files) / 2**20
-        lines.append(f"  {entry.name:<12} {len(files)} files, {size:.1f} MiB")
-    return lines
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def test_crash_between_rename_and_metadata_is_repaired(stored, small_pixnet, mon
 def test_element_of_that_name_is_not_overwritten_unasked(stored, small_pixnet):
     sdata, store = stored
     si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store, genes=small_pixnet.var_names[:1])
-    with pytest.raises(ValueError, match="already; pass another `key_added`, or `overwrite=True`"):
+    with pytest.raises(ValueError, match="Pass another `key_added`, or `overwrite=True`"):
         si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store)
     si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store, overwrite=True)
     assert sd.read_zarr(store).images[KEY].sizes["c"] == len(small_pixnet.var_names)

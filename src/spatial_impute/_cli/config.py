@@ -289,19 +289,7 @@ def _refuse_duplicates(node: Any, prefix: str = "") -> None:
 
 
 def check_config(found: object, *, folder: Path) -> RunConfig:
-    """Check the content of a file.
-
-    Parameters
-    ----------
-    found
-        Parsed file.
-    folder
-        Folder that relative paths start from.
-
-    Raises
-    ------
-    ConfigError
-        If a key is missing, unknown, or has a wrong value.
+    """Check the content of a file; relative paths start from `folder`.
 
     Examples
     --------

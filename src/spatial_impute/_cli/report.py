@@ -72,7 +72,7 @@ def write_report(results: Results, output: Path) -> Path:
     (output / "report.md").write_text(to_markdown(blocks))
     (output / "report.html").write_text(to_html(blocks, output / "figures"))
     record = {"config": results.config, "seconds": round(results.seconds, 1), "version": version("spatial-impute")}
-    (output / "run.json").write_text(json.dumps(record, indent=1))
+    (output / "run.json").write_text(json.dumps(record, indent=1, default=str))
     return output / "report.html"
 
 
@@ -103,7 +103,7 @@ def report_blocks(results: Results) -> list[Block]:
         ("h2", "Figures"),
         *figures.values(),
         ("h2", "Settings"),
-        ("code", json.dumps(results.config, indent=1)),
+        ("code", json.dumps(results.config, indent=1, default=str)),
     ]
     return [part for part in parts if part is not None]
 

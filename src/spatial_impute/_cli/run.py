@@ -63,7 +63,7 @@ def run(config: RunConfig) -> Path:
         scores=scores,
         registration=si.metrics.registration_quality(sdata),
         layer=layer,
-        config=_plain(asdict(config)),
+        config=asdict(config),
         figures=_draw(sdata, plot_genes(sdata, config.plot_genes), figures, layer=layer, model=model, scores=scores),
     )
     _write_data(results, config.output)
@@ -173,15 +173,6 @@ def _prepare(output: Path) -> Path:
     figures.mkdir(parents=True, exist_ok=True)
     mark.touch()
     return figures
-
-
-def _plain(value: Any) -> Any:
-    """The same with paths as text, for JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:

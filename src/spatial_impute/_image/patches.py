@@ -26,23 +26,10 @@ _TILES_KEPT = 4
 def iter_patches(
     levels: list[Level], centers: np.ndarray, side: float, n_px: int, *, batch_size: int = 128
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Square patches around points, resampled to a fixed number of pixels.
+    """Square patches of `n_px` pixels and `side` um around points (n, 2) in um, in batches of up to `batch_size`.
 
-    Patches are read tile by tile from the coarsest level that is fine enough; a level much finer than that is averaged by
-    whole pixels first. Memory is bounded by a few tiles and a batch of patches.
-
-    Parameters
-    ----------
-    levels
-        Resolutions of one image.
-    centers
-        (n, 2) x, y in um in the section frame.
-    side
-        Edge length of a patch in um; its edges are parallel to the axes of the section frame.
-    n_px
-        Pixels along an edge of the result.
-    batch_size
-        Largest number of patches in a batch.
+    Edges are parallel to the axes of the section frame. Patches are read tile by tile from the coarsest level that is fine
+    enough; a level much finer than that is averaged by whole pixels first. Memory is bounded by a few tiles and a batch.
 
     Yields
     ------

@@ -40,29 +40,13 @@ def run_on_workers(
     broadcast: bool = False,
     on_done: Callable[[], Any] = lambda: None,
 ) -> list[Any]:
-    """Results of ``function(*task)``, in the order of the tasks.
+    """Results of ``function(*task)``, in the order of the tasks; `on_done` is called for each.
 
-    Dataclasses among the arguments are sent once, not with each task, to keep images and networks out of the graph. Dask
-    gives the tasks of a dead worker to another one. It cannot make sent data again that only the dead worker held: these
-    are sent once more, with the tasks that need them.
-
-    Parameters
-    ----------
-    client
-        Client of dask.distributed.
-    function
-        Pure, so that the result does not depend on where and how often it runs.
-    tasks
-        Arguments.
-    broadcast
-        Send the dataclasses to all workers at once, instead of to those that need them.
-    on_done
-        Called for each result.
-
-    Raises
-    ------
-    CancelledError
-        If workers die in each of several attempts, or the cluster is shut down.
+    The function is pure: its result does not depend on where and how often it runs. Dataclasses among the arguments are
+    sent once, not with each task, to keep images and networks out of the graph; with `broadcast` to all workers at once.
+    Dask gives the tasks of a dead worker to another one. It cannot make sent data again that only the dead worker held:
+    these are sent once more, with the tasks that need them. If workers die in each of several attempts, a
+    ``CancelledError`` is raised.
     """
     from distributed import CancelledError, as_completed
 

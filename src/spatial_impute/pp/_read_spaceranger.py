@@ -48,25 +48,10 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
 
 
 def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
-    """Read image, spots and counts of the folder of one sample.
+    """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
-    `fullres_image` is the scan that was given to Space Ranger; without it the ``hires`` or ``lowres`` image is read.
-
-    Returns
-    -------
-    sdata
-        All elements in the coordinate system ``"global"``, in pixels of the full resolution.
-    mpp
-        um per pixel of the full resolution.
-    source
-        Source of the pixel size: ``"metadata"`` (Visium HD) or ``"spot pitch"``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing.
-    ValueError
-        If counts and positions share no barcode.
+    All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without `fullres_image`,
+    the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
     """
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
     positions = _read_positions(folder)
