@@ -345,9 +345,7 @@ def test_open_image_goes_by_content_not_by_name(tmp_path):
     assert open_image(tmp_path / "b.jpg").levels[0].compute().shape == (3, 50, 60)
     Image.fromarray(picture(50, 60)).save(tmp_path / "c.bmp")
     (tmp_path / "c.bmp").rename(tmp_path / "c.png")
-    with pytest.raises(
-        ValueError, match=r"c\.png is neither PNG nor JPEG: it starts with b'BM"
-    ):
+    with pytest.raises(ValueError, match=r"c\.png is neither PNG nor JPEG: it starts with b'BM"):
         open_image(tmp_path / "c.png")
 
 
