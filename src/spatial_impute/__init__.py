@@ -1,7 +1,8 @@
 """3D imputation of spatial transcriptomics from serial H&E sections.
 
-``pp`` assembles, segments, lays spots, chooses genes and extracts features; ``tl`` registers sections, builds the 3D graph,
-fits models and imputes; ``pl`` draws; ``metrics``, ``datasets`` and ``models``. Namespaces are imported on first use.
+``pp`` assembles, segments, lays spots, chooses genes and extracts features; ``tl`` registers sections, builds the 3D
+graph, fits models and imputes; ``pl`` draws; ``metrics``, ``datasets`` and ``models``. Namespaces are imported on first
+use.
 """
 
 from __future__ import annotations

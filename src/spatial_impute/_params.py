@@ -38,7 +38,8 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 def settings_class(cls: type[_Settings]) -> type[_Settings]:
     """Make a frozen dataclass whose fields are checked against their annotations.
 
-    A wrong value raises a ``ValueError``, an unknown field a ``TypeError``. ``dataclasses.asdict`` and ``replace`` work.
+    A wrong value raises a ``ValueError``, an unknown field a ``TypeError``. ``dataclasses.asdict`` and ``replace``
+    work.
     """
     made: Any = dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))(cls)
     validated = made.__init__

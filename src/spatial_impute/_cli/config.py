@@ -107,7 +107,10 @@ def _section_names(found: Any) -> Any:
         return found
     for name in found:
         if isinstance(name, bool):
-            msg = f"has a section named {name!r}: YAML reads `on`, `off`, `yes` and `no` as true and false. Put quotes around it."
+            msg = (
+                f"has a section named {name!r}: YAML reads `on`, `off`, `yes` and `no` as true and false. Put quotes "
+                "around it."
+            )
             raise ValueError(msg)
     return {str(name): value for name, value in found.items()}
 

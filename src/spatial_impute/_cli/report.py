@@ -81,10 +81,10 @@ def report_blocks(results: Results) -> list[Block]:
     table = results.sdata.tables[Keys.STACK_TABLE]
     units = table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown units")
     figures: dict[str, Block] = {name: ("figure", (name, text)) for name, text in results.figures.items()}
-    spatial_impute = f"spatial_impute {version('spatial-impute')}"
+    package = f"spatial_impute {version('spatial-impute')}"
     summary = (
         f"{len(load_record(results.sdata).sections)} sections, {table.n_obs} spots, {table.n_vars} genes ({units}). "
-        f"Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. {spatial_impute}, {results.seconds:.0f} s."
+        f"Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. {package}, {results.seconds:.0f} s."
     )
     quality = _columns(results.registration.reset_index(), _QUALITY, 2)
     parts: list[Block | None] = [
@@ -114,8 +114,8 @@ def _score_blocks(scores: pd.DataFrame | None) -> list[Block]:
     intervals = " `low` and `high` are the 95 % interval of the mean over genes." if "low" in scores else ""
     text = (
         "All methods are scored on the same measured spots, which none of them was fitted on. Read `r per gene`: the "
-        f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method. The mean profile may "
-        "fall below 0: it is computed without the held-out block, so it is low where the block is high."
+        f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method. The mean profile "
+        "may fall below 0: it is computed without the held-out block, so it is low where the block is high."
     )
     table = _columns(scores.reset_index(), _SCORES, 1)
     return [("h2", "Baselines and model on held-out spots"), ("p", text), ("table", table)]
@@ -131,7 +131,8 @@ def cautions(results: Results) -> list[str]:
         found += _about_support(table)
     return [
         *found,
-        "Held-out spots lie on measured sections. Expect lower scores on the other sections: no held-out spot shows how sections differ.",
+        "Held-out spots lie on measured sections. Expect lower scores on the other sections: no held-out spot shows "
+        "how sections differ.",
         "Imputed values are no measurements: they are smoother, and spots are not independent. Do not test for "
         "differential expression on them as if they were measured.",
     ]
@@ -159,8 +160,8 @@ def _about_model(results: Results) -> list[str]:
         if low > 0:
             return []
         return [
-            f"This run does not show that ASIGN is better than {best}: the difference of their r per gene is {margin:+.3f}, 95 % "
-            f"interval {low:+.3f} to {high:+.3f}."
+            f"This run does not show that ASIGN is better than {best}: the difference of their r per gene is "
+            f"{margin:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}."
         ]
     return [] if margin > 0 else [f"ASIGN scores no higher than {best} (r per gene {margin:+.3f})."]
 

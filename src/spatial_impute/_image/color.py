@@ -63,7 +63,7 @@ class StainMap:
 
 
 def fit_stain_map(source: np.ndarray, target: np.ndarray, pixel_size: tuple[float, float], *, method: str) -> StainMap:
-    """Map that gives the tissue of one section the colors of another; (y, x, 3) thumbnails in 0-255, um per pixel of each.
+    """Map that gives the tissue of one section the colors of another, from their thumbnails (y, x, 3) in 0-255.
 
     ``"reinhard"``: mean and spread of each optical density :cite:p:`Reinhard2001`. ``"macenko"``: directions of the two
     stains, and their strength :cite:p:`Macenko2009`. Raises a ``ValueError`` without enough stained tissue.

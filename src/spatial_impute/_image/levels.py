@@ -93,8 +93,8 @@ def best_level(levels: Sequence[Level], pixel_size: float) -> Level:
 def require_colors(array: np.ndarray, white: float) -> np.ndarray:
     """Color channels of (c, y, x); transparent and NaN pixels become `white`, other alpha is dropped.
 
-    Glass that was erased in an image editor is transparent, and usually black below. Pixels beyond a warped image are NaN.
-    Raises a ``ValueError`` for 2 or more than 4 channels: such an image is no H&E scan.
+    Glass that was erased in an image editor is transparent, and usually black below. Pixels beyond a warped image are
+    NaN. Raises a ``ValueError`` for 2 or more than 4 channels: such an image is no H&E scan.
     """
     if array.shape[0] not in (1, 3, 4):
         msg = f"An H&E image has 1, 3 or 4 channels, found {array.shape[0]}. Select three channels before assembling."
@@ -118,7 +118,8 @@ def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
 def decode(data: Any) -> np.ndarray:
     """Pixels of a lazy array or of one in memory."""
     if hasattr(data, "compute"):
-        # Threads of dask inside those of a data loader or a worker can deadlock; one window is too small to gain from them.
+        # Threads of dask inside those of a data loader or a worker can deadlock; one window is too small to gain from
+        # them.
         data = data.compute(scheduler="synchronous")
     return np.asarray(data)
 
@@ -154,8 +155,8 @@ def read_thumbnail(levels: Sequence[Level], pixel_size: float) -> tuple[np.ndarr
     rows, columns = height // factor, width // factor
     if rows * columns > _MAX_THUMBNAIL:
         msg = (
-            f"At {pixel_size:g} um per pixel the image of {width} x {height} px would be read as {columns} x {rows} px, more "
-            f"than fits in memory ({_MAX_THUMBNAIL} px). Take a coarser `resolution`."
+            f"At {pixel_size:g} um per pixel the image of {width} x {height} px would be read as {columns} x {rows} "
+            f"px, more than fits in memory ({_MAX_THUMBNAIL} px). Take a coarser `resolution`."
         )
         raise ValueError(msg)
     chunk_rows = level.data.data.chunks[1][0] if hasattr(level.data.data, "chunks") else height

@@ -1,4 +1,4 @@
-"""Square patches of an image, resampled to a fixed pixel size while every chunk of the file is decoded at most twice."""
+"""Square patches of an image, resampled to a fixed pixel size; each chunk of the file is decoded at most twice."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from spatial_impute._image.levels import Level
 
 _TILE = 1024  # px; a tile of three such channels is 3 MiB, and no smaller than the usual chunk
-# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the right
-# and below are in use. Every tile is then read for its own row and for the one above, and no more.
+# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the
+# right and below are in use. Every tile is then read for its own row and for the one above, and no more.
 _TILES_KEPT = 4
 
 
@@ -28,15 +28,17 @@ def iter_patches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Square patches of `n_px` pixels and `side` um around points (n, 2) in um, in batches of up to `batch_size`.
 
-    Edges are parallel to the axes of the section frame. Patches are read tile by tile from the coarsest level that is fine
-    enough; a level much finer than that is averaged by whole pixels first. Memory is bounded by a few tiles and a batch.
+    Edges are parallel to the axes of the section frame. Patches are read tile by tile from the coarsest level that is
+    fine enough; a level much finer than that is averaged by whole pixels first. Memory is bounded by a few tiles and a
+    batch.
 
     Yields
     ------
     index
         Rows of `centers` in this batch.
     patches
-        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond the image.
+        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond the
+        image.
     """
     if not len(centers):
         return

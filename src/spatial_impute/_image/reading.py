@@ -68,7 +68,10 @@ def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
     except Exception as error:
         if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
             raise  # the message names the file
-        msg = f"{str(path)!r} cannot be read as an image: {error}. Check that the file is complete and that its suffix fits its format."
+        msg = (
+            f"{str(path)!r} cannot be read as an image: {error}. Check that the file is complete and that its suffix "
+            "fits its format."
+        )
         raise ValueError(msg) from error
 
 
@@ -80,8 +83,8 @@ def _open_tiff(path: Path) -> ImageFile:
 def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> da.Array:
     """Dask array of an array on disk; a `name` identifies the same file in a session.
 
-    A dask chunk holds whole chunks of the file, so that none is decoded twice. It holds about `_CHUNK` px and all colors:
-    strips would make one task per row, small tiles millions of tasks on a large slide.
+    A dask chunk holds whole chunks of the file, so that none is decoded twice. It holds about `_CHUNK` px and all
+    colors: strips would make one task per row, small tiles millions of tasks on a large slide.
     """
     import dask.array as da
 
@@ -123,8 +126,8 @@ def _open_plain(path: Path) -> ImageFile:
 def _pil_open(path: str | Path) -> Image.Image:
     """Open PNG or JPEG, known by the first bytes, at up to twice the pixels above which PIL warns.
 
-    ``PIL.Image.open`` warns of each scan above 89 megapixels. A filter of warnings does not help: it belongs to the whole
-    process, and several threads decode images.
+    ``PIL.Image.open`` warns of each scan above 89 megapixels. A filter of warnings does not help: it belongs to the
+    whole process, and several threads decode images.
     """
     from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
@@ -142,8 +145,8 @@ def _pil_open(path: str | Path) -> Image.Image:
     if limit is not None and pixels > 2 * limit:
         image.close()
         msg = (
-            f"{Path(path).name} is too large to decode in one piece ({pixels} pixels, the limit is {2 * limit}); convert "
-            "it to a tiled TIFF."
+            f"{Path(path).name} is too large to decode in one piece ({pixels} pixels, the limit is {2 * limit}); "
+            "convert it to a tiled TIFF."
         )
         raise ValueError(msg)
     return image
@@ -163,8 +166,8 @@ def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
 def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
     """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG.
 
-    These formats are decoded in one piece, so the last two images stay in memory while their windows are read. `_modified`
-    (time of change, ns) tells a changed file from an old one.
+    These formats are decoded in one piece, so the last two images stay in memory while their windows are read.
+    `_modified` (time of change, ns) tells a changed file from an old one.
     """
     with _pil_open(path) as image:
         if fraction > 1:

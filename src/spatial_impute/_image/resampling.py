@@ -27,8 +27,8 @@ _STRIPE = 2**26  # bytes, where they come in stripes; a slide of 5,000 px has mo
 class ChunkCache:
     """Cache of the decoded chunks of one resolution of an image; the least recently used ones are dropped.
 
-    Windows in stripes (see :meth:`stripe`) decode each chunk at most twice, in memory that does not grow with the slide. A
-    copy for another process starts empty.
+    Windows in stripes (see :meth:`stripe`) decode each chunk at most twice, in memory that does not grow with the
+    slide. A copy for another process starts empty.
     """
 
     def __init__(self, limit: int = _LIMIT) -> None:

@@ -99,8 +99,9 @@ def require_plausible(array: Any, path: Path) -> None:
     n_chunks = math.prod(-(-n // max(c, 1)) for n, c in zip(array.shape, array.chunks, strict=True))
     if chunk_bytes > _MAX_CHUNK_BYTES or n_chunks > _MAX_CHUNKS:
         msg = (
-            f"{path.name!r} announces {tuple(array.shape)} values in {n_chunks} chunks of {chunk_bytes / 2**20:.3g} MiB each; "
-            f"up to {_MAX_CHUNKS} chunks of {_MAX_CHUNK_BYTES // 2**20} MiB are read. Convert it to a tiled TIFF or OME-Zarr."
+            f"{path.name!r} announces {tuple(array.shape)} values in {n_chunks} chunks of {chunk_bytes / 2**20:.3g} "
+            f"MiB each; up to {_MAX_CHUNKS} chunks of {_MAX_CHUNK_BYTES // 2**20} MiB are read. Convert it to a tiled "
+            "TIFF or OME-Zarr."
         )
         raise ValueError(msg)
 

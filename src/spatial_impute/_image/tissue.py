@@ -30,9 +30,9 @@ _MIN_OD = 0.02  # a threshold below 2 % absorption separates noise from noise: t
 def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
     """Optical density of a brightfield image, ``-ln(I / I0)``, against the background of the image.
 
-    ``I0`` is the median color of the bright pixels. Padding (transparent pixels, a black frame around the scan) does not
-    count for it and gets density 0. An image on a dark background (fluorescence) is inverted first, so that signal is
-    always positive.
+    ``I0`` is the median color of the bright pixels. Padding (transparent pixels, a black frame around the scan) does
+    not count for it and gets density 0. An image on a dark background (fluorescence) is inverted first, so that signal
+    is always positive.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def _threshold(
 
 
 def _valley_depth(values: NDArray, threshold: float) -> float:
-    """Depth of the dip of the histogram near `threshold`, relative to the smaller of its two peaks (0 none, 1 empty)."""
+    """Depth of the dip of the histogram near `threshold`, relative to the smaller of its two peaks."""
     counts, edges = np.histogram(values, bins=_N_BINS)
     split = int(np.clip(np.searchsorted(edges, threshold), 1, _N_BINS - 1))
     peak = min(counts[:split].max(), counts[split:].max())
@@ -182,8 +182,8 @@ def _white_level(image: NDArray, visible: NDArray[np.bool_]) -> float:
 def _find_padding(image: NDArray, visible: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], bool]:
     """Pixels of `visible` without black frames, and True if the whole image lies on a dark background.
 
-    Both are black at the border. Further in, a black frame ends in a jump to glass or tissue, while the signal on a dark
-    background begins dark.
+    Both are black at the border. Further in, a black frame ends in a jump to glass or tissue, while the signal on a
+    dark background begins dark.
     """
     if not visible.any():
         return visible, False

@@ -31,7 +31,7 @@ def fetch(name: str, *, folder: Path, sha256: Mapping[str, str], urls: Mapping[s
         return Path(cache.fetch(name, progressbar=settings.show_progress_bar))
     except RequestException as error:
         msg = (
-            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 {sha256[name]}) "
-            f"at {str(folder / name)!r}."
+            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 "
+            f"{sha256[name]}) at {str(folder / name)!r}."
         )
         raise ConnectionError(msg) from error

@@ -1,7 +1,8 @@
 """Results that are written piece by piece: a dense map in a SpatialData store, a table of regions in a zarr store.
 
-A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists. Each finished
-tile leaves a marker there, so that the next run continues an interrupted one. One rename moves the finished map into place.
+A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists. Each
+finished tile leaves a marker there, so that the next run continues an interrupted one. One rename moves the finished
+map into place.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class TiledMap(Protocol):
 class DenseStore:
     """Writer of the map `job` with the channels `names` as the image element `key` of a SpatialData store.
 
-    The element lies in the coordinate system `frame`. With `overwrite` it replaces one of the same name when it is complete.
-    Raises a ``FileNotFoundError`` if there is no store, a ``ValueError`` if another element has that name.
+    The element lies in the coordinate system `frame`. With `overwrite` it replaces one of the same name when it is
+    complete. Raises a ``FileNotFoundError`` if there is no store, a ``ValueError`` if another element has that name.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class DenseStore:
         old = cast("zarr.Array", group[name])
         rows, columns = self.job.cells
         n = self.job.chunk
-        # Readers read single chunks of a file: one gene costs a hundredth of the map, and files stay few. A file holds whole
-        # stacks of chunks of one tile, so that no two tiles share a file.
+        # Readers read single chunks of a file: one gene costs a hundredth of the map, and files stay few. A file holds
+        # whole stacks of chunks of one tile, so that no two tiles share a file.
         per_chunk = max(1, len(self.names) // 100)
         stack = (min(n, rows), min(n, columns))
         bytes_of_chunk = per_chunk * n * n * np.dtype(self.job.dtype).itemsize
@@ -254,8 +255,8 @@ def as_element(data: Any, names: Sequence[str], job: TiledMap, frame: Frame) -> 
 class RegionStore:
     """Writer of a table (regions, genes) to an AnnData in zarr.
 
-    Values grow in a file beside the store, so that memory holds one tile. The store appears when all values are written.
-    Raises a ``FileExistsError`` if `store` exists.
+    Values grow in a file beside the store, so that memory holds one tile. The store appears when all values are
+    written. Raises a ``FileExistsError`` if `store` exists.
     """
 
     def __init__(self, store: str | Path, shape: tuple[int, int]) -> None:

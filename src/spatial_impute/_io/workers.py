@@ -43,9 +43,9 @@ def run_on_workers(
     """Results of ``function(*task)``, in the order of the tasks; `on_done` is called for each.
 
     The function is pure: its result does not depend on where and how often it runs. Dataclasses among the arguments are
-    sent once, not with each task, to keep images and networks out of the graph; with `broadcast` to all workers at once.
-    Dask gives the tasks of a dead worker to another one. It cannot make sent data again that only the dead worker held:
-    these are sent once more, with the tasks that need them. If workers die in each of several attempts, a
+    sent once, not with each task, to keep images and networks out of the graph; with `broadcast` to all workers at
+    once. Dask gives the tasks of a dead worker to another one. It cannot make sent data again that only the dead worker
+    held: these are sent once more, with the tasks that need them. If workers die in each of several attempts, a
     ``CancelledError`` is raised.
     """
     from distributed import CancelledError, as_completed

@@ -50,15 +50,15 @@ def assemble_stack(
     Parameters
     ----------
     sections
-        Section names in their order in the block, with their inputs. An input is an image file (TIFF, OME-TIFF, SVS, PNG,
-        JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree; a folder of Space
-        Ranger (Visium, CytAssist, Visium HD); or a SpatialData object such as ``spatialdata_io.visium``, ``visium_hd`` or
-        ``xenium`` return, or its path. Give an object that holds several sections once for each of them, with their
-        `coordinate_system` or `image_key`.
+        Section names in their order in the block, with their inputs. An input is an image file (TIFF, OME-TIFF, SVS,
+        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree; a folder of
+        Space Ranger (Visium, CytAssist, Visium HD); or a SpatialData object such as ``spatialdata_io.visium``,
+        ``visium_hd`` or ``xenium`` return, or its path. Give an object that holds several sections once for each of
+        them, with their `coordinate_system` or `image_key`.
     mpp
         Micrometres per pixel of the images; for SpatialData objects per unit of `coordinate_system` (a full-resolution
-        pixel in those of ``spatialdata_io``). One number, or one per section. By default it is read from the metadata of
-        the file or folder, or computed from `spot_pitch`.
+        pixel in those of ``spatialdata_io``). One number, or one per section. By default it is read from the metadata
+        of the file or folder, or computed from `spot_pitch`.
     z
         Height of each section in um.
     section_spacing
@@ -66,8 +66,8 @@ def assemble_stack(
     reference
         Section to which the others are registered. By default the first measured one, else the middle one.
     spot_pitch
-        Centre-to-centre distance of neighbouring spots in um (100 for Visium). Gives the pixel size of SpatialData objects
-        without `mpp`.
+        Centre-to-centre distance of neighbouring spots in um (100 for Visium). Gives the pixel size of SpatialData
+        objects without `mpp`.
     coordinate_system
         Coordinate system to read from SpatialData objects, one or one per section. By default the only one, or
         ``"global"``.
@@ -78,8 +78,8 @@ def assemble_stack(
         Spots to read from SpatialData objects, one name or one per section. By default the only circles, else the only
         squares of one size, which become circles.
     table_key
-        Table to read from SpatialData objects, one name or one per section. By default the only table that annotates the
-        spots.
+        Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
+        the spots.
     fullres_image
         For folders of Space Ranger: the scan that Space Ranger was given, per section. Without it the best image of the
         folder is used, and a warning gives its pixel size.
@@ -105,7 +105,8 @@ def assemble_stack(
     Raises
     ------
     ValueError
-        For missing pixel sizes or heights, repeated or illegal names, an input given twice, or several possible elements.
+        For missing pixel sizes or heights, repeated or illegal names, an input given twice, or several possible
+        elements.
     KeyError
         For elements, coordinate systems or bin sizes that do not exist.
     FileNotFoundError
@@ -207,8 +208,8 @@ def _named_inputs(
         if identity in seen_inputs:
             msg = (
                 f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
-                "(one SpatialData object may hold several, with different `coordinate_system` or `image_key`). Separate "
-                "sections on one slide, e.g. with `spatialdata.bounding_box_query`."
+                "(one SpatialData object may hold several, with different `coordinate_system` or `image_key`). "
+                "Separate sections on one slide, e.g. with `spatialdata.bounding_box_query`."
             )
             raise ValueError(msg)
         seen_inputs[identity] = name
@@ -238,8 +239,8 @@ def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[st
     steps = np.diff(heights)
     if not ((steps > 0).all() or (steps < 0).all()):
         msg = (
-            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours in "
-            "the stack are neighbours in the block. Give the sections in their order in the block."
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours "
+            "in the stack are neighbours in the block. Give the sections in their order in the block."
         )
         raise ValueError(msg)
     return {name: float(value) for name, value in zip(names, values, strict=True)}

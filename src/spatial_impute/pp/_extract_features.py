@@ -59,13 +59,13 @@ def extract_features(
 ) -> None:
     """Describe the tissue in and around each spot of each section.
 
-    The encoder sees patches at its own resolution. A field of view is described by the mean and the standard deviation of
-    the features of all patches in it. As in ASIGN :cite:p:`Zhu2025` there are three levels around each spot: the spot (a
-    square as wide as its diameter), its region and its global surroundings. The two larger levels have several tokens, see
-    below.
+    The encoder sees patches at its own resolution. A field of view is described by the mean and the standard deviation
+    of the features of all patches in it. As in ASIGN :cite:p:`Zhu2025` there are three levels around each spot: the
+    spot (a square as wide as its diameter), its region and its global surroundings. The two larger levels have several
+    tokens, see below.
 
-    A section keeps its features if encoder, image, spots and fields of view have not changed since they were computed; the
-    log says so.
+    A section keeps its features if encoder, image, spots and fields of view have not changed since they were computed;
+    the log says so.
 
     Parameters
     ----------
@@ -74,11 +74,12 @@ def extract_features(
     encoder
         ``"texture"`` (stain and texture statistics, no download), ``"tellez-multitask"`` (a small pathology network
         :cite:p:`Tellez2020`, 2.4 MB), ``"ciga-resnet18"`` (pathology :cite:p:`Ciga2022`, 46 MB), ``"resnet18"``,
-        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"`` (install
-        ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` for ImageNet-normalised arrays
-        (n, 3, `patch_px`, `patch_px`), a callable for arrays (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
-        follows :class:`~spatial_impute.models.Encoder`. A list of encoders gives the features of all of them: most networks
-        are trained to ignore the stain, which ``"texture"`` adds. For features of other tools see :func:`pool_features`.
+        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"``
+        (install ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` for ImageNet-normalised arrays (n, 3,
+        `patch_px`, `patch_px`), a callable for arrays (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
+        follows :class:`~spatial_impute.models.Encoder`. A list of encoders gives the features of all of them: most
+        networks are trained to ignore the stain, which ``"texture"`` adds. For features of other tools see
+        :func:`pool_features`.
     region_scale
         Edge length of the region in spot diameters.
     global_scale
@@ -88,8 +89,8 @@ def extract_features(
     mpp
         Micrometres per pixel of a patch, for encoders that do not fix it; 0.5 um by default.
     stain_normalization
-        ``"reinhard"`` or ``"macenko"``: give all sections the colors of the reference section before encoding. Without it,
-        models still standardise features within sections, which removes most differences of stain.
+        ``"reinhard"`` or ``"macenko"``: give all sections the colors of the reference section before encoding. Without
+        it, models still standardise features within sections, which removes most differences of stain.
     encoder_params
         Further arguments for ``timm.create_model`` or ``transformers.AutoModel.from_pretrained``.
     batch_size
@@ -116,8 +117,8 @@ def extract_features(
     `.obsm['X_global']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, 6 d), six tokens: the global field, the field twice as wide, and the quadrants of that, row by row.
     `.uns['features']` : :class:`dict`
-        ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (tokens centred on the
-        spot), ``mpp``, ``stain_normalization``, and ``sections`` (per section a key of encoder, image and spots).
+        ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (tokens centred on
+        the spot), ``mpp``, ``stain_normalization``, and ``sections`` (per section a key of encoder, image and spots).
 
     Raises
     ------
@@ -285,8 +286,8 @@ def rows_of_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndar
         without_row, without_spot = spots.difference(table.obs_names), set(table.obs_names).difference(spots)
         msg = (
             f"`sdata.tables['stack']` and the spots differ: {len(without_row)} spots have no row (e.g. "
-            f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Remove the "
-            "same spots from `sdata.shapes`, or build the table again with `si.pp.assemble_stack`."
+            f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Remove "
+            "the same spots from `sdata.shapes`, or build the table again with `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
     return rows

@@ -33,8 +33,8 @@ _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
 def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
     """Folder that holds counts and ``spatial``: the given one, its ``outs``, or one of its ``binned_outputs``.
 
-    `bin_size` is the edge of the Visium HD bins in um; 8 by default, else the smallest. None without files of Space Ranger;
-    a ``KeyError`` without bins of that size.
+    `bin_size` is the edge of the Visium HD bins in um; 8 by default, else the smallest. None without files of Space
+    Ranger; a ``KeyError`` without bins of that size.
     """
     for folder in (path, path / "outs"):
         if (folder / "spatial" / SCALEFACTORS).exists():
@@ -50,8 +50,8 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
 def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
     """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
-    All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without `fullres_image`,
-    the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
+    All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without
+    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
     """
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
     positions = _read_positions(folder)
@@ -59,8 +59,8 @@ def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -
     shared = counts.obs_names.intersection(positions.index)
     if not len(shared):
         msg = (
-            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); they "
-            "belong to different samples or bin sizes."
+            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); "
+            "they belong to different samples or bin sizes."
         )
         raise ValueError(msg)
     positions = positions[positions["in_tissue"].astype(bool) | positions.index.isin(shared)]
@@ -116,8 +116,8 @@ def _read_counts(folder: Path) -> AnnData:
             if (folder / name).is_dir():
                 return sc.read_10x_mtx(folder / name, make_unique=False)
     msg = (
-        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. Copy "
-        "it from the output of Space Ranger, or give the image alone for an unmeasured section."
+        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. "
+        "Copy it from the output of Space Ranger, or give the image alone for an unmeasured section."
     )
     raise FileNotFoundError(msg)
 
@@ -154,7 +154,7 @@ def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, m
             return image_element(open_image(path).levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give the "
-        "scan with `fullres_image=`."
+        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give "
+        "the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)

@@ -78,13 +78,13 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
 
 
 def section_tissue(sdata: SpatialData, section: Section, resolution: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tissue mask (y, x) of one section and its (3, 3) affine from pixel corners to um; without tissue a ``ValueError``."""
+    """Tissue mask (y, x) of one section and its (3, 3) affine from pixel corners to um."""
     rgb, to_um = read_thumbnail(section_levels(sdata, section), resolution)
     mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0).mean())
     if not mask.any():
         msg = (
-            f"No tissue found on `sdata.images[{section.image!r}]` (section {section.name!r}); its grey values run from "
-            f"{rgb.min():.0f} to {rgb.max():.0f}. Check the image, or make the stack without this section."
+            f"No tissue found on `sdata.images[{section.image!r}]` (section {section.name!r}); its grey values run "
+            f"from {rgb.min():.0f} to {rgb.max():.0f}. Check the image, or make the stack without this section."
         )
         raise ValueError(msg)
     return mask, to_um

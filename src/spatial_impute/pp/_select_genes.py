@@ -36,16 +36,16 @@ def select_genes(
 ) -> None:
     """Choose genes on the measured sections and write their log-normalised expression to the stack table.
 
-    Counts are divided by the total over **all** genes of the spot, scaled to `target_sum`, and log1p is taken. Genes are
-    chosen after that, so that values do not depend on the choice. Unmeasured sections have no influence.
+    Counts are divided by the total over **all** genes of the spot, scaled to `target_sum`, and log1p is taken. Genes
+    are chosen after that, so that values do not depend on the choice. Unmeasured sections have no influence.
 
     Parameters
     ----------
     sdata
         Stack with at least one measured section.
     n_top_genes
-        Number of genes with the highest mean log-normalised expression (mean over measured sections). Of genes with equal
-        means, the first in the table is chosen.
+        Number of genes with the highest mean log-normalised expression (mean over measured sections). Of genes with
+        equal means, the first in the table is chosen.
     genes
         Names of genes to use instead.
     join
@@ -63,8 +63,8 @@ def select_genes(
     ``None``. Writes:
 
     `sdata.tables['stack'].layers['measured']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) log1p of counts per `target_sum`; NaN for unmeasured spots, and for genes that a section does not
-        have.
+        (n_spots, n_genes) log1p of counts per `target_sum`; NaN for unmeasured spots, and for genes that a section does
+        not have.
     `sdata.tables['stack'].obs['total_counts']` : (``float32``)
         Counts of each measured spot over all genes, NaN for other spots. Not with ``log_normalized=True``.
     `sdata.tables['stack'].obs['measured']` : (``bool``)
@@ -77,8 +77,8 @@ def select_genes(
     Raises
     ------
     ValueError
-        If no section is measured, values are not counts (or are counts, with ``log_normalized=True``), or a measured spot
-        has no counts at all.
+        If no section is measured, values are not counts (or are counts, with ``log_normalized=True``), or a measured
+        spot has no counts at all.
     KeyError
         For genes that a measured section does not have; with ``join="outer"``, genes that no measured section has.
 
@@ -194,8 +194,8 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
         empty = table.obs[Keys.INSTANCE].to_numpy()[totals == 0]
         name = given.name
         msg = (
-            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and they are "
-            f"imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
+            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
+            f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
     return log_normalize(matrix, target_sum)
@@ -224,8 +224,8 @@ def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str
         missing = [gene for gene in wanted if gene not in names]
         if missing:
             msg = (
-                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, or "
-                "pass `join='outer'` if sections were measured with different panels."
+                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, "
+                "or pass `join='outer'` if sections were measured with different panels."
             )
             raise KeyError(msg)
     lacking = [gene for gene in wanted if not any(gene in names for names in var_names.values())]
@@ -244,8 +244,8 @@ def _top_genes(
     if not len(candidates):
         named = {name: list(names[:2]) for name, names in var_names.items()}
         msg = (
-            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section in "
-            "`sdata.tables`, e.g. from symbols to Ensembl ids."
+            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section "
+            "in `sdata.tables`, e.g. from symbols to Ensembl ids."
         )
         raise ValueError(msg)
     if len(candidates) < n_top_genes and any(len(names) > len(candidates) for names in var_names.values()):

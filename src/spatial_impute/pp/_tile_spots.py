@@ -114,8 +114,8 @@ def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: s
     for name in wanted:
         if name not in bare:
             msg = (
-                f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`). To lay other spots on a section "
-                f"that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
+                f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`). To lay other spots on a "
+                f"section that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
             )
             raise ValueError(msg)
         require_key(
