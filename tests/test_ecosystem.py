@@ -72,5 +72,5 @@ def test_every_public_name_is_tested():
 @pytest.mark.parametrize("params", [si.models.AsignParams, si.models.PixNetParams])
 def test_published_parameters_are_there_and_wrong_ones_are_named(params):
     assert params.paper() != params()
-    with pytest.raises(ValueError, match="`n_steps` must be an integer"):
+    with pytest.raises(ValueError, match=r"`n_steps` must be a whole number of at least [01]"):
         params(n_steps=-1)

@@ -13,7 +13,7 @@ LAYERS = [
         "_keys",
         "_logging",
         "_settings",
-        "_progress",
+        "_params",
         "_validation",
         "_geometry",
         "_expression",
@@ -96,7 +96,7 @@ def test_only_the_upper_layers_know_spatialdata():
         for path in ROOT.rglob("*.py")
         if RANK[room(module_name(path))] < RANK["_stack"] and "spatialdata" in imported_packages(path)
     }
-    assert low == {"_io/dense_store.py"}  # writes an image element into a store, tile by tile
+    assert low == {"_io/stores.py"}  # writes an image element into a store, tile by tile
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from spatial_impute._expression import looks_like_counts, require_log_values
+from spatial_impute._params import resolve_params, settings_class
 from spatial_impute._registration import RegistrationParams
-from spatial_impute._validation import require_finite, require_key, require_one_of, require_positive, resolve_params
+from spatial_impute._validation import require_finite, require_key, require_one_of, require_positive
 from spatial_impute.models import AsignParams, PixNetParams
 
 
-@dataclass(frozen=True)
+@settings_class
 class Params:
     size: int = 3
 
@@ -108,9 +108,10 @@ def test_resolve_params_lists_unknown_fields():
 def test_settings_take_numbers_from_files(cls):
     """YAML reads 1e-3 as text."""
     for field in dataclasses.fields(cls):
-        if field.type != "float":
+        if field.type is not float:
             continue
         value = getattr(cls(), field.name)
         assert getattr(cls(**{field.name: str(value)}), field.name) == value
-        with pytest.raises(ValueError, match=rf"`{field.name}` must be a number, found"):
-            cls(**{field.name: "much"})
+        for wrong in ("much", True):
+            with pytest.raises(ValueError, match=rf"`{field.name}` must be a .*number.*, found \w+ {wrong!r}"):
+                cls(**{field.name: wrong})

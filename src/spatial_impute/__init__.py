@@ -1,9 +1,8 @@
-"""Honest 3D imputation of spatial transcriptomics from serial H&E sections.
+"""3D imputation of spatial transcriptomics from serial H&E sections.
 
-Namespaces are imported on first use, so that ``import spatial_impute`` stays cheap:
-
-``pp`` assemble, segment, lay spots, choose genes, extract features;
-``tl`` register, build the 3D graph, fit and impute; ``pl`` plots; ``metrics``; ``datasets``; ``models``.
+``pp`` assembles, segments, lays spots, chooses genes and extracts features; ``tl`` registers sections, builds the 3D
+graph, fits models and imputes; ``pl`` draws; ``metrics``, ``datasets`` and ``models``. Namespaces are imported on first
+use.
 """
 
 from __future__ import annotations

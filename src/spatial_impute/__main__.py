@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from spatial_impute._settings import settings
+
+_PACKAGES = [
+    "anndata",
+    "spatialdata",
+    "scanpy",
+    "squidpy",
+    "torch",
+    "torch-geometric",
+    "antspyx",
+    "dask",
+    "zarr",
+    "numpy",
+]
+_EXTRAS = {"plot": ["spatialdata-plot"], "interactive": ["plotly"], "encoders": ["timm", "transformers"]}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run the command; returns the exit status."""
+    """Parse the command line, run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m spatial_impute", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="impute a real stack of sections (or a synthetic one) from start to end")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write to")
     demo.add_argument(
-        "--data", choices=["auto", "her2st", "synthetic"], default="auto", help="her2st where it can be had, by default"
+        "--data", choices=["auto", "her2st", "synthetic"], default="auto", help="her2st if available, by default"
     )
     run = commands.add_parser("run", help="impute your own sections, described by a YAML or TOML file")
     run.add_argument("config", type=Path, nargs="?", help="the file; --example prints one")
@@ -30,8 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
         run_demo(options.output, data=options.data)
         return 0
     if options.command == "info":
-        from spatial_impute._cli.info import info
-
         print(info())
         return 0
     return _run(run, options)
@@ -54,19 +71,52 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         if options.check:
             print(f"{options.config}: {len(config.sections)} sections, output to {config.output}")
             return 0
-        import spatial_impute as si
         from spatial_impute._cli.run import run
 
-        before = si.settings.show_progress_bar
-        si.settings.show_progress_bar = before and sys.stderr.isatty()  # a bar fills the log of a batch job
+        before = settings.show_progress_bar
+        settings.show_progress_bar = before and sys.stderr.isatty()  # a bar fills the log of a batch job
         try:
             print(run(config))
         finally:
-            si.settings.show_progress_bar = before
+            settings.show_progress_bar = before
     except (ConfigError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def info() -> str:
+    """Versions, devices, caches and data; for users and for bug reports."""
+    import torch
+
+    lines = [f"spatial-impute {version('spatial-impute')}", ""]
+    lines += [f"python         {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name:<14} {_version(name) or 'MISSING'}" for name in _PACKAGES]
+    lines += ["", "extras"]
+    for extra, names in _EXTRAS.items():
+        found = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in names)
+        lines.append(f"  {extra:<12} {found}")
+    threads = f"CPU threads    {torch.get_num_threads()} of {os.cpu_count()} cores"
+    lines += ["", f"device         {settings.device}", threads]
+    for k in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(k)
+        lines.append(f"  cuda:{k}       {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    lines += ["", f"data folder    {settings.data_dir}"]
+    if not settings.data_dir.is_dir():
+        lines.append("  does not exist yet; the first download makes it")
+        return "\n".join(lines)
+    for entry in sorted(path for path in settings.data_dir.iterdir() if path.is_dir()):
+        files = [path for path in entry.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 2**20
+        lines.append(f"  {entry.name:<12} {len(files)} files, {size:.1f} MiB")
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

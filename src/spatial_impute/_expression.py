@@ -1,4 +1,4 @@
-"""Expression values: raw counts, log values, and the way from one to the other."""
+"""Expression values: raw counts and log-normalised values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np
 
 
 def looks_like_counts(values: np.ndarray) -> bool:
-    """Whether `values` are raw counts: non-negative integers, some above 1 (log values are never all integers)."""
+    """Return True for raw counts: non-negative integers, some above 1 (log values are never all integers)."""
     sample = np.asarray(values)
     sample = sample[np.isfinite(sample)]
     if sample.size == 0:

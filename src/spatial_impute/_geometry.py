@@ -15,7 +15,7 @@ _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD sl
 
 @dataclass(frozen=True)
 class Frame:
-    """Coordinate system in which image and regions are brought together."""
+    """Coordinate system that an image and its regions share."""
 
     name: str
     um: float
@@ -23,15 +23,7 @@ class Frame:
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Map points by a 3x3 affine matrix.
-
-    Parameters
-    ----------
-    points
-        (n, 2) x, y.
-    matrix
-        (3, 3), acting on column vectors (x, y, 1).
-    """
+    """Map points (n, 2) by a (3, 3) affine matrix that acts on columns (x, y, 1)."""
     points = np.asarray(points, dtype=float)
     return points @ matrix[:2, :2].T + matrix[:2, 2]
 
@@ -53,14 +45,7 @@ def anisotropy(matrix: np.ndarray) -> float:
 
 
 def disc_iou(distance: np.ndarray, radius_a: np.ndarray | float, radius_b: np.ndarray | float) -> np.ndarray:
-    """Intersection over union of two discs.
-
-    Parameters
-    ----------
-    distance
-        Distance of the centres.
-    radius_a, radius_b
-        Radii, in the unit of the distance; broadcast against it.
+    """Intersection over union of discs, from the distances of their centres and their radii (arrays that broadcast).
 
     Examples
     --------
@@ -87,20 +72,9 @@ def disc_iou(distance: np.ndarray, radius_a: np.ndarray | float, radius_b: np.nd
 
 
 def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, layout: str) -> np.ndarray:
-    """Centres of a square or hexagonal lattice, centred in a box.
+    """Points of a lattice centred in a box, (n, 2) x, y in row-major order.
 
-    Parameters
-    ----------
-    x0, y0, x1, y1
-        The box.
-    spacing
-        Centre-to-centre distance.
-    layout
-        ``"square"`` or ``"hex"``.
-
-    Returns
-    -------
-    (n, 2) x, y in row-major order.
+    Neighbours lie `spacing` apart; `layout` is ``"square"`` or ``"hex"``.
     """
     row_step = spacing * (np.sqrt(3) / 2 if layout == "hex" else 1.0)
     n_rows = int(np.floor((y1 - y0) / row_step)) + 1
@@ -108,7 +82,10 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     width = x1 - x0 - (spacing / 2 if layout == "hex" else 0.0)
     n_columns = int(np.floor(max(width, 0.0) / spacing)) + 1
     if n_rows * n_columns > _MAX_LATTICE:
-        msg = f"A lattice of {n_columns} x {n_rows} points {spacing:g} apart does not fit in memory; take a wider spacing."
+        msg = (
+            f"A lattice of {n_columns} x {n_rows} points {spacing:g} apart does not fit in memory. Take a wider "
+            "spacing."
+        )
         raise ValueError(msg)
     ys = (y0 + y1) / 2 + (np.arange(n_rows) - (n_rows - 1) / 2) * row_step
     xs = (x0 + x1) / 2 + (np.arange(n_columns) - (n_columns - 1) / 2) * spacing
@@ -119,20 +96,11 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
 
 
 def plane_tiles(points: np.ndarray, centres: np.ndarray, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Halve the plane along its longer side until no tile holds more than `size` of the centres.
-
-    Parameters
-    ----------
-    points
-        (n, 2) to sort into the tiles, which cover the whole plane.
-    centres
-        (m, 2) to count.
-    size
-        Most centres in a tile; more only where that many lie at one place.
+    """Halve the plane along its longer side until no tile holds more than `size` centres, unless they lie at one place.
 
     Yields
     ------
-    Positions of the points and of the centres in a tile.
+    Positions of the points and of the centres in a tile. The tiles cover the whole plane.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Every name under which the package writes to the data object. Nothing else spells these out."""
+"""All names under which the package writes to the data object. No other file spells them out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ class Keys:
     FEATURES = "features"
     NORMALIZATION = "normalization"
 
-    # graph
-    OVERLAP = "overlap"
-    SIMILARITY = "similarity"
-
     # results
     ASIGN = "asign"
     SUPPORT = "imputation_support"
@@ -52,87 +48,25 @@ class Keys:
 
     LEVELS = (X_SPOT, X_REGION, X_GLOBAL)
 
-    @staticmethod
-    def image(section: str) -> str:
-        """Image element of a section."""
-        return f"{section}_image"
+    # names of the elements of a section
+    image = "{}_image".format
+    spots = "{}_spots".format  # shapes
+    counts = "{}_counts".format  # table with the measured counts
+    tissue = "{}_tissue".format  # labels
+    tissue_outline = "{}_tissue_outline".format  # shapes
+    displacement = "{}_displacement".format  # deformation for images (pull-back), an image element
+    displacement_inverse = "{}_displacement_inverse".format  # deformation for points
 
-    @staticmethod
-    def spots(section: str) -> str:
-        """Shapes element holding the spots of a section."""
-        return f"{section}_spots"
+    # names of elements that are derived from another one
+    aligned = "{}_aligned".format  # copy in the common frame, deformation included
+    expression = "{}_expression".format  # dense map of an image, or table of predictions at shapes
 
-    @staticmethod
-    def tissue(section: str) -> str:
-        """Labels element with the tissue mask of a section."""
-        return f"{section}_tissue"
-
-    @staticmethod
-    def tissue_outline(section: str) -> str:
-        """Shapes element with the outline of the tissue of a section."""
-        return f"{section}_tissue_outline"
-
-    @staticmethod
-    def displacement(section: str) -> str:
-        """Image element with the deformation of a section, for images (pull-back)."""
-        return f"{section}_displacement"
-
-    @staticmethod
-    def displacement_inverse(section: str) -> str:
-        """Image element with the deformation of a section, for points."""
-        return f"{section}_displacement_inverse"
-
-    @staticmethod
-    def aligned(key: str) -> str:
-        """Copy of an element in the common frame, deformation included."""
-        return f"{key}_{Keys.ALIGNED}"
-
-    @staticmethod
-    def counts(section: str) -> str:
-        """Table with the measured counts of a section."""
-        return f"{section}_counts"
-
-    @staticmethod
-    def connectivities(key: str) -> str:
-        """Edge weights in ``obsp`` (squidpy's naming)."""
-        return f"{key}_connectivities"
-
-    @staticmethod
-    def distances(key: str) -> str:
-        """Edge lengths in ``obsp`` (squidpy's naming)."""
-        return f"{key}_distances"
-
-    @staticmethod
-    def neighbors(key: str) -> str:
-        """Graph record in ``uns`` (squidpy's naming)."""
-        return f"{key}_neighbors"
-
-    @staticmethod
-    def graph_overlap(key: str) -> str:
-        """Overlap (IoU) of linked spots in ``obsp``."""
-        return f"{key}_{Keys.OVERLAP}"
-
-    @staticmethod
-    def graph_similarity(key: str) -> str:
-        """Feature similarity of linked spots in ``obsp``."""
-        return f"{key}_{Keys.SIMILARITY}"
-
-    @staticmethod
-    def sd(key: str) -> str:
-        """Layer with the standard deviation of an imputed layer."""
-        return f"{key}_sd"
-
-    @staticmethod
-    def fold(key: str) -> str:
-        """Fold with which a measured spot was held out from a layer."""
-        return f"{key}_fold"
-
-    @staticmethod
-    def expression(key: str) -> str:
-        """Dense map of an image, or table of predictions at shapes."""
-        return f"{key}_expression"
-
-    @staticmethod
-    def baseline(method: str) -> str:
-        """Layer of a baseline imputation."""
-        return f"baseline_{method}"
+    # names of slots that are derived from a key; connectivities, distances and neighbors as squidpy names them
+    connectivities = "{}_connectivities".format  # edge weights in obsp
+    distances = "{}_distances".format  # edge lengths in obsp
+    neighbors = "{}_neighbors".format  # graph record in uns
+    graph_overlap = "{}_overlap".format  # overlap (IoU) of linked spots in obsp
+    graph_similarity = "{}_similarity".format  # feature similarity of linked spots in obsp
+    sd = "{}_sd".format  # layer with the standard deviation of an imputed layer
+    fold = "{}_fold".format  # fold in which a measured spot was held out from a layer
+    baseline = "baseline_{}".format  # layer of a baseline imputation

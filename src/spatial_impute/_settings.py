@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spatial_impute._logging import logger
 
-DATA_DIR_VARIABLE = "SPATIAL_IMPUTE_DATA_DIR"
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
 
 class Settings:
-    """Settings that functions fall back on when an argument is ``None``.
+    """Settings that functions use when an argument is ``None``.
 
     Examples
     --------
@@ -32,7 +35,7 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Torch device; ``"cuda"`` or ``"mps"`` where there is one, else ``"cpu"``. Looked up on first use."""
+        """Torch device; by default ``"cuda"`` or ``"mps"`` if the machine has one, else ``"cpu"``."""
         if self._device is None:
             import torch  # not at import time: torch costs over a second
 
@@ -65,7 +68,7 @@ class Settings:
         """Folder of downloaded data; ``SPATIAL_IMPUTE_DATA_DIR`` or the cache folder of the operating system."""
         if self._data_dir is not None:
             return self._data_dir
-        if value := os.environ.get(DATA_DIR_VARIABLE):
+        if value := os.environ.get("SPATIAL_IMPUTE_DATA_DIR"):
             return Path(value).expanduser()
         import pooch
 
@@ -83,3 +86,11 @@ class Settings:
 
 
 settings = Settings()
+
+
+def progress(items: Iterable[Any] | None, label: str, *, show: bool | None = None, total: int | None = None) -> Any:
+    """Wrap an iterable in a progress bar; `show` overrides ``settings.show_progress_bar``."""
+    from tqdm.auto import tqdm
+
+    hidden = not (settings.show_progress_bar if show is None else show)
+    return tqdm(items, desc=label, total=total, disable=hidden)

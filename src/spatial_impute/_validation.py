@@ -1,33 +1,22 @@
-"""Checks shared by the public functions: each says what was expected, what was found and what to do next."""
+"""Checks of arguments. The messages say what was expected, what was found and what to do next."""
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-_Params = TypeVar("_Params")  # a dataclass of settings
-_MOST = 2**32 - 1  # what seeds of NumPy and torch can hold
+_MOST = 2**32 - 1  # largest seed of NumPy and torch
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
 
 def require_key(key: str, available: Iterable[str], *, where: str, then: str | None = None) -> None:
-    """Raise a ``KeyError`` that lists what there is and names the next call.
+    """Raise a ``KeyError`` that lists the available names, unless `key` is one of them.
 
-    Parameters
-    ----------
-    key
-        Name that was asked for.
-    available
-        Names that exist.
-    where
-        Container as the user would write it, e.g. ``"sdata.images"``.
-    then
-        What to do about it, a full sentence.
+    `where` is the container as the user writes it (``"sdata.images"``), `then` a sentence that says what to do next.
     """
     names = sorted(map(str, available))
     if key in names:
@@ -45,7 +34,7 @@ def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
 
 
 def name_list(value: object, *, name: str) -> list[str]:
-    """Return one name, several, or ``None`` (none) as a list, each once, or raise a ``ValueError`` for anything else."""
+    """Return names (one, several, or ``None`` for no name) as a list without repeats; else raise a ``ValueError``."""
     if value is None:
         return []
     names = [value] if isinstance(value, str) else value
@@ -79,7 +68,7 @@ def require_count(value: Any, *, name: str, least: int = 1) -> int:
 
 
 def require_device(device: str | None) -> str:
-    """Return the torch device to use, ``settings.device`` by default, or raise a ``ValueError`` if it cannot be used."""
+    """Return the torch device, ``settings.device`` by default; raise a ``ValueError`` if this machine cannot use it."""
     import torch
 
     from spatial_impute._settings import settings
@@ -94,20 +83,20 @@ def require_device(device: str | None) -> str:
 
 
 def require_folder(path: str | Path, *, name: str) -> Path:
-    """Return `path` as a folder that can be written to, made where missing, or raise a ``ValueError``."""
+    """Make the folder `path` if it is missing; raise a ``ValueError`` if it cannot be written to."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        msg = f"`{name}` must be a folder that can be written to, {str(folder)!r} is not: {error}."
+        msg = f"`{name}` must be a folder that can be written to, found {str(folder)!r}: {error}."
         raise ValueError(msg) from error
     return folder
 
 
 def require_model(model: object, classes: type | tuple[type, ...], *, made_by: str) -> None:
-    """Raise a ``TypeError`` unless `model` is of a class that the function applies."""
+    """Raise a ``TypeError`` unless `model` is of one of the classes."""
     if not isinstance(model, classes):
         names = [cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))]
         msg = f"`model` must be of class {' or '.join(names)}, found {type(model).__name__}. Make one with `{made_by}`."
@@ -115,27 +104,20 @@ def require_model(model: object, classes: type | tuple[type, ...], *, made_by: s
 
 
 def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> None:
-    """Raise a ``ValueError`` unless a result may be written under `key`: a name that a store can hold, of nothing else.
+    """Raise a ``ValueError`` unless a result may be written under `key`, the value of the argument `name`.
 
-    Parameters
-    ----------
-    key
-        Name of the result.
-    name
-        Argument it comes from.
-    taken
-        Names of what must not be written over.
+    A store can hold names without a slash; names in `taken` belong to other data.
     """
     if not isinstance(key, str) or not key or "/" in key:
         msg = f"`{name}` must be a name without '/', found {key!r}."
         raise ValueError(msg)
     if key in taken:
-        msg = f"`{name}={key!r}` would write over data that is not a result of this function; choose another name."
+        msg = f"`{name}={key!r}` would write over data that is not a result of this function. Choose another name."
         raise ValueError(msg)
 
 
 def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] | None = None) -> None:
-    """Raise a ``ValueError`` naming the first bad row unless all of `values` are finite."""
+    """Raise a ``ValueError`` that names the first bad row unless all `values` are finite."""
     bad = ~np.isfinite(np.asarray(values, dtype=float))
     if not bad.any():
         return
@@ -143,53 +125,3 @@ def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] 
     label = f" ({list(row_names)[row]!r})" if row_names is not None else ""
     msg = f"{name} must be finite; found {int(bad.sum())} NaN or infinite values, the first in row {row}{label}."
     raise ValueError(msg)
-
-
-def make_floats(params: object) -> None:
-    """Turn fields of settings that are annotated ``float`` into floats, or raise a ``ValueError``.
-
-    Settings come from files as well, and YAML reads ``1e-3`` as text.
-    """
-    for field in dataclasses.fields(params):  # type: ignore[arg-type]
-        if field.type in (float, "float"):
-            value = getattr(params, field.name)
-            try:
-                number = float(value)
-            except (OverflowError, TypeError, ValueError) as error:
-                msg = f"`{field.name}` must be a number, found {value!r}."
-                raise ValueError(msg) from error
-            object.__setattr__(params, field.name, number)
-
-
-def resolve_params(params: object, cls: type[_Params]) -> _Params:
-    """Return `params` as an instance of the parameter class `cls`.
-
-    Parameters
-    ----------
-    params
-        ``None`` (defaults), an instance of `cls`, or a mapping of its field names.
-    cls
-        A dataclass that checks itself on creation.
-
-    Raises
-    ------
-    TypeError
-        For anything else, or for unknown field names (all are listed).
-    """
-    if params is None:
-        return cls()
-    if isinstance(params, cls):
-        return params
-    if isinstance(params, Mapping):
-        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        unknown = sorted(set(params) - set(fields))
-        if unknown:
-            msg = f"Unknown fields {unknown} for {cls.__name__}; available: {sorted(fields)}."
-            raise TypeError(msg)
-        try:
-            return cls(**params)
-        except TypeError as error:  # compared a string to a number, say
-            msg = f"{cls.__name__} cannot be made of {dict(params)}: {error}."
-            raise ValueError(msg) from error
-    msg = f"Expected None, a mapping or {cls.__name__}, found {type(params).__name__}."
-    raise TypeError(msg)

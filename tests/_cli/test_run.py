@@ -164,14 +164,14 @@ def results(small_stack):
 
 def test_cautions_tell_what_this_run_shows(results):
     text = "\n".join(cautions(results))
-    assert "ASIGN is not shown to be better than ridge" in text
+    assert "This run does not show that ASIGN is better than ridge" in text
     assert re.search(r"of 9 genes were not predictable \(r <= 0\)", text)
     assert "support 0" not in text
     assert "left out" not in text
     results.sdata.tables["stack"].obs.loc["s0_0", "imputation_support"] = 0.0
-    assert "No measurement reaches 1 spots over the graph (support 0): s0 1." in "\n".join(cautions(results))
+    assert "1 spots have no path in the graph to a measured spot (support 0): s0 1." in "\n".join(cautions(results))
     results.scores.loc["asign", "vs_best_low"] = 0.05
-    assert "not shown to be better" not in "\n".join(cautions(results))
+    assert "does not show that ASIGN" not in "\n".join(cautions(results))
     results.scores = None
     assert "Nothing was held out" in "\n".join(cautions(results))
 
@@ -181,7 +181,7 @@ def test_cautions_name_weak_sections(results):
     record["sections"]["s0"]["verdict"] = "weak"
     record["skipped"] = ["s2"]
     text = "\n".join(cautions(results))
-    assert "not in the right place with confidence: s0 (weak)" in text
+    assert "Sections whose registration is not certain: s0 (weak)" in text
     assert "left out of the registration: s2" in text
 
 

@@ -184,7 +184,7 @@ def test_open_image_refuses_a_tiff_with_depth(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.ome.tif", np.zeros((4, 20, 30), np.uint8), metadata={"axes": "ZYX"}, photometric="minisblack"
     )
-    with pytest.raises(ValueError, match=r"2D colour image, found axes ZYX of shape \(4, 20, 30\)"):
+    with pytest.raises(ValueError, match=r"2D color image, found axes ZYX of shape \(4, 20, 30\)"):
         open_image(tmp_path / "a.ome.tif")
 
 
@@ -345,9 +345,7 @@ def test_open_image_goes_by_content_not_by_name(tmp_path):
     assert open_image(tmp_path / "b.jpg").levels[0].compute().shape == (3, 50, 60)
     Image.fromarray(picture(50, 60)).save(tmp_path / "c.bmp")
     (tmp_path / "c.bmp").rename(tmp_path / "c.png")
-    with pytest.raises(
-        ValueError, match=r"c\.png is neither PNG nor JPEG, whatever its name says: it starts with b'BM"
-    ):
+    with pytest.raises(ValueError, match=r"c\.png is neither PNG nor JPEG: it starts with b'BM"):
         open_image(tmp_path / "c.png")
 
 

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from spatial_impute._image.levels import Level
-from spatial_impute._image.resampling import survey, working_image
+from spatial_impute._image.resampling import resampled_image, slide_overview
 from spatial_impute.models.pixnet._network import Stain
 from spatial_impute.models.pixnet._tiles import Slide, Tiling
 
@@ -27,7 +27,7 @@ def noise() -> np.ndarray:
 @pytest.mark.parametrize("resolution", [0.5, 0.73, 1.0, 1.37])
 def test_pixels_do_not_depend_on_the_window(noise, resolution):
     """Coarser and finer than the image, whole and broken steps."""
-    image = working_image([level(noise, 0.5)], resolution)
+    image = resampled_image([level(noise, 0.5)], resolution)
     height, width = image.shape
     whole = image.window(0, height, 0, width)
     for y0, y1, x0, x1 in [(0, 20, 0, 20), (17, 51, 3, 50), (height - 9, height, width - 30, width)]:
@@ -35,12 +35,12 @@ def test_pixels_do_not_depend_on_the_window(noise, resolution):
 
 
 def test_same_resolution_reads_pixels_as_they_are(noise):
-    image = working_image([level(noise, 0.5)], 0.5)
+    image = resampled_image([level(noise, 0.5)], 0.5)
     np.testing.assert_array_equal(image.window(0, 150, 0, 211), noise)
 
 
 def test_whole_steps_are_means(noise):
-    image = working_image([level(noise, 0.25)], 0.5)
+    image = resampled_image([level(noise, 0.25)], 0.5)
     assert image.shape == (75, 105)
     expected = noise[:, :150, :210].reshape(3, 75, 2, 105, 2).mean(axis=(2, 4))
     np.testing.assert_allclose(image.window(0, 75, 0, 105), expected, rtol=1e-6)
@@ -51,7 +51,7 @@ def test_pixel_centres_lie_where_they_should(resolution):
     """A ramp in um stays the same ramp."""
     y, x = np.meshgrid(np.arange(120) + 0.5, np.arange(160) + 0.5, indexing="ij")
     ramp = np.stack([x, y, x + y]).astype(np.float32)  # 0.5 um per pixel: x / 2 um
-    image = working_image([level(ramp / 280 * 255, 0.5)], resolution)
+    image = resampled_image([level(ramp / 280 * 255, 0.5)], resolution)
     height, width = image.shape
     found = image.window(5, height - 5, 5, width - 5) / 255 * 280 * 0.5
     wx = (np.arange(5, width - 5) + 0.5) * resolution
@@ -62,12 +62,12 @@ def test_pixel_centres_lie_where_they_should(resolution):
 
 
 def test_oblong_pixels_become_square():
-    image = working_image([level(np.zeros((3, 100, 100), np.uint8), (0.5, 1.0))], 1.0)
+    image = resampled_image([level(np.zeros((3, 100, 100), np.uint8), (0.5, 1.0))], 1.0)
     assert image.shape == (100, 50)
 
 
 def test_beyond_the_image_it_is_white(noise):
-    image = working_image([level(noise, 0.5)], 0.5)
+    image = resampled_image([level(noise, 0.5)], 0.5)
     window = image.window(-5, 10, 200, 220)
     assert (window[:, :5] == 255).all()
     assert (window[:, :, 11:] == 255).all()
@@ -93,9 +93,9 @@ def counted(n_rows: int, n_columns: int, size: int) -> tuple[Level, list[tuple[i
 @pytest.mark.parametrize("wide", [False, True])
 def test_chunks_are_decoded_at_most_twice(wide, step, monkeypatch):
     """Once where the slide is no wider than a stripe, else twice at its borders; also if a window spans many chunks."""
-    monkeypatch.setattr("spatial_impute._image.chunks._STRIPE", 0 if wide else 2**26)
+    monkeypatch.setattr("spatial_impute._image.resampling._STRIPE", 0 if wide else 2**26)
     found, calls = counted(30, 20, 64)
-    image = working_image([found], float(step))
+    image = resampled_image([found], float(step))
     tiling = Tiling(*image.shape, core=64, halo=32, stride=8, multiple=32)
     slide = Slide(image, Stain((255.0, 255.0, 255.0)), tiling)
     calls.clear()
@@ -113,7 +113,7 @@ def test_chunks_are_decoded_at_most_twice(wide, step, monkeypatch):
 def test_a_wider_slide_keeps_no_more_chunks():
     limits = set()
     for n_columns in (4, 40, 400):
-        image = working_image([counted(4, n_columns, 1024)[0]], 1.0)
+        image = resampled_image([counted(4, n_columns, 1024)[0]], 1.0)
         image.stripe(1024, 512)
         limits.add(image.cache.limit)
     assert len(limits) == 1
@@ -121,14 +121,14 @@ def test_a_wider_slide_keeps_no_more_chunks():
 
 
 def test_too_coarse_an_image_is_refused(noise):
-    with pytest.raises(ValueError, match="has 4 um per pixel, the model works at 1"):
-        working_image([level(noise, 4.0)], 1.0)
+    with pytest.raises(ValueError, match="has 4 um per pixel, but the model works at 1"):
+        resampled_image([level(noise, 4.0)], 1.0)
 
 
 def test_survey_sees_glass_tissue_and_stain():
     rgb = np.full((3, 1200, 1200), 240, np.uint8)
     rgb[:, 300:900, 300:900] = np.array([150, 90, 160], np.uint8)[:, None, None]
-    found = survey([level(rgb, 1.0, chunks=512)])
+    found = slide_overview([level(rgb, 1.0, chunks=512)])
     np.testing.assert_allclose(found.background, 240, atol=1)
     np.testing.assert_allclose(found.density, np.log(240 / np.array([150, 90, 160])), rtol=0.1)
     np.testing.assert_array_equal(

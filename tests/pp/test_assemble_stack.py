@@ -138,7 +138,7 @@ def test_assemble_stack_says_when_argument_and_metadata_differ(tmp_path, caplog,
     metadata = {"axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"}
     tifffile.imwrite(tmp_path / "a.ome.tif", image(), photometric="rgb", metadata=metadata)
     si.pp.assemble_stack({"a": tmp_path / "a.ome.tif"}, mpp=given, z=[0])
-    assert ("`mpp=0.4` given, its file says 0.25" in caplog.text) == says
+    assert ("`mpp=0.4` differs from 0.25 in its file" in caplog.text) == says
 
 
 def test_assemble_stack_keeps_oblong_pixels(tmp_path):
@@ -182,7 +182,7 @@ def test_assemble_stack_refuses_an_empty_mapping():
 def test_assemble_stack_refuses_illegal_names(name):
     with pytest.raises(ValueError, match="Section names are letters, digits") as error:
         si.pp.assemble_stack([(name, image())], mpp=1, z=[0])
-    legal = str(error.value).split("Call it '")[1].split("'")[0]
+    legal = str(error.value).split("Use '")[1].split("'")[0]
     assert f"{legal}_image" in si.pp.assemble_stack([(legal, image())], mpp=1, z=[0]).images
 
 
@@ -238,7 +238,7 @@ def test_assemble_stack_takes_several_sections_out_of_one_object(tmp_path, from_
     assert table.obs["section"].value_counts().to_dict() == {"s": 4, "t": 3}
     assert table.obs["measured"].groupby(table.obs["section"], observed=True).sum().to_dict() == {"s": 3, "t": 2}
     assert set(sdata.tables["t_counts"].obs_names) == {"x-1", "y-1"}
-    with pytest.raises(ValueError, match=r"same input; .* told apart by `coordinate_system` or `image_key`"):
+    with pytest.raises(ValueError, match=r"same input; .* with different `coordinate_system` or `image_key`"):
         si.pp.assemble_stack({"s": source, "t": source}, mpp=0.5, z=[0, 10], coordinate_system="first")
 
 
@@ -424,7 +424,7 @@ def test_assemble_stack_follows_an_affine_of_the_input():
 def test_assemble_stack_asks_which_coordinate_system():
     source = visium_like(system="one")
     sd.transformations.set_transformation(source.images["hires"], Identity(), "two")
-    with pytest.raises(ValueError, match=r"coordinate systems \[.*\]; say which one to read with `coordinate_system=`"):
+    with pytest.raises(ValueError, match=r"coordinate systems \[.*\]; choose one with `coordinate_system=`"):
         si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
     with pytest.raises(KeyError, match="'three' not found"):
         si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0], coordinate_system="three")
@@ -483,7 +483,7 @@ def test_assemble_stack_numbers_repeated_genes():
 def test_assemble_stack_says_that_a_pixel_size_is_in_other_units(mpp, says, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
-    assert ("is no pixel of a scan" in caplog.text) is says
+    assert ("pixels of scans and overviews measure 0.1 to 50 um, found" in caplog.text) is says
 
 
 def test_assemble_stack_takes_a_table_whose_index_is_named_as_a_column(tmp_path):

@@ -420,7 +420,9 @@ def test_extract_features_warns_of_coarse_images(caplog, monkeypatch):
 def test_extract_features_refuses_spots_off_their_image(small_stack):
     spots = small_stack.shapes["s0_spots"]
     spots.geometry = spots.geometry.translate(0, 290)
-    with pytest.raises(ValueError, match=r"spots of `sdata.shapes\['s0_spots'\]` lie off their image of 300 x 300 px"):
+    with pytest.raises(
+        ValueError, match=r"spots of `sdata.shapes\['s0_spots'\]` lie outside their image of 300 x 300 px"
+    ):
         si.pp.extract_features(small_stack, mean_colour)
     assert "X_spot" not in small_stack.tables["stack"].obsm
 

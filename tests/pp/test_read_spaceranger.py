@@ -110,7 +110,7 @@ def test_folders_take_the_scan_and_say_when_there_is_none(data_dir, tmp_path, ca
     monkeypatch.setattr(logger, "propagate", True)
     folder = data_dir / "visium" / "cytassist_2898"
     coarse = si.pp.assemble_stack({"m": folder}, z=[0])
-    assert "taking the lowres image with" in caplog.text
+    assert "using the lowres image with" in caplog.text
     caplog.clear()
     Image.fromarray(np.full((3000, 3000, 3), 200, np.uint8)).save(tmp_path / "scan.png")
     fine = si.pp.assemble_stack({"m": folder}, z=[0], fullres_image={"m": tmp_path / "scan.png"})

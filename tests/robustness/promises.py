@@ -127,38 +127,6 @@ PROMISES = [
 ]
 
 
-_MUTANTS = (
-    "one operator, comparison, constant, `not` or pair such as `min` and `max` changed at a time, drawn at random"
-)
-
-# Measured by hand on 28 November 2026: what was counted, how much of it, and how.
-FIGURES = [
-    (
-        "lines that the tests run",
-        "97.6 % (11,465 of 11,741)",
-        "`pytest --cov`; 63 of the others are in functions compiled by numba, where lines cannot be followed",
-    ),
-    ("branches that the tests run", "92.2 % (2,439 of 2,644)", "the same"),
-    (
-        "mutants of label propagation that the tests notice",
-        "32 of 40",
-        f"`models/asign/_propagation.py` with the tests of propagation, baselines and oracles: {_MUTANTS}",
-    ),
-    ("of the graph", "36 of 40", "`_graph.py` with the tests of the graph and the oracles"),
-    (
-        "of the sums over regions",
-        "37 of 40",
-        "`models/pixnet/_region_weights.py` with its own tests, without flags of the compiler; the one mutant of a first draw of 40 that "
-        "was a gap has a test now",
-    ),
-]
-
-
 def table(promises: list[Promise]) -> str:
     """Table of the docs."""
     return "| | promise | tests |\n|---|---|---|\n" + "\n".join(promise.row for promise in promises) + "\n"
-
-
-def figures(rows: list[tuple[str, str, str]]) -> str:
-    """Table of the docs."""
-    return "| what | figure | how |\n|---|---|---|\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from promises import FIGURES, PROMISES, figures, table
+from promises import PROMISES, table
 
 TESTS = Path(__file__).parents[1]
 
@@ -20,5 +20,4 @@ def test_tests_of_promises_exist(test):
 
 def test_page_shows_the_promises():
     page = (TESTS.parent / "docs" / "reliability.md").read_text()
-    for shown in (table(PROMISES), figures(FIGURES)):
-        assert shown in page, "run `python tests/robustness/bad_inputs/write.py`"
+    assert table(PROMISES) in page, "run `python tests/robustness/bad_inputs/write.py`"

@@ -272,7 +272,7 @@ def test_working_images_and_lattices_have_a_budget():
         si.pp.segment_tissue(sdata, resolution=0.25)
     from spatial_impute._geometry import grid_in_box
 
-    with pytest.raises(ValueError, match="does not fit in memory; take a wider spacing"):
+    with pytest.raises(ValueError, match=r"does not fit in memory\. Take a wider spacing"):
         grid_in_box(0, 0, 1e5, 1e5, spacing=1.0, layout="hex")
 
 

@@ -282,8 +282,8 @@ ERRORS = [
     ({"model_params": {"loss": "poisson"}}, ValueError, "'sum' for losses on counts"),
     ({"model_params": {"loss": "poisson"}, "aggregate": "sum"}, ValueError, "need raw counts"),
     ({"model_params": {"widht": 8}}, TypeError, r"Unknown fields \['widht'\]"),
-    ({"model_params": {"resolution": 1.0}}, ValueError, "has 4 um per pixel, the model works at 1"),
-    ({"model_params": {"width": 0}}, ValueError, "`width` must be an integer"),
+    ({"model_params": {"resolution": 1.0}}, ValueError, "has 4 um per pixel, but the model works at 1"),
+    ({"model_params": {"width": 0}}, ValueError, "`width` must be a whole number of at least 1"),
     ({"image_key": ["s1_image"] * 2, "shapes_key": ["s1_spots"] * 3}, ValueError, "has 2 entries where another"),
 ]
 

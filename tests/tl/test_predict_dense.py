@@ -13,7 +13,7 @@ from spatialdata.transformations import get_transformation
 from torch.nn import functional as F
 
 import spatial_impute as si
-from spatial_impute._io.dense_store import by_turns
+from spatial_impute._io.stores import interleave
 from spatial_impute.models.pixnet._dense_map import DenseJob
 
 KEY = "s0_image_expression"
@@ -180,7 +180,7 @@ def test_crash_between_rename_and_metadata_is_repaired(stored, small_pixnet, mon
 def test_element_of_that_name_is_not_overwritten_unasked(stored, small_pixnet):
     sdata, store = stored
     si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store, genes=small_pixnet.var_names[:1])
-    with pytest.raises(ValueError, match="already; pass another `key_added`, or `overwrite=True`"):
+    with pytest.raises(ValueError, match="Pass another `key_added`, or `overwrite=True`"):
         si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store)
     si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store, overwrite=True)
     assert sd.read_zarr(store).images[KEY].sizes["c"] == len(small_pixnet.var_names)
@@ -202,9 +202,9 @@ def test_workers_write_the_same_bytes(stored, small_pixnet):
 
 
 @pytest.mark.parametrize(("n_tiles", "n_workers"), [(1, 2), (10, 2), (11, 3), (3, 5), (4, 0)])
-def test_workers_that_take_turns_go_through_neighbouring_tiles(n_tiles, n_workers):
+def test_interleaved_workers_go_through_neighbouring_tiles(n_tiles, n_workers):
     tiles = [(i // 4, i % 4) for i in range(n_tiles)]
-    dealt = by_turns(tiles, n_workers)
+    dealt = interleave(tiles, n_workers)
     assert sorted(dealt) == tiles
     size = -(-n_tiles // max(n_workers, 1))
     for first in range(0, n_tiles, size):

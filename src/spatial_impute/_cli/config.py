@@ -1,15 +1,21 @@
-"""The file that describes a run: YAML or TOML in, checked values out. Errors name the key."""
+"""The file of a run: YAML or TOML in, checked values out. Errors name the key."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-from spatial_impute._validation import require_positive
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+from spatial_impute._params import Flag, Natural, Whole, explain, resolve_params, settings_class, shown
 
 EXAMPLE = """\
 # A run of spatial_impute: python -m spatial_impute run run.yaml
@@ -44,58 +50,199 @@ seed: 0
 """
 
 _SOURCES = ("image", "spaceranger", "spatialdata")
-_REGISTRATIONS = ("rigid", "affine", "syn")
+_TAKES = {
+    "image": {"mpp", "z", "counts", "spot_diameter"},
+    "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
+    "spatialdata": {"mpp", "z", "image_key", "shapes_key", "table_key", "coordinate_system"},
+}
 
 
 class ConfigError(ValueError):
-    """Something in the file of a run is wrong; the message names the key."""
+    """The file of a run is wrong; the message names the key."""
 
 
-@dataclass(frozen=True)
+def all_methods() -> list[str]:
+    """Names of the baselines and of ASIGN."""
+    from spatial_impute.models.asign._baselines import METHODS
+    from spatial_impute.models.asign._held_out import ASIGN
+
+    return [*METHODS, ASIGN]
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    """Absolute path; relative ones start from the folder of the file."""
+    if not isinstance(value, str | Path) or not str(value):
+        msg = f"must be a path, found {shown(value)}."
+        raise ValueError(msg)
+    path = Path(value).expanduser()
+    return path if path.is_absolute() or info.context is None else info.context / path
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        msg = f"There is nothing at '{path}'."
+        raise ValueError(msg)
+    return path
+
+
+def _method(name: str) -> str:
+    if name not in all_methods():
+        msg = f"must be one of {all_methods()}, found {shown(name)}."
+        raise ValueError(msg)
+    return name
+
+
+def _asign(value: dict[str, Any]) -> dict[str, Any]:
+    from spatial_impute.models._params import AsignParams
+
+    try:
+        resolve_params(value, AsignParams)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _section_names(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    for name in found:
+        if isinstance(name, bool):
+            msg = (
+                f"has a section named {name!r}: YAML reads `on`, `off`, `yes` and `no` as true and false. Put quotes "
+                "around it."
+            )
+            raise ValueError(msg)
+    return {str(name): value for name, value in found.items()}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Name = Annotated[str, Field(min_length=1, description="a name")]
+Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1, description="a list of names")]
+Output = Annotated[Path, BeforeValidator(_path)]
+Input = Annotated[Output, AfterValidator(_existing)]
+# Unlike settings of models, sizes of sections are not read from text.
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Length = Annotated[Float, Field(gt=0)]
+
+
+@settings_class
 class SectionConfig:
-    """Where a section comes from."""
+    """Files of a section, and what they do not say. One of `image`, `spaceranger` and `spatialdata` is given."""
 
-    source: str
-    """``"image"``, ``"spaceranger"`` or ``"spatialdata"``."""
-    path: Path
-    mpp: float | None = None
-    z: float | None = None
-    fullres_image: Path | None = None
-    bin_size: float | None = None
-    counts: Path | None = None
-    spot_diameter: float | None = None
-    image_key: str | None = None
-    shapes_key: str | None = None
-    table_key: str | None = None
-    coordinate_system: str | None = None
+    image: Input | None = None
+    spaceranger: Input | None = None
+    spatialdata: Input | None = None
+    mpp: Length | None = None
+    z: Float | None = None
+    fullres_image: Input | None = None
+    bin_size: Length | None = None
+    counts: Input | None = None
+    spot_diameter: Length | None = None
+    image_key: Name | None = None
+    shapes_key: Name | None = None
+    table_key: Name | None = None
+    coordinate_system: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, found: Any) -> Any:
+        return {"image": found} if isinstance(found, str) else found
+
+    def __post_init__(self) -> None:
+        sources = [source for source in _SOURCES if getattr(self, source) is not None]
+        if len(sources) != 1:
+            msg = f"needs exactly one of {list(_SOURCES)}, found {sources or 'none of them'}."
+            raise ValueError(msg)
+        takes = _TAKES[self.source]
+        others = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None and name not in takes]
+        others.remove(self.source)
+        if others:
+            msg = f"with `{self.source}` does not take `{others[0]}`; it takes {sorted(takes)}."
+            raise ValueError(msg)
+        if (self.counts is None) != (self.spot_diameter is None):
+            msg = "needs `counts` and `spot_diameter` (um) together, found only one of them."
+            raise ValueError(msg)
+
+    @property
+    def source(self) -> str:
+        """``"image"``, ``"spaceranger"`` or ``"spatialdata"``."""
+        return next(source for source in _SOURCES if getattr(self, source) is not None)
+
+    @property
+    def path(self) -> Path:
+        """File or folder of the source."""
+        return getattr(self, self.source)
+
+    @property
+    def measured(self) -> bool:
+        """True if the files hold expression."""
+        return self.source != "image" or self.counts is not None
 
 
-@dataclass(frozen=True)
+@settings_class
 class RunConfig:
     """A run."""
 
-    sections: dict[str, SectionConfig]
-    output: Path
-    section_spacing: float | None = None
+    sections: Annotated[
+        dict[str, SectionConfig],
+        BeforeValidator(_section_names),
+        Field(min_length=2, description="two or more sections by name, each with its files"),
+    ]
+    output: Output
+    section_spacing: Length | None = None
     reference: str | None = None
-    genes: int | list[str] = 250
-    encoder: str = "texture"
-    registration: str = "affine"
-    methods: list[str] = field(default_factory=list)
-    cross_validate: bool = True
-    plot_genes: list[str] | None = None
-    asign: dict[str, Any] = field(default_factory=dict)
-    device: str | None = None
-    seed: int = 0
+    genes: Annotated[
+        Annotated[Whole, Field(gt=0)] | Names, Field(description="a positive whole number or a list of names")
+    ] = 250
+    encoder: Name = "texture"
+    registration: Literal["rigid", "affine", "syn"] = "affine"
+    methods: Annotated[
+        list[Annotated[str, AfterValidator(_method)]],
+        BeforeValidator(_as_list),
+        Field(min_length=1, description="a list of names"),
+    ] = Field(default_factory=all_methods)
+    cross_validate: Flag = True
+    plot_genes: Names | None = None
+    asign: Annotated[dict[str, Any], AfterValidator(_asign), Field(description="settings of AsignParams")] = Field(
+        default_factory=dict
+    )
+    device: Name | None = None
+    seed: Natural = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, found: Any) -> Any:
+        """Keys without a value keep their defaults."""
+        return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+    def __post_init__(self) -> None:
+        self._require_heights()
+        if not any(section.measured for section in self.sections.values()):
+            msg = (
+                "`sections`: none of them is measured. Imputation needs one with `spaceranger`, `spatialdata`, or "
+                "`image` and `counts`."
+            )
+            raise ValueError(msg)
+        if self.reference is not None and self.reference not in self.sections:
+            msg = f"`reference` must be one of {list(self.sections)}, found {shown(self.reference)}."
+            raise ValueError(msg)
+
+    def _require_heights(self) -> None:
+        without = [name for name, section in self.sections.items() if section.z is None]
+        if self.section_spacing is None and without:
+            msg = f"The heights are missing: give `section_spacing` (um), or `sections.{without[0]}.z` and all others."
+            raise ValueError(msg)
+        if self.section_spacing is not None and len(without) < len(self.sections):
+            name = next(name for name in self.sections if name not in without)
+            msg = f"Give either `section_spacing` or `z` of every section, found both (`sections.{name}.z`)."
+            raise ValueError(msg)
 
 
 def read_config(path: str | Path) -> RunConfig:
-    """Read and check the file of a run; nothing else is read or written.
-
-    Parameters
-    ----------
-    path
-        ``.yaml``, ``.yml`` or ``.toml``.
+    """Read and check the file of a run (``.yaml``, ``.yml`` or ``.toml``); nothing else is read or written.
 
     Raises
     ------
@@ -110,30 +257,26 @@ def read_config(path: str | Path) -> RunConfig:
 
 
 def _parse(path: Path) -> object:
+    import tomllib
+
+    import yaml
+
     suffix = path.suffix.lower()
-    if suffix == ".toml":
-        import tomllib
-
-        try:
+    try:
+        if suffix == ".toml":
             return tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            msg = f"'{path}' is no valid TOML: {error}"
-            raise ConfigError(msg) from error
-    if suffix in {".yaml", ".yml"}:
-        import yaml
-
-        try:
+        if suffix in {".yaml", ".yml"}:
             _refuse_duplicates(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
             return yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            msg = f"'{path}' is no valid YAML: {error}"
-            raise ConfigError(msg) from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        msg = f"'{path}' is no valid {'TOML' if suffix == '.toml' else 'YAML'}: {error}"
+        raise ConfigError(msg) from error
     msg = f"The file of a run ends in .yaml, .yml or .toml, found '{path.name}'."
     raise ConfigError(msg)
 
 
 def _refuse_duplicates(node: Any, prefix: str = "") -> None:
-    """YAML would keep the last of two equal keys, and a section would be lost without a word."""
+    """Refuse two equal keys: YAML keeps the last of them, and a section would be lost without a word."""
     from yaml import MappingNode
 
     if not isinstance(node, MappingNode):
@@ -149,19 +292,7 @@ def _refuse_duplicates(node: Any, prefix: str = "") -> None:
 
 
 def check_config(found: object, *, folder: Path) -> RunConfig:
-    """Check what a file holds.
-
-    Parameters
-    ----------
-    found
-        Parsed file.
-    folder
-        Folder that relative paths start from.
-
-    Raises
-    ------
-    ConfigError
-        If a key is missing, unknown, or has a wrong value.
+    """Check the content of a file; relative paths start from `folder`.
 
     Examples
     --------
@@ -173,198 +304,7 @@ def check_config(found: object, *, folder: Path) -> RunConfig:
     if not isinstance(found, dict):
         msg = f"The file must hold keys such as `sections` and `output`, found {type(found).__name__}."
         raise ConfigError(msg)
-    _known_keys(found, RunConfig.__dataclass_fields__, "")
-    for key in ("sections", "output"):
-        if key not in found:
-            msg = f"The key `{key}` is missing."
-            raise ConfigError(msg)
-    given = found["sections"]
-    if not isinstance(given, dict) or len(given) < 2:
-        msg = f"`sections` must name at least two sections, each with its files; found {_shown(given)}."
-        raise ConfigError(msg)
-    sections = {str(name): _section(f"sections.{name}", value, folder) for name, value in given.items()}
-    _check_heights(sections, found.get("section_spacing"))
-    if not any(s.source == "spaceranger" or s.source == "spatialdata" or s.counts for s in sections.values()):
-        msg = (
-            "`sections`: none of them is measured. Imputation needs one with `spaceranger`, `spatialdata`, or `image` "
-            "and `counts`."
-        )
-        raise ConfigError(msg)
-    values: dict[str, Any] = {
-        "sections": sections,
-        "output": _path("output", found["output"], folder, must_exist=False),
-    }
-    checks: dict[str, Callable[[str, Any], Any]] = {
-        "section_spacing": _positive,
-        "reference": lambda key, value: _one_of(key, value, sections),
-        "genes": _genes,
-        "encoder": _text,
-        "registration": lambda key, value: _one_of(key, value, _REGISTRATIONS),
-        "methods": _methods,
-        "cross_validate": _flag,
-        "plot_genes": _names,
-        "asign": _asign,
-        "device": _text,
-        "seed": _whole,
-    }
-    for key, check in checks.items():
-        if found.get(key) is not None:
-            values[key] = check(key, found[key])
-    values.setdefault("methods", all_methods())
-    return RunConfig(**values)
-
-
-def all_methods() -> list[str]:
-    """Names of the baselines and of ASIGN."""
-    from spatial_impute.models.asign._baselines import METHODS
-    from spatial_impute.models.asign._held_out import ASIGN
-
-    return [*METHODS, ASIGN]
-
-
-def _section(key: str, found: Any, folder: Path) -> SectionConfig:
-    if isinstance(found, str):
-        found = {"image": found}
-    if not isinstance(found, dict):
-        msg = f"`{key}` must hold keys such as `image` and `mpp`, found {_shown(found)}."
-        raise ConfigError(msg)
-    own = set(SectionConfig.__dataclass_fields__) - {"source", "path"}
-    _known_keys(found, {*_SOURCES, *own}, f"{key}.")
-    sources = [source for source in _SOURCES if source in found]
-    if len(sources) != 1:
-        msg = f"`{key}` needs exactly one of {list(_SOURCES)}, found {sources or 'none of them'}."
-        raise ConfigError(msg)
-    (source,) = sources
-    allowed = {
-        "image": {"mpp", "z", "counts", "spot_diameter"},
-        "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
-        "spatialdata": {"mpp", "z", "image_key", "shapes_key", "table_key", "coordinate_system"},
-    }[source]
-    for name in found:
-        if name != source and name not in allowed:
-            msg = f"`{key}.{name}` does not belong to a section with `{source}`, which takes {sorted(allowed)}."
-            raise ConfigError(msg)
-    if ("counts" in found) != ("spot_diameter" in found):
-        msg = f"`{key}`: `counts` and `spot_diameter` (um) belong together, found only one of them."
-        raise ConfigError(msg)
-    checks: dict[str, Callable[[str, Any], Any]] = {
-        "mpp": _positive,
-        "z": _number,
-        "fullres_image": lambda k, v: _path(k, v, folder),
-        "bin_size": _positive,
-        "counts": lambda k, v: _path(k, v, folder),
-        "spot_diameter": _positive,
-    }
-    values = {name: checks.get(name, _text)(f"{key}.{name}", found[name]) for name in found if name != source}
-    return SectionConfig(source, _path(f"{key}.{source}", found[source], folder), **values)
-
-
-def _check_heights(sections: Mapping[str, SectionConfig], spacing: object) -> None:
-    with_z = [name for name, section in sections.items() if section.z is not None]
-    if spacing is not None and with_z:
-        msg = f"Give either `section_spacing` or `z` of every section, found both (`sections.{with_z[0]}.z`)."
-        raise ConfigError(msg)
-    if spacing is None and len(with_z) < len(sections):
-        without = next(name for name in sections if name not in with_z)
-        msg = f"The heights are missing: give `section_spacing` (um), or `sections.{without}.z` and all others."
-        raise ConfigError(msg)
-
-
-def _known_keys(found: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
-    from difflib import get_close_matches
-
-    for key in found:
-        if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{prefix}{close[0]}`?" if close else f"there are {sorted(known)}."
-            msg = f"Unknown key `{prefix}{key}`; {hint}"
-            raise ConfigError(msg)
-
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"
-
-
-def _wrong(key: str, expected: str, value: object) -> ConfigError:
-    return ConfigError(f"`{key}` must be {expected}, found {_shown(value)}.")
-
-
-def _path(key: str, value: Any, folder: Path, *, must_exist: bool = True) -> Path:
-    if not isinstance(value, str) or not value:
-        raise _wrong(key, "a path", value)
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if must_exist and not path.exists():
-        msg = f"`{key}`: there is nothing at '{path}'."
-        raise ConfigError(msg)
-    return path
-
-
-def _positive(key: str, value: Any) -> float:
-    if isinstance(value, bool | str):
-        raise _wrong(key, "a positive number", value)
     try:
-        return require_positive(value, name=key)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(key, "a number", value)
-    return float(value)
-
-
-def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _wrong(key, "a whole number from 0 on", value)
-    return value
-
-
-def _flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(key, "true or false", value)
-    return value
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _wrong(key, "a name", value)
-    return value
-
-
-def _one_of(key: str, value: Any, options: Collection[str]) -> str:
-    if value not in options:
-        raise _wrong(key, f"one of {list(options)}", value)
-    return value
-
-
-def _names(key: str, value: Any) -> list[str]:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise _wrong(key, "a list of names", value)
-    return names
-
-
-def _genes(key: str, value: Any) -> int | list[str]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(_positive(key, value))
-    return _names(key, value)
-
-
-def _methods(key: str, value: Any) -> list[str]:
-    return [_one_of(key, name, all_methods()) for name in _names(key, value)]
-
-
-def _asign(key: str, value: Any) -> dict[str, Any]:
-    from spatial_impute._validation import resolve_params
-    from spatial_impute.models._params import AsignParams
-
-    if not isinstance(value, dict):
-        raise _wrong(key, "settings of AsignParams", value)
-    try:
-        resolve_params(value, AsignParams)
-    except (TypeError, ValueError) as error:
-        msg = f"`{key}`: {error}"
-        raise ConfigError(msg) from error
-    return value
+        return TypeAdapter(RunConfig).validate_python(found, context=folder)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from error

@@ -23,18 +23,14 @@ _HEADLINE = ["pearson_gene", "pearson_gene_median", "pearson_gene_positive", "ms
 
 
 def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
-    """Run the whole path and leave figures, data and scores in a folder.
+    """Run all steps, write figures, data and scores to a folder, and return the scores on the unmeasured sections.
 
     Parameters
     ----------
     output
-        Folder to write to; what an earlier demo left there is replaced.
+        Folder to write to. The files of an earlier demo are replaced.
     data
-        ``"her2st"``, ``"synthetic"``, or ``"auto"`` for HER2ST where cache or network give it.
-
-    Returns
-    -------
-    Scores of all methods on the sections that were not measured.
+        ``"her2st"``, ``"synthetic"``, or ``"auto"`` for HER2ST if it is in the cache or can be downloaded.
     """
     import matplotlib as mpl
 
@@ -70,8 +66,8 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
         "imputed.png": f"imputed {', '.join(genes)} with the support of every spot",
         "volume.png": "slices through the stack",
         "graph.png": "edges of the 3D graph",
-        "scores.png": "the methods against the measured truth, and what was expected of each gene",
-        "training.png": "how the networks learned, and the step that was kept",
+        "scores.png": "the methods against the measured truth, and the expected r of each gene",
+        "training.png": "loss of the networks, and the step that was kept",
         "scores.csv": "scores of the baselines and of ASIGN against the measured truth",
         "imputed.h5ad": "the stack table: layers, coordinates, graph",
         "stack.zarr": "the whole SpatialData object",
@@ -90,7 +86,7 @@ def _load(data: str) -> tuple[SpatialData, AnnData, list[str]]:
         except OSError as error:  # no cache and no network; requests' errors are OSErrors
             if data == "her2st":
                 raise
-            logger.warning("HER2ST cannot be had (%s); using the synthetic stack.", error)
+            logger.warning("HER2ST is not available (%s); using the synthetic stack.", error)
         else:
             logger.info("Data: HER2ST, patient C, five sections, C4 measured (files in %s)", si.settings.data_dir)
             genes = [gene for gene in ("ERBB2", "MDK") if gene in sdata.tables[Keys.STACK_TABLE].var_names]
@@ -102,10 +98,10 @@ def _load(data: str) -> tuple[SpatialData, AnnData, list[str]]:
 
 
 def save_stack(sdata: SpatialData, store: Path) -> None:
-    """Write the object; what is at `store` is replaced."""
+    """Write the object in place of an earlier one at `store`."""
     if store.exists():
         shutil.rmtree(store)
     with warnings.catch_warnings():
-        # Remarks of zarr on its own future, one per chunked array.
+        # zarr warns once per chunked array of changes to come in zarr itself.
         warnings.filterwarnings("ignore", message="Consolidated metadata|zarr v3 autosharding")
         sdata.write(store)

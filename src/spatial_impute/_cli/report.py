@@ -1,4 +1,4 @@
-"""The report of a run, in markdown and as one HTML file: what was done, what it scored, what not to trust."""
+"""The report of a run, in markdown and as one HTML file: steps, scores, warnings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _N_NAMED = 15  # genes named in a sentence
 
 @dataclass
 class Results:
-    """What a run has found."""
+    """Results of a run."""
 
     sdata: SpatialData
     scores: pd.DataFrame | None
@@ -58,7 +58,7 @@ class Results:
     """Layer with the result."""
     config: dict[str, Any]
     figures: dict[str, str]
-    """File names and what they show."""
+    """File names and captions."""
     seconds: float = 0.0
 
 
@@ -72,7 +72,7 @@ def write_report(results: Results, output: Path) -> Path:
     (output / "report.md").write_text(to_markdown(blocks))
     (output / "report.html").write_text(to_html(blocks, output / "figures"))
     record = {"config": results.config, "seconds": round(results.seconds, 1), "version": version("spatial-impute")}
-    (output / "run.json").write_text(json.dumps(record, indent=1))
+    (output / "run.json").write_text(json.dumps(record, indent=1, default=str))
     return output / "report.html"
 
 
@@ -80,44 +80,49 @@ def report_blocks(results: Results) -> list[Block]:
     """Content of the report, in order."""
     table = results.sdata.tables[Keys.STACK_TABLE]
     units = table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown units")
-    figures = [("figure", (name, text)) for name, text in results.figures.items()]
-    by_name = {name: block for block in figures for name in [block[1][0]]}
-    blocks: list[Block] = [
+    figures: dict[str, Block] = {name: ("figure", (name, text)) for name, text in results.figures.items()}
+    package = f"spatial_impute {version('spatial-impute')}"
+    summary = (
+        f"{len(load_record(results.sdata).sections)} sections, {table.n_obs} spots, {table.n_vars} genes ({units}). "
+        f"Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. {package}, {results.seconds:.0f} s."
+    )
+    quality = _columns(results.registration.reset_index(), _QUALITY, 2)
+    parts: list[Block | None] = [
         ("h1", "Imputation of a stack of sections"),
-        (
-            "p",
-            f"{len(load_record(results.sdata).sections)} sections, {table.n_obs} spots, {table.n_vars} genes ({units}). "
-            f"Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. spatial_impute "
-            f"{version('spatial-impute')}, {results.seconds:.0f} s.",
-        ),
+        ("p", summary),
         ("h2", "What not to trust"),
         ("list", cautions(results)),
         ("h2", "Sections"),
         ("table", sections_table(results.sdata)),
+        figures.pop("stack.png", None),
+        ("h2", "Registration"),
+        ("table", quality),
+        figures.pop("registration.png", None),
+        *_score_blocks(results.scores),
+        figures.pop("scores.png", None),
+        ("h2", "Figures"),
+        *figures.values(),
+        ("h2", "Settings"),
+        ("code", json.dumps(results.config, indent=1, default=str)),
     ]
-    blocks += [by_name.pop(name) for name in ("stack.png",) if name in by_name]
-    blocks += [("h2", "Registration"), ("table", _columns(results.registration.reset_index(), _QUALITY, 2))]
-    blocks += [by_name.pop(name) for name in ("registration.png",) if name in by_name]
-    if results.scores is not None:
-        intervals = " `low` and `high` are the 95 % interval of the mean over genes." if "low" in results.scores else ""
-        blocks += [
-            ("h2", "Baselines and model on held-out spots"),
-            (
-                "p",
-                "All methods are scored on the same measured spots, which none of them has seen. Read `r per gene`: the "
-                f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method. The mean "
-                "profile may fall below 0: it is low for blocks that are high, which it was computed without.",
-            ),
-            ("table", _columns(results.scores.reset_index(), _SCORES, 1)),
-        ]
-    blocks += [by_name.pop(name) for name in ("scores.png",) if name in by_name]
-    blocks += [("h2", "Figures"), *by_name.values(), ("h2", "Settings")]
-    blocks.append(("code", json.dumps(results.config, indent=1)))
-    return blocks
+    return [part for part in parts if part is not None]
+
+
+def _score_blocks(scores: pd.DataFrame | None) -> list[Block]:
+    if scores is None:
+        return []
+    intervals = " `low` and `high` are the 95 % interval of the mean over genes." if "low" in scores else ""
+    text = (
+        "All methods are scored on the same measured spots, which none of them was fitted on. Read `r per gene`: the "
+        f"correlation across spots, mean over genes.{intervals} `r per spot` is high for any method. The mean profile "
+        "may fall below 0: it is computed without the held-out block, so it is low where the block is high."
+    )
+    table = _columns(scores.reset_index(), _SCORES, 1)
+    return [("h2", "Baselines and model on held-out spots"), ("p", text), ("table", table)]
 
 
 def cautions(results: Results) -> list[str]:
-    """What a reader has to know before using the result; first what this run shows, then what always holds."""
+    """Warnings for the reader of a result: first those of this run, then those of every run."""
     table = results.sdata.tables[Keys.STACK_TABLE]
     found = [*_about_registration(results), *_about_model(results)]
     if Keys.PREDICTABILITY in table.var and results.layer == Keys.ASIGN:
@@ -126,7 +131,8 @@ def cautions(results: Results) -> list[str]:
         found += _about_support(table)
     return [
         *found,
-        "Held-out spots lie on measured sections. Expect less on the others: no held-out spot shows how sections differ.",
+        "Held-out spots lie on measured sections. Expect lower scores on the other sections: no held-out spot shows "
+        "how sections differ.",
         "Imputed values are no measurements: they are smoother, and spots are not independent. Do not test for "
         "differential expression on them as if they were measured.",
     ]
@@ -136,14 +142,14 @@ def _about_registration(results: Results) -> list[str]:
     registration = load_record(results.sdata).registration or {}
     rows = registration.get("sections", {})
     weak = [f"{name} ({row['verdict']})" for name, row in rows.items() if row.get("verdict", "ok") != "ok"]
-    found = [f"Sections that are not in the right place with confidence: {', '.join(weak)}."] if weak else []
+    found = [f"Sections whose registration is not certain: {', '.join(weak)}."] if weak else []
     skipped = list(registration.get("skipped", []))
     return found + ([f"Sections that were left out of the registration: {', '.join(skipped)}."] if skipped else [])
 
 
 def _about_model(results: Results) -> list[str]:
     if results.scores is None:
-        return ["Nothing was held out (`cross_validate: false`), so this run does not know how good its result is."]
+        return ["Nothing was held out (`cross_validate: false`), so this run cannot tell how good its result is."]
     if Keys.ASIGN not in results.scores.index or len(results.scores) < 2:
         return []
     r = results.scores["pearson_gene"]
@@ -154,8 +160,8 @@ def _about_model(results: Results) -> list[str]:
         if low > 0:
             return []
         return [
-            f"ASIGN is not shown to be better than {best}: the difference of their r per gene is {margin:+.3f}, 95 % "
-            f"interval {low:+.3f} to {high:+.3f}."
+            f"This run does not show that ASIGN is better than {best}: the difference of their r per gene is "
+            f"{margin:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}."
         ]
     return [] if margin > 0 else [f"ASIGN scores no higher than {best} (r per gene {margin:+.3f})."]
 
@@ -165,11 +171,11 @@ def _about_genes(table: AnnData) -> list[str]:
     unknown = list(r.index[r.isna()])
     poor = list(r.index[r <= 0])
     quartiles = ", ".join(f"{q:.2f}" for q in r.quantile([0.25, 0.5, 0.75]))
-    found = [f"Quartiles of r over genes on held-out blocks: {quartiles}. Every gene has its own in `genes.csv`."]
+    found = [f"Quartiles of r over genes on held-out blocks: {quartiles}. `genes.csv` holds the value of every gene."]
     if poor:
         found.append(f"{len(poor)} of {len(r)} genes were not predictable (r <= 0): {_named(poor)}.")
     if unknown:
-        found.append(f"{len(unknown)} genes could not be judged: {_named(unknown)}.")
+        found.append(f"{len(unknown)} genes have no r: {_named(unknown)}.")
     return found
 
 
@@ -180,7 +186,7 @@ def _about_support(table: AnnData) -> list[str]:
         return []
     where = table.obs[Keys.SECTION][without].value_counts()
     listed = ", ".join(f"{name} {n}" for name, n in where[where > 0].items())
-    return [f"No measurement reaches {int(without.sum())} spots over the graph (support 0): {listed}."]
+    return [f"{int(without.sum())} spots have no path in the graph to a measured spot (support 0): {listed}."]
 
 
 def _named(names: list[str]) -> str:
@@ -251,7 +257,7 @@ def to_markdown(blocks: list[Block]) -> str:
 
 
 def to_html(blocks: list[Block], figures: Path) -> str:
-    """Report as one HTML file that needs no other: figures are inside."""
+    """Report as one HTML file with its figures inside."""
     parts = []
     for kind, content in blocks:
         if kind == "list":
@@ -280,6 +286,6 @@ def to_html(blocks: list[Block], figures: Path) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escape, and set what stands between backticks as code."""
+    """Escape, and set text between backticks as code."""
     pieces = html.escape(text).split("`")
     return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))

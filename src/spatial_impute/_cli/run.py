@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 import spatial_impute as si
 from spatial_impute._cli.demo import save_stack
@@ -20,27 +22,17 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._cli.config import RunConfig, SectionConfig
-    from spatial_impute.models import AsignModel, AsignPanels
 
 _N_PLOT_GENES = 2
 
 
 def run(config: RunConfig) -> Path:
-    """Run everything and leave data, figures, tables and a report in ``config.output``.
-
-    Parameters
-    ----------
-    config
-        A checked run.
-
-    Returns
-    -------
-    Path of the report (HTML); the same in markdown is beside it.
+    """Run everything, write data, figures, tables and a report to ``config.output``, and return the path of the report.
 
     Raises
     ------
     FileExistsError
-        If the output folder holds something that no run has written.
+        If the output folder holds files that no run has written.
     """
     import matplotlib as mpl
 
@@ -71,8 +63,8 @@ def run(config: RunConfig) -> Path:
         scores=scores,
         registration=si.metrics.registration_quality(sdata),
         layer=layer,
-        config=_plain(asdict(config)),
-        figures=_draw(sdata, plot_genes(sdata, config.plot_genes), layer, figures, model=model, scores=scores),
+        config=asdict(config),
+        figures=_draw(sdata, plot_genes(sdata, config.plot_genes), figures, layer=layer, model=model, scores=scores),
     )
     _write_data(results, config.output)
     results.seconds = time.perf_counter() - started
@@ -85,22 +77,14 @@ def assemble(config: RunConfig) -> SpatialData:
     """Stack with spots on every section and genes chosen."""
     given = config.sections
     arguments: dict[str, Any] = {
-        name: {key: getattr(s, name) for key, s in given.items() if getattr(s, name) is not None}
+        name: {key: getattr(section, name) for key, section in given.items() if getattr(section, name) is not None}
         for name in ("mpp", "fullres_image", "bin_size", "image_key", "shapes_key", "table_key", "coordinate_system")
     }
-    arguments["fullres_image"] = {name: str(path) for name, path in arguments["fullres_image"].items()}
     inputs: dict[str, Any] = {}
     for name, section in given.items():
-        if section.counts is not None and section.spot_diameter is not None:
-            inputs[name], arguments["mpp"][name] = spots_on_image(
-                name, section, counts=section.counts, spot_diameter=section.spot_diameter
-            )
-        elif section.source == "spatialdata":
-            import spatialdata as sd
-
-            inputs[name] = sd.read_zarr(section.path)
-        else:
-            inputs[name] = str(section.path)
+        inputs[name], mpp = _read(name, section)
+        if mpp is not None:
+            arguments["mpp"][name] = mpp
     heights: dict[str, Any] = {"section_spacing": config.section_spacing}
     if config.section_spacing is None:
         heights = {"z": {name: section.z for name, section in given.items()}}
@@ -117,10 +101,19 @@ def assemble(config: RunConfig) -> SpatialData:
     return sdata
 
 
-def _drop_empty_spots(sdata: SpatialData) -> None:
-    """Take spots without a single count out of the counts: Space Ranger leaves some in, and nobody is there to ask."""
-    import numpy as np
+def _read(name: str, section: SectionConfig) -> tuple[Any, float | None]:
+    """Input of ``assemble_stack`` for one section, and its pixel size where that was read here."""
+    if section.counts is not None:
+        return _spots_on_image(name, section)
+    if section.source == "spatialdata":
+        import spatialdata as sd
 
+        return sd.read_zarr(section.path), None
+    return str(section.path), None
+
+
+def _drop_empty_spots(sdata: SpatialData) -> None:
+    """Drop spots without a single count, which Space Ranger keeps: a run has nobody to ask about them."""
     for section in load_record(sdata).sections:
         table = None if section.counts is None else sdata.tables[section.counts]
         if table is None or table.X is None:
@@ -133,18 +126,9 @@ def _drop_empty_spots(sdata: SpatialData) -> None:
             sdata.tables[section.counts] = table[counted].copy()
 
 
-def spots_on_image(
-    name: str, section: SectionConfig, *, counts: Path, spot_diameter: float
-) -> tuple[SpatialData, float]:
-    """Image file and AnnData with pixel coordinates as one object, and um per pixel.
-
-    Raises
-    ------
-    ConfigError
-        If the pixel size is unknown, or the table has no coordinates on the image.
-    """
+def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, float]:
+    """Image file and AnnData with pixel coordinates as one object, and um per pixel."""
     import anndata as ad
-    import numpy as np
 
     from spatial_impute._cli.config import ConfigError
     from spatial_impute._image.reading import open_image
@@ -155,9 +139,9 @@ def spots_on_image(
     if mpp is None:
         msg = f"`sections.{name}.mpp` is missing, and '{section.path}' does not say how large its pixels are."
         raise ConfigError(msg)
-    table = ad.read_h5ad(counts)
+    table = ad.read_h5ad(section.counts)
     if Keys.SPATIAL not in table.obsm:
-        msg = f"`sections.{name}.counts`: '{counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
+        msg = f"`sections.{name}.counts`: '{section.counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
         raise ConfigError(msg)
     centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
     height, width = opened.levels[0].shape[1:]
@@ -172,7 +156,7 @@ def spots_on_image(
         name,
         image_element(opened.levels, "global", 1.0),
         centers=centers,
-        radius=spot_diameter / 2 / mpp,
+        radius=cast("float", section.spot_diameter) / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
         table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=table.var[[]].copy()),
     )
@@ -180,10 +164,10 @@ def spots_on_image(
 
 
 def _prepare(output: Path) -> Path:
-    """Make the folder; only what an earlier run has left there is replaced."""
+    """Make the folder of figures; only the files of an earlier run are replaced."""
     mark = output / "run.json"
     if output.exists() and any(output.iterdir()) and not mark.exists():
-        msg = f"'{output}' holds files that no run has written; name another `output`, or empty it."
+        msg = f"'{output}' holds files that no run has written. Give another `output`, or empty the folder."
         raise FileExistsError(msg)
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
@@ -191,17 +175,8 @@ def _prepare(output: Path) -> Path:
     return figures
 
 
-def _plain(value: Any) -> Any:
-    """The same with paths as text, for JSON."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
 def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:
-    """Genes to draw: those asked for that are in the table, else the most predictable, else the first."""
+    """Genes to draw: the wanted ones that are in the table, else the most predictable, else the first."""
     table = sdata.tables[Keys.STACK_TABLE]
     missing = [gene for gene in wanted or [] if gene not in table.var_names]
     if missing:
@@ -215,15 +190,9 @@ def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:
 
 
 def _draw(
-    sdata: SpatialData,
-    genes: list[str],
-    layer: str,
-    folder: Path,
-    *,
-    model: AsignModel | AsignPanels | None,
-    scores: pd.DataFrame | None,
+    sdata: SpatialData, genes: list[str], folder: Path, *, layer: str, model: Any, scores: pd.DataFrame | None
 ) -> dict[str, str]:
-    """Figures by file name, with what they show."""
+    """Draw the figures; file names and captions."""
     from matplotlib import pyplot as plt
 
     drawn = {

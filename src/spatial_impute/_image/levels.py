@@ -7,13 +7,15 @@ Pixel convention: the centre of pixel i lies at i + 0.5, so coordinates are meas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from spatial_impute._geometry import linear_scale, scaling
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xarray import DataArray, DataTree
 
 _MAX_THUMBNAIL = 2**28  # px that are held in memory at once: 3 GiB as float32 RGB
@@ -44,17 +46,13 @@ class Level:
 
 
 def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level]:
-    """Resolutions of an image element, finest first.
+    """Resolutions of a single-scale or multi-scale image element of spatialdata, finest first.
 
-    Parameters
-    ----------
-    element
-        Single-scale or multi-scale image of spatialdata.
-    to_um
-        (3, 3) affine from pixel corners of the finest level to the section frame.
+    `to_um` is the (3, 3) affine from pixel corners of the finest level to the section frame.
     """
     if not hasattr(element, "children"):
-        return [Level(element, to_um, _white(element))]
+        array = cast("DataArray", element)
+        return [Level(array, to_um, _white(array))]
     arrays = [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
     height, width = arrays[0].sizes["y"], arrays[0].sizes["x"]
     levels = []
@@ -69,9 +67,9 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
 
 
 def _white(array: DataArray) -> float:
-    """Value of full brightness: that of the bits in use, since arrays of 8 or 12 bits come in wider types and as floats.
+    """Value of full brightness for the bits in use: arrays of 8 or 12 bits come in wider types and as floats.
 
-    Glass is bright, so that a scan which reaches no quarter of a range was not made in it.
+    Glass is bright. So an image that stays below a quarter of a range was not scanned in that range.
     """
     whole = np.issubdtype(array.dtype, np.integer)
     most = float(np.iinfo(array.dtype).max) if whole else np.inf
@@ -79,79 +77,70 @@ def _white(array: DataArray) -> float:
         return most
     # Decided once for the whole image, on a sample of its pixels: a single window may be dark.
     step = max(1, max(array.sizes["y"], array.sizes["x"]) // 256)
-    sample = array.isel(y=slice(None, None, step), x=slice(None, None, step)).data
-    sample = np.asarray(sample.compute(scheduler="synchronous") if hasattr(sample, "compute") else sample)
+    sample = decode(array.isel(y=slice(None, None, step), x=slice(None, None, step)).data)
     brightest = float(np.nanmax(sample, initial=0.0)) / _OVERSHOOT
     if not whole and brightest <= 1.0:
         return 1.0
     return next((depth for depth in _DEPTHS if brightest <= depth < most), most if whole else brightest)
 
 
-def best_level(levels: list[Level], pixel_size: float) -> Level:
+def best_level(levels: Sequence[Level], pixel_size: float) -> Level:
     """Coarsest level that is at least as fine as `pixel_size` (um), else the finest there is."""
     fine_enough = [level for level in levels if level.pixel_size <= pixel_size * (1 + 1e-6)]
     return fine_enough[-1] if fine_enough else levels[0]
 
 
-def require_colours(array: np.ndarray, white: float) -> np.ndarray:
-    """Colour channels of (c, y, x); wholly transparent and NaN pixels are `white`, else alpha is dropped.
+def require_colors(array: np.ndarray, white: float) -> np.ndarray:
+    """Color channels of (c, y, x); transparent and NaN pixels become `white`, other alpha is dropped.
 
-    Glass that was erased in an image editor is transparent, and usually black beneath; what lies beyond a warped image
-    is NaN.
-
-    Raises
-    ------
-    ValueError
-        If there are 2 or more than 4 channels: such an image is no H&E scan.
+    Glass that was erased in an image editor is transparent, and usually black below. Pixels beyond a warped image are
+    NaN. Raises a ``ValueError`` for 2 or more than 4 channels: such an image is no H&E scan.
     """
     if array.shape[0] not in (1, 3, 4):
         msg = f"An H&E image has 1, 3 or 4 channels, found {array.shape[0]}. Select three channels before assembling."
         raise ValueError(msg)
-    colours, absent = array[:3], None
+    colors, absent = array[:3], None
     if array.shape[0] == 4 and not array[3].all():
         absent = array[3] == 0
-    if array.dtype.kind == "f" and np.isnan(colours).any():
-        absent = np.isnan(colours).any(axis=0) | (False if absent is None else absent)
-    return colours if absent is None else np.where(absent, array.dtype.type(white), colours)
+    if array.dtype.kind == "f" and np.isnan(colors).any():
+        absent = np.isnan(colors).any(axis=0) | (False if absent is None else absent)
+    return colors if absent is None else np.where(absent, array.dtype.type(white), colors)
 
 
 def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
-    """Bring (c, y, x) to (y, x, 3) float32 in 0-255: grey is repeated, `white` and pixels without colour become 255.
-
-    Raises
-    ------
-    ValueError
-        If there are 2 or more than 4 channels: such an image is no H&E scan.
-    """
-    colours = require_colours(array, white)
-    rgb = np.repeat(colours, 3, axis=0) if len(colours) == 1 else colours
+    """Convert (c, y, x) to (y, x, 3) float32 in 0-255; grey is repeated, `white` and transparent pixels become 255."""
+    colors = require_colors(array, white)
+    rgb = np.repeat(colors, 3, axis=0) if len(colors) == 1 else colors
     rgb = np.moveaxis(rgb, 0, -1).astype(np.float32)
     return rgb if white == 255.0 else rgb * np.float32(255.0 / white)
 
 
+def decode(data: Any) -> np.ndarray:
+    """Pixels of a lazy array or of one in memory."""
+    if hasattr(data, "compute"):
+        # Threads of dask inside those of a data loader or a worker can deadlock; one window is too small to gain from
+        # them.
+        data = data.compute(scheduler="synchronous")
+    return np.asarray(data)
+
+
+def stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
+    """Pixels [y0, y1) x [x0, x1) of a level as they are stored, (c, y, x)."""
+    return decode(level.data.isel(y=slice(y0, y1), x=slice(x0, x1)).data)
+
+
 def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
     """Pixels [y0, y1) x [x0, x1) of a level as (y, x, 3) float32 in 0-255."""
-    return to_rgb(_stored_pixels(level, y0, y1, x0, x1), level.white)
+    return to_rgb(stored_pixels(level, y0, y1, x0, x1), level.white)
 
 
-def _stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-    """Pixels [y0, y1) x [x0, x1) of a level as they are stored, (c, y, x)."""
-    window = level.data.isel(y=slice(y0, y1), x=slice(x0, x1)).data
-    if hasattr(window, "compute"):
-        # Threads inside DataLoader or distributed workers can deadlock; one window is too small to gain from them.
-        window = window.compute(scheduler="synchronous")
-    return np.asarray(window)
+def whole_factor(level: Level, pixel_size: float) -> int:
+    """Pixels of a level along the edge of a pixel of `pixel_size` um, as a whole number of at least 1."""
+    return max(1, min(int(pixel_size / level.pixel_size + 1e-6), *level.shape))
 
 
-def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Whole image at a working resolution, read strip by strip from the coarsest level that is fine enough.
-
-    Parameters
-    ----------
-    levels
-        Resolutions of one image.
-    pixel_size
-        Wanted edge length of a pixel in um.
+def read_thumbnail(levels: Sequence[Level], pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Whole image at about `pixel_size` um per pixel, read strip by strip from the coarsest level that is fine enough.
 
     Returns
     -------
@@ -162,12 +151,12 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
     """
     level = best_level(levels, pixel_size)
     height, width = level.shape
-    factor = max(1, min(int(pixel_size / level.pixel_size + 1e-6), height, width))
+    factor = whole_factor(level, pixel_size)
     rows, columns = height // factor, width // factor
     if rows * columns > _MAX_THUMBNAIL:
         msg = (
-            f"At {pixel_size:g} um per pixel the image of {width} x {height} px would be read as {columns} x {rows} px, more "
-            f"than fits in memory ({_MAX_THUMBNAIL} px). Take a coarser `resolution`."
+            f"At {pixel_size:g} um per pixel the image of {width} x {height} px would be read as {columns} x {rows} "
+            f"px, more than fits in memory ({_MAX_THUMBNAIL} px). Take a coarser `resolution`."
         )
         raise ValueError(msg)
     chunk_rows = level.data.data.chunks[1][0] if hasattr(level.data.data, "chunks") else height
@@ -175,16 +164,17 @@ def read_thumbnail(levels: list[Level], pixel_size: float) -> tuple[np.ndarray, 
     strips = []
     for y0 in range(0, rows * factor, strip):
         y1 = min(y0 + strip, rows * factor)
-        stored = _stored_pixels(level, y0, y1, 0, columns * factor)
+        stored = stored_pixels(level, y0, y1, 0, columns * factor)
         # As floats a strip takes several times its size, so it is reduced part by part.
         edges = range(0, columns * factor, max(1, _TILE // factor) * factor)
         parts = (stored[:, :, x0 : x0 + edges.step] for x0 in edges)
-        strips.append(np.concatenate([_area_means(to_rgb(part, level.white), factor) for part in parts], axis=1))
+        strips.append(np.concatenate([area_means(to_rgb(part, level.white), factor, factor) for part in parts], axis=1))
     return np.concatenate(strips), level.to_um @ scaling(float(factor))
 
 
-def _area_means(rgb: np.ndarray, factor: int) -> np.ndarray:
-    """(y, x, 3) reduced by a whole number."""
-    if factor == 1:
+def area_means(rgb: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
+    """(y, x, 3) reduced by whole numbers along y and x."""
+    if factor_y == factor_x == 1:
         return rgb
-    return rgb.reshape(rgb.shape[0] // factor, factor, rgb.shape[1] // factor, factor, 3).mean(axis=(1, 3))
+    height, width = rgb.shape[0] // factor_y, rgb.shape[1] // factor_x
+    return rgb.reshape(height, factor_y, width, factor_x, 3).mean(axis=(1, 3))

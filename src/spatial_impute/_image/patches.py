@@ -1,4 +1,4 @@
-"""Square patches of an image, resampled to a fixed pixel size while every chunk of the file is decoded at most twice."""
+"""Square patches of an image, resampled to a fixed pixel size; each chunk of the file is decoded at most twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, scaling
-from spatial_impute._image.levels import best_level, require_colours
+from spatial_impute._image.levels import best_level, require_colors, stored_pixels, whole_factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,39 +18,27 @@ if TYPE_CHECKING:
     from spatial_impute._image.levels import Level
 
 _TILE = 1024  # px; a tile of three such channels is 3 MiB, and no smaller than the usual chunk
-# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the right
-# and below are in use. Every tile is then read for its own row and for the one above, and no more.
+# A patch belongs to the tile of its upper left corner, and tiles are walked row by row: that tile and those to the
+# right and below are in use. Every tile is then read for its own row and for the one above, and no more.
 _TILES_KEPT = 4
 
 
 def iter_patches(
     levels: list[Level], centers: np.ndarray, side: float, n_px: int, *, batch_size: int = 128
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Square patches around points, resampled to a fixed number of pixels.
+    """Square patches of `n_px` pixels and `side` um around points (n, 2) in um, in batches of up to `batch_size`.
 
-    Patches are read tile by tile from the coarsest level that is fine enough; a level much finer than wanted is
-    averaged by whole pixels first. Memory is bounded by a few tiles and a batch of patches.
-
-    Parameters
-    ----------
-    levels
-        Resolutions of one image.
-    centers
-        (n, 2) x, y in um in the section frame.
-    side
-        Edge length of a patch in um; its edges are parallel to the axes of the section frame.
-    n_px
-        Pixels along an edge of the result.
-    batch_size
-        Patches made at a time.
+    Edges are parallel to the axes of the section frame. Patches are read tile by tile from the coarsest level that is
+    fine enough; a level much finer than that is averaged by whole pixels first. Memory is bounded by a few tiles and a
+    batch.
 
     Yields
     ------
     index
         Rows of `centers` in this batch.
     patches
-        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond
-        the image.
+        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond the
+        image.
     """
     if not len(centers):
         return
@@ -87,8 +75,8 @@ class _Tiles:
         height, width = level.shape
         self._level = level
         self.white = level.white
-        # Every second pixel of a patch would otherwise never be looked at: noise and false texture.
-        self._factor = max(1, min(int(pixel_size / level.pixel_size + 1e-6), height, width))
+        # Without the means, samples would skip pixels of the level: noise and false texture.
+        self._factor = whole_factor(level, pixel_size)
         self.to_um = level.to_um @ scaling(float(self._factor))
         self.height, self.width = height // self._factor, width // self._factor
         chunks = level.data.data.chunks[1:] if hasattr(level.data.data, "chunks") else ((height,), (width,))
@@ -125,11 +113,7 @@ class _Tiles:
         f = self._factor
         y0, x0 = row * self.edge, column * self.edge
         y1, x1 = min(y0 + self.edge, self.height), min(x0 + self.edge, self.width)
-        data = self._level.data.isel(y=slice(y0 * f, y1 * f), x=slice(x0 * f, x1 * f)).data
-        if hasattr(data, "compute"):
-            # Threads inside DataLoader or distributed workers can deadlock; one tile is too small to gain from them.
-            data = data.compute(scheduler="synchronous")
-        data = require_colours(np.asarray(data), self.white)
+        data = require_colors(stored_pixels(self._level, y0 * f, y1 * f, x0 * f, x1 * f), self.white)
         if f == 1:
             return np.ascontiguousarray(data)
         averaged = np.empty((len(data), y1 - y0, x1 - x0), dtype=np.float32)
@@ -139,7 +123,7 @@ class _Tiles:
 
 @numba.njit(cache=True, nogil=True)
 def _average(image: np.ndarray, out: np.ndarray) -> None:
-    """Means of square blocks of (c, y, x); the size of `out` says how many pixels a block has along its edge."""
+    """Means of square blocks of (c, y, x); the size of `out` fixes the size of a block."""
     factor = image.shape[1] // out.shape[1]
     weight = np.float32(1.0 / factor**2)
     for c in range(out.shape[0]):

@@ -6,12 +6,11 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from spatial_impute._image.limits import require_plausible
-from spatial_impute._image.tiff import tiff_levels
+from spatial_impute._image.tiff import require_plausible, tiff_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
 _UM_PER_ZARR_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
-_CHUNK = 1024  # px; a chunk of three colours is 3 MiB, and readers keep a few
+_CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,18 @@ class ImageFile:
 
     levels: list[da.Array]
     pixel_size: tuple[float, float] | None
-    """um per pixel (x, y) of the finest level; None if the file does not say."""
+    """um per pixel (x, y) of the finest level; None if the metadata do not tell."""
 
     @property
     def mpp(self) -> float | None:
-        """Mean edge length of a pixel in um; None if the file does not say."""
+        """Mean edge length of a pixel in um, or None."""
         return None if self.pixel_size is None else float(np.sqrt(self.pixel_size[0] * self.pixel_size[1]))
 
 
 def open_image(path: str | Path) -> ImageFile:
     """Open TIFF, OME-TIFF, SVS, PNG, JPEG or OME-Zarr without reading its pixels.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the format is not one of these.
+    Raises a ``FileNotFoundError`` for a missing file, a ``ValueError`` for another format or a damaged file.
     """
     path = Path(path)
     if not path.exists():
@@ -68,13 +62,16 @@ def open_image(path: str | Path) -> ImageFile:
 
 
 def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
-    """Open a file, or say which one is damaged: the libraries' own messages do not."""
+    """Open a file, or name the file that is damaged: messages of the libraries do not."""
     try:
         return opener(path)
     except Exception as error:
         if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
-            raise  # telling enough
-        msg = f"{str(path)!r} cannot be read as an image: {error}. Is it complete, and of the format its name says?"
+            raise  # the message names the file
+        msg = (
+            f"{str(path)!r} cannot be read as an image: {error}. Check that the file is complete and that its suffix "
+            "fits its format."
+        )
         raise ValueError(msg) from error
 
 
@@ -84,23 +81,18 @@ def _open_tiff(path: Path) -> ImageFile:
 
 
 def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> da.Array:
-    """Dask array of something on disk; named ones are the same for the same file in all of a session."""
+    """Dask array of an array on disk; a `name` identifies the same file in a session.
+
+    A dask chunk holds whole chunks of the file, so that none is decoded twice. It holds about `_CHUNK` px and all
+    colors: strips would make one task per row, small tiles millions of tasks on a large slide.
+    """
     import dask.array as da
 
-    chunks = _whole_chunks(array.shape, array.chunks, axes)
-    return da.from_array(array, chunks=chunks, name=name, meta=np.empty((0,) * len(chunks), dtype=array.dtype))
-
-
-def _whole_chunks(shape: tuple[int, ...], chunks: tuple[int, ...], axes: str) -> tuple[int, ...]:
-    """Chunks to read: as many chunks of the file as make about `_CHUNK` px, and all colours.
-
-    Slivers of strips would make one task per row, and small tiles millions of tasks on a large slide; whole chunks of
-    the file go together, so that none is decoded for two of ours.
-    """
-    return tuple(
+    chunks = tuple(
         min(n, size * max(1, _CHUNK // size)) if axis in "YX" else n
-        for n, size, axis in zip(shape, chunks, axes, strict=True)
+        for n, size, axis in zip(array.shape, array.chunks, axes, strict=True)
     )
+    return da.from_array(array, chunks=chunks, name=name, meta=np.empty((0,) * len(chunks), dtype=array.dtype))
 
 
 def _channels_first(array: da.Array, axes: str) -> da.Array:
@@ -108,7 +100,7 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
     for axis in [a for a in axes if a not in "CYX"]:
         position = axes.index(axis)
         if array.shape[position] != 1:
-            msg = f"Expected a 2D colour image, found axes {axes} of shape {array.shape}."
+            msg = f"Expected a 2D color image, found axes {axes} of shape {array.shape}."
             raise ValueError(msg)
         array, axes = array.squeeze(position), axes.replace(axis, "")
     if "C" not in axes:
@@ -117,7 +109,7 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
 
 
 def _open_plain(path: Path) -> ImageFile:
-    """PNG or JPEG; a JPEG also gives halved levels at the price of a small decode."""
+    """PNG or JPEG; a JPEG also gives halved levels, which are cheap to decode."""
     import dask
     import dask.array as da
 
@@ -132,10 +124,10 @@ def _open_plain(path: Path) -> ImageFile:
 
 
 def _pil_open(path: str | Path) -> Image.Image:
-    """Open PNG or JPEG, recognised by the first bytes, at up to twice the pixels from which PIL warns.
+    """Open PNG or JPEG, known by the first bytes, at up to twice the pixels above which PIL warns.
 
-    ``PIL.Image.open`` would warn of every scan above 89 megapixels. A filter of warnings is no way out: filters belong to
-    the process, and images are decoded in several threads.
+    ``PIL.Image.open`` warns of each scan above 89 megapixels. A filter of warnings does not help: it belongs to the
+    whole process, and several threads decode images.
     """
     from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
@@ -146,15 +138,15 @@ def _pil_open(path: str | Path) -> Image.Image:
     readers = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
     reader = next((reader for magic, reader in readers.items() if start.startswith(magic)), None)
     if reader is None:
-        msg = f"{Path(path).name} is neither PNG nor JPEG, whatever its name says: it starts with {start!r}."
+        msg = f"{Path(path).name} is neither PNG nor JPEG: it starts with {start!r}."
         raise ValueError(msg)
     image = reader(str(path))
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > 2 * limit:
         image.close()
         msg = (
-            f"{Path(path).name} is too large to decode in one piece ({pixels} pixels, the limit is {2 * limit}); convert "
-            "it to a tiled TIFF."
+            f"{Path(path).name} is too large to decode in one piece ({pixels} pixels, the limit is {2 * limit}); "
+            "convert it to a tiled TIFF."
         )
         raise ValueError(msg)
     return image
@@ -171,11 +163,11 @@ def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=2)
-def _decode_plain(path: str, fraction: int, modified: int) -> np.ndarray:
+def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
     """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG.
 
-    These formats can only be decoded in one piece, so the last two images are kept while their windows are read;
-    `modified` (time of change, ns) keeps the memory from going stale.
+    These formats are decoded in one piece, so the last two images stay in memory while their windows are read.
+    `_modified` (time of change, ns) tells a changed file from an old one.
     """
     with _pil_open(path) as image:
         if fraction > 1:
@@ -195,33 +187,29 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     import zarr
 
     group = zarr.open_group(path, mode="r")
-    attrs = dict(group.attrs)
+    attrs: dict[str, Any] = dict(group.attrs)
     multiscales = attrs.get("ome", attrs).get("multiscales")
     if not multiscales:
         msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
         raise ValueError(msg)
     first = multiscales[0]
-    axes = "".join(axis["name"].upper() if isinstance(axis, dict) else axis.upper() for axis in first["axes"])
-    arrays = [group[dataset["path"]] for dataset in first["datasets"]]
+    # Version 0.3 names the axes by strings, later versions by mappings.
+    axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in first["axes"]}
+    names = "".join(axes).upper()
+    arrays = [cast("zarr.Array", group[dataset["path"]]) for dataset in first["datasets"]]
     for array in arrays:
         require_plausible(array, path)
-    levels = [_channels_first(_lazy(array, axes), axes) for array in arrays]
-    return ImageFile(levels, _ome_zarr_pixel_size(first))
+    levels = [_channels_first(_lazy(array, names), names) for array in arrays]
+    return ImageFile(levels, _ome_zarr_pixel_size(axes, first["datasets"][0]))
 
 
-def _ome_zarr_pixel_size(multiscale: dict) -> tuple[float, float] | None:
-    names = [(axis["name"] if isinstance(axis, dict) else axis).lower() for axis in multiscale["axes"]]
-    axes = {name: axis for name, axis in zip(names, multiscale["axes"], strict=True) if isinstance(axis, dict)}
-    factors = [_UM_PER_ZARR_UNIT.get(axes.get(name, {}).get("unit")) for name in "xy"]
-    scale = next(
-        (
-            t["scale"]
-            for t in multiscale["datasets"][0].get("coordinateTransformations", [])
-            if t.get("type") == "scale"
-        ),
-        None,
-    )
-    if scale is None or None in factors:
+def _ome_zarr_pixel_size(axes: dict[str, Any], finest: dict[str, Any]) -> tuple[float, float] | None:
+    """From the units of the axes and the scale of the finest level."""
+    units = [axes[name].get("unit") for name in "xy" if isinstance(axes.get(name), dict)]
+    factors = [_UM_PER_ZARR_UNIT[unit] for unit in units if unit in _UM_PER_ZARR_UNIT]
+    scales = [t["scale"] for t in finest.get("coordinateTransformations", []) if t.get("type") == "scale"]
+    if not scales or len(factors) < 2:
         return None
-    x, y = (float(scale[names.index(name)]) * factor for name, factor in zip("xy", factors, strict=True))
+    places = list(axes)
+    x, y = (float(scales[0][places.index(name)]) * factor for name, factor in zip("xy", factors, strict=True))
     return x, y

@@ -11,6 +11,8 @@ import numpy as np
 from scipy import ndimage as ndi
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
 # All levels are relative to the image's own white level, so uint8, uint16 and float images need no flag.
@@ -26,11 +28,11 @@ _MIN_OD = 0.02  # a threshold below 2 % absorption separates noise from noise: t
 
 
 def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
-    """Optical density of a brightfield image, ``-ln(I / I0)``, against the image's own background.
+    """Optical density of a brightfield image, ``-ln(I / I0)``, against the background of the image.
 
-    ``I0`` is the median colour of the bright class of the pixels. Padding (transparent pixels, a black frame around the
-    scan) is left out of that estimate and gets density 0. An image on a dark background (fluorescence) is inverted
-    first, so that signal is always positive.
+    ``I0`` is the median color of the bright pixels. Padding (transparent pixels, a black frame around the scan) does
+    not count for it and gets density 0. An image on a dark background (fluorescence) is inverted first, so that signal
+    is always positive.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
 
 def tissue_mask(
     rgb: ArrayLike,
-    pixel_size: float | tuple[float, float],
+    pixel_size: float | Sequence[float],
     *,
     smoothing: float = 15.0,
     threshold_scale: float = 0.6,
@@ -100,12 +102,11 @@ def tissue_mask(
     -------
     Boolean mask ``(y, x)``; all false if the image is blank.
     """
-    size_x, size_y = (pixel_size, pixel_size) if np.isscalar(pixel_size) else pixel_size
-    if not (np.isfinite(size_x) and np.isfinite(size_y) and size_x > 0 and size_y > 0):
+    size_x, size_y = (float(size) for size in np.broadcast_to(pixel_size, 2))
+    if not (np.isfinite([size_x, size_y]).all() and size_x > 0 and size_y > 0):
         msg = f"`pixel_size` must be positive micrometres per pixel, found {pixel_size!r}."
         raise ValueError(msg)
-    sampling = (float(size_y), float(size_x))
-
+    sampling = (size_y, size_x)
     pixel_area = sampling[0] * sampling[1]
     density = optical_density(rgb)
     mask, separation = _threshold(density[..., 0], smoothing, sampling, threshold_scale)
@@ -126,7 +127,7 @@ def tissue_mask(
 def _threshold(
     density: NDArray, smoothing: float, sampling: tuple[float, float], scale: float
 ) -> tuple[NDArray[np.bool_], float]:
-    """Smoothed channel above its scaled Otsu threshold, and how much of the variance that split explains (0 to 1)."""
+    """Smoothed channel above its scaled Otsu threshold, and the share of the variance that this split explains."""
     channel = ndi.gaussian_filter(density, [smoothing / s for s in sampling])
     threshold = scale * _otsu(channel)
     below = channel[channel <= threshold]
@@ -143,7 +144,7 @@ def _threshold(
 
 
 def _valley_depth(values: NDArray, threshold: float) -> float:
-    """How far the histogram dips near `threshold`, relative to the smaller of its two peaks (0 not at all, 1 empty)."""
+    """Depth of the dip of the histogram near `threshold`, relative to the smaller of its two peaks."""
     counts, edges = np.histogram(values, bins=_N_BINS)
     split = int(np.clip(np.searchsorted(edges, threshold), 1, _N_BINS - 1))
     peak = min(counts[:split].max(), counts[split:].max())
@@ -159,7 +160,7 @@ def _split_alpha(image: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or min(image.shape[:2]) == 0:
         msg = (
             f"Expected an image of shape (y, x), (y, x, 1), (y, x, 3) or (y, x, 4), found {image.shape}. "
-            "Move the channels last and choose the colour channels."
+            "Move the channels last and choose the color channels."
         )
         raise ValueError(msg)
     visible = np.ones(image.shape[:2], bool)
@@ -179,10 +180,10 @@ def _white_level(image: NDArray, visible: NDArray[np.bool_]) -> float:
 
 
 def _find_padding(image: NDArray, visible: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], bool]:
-    """Take black frames out of `visible`, and tell whether the whole image lies on a dark background.
+    """Pixels of `visible` without black frames, and True if the whole image lies on a dark background.
 
-    Both look the same at the border. They differ one step further in: a black frame ends in a jump to glass (or
-    tissue), while the signal on a dark background starts from darkness.
+    Both are black at the border. Further in, a black frame ends in a jump to glass or tissue, while the signal on a
+    dark background begins dark.
     """
     if not visible.any():
         return visible, False
@@ -201,17 +202,18 @@ def _find_padding(image: NDArray, visible: NDArray[np.bool_]) -> tuple[NDArray[n
             padding |= near
         else:
             dark |= component
-    dark_background = 2 * np.count_nonzero(dark & border) > np.count_nonzero(border & visible & ~padding)
+    dark_background = bool(2 * np.count_nonzero(dark & border) > np.count_nonzero(border & visible & ~padding))
     return visible & ~padding, dark_background
 
 
 def _background_level(image: NDArray, visible: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Median colour ``(3,)`` of the bright class; at least one grey level above zero."""
+    """Median color ``(3,)`` of the bright class; at least one grey level above zero."""
     values = image[visible]
     brightness = values.mean(-1)
     bright = brightness >= _otsu(brightness)
     level = np.median(values[bright], axis=0)
-    return np.maximum(level, max(float(values.max()), np.finfo(np.float32).tiny) * _DARKEST_RATIO)
+    brightest = max(float(values.max()), float(np.finfo(np.float32).tiny))
+    return np.maximum(level, brightest * _DARKEST_RATIO)
 
 
 def _otsu(values: NDArray) -> float:

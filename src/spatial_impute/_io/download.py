@@ -1,4 +1,4 @@
-"""Files that others publish: downloaded once, over https, and never used unless their sha256 is the published one."""
+"""Published files: downloaded once, over https, and used only with the published sha256."""
 
 from __future__ import annotations
 
@@ -12,23 +12,10 @@ if TYPE_CHECKING:
 
 
 def fetch(name: str, *, folder: Path, sha256: Mapping[str, str], urls: Mapping[str, str]) -> Path:
-    """Path of a file in a folder of the cache; downloaded where missing, or where its bytes are not the published ones.
+    """Path of a file below `folder`; downloaded if it is missing, or if its bytes differ from the published ones.
 
-    Parameters
-    ----------
-    name
-        File, relative to the folder.
-    folder
-        Where files are kept.
-    sha256, urls
-        Hash and address of every file.
-
-    Raises
-    ------
-    ConnectionError
-        If the file cannot be downloaded.
-    ValueError
-        If the bytes that came do not have the published sha256 (from pooch; the file is not kept).
+    `sha256` and `urls` hold hash and address of each file. Raises a ``ConnectionError`` without a connection, and a
+    ``ValueError`` (from pooch) if the downloaded bytes have another hash; that file is not kept.
     """
     import pooch
     from requests.exceptions import RequestException
@@ -44,7 +31,7 @@ def fetch(name: str, *, folder: Path, sha256: Mapping[str, str], urls: Mapping[s
         return Path(cache.fetch(name, progressbar=settings.show_progress_bar))
     except RequestException as error:
         msg = (
-            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 {sha256[name]}) "
-            f"at {str(folder / name)!r}."
+            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 "
+            f"{sha256[name]}) at {str(folder / name)!r}."
         )
         raise ConnectionError(msg) from error

@@ -1,4 +1,4 @@
-"""Run pure functions on the workers of a dask client, also where workers die."""
+"""Run pure functions on the workers of a dask client, also if workers die."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._logging import logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-_ATTEMPTS = 4  # as many as dask gives a task whose workers die
+_ATTEMPTS = 4  # as many as dask makes for a task whose workers die
 
 
 def active_client() -> Any | None:
-    """The dask client of this process, if there is one and this is not one of its tasks."""
-    if "distributed" not in sys.modules:  # nobody can have made one
+    """Dask client of this process; None without a client, or inside a task."""
+    if "distributed" not in sys.modules:  # then no client exists
         return None
     from distributed import Client, get_worker
 
@@ -40,29 +40,13 @@ def run_on_workers(
     broadcast: bool = False,
     on_done: Callable[[], Any] = lambda: None,
 ) -> list[Any]:
-    """Results of ``function(*task)``, in the order of the tasks.
+    """Results of ``function(*task)``, in the order of the tasks; `on_done` is called for each.
 
-    Dataclasses among the arguments are sent once, not with every task: graphs are no place for images and networks. Tasks
-    of a worker that dies are given to another one by dask. What was sent to it and is nowhere else dask cannot make
-    again: that is sent anew, and the tasks that wait for it.
-
-    Parameters
-    ----------
-    client
-        Client of dask.distributed.
-    function
-        Pure, so that the result does not depend on where and how often it runs.
-    tasks
-        Arguments.
-    broadcast
-        Send the dataclasses to all workers at once, instead of to those that ask for them.
-    on_done
-        Called for every result.
-
-    Raises
-    ------
-    CancelledError
-        If workers die again and again, or the cluster is shut down.
+    The function is pure: its result does not depend on where and how often it runs. Dataclasses among the arguments are
+    sent once, not with each task, to keep images and networks out of the graph; with `broadcast` to all workers at
+    once. Dask gives the tasks of a dead worker to another one. It cannot make sent data again that only the dead worker
+    held: these are sent once more, with the tasks that need them. If workers die in each of several attempts, a
+    ``CancelledError`` is raised.
     """
     from distributed import CancelledError, as_completed
 

@@ -8,111 +8,97 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.tissue import tissue_mask
-from spatial_impute._validation import make_floats
+from spatial_impute._params import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from spatial_impute._registration.transform import DisplacementField
 
+Iterations = Annotated[
+    tuple[Natural, Natural, Natural, Natural], Field(description="four whole numbers of at least 0, not all zero")
+]
+_Sigma = Annotated[Number, Field(ge=0)]
+Smoothing = Annotated[
+    tuple[tuple[_Sigma, _Sigma], ...], Field(min_length=1, description="pairs of numbers of at least 0")
+]
+AreaLimits = Annotated[
+    tuple[Annotated[Number, Field(gt=0, lt=1)], Annotated[Number, Field(gt=1)]],
+    Field(description="a number between 0 and 1 and a number above 1"),
+]
 
-@dataclass(frozen=True, slots=True)
+
+@settings_class
 class RegistrationParams:
     """Advanced settings of the registration of a pair of sections."""
 
-    working_side: int = 320
+    working_side: Annotated[Whole, Field(ge=64)] = 320
     """Longer side, in pixels, of the tissue at the working resolution. Finer brings no measurable gain."""
-    min_working_pixel: float = 2.0
+    min_working_pixel: Positive = 2.0
     """Finest working resolution in um per pixel. Below a nucleus, serial sections do not show the same objects."""
-    search_side: int = 160
+    search_side: Annotated[Whole, Field(ge=32)] = 160
     """Longer side, in pixels, of the tissue in the search for the orientation."""
-    n_angles: int = 36
-    """Number of rotations tried, evenly spread over 360 degrees."""
-    allow_mirror: bool = True
-    """Whether a section may lie upside down on its slide."""
-    n_candidates: int = 6
+    n_angles: Annotated[Whole, Field(ge=4)] = 36
+    """Number of rotations to try, evenly spread over 360 degrees."""
+    allow_mirror: Flag = True
+    """Also try mirror images: a section may lie upside down on its slide."""
+    n_candidates: Count = 6
     """Number of distinct orientations refined before the best one is chosen."""
-    linear_iterations: tuple[int, int, int, int] = (200, 200, 100, 50)
+    linear_iterations: Iterations = (200, 200, 100, 50)
     """Iterations of the linear fits at 8, 4, 2 and 1 times the working pixel; candidates are compared after two."""
-    syn_iterations: tuple[int, int, int, int] = (100, 70, 50, 0)
+    syn_iterations: Iterations = (100, 70, 50, 0)
     """Iterations of the deformable fit at 8, 4, 2 and 1 times the working pixel."""
-    syn_radius: float = 50.0
+    syn_radius: Positive = 50.0
     """Half side in um of the window in which the deformable fit correlates (4 pixels at most): above a cell, below a
     region."""
-    syn_side: int = 320
-    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows what two sections do
-    not share. 640 is closer where they show the same structures (two stains of neighbouring thin sections); it takes
-    four times as long or more."""
-    syn_smoothing: tuple[tuple[float, float], ...] = ((6.0, 3.0), (6.0, 1.0))
+    syn_side: Annotated[Whole, Field(ge=64)] = 320
+    """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows structures that two
+    sections do not share. 640 is more exact for sections with the same structures (two stains of neighbouring thin
+    sections), and takes at least four times as long."""
+    syn_smoothing: Smoothing = ((6.0, 3.0), (6.0, 1.0))
     """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
 
-    The first fit is with the first of them, by mutual information alone, and two or four times as stiff with contrast.
-    Then local correlation takes part, which is used only if it is better on tissue that the fit has not seen.
+    The first fit uses the first pair and mutual information alone; with contrast it is two or four times as stiff. The
+    next fits add local correlation. They are used only if they are better on tissue that was held out of the fit.
     """
-    jacobian_limits: tuple[float, float] = (0.5, 2.0)
+    jacobian_limits: AreaLimits = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
-    max_displacement: float = 250.0
-    """Displacement in um (99th percentile in tissue) above which a deformable fit is called weak. So much background
-    round the tissue takes part in the fit, that outlines can find each other."""
-    max_scale: float = 1.18
-    """Largest stretch, or inverse of the largest shrinkage, that is accepted from an affine fit."""
-    mask_margin: float = 100.0
-    """Width in um of the rim of background round the tissue that takes part in the fit, so that outlines count."""
-    min_score: float = 0.35
-    """Structure score below which a pair is called weak. Wrong orientations of real sections reach 0.37."""
-    min_margin: float = 0.08
-    """Lead of the chosen pose over the best different one, below which a pair is called weak."""
-    min_dice: float = 0.9
-    """Overlap of the tissue masks (Dice) below which a pair is called weak."""
-    failed_dice: float = 0.8
-    """Overlap of the tissue masks below which a pair has failed, unless `partial_tissue`."""
-    max_residual: float = 100.0
-    """Estimated residual error in um above which a pair is called weak: a spot of an ST array."""
-    partial_tissue: bool = False
-    """Whether sections may have lost a large part of their tissue. A low overlap is then weak, never failed."""
-    max_chain_disagreement: float = 50.0
-    """Distance in um between chained and direct registration up to which the chain is kept."""
+    max_displacement: Positive = 250.0
+    """Displacement in um (99th percentile in tissue) above which the verdict on a deformable fit is "weak". The fit
+    also includes a rim of background of this width, so that outlines can match."""
+    max_scale: Annotated[Number, Field(gt=1)] = 1.18
+    """Largest stretch of an accepted affine fit, and the inverse of its largest shrinkage."""
+    mask_margin: Positive = 100.0
+    """Width in um of the rim of background around the tissue that the fit includes, so that outlines count."""
+    min_score: Share = 0.35
+    """Structure score below which the verdict is "weak". Wrong orientations of real sections reach 0.37."""
+    min_margin: Share = 0.08
+    """Lead of the chosen pose over the best other one, below which the verdict is "weak"."""
+    min_dice: Share = 0.9
+    """Overlap of the tissue masks (Dice) below which the verdict is "weak"."""
+    failed_dice: Share = 0.8
+    """Overlap of the tissue masks below which the verdict is "failed", unless `partial_tissue`."""
+    max_residual: Positive = 100.0
+    """Estimated residual error in um above which the verdict is "weak": the size of a spot of an ST array."""
+    partial_tissue: Flag = False
+    """Accept sections without a large part of their tissue. A low overlap is then "weak", never "failed"."""
+    max_chain_disagreement: Positive = 50.0
+    """Largest distance in um between chained and direct registration for which the chain is used."""
 
-    def __post_init__(self) -> None:
-        make_floats(self)
-        counts = {"working_side": 64, "syn_side": 64, "search_side": 32, "n_angles": 4, "n_candidates": 1}
-        for name, low in counts.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                msg = f"`{name}` must be an integer of at least {low}, found {value!r}."
-                raise ValueError(msg)
-        lengths = ("min_working_pixel", "mask_margin", "max_chain_disagreement", "syn_radius", "max_displacement")
-        for name in (*lengths, "max_residual"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                msg = f"`{name}` must be a positive length in um, found {getattr(self, name)!r}."
-                raise ValueError(msg)
-        for name in ("min_score", "min_margin", "min_dice", "failed_dice"):
-            if not 0 <= getattr(self, name) <= 1:
-                msg = f"`{name}` must lie between 0 and 1, found {getattr(self, name)!r}."
-                raise ValueError(msg)
-        if not (math.isfinite(self.max_scale) and self.max_scale > 1):
-            msg = f"`max_scale` must be above 1, found {self.max_scale!r}."
+    @field_validator("linear_iterations", "syn_iterations")
+    @classmethod
+    def _require_iterations(cls, found: tuple[int, ...]) -> tuple[int, ...]:
+        if not any(found):
+            msg = f"must not be zero at all four resolutions, found {found}."
             raise ValueError(msg)
-        for name in ("linear_iterations", "syn_iterations"):
-            found = getattr(self, name)
-            if len(found) != 4 or any(not isinstance(n, int) or n < 0 for n in found) or sum(found) == 0:
-                msg = f"`{name}` must be four non-negative integers, not all zero; found {found!r}."
-                raise ValueError(msg)
-        pairs = [np.ravel(pair) for pair in self.syn_smoothing]
-        if not pairs or any(len(pair) != 2 or not (np.isfinite(pair) & (pair >= 0)).all() for pair in pairs):
-            msg = f"`syn_smoothing` must be pairs of non-negative numbers, found {self.syn_smoothing!r}."
-            raise ValueError(msg)
-        if len(self.jacobian_limits) != 2 or not 0 < self.jacobian_limits[0] < 1 < self.jacobian_limits[1]:
-            msg = (
-                f"`jacobian_limits` must be one number between 0 and 1 and one above 1, found {self.jacobian_limits!r}."
-            )
-            raise ValueError(msg)
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

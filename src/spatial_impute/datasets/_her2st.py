@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,11 @@ from spatial_impute._io.download import fetch
 from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
 from spatial_impute._stack.elements import image_element, section_object
-from spatial_impute._validation import require_key, require_positive
+from spatial_impute._validation import name_list, require_key, require_positive
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -93,22 +93,23 @@ def her2st(
 ) -> SpatialData | tuple[SpatialData, AnnData]:
     """Five serial sections of a HER2-positive breast tumour :cite:p:`Andersson2021` as a stack.
 
-    All sections have H&E and spots (100 um across, 200 um apart); the expression of those named in `measured` is in
-    the stack. Files are downloaded once, checked by sha256, and kept in ``settings.data_dir`` (about 23 MB).
+    All sections have H&E and spots (100 um across, 200 um apart). The stack holds the expression of the sections in
+    `measured`. Files are downloaded once (about 23 MB), checked by sha256, and kept in ``settings.data_dir``.
 
     Parameters
     ----------
     patient
-        Only ``"C"``: the one with five images in a row.
+        Only ``"C"``, the patient with five images in a row.
     measured
-        Sections whose expression is given to the stack.
+        Sections whose expression is in the stack.
     section_spacing
-        Distance of consecutive sections in um. The study does not publish it; 16 um is a common thickness of cryosections.
+        Distance of consecutive sections in um. The study does not publish it; 16 um is a common thickness of
+        cryosections.
     n_top_genes
-        Genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`. ``None``
-        leaves that call to you.
+        Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
+        ``None`` selects no genes.
     truth
-        Also return the expression of all sections, to evaluate with. It never enters the stack.
+        Also return the expression of all sections, for evaluation. It never enters the stack.
 
     Returns
     -------
@@ -128,13 +129,11 @@ def her2st(
     >>> sdata = si.datasets.her2st("C", measured=["C4"])  # doctest: +SKIP
     >>> sdata, truth = si.datasets.her2st("C", measured=["C4"], truth=True)  # doctest: +SKIP
     """
-    from anndata import concat
-
     if patient not in _IMAGES:
         msg = f"`patient` must be one of {sorted(_IMAGES)}, found {patient!r}."
         raise ValueError(msg)
     images = _IMAGES[patient]
-    measured = [measured] if isinstance(measured, str) else list(measured)
+    measured = name_list(measured, name="measured")
     if not measured:
         msg = f"`measured` is empty; name at least one of {sorted(images)}."
         raise ValueError(msg)
@@ -143,33 +142,34 @@ def her2st(
     section_spacing = require_positive(section_spacing, name="section_spacing", unit="um")
 
     files = {name: _fetch_section(name, image) for name, image in images.items()}
-    read = [name for name in images if truth or name in measured]
-    counts = {name: _read_counts(files[name]["counts"]) for name in read}
+    counts = {name: _read_counts(files[name]["counts"]) for name in images if truth or name in measured}
     sdata = assemble_stack(
-        {name: _section(name, files[name], counts.get(name) if name in measured else None) for name in images},
+        {name: _section(name, files[name], counts[name] if name in measured else None) for name in images},
         mpp=_MPP,
         section_spacing=section_spacing,
     )
     if n_top_genes is not None:
         select_genes(sdata, n_top_genes=n_top_genes)
-    if not truth:
-        return sdata
+    return (sdata, truth_table(counts, join="outer")) if truth else sdata
+
+
+def truth_table(counts: Mapping[str, AnnData], **options: Any) -> AnnData:
+    """One table with the expression of all sections; rows are named as in the stack table."""
+    from anndata import concat
+
     for name, table in counts.items():
         table.layers["counts"] = table.X.copy()
         table.X = log_normalize(table.X, 1e4).astype(np.float32)
         table.obs[Keys.SECTION] = name
         table.obs_names = [f"{name}_{i}" for i in table.obs_names]
-    # A gene that a section's file does not list was not seen on it.
-    return sdata, concat(list(counts.values()), join="outer", fill_value=0)
+    return concat(
+        list(counts.values()), fill_value=0, **options
+    )  # a gene that a section does not list was not seen there
 
 
 def _fetch_section(name: str, image: str) -> dict[str, Path]:
-    """Paths of the three files of a section in the cache, downloaded where missing."""
-    wanted = {
-        "image": image,
-        "counts": f"ST-cnts/{name}.tsv.gz",
-        "spots": f"ST-spotfiles/{name}_selection.tsv",
-    }
+    """Paths of the three files of a section in the cache; missing ones are downloaded."""
+    wanted = {"image": image, "counts": f"ST-cnts/{name}.tsv.gz", "spots": f"ST-spotfiles/{name}_selection.tsv"}
     urls = {file: _BASE_URL + file for file in _SHA256}
     return {
         kind: fetch(file, folder=settings.data_dir / _FOLDER, sha256=_SHA256, urls=urls)
@@ -190,7 +190,7 @@ def _read_counts(path: Path) -> AnnData:
 
 
 def _section(name: str, files: dict[str, Path], counts: AnnData | None) -> SpatialData:
-    """Image, spots and counts of one section as read from its files."""
+    """Image, spots and counts of one section."""
     spots = pd.read_csv(files["spots"], sep="\t")
     return section_object(
         name,

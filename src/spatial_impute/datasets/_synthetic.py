@@ -1,4 +1,4 @@
-"""Sections cut from one synthetic block of tissue, with everything that is unknown in real tissue kept as truth."""
+"""Sections of one synthetic block of tissue, with the truth that real tissue does not show."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._expression import log_normalize
 from spatial_impute._geometry import apply_affine, grid_in_box
 from spatial_impute._keys import Keys
 from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.datasets._her2st import truth_table
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from spatialdata import SpatialData
+
+    Motion = Callable[[np.ndarray], np.ndarray]
 
 _LIBRARY_SIZE = 20_000.0  # mean counts of a spot, as in Visium
 # Most counts of a spot go to genes that do not vary, so that normalisation does not carry structure into other genes.
@@ -86,40 +88,45 @@ def synthetic_stack(
 ) -> SpatialData | tuple[SpatialData, AnnData]:
     """Serial sections of a synthetic tissue, each moved by a known affine and elastic motion.
 
-    A third of the genes is smooth in 3D, so that neighbouring sections tell them; a third follows the density of
-    nuclei, which varies over short distances and can be read from the H&E image of the section itself only; a third is
-    pure noise. Four housekeeping genes take most of the counts; they are not in the stack table. The images are drawn from the same fields: eosin follows smooth structure, nuclei are dots.
+    A third of the genes is smooth in 3D, so that neighbouring sections predict them. A third follows the density of
+    nuclei, which varies over short distances and is visible only on the H&E image of the same section. A third is pure
+    noise. Four housekeeping genes take most of the counts; they are not in the stack table. The images show the same
+    fields: eosin follows smooth structure, nuclei are dots.
 
     Parameters
     ----------
     n_sections
         Number of sections, named ``"s0"``, ``"s1"``, ...
     measured
-        Sections whose expression is given to the stack; by default the middle one. The frame of the first of them is
-        that of the tissue, without motion.
+        Sections whose expression is in the stack; by default the middle one. The first of them lies in the frame of the
+        tissue, without motion.
     extent
         Edge length of the imaged square in um.
     section_spacing
         Distance of consecutive sections in um.
     mpp
         Pixel size of the images in um.
-    spot_diameter, spot_pitch
-        Diameter and centre-to-centre distance of the spots in um, on a hexagonal lattice.
+    spot_diameter
+        Diameter of the spots in um.
+    spot_pitch
+        Centre-to-centre distance of the spots in um, on a hexagonal lattice.
     n_genes
         Number of genes in the stack table, a third of each kind.
-    max_rotation, max_shift
-        Largest rotation (degrees) and shift (um) of a section.
+    max_rotation
+        Largest rotation of a section in degrees.
+    max_shift
+        Largest shift of a section in um.
     elastic_amplitude
         Root mean square of the elastic part of the motion in um.
     seed
         Seed; the same seed gives the same stack.
     truth
-        Also return what is true of all spots.
+        Also return the true values of all spots.
 
     Returns
     -------
     The stack. With ``truth=True`` also an AnnData with one row per spot of all sections (``obs_names`` as in the stack
-    table): ``X`` log1p of counts per 10,000, ``layers["counts"]`` counts, ``layers["expected"]`` the same without
+    table): ``X`` log1p of counts per 10,000, ``layers["counts"]`` counts, ``layers["expected"]`` like ``X`` without
     counting noise, ``var["kind"]`` (``"smooth"``, ``"texture"``, ``"noise"``, ``"housekeeping"``),
     ``obsm["spatial_3d"]`` (um) in the tissue.
 
@@ -137,8 +144,6 @@ def synthetic_stack(
     >>> truth.var["kind"].value_counts().to_dict()
     {'smooth': 12, 'texture': 12, 'noise': 12, 'housekeeping': 4}
     """
-    from anndata import AnnData, concat
-
     if n_sections < 1 or n_genes < 3:
         msg = f"Need `n_sections` >= 1 and `n_genes` >= 3, found {n_sections} and {n_genes}."
         raise ValueError(msg)
@@ -151,50 +156,25 @@ def synthetic_stack(
 
     rng = np.random.default_rng(seed)
     tissue = _make_tissue(rng, extent, n_genes)
-    inputs, tables = {}, []
+    still = measured[0] if measured else names[n_sections // 2]
+    scan = _Scan(extent, mpp, spot_diameter, spot_pitch)
+    inputs, tables = {}, {}
     for i, name in enumerate(names):
-        still = name == measured[0] if measured else i == n_sections // 2
-        motion = _make_motion(
-            rng,
-            extent,
-            rotation=0.0 if still else max_rotation,
-            shift=0.0 if still else max_shift,
-            amplitude=0.0 if still else elastic_amplitude,
-        )
-        height = i * section_spacing
-        spots = grid_in_box(0, 0, extent, extent, spacing=spot_pitch, layout="hex")
-        positions = motion(spots)
-        on_tissue = tissue.inside(positions, 0.5 * spot_diameter)
-        spots, positions = spots[on_tissue], np.column_stack([positions[on_tissue], np.full(on_tissue.sum(), height)])
-        counts, expected = _draw_counts(rng, tissue, positions, spot_diameter)
-        image = _draw_image(rng, tissue, motion, height=height, extent=extent, mpp=mpp)
-        table = AnnData(
-            X=sparse.csr_matrix(counts),
-            obs=pd.DataFrame(index=[str(k) for k in range(len(spots))]),
-            var=tissue.var.copy(),
-            layers={"expected": expected},
-            obsm={Keys.SPATIAL_3D: positions},
-        )
+        rotation, shift, amplitude = (0.0, 0.0, 0.0) if name == still else (max_rotation, max_shift, elastic_amplitude)
+        motion = _make_motion(rng, extent, rotation=rotation, shift=shift, amplitude=amplitude)
+        tables[name], spots, image = _draw_section(rng, tissue, motion, scan, i * section_spacing)
         inputs[name] = section_object(
             name,
             image_element([image], "global", 1.0),
             centers=spots / mpp,
             radius=spot_diameter / 2 / mpp,
-            ids=list(table.obs_names),
-            table=_as_measured(table) if name in measured else None,
+            ids=list(tables[name].obs_names),
+            table=_as_measured(tables[name]) if name in measured else None,
         )
-        tables.append(table)
     sdata = assemble_stack(inputs, mpp=mpp, section_spacing=section_spacing)
     if measured:
         select_genes(sdata, genes=list(tissue.var.index[tissue.var["kind"] != "housekeeping"]))
-    if not truth:
-        return sdata
-    for name, table in zip(names, tables, strict=True):
-        table.layers["counts"] = table.X.copy()
-        table.X = log_normalize(table.X, 1e4).astype(np.float32)
-        table.obs[Keys.SECTION] = name
-        table.obs_names = [f"{name}_{i}" for i in table.obs_names]
-    return sdata, concat(tables, merge="same")
+    return (sdata, truth_table(tables, merge="same")) if truth else sdata
 
 
 def _as_measured(table: AnnData) -> AnnData:
@@ -202,6 +182,16 @@ def _as_measured(table: AnnData) -> AnnData:
     counts = table.copy()
     del counts.layers["expected"], counts.obsm[Keys.SPATIAL_3D], counts.var["kind"]
     return counts
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """Image and lattice of spots of a section; lengths in um."""
+
+    extent: float
+    mpp: float
+    spot_diameter: float
+    spot_pitch: float
 
 
 @dataclass
@@ -220,7 +210,7 @@ class _Tissue:
     var: pd.DataFrame
 
     def inside(self, xy: np.ndarray, margin: float = 0.0) -> np.ndarray:
-        """Whether points (n, 2) lie in the tissue, at least `margin` um from its rim."""
+        """(n,) bool: points (n, 2) in the tissue, at least `margin` um from its rim."""
         offset = xy - self.extent / 2
         angle = np.arctan2(offset[:, 1], offset[:, 0])
         return np.hypot(*offset.T) + margin <= self.outline(angle)
@@ -314,20 +304,33 @@ def _draw_counts(
     return counts, np.log1p(1e4 * rate).astype(np.float32)
 
 
-def _draw_image(
-    rng: np.random.Generator,
-    tissue: _Tissue,
-    motion: Callable[[np.ndarray], np.ndarray],
-    *,
-    height: float,
-    extent: float,
-    mpp: float,
-) -> np.ndarray:
+def _draw_section(
+    rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan: _Scan, height: float
+) -> tuple[AnnData, np.ndarray, np.ndarray]:
+    """Expression of the spots of a section, their positions (n, 2) on it in um, and its image."""
+    from anndata import AnnData
+
+    spots = grid_in_box(0, 0, scan.extent, scan.extent, spacing=scan.spot_pitch, layout="hex")
+    positions = motion(spots)
+    on_tissue = tissue.inside(positions, 0.5 * scan.spot_diameter)
+    spots, positions = spots[on_tissue], np.column_stack([positions[on_tissue], np.full(on_tissue.sum(), height)])
+    counts, expected = _draw_counts(rng, tissue, positions, scan.spot_diameter)
+    table = AnnData(
+        X=sparse.csr_matrix(counts),
+        obs=pd.DataFrame(index=[str(k) for k in range(len(spots))]),
+        var=tissue.var.copy(),
+        layers={"expected": expected},
+        obsm={Keys.SPATIAL_3D: positions},
+    )
+    return table, spots, _draw_image(rng, tissue, motion, scan, height)
+
+
+def _draw_image(rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan: _Scan, height: float) -> np.ndarray:
     """H&E-like image (c, y, x) uint8: eosin from the smooth structure, nuclei as dots where the density is high."""
     from scipy.ndimage import gaussian_filter
 
-    n = round(extent / mpp)
-    axis = (np.arange(n) + 0.5) * mpp
+    n = round(scan.extent / scan.mpp)
+    axis = (np.arange(n) + 0.5) * scan.mpp
     xy = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     where = motion(xy)
     inside = tissue.inside(where)
@@ -342,7 +345,7 @@ def _draw_image(
     probability = np.zeros(n * n)
     probability[inside] = 0.08 / (1 + np.exp(-1.5 * tissue.density(where)[:, 0]))
     nuclei = (rng.random(n * n) < probability).reshape(n, n).astype(float)
-    hematoxylin = np.clip(gaussian_filter(nuclei, 3.0 / mpp) * 2.0, 0, 1.5).ravel()
+    hematoxylin = np.clip(gaussian_filter(nuclei, 3.0 / scan.mpp) * 2.0, 0, 1.5).ravel()
     density = np.clip(eosin, 0, None)[:, None] * _EOSIN + hematoxylin[:, None] * _HEMATOXYLIN
     rgb = 243.0 * np.exp(-density) + rng.normal(0, 1.5, size=density.shape)
     return np.clip(rgb, 0, 255).astype(np.uint8).reshape(n, n, 3).transpose(2, 0, 1)

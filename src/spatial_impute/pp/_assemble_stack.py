@@ -1,4 +1,4 @@
-"""Make one stack out of the files and objects that people have."""
+"""Assemble files and objects into one stack."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from spatial_impute._logging import logger
 from spatial_impute._stack.record import Section, StackRecord, save_record
 from spatial_impute._stack.table import build_stack_table
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._read_section import is_spatialdata, read_section
+from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from spatial_impute.pp._read_section import SectionInput
+    from spatial_impute.pp._read_section import SectionInput, SectionParts
 
 
-_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm taken for um are a thousand times off
+_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm in place of um are wrong by a factor of a thousand
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -42,54 +42,60 @@ def assemble_stack(
     fullres_image: Mapping[str, str | Path] | None = None,
     bin_size: float | Mapping[str, float] | None = None,
 ) -> SpatialData:
-    """Assemble serial sections into one SpatialData object under the data contract of the stack.
+    """Assemble serial sections into one SpatialData object, the stack.
 
-    Each section becomes a coordinate system in micrometres, named after the section. Images stay lazy. A section
-    whose input carries a table counts as measured; its counts are copied to a table of their own.
+    Each section becomes a coordinate system in micrometres, named after the section. Images stay lazy. A section whose
+    input has a table counts as measured; its counts are copied.
 
     Parameters
     ----------
     sections
-        Section names in their order in the block, each with an image file (TIFF, OME-TIFF, SVS, PNG, JPEG, OME-Zarr),
-        an image as array ((y, x, 3), (c, y, x) or (y, x)) or DataArray / DataTree, a folder of Space Ranger (Visium,
-        CytAssist, Visium HD), or a SpatialData object such as ``spatialdata_io.visium``, ``visium_hd`` or ``xenium``
-        return, or the path of one. An object that holds several sections is given once for each, with their
-        `coordinate_system` or `image_key`.
+        Section names in their order in the block, with their inputs. An input is an image file (TIFF, OME-TIFF, SVS,
+        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree; a folder of
+        Space Ranger (Visium, CytAssist, Visium HD); or a SpatialData object such as ``spatialdata_io.visium``,
+        ``visium_hd`` or ``xenium`` return, or its path. Give an object that holds several sections once for each of
+        them, with their `coordinate_system` or `image_key`.
     mpp
-        Micrometres per pixel of the images; per unit of `coordinate_system` for SpatialData objects (a full-resolution
-        pixel in those of ``spatialdata_io``). One number or one per section. If missing, it is read from the metadata
-        of the file or folder, or derived from `spot_pitch`.
+        Micrometres per pixel of the images; for SpatialData objects per unit of `coordinate_system` (a full-resolution
+        pixel in those of ``spatialdata_io``). One number, or one per section. By default it is read from the metadata
+        of the file or folder, or computed from `spot_pitch`.
     z
         Height of each section in um.
     section_spacing
         Distance of consecutive sections in um, instead of `z`.
     reference
-        Section whose frame the others are brought to; by default the first measured one, else the middle one.
+        Section to which the others are registered. By default the first measured one, else the middle one.
     spot_pitch
-        Centre-to-centre distance of neighbouring spots in um (100 for Visium), from which the pixel size of SpatialData
-        objects is derived where `mpp` is missing.
+        Centre-to-centre distance of neighbouring spots in um (100 for Visium). Gives the pixel size of SpatialData
+        objects without `mpp`.
     coordinate_system
-        Coordinate system to read from SpatialData objects; may be left out if there is only one, or one ``"global"``.
-    image_key, shapes_key, table_key
-        Elements to take from SpatialData objects; by default the colour image of the highest resolution, the only circles
-        (else the only squares of one size, which become circles) and the only table that annotates them. One name, or
-        one per section.
+        Coordinate system to read from SpatialData objects, one or one per section. By default the only one, or
+        ``"global"``.
+    image_key
+        Image to read from SpatialData objects, one name or one per section. By default the color image with the highest
+        resolution.
+    shapes_key
+        Spots to read from SpatialData objects, one name or one per section. By default the only circles, else the only
+        squares of one size, which become circles.
+    table_key
+        Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
+        the spots.
     fullres_image
-        For folders of Space Ranger, the scan that was given to it. Without it the best image of the folder is taken, and
-        a warning says how coarse that is.
+        For folders of Space Ranger: the scan that Space Ranger was given, per section. Without it the best image of the
+        folder is used, and a warning gives its pixel size.
     bin_size
-        For folders of Visium HD, the edge of the bins to take in um; 8 by default.
+        For folders of Visium HD: edge of the bins in um, one or one per section; 8 by default.
 
     Returns
     -------
-    A new SpatialData object; the inputs are left as they are. It holds
+    A new SpatialData object; the inputs do not change. It holds
 
     `images["{section}_image"]`
         The H&E image, transformed to the coordinate system `section` (um).
     `shapes["{section}_spots"]`
-        The spots as circles, where the input has some.
+        The spots as circles, if the input has spots.
     `tables["{section}_counts"]`
-        The measured table as it came, where the input has one.
+        The measured table, if the input has one.
     `tables["stack"]`
         One row per spot of all sections: obs ``region``, ``instance_id``, ``section``, ``z``, ``measured``; obsm
         ``spatial`` (um).
@@ -99,11 +105,12 @@ def assemble_stack(
     Raises
     ------
     ValueError
-        For missing pixel sizes or heights, duplicate or illegal names, the same image given twice, ambiguous elements.
+        For missing pixel sizes or heights, repeated or illegal names, an input given twice, or several possible
+        elements.
     KeyError
         For elements, coordinate systems or bin sizes that do not exist.
     FileNotFoundError
-        For files that do not exist, and files that a folder of Space Ranger lacks.
+        For missing files, also within a folder of Space Ranger.
 
     Examples
     --------
@@ -119,54 +126,25 @@ def assemble_stack(
     inputs = _named_inputs(sections, coordinate_system, image_key)
     names = list(inputs)
     heights = _heights(names, z, section_spacing)
-    for argument, value in {
+    given = {
         "mpp": mpp,
+        "spot_pitch": spot_pitch,
         "coordinate_system": coordinate_system,
         "image_key": image_key,
         "shapes_key": shapes_key,
         "table_key": table_key,
         "fullres_image": fullres_image,
         "bin_size": bin_size,
-    }.items():
+    }
+    for argument, value in given.items():
         for name in value if isinstance(value, Mapping) else ():
-            require_key(name, names, where="sections", then=f"`{argument}` names a section that is not there.")
+            require_key(name, names, where="sections", then=f"`{argument}` names a section that does not exist.")
     sdata = SpatialData()
     records = []
     for name in names:
-        parts = read_section(
-            name,
-            inputs[name],
-            mpp=_for_section(mpp, name),
-            spot_pitch=spot_pitch,
-            coordinate_system=_for_section(coordinate_system, name),
-            image_key=_for_section(image_key, name),
-            shapes_key=_for_section(shapes_key, name),
-            table_key=_for_section(table_key, name),
-            fullres_image=_for_section(fullres_image, name),
-            bin_size=_for_section(bin_size, name),
-        )
-        if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
-            logger.warning(
-                "Section %s: a pixel of %g um is no pixel of a scan or of its overview (0.1 to 50 um); check `mpp`",
-                name,
-                parts.mpp,
-            )
-        sdata.images[Keys.image(name)] = parts.image
-        if parts.spots is not None:
-            sdata.shapes[Keys.spots(name)] = parts.spots
-        if parts.counts is not None:
-            sdata.tables[Keys.counts(name)] = parts.counts
-        records.append(
-            Section(
-                name=name,
-                z=heights[name],
-                mpp=parts.mpp,
-                mpp_source=parts.mpp_source,
-                image=Keys.image(name),
-                spots=None if parts.spots is None else Keys.spots(name),
-                counts=None if parts.counts is None else Keys.counts(name),
-            )
-        )
+        options = {argument: _for_section(value, name) for argument, value in given.items()}
+        parts = read_section(name, inputs[name], SectionOptions(**options))
+        records.append(_add_section(sdata, name, heights[name], parts))
     measured = [record.name for record in records if record.counts is not None]
     if reference is None:
         reference = measured[0] if measured else names[len(names) // 2]
@@ -177,10 +155,32 @@ def assemble_stack(
     return sdata
 
 
+def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:
+    if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
+        logger.warning(
+            "Section %s: pixels of scans and overviews measure 0.1 to 50 um, found %g um; check `mpp`", name, parts.mpp
+        )
+    section = Section(
+        name=name,
+        z=z,
+        mpp=parts.mpp,
+        mpp_source=parts.mpp_source,
+        image=Keys.image(name),
+        spots=None if parts.spots is None else Keys.spots(name),
+        counts=None if parts.counts is None else Keys.counts(name),
+    )
+    sdata.images[section.image] = parts.image
+    if parts.spots is not None:
+        sdata.shapes[Keys.spots(name)] = parts.spots
+    if parts.counts is not None:
+        sdata.tables[Keys.counts(name)] = parts.counts
+    return section
+
+
 def _named_inputs(
     sections: Mapping[str, Any] | Sequence[tuple[str, Any]], *choices: str | Mapping[str, str] | None
 ) -> dict[str, Any]:
-    """Check names and inputs; refuse duplicates of either, unless the `choices` take different parts of one object."""
+    """Inputs by checked names; names and inputs must differ, but `choices` may take different parts of one object."""
     pairs = list(sections.items() if isinstance(sections, Mapping) else sections)
     if not pairs:
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
@@ -192,7 +192,7 @@ def _named_inputs(
             legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
             msg = (
                 "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
-                f"{name!r}. Call it {legal!r}, for instance."
+                f"{name!r}. Use {legal!r}, for example."
             )
             raise ValueError(msg)
         if name == Keys.ALIGNED:
@@ -208,8 +208,8 @@ def _named_inputs(
         if identity in seen_inputs:
             msg = (
                 f"Sections {seen_inputs[identity]!r} and {name!r} are the same input; each section needs its own image "
-                "(one SpatialData object may hold several, told apart by `coordinate_system` or `image_key`). Cut sections "
-                "that lie on one slide apart, e.g. with `spatialdata.bounding_box_query`."
+                "(one SpatialData object may hold several, with different `coordinate_system` or `image_key`). "
+                "Separate sections on one slide, e.g. with `spatialdata.bounding_box_query`."
             )
             raise ValueError(msg)
         seen_inputs[identity] = name
@@ -239,13 +239,13 @@ def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[st
     steps = np.diff(heights)
     if not ((steps > 0).all() or (steps < 0).all()):
         msg = (
-            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours in "
-            "the stack are neighbours in the block. Give the sections in their order in the block."
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours "
+            "in the stack are neighbours in the block. Give the sections in their order in the block."
         )
         raise ValueError(msg)
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
 def _for_section(value: Any, name: str) -> Any:
-    """Value for one section of an argument that is a scalar or a mapping of section names."""
+    """Value of an argument for one section; mappings have one value per section."""
     return value.get(name) if isinstance(value, Mapping) else value

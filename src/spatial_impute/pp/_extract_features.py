@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
+from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.table import stack_table
@@ -22,20 +24,21 @@ from spatial_impute.encoders._feature_cache import image_identity, load_tokens, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import pandas as pd
     import torch
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from spatial_impute._image.color import StainMap
     from spatial_impute._image.levels import Level
-    from spatial_impute._image.stain import StainMap
-    from spatial_impute._stack.record import Section, StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.encoders._encoder import Encoder
     from spatial_impute.encoders._tokens import Layout
 
     EncoderLike = str | torch.nn.Module | Callable[[np.ndarray], np.ndarray] | Encoder
 
-_STAIN_RESOLUTION = 8.0  # um per px at which the colours of a section are looked at: a nucleus is then a pixel
-_COARSE = 2.0  # an image coarser than the encoder's resolution by more than this shows no texture to it
+_STAIN_RESOLUTION = 8.0  # um per px of the thumbnails for stain normalization: a nucleus is a pixel
+_COARSE = 2.0  # an image this much coarser than the resolution of the encoder shows no texture
 
 
 def extract_features(
@@ -54,15 +57,15 @@ def extract_features(
     cache_dir: str | Path | None = None,
     show_progress_bar: bool | None = None,
 ) -> None:
-    """Describe the tissue in and around every spot of every section.
+    """Describe the tissue in and around each spot of each section.
 
-    The encoder sees patches at its own resolution. A field of view is described by the mean of the features of all
-    patches in it and by their standard deviation: what tissue there is, and how mixed it is. As in ASIGN
-    :cite:p:`Zhu2025` there are three levels around each spot: the spot itself (a square as wide as its diameter), its
-    region and its global surroundings; the two larger ones have several tokens, see below.
+    The encoder sees patches at its own resolution. A field of view is described by the mean and the standard deviation
+    of the features of all patches in it. As in ASIGN :cite:p:`Zhu2025` there are three levels around each spot: the
+    spot (a square as wide as its diameter), its region and its global surroundings. The two larger levels have several
+    tokens, see below.
 
-    Sections are encoded one by one. A section with the same encoder, image, spots and fields of view as before keeps its
-    features, and the log says so.
+    A section keeps its features if encoder, image, spots and fields of view have not changed since they were computed;
+    the log says so.
 
     Parameters
     ----------
@@ -71,32 +74,37 @@ def extract_features(
     encoder
         ``"texture"`` (stain and texture statistics, no download), ``"tellez-multitask"`` (a small pathology network
         :cite:p:`Tellez2020`, 2.4 MB), ``"ciga-resnet18"`` (pathology :cite:p:`Ciga2022`, 46 MB), ``"resnet18"``,
-        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"`` (install
-        ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` that takes ImageNet-normalised
-        (n, 3, `patch_px`, `patch_px`), a callable that takes (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
-        follows :class:`~spatial_impute.models.Encoder`. Several in a list stand side by side: networks are trained not
-        to see the stain, which ``"texture"`` adds. Features from other tools: :func:`pool_features`.
-    region_scale, global_scale
-        Edge lengths of the two larger fields in spot diameters.
-    patch_px, mpp
-        Pixels along an edge of a patch, and um per pixel; where the encoder does not fix them, 224 and 0.5.
+        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"``
+        (install ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` for ImageNet-normalised arrays (n, 3,
+        `patch_px`, `patch_px`), a callable for arrays (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
+        follows :class:`~spatial_impute.models.Encoder`. A list of encoders gives the features of all of them: most
+        networks are trained to ignore the stain, which ``"texture"`` adds. For features of other tools see
+        :func:`pool_features`.
+    region_scale
+        Edge length of the region in spot diameters.
+    global_scale
+        Edge length of the global surroundings in spot diameters.
+    patch_px
+        Pixels along an edge of a patch, for encoders that do not fix it; 224 by default.
+    mpp
+        Micrometres per pixel of a patch, for encoders that do not fix it; 0.5 um by default.
     stain_normalization
-        ``"reinhard"`` or ``"macenko"``: bring the colours of every section to those of the reference section before they
-        are encoded. Models standardise features within sections anyway, which removes most of what stains differ by.
+        ``"reinhard"`` or ``"macenko"``: give all sections the colors of the reference section before encoding. Without
+        it, models still standardise features within sections, which removes most differences of stain.
     encoder_params
         Further arguments for ``timm.create_model`` or ``transformers.AutoModel.from_pretrained``.
     batch_size
-        Patches encoded at a time.
+        Number of patches that are encoded at a time.
     device
         Torch device; ``settings.device`` by default.
     precision
-        ``"bfloat16"`` runs modules in mixed precision: about twice as fast on recent hardware, features differ by about
-        half a percent.
+        ``"float32"``, or ``"bfloat16"`` for mixed precision in modules: about twice as fast on recent hardware, with
+        differences of about half a percent.
     cache_dir
-        Folder that keeps the features of each section as soon as they are done, so that an interrupted run, or another
-        session, goes on from there. Images are recognised by the pixels of their coarsest level.
+        Folder in which the features of each finished section are kept, so that an interrupted run or another session
+        continues from there. An image is identified by the pixels of its coarsest level.
     show_progress_bar
-        ``settings.show_progress_bar`` by default.
+        Show a progress bar; ``settings.show_progress_bar`` by default.
 
     Returns
     -------
@@ -107,20 +115,20 @@ def extract_features(
     `.obsm['X_region']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, 2 d), two tokens: the region, and the field 1.4 times as wide.
     `.obsm['X_global']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, 6 d), six tokens: the global field, the one twice as wide, and the quadrants of that, row by row.
+        (n_spots, 6 d), six tokens: the global field, the field twice as wide, and the quadrants of that, row by row.
     `.uns['features']` : :class:`dict`
-        ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (those centred on the
-        spot), ``mpp``, ``stain_normalization``, and ``sections`` (a key per section by which it is recognised).
+        ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (tokens centred on
+        the spot), ``mpp``, ``stain_normalization``, and ``sections`` (per section a key of encoder, image and spots).
 
     Raises
     ------
     ValueError
-        For spots off their image, impossible arguments, or an encoder that returns something else than finite
+        For spots outside their image, arguments out of range, or an encoder that does not return finite arrays
         (n, n_features).
     ImportError
         If the library of the encoder is not installed.
     PermissionError
-        If the weights of the encoder are gated.
+        If the weights of the encoder need a login.
 
     Examples
     --------
@@ -130,15 +138,11 @@ def extract_features(
     >>> sdata.tables["stack"].obsm["X_spot"].shape[1]
     50
     """
-    from spatial_impute._image.stain import METHODS
-    from spatial_impute.encoders._encoder import requested_threads, resolve_encoder
-    from spatial_impute.encoders._tokens import section_tokens
+    from spatial_impute.encoders._encoder import resolve_encoder
 
     record = load_record(sdata)
     table = stack_table(sdata)
-    layout = _layout(region_scale, global_scale)
-    if stain_normalization is not None:
-        require_one_of(stain_normalization, METHODS, name="stain_normalization")
+    layout = fields_layout(region_scale, global_scale)
     batch_size = require_count(batch_size, name="batch_size")
     if cache_dir is not None:
         require_folder(cache_dir, name="cache_dir")
@@ -150,63 +154,86 @@ def extract_features(
         resolve_encoder(one, patch_px=patch_px, mpp=mpp, device=device, precision=precision, params=encoder_params)
         for one in given
     ]
-    sections = [section for section in record.sections if section.spots is not None]
-    spots = {section.name: spot_geometry(sdata, section) for section in sections}
-    levels = {section.name: section_levels(sdata, section) for section in sections}
-    for section in sections:
-        _require_on_image(spots[section.name][0], levels[section.name][0], spots[section.name][2], section.spots)
-        _warn_if_coarse(section.name, levels[section.name][0], min(encoders, key=lambda one: one.mpp))
-    rows = _require_all_spots(table, {name: index for name, (_, _, index) in spots.items()})
-    recolour = _stain_maps(sdata, record, sections, stain_normalization)
+    views = _section_views(sdata, record, min(encoders, key=lambda one: one.mpp))
+    rows = rows_of_spots(table, {name: view.index for name, view in views.items()})
+    stain_maps = _stain_maps(sdata, record, views, stain_normalization)
 
-    found, keys, diameters = {}, {}, {}
-    folder = None if cache_dir is None else Path(cache_dir).expanduser()
-    for section in progress(sections, "Extracting features", show=show_progress_bar):
-        name = section.name
-        centers, radius, _ = spots[name]
-        diameters[name] = 2 * float(np.median(radius))
-        of_encoder = [
-            _key(
-                encode,
-                levels[name],
-                centers,
-                diameter=diameters[name],
-                layout=layout,
-                recolour=recolour.get(name),
-                folder=folder,
-            )
-            for encode in encoders
-        ]
+    run = _Extraction(encoders, layout, batch_size, None if cache_dir is None else Path(cache_dir).expanduser())
+    found, keys = {}, {}
+    for name, view in progress(views.items(), "Extracting features", show=show_progress_bar):
+        of_encoder = [_key(run, encode, view, stain_maps.get(name)) for encode in encoders]
         keys[name] = "+".join(of_encoder) if all(of_encoder) else ""
         tokens = _in_table(table, rows[name], name, keys[name])
-        if tokens is None:
-            parts = []
-            for encode, key in zip(encoders, of_encoder, strict=True):
-                part = _in_folder(folder, name, key)
-                if part is None:
-                    with requested_threads():
-                        part = section_tokens(
-                            levels[name],
-                            centers,
-                            diameters[name],
-                            encode,
-                            layout,
-                            batch_size=batch_size,
-                            recolour=recolour.get(name),
-                        )
-                    if folder is not None and key:
-                        save_tokens(folder, key, part)
-                parts.append(part)
-            tokens = _side_by_side(parts, layout)
-        found[name] = tokens
+        found[name] = _encode(run, name, view, of_encoder, stain_maps.get(name)) if tokens is None else tokens
     provenance = {
         "encoder": "+".join(encode.name for encode in encoders),
         "mpp": float(min(encode.mpp for encode in encoders)),
         "stain_normalization": stain_normalization or "",
         "sections": keys,
     }
-    diameter = float(np.median(list(diameters.values())))
+    diameter = float(np.median([view.diameter for view in views.values()]))
     write_features(table, rows, found, layout=layout, diameter=diameter, provenance=provenance)
+
+
+@dataclass(frozen=True)
+class _SectionView:
+    """Image and spots of a section."""
+
+    levels: list[Level]
+    centers: np.ndarray
+    diameter: float
+    index: pd.Index
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """What stays the same for all sections."""
+
+    encoders: list[Encoder]
+    layout: Layout
+    batch_size: int
+    folder: Path | None
+
+
+def _section_views(sdata: SpatialData, record: StackRecord, finest: Encoder) -> dict[str, _SectionView]:
+    views = {}
+    for section in record.sections:
+        if section.spots is not None:
+            centers, radius, index = spot_geometry(sdata, section)
+            levels = section_levels(sdata, section)
+            views[section.name] = _SectionView(levels, centers, 2 * float(np.median(radius)), index)
+            _require_on_image(views[section.name], section.spots)
+            _warn_if_coarse(section.name, levels[0], finest)
+    return views
+
+
+def _encode(
+    run: _Extraction, name: str, view: _SectionView, keys: list[str], stain_map: StainMap | None
+) -> dict[str, np.ndarray]:
+    """Tokens of a section by all encoders, from the folder if they are there."""
+    from spatial_impute.encoders._encoder import requested_threads
+    from spatial_impute.encoders._tokens import section_tokens
+
+    parts = []
+    for encode, key in zip(run.encoders, keys, strict=True):
+        part = load_tokens(run.folder, key) if run.folder is not None and key else None
+        if part is not None:
+            logger.info("Section %s: features read from %s", name, run.folder)
+        else:
+            with requested_threads():
+                part = section_tokens(
+                    view.levels,
+                    view.centers,
+                    view.diameter,
+                    encode,
+                    run.layout,
+                    batch_size=run.batch_size,
+                    recolour=stain_map,
+                )
+            if run.folder is not None and key:
+                save_tokens(run.folder, key, part)
+        parts.append(part)
+    return _side_by_side(parts, run.layout)
 
 
 def write_features(
@@ -218,7 +245,7 @@ def write_features(
     diameter: float,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the tokens of all sections to the stack table, and where they come from."""
+    """Write the tokens of all sections and their provenance to the stack table."""
     from spatial_impute.encoders._tokens import FIELD_TOKENS
 
     for key in layout:
@@ -242,7 +269,8 @@ def write_features(
     }
 
 
-def _layout(region_scale: float, global_scale: float) -> Layout:
+def fields_layout(region_scale: float, global_scale: float) -> Layout:
+    """Fields of view of all tokens, in spot diameters."""
     from spatial_impute.encoders._tokens import token_layout
 
     return token_layout(
@@ -250,29 +278,30 @@ def _layout(region_scale: float, global_scale: float) -> Layout:
     )
 
 
-def _require_all_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rows of the stack table for the spots of each section; joined by name, since the table may have been reordered."""
+def rows_of_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Rows of the stack table for the spots of each section; joined by name, since rows may have any order."""
     rows = {name: table.obs_names.get_indexer([f"{name}_{i}" for i in instances]) for name, instances in index.items()}
     if any((found < 0).any() for found in rows.values()) or sum(map(len, rows.values())) != table.n_obs:
         spots = {f"{name}_{i}" for name, instances in index.items() for i in instances}
         without_row, without_spot = spots.difference(table.obs_names), set(table.obs_names).difference(spots)
         msg = (
             f"`sdata.tables['stack']` and the spots differ: {len(without_row)} spots have no row (e.g. "
-            f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Take the same "
-            "ones out of `sdata.shapes`, or build the table anew with `si.pp.assemble_stack`."
+            f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Remove "
+            "the same spots from `sdata.shapes`, or build the table again with `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
     return rows
 
 
-def _require_on_image(centers: np.ndarray, level: Level, index: Any, element: str | None) -> None:
-    x, y = apply_affine(centers, np.linalg.inv(level.to_um)).T
+def _require_on_image(view: _SectionView, element: str) -> None:
+    level, index = view.levels[0], view.index
+    x, y = apply_affine(view.centers, np.linalg.inv(level.to_um)).T
     height, width = level.shape
     off = (x < 0) | (y < 0) | (x > width) | (y > height)
     if off.any():
         first = int(np.flatnonzero(off)[0])
         msg = (
-            f"{int(off.sum())} of {len(off)} spots of `sdata.shapes[{element!r}]` lie off their image of {width} x "
+            f"{int(off.sum())} of {len(off)} spots of `sdata.shapes[{element!r}]` lie outside their image of {width} x "
             f"{height} px; the first is {index[first]!r} at pixel ({x[first]:.0f}, {y[first]:.0f}). "
             "Check `mpp` and the coordinate system given to `si.pp.assemble_stack`."
         )
@@ -282,8 +311,8 @@ def _require_on_image(centers: np.ndarray, level: Level, index: Any, element: st
 def _warn_if_coarse(name: str, level: Level, encoder: Encoder) -> None:
     if level.pixel_size > _COARSE * encoder.mpp:
         logger.warning(
-            "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will tell colours, hardly any "
-            "texture. Give the full-resolution scan to `si.pp.assemble_stack` if there is one.",
+            "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but little "
+            "texture. Give the full-resolution scan to `si.pp.assemble_stack`.",
             name,
             level.pixel_size,
             encoder.name,
@@ -292,53 +321,44 @@ def _warn_if_coarse(name: str, level: Level, encoder: Encoder) -> None:
 
 
 def _stain_maps(
-    sdata: SpatialData, record: StackRecord, sections: list[Section], method: str | None
+    sdata: SpatialData, record: StackRecord, views: Mapping[str, _SectionView], method: str | None
 ) -> dict[str, StainMap]:
-    """Colour maps to the reference section, for the other ones."""
+    """Maps of the colors of the other sections to those of the reference."""
     if method is None:
         return {}
-    from spatial_impute._image.stain import fit_stain_map
+    require_one_of(method, METHODS, name="stain_normalization")
 
-    def thumbnail(section: Section) -> tuple[np.ndarray, float]:
-        rgb, to_um = read_thumbnail(section_levels(sdata, section), _STAIN_RESOLUTION)
+    def thumbnail(levels: list[Level]) -> tuple[np.ndarray, float]:
+        rgb, to_um = read_thumbnail(levels, _STAIN_RESOLUTION)
         return rgb, float(np.linalg.norm(to_um[:2, :2], axis=0).mean())
 
-    target, target_size = thumbnail(record[record.reference])
+    target, target_size = thumbnail(section_levels(sdata, record[record.reference]))
     maps = {}
-    for section in sections:
-        if section.name != record.reference:
-            source, size = thumbnail(section)
-            maps[section.name] = fit_stain_map(source, target, (size, target_size), method=method)
+    for name, view in views.items():
+        if name != record.reference:
+            source, size = thumbnail(view.levels)
+            maps[name] = fit_stain_map(source, target, (size, target_size), method=method)
     return maps
 
 
-def _key(
-    encoder: Encoder,
-    levels: list[Level],
-    centers: np.ndarray,
-    *,
-    diameter: float,
-    layout: Layout,
-    recolour: StainMap | None,
-    folder: Path | None,
-) -> str:
-    """Key of a section; empty if it cannot be told what the encoder does."""
+def _key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: StainMap | None) -> str:
+    """Key of the features of a section; empty for an encoder without identity."""
     identity = getattr(encoder, "identity", None)
     if identity is None:
         return ""
     geometry = {
-        "diameter": diameter,
+        "diameter": view.diameter,
         "patch_px": encoder.patch_px,
         "mpp": encoder.mpp,
-        "fields": {key: [(f.scale, *f.shift) for f in fields] for key, fields in layout.items()},
+        "fields": {key: [(f.scale, *f.shift) for f in fields] for key, fields in run.layout.items()},
     }
-    arrays = [centers] if recolour is None else [centers, recolour.matrix, recolour.offset]
-    image = image_identity(levels, across_sessions=folder is not None)
+    arrays = [view.centers] if stain_map is None else [view.centers, stain_map.matrix, stain_map.offset]
+    image = image_identity(view.levels, across_sessions=run.folder is not None)
     return section_key(identity, image, geometry, arrays)
 
 
 def _in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
-    """Features of a section that the table has already; None if it has others or none."""
+    """Features of a section that the table already holds under this key, or None."""
     before = table.uns.get(Keys.FEATURES, {}).get("sections", {})
     if not key or before.get(name) != key or not all(level in table.obsm for level in Keys.LEVELS):
         return None
@@ -346,16 +366,8 @@ def _in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str
     return {level: np.asarray(table.obsm[level])[rows] for level in Keys.LEVELS}
 
 
-def _in_folder(folder: Path | None, name: str, key: str) -> dict[str, np.ndarray] | None:
-    """Features of a section and encoder that were kept before; None if there are none."""
-    tokens = load_tokens(folder, key) if folder is not None and key else None
-    if tokens is not None:
-        logger.info("Section %s: features read from %s", name, folder)
-    return tokens
-
-
 def _side_by_side(parts: list[dict[str, np.ndarray]], layout: Layout) -> dict[str, np.ndarray]:
-    """Each token with the features of all encoders; (n, tokens * d) per level."""
+    """Tokens with the features of all encoders, (n, tokens * d) per level."""
     if len(parts) == 1:
         return parts[0]
     result = {}

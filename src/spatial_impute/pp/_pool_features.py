@@ -1,4 +1,4 @@
-"""Features that another tool computed, summed up over the fields of view of the spots."""
+"""Features of another tool, pooled over the fields of view of the spots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_finite, require_key
-from spatial_impute.pp._extract_features import _layout, _require_all_spots, write_features
+from spatial_impute.pp._extract_features import fields_layout, rows_of_spots, write_features
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,10 +32,10 @@ def pool_features(
     region_scale: float = 2.3,
     global_scale: float = 4.6,
 ) -> None:
-    """Take features that another tool computed on tiles or spots, instead of :func:`extract_features`.
+    """Pool features that another tool computed on tiles or spots, instead of :func:`extract_features`.
 
-    A field of view is described by the mean and the standard deviation of the tiles whose middle lies in it, or by the
-    nearest tile. Levels and tokens are those of :func:`extract_features`.
+    A field of view is described by the mean and the standard deviation of the tiles whose centre lies in it, else by
+    the nearest tile. Levels and tokens are those of :func:`extract_features`.
 
     Parameters
     ----------
@@ -44,19 +44,21 @@ def pool_features(
     features
         For each section with spots one of
 
-        - a slide of LazySlide (``WSIData``, which is a SpatialData): with `features_key` the table of features, whose
-          tiles are its shapes, in pixels of the full resolution;
-        - an AnnData with a row per tile: features in ``X``, middles of the tiles in ``obsm[spatial_key]``, in pixels
+        - a slide of LazySlide (``WSIData``, which is a SpatialData): the table `features_key` holds features, and its
+          shapes are the tiles, in pixels of the full resolution;
+        - an AnnData with a row per tile: features in ``X``, centres of the tiles in ``obsm[spatial_key]``, in pixels
           (x, y) of the full resolution of the section's image;
         - an array with a row per spot, in the order of ``sdata.shapes["{section}_spots"]``.
     name
         Name of the encoder, for the provenance.
     features_key
-        Table of features in SpatialData objects; may be left out if there is only one.
+        Table of features in SpatialData objects; by default the only table.
     spatial_key
         Slot of the positions in AnnData objects.
-    region_scale, global_scale
-        Edge lengths of the two larger fields in spot diameters.
+    region_scale
+        Edge length of the region in spot diameters.
+    global_scale
+        Edge length of the global surroundings in spot diameters.
 
     Returns
     -------
@@ -67,7 +69,7 @@ def pool_features(
     KeyError
         If a section, a table or positions are missing.
     ValueError
-        For features that are not finite, not of one width, or whose rows are not those of the spots.
+        For features that are not finite, have several widths, or have another number of rows than the spots.
 
     Examples
     --------
@@ -84,10 +86,10 @@ def pool_features(
 
     record = load_record(sdata)
     table = stack_table(sdata)
-    layout = _layout(region_scale, global_scale)
+    layout = fields_layout(region_scale, global_scale)
     sections = [section for section in record.sections if section.spots is not None]
     spots = {section.name: spot_geometry(sdata, section) for section in sections}
-    rows = _require_all_spots(table, {section: index for section, (_, _, index) in spots.items()})
+    rows = rows_of_spots(table, {section: index for section, (_, _, index) in spots.items()})
     found, diameters = {}, []
     for section in sections:
         require_key(section.name, features, where="features", then="Every section with spots needs features.")
@@ -104,7 +106,7 @@ def pool_features(
 def _tiles(
     sdata: SpatialData, section: Section, given: Any, centers: np.ndarray, *, features_key: str | None, spatial_key: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(m, d) features and (m, 2) middles in um of the tiles of a section."""
+    """(m, d) features and (m, 2) centres in um of the tiles of a section."""
     where = f"features[{section.name!r}]"
     if hasattr(given, "tables"):
         values, pixels = _from_slide(given, features_key, where)
@@ -125,13 +127,13 @@ def _tiles(
 
 
 def _from_slide(slide: SpatialData, features_key: str | None, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and middles (px) of the tiles of a slide, joined by their ids."""
+    """Features and centres (px) of the tiles of a slide, joined by their ids."""
     import shapely
 
     if features_key is None and len(slide.tables) == 1:
         features_key = next(iter(slide.tables))
     if features_key is None:
-        msg = f"{where} has the tables {sorted(slide.tables)}; say which one holds features with `features_key=`."
+        msg = f"{where} has the tables {sorted(slide.tables)}; name the one with features by `features_key=`."
         raise ValueError(msg)
     require_key(features_key, slide.tables, where=f"{where}.tables")
     table = slide.tables[features_key]
@@ -145,8 +147,8 @@ def _from_slide(slide: SpatialData, features_key: str | None, where: str) -> tup
         missing = table.obs[attrs["instance_key"]].iloc[int(np.flatnonzero(order < 0)[0])]
         msg = f"{where}: tile {str(missing)!r} of table {features_key!r} is not in `shapes[{region!r}]`."
         raise ValueError(msg)
-    middles = shapely.centroid(shapes.geometry.to_numpy()[order])
-    return _dense(table.X), np.column_stack([shapely.get_x(middles), shapely.get_y(middles)])
+    centers = shapely.centroid(shapes.geometry.to_numpy()[order])
+    return _dense(table.X), np.column_stack([shapely.get_x(centers), shapely.get_y(centers)])
 
 
 def _dense(values: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read one section from whatever people have. The only reader of foreign SpatialData objects."""
+"""Read one section from an image, a folder of Space Ranger, or a SpatialData object of another tool."""
 
 from __future__ import annotations
 
@@ -32,6 +32,20 @@ _SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far,
 _SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
+@dataclass(frozen=True)
+class SectionOptions:
+    """Arguments of ``assemble_stack`` for one section."""
+
+    mpp: float | None = None
+    spot_pitch: float | None = None
+    coordinate_system: str | None = None
+    image_key: str | None = None
+    shapes_key: str | None = None
+    table_key: str | None = None
+    fullres_image: str | Path | None = None
+    bin_size: float | None = None
+
+
 @dataclass
 class SectionParts:
     """Elements of one section in its own frame, and the pixel size of its image."""
@@ -43,56 +57,67 @@ class SectionParts:
     counts: AnnData | None = None
 
 
-def read_section(name: str, value: SectionInput, **options: Any) -> SectionParts:
-    """Read one section; `options` are the arguments of ``assemble_stack`` that may differ between sections."""
+def read_section(name: str, value: SectionInput, options: SectionOptions) -> SectionParts:
+    """Read one section from a file, a folder, an array or an object."""
     from spatialdata import SpatialData
 
-    fullres_image, bin_size = options.pop("fullres_image"), options.pop("bin_size")
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
-        folder = _require_spaceranger(name, Path(value), bin_size)
-        try:
-            sdata, mpp, source = read_spaceranger(folder, fullres_image=fullres_image)
-        except FileNotFoundError:
-            raise
-        except (OSError, LookupError, ValueError) as error:
-            if type(error) is ValueError and str(folder) in str(error):  # ours
-                raise
-            msg = (
-                f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
-            )
-            raise ValueError(msg) from error
-        given = options["mpp"] is not None or options["spot_pitch"] is not None
-        parts = _from_spatialdata(name, sdata, **(options if given else options | {"mpp": mpp}))
-        return parts if given else replace(parts, mpp_source=source)
-    if fullres_image is not None:
+        return _from_spaceranger(name, Path(value), options)
+    if options.fullres_image is not None:
         msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
         raise ValueError(msg)
     if is_spatialdata(value):
-        sdata = value if isinstance(value, SpatialData) else SpatialData.read(value)
-        return _from_spatialdata(name, sdata, **options)
-    mpp, source, known = options["mpp"], "argument", None
+        return _from_spatialdata(name, value if isinstance(value, SpatialData) else SpatialData.read(value), options)
+    return _from_image(name, value, options.mpp)
+
+
+def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionParts:
+    known = None
     if isinstance(value, str | Path):
         opened = open_image(value)
         levels, known = opened.levels, opened.pixel_size
     else:
         levels = _array_levels(name, value)
-    if mpp is None and known is None:
+    sizes = known if mpp is None else (mpp, mpp)
+    if sizes is None:
         msg = (
             f"Pixel size of section {name!r} is unknown: its image carries no physical size. "
             f"Pass `mpp=` (um per pixel), e.g. `mpp={{{name!r}: 0.5}}`."
         )
         raise ValueError(msg)
-    sizes = known if mpp is None else (mpp, mpp)
     x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
-    if mpp is None:
-        source = "metadata"
-    elif known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
-        logger.warning("Section %s: `mpp=%g` given, its file says %g; taking the former", name, mpp, known[0])
+    if mpp is not None and known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
+        logger.warning("Section %s: `mpp=%g` differs from %g in its file; `mpp` is used", name, mpp, known[0])
+    source = "metadata" if mpp is None else "argument"
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
 
 
+def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> SectionParts:
+    folder = find_spaceranger(path, options.bin_size)
+    if folder is None:
+        found = sorted(entry.name for entry in path.iterdir())
+        msg = (
+            f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
+            f"{found[:8]}). Give the folder with 'spatial' or 'binned_outputs' in it, the path of an image, or a "
+            "SpatialData object."
+        )
+        raise FileNotFoundError(msg)
+    try:
+        sdata, mpp, source = read_spaceranger(folder, fullres_image=options.fullres_image)
+    except FileNotFoundError:
+        raise
+    except (OSError, LookupError, ValueError) as error:
+        if type(error) is ValueError and str(folder) in str(error):  # the message names the folder
+            raise
+        msg = f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
+        raise ValueError(msg) from error
+    if options.mpp is not None or options.spot_pitch is not None:
+        return _from_spatialdata(name, sdata, options)
+    return replace(_from_spatialdata(name, sdata, replace(options, mpp=mpp)), mpp_source=source)
+
+
 def is_spatialdata(value: object) -> bool:
-    """Whether something is a SpatialData object, or the folder of one."""
+    """Return True for a SpatialData object or the folder of one."""
     from spatialdata import SpatialData
 
     if not isinstance(value, str | Path):
@@ -104,9 +129,9 @@ def is_spatialdata(value: object) -> bool:
 
     try:
         attrs = zarr.open_group(path, mode="r").attrs
-        # Images within a store have these attributes too, and are images.
+        # Images within a store have these attributes too.
         return "spatialdata_attrs" in attrs and not {"ome", "multiscales"} & set(attrs)
-    except (OSError, ValueError):  # no store: told when it is opened as an image
+    except (OSError, ValueError):  # not a store; opening it as an image raises the error
         return False
 
 
@@ -114,63 +139,35 @@ def _is_zarr(path: Path) -> bool:
     return path.suffix.lower() == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists()
 
 
-def _require_spaceranger(name: str, path: Path, bin_size: float | None) -> Path:
-    folder = find_spaceranger(path, bin_size)
-    if folder is None:
-        found = sorted(entry.name for entry in path.iterdir())
-        msg = (
-            f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
-            f"{found[:8]}). Give the folder that has 'spatial' or 'binned_outputs' in it, the path of an image, or a "
-            "SpatialData object made of the files."
-        )
-        raise FileNotFoundError(msg)
-    return folder
-
-
-def _array_levels(name: str, value: object) -> list[Any]:
-    """(c, y, x) arrays of an image given as ndarray, dask array, DataArray or DataTree; finest first."""
+def _array_levels(name: str, value: Any) -> list[Any]:
+    """(c, y, x) arrays of an image given as array, DataArray or DataTree; finest first."""
     if hasattr(value, "children") and hasattr(value, "to_dict"):
-        return [
-            level
-            for child in value.children.values()
-            for level in _array_levels(name, next(iter(child.ds.data_vars.values())))
-        ]
+        scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
+        return [level for scale in scales for level in _array_levels(name, scale)]
     if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
         return [(value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x").data]
-    shape = getattr(value, "shape", None)
-    if shape is None or len(shape) not in (2, 3):
-        msg = (
-            f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
-            f"found {type(value).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}."
-        )
-        raise ValueError(msg)
+    shape = tuple(getattr(value, "shape", ()))
     if len(shape) == 2:
         return [value[None]]
-    return [value.transpose(2, 0, 1)] if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else [value]
+    if len(shape) == 3:
+        return [value.transpose(2, 0, 1) if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else value]
+    msg = (
+        f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
+        f"found {type(value).__name__}{f' of shape {shape}' if hasattr(value, 'shape') else ''}."
+    )
+    raise ValueError(msg)
 
 
-def _from_spatialdata(
-    name: str,
-    source: SpatialData,
-    *,
-    mpp: float | None,
-    spot_pitch: float | None,
-    coordinate_system: str | None,
-    image_key: str | None,
-    shapes_key: str | None,
-    table_key: str | None,
-) -> SectionParts:
-    """Take image, spots and table of one section out of somebody else's object."""
+def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -> SectionParts:
     where = f"sections[{name!r}]"
-    system = _choose_system(source, coordinate_system, where)
-    image_key = _choose_image(source, image_key, system, where)
-    shapes_key = _choose_spots(source, shapes_key, system, where)
+    system = _choose_system(source, options.coordinate_system, where)
+    image = source.images[_choose_image(source, options.image_key, system, where)]
+    shapes_key = _choose_spots(source, options.shapes_key, system, where)
     circles = None if shapes_key is None else _as_circles(source.shapes[shapes_key], shapes_key, where)
-    image = source.images[image_key]
-    if mpp is not None:
-        mpp_source = "argument"
-    elif spot_pitch is not None and shapes_key is not None:
-        mpp, mpp_source = _mpp_from_pitch(circles, system, spot_pitch), "spot pitch"
+    if options.mpp is not None:
+        mpp, mpp_source = options.mpp, "argument"
+    elif options.spot_pitch is not None and circles is not None:
+        mpp, mpp_source = _mpp_from_pitch(circles, system, options.spot_pitch), "spot pitch"
     else:
         msg = (
             f"Pixel size of {where} is unknown. Pass `mpp=` (um per unit of its coordinate system {system!r}) or, for "
@@ -179,15 +176,13 @@ def _from_spatialdata(
         raise ValueError(msg)
     mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
     parts = SectionParts(
-        image=_moved(image, system, name, mpp),
-        mpp=linear_scale(element_affine(image, system)) * mpp,
-        mpp_source=mpp_source,
+        _moved(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
     )
     if shapes_key is not None:
         parts.spots = _moved(circles, system, name, mpp)
-        # One table annotates the spots of all sections, so their ids must be of one type; barcodes are strings.
+        # One table annotates the spots of all sections, so their ids must have one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
-        parts.counts = _take_counts(source, shapes_key, table_key, name, where)
+        parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
     return parts
 
 
@@ -198,11 +193,11 @@ def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
         return wanted
     if len(systems) == 1 or "global" in systems:
         return systems[0] if len(systems) == 1 else "global"
-    # Readers of Visium HD add frames of the small images beside that of the full resolution.
+    # Readers of Visium HD add the frames of the small images.
     full = [system for system in systems if "downscaled_" not in system]
     if len(full) == 1:
         return full[0]
-    msg = f"{where} has the coordinate systems {systems}; say which one to read with `coordinate_system=`."
+    msg = f"{where} has the coordinate systems {systems}; choose one with `coordinate_system=`."
     raise ValueError(msg)
 
 
@@ -220,11 +215,11 @@ def _choose_image(source: SpatialData, wanted: str | None, system: str, where: s
     if not keys:
         msg = f"{where} has no image in the coordinate system {system!r}; images: {sorted(source.images)}."
         raise ValueError(msg)
-    # Colour images first (fluorescence has other numbers of channels), then the fewest units per pixel.
-    colour = [key for key in keys if _n_channels(source.images[key]) == 3] or keys
-    best = min(colour, key=lambda key: linear_scale(element_affine(source.images[key], system)))
+    # Color images first (fluorescence has other numbers of channels), then the fewest units per pixel.
+    color = [key for key in keys if _n_channels(source.images[key]) == 3] or keys
+    best = min(color, key=lambda key: linear_scale(element_affine(source.images[key], system)))
     if len(keys) > 1:
-        logger.info("%s: taking the finest image %r of %s", where, best, sorted(keys))
+        logger.info("%s: using the finest image %r of %s", where, best, sorted(keys))
     return best
 
 
@@ -234,7 +229,7 @@ def _n_channels(image: DataArray | DataTree) -> int:
 
 
 def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
-    """Name of the spots: the only circles, else the only squares that a table annotates (bins of Visium HD)."""
+    """Name of the spots: the only circles, else the only annotated squares (bins of Visium HD)."""
     if wanted is not None:
         require_key(wanted, source.shapes, where=f"{where}.shapes")
         return wanted
@@ -244,7 +239,7 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
     keys = circles or [key for key in here if key in annotated and _square_edge(source.shapes[key]) is not None]
     if len(keys) > 1:
         kind = "circle" if circles else "bin"
-        msg = f"{where} has several {kind} elements {sorted(keys)}; say which ones are the spots with `shapes_key=`."
+        msg = f"{where} has several {kind} elements {sorted(keys)}; choose the spots with `shapes_key=`."
         raise ValueError(msg)
     return keys[0] if keys else None
 
@@ -255,12 +250,12 @@ def _regions(table: AnnData) -> list[str]:
 
 
 def _square_edge(shapes: GeoDataFrame) -> float | None:
-    """Edge of polygons that all are squares of one size; None for anything else."""
+    """Edge of squares of one size; None for other shapes."""
     if not len(shapes) or not (shapes.geom_type == "Polygon").all():
         return None
     area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
     edge = float(np.sqrt(np.median(area)))
-    # Among shapes of four corners only a square has this relation of area and circumference.
+    # Of all shapes with four corners only a square has this ratio of area and circumference.
     same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
     square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
     return edge if same.all() and square.all() else None
@@ -286,9 +281,9 @@ def _as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
 
 
 def _mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
-    """Units of the pitch per unit of the coordinate system, from the mean distance of neighbours on the lattice.
+    """Micrometres per unit of the coordinate system, from the mean distance of neighbours on the lattice.
 
-    Positions are whole pixels, so that the nearest of six neighbours is nearer than the pitch, by up to 0.7 % on Visium.
+    Positions are whole pixels, so the nearest of six neighbours alone is too near, by up to 0.7 % on Visium.
     """
     from scipy.spatial import cKDTree
 
@@ -326,13 +321,17 @@ def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_k
     known = np.isin(instance, index)
     if not known.any() and len(instance):
         msg = (
-            f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name e.g. "
-            f"{instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Make the instance ids those of the spots."
+            f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name "
+            f"e.g. {instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Use the names of the spots as "
+            "instance ids."
         )
         raise ValueError(msg)
     repeated = pd.Index(instance).duplicated()
     if repeated.any():
-        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of them."
+        msg = (
+            f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of "
+            "them."
+        )
         raise ValueError(msg)
     if not known.all():
         logger.warning(
@@ -345,13 +344,10 @@ def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_k
 
 
 def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
-    """Copy of the rows of the table that annotate the spots, re-labelled for the stack."""
+    """Copy of the table rows that annotate the spots, with the region and ids of the stack."""
     from spatialdata.models import TableModel
 
-    annotating = {}
-    for key, table in source.tables.items():
-        if shapes_key in _regions(table):
-            annotating[key] = table
+    annotating = {key: table for key, table in source.tables.items() if shapes_key in _regions(table)}
     if table_key is not None:
         require_key(table_key, source.tables, where=f"{where}.tables")
         require_key(table_key, annotating, where=f"tables of {where} that annotate {shapes_key!r}")
@@ -364,11 +360,11 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     table = next(iter(annotating.values()))
     attrs = table.uns["spatialdata_attrs"]
     rows = (table.obs[attrs["region_key"]] == shapes_key).to_numpy()
-    with warnings.catch_warnings():  # we say so once, below
+    with warnings.catch_warnings():  # logged below
         warnings.filterwarnings("ignore", "Variable names are not unique")
         counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
     if not counts.var_names.is_unique:
-        logger.warning("%s: gene names are not unique; numbering the repeated ones", where)
+        logger.warning("%s: gene names are not unique; repeated names get a number", where)
         counts.var_names_make_unique()
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)

@@ -1,16 +1,17 @@
-"""Folders of Space Ranger (Visium, CytAssist, Visium HD), read without the full-resolution image if they have none."""
+"""Folders of Space Ranger (Visium, CytAssist, Visium HD), with or without the full-resolution image."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from spatial_impute._image.reading import open_image
 from spatial_impute._logging import logger
+from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
@@ -32,21 +33,8 @@ _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
 def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
     """Folder that holds counts and ``spatial``: the given one, its ``outs``, or one of its ``binned_outputs``.
 
-    Parameters
-    ----------
-    path
-        A folder.
-    bin_size
-        Edge of the Visium HD bins to take, in um; 8 by default, else the smallest there is.
-
-    Returns
-    -------
-    None if there are no files of Space Ranger.
-
-    Raises
-    ------
-    KeyError
-        If there are no bins of that size.
+    `bin_size` is the edge of the Visium HD bins in um; 8 by default, else the smallest. None without files of Space
+    Ranger; a ``KeyError`` without bins of that size.
     """
     for folder in (path, path / "outs"):
         if (folder / "spatial" / SCALEFACTORS).exists():
@@ -60,41 +48,19 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
 
 
 def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
-    """Read image, spots and counts of one sample.
+    """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
-    Parameters
-    ----------
-    folder
-        As :func:`find_spaceranger` returns it.
-    fullres_image
-        The scan that was given to Space Ranger; without it the ``hires``, then the ``lowres`` image of the folder.
-
-    Returns
-    -------
-    sdata
-        Everything in the coordinate system ``"global"``, in pixels of the full resolution.
-    mpp
-        um per pixel of the full resolution.
-    source
-        Where that comes from: ``"metadata"`` (Visium HD) or ``"spot pitch"``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file is missing; the message names it and the way out.
-    ValueError
-        If counts and positions share no barcode.
+    All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without
+    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
     """
-    from spatial_impute._stack.elements import section_object
-
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
     positions = _read_positions(folder)
     counts = _read_counts(folder)
     shared = counts.obs_names.intersection(positions.index)
     if not len(shared):
         msg = (
-            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); they "
-            "belong to different samples or bin sizes."
+            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); "
+            "they belong to different samples or bin sizes."
         )
         raise ValueError(msg)
     positions = positions[positions["in_tissue"].astype(bool) | positions.index.isin(shared)]
@@ -150,8 +116,8 @@ def _read_counts(folder: Path) -> AnnData:
             if (folder / name).is_dir():
                 return sc.read_10x_mtx(folder / name, make_unique=False)
     msg = (
-        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. Copy "
-        "it from the output of Space Ranger, or give the image alone for an unmeasured section."
+        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. "
+        "Copy it from the output of Space Ranger, or give the image alone for an unmeasured section."
     )
     raise FileNotFoundError(msg)
 
@@ -163,17 +129,15 @@ def _mpp_of_array(folder: Path, positions: pd.DataFrame) -> float:
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
         msg = (
-            f"{folder}: {len(place)} spots in one line tell no pixel size; pass `mpp=` (um per full-resolution pixel)."
+            f"{folder}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
         )
         raise ValueError(msg)
     matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
     return float(1 / np.sqrt(abs(np.linalg.det(matrix))))
 
 
-def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, mpp: float) -> object:
+def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
-    from spatial_impute._stack.elements import image_element
-
     if fullres_image is not None:
         return image_element(open_image(fullres_image).levels, "global", 1.0)
     for kind, name in _IMAGES:
@@ -181,8 +145,8 @@ def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, m
         if path.exists() and f"tissue_{kind}_scalef" in factors:
             pixel = 1 / float(factors[f"tissue_{kind}_scalef"])
             logger.warning(
-                "%s: no full-resolution image given, taking the %s image with %.3g um per pixel; give the scan with "
-                "`fullres_image=` if there is one",
+                "%s: no full-resolution image, using the %s image with %.3g um per pixel; give the scan with "
+                "`fullres_image=`",
                 folder,
                 kind,
                 pixel * mpp,
@@ -190,7 +154,7 @@ def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, m
             return image_element(open_image(path).levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give the "
-        "scan with `fullres_image=`."
+        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give "
+        "the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)

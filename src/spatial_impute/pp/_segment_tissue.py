@@ -33,21 +33,21 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     sections
         Sections to segment; all by default.
     resolution
-        Pixel size to work at, in um. The image is read at the nearest finer level of its pyramid.
+        Pixel size of the mask in um. The image is read from the nearest finer level of its pyramid.
 
     Returns
     -------
     ``None``. Writes for each section:
 
     `sdata.labels['{section}_tissue']`
-        1 in tissue, 0 elsewhere, at the working resolution, transformed to the section (um).
+        1 in tissue, 0 elsewhere, at `resolution`, with a transformation to the section (um).
     `sdata.shapes['{section}_tissue_outline']`
         One polygon per piece of tissue in um, with its ``area`` in um^2.
 
     Raises
     ------
     ValueError
-        If a section shows no tissue. Nothing is written then.
+        If a section shows no tissue. Then nothing is written.
 
     Examples
     --------
@@ -78,19 +78,13 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
 
 
 def section_tissue(sdata: SpatialData, section: Section, resolution: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tissue mask (y, x) of one section and its (3, 3) affine from pixel corners to um.
-
-    Raises
-    ------
-    ValueError
-        If there is no tissue.
-    """
+    """Tissue mask (y, x) of one section and its (3, 3) affine from pixel corners to um."""
     rgb, to_um = read_thumbnail(section_levels(sdata, section), resolution)
     mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0).mean())
     if not mask.any():
         msg = (
-            f"No tissue found on `sdata.images[{section.image!r}]` (section {section.name!r}); its grey values run from "
-            f"{rgb.min():.0f} to {rgb.max():.0f}. Check the image, or leave the section out of the stack."
+            f"No tissue found on `sdata.images[{section.image!r}]` (section {section.name!r}); its grey values run "
+            f"from {rgb.min():.0f} to {rgb.max():.0f}. Check the image, or make the stack without this section."
         )
         raise ValueError(msg)
     return mask, to_um

@@ -1,9 +1,10 @@
-"""Normalise the measured sections over all genes, choose genes on them, and put them into the stack table."""
+"""Normalised expression of chosen genes in the stack table."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -33,27 +34,27 @@ def select_genes(
     log_normalized: bool = False,
     target_sum: float = 1e4,
 ) -> None:
-    """Choose genes on the measured sections and write their log-normalised expression into the stack table.
+    """Choose genes on the measured sections and write their log-normalised expression to the stack table.
 
-    Counts are divided by the total over **all** genes of the spot, scaled to `target_sum`, and log1p is taken; only
-    then are genes chosen, so that values do not depend on the panel. Unmeasured sections play no part.
+    Counts are divided by the total over **all** genes of the spot, scaled to `target_sum`, and log1p is taken. Genes
+    are chosen after that, so that values do not depend on the choice. Unmeasured sections have no influence.
 
     Parameters
     ----------
     sdata
         Stack with at least one measured section.
     n_top_genes
-        Number of genes with the highest mean log-normalised expression (mean over measured sections). Ties go to the
-        gene that comes first in the table.
+        Number of genes with the highest mean log-normalised expression (mean over measured sections). Of genes with
+        equal means, the first in the table is chosen.
     genes
-        Take these genes instead.
+        Names of genes to use instead.
     join
         ``"inner"``: genes that all measured sections have. ``"outer"``: also genes that only some of them have, for
-        sections measured with different panels; their values are NaN on the others, and imputed there.
+        sections measured with different panels. Their values are NaN on the other sections, and imputed there.
     layer
         Layer of the count tables to read; ``X`` by default.
     log_normalized
-        The tables hold log-normalised values already; they are taken as they are.
+        True if the tables already hold log-normalised values, which are used without change.
     target_sum
         Counts per spot after normalisation.
 
@@ -62,25 +63,24 @@ def select_genes(
     ``None``. Writes:
 
     `sdata.tables['stack'].layers['measured']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) log1p of counts per `target_sum`; NaN where nothing was measured, and for genes that a section
-        lacks.
+        (n_spots, n_genes) log1p of counts per `target_sum`; NaN for unmeasured spots, and for genes that a section does
+        not have.
     `sdata.tables['stack'].obs['total_counts']` : (``float32``)
-        Counts of each measured spot over all genes, NaN elsewhere: how precisely a spot is known. Not with
-        ``log_normalized=True``.
+        Counts of each measured spot over all genes, NaN for other spots. Not with ``log_normalized=True``.
     `sdata.tables['stack'].obs['measured']` : (``bool``)
-        False also where a spot has no row of counts any more.
+        False also for spots whose row was removed from the counts.
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table are dropped, since they belong to other genes.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
-        How the values were made.
+        Units, `target_sum`, measured sections and version.
 
     Raises
     ------
     ValueError
-        If no section is measured, values are not counts (or are, with ``log_normalized=True``), or a measured spot has
-        no counts at all.
+        If no section is measured, values are not counts (or are counts, with ``log_normalized=True``), or a measured
+        spot has no counts at all.
     KeyError
-        For genes that a measured section lacks, or all of them with ``join="outer"``.
+        For genes that a measured section does not have; with ``join="outer"``, genes that no measured section has.
 
     Examples
     --------
@@ -101,34 +101,34 @@ def select_genes(
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
     require_one_of(join, ("inner", "outer"), name="join")
-    values = {}
+    tables = {}
     for section in measured:
         require_key(str(section.counts), sdata.tables, where="sdata.tables")
-        counts = sdata.tables[section.counts]
-        where = f"sdata.tables[{section.counts!r}]"
-        _warn_of_other_features(counts, where)
-        values[section.name] = _log_values(
-            counts, layer=layer, log_normalized=log_normalized, target_sum=target_sum, where=where
-        )
-    var_names = {section.name: sdata.tables[section.counts].var_names for section in measured}
-    chosen = _choose(values, var_names, n_top_genes=n_top_genes, genes=genes, join=join)
+        tables[section.name] = _Counts(sdata.tables[section.counts], f"sdata.tables[{section.counts!r}]", layer)
+    values = {
+        name: _log_values(counts, log_normalized=log_normalized, target_sum=target_sum)
+        for name, counts in tables.items()
+    }
+    var_names = {name: counts.table.var_names for name, counts in tables.items()}
+    if genes is not None:
+        chosen = _given_genes(genes, var_names, join)
+    else:
+        chosen = _top_genes(values, var_names, require_count(n_top_genes, name="n_top_genes"), join)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
     counted = np.zeros(table.n_obs, dtype=bool)
     row_of = pd.Series(np.arange(table.n_obs), index=table.obs_names)
-    for section in measured:
-        counts = sdata.tables[section.counts]
-        columns = var_names[section.name].get_indexer(chosen)
-        names = [f"{section.name}_{i}" for i in counts.obs[Keys.INSTANCE]]
+    for name, counts in tables.items():
+        columns = var_names[name].get_indexer(chosen)
+        names = [f"{name}_{i}" for i in counts.table.obs[Keys.INSTANCE]]
         present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
         rows = row_of[np.asarray(names)[present]].to_numpy()
         counted[rows] = True
         has = columns >= 0
-        picked = values[section.name][np.flatnonzero(present)][:, columns[has]]
+        picked = values[name][np.flatnonzero(present)][:, columns[has]]
         expression[np.ix_(rows, has)] = picked.toarray() if hasattr(picked, "toarray") else picked
-        raw = counts.X if layer is None else counts.layers[layer]
-        totals[rows] = np.asarray(raw.sum(axis=1)).ravel()[np.flatnonzero(present)]
+        totals[rows] = np.asarray(counts.matrix.sum(axis=1)).ravel()[np.flatnonzero(present)]
 
     _write(sdata, table, expression, chosen, counted=counted, totals=None if log_normalized else totals)
     sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
@@ -140,19 +140,35 @@ def select_genes(
     log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")
 
 
-def _log_values(
-    table: AnnData, *, layer: str | None, log_normalized: bool, target_sum: float, where: str
-) -> np.ndarray | sparse.csr_matrix:
-    """Log-normalised expression of one measured table, after checking what it really holds."""
-    if layer is not None:
-        require_key(layer, table.layers, where=f"{where}.layers")
+@dataclass(frozen=True)
+class _Counts:
+    """Table of one measured section, its name for messages, and the layer to read."""
+
+    table: AnnData
+    name: str
+    layer: str | None
+
+    @property
+    def slot(self) -> str:
+        """Slot of the counts, for messages."""
+        return ".X" if self.layer is None else f".layers[{self.layer!r}]"
+
+    @property
+    def matrix(self) -> Any:
+        """Values of that slot."""
+        return self.table.X if self.layer is None else self.table.layers[self.layer]
+
+
+def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> np.ndarray | sparse.csr_matrix:
+    """Log-normalised expression of one measured table, after a check of its values."""
+    table, where = given.table, given.name + given.slot
+    if given.layer is not None:
+        require_key(given.layer, table.layers, where=f"{given.name}.layers")
     elif table.X is None:
-        msg = (
-            f"`{where}.X` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
-        )
+        msg = f"`{where}` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
         raise ValueError(msg)
-    matrix = table.X if layer is None else table.layers[layer]
-    name, where = where, f"{where}.X" if layer is None else f"{where}.layers[{layer!r}]"
+    _warn_of_other_features(table, given.name)
+    matrix = given.matrix
     data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
     if not np.isfinite(data).all():
         rows = np.asarray(abs(matrix).sum(axis=1)).ravel()
@@ -176,17 +192,17 @@ def _log_values(
     totals = np.asarray(matrix.sum(axis=1)).ravel()
     if (totals == 0).any():
         empty = table.obs[Keys.INSTANCE].to_numpy()[totals == 0]
-        of_table = where.removeprefix(name)
+        name = given.name
         msg = (
-            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Take them out, and they "
-            f"are imputed: `table = {name}; {name} = table[np.ravel(table{of_table}.sum(axis=1)) > 0].copy()`."
+            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
+            f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
     return log_normalize(matrix, target_sum)
 
 
 def _warn_of_other_features(table: AnnData, where: str) -> None:
-    """Say that antibodies or control probes count in the total of a spot, and may be chosen as genes."""
+    """Warn if antibodies or control probes count in the total of a spot, and may be chosen as genes."""
     kinds = table.var["feature_types"].value_counts() if "feature_types" in table.var else {}
     others = {str(kind): int(n) for kind, n in dict(kinds).items() if n and kind != "Gene Expression"}
     if others and len(others) < len(kinds):
@@ -198,47 +214,43 @@ def _warn_of_other_features(table: AnnData, where: str) -> None:
         )
 
 
-def _choose(
-    values: dict[str, np.ndarray | sparse.csr_matrix],
-    var_names: dict[str, pd.Index],
-    *,
-    n_top_genes: int,
-    genes: Sequence[str] | None,
-    join: str,
-) -> list[str]:
-    """Names of the chosen genes: the given ones, or the highest means on the sections that have them."""
-    enough = len(var_names) if join == "inner" else 1
-    if genes is not None:
-        wanted = name_list(genes, name="genes")
-        if not wanted:
-            msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
-            raise ValueError(msg)
-        lacking = [gene for gene in wanted if sum(gene in names for names in var_names.values()) < enough]
-        if lacking and join == "inner":
-            name = next(name for name, names in var_names.items() if not set(lacking) <= set(names))
-            missing = [gene for gene in wanted if gene not in var_names[name]]
+def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str) -> list[str]:
+    """Names of the given genes, after a check that the measured sections have them."""
+    wanted = name_list(genes, name="genes")
+    if not wanted:
+        msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
+        raise ValueError(msg)
+    for name, names in var_names.items() if join == "inner" else ():
+        missing = [gene for gene in wanted if gene not in names]
+        if missing:
             msg = (
-                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, or "
-                "pass `join='outer'` if sections were measured with different panels."
+                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, "
+                "or pass `join='outer'` if sections were measured with different panels."
             )
             raise KeyError(msg)
-        if lacking:
-            msg = f"{len(lacking)} of `genes` are not measured on any section, e.g. {lacking[:5]}."
-            raise KeyError(msg)
-        return wanted
-    n_top_genes = require_count(n_top_genes, name="n_top_genes")
+    lacking = [gene for gene in wanted if not any(gene in names for names in var_names.values())]
+    if lacking:
+        msg = f"{len(lacking)} of `genes` are not measured on any section, e.g. {lacking[:5]}."
+        raise KeyError(msg)
+    return wanted
+
+
+def _top_genes(
+    values: dict[str, np.ndarray | sparse.csr_matrix], var_names: dict[str, pd.Index], n_top_genes: int, join: str
+) -> list[str]:
+    """Names of the genes with the highest means on the sections that have them."""
     counted = pd.Index([]).append([pd.Index(names).unique() for names in var_names.values()]).value_counts(sort=False)
-    candidates = counted.index[counted >= enough]
+    candidates = counted.index[counted >= (len(var_names) if join == "inner" else 1)]
     if not len(candidates):
         named = {name: list(names[:2]) for name, names in var_names.items()}
         msg = (
-            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section in "
-            "`sdata.tables`, e.g. from symbols to Ensembl ids."
+            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section "
+            "in `sdata.tables`, e.g. from symbols to Ensembl ids."
         )
         raise ValueError(msg)
     if len(candidates) < n_top_genes and any(len(names) > len(candidates) for names in var_names.values()):
         logger.warning(
-            "%d genes are on all measured sections, of %s; see that their names match, or pass `join='outer'`",
+            "%d genes are on all measured sections, of %s; check that their names match, or pass `join='outer'`",
             len(candidates),
             {name: len(names) for name, names in var_names.items()},
         )
@@ -259,12 +271,12 @@ def _write(
     counted: np.ndarray,
     totals: np.ndarray | None,
 ) -> None:
-    """Replace the stack table by one with the chosen genes; what hangs on the spots is kept."""
+    """Replace the stack table by one with the chosen genes; obs, obsm, obsp and uns are kept."""
     from anndata import AnnData
     from spatialdata.models import TableModel
 
     obs = old.obs.drop(columns=Keys.TOTAL_COUNTS, errors="ignore")
-    # Spots may have been taken out of the counts since the table was made.
+    # Spots may have been removed from the counts since the table was made.
     obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)
     new = AnnData(
         obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),

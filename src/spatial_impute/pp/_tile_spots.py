@@ -1,7 +1,8 @@
-"""Lay virtual spots on sections that have none."""
+"""Virtual spots for sections without spots."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section, StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 
 _POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB
@@ -39,11 +40,13 @@ def tile_spots(
     Parameters
     ----------
     sdata
-        Stack whose wanted sections were segmented by :func:`~spatial_impute.pp.segment_tissue`.
+        Stack with tissue masks from :func:`~spatial_impute.pp.segment_tissue`.
     sections
-        Sections to lay spots on; by default all that have none.
-    spot_diameter, spacing
-        Diameter and centre-to-centre distance in um. By default those of the measured section.
+        Names of the sections; by default all without spots.
+    spot_diameter
+        Diameter of a spot in um. By default that of the first measured section.
+    spacing
+        Centre-to-centre distance of the spots in um. By default that of the first measured section.
     layout
         ``"hex"`` (Visium) or ``"square"`` (ST arrays, Visium HD).
     min_tissue_fraction
@@ -56,14 +59,14 @@ def tile_spots(
     `sdata.shapes['{section}_spots']`
         Circles in um.
     `sdata.tables['stack']`
-        Built anew with rows for the new spots. Expression, features and graphs must be made afterwards.
+        Built again with rows for the new spots. Make expression, features and graphs afterwards.
 
     Raises
     ------
     KeyError
         If a section has no tissue labels.
     ValueError
-        If a section has spots already, or sizes are neither given nor found on a measured section.
+        If a section already has spots, or sizes are neither given nor known from a measured section.
 
     Examples
     --------
@@ -77,84 +80,85 @@ def tile_spots(
     >>> sdata.tables["stack"].n_obs > 80
     True
     """
-    import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity
-
     record = load_record(sdata)
     require_one_of(layout, {"hex", "square"}, name="layout")
     if not isinstance(min_tissue_fraction, int | float | np.number) or not 0 <= min_tissue_fraction <= 1:
         msg = f"`min_tissue_fraction` must lie between 0 and 1, found {min_tissue_fraction!r}."
         raise ValueError(msg)
+    wanted = _sections_without_spots(sdata, record, sections)
+    if not wanted:
+        return
+    diameter, spacing = _sizes(sdata, record, spot_diameter, spacing)
+    lattice = _Lattice(spacing, diameter / 2, layout, min_tissue_fraction)
+    centers = {name: _grid_on_tissue(sdata, name, lattice) for name in wanted}
+    for name, points in centers.items():
+        record = _write_spots(sdata, record, name, points, diameter)
+    save_record(sdata, record)
+    build_stack_table(sdata, record)
+
+
+@dataclass(frozen=True)
+class _Lattice:
+    """Lattice of virtual spots; lengths in um."""
+
+    spacing: float
+    radius: float
+    layout: str
+    min_fraction: float
+
+
+def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: str | Sequence[str] | None) -> list[str]:
+    """Names of the wanted sections, all segmented and without spots."""
     bare = [s.name for s in record.sections if s.spots is None or (s.counts is None and s.spots not in sdata.shapes)]
     wanted = bare if sections is None else resolve_sections(record, sections)
     for name in wanted:
         if name not in bare:
             msg = (
-                f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`). To lay others on a section "
-                f"that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
+                f"Section {name!r} has spots already (`sdata.shapes[{record[name].spots!r}]`). To lay other spots on a "
+                f"section that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
             )
             raise ValueError(msg)
         require_key(
             Keys.tissue(name), sdata.labels, where="sdata.labels", then="Run `si.pp.segment_tissue(sdata)` first."
         )
-    if not wanted:
-        return
-    diameter, spacing = _sizes(sdata, record, spot_diameter, spacing)
-    centers = {}
-    for name in wanted:
-        labels = sdata.labels[Keys.tissue(name)]
-        mask = np.asarray(labels.data) > 0
-        centers[name] = _grid_on_tissue(
-            mask,
-            element_affine(labels, name),
-            spacing=spacing,
-            radius=diameter / 2,
-            layout=layout,
-            min_fraction=min_tissue_fraction,
-        )
-        if not len(centers[name]):
-            msg = (
-                f"No spot of diameter {diameter:g} um lies on the tissue of section {name!r} "
-                f"(at least {min_tissue_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
-            )
-            raise ValueError(msg)
-    for name, points in centers.items():
-        # Ids are strings, as barcodes are: one table cannot join both strings and numbers.
-        frame = gpd.GeoDataFrame(
-            {"radius": np.full(len(points), diameter / 2)},
-            geometry=gpd.points_from_xy(*points.T),
-            index=[str(i) for i in range(len(points))],
-        )
-        sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
-        log_added(f"shapes[{Keys.spots(name)!r}]")
-        record = record.with_section(_with_spots(record, name))
-    save_record(sdata, record)
-    build_stack_table(sdata, record)
+    return wanted
 
 
-def _with_spots(record: StackRecord, name: str) -> Section:
-    from dataclasses import replace
+def _write_spots(
+    sdata: SpatialData, record: StackRecord, name: str, points: np.ndarray, diameter: float
+) -> StackRecord:
+    """Write the spots of a section and return the record with them."""
+    import geopandas as gpd
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import Identity
 
-    return replace(record[name], spots=Keys.spots(name))
+    # Ids are strings like barcodes: one table cannot join both strings and numbers.
+    frame = gpd.GeoDataFrame(
+        {"radius": np.full(len(points), diameter / 2)},
+        geometry=gpd.points_from_xy(*points.T),
+        index=[str(i) for i in range(len(points))],
+    )
+    sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
+    log_added(f"shapes[{Keys.spots(name)!r}]")
+    return record.with_section(replace(record[name], spots=Keys.spots(name)))
 
 
 def _sizes(
     sdata: SpatialData, record: StackRecord, spot_diameter: float | None, spacing: float | None
 ) -> tuple[float, float]:
-    """Diameter and spacing in um: as given, else those of the first measured section."""
+    """Diameter and spacing in um; by default those of the first measured section."""
     from scipy.spatial import cKDTree
 
     if spot_diameter is None or spacing is None:
         measured = [section for section in record.sections if section.counts is not None]
         if not measured:
-            msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section to take them from."
+            msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section with known sizes."
             raise ValueError(msg)
         centers, radius, _ = spot_geometry(sdata, measured[0])
         spot_diameter = 2 * float(np.median(radius)) if spot_diameter is None else spot_diameter
         if spacing is None:
             if len(centers) < 2:
-                msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot to take it from."
+                msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot."
                 raise ValueError(msg)
             spacing = float(np.median(cKDTree(centers).query(centers, k=2)[0][:, 1]))
     return (
@@ -163,18 +167,17 @@ def _sizes(
     )
 
 
-def _grid_on_tissue(
-    mask: np.ndarray, to_um: np.ndarray, *, spacing: float, radius: float, layout: str, min_fraction: float
-) -> np.ndarray:
-    """Lattice points in um whose discs lie on tissue by at least the given fraction of their area."""
+def _grid_on_tissue(sdata: SpatialData, name: str, lattice: _Lattice) -> np.ndarray:
+    """Lattice points in um whose discs lie on the tissue of a section by at least the given share of their area."""
+    labels = sdata.labels[Keys.tissue(name)]
+    mask, to_um = np.asarray(labels.data) > 0, element_affine(labels, name)
     rows, columns = np.nonzero(mask)
     corners = apply_affine(np.column_stack([columns, rows]) + 0.5, to_um)
-    (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
-    grid = grid_in_box(x0, y0, x1, y1, spacing=spacing, layout=layout)
-    # Rings of equal area, sampled evenly: the mean over the points estimates the covered share of the disc.
+    grid = grid_in_box(*corners.min(axis=0), *corners.max(axis=0), spacing=lattice.spacing, layout=lattice.layout)
+    # Rings of equal area, sampled evenly: the mean over the points estimates the share of the disc on tissue.
     rings = np.sqrt((np.arange(4) + 0.5) / 4)
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    disc = radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
+    disc = lattice.radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
     from_um = np.linalg.inv(to_um)
     kept = [np.empty((0, 2))]
     for start in range(0, len(grid), _POINTS_AT_A_TIME):
@@ -184,5 +187,12 @@ def _grid_on_tissue(
         inside = (column >= 0) & (row >= 0) & (column < mask.shape[1]) & (row < mask.shape[0])
         covered = np.zeros(len(pixels))
         covered[inside] = mask[row[inside], column[inside]]
-        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= min_fraction])
-    return np.concatenate(kept)
+        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= lattice.min_fraction])
+    found = np.concatenate(kept)
+    if not len(found):
+        msg = (
+            f"No spot of diameter {2 * lattice.radius:g} um lies on the tissue of section {name!r} "
+            f"(at least {lattice.min_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
+        )
+        raise ValueError(msg)
+    return found

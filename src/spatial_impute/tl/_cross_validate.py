@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._progress import progress
+from spatial_impute._params import resolve_params
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
@@ -19,7 +20,6 @@ from spatial_impute._validation import (
     require_key,
     require_one_of,
     require_positive,
-    resolve_params,
 )
 from spatial_impute.tl._provenance import require_same_units, units
 from spatial_impute.tl._read_spots import read_spots
@@ -286,12 +286,12 @@ def _geometry(
 def _colour(stacks: list[SpatialData], tables: list[AnnData], section: np.ndarray) -> np.ndarray:
     """(n, 6) colour statistics of spots, standardised within sections like all features."""
     from spatial_impute._graph import standardise_by_section
-    from spatial_impute._image.color import colour_statistics
+    from spatial_impute._image.color import color_statistics
 
     values = np.zeros((len(section), 6))
     for i, name, centers, radius, rows in _geometry(stacks, tables):
         levels = section_levels(stacks[i], load_record(stacks[i])[name])
-        values[rows] = colour_statistics(levels, centers, radius)
+        values[rows] = color_statistics(levels, centers, radius)
     return standardise_by_section(values, section)
 
 

@@ -14,7 +14,8 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
+from spatial_impute._params import resolve_params
+from spatial_impute._settings import progress
 from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
     require_count,
@@ -24,7 +25,6 @@ from spatial_impute._validation import (
     require_model,
     require_positive,
     require_slot_key,
-    resolve_params,
 )
 from spatial_impute.tl._base_layers import read_bases, require_same_folds
 from spatial_impute.tl._provenance import encoder, provenance, require_same_units, units

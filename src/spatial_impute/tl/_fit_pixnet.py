@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._logging import logger
-from spatial_impute._validation import require_count, require_device, resolve_params
+from spatial_impute._params import resolve_params
+from spatial_impute._validation import require_count, require_device
 from spatial_impute.tl._fit_asign import _steps
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _training_slides(
     known: Sequence[np.ndarray] | None,
 ) -> tuple[list[TrainingSlide], list[Measured], tuple[float, ...]]:
     """Read everything, checked; also the mean optical density of the slides' tissue."""
-    from spatial_impute._image.resampling import survey, working_image
+    from spatial_impute._image.resampling import resampled_image, slide_overview
     from spatial_impute.models.pixnet._crops import TrainingSlide, assign_blocks
     from spatial_impute.models.pixnet._model import match_stain
     from spatial_impute.tl._read_regions import find_frame, read_levels, read_measured, read_shapes
@@ -309,18 +310,18 @@ def _training_slides(
             raise ValueError(msg)
         measured.append(found)
         read.append((frame, regions.take(found.rows)))
-    surveys: dict[Any, Any] = {}
+    overviews: dict[Any, Any] = {}
     images: dict[Any, Any] = {}
     corners: dict[Any, Any] = {}
     places = [(id(sdata), image_key) for sdata, image_key, _, _ in pairs]
     for (sdata, image_key, _, _), place, (frame, regions) in zip(pairs, places, read, strict=True):
         if place not in images:
             levels = read_levels(sdata, image_key, frame)
-            images[place], surveys[place] = working_image(levels, resolution), survey(levels)
+            images[place], overviews[place] = resampled_image(levels, resolution), slide_overview(levels)
         bounds = regions.bounds
         low, high = corners.get(place, (bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)))
         corners[place] = np.minimum(low, bounds[:, :2].min(axis=0)), np.maximum(high, bounds[:, 2:].max(axis=0))
-    density = tuple(np.mean([s.density for s in surveys.values()], axis=0).tolist())
+    density = tuple(np.mean([s.density for s in overviews.values()], axis=0).tolist())
     slides = []
     for place, (_, regions), found in zip(places, read, measured, strict=True):
         image = images[place]
@@ -333,7 +334,7 @@ def _training_slides(
         slides.append(
             TrainingSlide(
                 image=image,
-                stain=match_stain(surveys[place], density if params.match_stain else None),
+                stain=match_stain(overviews[place], density if params.match_stain else None),
                 regions=in_px,
                 expression=found.values,
                 slide=list(images).index(place),

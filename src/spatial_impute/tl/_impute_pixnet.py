@@ -9,13 +9,13 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._progress import progress
+from spatial_impute._params import resolve_params
+from spatial_impute._settings import progress
 from spatial_impute._validation import (
     require_count,
     require_device,
     require_positive,
     require_slot_key,
-    resolve_params,
 )
 from spatial_impute.tl._base_layers import measured_hash
 from spatial_impute.tl._read_spots import read_spots

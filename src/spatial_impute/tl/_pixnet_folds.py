@@ -81,7 +81,7 @@ def predict_spots(
     sections: Sequence[SectionSpots], rows: np.ndarray, model: PixNetModel, setup: PixNetSetup
 ) -> np.ndarray:
     """(n, n_genes) values at the spots at these positions, (n,) bool; NaN elsewhere and off the images."""
-    from spatial_impute._image.resampling import survey
+    from spatial_impute._image.resampling import slide_overview
 
     result = np.full((len(rows), len(model.var_names)), np.nan)
     model.network.to(setup.device)
@@ -92,7 +92,7 @@ def predict_spots(
         frame = find_frame(section.sdata, section.image, section.shapes, coordinate_system=None, mpp=None)
         regions, _ = read_shapes(section.sdata, section.shapes, frame)
         levels = read_levels(section.sdata, section.image, frame)
-        image, stain = model._image(levels), model._stain(survey(levels))
+        image, stain = model._image(levels), model._stain(slide_overview(levels))
         in_px = regions.take(wanted).moved(image.from_um)
         index = model.gene_index(None)
         result[section.rows[wanted]] = model._read_regions(image, stain, in_px, index, core=setup.tile_size).expression

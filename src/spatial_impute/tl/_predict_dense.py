@@ -10,7 +10,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._progress import progress
+from spatial_impute._settings import progress
 from spatial_impute._stack.elements import require_element_key
 from spatial_impute._validation import (
     require_count,
@@ -123,7 +123,7 @@ def predict_dense(
     --------
     See :func:`~spatial_impute.tl.predict_regions`.
     """
-    from spatial_impute._io.dense_store import DenseStore, as_element, write_tiles
+    from spatial_impute._io.stores import DenseStore, as_element, write_tiles
     from spatial_impute._io.workers import active_client
 
     key = Keys.expression(image_key) if key_added is None else key_added
@@ -269,10 +269,10 @@ def predict_regions(
         ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
         require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
     genes_index = model.gene_index(genes)
-    from spatial_impute._image.resampling import survey
+    from spatial_impute._image.resampling import slide_overview
 
     levels = read_levels(sdata, image_key, frame)
-    image, stain = model._image(levels), model._stain(survey(levels))
+    image, stain = model._image(levels), model._stain(slide_overview(levels))
     model.network.to(device)
     in_px, centers = regions.moved(image.from_um), regions.centers
     del regions  # millions of polygons are not kept twice
@@ -284,7 +284,7 @@ def predict_regions(
     uns = {Keys.PIXNET: _provenance(model, image_key)}
     obsm = {Keys.SPATIAL: centers}
     if store is not None:
-        from spatial_impute._io.region_store import RegionStore
+        from spatial_impute._io.stores import RegionStore
 
         writer = RegionStore(store, (len(in_px), len(genes_index)))
 
@@ -447,7 +447,7 @@ def _make_job(
     device: str,
 ) -> tuple[list[str], Any]:
     """Names of the channels, and the job, after all checks."""
-    from spatial_impute._image.resampling import survey
+    from spatial_impute._image.resampling import slide_overview
     from spatial_impute.models.pixnet._dense_map import DenseJob, tissue_tiles
     from spatial_impute.models.pixnet._tiles import TileIndex
 
@@ -461,7 +461,7 @@ def _make_job(
         )
         raise ValueError(msg)
     levels = read_levels(sdata, image_key, frame)
-    found = survey(levels)
+    found = slide_overview(levels)
     image, stain = model._image(levels), model._stain(found)
     tiling = model._tiling(image.shape, tile_size)
     network = model.network.with_genes(index).to(device)

@@ -15,6 +15,7 @@ from spatial_impute._geometry import scaling
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
+from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
     RegistrationParams,
@@ -35,7 +36,6 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
     require_slot_key,
-    resolve_params,
 )
 from spatial_impute.tl._given_transforms import check_skip, read_placements
 from spatial_impute.tl._write_registration import registered_coordinates, write_displacements, write_transformations

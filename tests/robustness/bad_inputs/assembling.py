@@ -131,7 +131,7 @@ NAMES = [
     refused(
         "a pixel size for a section that is not there",
         KeyError,
-        "names a section that is not there",
+        "names a section that does not exist",
         lambda w: one(scan(), mpp={"t": 1.0}),
     ),
     refused("an unknown reference", KeyError, "not found in `sections`", lambda w: one(scan(), reference="t")),

@@ -329,7 +329,7 @@ PIXNET = [
         "tl.predict_regions",
         "a store that exists",
         FileExistsError,
-        "pass another `store`, or remove it first",
+        "Pass another `store`, or remove it first",
         lambda w: regions(w, store=w.tmp),
     ),
     answers(

@@ -241,7 +241,7 @@ MEASURED = [
         "tl.fit_asign",
         "a parameter that is NaN",
         ValueError,
-        "`weight_decay` must not be negative",
+        "`weight_decay` must be a number of at least 0",
         lambda w: fit(w, model_params=QUICK | {"weight_decay": float("nan")}),
     ),
     refuses(

@@ -22,7 +22,6 @@ def main() -> None:
     for name, table in (
         ("bad inputs", bad_inputs.table(CASES)),
         ("promises", promises.table(promises.PROMISES)),
-        ("figures", promises.figures(promises.FIGURES)),
     ):
         marked = rf"(?<=<!-- table of {name} -->\n).*?(?=<!-- end of table -->)"
         text = re.sub(marked, lambda _, table=table: table, text, count=1, flags=re.DOTALL)

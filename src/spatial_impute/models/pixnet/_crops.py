@@ -11,7 +11,7 @@ import torch
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, Stencil, build_stencil
 
 if TYPE_CHECKING:
-    from spatial_impute._image.resampling import WorkingImage
+    from spatial_impute._image.resampling import ResampledImage
     from spatial_impute.models.pixnet._network import Stain
 
 _N_BLOCKS = 30  # of a slide: some to hold out in different places, each of several spots
@@ -21,7 +21,7 @@ _N_BLOCKS = 30  # of a slide: some to hold out in different places, each of seve
 class TrainingSlide:
     """Regions of one size on one image, with their expression."""
 
-    image: WorkingImage
+    image: ResampledImage
     stain: Stain
     regions: Regions
     """In working pixels."""

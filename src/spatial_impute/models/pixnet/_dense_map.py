@@ -13,7 +13,7 @@ import torch
 from spatial_impute.models.pixnet._tiles import Slide, forward_tile
 
 if TYPE_CHECKING:
-    from spatial_impute._image.resampling import Survey, WorkingImage
+    from spatial_impute._image.resampling import ResampledImage, SlideOverview
     from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
     from spatial_impute.models.pixnet._tiles import Tiling
 
@@ -24,13 +24,13 @@ class DenseJob:
 
     network: PixNetNetwork
     """With the genes that are wanted."""
-    image: WorkingImage
+    image: ResampledImage
     stain: Stain
     tiling: Tiling
     dtype: str
     features: bool
     """Store the features, from which genes follow by the head, in place of the genes."""
-    tissue: Survey | None
+    tissue: SlideOverview | None
     """Cells off the tissue are left NaN; None computes all."""
     wanted: frozenset[tuple[int, int]]
     """Tiles to compute; the others are NaN."""
@@ -114,13 +114,13 @@ class DenseJob:
         return digest.hexdigest()
 
 
-def _sample_hash(image: WorkingImage) -> str:
+def _sample_hash(image: ResampledImage) -> str:
     """Hash of a window in the middle: cheap, and enough to tell slides apart."""
     y, x = (n // 2 for n in image.shape)
     return hashlib.sha256(image.window(y - 32, y + 32, x - 32, x + 32).tobytes()).hexdigest()
 
 
-def tissue_tiles(tiling: Tiling, image: WorkingImage, found: Survey) -> frozenset[tuple[int, int]]:
+def tissue_tiles(tiling: Tiling, image: ResampledImage, found: SlideOverview) -> frozenset[tuple[int, int]]:
     """Tiles that hold at least one pixel of the tissue mask."""
     y, x = np.nonzero(found.tissue)
     to_px = image.from_um @ found.to_um

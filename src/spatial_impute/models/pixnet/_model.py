@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute._image.resampling import working_image
+from spatial_impute._image.resampling import resampled_image
 from spatial_impute._validation import name_list, require_key
 from spatial_impute.encoders._encoder import _weights_hash
 from spatial_impute.encoders._pyramids import ENCODERS, build_pyramid
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._image.resampling import Survey, WorkingImage
+    from spatial_impute._image.resampling import ResampledImage, SlideOverview
     from spatial_impute.models._directory import Config
     from spatial_impute.models.pixnet._region_weights import Regions
     from spatial_impute.models.pixnet._tiles import Tiling
@@ -130,23 +130,23 @@ class PixNetModel:
             require_key(gene, self.var_names, where="model.var_names")
         return [place[gene] for gene in genes]
 
-    def _image(self, levels: list[Level]) -> WorkingImage:
-        return working_image(levels, self.config["resolution"])
+    def _image(self, levels: list[Level]) -> ResampledImage:
+        return resampled_image(levels, self.config["resolution"])
 
-    def _stain(self, found: Survey) -> Stain:
+    def _stain(self, found: SlideOverview) -> Stain:
         """Stain of a slide, brought to that of the training slides."""
         return match_stain(found, self.config["stain_density"] if self.params.match_stain else None)
 
     def _tiling(self, shape: tuple[int, int], core: int) -> Tiling:
         return make_tiling(self.network, shape, core, self.halo)
 
-    def _n_tiles(self, image: WorkingImage, regions: Regions, core: int) -> int:
+    def _n_tiles(self, image: ResampledImage, regions: Regions, core: int) -> int:
         """Tiles that regions (in working pixels) touch."""
         return len(TileIndex(regions, self._tiling(image.shape, core)))
 
     def _read_regions(
         self,
-        image: WorkingImage,
+        image: ResampledImage,
         stain: Stain,
         regions: Regions,
         index: list[int],
@@ -262,7 +262,7 @@ class PixNetModel:
         return model
 
 
-def match_stain(found: Survey, reference: Sequence[float] | None) -> Stain:
+def match_stain(found: SlideOverview, reference: Sequence[float] | None) -> Stain:
     """Stain of a slide on white glass, with the reference's mean optical density if there is one."""
     if reference is None:
         return Stain(found.background)

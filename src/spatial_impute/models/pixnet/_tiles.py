@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from spatial_impute._image.resampling import WorkingImage
+    from spatial_impute._image.resampling import ResampledImage
     from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 
 
@@ -95,7 +95,7 @@ class Tiling:
 class Slide:
     """An image as a network sees it."""
 
-    image: WorkingImage
+    image: ResampledImage
     stain: Stain
     tiling: Tiling
 

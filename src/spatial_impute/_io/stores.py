@@ -1,15 +1,17 @@
-"""Write a large image element into a SpatialData store, tile by tile: all of it appears there, or nothing does.
+"""Results that are written piece by piece: a dense map in a SpatialData store, a table of regions in a zarr store.
 
-The element grows in a hidden folder of the store that no reader lists. Each finished tile leaves a marker, so that an
-interrupted run is taken up where it stopped. The finished element is moved into place by one rename.
+A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists. Each
+finished tile leaves a marker there, so that the next run continues an interrupted one. One rename moves the finished
+map into place.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import zarr
+    from anndata import AnnData
 
     from spatial_impute._geometry import Frame
 
@@ -30,11 +33,12 @@ _DONE = "done"
 _SKELETON = "skeleton.zarr"
 _IMAGES = "images"
 _FINGERPRINT = "spatial_impute_fingerprint"
-_FILE_BYTES = 2**25  # most of a file before compression; a tile of 250 genes has 8 or 32 MiB
+_FILE_BYTES = 2**25  # largest file before compression; a tile of 250 genes has 8 or 32 MiB
+_ROW_CHUNK_BYTES = 2**25  # chunk of rows in a table of regions
 
 
 class TiledMap(Protocol):
-    """A map of channels that is computed tile by tile, anywhere."""
+    """A map of channels that is computed tile by tile, on any machine."""
 
     dtype: str
     wanted: frozenset[tuple[int, int]]
@@ -52,7 +56,7 @@ class TiledMap(Protocol):
         """(3, 3) affine from cell corners to the frame of the map in um."""
 
     def tiles(self) -> list[tuple[int, int]]:
-        """All tiles, in the order in which they are computed."""
+        """All tiles, in the order of computation."""
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of a tile."""
@@ -65,29 +69,10 @@ class TiledMap(Protocol):
 
 
 class DenseStore:
-    """An element on its way into a store.
+    """Writer of the map `job` with the channels `names` as the image element `key` of a SpatialData store.
 
-    Parameters
-    ----------
-    store
-        Directory of a SpatialData object.
-    key
-        Name of the element.
-    job
-        What to write.
-    names
-        Channels.
-    frame
-        Coordinate system of the element, and its unit.
-    overwrite
-        Replace an element of that name once the new one is complete.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no store.
-    ValueError
-        If the element exists, is another one, and `overwrite` is False.
+    The element lies in the coordinate system `frame`. With `overwrite` it replaces one of the same name when it is
+    complete. Raises a ``FileNotFoundError`` if there is no store, a ``ValueError`` if another element has that name.
     """
 
     def __init__(
@@ -102,17 +87,17 @@ class DenseStore:
         self.fingerprint = job.fingerprint(self.names)
         self.target = self.store / _IMAGES / key
         self.staging = self.store / _STAGING / key
-        if self.staging.parent.is_symlink():  # what is staged is later moved and removed
-            msg = f"{str(self.staging.parent)!r} is a link to another place; remove it."
+        if self.staging.parent.is_symlink():  # its content is moved and removed later
+            msg = f"{str(self.staging.parent)!r} is a link to another place. Remove the link."
             raise ValueError(msg)
         self.complete = self._fingerprint_of(self.target) == self.fingerprint
         if self.target.exists() and not self.complete and not overwrite:
-            msg = f"{str(self.store)!r} has an image {key!r} already; pass another `key_added`, or `overwrite=True`."
+            msg = f"{str(self.store)!r} already has an image {key!r}. Pass another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
 
     @property
     def element(self) -> Path:
-        """The element while it grows."""
+        """Path of the growing element."""
         return self.staging / _SKELETON / _IMAGES / self.key
 
     def _fingerprint_of(self, element: Path) -> str | None:
@@ -122,14 +107,14 @@ class DenseStore:
             return None
 
     def prepare(self) -> list[tuple[int, int]]:
-        """Lay out the element, or find one begun earlier. Returns the tiles still to be computed."""
+        """Lay out the element, or find an unfinished one, and return the missing tiles."""
         if self.complete:
             return []
         plan = self.staging / _PLAN
         if not plan.is_file() or json.loads(plan.read_text()) != self.fingerprint:
             shutil.rmtree(self.staging, ignore_errors=True)
             self._lay_out()
-            # Last: a plan stands for a complete layout.
+            # Last: a plan marks a complete layout.
             fresh = plan.with_suffix(".new")
             fresh.write_text(json.dumps(self.fingerprint))
             fresh.replace(plan)
@@ -143,7 +128,7 @@ class DenseStore:
         return left
 
     def _lay_out(self) -> None:
-        """Element with all metadata, and an array in which nothing is written yet: it reads as NaN."""
+        """Write the element with all metadata and an empty array, which reads as NaN."""
         import xarray as xr
         import zarr
         from spatialdata import SpatialData
@@ -154,16 +139,15 @@ class DenseStore:
         SpatialData(images={self.key: element}).write(self.staging / _SKELETON)
         group = zarr.open_group(self.element, mode="r+")
         name = _array_name(group)
-        old = group[name]
+        old = cast("zarr.Array", group[name])
         rows, columns = self.job.cells
         n = self.job.chunk
-        # Readers take single chunks out of a file: one gene costs a hundredth of the map, and files stay few. Of a tile they
-        # hold whole stacks of chunks, so that no two tiles share one.
+        # Readers read single chunks of a file: one gene costs a hundredth of the map, and files stay few. A file holds
+        # whole stacks of chunks of one tile, so that no two tiles share a file.
         per_chunk = max(1, len(self.names) // 100)
         stack = (min(n, rows), min(n, columns))
         bytes_of_chunk = per_chunk * n * n * np.dtype(self.job.dtype).itemsize
         n_chunks = min(-(-len(self.names) // per_chunk), max(1, _FILE_BYTES // bytes_of_chunk))
-        dimension_names = old.metadata.dimension_names
         group.create_array(
             name,
             shape=(len(self.names), rows, columns),
@@ -171,19 +155,19 @@ class DenseStore:
             shards=(per_chunk * n_chunks, *stack),
             dtype=self.job.dtype,
             fill_value=float("nan"),
-            dimension_names=dimension_names,
+            dimension_names=cast("Any", old.metadata).dimension_names,
             overwrite=True,
         )
         group.attrs[_FINGERPRINT] = self.fingerprint
 
     def array_path(self) -> Path:
-        """The array while it grows."""
+        """Path of the growing array."""
         import zarr
 
         return self.element / _array_name(zarr.open_group(self.element, mode="r"))
 
     def commit(self) -> None:
-        """Move the element into place and tell readers of the store."""
+        """Move the element into place and update the metadata of the store."""
         import zarr
 
         if not self.complete:
@@ -199,12 +183,12 @@ class DenseStore:
         parent = self.staging.parent
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
-        # Last: until now readers of the store see what it held before. The element knows itself by its fingerprint, so
-        # that a call interrupted here is completed by the next one.
+        # Last: until now readers of the store see its earlier content. The element carries its fingerprint, so that the
+        # next call completes a call that is interrupted here.
         zarr.consolidate_metadata(self.store)
 
     def read(self) -> Any:
-        """The element of the store, lazily."""
+        """Lazy element of the store."""
         import dask.array as da
         import zarr
 
@@ -214,7 +198,7 @@ class DenseStore:
 
 def _array_name(group: zarr.Group) -> str:
     """Path of the only resolution of an image group."""
-    attrs = dict(group.attrs)
+    attrs: dict[str, Any] = dict(group.attrs)
     return attrs.get("ome", attrs)["multiscales"][0]["datasets"][0]["path"]
 
 
@@ -223,7 +207,7 @@ def _marker(tile: tuple[int, int]) -> str:
 
 
 def write_tile(job: TiledMap, tile: tuple[int, int], array_path: str, done: str) -> tuple[int, int]:
-    """Compute one tile, write it to its own chunks, and leave its marker. Runs in this process or in a worker."""
+    """Compute one tile, write its chunks and its marker; in this process or in a worker."""
     import zarr
 
     array = zarr.open_array(array_path, mode="r+")
@@ -246,12 +230,12 @@ def write_tiles(
             on_tile()
         return
     # One copy of network and image per worker.
-    tasks = [(store.job, tile, array, done) for tile in by_turns(tiles, len(client.nthreads()))]
+    tasks = [(store.job, tile, array, done) for tile in interleave(tiles, len(client.nthreads()))]
     run_on_workers(client, write_tile, tasks, broadcast=True, on_done=on_tile)
 
 
-def by_turns(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, int]]:
-    """Tiles in an order in which workers that take turns each go through a part of the slide.
+def interleave(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, int]]:
+    """Order of tiles in which each of the workers, served in rotation, gets neighbouring tiles.
 
     Neighbouring tiles share chunks of the image, which a worker keeps.
     """
@@ -266,3 +250,51 @@ def as_element(data: Any, names: Sequence[str], job: TiledMap, frame: Frame) -> 
 
     to_frame = Affine(scaling(1 / frame.um) @ job.cell_to_um, input_axes=("x", "y"), output_axes=("x", "y"))
     return Image2DModel.parse(data, dims=("c", "y", "x"), c_coords=list(names), transformations={frame.name: to_frame})
+
+
+class RegionStore:
+    """Writer of a table (regions, genes) to an AnnData in zarr.
+
+    Values grow in a file beside the store, so that memory holds one tile. The store appears when all values are
+    written. Raises a ``FileExistsError`` if `store` exists.
+    """
+
+    def __init__(self, store: str | Path, shape: tuple[int, int]) -> None:
+        self.store = Path(store)
+        if self.store.exists():
+            msg = f"{str(store)!r} exists. Pass another `store`, or remove it first."
+            raise FileExistsError(msg)
+        self.scratch = self.store.with_name(self.store.name + ".partial")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        self.values: Any = np.memmap(self.scratch / "values.bin", dtype=np.float32, mode="w+", shape=shape)
+        """(regions, genes) float32, filled by the caller."""
+        self.shape, self.dtype, self.ndim = self.values.shape, self.values.dtype, self.values.ndim
+
+    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
+        part = np.array(self.values[key])
+        self.release()
+        return part
+
+    def release(self) -> None:
+        """Drop the pages of the file from the memory of the process."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # drops no other pages of a shared file
+            self.values._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def commit(self, **parts: Any) -> AnnData:
+        """Write the table with `parts` (arguments of AnnData), and return it with a lazy ``X``."""
+        import dask.array as da
+        import zarr
+        from anndata import AnnData
+        from anndata.io import write_elem
+
+        n_rows = max(1, _ROW_CHUNK_BYTES // (4 * self.shape[1]))
+        lazy = da.from_array(self, chunks=(n_rows, self.shape[1]), name=False, asarray=False)
+        group = zarr.open_group(self.scratch / "table.zarr", mode="w")
+        write_elem(group, "/", AnnData(lazy, **parts))
+        zarr.consolidate_metadata(group.store)
+        del lazy
+        self.values = None  # the file cannot be removed on every system while it is mapped
+        (self.scratch / "table.zarr").rename(self.store)
+        shutil.rmtree(self.scratch)
+        return AnnData(da.from_zarr(zarr.open_group(self.store, mode="r")["X"]), **parts)

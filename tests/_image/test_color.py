@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
-from spatial_impute._image.stain import fit_stain_map
+from spatial_impute._image.color import fit_stain_map
 
 SIZE = 8.0  # um per px
 STAINS = {
