@@ -25,9 +25,8 @@ from spatial_impute._registration import (
     register_chain,
     run_all,
 )
-from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.elements import displacement_elements, section_levels
 from spatial_impute._stack.record import load_record, save_record
-from spatial_impute._stack.registration import displacement_elements
 from spatial_impute._validation import (
     name_list,
     require_count,

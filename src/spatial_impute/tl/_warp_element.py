@@ -11,9 +11,8 @@ from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._registration.warp_image import output_grid, resampled
-from spatial_impute._stack.elements import element_affine, require_element_key
+from spatial_impute._stack.elements import element_affine, load_transform, require_element_key, require_registration
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.registration import load_transform, require_registration
 from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
