@@ -36,8 +36,13 @@ _FILE_BYTES = 2**25  # most of a file before compression; a tile of 250 genes ha
 class TiledMap(Protocol):
     """A map of channels that is computed tile by tile, anywhere."""
 
-    dtype: str
-    wanted: frozenset[tuple[int, int]]
+    @property
+    def dtype(self) -> str:
+        """Type of the values."""
+
+    @property
+    def wanted(self) -> frozenset[tuple[int, int]]:
+        """Tiles to compute."""
 
     @property
     def cells(self) -> tuple[int, int]:

@@ -210,13 +210,12 @@ def load_transform(sdata: SpatialData, record: StackRecord, section: str) -> Sec
     matrix = np.asarray(row["matrix"], float)
     if not row.get("deformed", False):
         return SectionTransform(matrix)
-    fields = []
+    elements = []
     for key in (Keys.displacement(section), Keys.displacement_inverse(section)):
         require_key(key, sdata.images, where="sdata.images", then="Run `si.tl.register_stack(sdata)` again.")
-        element = sdata.images[key]
-        fields.append(np.moveaxis(np.asarray(element.transpose("c", "y", "x").data, dtype=np.float32), 0, -1))
-    grid = element_affine(element, registration["coordinate_system"])
-    return SectionTransform(matrix, *fields, grid)
+        elements.append(sdata.images[key].transpose("c", "y", "x"))
+    pull, push = (np.moveaxis(np.asarray(element.data, dtype=np.float32), 0, -1) for element in elements)
+    return SectionTransform(matrix, pull, push, element_affine(elements[-1], registration["coordinate_system"]))
 
 
 def displacement_elements(transform: SectionTransform, section: str, target: str) -> dict[str, DataArray]:

@@ -125,15 +125,12 @@ def evaluate(
     profile = np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)[columns]
     read = {key: _read_layer(table, key, columns, parts, f"sdata.tables[{table_key!r}].layers") for key in keys}
     if by == "gene":
-        r = {
-            key: [pearson_by_gene(layer.values[p.rows], p.true) for p in parts.values()] for key, layer in read.items()
-        }
         return pd.DataFrame(
-            {key: pd.DataFrame(found).mean().to_numpy() for key, found in r.items()}, index=pd.Index(genes, name="gene")
+            {k: _by_gene(layer, parts) for k, layer in read.items()}, index=pd.Index(genes, name="gene")
         )
     if by == "pooled":
-        rows, true, xy = (np.concatenate(found) for found in zip(*map(_Part.arrays, parts.values()), strict=True))
-        scores = [_score(layer, _Part(rows, true, xy), profile) for layer in read.values()]
+        pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
+        scores = [_score(layer, pooled, profile) for layer in read.values()]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
     scores = [_score(read[key], p, profile) | _spatial_scores(read[key], p) for key in keys for p in parts.values()]
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
@@ -150,9 +147,6 @@ class _Part:
     """(n, n_genes) truth."""
     xy: np.ndarray
     """(n, 2) position in the section, um."""
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.rows, self.true, self.xy
 
 
 @dataclass(frozen=True)
@@ -228,6 +222,11 @@ def _read_layer(table: AnnData, key: str, columns: np.ndarray, parts: dict[str, 
     for part in parts.values():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])
     return _Layer(values, sd)
+
+
+def _by_gene(layer: _Layer, parts: dict[str, _Part]) -> np.ndarray:
+    """(n_genes,) Pearson correlation, mean over the sections on which a gene can be scored."""
+    return pd.DataFrame([pearson_by_gene(layer.values[p.rows], p.true) for p in parts.values()]).mean().to_numpy()
 
 
 def _score(layer: _Layer, part: _Part, profile: np.ndarray) -> dict[str, float]:

@@ -132,9 +132,9 @@ def read_base_layers(table: AnnData, names: Sequence[str]) -> dict[str, np.ndarr
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         values = np.asarray(table.layers[name], dtype=np.float64)
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            msg = f"A base layer must be finite at all spots; `layers[{name!r}]` is not at {bad.sum()} of {len(bad)} spots."
+        n_bad = int((~np.isfinite(values)).any(axis=1).sum())
+        if n_bad:
+            msg = f"A base layer must be finite at all spots; `layers[{name!r}]` is not at {n_bad} of {len(values)} spots."
             raise ValueError(msg)
         found[name] = values
     return found
