@@ -212,7 +212,7 @@ def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str
     n = max(map(len, columns))
     for name, values in zip(("sdata", "image_key", "shapes_key", "table_key"), columns, strict=True):
         if len(values) not in (1, n) or not values:
-            msg = f"`{name}` has {len(values)} entries and another argument has {n}. Give one entry, or {n}."
+            msg = f"`{name}` has {len(values)} entries where another argument has {n}. Give one entry, or {n}."
             raise ValueError(msg)
     return list(map(Pair, *(values * n if len(values) == 1 else values for values in columns)))
 

@@ -289,7 +289,7 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:
-            msg = f"A loss for counts needs raw counts in `{where}`, found other values. Name the layer or table with raw counts."
+            msg = f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw counts."
             raise ValueError(msg)
         return values, "counts"
     if choice.target_sum is not None:
