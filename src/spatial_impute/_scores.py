@@ -5,21 +5,19 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
 
 INTERVAL_LEVEL = 0.9  # of the intervals that standard deviations stand for
 HALF_WIDTH = NormalDist().inv_cdf(0.5 + INTERVAL_LEVEL / 2)  # of such an interval, in standard deviations
+_N_NEIGHS = 6  # of a hexagonal lattice
+_WINDOW = 7  # grid cells along a window of SSIM, its usual size
 
 
 def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Pearson correlation across spots, one value per gene.
+    """Pearson correlation across spots, one value per gene, of (n_spots, n_genes) arrays.
 
-    A prediction without any variation says nothing about where a gene is high and scores 0. A gene whose truth does
-    not vary cannot be scored: NaN.
-
-    Parameters
-    ----------
-    predicted, true
-        (n_spots, n_genes).
+    A constant prediction scores 0. A gene with a constant truth cannot be scored: NaN.
 
     Examples
     --------
@@ -33,7 +31,7 @@ def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     t = np.asarray(true, dtype=float)
     p_centred, t_centred = p - p.mean(axis=0), t - t.mean(axis=0)
     p_norm, t_norm = np.linalg.norm(p_centred, axis=0), np.linalg.norm(t_centred, axis=0)
-    # What centring leaves of a constant is rounding error, proportional to its size.
+    # Centring a constant gives a rounding error that is proportional to its size.
     p_flat = p_norm <= 1e-6 * np.sqrt(len(p)) * np.abs(p).max(axis=0, initial=0)
     t_flat = t_norm <= 1e-6 * np.sqrt(len(t)) * np.abs(t).max(axis=0, initial=0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -44,23 +42,14 @@ def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def pearson_by_spot(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Pearson correlation across genes, one value per spot. High for any guess of the mean profile."""
+    """Pearson correlation across genes, one value per spot. The mean profile alone already scores high."""
     return pearson_by_gene(np.asarray(predicted).T, np.asarray(true).T)
 
 
 def bootstrap_interval(
     values: np.ndarray, *, level: float = 0.95, n_draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of values, by drawing them with replacement; NaN are left out.
-
-    Parameters
-    ----------
-    values
-        (n,) one per gene.
-    level
-        Share of draws within the interval.
-    n_draws, seed
-        Of the bootstrap.
+    """Bootstrap interval of the mean of (n,) values, with the share `level` of the draws inside. NaN are ignored.
 
     Examples
     --------
@@ -78,12 +67,7 @@ def bootstrap_interval(
 
 
 def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -> float:
-    """Share of the truth within 90 % intervals, 1.645 standard deviations to either side.
-
-    Parameters
-    ----------
-    predicted, sd, true
-        (n_spots, n_genes).
+    """Share of the truth inside 90 % intervals: 1.645 standard deviations to either side of the prediction.
 
     Examples
     --------
@@ -94,21 +78,10 @@ def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -
 
 
 def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    r"""Whether a gene is predicted better than by chance within folds.
+    r"""(n_genes,) bool: genes whose held-out prediction is better than chance within the (n_spots,) folds.
 
-    Each fold is centred by itself, so that a level which only differs between folds does not count. Of `n` spots in
-    `k` folds, a gene without any relation exceeds :math:`2 / \sqrt{n - k}` in two of a hundred cases.
-
-    Parameters
-    ----------
-    predicted, true
-        (n_spots, n_genes) held-out predictions and measurements.
-    folds
-        (n_spots,) fold of each spot.
-
-    Returns
-    -------
-    (n_genes,) bool.
+    Each fold is centred separately, so that a difference between folds does not count. With `n` spots in `k` folds, an
+    unrelated gene exceeds :math:`2 / \sqrt{n - k}` in two of a hundred cases.
 
     Examples
     --------
@@ -130,19 +103,16 @@ def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray
 
 
 def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray) -> dict[str, float]:
-    """Score one set of spots.
+    """Scores of one set of spots; see :func:`spatial_impute.metrics.evaluate` for their names.
 
     Parameters
     ----------
-    predicted, true
+    predicted
         (n_spots, n_genes) log-normalised expression.
+    true
+        (n_spots, n_genes) measurement.
     reference_profile
-        (n_genes,) or (n_spots, n_genes) mean of the measured spots, the prediction without any spatial knowledge.
-
-    Returns
-    -------
-    ``pearson_gene`` and its ``_median``, ``_q1`` and ``_positive`` share; ``pearson_spot``; ``mse``; ``mae``; ``skill``
-    = 1 - mse / mse of the reference profile; numbers of spots and of genes that could be scored.
+        (n_genes,) or (n_spots, n_genes) mean of the measured spots: the prediction without spatial information.
     """
     p, t = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
     r = pearson_by_gene(p, t)
@@ -150,16 +120,83 @@ def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.nda
     by_spot = pearson_by_spot(p, t)
     mse = float(np.mean((p - t) ** 2))
     reference_mse = float(np.mean((reference_profile - t) ** 2))
-    nothing = float("nan")
+    nan = float("nan")
     return {
-        "pearson_gene": float(scored.mean()) if scored.size else nothing,
-        "pearson_gene_median": float(np.median(scored)) if scored.size else nothing,
-        "pearson_gene_q1": float(np.quantile(scored, 0.25)) if scored.size else nothing,
-        "pearson_gene_positive": float((scored > 0).mean()) if scored.size else nothing,
-        "pearson_spot": float(np.nanmean(by_spot)) if np.isfinite(by_spot).any() else nothing,
+        "pearson_gene": float(scored.mean()) if scored.size else nan,
+        "pearson_gene_median": float(np.median(scored)) if scored.size else nan,
+        "pearson_gene_q1": float(np.quantile(scored, 0.25)) if scored.size else nan,
+        "pearson_gene_positive": float((scored > 0).mean()) if scored.size else nan,
+        "pearson_spot": float(np.nanmean(by_spot)) if np.isfinite(by_spot).any() else nan,
         "mse": mse,
         "mae": float(np.mean(np.abs(p - t))),
-        "skill": 1 - mse / reference_mse if reference_mse > 0 else nothing,
+        "skill": 1 - mse / reference_mse if reference_mse > 0 else nan,
         "n_spots": len(t),
         "n_genes": int(scored.size),
     }
+
+
+def moran_gap(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:
+    """Moran's I of the prediction minus that of the truth, mean over the genes that vary.
+
+    A measurement has noise and a prediction has none, so a small gap above 0 is normal. Below 0 the prediction is rougher
+    than the tissue. `xy` are the (n, 2) positions of the spots, um.
+
+    Examples
+    --------
+    >>> x, y = np.meshgrid(np.arange(8.0), np.arange(8.0))
+    >>> xy = np.column_stack([x.ravel(), y.ravel()])
+    >>> noise = np.random.default_rng(0).normal(size=(64, 1))
+    >>> moran_gap(xy[:, :1], noise, xy) > 0.5
+    True
+    """
+    import scanpy as sc
+
+    n = len(xy)
+    k = min(_N_NEIGHS, n - 1)
+    varies = np.ptp(true, axis=0) > 0
+    if k < 1 or not varies.any():
+        return float("nan")
+    _, found = cKDTree(xy).query(xy, k=k + 1)
+    rows = np.repeat(np.arange(n), k)
+    # With several spots at one position, the spot itself may not come first.
+    others = found != np.arange(n)[:, None]
+    others &= np.cumsum(others, axis=1) <= k
+    graph = sparse.csr_matrix((np.ones(n * k), (rows, found[others])), shape=(n, n))
+
+    def structure(values: np.ndarray) -> np.ndarray:
+        result = np.zeros(values.shape[1])  # also of constant genes
+        moves = np.ptp(values, axis=0) > 0
+        if moves.any():
+            result[moves] = sc.metrics.morans_i(graph, np.ascontiguousarray(values[:, moves].T, dtype=float))
+        return result
+
+    return float(np.mean(structure(predicted[:, varies]) - structure(true[:, varies])))
+
+
+def structural_similarity(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:
+    """Structural similarity (SSIM, up to 1) of prediction and truth on a grid, mean over the genes that vary.
+
+    Each spot goes into a cell of a square grid whose cell size is the spot spacing. Empty cells get the mean of the gene
+    and are not scored. Values are scaled to the range of the true gene. NaN for grids below 7 x 7 cells.
+    """
+    from skimage.metrics import structural_similarity as ssim
+
+    varies = np.ptp(true, axis=0) > 0
+    if len(xy) < 2 or not varies.any():
+        return float("nan")
+    spacing = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
+    cell = np.floor((xy - xy.min(axis=0)) / max(spacing, 1e-12)).astype(int)
+    shape = tuple(cell.max(axis=0) + 1)
+    if min(shape) < _WINDOW or np.prod(shape, dtype=float) > 100 * len(xy):
+        return float("nan")
+    low, high = true[:, varies].min(axis=0), true[:, varies].max(axis=0)
+    grids = []
+    for values in (predicted, true):
+        scaled = (values[:, varies] - low) / (high - low)
+        total, count = np.zeros((*shape, scaled.shape[1])), np.zeros((*shape, 1))
+        np.add.at(total, tuple(cell.T), scaled)
+        np.add.at(count, tuple(cell.T), 1.0)
+        mean = ((true[:, varies] - low) / (high - low)).mean(axis=0)
+        grids.append(np.where(count > 0, total / np.maximum(count, 1), mean))
+    _, local = ssim(*grids, channel_axis=-1, data_range=1.0, full=True, win_size=_WINDOW)
+    return float(local[count[..., 0] > 0].mean())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._logging import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    Steps = Callable[[int], Callable[[], None]]
 
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
@@ -94,3 +97,21 @@ def progress(items: Iterable[Any] | None, label: str, *, show: bool | None = Non
 
     hidden = not (settings.show_progress_bar if show is None else show)
     return tqdm(items, desc=label, total=total, disable=hidden)
+
+
+@contextmanager
+def progress_steps(label: str, *, show: bool | None = None) -> Iterator[Steps]:
+    """Progress bar with a length that is known later.
+
+    Yields a function of the number of steps. It returns the function to call after each step.
+    """
+    bar = progress(None, label, show=show)
+
+    def start(total: int) -> Callable[[], None]:
+        bar.reset(total=total)
+        return bar.update
+
+    try:
+        yield start
+    finally:
+        bar.close()

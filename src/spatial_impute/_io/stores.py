@@ -40,8 +40,13 @@ _ROW_CHUNK_BYTES = 2**25  # chunk of rows in a table of regions
 class TiledMap(Protocol):
     """A map of channels that is computed tile by tile, on any machine."""
 
-    dtype: str
-    wanted: frozenset[tuple[int, int]]
+    @property
+    def dtype(self) -> str:
+        """Type of the values."""
+
+    @property
+    def wanted(self) -> frozenset[tuple[int, int]]:
+        """Tiles to compute."""
 
     @property
     def cells(self) -> tuple[int, int]:

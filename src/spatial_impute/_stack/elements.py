@@ -1,4 +1,4 @@
-"""Elements of a section: images and spots, and their way from pixels to micrometres."""
+"""Elements of a section: images, spots and displacements, and their transformations to micrometres."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from spatial_impute._keys import Keys
 from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
+    from spatialdata.transformations import Affine
     from xarray import DataArray, DataTree
 
+    from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack.record import Section, StackRecord
 
 
@@ -30,14 +32,21 @@ def element_affine(element: object, coordinate_system: str) -> np.ndarray:
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
 
 
+def plane_affine(matrix: Any) -> Affine:
+    """SpatialData transformation of a (3, 3) matrix on x and y."""
+    from spatialdata.transformations import Affine
+
+    return Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
+
+
 def to_frames(record: StackRecord, name: str, transformation: Any) -> dict[str, Any]:
-    """Transformations of a new element of a section: to its frame, and to the common one if there is one."""
-    from spatialdata.transformations import Affine, Sequence
+    """Transformations of a new element of a section: to the frame of the section and, if registered, to the common one."""
+    from spatialdata.transformations import Sequence
 
     found = {name: transformation}
     registration = record.registration or {"sections": {}}
     if name in registration["sections"]:
-        affine = Affine(registration["sections"][name]["matrix"], input_axes=("x", "y"), output_axes=("x", "y"))
+        affine = plane_affine(registration["sections"][name]["matrix"])
         found[registration["coordinate_system"]] = Sequence([transformation, affine])
     return found
 
@@ -49,7 +58,7 @@ def _require_frame(element: object, name: str, where: str) -> None:
         name,
         get_transformation(element, get_all=True),
         where=f"coordinate systems of {where}",
-        then="Every element of a section has a transformation to its frame (um): `set_transformation(element, ..., name)`.",
+        then="Every element of a section needs a transformation to its frame in um: `set_transformation(element, ..., name)`.",
     )
 
 
@@ -62,21 +71,12 @@ def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
 
 
 def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:
-    """Spots of a section in its own frame.
-
-    Returns
-    -------
-    centers
-        (n, 2) x, y in um.
-    radius
-        (n,) in um.
-    index
-        Instance ids.
+    """Spots of a section in its own frame: (n, 2) centers and (n,) radius in um, and instance ids.
 
     Raises
     ------
     ValueError
-        If the spots are no circles, or their transformation is so anisotropic that circles would become ellipses.
+        If the spots are not circles, or if their transformation turns circles into ellipses.
     """
     require_key(str(section.spots), sdata.shapes, where="sdata.shapes")
     circles = sdata.shapes[section.spots]
@@ -103,16 +103,17 @@ def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, o
     Parameters
     ----------
     sdata
-        Where to.
+        Object that gets the element.
     key
-        Name of the new element. SpatialData drops names that begin with a dot when it reads a store.
+        Name of the new element.
     name
-        Argument it comes from.
+        Argument that holds the name.
     kind
         ``"images"``, ``"tables"``...
     ours
         Elements of that kind that are earlier results and may be replaced.
     """
+    # SpatialData drops names that begin with a dot when it reads a store.
     legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
     if not legal or key[0] == "." or key.startswith("__"):
         msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
@@ -162,21 +163,7 @@ def section_object(
     ids: Sequence[str],
     table: AnnData | None,
 ) -> SpatialData:
-    """Image, circles and (for a measured section) table in the coordinate system ``"global"``.
-
-    Parameters
-    ----------
-    name
-        Name of the section.
-    image
-        Image element in ``"global"``.
-    centers, radius
-        (n, 2) centres and common radius of the spots in px.
-    ids
-        (n,) names of the spots.
-    table
-        Counts whose ``obs_names`` are among `ids`; None if the section is not measured.
-    """
+    """Image, circles (centers and radius in px) and counts of a measured section in the coordinate system ``"global"``."""
     import geopandas as gpd
     from spatialdata import SpatialData
     from spatialdata.models import ShapesModel, TableModel
@@ -198,3 +185,81 @@ def section_object(
             table, region=Keys.spots(name), region_key=Keys.REGION, instance_key=Keys.INSTANCE
         )
     return sdata
+
+
+def require_registration(record: StackRecord) -> dict:
+    """Registration of the record, or a ``KeyError``."""
+    if record.registration is None:
+        msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
+        raise KeyError(msg)
+    return record.registration
+
+
+def load_transform(sdata: SpatialData, record: StackRecord, section: str) -> SectionTransform:
+    """Transformation of a section to the common frame, or a ``KeyError`` if a part of it is missing."""
+    from spatial_impute._registration.transform import SectionTransform
+
+    registration = require_registration(record)
+    require_key(
+        section,
+        registration["sections"],
+        where="the registered sections",
+        then="Give its place with `si.tl.register_stack(sdata, transformations=...)`.",
+    )
+    row = registration["sections"][section]
+    matrix = np.asarray(row["matrix"], float)
+    if not row.get("deformed", False):
+        return SectionTransform(matrix)
+    elements = []
+    for key in (Keys.displacement(section), Keys.displacement_inverse(section)):
+        require_key(key, sdata.images, where="sdata.images", then="Run `si.tl.register_stack(sdata)` again.")
+        elements.append(sdata.images[key].transpose("c", "y", "x"))
+    pull, push = (np.moveaxis(np.asarray(element.data, dtype=np.float32), 0, -1) for element in elements)
+    return SectionTransform(matrix, pull, push, element_affine(elements[-1], registration["coordinate_system"]))
+
+
+def displacement_elements(transform: SectionTransform, section: str, target: str) -> dict[str, DataArray]:
+    """Image elements ``c=("dx", "dy")``, float32, um, on their grid in the coordinate system `target`."""
+    from spatialdata.models import Image2DModel
+
+    if not transform.deforms:
+        return {}
+    fields = {Keys.displacement(section): transform.pull, Keys.displacement_inverse(section): transform.push}
+    return {
+        key: Image2DModel.parse(
+            np.moveaxis(np.asarray(field, np.float32), -1, 0),
+            dims=("c", "y", "x"),
+            c_coords=["dx", "dy"],
+            transformations={target: plane_affine(transform.grid)},
+        )
+        for key, field in fields.items()
+    }
+
+
+def spots_by_section(
+    sdata: SpatialData, record: StackRecord, table: AnnData
+) -> Iterator[tuple[Section, np.ndarray, np.ndarray, np.ndarray]]:
+    """Sections with spots: their spots that the table holds, as (n, 2) centers, (n,) radius in um, (n,) rows."""
+    for section in record.sections:
+        if section.spots is not None:
+            centers, radius, index = spot_geometry(sdata, section)
+            rows = rows_of_spots(table, section, index)
+            known = rows >= 0
+            yield section, centers[known], radius[known], rows[known]
+
+
+def rows_of_spots(table: AnnData, section: Section, index: pd.Index) -> np.ndarray:
+    """(n,) row of each spot of a section in the stack table, joined by instance id; -1 for spots that it lacks."""
+    rows = np.flatnonzero(table.obs[Keys.SECTION] == section.name)
+    ids = pd.Index(table.obs[Keys.INSTANCE].iloc[rows].astype(str))
+    return np.append(rows, -1)[ids.get_indexer(index.astype(str))]
+
+
+def registered_radius(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:
+    """(n_spots,) radius in the common frame, um, in the order of the table; the median for spots without a circle."""
+    radius = np.full(table.n_obs, np.nan)
+    matrices = (record.registration or {}).get("sections", {})
+    for section, _, own, rows in spots_by_section(sdata, record, table):
+        scale = linear_scale(np.asarray(matrices[section.name]["matrix"])) if section.name in matrices else 1.0
+        radius[rows] = own * scale
+    return np.where(np.isfinite(radius), radius, np.nanmedian(radius))

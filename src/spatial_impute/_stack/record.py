@@ -25,18 +25,18 @@ class Section:
     mpp: float
     """um per pixel of the full-resolution image."""
     mpp_source: str
-    """Where the pixel size comes from: ``"argument"``, ``"metadata"``, ``"spot pitch"``."""
+    """Source of the pixel size: ``"argument"``, ``"metadata"``, ``"spot pitch"``."""
     image: str
     """Image element."""
     spots: str | None = None
-    """Shapes element with the spots; None until :func:`~spatial_impute.pp.tile_spots` lays some."""
+    """Shapes element with the spots; None before :func:`~spatial_impute.pp.tile_spots`."""
     counts: str | None = None
     """Table with the measured expression; None for an unmeasured section."""
 
 
 @dataclass(frozen=True)
 class StackRecord:
-    """What ``sdata.attrs["spatial_impute"]["stack"]`` holds."""
+    """Content of ``sdata.attrs["spatial_impute"]["stack"]``."""
 
     sections: tuple[Section, ...]
     reference: str
@@ -77,15 +77,7 @@ def require_spatialdata(value: object) -> None:
 
 
 def load_record(sdata: SpatialData) -> StackRecord:
-    """Read the stack record: the sections that the object holds.
-
-    ``filter_by_coordinate_system`` and ``subset`` take sections out of an object and leave its attrs as they are.
-
-    Raises
-    ------
-    KeyError
-        If the object was not made by :func:`~spatial_impute.pp.assemble_stack`.
-    """
+    """Read the stack record, or raise a ``KeyError``. It lists the sections that the object holds."""
     require_spatialdata(sdata)
     found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK)
     if found is None:
@@ -95,6 +87,7 @@ def load_record(sdata: SpatialData) -> StackRecord:
         )
         raise KeyError(msg)
     sections = [Section(**section) for section in found["sections"]]
+    # `filter_by_coordinate_system` and `subset` remove sections from an object and do not change its attrs.
     return StackRecord(
         sections=tuple(s for s in sections if s.image in sdata.images or s.spots in sdata.shapes),
         reference=found["reference"],
@@ -104,10 +97,8 @@ def load_record(sdata: SpatialData) -> StackRecord:
 
 
 def save_record(sdata: SpatialData, record: StackRecord) -> None:
-    """Write the stack record, leaving other attrs alone.
-
-    Objects cut out of another share its attrs, so that these are replaced and not changed.
-    """
+    """Write the stack record and keep all other attrs."""
+    # An object that is a part of another one shares its attrs: replace them, do not change them.
     ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.STACK: record.to_json()}
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
 

@@ -14,6 +14,8 @@ from spatial_impute._stack.record import require_spatialdata
 from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
-    """Return the stack table.
+    """Stack table.
 
     Raises
     ------
     KeyError
-        If there is none, because no section has spots yet, or a column of its contract is missing.
+        If the object has no such table, or the table lacks a required column.
     ValueError
-        If names of rows or genes repeat: everything is joined by them.
+        If names of rows or genes are not unique.
     """
     require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
@@ -38,19 +40,13 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
         require_key(column, table.obs, where=f"{where}.obs", then="Make the table with `si.pp.assemble_stack({...})`.")
     for slot, names in {"obs_names": table.obs_names, "var_names": table.var_names}.items():
         if not names.is_unique:
-            msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} is there more than once."
+            msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
             raise ValueError(msg)
     return table
 
 
 def section_ranks(table: AnnData) -> np.ndarray:
-    """(n,) place of each row's section in the stack.
-
-    Raises
-    ------
-    ValueError
-        If the column is not the categorical that the stack was made with.
-    """
+    """(n,) position in the stack of the section of each row; a ``ValueError`` if the column is not categorical."""
     column = table.obs[Keys.SECTION]
     if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
         msg = (
@@ -70,10 +66,7 @@ def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
-    """Write ``tables["stack"]``: one row per spot of every section, in stack order, without expression yet.
-
-    Columns and slots of an existing stack table are dropped: they belong to other rows.
-    """
+    """Write a new ``tables["stack"]``: one row per spot of every section, in stack order, without expression."""
     from anndata import AnnData
     from spatialdata.models import TableModel
 
@@ -101,7 +94,7 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     if not obs.index.is_unique:
         repeated = obs.index[obs.index.duplicated()][0]
         msg = (
-            f"Two spots of the stack would both be named {repeated!r} (section, then id): rename the sections, or give "
+            f"Two spots of the stack would have the name {repeated!r} (section and id). Rename the sections, or give "
             "the spots of each section unique ids."
         )
         raise ValueError(msg)
@@ -118,7 +111,7 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
 
 
 def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.ndarray:
-    """(n,) bool: which spots have a row in the section's table of counts (joined by instance id)."""
+    """(n,) bool: True for spots with a row in the counts table of the section, joined by instance id."""
     if section.counts is None:
         return np.zeros(len(index), dtype=bool)
     table = sdata.tables[section.counts]
@@ -127,17 +120,14 @@ def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.
 
 
 def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
-    """(n,) bool: rows whose expression may be used.
-
-    Only ``obs["measured"]`` decides, never the values: whatever stands in the other rows cannot reach a result.
+    """(n,) bool: rows whose expression may be used. Only ``obs["measured"]`` decides; values of other rows have no effect.
 
     Raises
     ------
     KeyError
         If the layer is missing.
     ValueError
-        If no spot is measured, or measured rows hold infinities, or NaN other than for genes that are not on the panel
-        of a section.
+        If no spot is measured, or a measured row is not finite. NaN is allowed for genes that a section did not measure.
     """
     require_key(
         layer,
@@ -183,15 +173,7 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
 
 
 def registered_spots(table: AnnData, table_key: str) -> np.ndarray:
-    """(n, 3) x, y, z of all spots in the common frame, um.
-
-    Raises
-    ------
-    KeyError
-        If the stack is not registered.
-    ValueError
-        If a coordinate is not finite.
-    """
+    """(n, 3) x, y, z of all spots in the common frame, um; an error if they are missing or not finite."""
     where = f"sdata.tables[{table_key!r}].obsm"
     require_key(Keys.SPATIAL_3D, table.obsm, where=where, then="Run `si.tl.register_stack(sdata)` first.")
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
@@ -199,8 +181,16 @@ def registered_spots(table: AnnData, table_key: str) -> np.ndarray:
     return xyz
 
 
+def write_slots(table: AnnData, table_key: str, slots: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write results to slots of a table (``{"layers": {key: values}, ...}``) and log each key."""
+    for slot, results in slots.items():
+        for key, values in results.items():
+            getattr(table, slot)[key] = values
+            log_added(f"tables[{table_key!r}].{slot}[{key!r}]")
+
+
 def values_by_spot(table: AnnData, section: str, values: np.ndarray, index: pd.Index) -> np.ndarray:
-    """Values of the spots of a section, joined by instance id; NaN for spots that the table lacks."""
+    """Values of the spots of a section, joined by instance id; NaN for spots that are not in the table."""
     rows = (table.obs[Keys.SECTION] == section).to_numpy()
     by_id = pd.Series(values[rows], index=table.obs[Keys.INSTANCE].to_numpy()[rows].astype(str))
     return by_id.reindex(index.astype(str)).to_numpy()

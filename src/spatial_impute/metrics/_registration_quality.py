@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from spatial_impute._stack.elements import require_registration
 from spatial_impute._stack.record import load_record
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
-_COLUMNS = (  # of a registered pair, for stacks without any
+# Columns of the table of a stack in which no pair was registered.
+_COLUMNS = [
     "method",
     "start_rotation_deg",
     "start_mirrored",
@@ -32,7 +34,7 @@ _COLUMNS = (  # of a registered pair, for stacks without any
     "residual_patches",
     "verdict",
     "reasons",
-)
+]
 
 
 def registration_quality(sdata: SpatialData) -> pd.DataFrame:
@@ -45,9 +47,10 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
 
     Returns
     -------
-    One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it before
-    and after, score of the chosen pose and its lead over the best other one, the chosen start, share of folds, the
-    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons. No rows where all sections were placed by hand.
+    One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it, before
+    and after; score of the chosen pose and its lead over the best other pose; the chosen start; share of folds; the
+    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons. The table is empty if the user gave the place of every
+    section. Nothing is written.
 
     Raises
     ------
@@ -62,11 +65,8 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     >>> list(si.metrics.registration_quality(sdata)["verdict"])
     ['ok', 'ok']
     """
-    registration = load_record(sdata).registration
-    if registration is None:
-        msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
-        raise KeyError(msg)
+    registration = require_registration(load_record(sdata))
     if not registration["pairs"]:
         none = pd.MultiIndex.from_arrays([[], []], names=["fixed", "moving"])
-        return pd.DataFrame(index=none, columns=list(_COLUMNS))
+        return pd.DataFrame(index=none, columns=_COLUMNS)
     return pd.DataFrame(registration["pairs"]).set_index(["fixed", "moving"])

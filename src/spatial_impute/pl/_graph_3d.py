@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
+from spatial_impute._stack.elements import registered_radius
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.registration import registered_radius
 from spatial_impute._stack.table import registered_spots, stack_table
 from spatial_impute._validation import name_list, require_key, require_one_of
 from spatial_impute.pl._figure import (

@@ -9,9 +9,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.elements import load_transform, require_registration, section_levels
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.registration import load_transform, require_registration
 from spatial_impute._validation import require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap

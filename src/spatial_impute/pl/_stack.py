@@ -12,9 +12,8 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.elements import load_transform, section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.registration import load_transform
 from spatial_impute._stack.table import stack_table, values_by_spot
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color

@@ -2,11 +2,14 @@
 
 from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
-from spatial_impute.tl._fit_asign import fit_asign, impute_3d
+from spatial_impute.tl._fit_asign import fit_asign
 from spatial_impute.tl._fit_pixnet import fit_pixnet
+from spatial_impute.tl._genes_from_features import genes_from_features
+from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
-from spatial_impute.tl._predict_dense import genes_from_features, predict_dense, predict_regions
+from spatial_impute.tl._predict_dense import predict_dense
+from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack
 from spatial_impute.tl._warp_element import warp_element
 

@@ -1,4 +1,4 @@
-"""Write the 3D graph of a stack. The edges themselves are made in ``spatial_impute._graph``."""
+"""Build the 3D graph of a stack. The edges are computed in ``spatial_impute._graph``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
-from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._logging import logger
+from spatial_impute._stack.elements import spots_by_section
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import section_ranks, stack_table
+from spatial_impute._stack.table import registered_spots, section_ranks, stack_table, write_slots
 from spatial_impute._validation import require_count, require_finite, require_key, require_positive, require_slot_key
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Graph3DResult(NamedTuple):
-    """What :func:`build_3d_graph` returns with ``inplace=False`` (the shape of squidpy's result)."""
+    """Result of :func:`build_3d_graph` with ``inplace=False``, in the form of squidpy's result."""
 
     connectivities: sparse.csr_matrix
     distances: sparse.csr_matrix
@@ -47,35 +47,35 @@ def build_3d_graph(
 ) -> Graph3DResult | None:
     """Build a sparse 3D graph over the spots of all sections, after ASIGN :cite:p:`Zhu2025`.
 
-    Spots are linked to their neighbours in the section, to the spots that lie over or under them in sections nearby,
-    and to spots there that look alike. An edge weighs the Gaussian of its registered distance plus the overlap (IoU)
-    of the two discs, or the similarity. Expression plays no part.
+    A spot is linked to its neighbours in the section, to the spots over or under it in nearby sections, and to spots
+    there with similar image features. The weight of an edge is the Gaussian of its registered distance plus the overlap
+    (IoU) of the two discs, or the similarity. Expression is not used.
 
     Parameters
     ----------
     sdata
         Registered stack.
     table_key
-        Stack table.
+        Name of the stack table.
     use_rep
-        Features in ``obsm`` for the similarity edges; ``None`` for a graph of distances alone.
+        Features in ``obsm`` for the similarity edges; ``None`` for a graph of distances only.
     n_neighs
-        Neighbours to link in the own section.
+        Number of neighbours in the section of the spot.
     n_cross_neighs
-        Neighbours to link in each section nearby.
+        Number of neighbours in each nearby section.
     max_section_gap
-        Sections up to this many steps apart are linked.
+        Largest number of steps in the stack between two linked sections.
     max_distance
         Longest spatial edge across sections in um; three spot spacings by default.
     n_similar
-        Most similar spots to link per section nearby, if each is among the other's most similar.
+        Number of similar spots per nearby section. Two spots are linked if each is among the most similar of the other.
     similarity_threshold
         Cosine of the features (standardised within sections) above which spots count as similar.
     similarity_weight
-        Weight of an edge between spots that look identical; spots at the same place weigh up to 2. ASIGN adds overlap
-        and similarity at par.
+        Weight of an edge between spots with identical features. Spots at the same place have a weight of up to 2. ASIGN
+        weighs overlap and similarity equally.
     key_added
-        Prefix of the keys written.
+        Prefix of the written keys.
     inplace
         Write to the table, or return the graph and write nothing.
 
@@ -95,7 +95,7 @@ def build_3d_graph(
     KeyError
         If the stack is not registered, or `use_rep` is missing.
     ValueError
-        For impossible parameters or non-finite coordinates.
+        If a parameter is out of its range, or coordinates are not finite.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def build_3d_graph(
     record = load_record(sdata)
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}].obsm"
-    require_key(Keys.SPATIAL_3D, table.obsm, where=where, then="Run `si.tl.register_stack(sdata)` first.")
+    xyz = registered_spots(table, table_key)
     if use_rep is not None:
         require_key(
             use_rep, table.obsm, where=where, then="Run `si.pp.extract_features(sdata)` first, or pass `use_rep=None`."
@@ -125,8 +125,6 @@ def build_3d_graph(
     if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
         raise ValueError(msg)
-    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
-    require_finite(xyz, name=f"{where}[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
     section = section_ranks(table)
     spacing = typical_spacing(xyz, section)
     max_distance = (
@@ -159,10 +157,7 @@ def build_3d_graph(
         Keys.graph_overlap(key_added): graph.overlap,
         Keys.graph_similarity(key_added): graph.similarity,
     }
-    for key, matrix in slots.items():
-        table.obsp[key] = matrix
-        log_added(f"tables[{table_key!r}].obsp[{key!r}]")
-    table.uns[Keys.neighbors(key_added)] = {
+    parameters = {
         "version": version("spatial-impute"),
         "connectivities_key": Keys.connectivities(key_added),
         "distances_key": Keys.distances(key_added),
@@ -178,24 +173,20 @@ def build_3d_graph(
             "bandwidth_um": spacing,
         },
     }
-    log_added(f"tables[{table_key!r}].uns[{Keys.neighbors(key_added)!r}]")
+    write_slots(table, table_key, {"obsp": slots, "uns": {Keys.neighbors(key_added): parameters}})
     return None
 
 
 def _radii(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:
-    """(n,) radius of every row's spot in um, joined by name."""
+    """(n,) radius of the spot of every row in um."""
     radius = np.full(table.n_obs, np.nan)
-    for section in record.sections:
-        if section.spots is None:
-            continue
-        _, found, index = spot_geometry(sdata, section)
-        rows = table.obs_names.get_indexer([f"{section.name}_{i}" for i in index])
-        radius[rows[rows >= 0]] = found[rows >= 0]
-    bare = np.isnan(radius)
-    if bare.any():
+    for _, _, found, rows in spots_by_section(sdata, record, table):
+        radius[rows] = found
+    missing = np.isnan(radius)
+    if missing.any():
         msg = (
-            f"{int(bare.sum())} rows of the stack table have no circle in `sdata.shapes`, the first is "
-            f"{table.obs_names[bare][0]!r}. Take spots out of both, or neither."
+            f"{int(missing.sum())} rows of the stack table have no circle in `sdata.shapes`, the first is "
+            f"{table.obs_names[missing][0]!r}. Remove spots from both, or from neither."
         )
         raise ValueError(msg)
     return radius

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
+from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
-from spatial_impute._settings import progress
-from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._settings import progress_steps
+from spatial_impute._stack.elements import section_levels, spots_by_section
 from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
     name_list,
@@ -21,18 +23,20 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
 )
-from spatial_impute.tl._provenance import require_same_units, units
-from spatial_impute.tl._read_spots import read_spots
+from spatial_impute.tl._read_spots import read_stacks, stack_list
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
     from torch import nn
 
+    from spatial_impute._stack.record import Section
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models._spots import Spots
+
+_OVERLAP = 0.98  # of the sum of two radii: spots that touch do not overlap, except for rounding
 
 
 def cross_validate(
@@ -55,62 +59,73 @@ def cross_validate(
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> pd.DataFrame:
-    """Score methods on held-out measured spots: the same spots for all of them, in one table.
+    """Score methods on held-out measured spots: the same spots for all methods, in one table.
 
-    Whatever a method chooses or learns, it does so without the fold that it is scored on; ASIGN and PixNet are fitted
-    anew for every fold. Correlations across blocks of one section tell how well expression is filled in within it. On a
-    section that was not measured expect less: no held-out block shows how sections differ. On another patient expect
-    less again.
+    Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted again
+    for every fold. Correlations across blocks of one section show how well a method fills gaps in that section. Expect
+    less on a section that was not measured: no held-out block shows how sections differ. Expect even less on another
+    patient.
 
-    A warning is logged if folds leak: if a group is held out and learned from, if held-out spots overlap others, or if
-    two sections have one and the same image.
+    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out spots
+    overlap other spots, or if two sections have the same image.
 
     Parameters
     ----------
     sdata
-        Registered stack with features and graph, as far as the methods need them. Several stacks (patients) with the
-        same genes: only methods that look at the image alone can go from one to the other.
+        Registered stack, with features and graph if the methods need them. Also several stacks (patients) with the same
+        genes; then only methods that use the image alone are allowed.
     methods
-        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of them, and for several stacks
-        ``"mean"``, ``"ridge"`` and ``"image_knn"``. Further ones: ``"image_knn"`` (mean of the measured spots whose
-        features are most alike), ``"colour"`` (ridge on mean and spread of the colour of a spot: what needs no
-        structure), ``"pixnet"``. ASIGN takes up no base layers here.
+        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
+        ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
+        most similar features), ``"colour"`` (ridge regression on mean and spread of the color of a spot, which needs no
+        structure) and ``"pixnet"``. ASIGN uses no base layers here.
     split
-        ``"section"``: each measured section is held out in turn. ``"block"``: square blocks of the measured sections
-        are. ``"group"``: each group is. By default groups if there are any, else sections if at least two are measured.
+        ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
+        ``"group"``: each group. By default groups if there are any, else sections if at least two are measured, else
+        blocks.
     groups
-        Column of the stack table's ``obs`` that tells patients, or blocks of tissue, apart. Several stacks are a group
-        each by default.
-    n_folds, block_spacings
-        For blocks: number of folds, and edge of a block in spot spacings.
+        Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks is
+        a group.
+    n_folds
+        Number of folds, for blocks.
+    block_spacings
+        Edge of a block in spot spacings.
     by
         ``"method"``: one row per method. ``"gene"``: Pearson correlation per gene (rows) and method (columns).
-    table_key, layer, graph_key
-        Stack table, layer with log-normalised expression, graph.
+    table_key
+        Name of the stack table.
+    layer
+        Layer with log-normalised expression.
+    graph_key
+        Key of the 3D graph: the `key_added` of :func:`build_3d_graph`.
     model_params
         Settings of ASIGN; see :class:`~spatial_impute.models.AsignParams`.
-    encoder, pixnet_params, tile_size
-        Encoder and settings of PixNet; see :func:`fit_pixnet`.
+    encoder
+        Encoder of PixNet; see :func:`fit_pixnet`.
+    pixnet_params
+        Settings of PixNet; see :class:`~spatial_impute.models.PixNetParams`.
+    tile_size
+        Edge of a tile of PixNet in px.
     device
         Torch device; ``settings.device`` by default.
     seed
         Seed of the folds, of ASIGN and of PixNet.
     show_progress_bar
-        ``settings.show_progress_bar`` by default.
+        Show a progress bar; ``settings.show_progress_bar`` by default.
 
     Returns
     -------
-    The scores of :func:`~spatial_impute.metrics.evaluate`, mean over the sections held-out spots lie on, and for the
-    mean correlation over genes ``low`` and ``high`` of its 95 % interval and those of its difference to the best
-    baseline (``vs_best``, ``vs_best_low``, ``vs_best_high``), by bootstrap over genes. Nothing is written.
+    The scores of :func:`~spatial_impute.metrics.evaluate`, mean over the sections with held-out spots. ``low`` and
+    ``high`` are the 95 % interval of the mean correlation over genes; ``vs_best``, ``vs_best_low`` and ``vs_best_high``
+    are its difference to the best baseline with the 95 % interval, both by bootstrap over genes. Nothing is written.
 
     Raises
     ------
     KeyError
         If features, graph, registration or the column of the groups are missing.
     ValueError
-        For unknown methods, if nothing is measured, if there is nothing to learn from outside of a fold, or if several
-        stacks have different genes or units.
+        If a method is unknown, nothing is measured, nothing is left to learn from outside of a fold, or several stacks
+        have different genes or units.
 
     Examples
     --------
@@ -126,107 +141,113 @@ def cross_validate(
     >>> si.settings.show_progress_bar = True
     """
     from spatial_impute.models._params import AsignParams, PixNetParams
-    from spatial_impute.models.asign._baselines import METHODS, NEEDS_GRAPH
-    from spatial_impute.models.asign._held_out import (
-        ASIGN,
-        COLOUR,
-        FROM_IMAGE,
-        IMAGE_KNN,
-        PIXNET,
-        concatenate,
-        needs_features,
-        predict_held_out,
-    )
+    from spatial_impute.models.asign._baselines import NEEDS_GRAPH
+    from spatial_impute.models.asign._held_out import ASIGN, concatenate, needs_features
 
-    params = resolve_params(model_params, AsignParams)
-    pixnet = resolve_params(pixnet_params, PixNetParams)
-    stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
-    if not stacks:
-        msg = "`sdata` is an empty sequence; pass at least one stack."
-        raise ValueError(msg)
-    allowed = [*METHODS, IMAGE_KNN, COLOUR, PIXNET, ASIGN] if len(stacks) == 1 else list(FROM_IMAGE)
-    names = [*METHODS, ASIGN] if len(stacks) == 1 else ["mean", "ridge", IMAGE_KNN]
-    names = names if methods is None else name_list(methods, name="methods")
-    if not names:
-        msg = f"`methods` is empty; choose some of {allowed}, or leave it out for all."
-        raise ValueError(msg)
-    for name in names:
-        require_one_of(name, allowed, name="methods")
+    params, pixnet = resolve_params(model_params, AsignParams), resolve_params(pixnet_params, PixNetParams)
+    stacks = stack_list(sdata)
+    names = _method_names(methods, len(stacks))
     require_one_of(by, ("method", "gene"), name="by")
     n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
     block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
-        msg = f"Methods are compared on log values; `pixnet_params` asks for the loss {pixnet.loss!r}, for counts."
+        msg = f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use 'mse+pcc'."
         raise ValueError(msg)
-    read = [
-        read_spots(
-            s,
-            table_key=table_key,
-            layer=layer,
-            graph_key=graph_key,
-            features=any(needs_features(name) for name in names),
-            graph=any(name in {*NEEDS_GRAPH, ASIGN} for name in names),
-        )
-        for s in stacks
-    ]
-    tables = [table for table, _ in read]
-    _require_same_genes(tables)
-    require_same_units(units(table) for table in tables)
-    if not all(np.isfinite(spots.expression).all() for _, spots in read):
+    tables, read = read_stacks(
+        stacks,
+        table_key=table_key,
+        layer=layer,
+        graph_key=graph_key,
+        features=any(needs_features(name) for name in names),
+        graph=any(name in {*NEEDS_GRAPH, ASIGN} for name in names),
+    )
+    if not all(np.isfinite(found.expression).all() for found in read):
         msg = (
             "Sections were measured with different genes. Compare methods on those that all have: "
             "`si.pp.select_genes(sdata, join='inner')`."
         )
         raise ValueError(msg)
-    spots = concatenate([spots for _, spots in read])
-    group = _groups(tables, groups)
+    spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    _warn_of_leaks(stacks, tables, spots, folds, group)
-    truth = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
-    truth[spots.known] = spots.expression
-    bar = progress(None, "Cross-validating", show=show_progress_bar)
-    bar.reset(total=len(names) * len(folds))
-    found: dict[str, np.ndarray] = {}
-    common = {"seed": seed, "device": device, "on_fold": bar.update}
-    colour = _colour(stacks, tables, spots.section) if COLOUR in names else None
-    try:
-        for name in dict.fromkeys(["mean", *names]):
-            if name == PIXNET:
-                values = _pixnet(
-                    stacks,
-                    tables,
-                    spots,
-                    folds,
-                    encoder,
-                    params=pixnet,
-                    table_key=table_key,
-                    layer=layer,
-                    tile_size=tile_size,
-                    **common,
-                )
-                found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
-            else:
-                found[name] = predict_held_out(
-                    spots, folds, name, var_names=list(tables[0].var_names), params=params, colour=colour, **common
-                )
-    finally:
-        bar.close()
-    return _table(found, truth, spots.section, names, list(tables[0].var_names), by=by, seed=seed)
+    data = HeldOut(stacks, tables, spots, folds)
+    if group is not None:
+        _warn_of_shared_groups(data, group)
+    _warn_of_overlapping_spots(data)
+    _warn_of_equal_images(data)
+    options = _Options(params, pixnet, encoder, tile_size, device, seed)
+    with progress_steps("Cross-validating", show=show_progress_bar) as steps:
+        found = _predict(data, names, options, {"table_key": table_key, "layer": layer}, steps(len(names) * len(folds)))
+    return _gene_table(data, found, names) if by == "gene" else _method_table(data, found, names, seed)
 
 
-def _require_same_genes(tables: list[AnnData]) -> None:
-    for i, table in enumerate(tables):
-        if list(table.var_names) != list(tables[0].var_names):
-            msg = (
-                f"All stacks must have the same genes in the same order; stack {i} differs from stack 0. "
-                "Use `si.pp.select_genes(sdata, genes=...)` on each."
-            )
-            raise ValueError(msg)
+@dataclass(frozen=True)
+class HeldOut:
+    """Spots of all stacks, and the masks of the spots that are held out together."""
+
+    stacks: list[SpatialData]
+    tables: list[AnnData]
+    spots: Spots
+    folds: list[np.ndarray]
+
+    @property
+    def genes(self) -> list[str]:
+        return list(self.tables[0].var_names)
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(n, n_genes); NaN where nothing was measured."""
+        truth = np.full((len(self.spots.known), self.spots.expression.shape[1]), np.nan)
+        truth[self.spots.known] = self.spots.expression
+        return truth
+
+    @property
+    def first_rows(self) -> list[int]:
+        """Position of the first spot of each stack."""
+        return np.cumsum([0, *(table.n_obs for table in self.tables[:-1])]).tolist()
+
+    def sections(self) -> Iterator[tuple[SpatialData, Section, np.ndarray, np.ndarray, np.ndarray]]:
+        """Stack and section, (n, 2) centers and (n,) radius of its spots in its frame, um, and their (n,) positions."""
+        for sdata, table, first in zip(self.stacks, self.tables, self.first_rows, strict=True):
+            for section, centers, radius, rows in spots_by_section(sdata, load_record(sdata), table):
+                yield sdata, section, centers, radius, first + rows
+
+    def parts(self) -> list[np.ndarray]:
+        """(n,) mask of the measured spots of each section."""
+        section, known = self.spots.section, self.spots.known
+        return [known & (section == code) for code in np.unique(section[known])]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Settings of the models."""
+
+    params: AsignParams
+    pixnet: PixNetParams
+    encoder: str | nn.Module
+    tile_size: int
+    device: str
+    seed: int
+
+
+def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
+    from spatial_impute.models.asign._baselines import METHODS
+    from spatial_impute.models.asign._held_out import ASIGN, COLOUR, FROM_IMAGE, IMAGE_KNN, PIXNET
+
+    allowed = [*METHODS, IMAGE_KNN, COLOUR, PIXNET, ASIGN] if n_stacks == 1 else list(FROM_IMAGE)
+    if methods is None:
+        return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
+    names = name_list(methods, name="methods")
+    if not names:
+        msg = f"`methods` is empty; choose some of {allowed}, or leave it out for all."
+        raise ValueError(msg)
+    for name in names:
+        require_one_of(name, allowed, name="methods")
+    return names
 
 
 def _groups(tables: list[AnnData], column: str | None) -> pd.Series | None:
-    """(n,) group of each spot; stacks where no column is named, nothing for a single stack."""
+    """(n,) group of each spot; by default the stack, and None for a single stack."""
     if column is None:
         if len(tables) == 1:
             return None
@@ -235,84 +256,11 @@ def _groups(tables: list[AnnData], column: str | None) -> pd.Series | None:
         require_key(column, table.obs, where="obs of the stack table")
     group = pd.concat([table.obs[column].astype(object) for table in tables], ignore_index=True)
     measured = np.concatenate([table.obs[Keys.MEASURED].to_numpy(bool) for table in tables])
-    if group[measured].isna().any():
-        n_missing = int(group[measured].isna().sum())
-        msg = f"`obs[{column!r}]` must name the group of every measured spot; it is missing for {n_missing}."
+    n_missing = int(group[measured].isna().sum())
+    if n_missing:
+        msg = f"`obs[{column!r}]` must have the group of every measured spot; it is missing for {n_missing} spots."
         raise ValueError(msg)
     return group
-
-
-def _warn_of_leaks(
-    stacks: list[SpatialData],
-    tables: list[AnnData],
-    spots: Spots,
-    folds: list[np.ndarray],
-    group: pd.Series | None,
-) -> None:
-    from spatial_impute.tl._held_out_checks import (
-        warn_of_equal_images,
-        warn_of_overlapping_spots,
-        warn_of_shared_groups,
-    )
-
-    if group is not None:
-        warn_of_shared_groups(folds, spots.known, group)
-    centers, radius = np.zeros((len(spots.known), 2)), np.zeros(len(spots.known))
-    sections: dict[int, tuple[int, str]] = {}
-    for i, section, centre, r, rows in _geometry(stacks, tables):
-        centers[rows], radius[rows] = centre, r
-        sections |= dict.fromkeys(spots.section[rows[:1]], (i, section))
-    warn_of_overlapping_spots(folds, spots.known, spots.section, centers, radius)
-    warn_of_equal_images(stacks, sections, folds, np.where(spots.known, spots.section, -1))
-
-
-def _geometry(
-    stacks: list[SpatialData], tables: list[AnnData]
-) -> list[tuple[int, str, np.ndarray, np.ndarray, np.ndarray]]:
-    """Stack, section, centres and radii of its spots in its own frame, and their rows."""
-    found, first = [], 0
-    for i, (sdata, table) in enumerate(zip(stacks, tables, strict=True)):
-        for section in load_record(sdata).sections:
-            if section.spots is None:
-                continue
-            centers, radius, index = spot_geometry(sdata, section)
-            rows = table.obs_names.get_indexer([f"{section.name}_{k}" for k in index])
-            known = rows >= 0
-            found.append((i, section.name, centers[known], radius[known], first + rows[known]))
-        first += table.n_obs
-    return found
-
-
-def _colour(stacks: list[SpatialData], tables: list[AnnData], section: np.ndarray) -> np.ndarray:
-    """(n, 6) colour statistics of spots, standardised within sections like all features."""
-    from spatial_impute._graph import standardise_by_section
-    from spatial_impute._image.color import color_statistics
-
-    values = np.zeros((len(section), 6))
-    for i, name, centers, radius, rows in _geometry(stacks, tables):
-        levels = section_levels(stacks[i], load_record(stacks[i])[name])
-        values[rows] = color_statistics(levels, centers, radius)
-    return standardise_by_section(values, section)
-
-
-def _pixnet(
-    stacks: list[SpatialData],
-    tables: list[AnnData],
-    spots: Spots,
-    folds: list[np.ndarray],
-    encoder: str | nn.Module,
-    *,
-    on_fold: Any,
-    **setup: Any,
-) -> np.ndarray:
-    from spatial_impute.encoders._pyramids import build_pyramid
-    from spatial_impute.tl._pixnet_folds import PixNetSetup, predict_held_out, read_sections
-
-    first = np.cumsum([0, *(t.n_obs for t in tables)])
-    sections = [
-        s for sdata, table, n in zip(stacks, tables, first, strict=False) for s in read_sections(sdata, table, n)
-    ]
-    return predict_held_out(sections, spots.known, folds, PixNetSetup(pyramid=build_pyramid(encoder), **setup), on_fold)
 
 
 def _folds(
@@ -338,28 +286,79 @@ def _folds(
     return [spots.known & (names == code) for code in codes]
 
 
-def _table(
-    found: dict[str, np.ndarray],
-    truth: np.ndarray,
-    section: np.ndarray,
-    names: list[str],
-    genes: list[str],
-    *,
-    by: str,
-    seed: int,
-) -> pd.DataFrame:
-    from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
+def _predict(
+    data: HeldOut, names: list[str], options: _Options, slots: dict[str, str], on_fold: Callable[[], None]
+) -> dict[str, np.ndarray]:
+    """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
+    from spatial_impute.models.asign._held_out import COLOUR, PIXNET, predict_held_out
 
-    scored = np.isfinite(truth).all(axis=1)
-    parts = [scored & (section == code) for code in np.unique(section[scored])]
-    r = {
-        name: np.nanmean([pearson_by_gene(found[name][rows], truth[rows]) for rows in parts], axis=0) for name in found
+    colors = _color_features(data) if COLOUR in names else None
+    found: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(["mean", *names]):
+        if name == PIXNET:
+            values = _predict_pixnet(data, options, slots, on_fold)
+            found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
+            continue
+        found[name] = predict_held_out(
+            data.spots,
+            data.folds,
+            name,
+            var_names=data.genes,
+            params=options.params,
+            seed=options.seed,
+            device=options.device,
+            on_fold=on_fold,
+            colour=colors,
+        )
+    return found
+
+
+def _predict_pixnet(data: HeldOut, options: _Options, slots: dict[str, str], on_fold: Callable[[], None]) -> np.ndarray:
+    from spatial_impute.encoders._pyramids import build_pyramid
+    from spatial_impute.tl._fit_pixnet import PixNetSetup
+    from spatial_impute.tl._impute_pixnet import predict_held_out, section_spots
+
+    sections = []
+    for sdata, table, first in zip(data.stacks, data.tables, data.first_rows, strict=True):
+        sections += section_spots(sdata, table, first=first, **slots)
+    setup = PixNetSetup(build_pyramid(options.encoder), options.pixnet, options.tile_size, options.device, options.seed)
+    return predict_held_out(sections, data.spots.known, data.folds, setup, on_fold)
+
+
+def _color_features(data: HeldOut) -> np.ndarray:
+    """(n, 6) color statistics of spots, standardised within sections like all features."""
+    from spatial_impute._graph import standardise_by_section
+    from spatial_impute._image.color import color_statistics
+
+    values = np.zeros((len(data.spots.section), 6))
+    for sdata, section, centers, radius, rows in data.sections():
+        values[rows] = color_statistics(section_levels(sdata, section), centers, radius)
+    return standardise_by_section(values, data.spots.section)
+
+
+def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(n_genes,) Pearson correlation of each method, mean over sections."""
+    from spatial_impute._scores import pearson_by_gene
+
+    truth, parts = data.truth, data.parts()
+    return {
+        name: np.nanmean([pearson_by_gene(values[rows], truth[rows]) for rows in parts], axis=0)
+        for name, values in found.items()
     }
-    if by == "gene":
-        return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(genes, name="gene"))
-    rows = {}
+
+
+def _gene_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str]) -> pd.DataFrame:
+    r = _correlations(data, found)
+    return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
+
+
+def _method_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str], seed: int) -> pd.DataFrame:
+    from spatial_impute._scores import bootstrap_interval, summarise
+
+    r, truth, parts = _correlations(data, found), data.truth, data.parts()
     baselines = [name for name in names if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
+    rows = {}
     for name in names:
         scores = pd.DataFrame([summarise(found[name][p], truth[p], found["mean"][p]) for p in parts]).mean()
         scores["low"], scores["high"] = bootstrap_interval(r[name], seed=seed)
@@ -368,3 +367,63 @@ def _table(
             scores["vs_best_low"], scores["vs_best_high"] = bootstrap_interval(r[name] - r[best], seed=seed)
         rows[name] = scores
     return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def _warn_of_shared_groups(data: HeldOut, group: pd.Series) -> None:
+    """Warn if measured spots of one group (patient, block of tissue) are both held out and learned from."""
+    shared = set()
+    for fold in data.folds:
+        shared |= set(group[fold]) & set(group[data.spots.known & ~fold])
+    if shared:
+        logger.warning(
+            "Folds share %d of the groups of %r, e.g. %s: the scores are for more tissue of known groups, not for new "
+            'groups. Use `split="group"` for new groups.',
+            len(shared),
+            group.name,
+            sorted(map(str, shared))[:3],
+        )
+
+
+def _warn_of_overlapping_spots(data: HeldOut) -> None:
+    """Warn if held-out spots share tissue with spots that are learned from."""
+    from scipy.spatial import cKDTree
+
+    known = data.spots.known
+    found = np.zeros(len(known), bool)
+    for _, _, centers, radius, rows in data.sections():
+        for fold in data.folds:
+            held, rest = np.flatnonzero(fold[rows]), np.flatnonzero((known & ~fold)[rows])
+            if not len(held) or not len(rest):
+                continue
+            reach = radius[held].max() + radius[rest].max()
+            pairs = cKDTree(centers[held]).query_ball_tree(cKDTree(centers[rest]), reach)
+            for spot, near in zip(held, pairs, strict=True):
+                distance = np.linalg.norm(centers[rest[near]] - centers[spot], axis=1)
+                found[rows[spot]] |= bool((distance < _OVERLAP * (radius[rest[near]] + radius[spot])).any())
+    if found.any():
+        logger.warning(
+            "%d of %d held-out spots overlap spots that methods learn from: the scores are too high. Hold out whole "
+            'sections (`split="section"`), or remove some of the spots.',
+            int(found.sum()),
+            int(np.any(data.folds, axis=0).sum()),
+        )
+
+
+def _warn_of_equal_images(data: HeldOut) -> None:
+    """Warn if two measured sections have the same image and are not held out together."""
+    from spatial_impute.encoders._feature_cache import image_identity
+
+    names, identity, apart = [], [], []
+    for sdata, section, _, _, rows in data.sections():
+        if data.spots.known[rows].any():
+            names.append(section.name)
+            identity.append(image_identity(section_levels(sdata, section), across_sessions=True))
+            apart.append(tuple(bool((fold & data.spots.known)[rows].any()) for fold in data.folds))
+    for a, b in combinations(range(len(names)), 2):
+        if identity[a] == identity[b] and (apart[a] != apart[b] or sum(apart[a]) > 1):
+            logger.warning(
+                "Sections %r and %r have the same image and are not held out together: the scores are too high. Remove "
+                "one of them.",
+                names[a],
+                names[b],
+            )

@@ -1,29 +1,39 @@
-"""Fit PixNet. The network itself lives in ``spatial_impute.models``."""
+"""Fit PixNet. The network itself is in ``spatial_impute.models``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
+from spatial_impute._settings import progress_steps
 from spatial_impute._validation import require_count, require_device
-from spatial_impute.tl._fit_asign import _steps
+from spatial_impute.tl._read_regions import (
+    ExpressionChoice,
+    FrameChoice,
+    find_frame,
+    read_levels,
+    read_measured,
+    read_shapes,
+)
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from torch import nn
 
+    from spatial_impute._geometry import Frame
+    from spatial_impute._settings import Steps
     from spatial_impute.encoders._pyramids import Pyramid
     from spatial_impute.models import PixNetModel, PixNetParams
     from spatial_impute.models.pixnet._crops import TrainingSlide
+    from spatial_impute.models.pixnet._region_weights import Regions
     from spatial_impute.tl._read_regions import Measured
-
-    Pair = tuple[SpatialData, str, str, str | None]
 
 
 def fit_pixnet(
@@ -46,32 +56,35 @@ def fit_pixnet(
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> PixNetModel:
-    """Fit PixNet :cite:p:`Zhang2025`: a dense map of expression from H&E, supervised at the measured regions only.
+    """Fit PixNet :cite:p:`Zhang2025`: a dense map of expression from H&E, trained on measured regions only.
 
-    A pyramid encoder and a decoder give a map of expression; what it predicts for a spot is the mean (or sum) of the
-    map over the pixels of the spot, so that spots of any size can be learned from together and read off later. The
-    network starts from ridge regression on the encoder's maps and is trained further only as long as held-out blocks of
-    the training slides gain. Expression of unmeasured spots is never read.
+    An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the mean
+    (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts spots of
+    any size. The network starts from ridge regression on the feature maps. Training continues while held-out blocks of
+    the training slides improve. Expression of unmeasured spots is never read.
 
     Parameters
     ----------
     sdata
-        Object with image, regions and table; several to train on several slides.
-    image_key, shapes_key
-        Image and regions (circles or polygons). Sequences of equal length train on several pairs: sections of a stack,
-        or bins of several sizes on one image. With several objects, one pair each.
+        Object with image, regions and table; several objects to train on several slides.
+    image_key
+        Image. A sequence trains on several pairs of image and regions: sections of a stack, or bins of several sizes on
+        one image. With several objects, one pair each.
+    shapes_key
+        Regions: circles or polygons. A sequence of the length of `image_key` for several pairs.
     table_key
-        Table that annotates the regions; by default the stack table, or the only one there is.
+        Table that annotates the regions; by default the stack table, or the only one.
     layer
-        Layer with expression; by default ``"measured"`` of the stack table, and ``X`` of others.
+        Layer with expression; by default ``"measured"`` of the stack table, and ``X`` of other tables.
     genes
         Genes to predict; by default all of the table.
     target_sum
-        The table holds raw counts: divide by the total over all genes, multiply by this, take log1p.
+        Set it if the table holds raw counts: they are divided by the total over all genes, multiplied by this number, and
+        log1p is taken.
     coordinate_system
-        Frame that image and regions share; by default the section of the image in a stack.
+        Coordinate system that image and regions share; by default the section of the image in a stack.
     mpp
-        um per unit of that frame; 1 for a stack.
+        um per unit of the coordinate system; 1 for a stack.
     encoder
         ``"tellez-multitask"`` (1 um per pixel), ``"resnet18"``, ``"resnet50"``, ``"ciga-resnet18"`` (0.5 um), or a
         module that returns a pyramid of feature maps.
@@ -80,15 +93,15 @@ def fit_pixnet(
     model_params
         Advanced settings; see :class:`~spatial_impute.models.PixNetParams`.
     tile_size
-        Edge of a tile in px for passes over whole slides.
+        Edge of a tile in px, for whole slides.
     checkpoint
-        Directory to save the state of training to. A call with the same arguments takes it up.
+        Directory that keeps the state of training. A later call with the same arguments continues from it.
     device
         Torch device; ``settings.device`` by default.
     seed
-        Seed; same seed, same model.
+        Seed; the same seed gives the same model.
     show_progress_bar
-        ``settings.show_progress_bar`` by default.
+        Show a progress bar; ``settings.show_progress_bar`` by default.
 
     Returns
     -------
@@ -100,7 +113,7 @@ def fit_pixnet(
     KeyError
         If elements, tables, layers or genes do not exist.
     ValueError
-        If nothing is measured, values are counts where log values are expected or the reverse, units are unknown, or
+        If nothing is measured, values are counts where log values are needed or the reverse, units are unknown, or
         genes differ between slides.
 
     Examples
@@ -129,101 +142,141 @@ def fit_pixnet(
     tile_size, seed = require_count(tile_size, name="tile_size"), require_count(seed, name="seed", least=0)
     device = require_device(device)
     counts = params.loss != "mse+pcc"
-    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = (
-            f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss "
-            f"{params.loss!r}."
-        )
-        raise ValueError(msg)
-    if aggregate == "sum" and not counts:
-        msg = (
-            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
-            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {params.loss!r}."
-        )
-        raise ValueError(msg)
+    _require_aggregate(aggregate, params.loss, counts=counts)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
-    with _steps("Fitting PixNet", show=show_progress_bar) as steps:
-        model = fit_pairs(
-            pairs,
-            build_pyramid(encoder),
-            params,
-            layer=layer,
-            genes=genes,
-            target_sum=target_sum,
-            coordinate_system=coordinate_system,
-            mpp=mpp,
-            aggregate=aggregate,
-            tile_size=tile_size,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            device=device,
-            seed=seed,
-            steps=steps,
-        )
+    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate)
+    expression = ExpressionChoice(layer, genes, target_sum, counts)
+    read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
+    with progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
+        model = fit_on_regions(read, setup, steps, None if checkpoint is None else Path(checkpoint))
     logger.info("Fitted %r", model)
     return model
 
 
-def fit_pairs(
+class Pair(NamedTuple):
+    """Image, regions and table to learn from."""
+
+    sdata: SpatialData
+    image: str
+    shapes: str
+    table: str | None
+
+
+@dataclass(frozen=True)
+class ReadPair:
+    """Measured regions of a pair, um."""
+
+    pair: Pair
+    frame: Frame
+    regions: Regions
+    measured: Measured
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Identity of the image; several pairs may share one."""
+        return id(self.pair.sdata), self.pair.image
+
+
+@dataclass(frozen=True)
+class PixNetSetup:
+    """Encoder and settings of a fit."""
+
+    pyramid: Pyramid
+    params: PixNetParams
+    tile_size: int
+    device: str
+    seed: int
+    aggregate: str = "mean"
+
+    @property
+    def resolution(self) -> float:
+        """Um per pixel."""
+        return self.params.resolution or self.pyramid.resolution
+
+
+def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
+    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
+        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss {loss!r}."
+        raise ValueError(msg)
+    if aggregate == "sum" and not counts:
+        msg = (
+            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
+            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {loss!r}."
+        )
+        raise ValueError(msg)
+
+
+def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
+    """Pairs of image and regions, or a ``ValueError`` if the arguments have different numbers of entries."""
+    objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    columns: list[list[Any]] = [objects, *([k] if isinstance(k, str) or k is None else list(k) for k in keys)]
+    n = max(map(len, columns))
+    for name, values in zip(("sdata", "image_key", "shapes_key", "table_key"), columns, strict=True):
+        if len(values) not in (1, n) or not values:
+            msg = f"`{name}` has {len(values)} entries where another argument has {n}. Give one entry, or {n}."
+            raise ValueError(msg)
+    return list(map(Pair, *(values * n if len(values) == 1 else values for values in columns)))
+
+
+def read_pairs(
     pairs: list[Pair],
-    pyramid: Pyramid,
-    params: PixNetParams,
-    *,
-    layer: str | None = None,
-    genes: Sequence[str] | None = None,
-    target_sum: float | None = None,
-    coordinate_system: str | None = None,
-    mpp: float | None = None,
-    aggregate: str = "mean",
-    tile_size: int,
-    checkpoint: Path | None = None,
-    device: str,
-    seed: int,
-    steps: Callable[[int], Callable[[], None]],
-    known: list[np.ndarray] | None = None,
+    frame: FrameChoice,
+    expression: ExpressionChoice,
+    known: Sequence[np.ndarray] | None = None,
+) -> list[ReadPair]:
+    """Read measured regions; with `known`, (n_shapes,) bool per pair, only these regions."""
+    read: list[ReadPair] = []
+    for i, pair in enumerate(pairs):
+        own_frame = find_frame(pair.sdata, pair.image, pair.shapes, frame)
+        regions, index = read_shapes(pair.sdata, pair.shapes, own_frame)
+        found = read_measured(pair.sdata, pair.shapes, index, pair.table, expression)
+        if known is not None:
+            found = found.take(known[i][found.rows])
+        if read and found.var_names != read[0].measured.var_names:
+            msg = (
+                f"All regions must have the same genes in the same order; {pair.shapes!r} differs from "
+                f"{pairs[0].shapes!r}. Pass `genes=` with the genes that they share."
+            )
+            raise ValueError(msg)
+        read.append(ReadPair(pair, own_frame, regions.take(found.rows), found))
+    return read
+
+
+def fit_on_regions(
+    read: list[ReadPair], setup: PixNetSetup, steps: Steps, checkpoint: Path | None = None
 ) -> PixNetModel:
-    """Fit on pairs of image and regions; with `known`, (n_shapes,) bool per pair, on these regions only."""
+    """Fit on measured regions."""
     from spatial_impute.models.pixnet._fit import fit
     from spatial_impute.models.pixnet._model import PixNetModel
 
-    if known is not None:
-        pairs, known = zip(*((p, k) for p, k in zip(pairs, known, strict=True) if k.any()), strict=True)
-    resolution = params.resolution or pyramid.resolution
-    slides, measured, density = _training_slides(
-        pairs,
-        params,
-        resolution=resolution,
-        layer=layer,
-        genes=genes,
-        target_sum=target_sum,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-        known=known,
-    )
-    var_names = measured[0].var_names
+    resolution, params = setup.resolution, setup.params
+    slides, density = _training_slides(read, params, resolution)
+    var_names = read[0].measured.var_names
     radius_um = [float(np.sqrt(np.median(s.regions.area) / np.pi) * resolution) for s in slides]
     config = {
-        "encoder": pyramid.name,
+        "encoder": setup.pyramid.name,
         "resolution": float(resolution),
-        "units": measured[0].units,
-        "aggregate": aggregate,
+        "units": read[0].measured.units,
+        "aggregate": setup.aggregate,
         "stain_density": list(density),
         "trained_on": [
-            {"image": image, "shapes": shapes, "n_regions": len(s.regions), "radius_um": round(r, 3)}
-            for (_, image, shapes, _), s, r in zip(pairs, slides, radius_um, strict=True)
+            {"image": r.pair.image, "shapes": r.pair.shapes, "n_regions": len(s.regions), "radius_um": round(radius, 3)}
+            for r, s, radius in zip(read, slides, radius_um, strict=True)
         ],
     }
-    fingerprint = {**config, "var_names": var_names, "seed": seed, "params": _plain(params)}
+    plain = asdict(params)
+    del plain["n_steps"]  # a later call may train for more steps
     fitted = fit(
         slides,
-        pyramid,
+        setup.pyramid,
         params,
         resolution=resolution,
         var_names=var_names,
-        core=tile_size,
-        seed=seed,
-        device=device,
+        core=setup.tile_size,
+        seed=setup.seed,
+        device=setup.device,
         checkpoint=checkpoint,
-        fingerprint=fingerprint,
+        fingerprint={**config, "var_names": var_names, "seed": setup.seed, "params": plain},
         progress=steps,
     )
     return PixNetModel(
@@ -234,118 +287,48 @@ def fit_pairs(
         predictability=fitted.held_out,
         config={
             **config,
-            "seed": seed,
+            "seed": setup.seed,
             "version": version("spatial-impute"),
             "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty,
         },
     )
 
 
-def _plain(params: PixNetParams) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    values = asdict(params)
-    values.pop("n_steps")  # training may be taken up to go on for longer
-    return values
-
-
-def _pairs(
-    sdata: SpatialData | Sequence[SpatialData],
-    image_key: str | Sequence[str],
-    shapes_key: str | Sequence[str],
-    table_key: str | Sequence[str] | None,
-) -> list[Pair]:
-    """One entry per image and regions, after checking that the arguments agree in number."""
-    objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
-    keys = [[k] if isinstance(k, str) or k is None else list(k) for k in (image_key, shapes_key, table_key)]
-    n = max(len(objects), *map(len, keys))
-    for name, values in zip(("sdata", "image_key", "shapes_key", "table_key"), (objects, *keys), strict=True):
-        if len(values) not in (1, n) or not values:
-            msg = f"`{name}` has {len(values)} entries where another argument has {n}; give one, or one for each."
-            raise ValueError(msg)
-    columns = [values * n if len(values) == 1 else values for values in (objects, *keys)]
-    return list(zip(*columns, strict=True))
-
-
 def _training_slides(
-    pairs: Sequence[Pair],
-    params: PixNetParams,
-    *,
-    resolution: float,
-    layer: str | None,
-    genes: Sequence[str] | None,
-    target_sum: float | None,
-    coordinate_system: str | None,
-    mpp: float | None,
-    known: Sequence[np.ndarray] | None,
-) -> tuple[list[TrainingSlide], list[Measured], tuple[float, ...]]:
-    """Read everything, checked; also the mean optical density of the slides' tissue."""
+    read: list[ReadPair], params: PixNetParams, resolution: float
+) -> tuple[list[TrainingSlide], tuple[float, ...]]:
+    """Slides for the network, and the mean optical density of their tissue."""
     from spatial_impute._image.resampling import resampled_image, slide_overview
     from spatial_impute.models.pixnet._crops import TrainingSlide, assign_blocks
     from spatial_impute.models.pixnet._model import match_stain
-    from spatial_impute.tl._read_regions import find_frame, read_levels, read_measured, read_shapes
 
-    read: list[Any] = []
-    measured: list[Measured] = []
-    for i, (sdata, image_key, shapes_key, table_key) in enumerate(pairs):
-        frame = find_frame(sdata, image_key, shapes_key, coordinate_system=coordinate_system, mpp=mpp)
-        regions, index = read_shapes(sdata, shapes_key, frame)
-        found = read_measured(
-            sdata,
-            shapes_key,
-            index,
-            table_key=table_key,
-            layer=layer,
-            genes=genes,
-            target_sum=target_sum,
-            counts=params.loss != "mse+pcc",
-        )
-        if known is not None:
-            found = found.take(known[i][found.rows])
-        if measured and found.var_names != measured[0].var_names:
-            msg = (
-                f"All regions must have the same genes in the same order; {shapes_key!r} differs from {pairs[0][2]!r}. "
-                "Pass `genes=` with those they share."
-            )
-            raise ValueError(msg)
-        measured.append(found)
-        read.append((frame, regions.take(found.rows)))
-    overviews: dict[Any, Any] = {}
-    images: dict[Any, Any] = {}
-    corners: dict[Any, Any] = {}
-    places = [(id(sdata), image_key) for sdata, image_key, _, _ in pairs]
-    for (sdata, image_key, _, _), place, (frame, regions) in zip(pairs, places, read, strict=True):
-        if place not in images:
-            levels = read_levels(sdata, image_key, frame)
-            images[place], overviews[place] = resampled_image(levels, resolution), slide_overview(levels)
-        bounds = regions.bounds
-        low, high = corners.get(place, (bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)))
-        corners[place] = np.minimum(low, bounds[:, :2].min(axis=0)), np.maximum(high, bounds[:, 2:].max(axis=0))
-    density = tuple(np.mean([s.density for s in overviews.values()], axis=0).tolist())
+    images, surveys, corners = {}, {}, {}
+    for r in read:
+        if r.place not in images:
+            levels = read_levels(r.pair.sdata, r.pair.image, r.frame)
+            images[r.place], surveys[r.place] = resampled_image(levels, resolution), slide_overview(levels)
+            bounds = np.concatenate([other.regions.bounds for other in read if other.place == r.place])
+            corners[r.place] = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+    density = tuple(np.mean([s.density for s in surveys.values()], axis=0).tolist())
     slides = []
-    for place, (_, regions), found in zip(places, read, measured, strict=True):
-        image = images[place]
-        in_px = regions.moved(image.from_um)
-        inside = _inside(in_px.bounds, image.shape)
+    for r in read:
+        image, (low, high) = images[r.place], corners[r.place]
+        in_px = r.regions.moved(image.from_um)
+        height, width = image.shape
+        bounds = in_px.bounds
+        inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2] <= width) & (bounds[:, 3] <= height)
         if not inside.any():
-            msg = f"No measured region lies wholly on the image {place[1]!r}; check the transformations of both."
+            msg = f"No measured region lies wholly on the image {r.pair.image!r}; check the transformations of both."
             raise ValueError(msg)
-        low, high = corners[place]
-        slides.append(
-            TrainingSlide(
-                image=image,
-                stain=match_stain(overviews[place], density if params.match_stain else None),
-                regions=in_px,
-                expression=found.values,
-                slide=list(images).index(place),
-                block=assign_blocks(regions.centers, low, high - low),
-            ).take(inside)
+        slide = TrainingSlide(
+            image=image,
+            stain=match_stain(surveys[r.place], density if params.match_stain else None),
+            regions=in_px,
+            expression=r.measured.values,
+            slide=list(images).index(r.place),
+            block=assign_blocks(r.regions.centers, low, high - low),
         )
+        slides.append(slide.take(inside))
         if not inside.all():
-            logger.info("%d regions reach beyond the image %r and are left out", (~inside).sum(), place[1])
-    return slides, measured, density
-
-
-def _inside(bounds: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    height, width = shape
-    return (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2] <= width) & (bounds[:, 3] <= height)
+            logger.info("%d regions are not wholly on the image %r and are not used", (~inside).sum(), r.pair.image)
+    return slides, density

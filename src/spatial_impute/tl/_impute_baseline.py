@@ -1,4 +1,4 @@
-"""Impute with a simple method: the bar that a model has to clear."""
+"""Impute with a simple method, to compare models with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
 from spatial_impute._stack.record import load_record
 from spatial_impute._validation import require_one_of, require_slot_key
-from spatial_impute.tl._provenance import provenance
+from spatial_impute.tl._provenance import ImputedLayer, provenance
 from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
@@ -30,20 +29,26 @@ def impute_baseline(
 ) -> AnnData | None:
     """Impute expression at every spot with a simple method.
 
-    Whatever a method has to choose (neighbours, bandwidth, penalty) it chooses by leaving out measured spots.
+    Each method chooses its settings (neighbours, bandwidth, penalty) by leaving out measured spots.
 
     Parameters
     ----------
     sdata
         Registered stack.
     method
-        ``"mean"`` (mean profile of the measured sections), ``"nearest"``, ``"knn"``, ``"kernel"`` (Gaussian of the
-        registered distance), ``"propagation"`` (clamped label propagation on the 3D graph :cite:p:`Zhu2002`),
-        ``"ridge"`` (on image features), ``"transfer_ridge"`` (mean of kernel and ridge at the same spread) or ``"cokriging"`` (Gaussian processes over place and image).
-    table_key, layer, graph_key
-        Stack table, layer with log-normalised expression, graph (for ``"propagation"`` only).
+        ``"mean"`` (mean profile of the measured sections), ``"nearest"`` (nearest measured spot), ``"knn"`` (mean of the
+        nearest measured spots), ``"kernel"`` (Gaussian kernel on the registered distance), ``"propagation"`` (clamped
+        label propagation on the 3D graph :cite:p:`Zhu2002`), ``"ridge"`` (ridge regression on image features),
+        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread) or ``"cokriging"`` (Gaussian processes on
+        position and image features).
+    table_key
+        Name of the stack table.
+    layer
+        Layer with log-normalised expression.
+    graph_key
+        Key of the 3D graph; only ``"propagation"`` uses it.
     key_added
-        Layer to write, ``"baseline_{method}"`` by default.
+        Layer to write; ``"baseline_{method}"`` by default.
     inplace
         Write to the stack table, or return a new AnnData with the result in ``X``.
 
@@ -52,16 +57,16 @@ def impute_baseline(
     ``None``, or an AnnData with ``inplace=False``. Writes:
 
     `sdata.tables['stack'].layers['baseline_{method}']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes); measured spots keep their measurement.
+        (n_spots, n_genes) log1p counts. Measured spots keep their measurement.
     `sdata.tables['stack'].uns['baseline_{method}']` : :class:`dict`
         Provenance.
 
     Raises
     ------
     KeyError
-        If registration, features or graph are missing where needed.
+        If registration, features or graph are missing and the method needs them.
     ValueError
-        For an unknown method, if nothing is measured, or values are raw counts.
+        If the method is unknown, nothing is measured, or values are raw counts.
 
     Examples
     --------
@@ -92,14 +97,8 @@ def impute_baseline(
         found = METHODS[method](panel)
         found[panel.known] = panel.expression
         values[:, columns] = found
-    origin = {"method": method, **provenance(record, table, spots.known)}
+    result = ImputedLayer(key, values, {"method": method, **provenance(record, table, spots.known)})
     if not inplace:
-        from anndata import AnnData
-
-        obsm = {Keys.SPATIAL: table.obsm[Keys.SPATIAL], Keys.SPATIAL_3D: table.obsm[Keys.SPATIAL_3D]}
-        return AnnData(X=values, obs=table.obs.copy(), var=table.var.copy(), obsm=obsm, uns={key: origin})
-    table.layers[key] = values
-    log_added(f"tables[{table_key!r}].layers[{key!r}]")
-    table.uns[key] = origin
-    log_added(f"tables[{table_key!r}].uns[{key!r}]")
+        return result.to_anndata(table)
+    result.write(table, table_key)
     return None

@@ -1,32 +1,33 @@
-"""PixNet at the spots of a stack, as a base that ASIGN may take up."""
+"""PixNet at the spots of a stack: each measured spot is predicted by a model fitted without its fold."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
 from spatial_impute._params import resolve_params
-from spatial_impute._settings import progress
-from spatial_impute._validation import (
-    require_count,
-    require_device,
-    require_positive,
-    require_slot_key,
-)
-from spatial_impute.tl._base_layers import measured_hash
+from spatial_impute._settings import progress_steps
+from spatial_impute._stack.elements import rows_of_spots
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import write_slots
+from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
+from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
+from spatial_impute.tl._provenance import measured_hash
+from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes
 from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from anndata import AnnData
     from spatialdata import SpatialData
     from torch import nn
 
-    from spatial_impute.models import PixNetParams
+    from spatial_impute.models import PixNetModel, PixNetParams
 
 
 def impute_pixnet(
@@ -44,37 +45,47 @@ def impute_pixnet(
     key_added: str = Keys.PIXNET,
     show_progress_bar: bool | None = None,
 ) -> None:
-    """Predict every spot of a stack from the image with PixNet, none by a model that has seen it.
+    """Predict every spot of a stack from the image with PixNet, each by a model that has not seen its measurement.
 
-    Spots that were not measured are predicted by a model fitted on all measured ones; measured spots by models that were
-    fitted without their fold, in turn. The result can be scored against the measurement, and taken up by
-    :func:`fit_asign` as a further base (``base_layers=["pixnet"]``), which weighs it by what it is worth on these folds.
+    A model fitted on all measured spots predicts the spots that were not measured. Measured spots are split into folds,
+    and a model fitted on the other folds predicts each fold. The result can be compared with the measurement.
+    :func:`fit_asign` can use it as a further base (``base_layers=["pixnet"]``) and weighs it by its scores on these folds.
 
     Parameters
     ----------
     sdata
         Registered stack.
-    table_key, layer
-        Stack table, and its layer with log-normalised expression.
-    encoder, model_params, tile_size
-        Encoder and settings of PixNet; see :func:`fit_pixnet`.
-    n_folds, block_spacings, seed
-        Folds: the measured sections if there are several, else blocks of so many spot spacings. For a base of ASIGN they
-        must be those of its own ``model_params`` and `seed`.
+    table_key
+        Name of the stack table.
+    layer
+        Layer with log-normalised expression.
+    encoder
+        Encoder of PixNet; see :func:`fit_pixnet`.
+    model_params
+        Advanced settings of PixNet; see :class:`~spatial_impute.models.PixNetParams`.
+    n_folds
+        Number of folds if one section is measured. If several are measured, each section is a fold. For a base of ASIGN,
+        `n_folds`, `block_spacings` and `seed` must be those of the later :func:`fit_asign` call.
+    block_spacings
+        Edge of a block in spot spacings: the folds of a single section consist of square blocks.
+    tile_size
+        Edge of a tile in px, for whole slides.
     device
         Torch device; ``settings.device`` by default.
+    seed
+        Seed of the folds and of the models.
     key_added
         Layer to write.
     show_progress_bar
-        ``settings.show_progress_bar`` by default.
+        Show a progress bar; ``settings.show_progress_bar`` by default.
 
     Returns
     -------
     ``None``. Writes to `sdata.tables['stack']`:
 
     `.layers['pixnet']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) predictions, in the units of `layer`; also at measured spots. The mean profile where a spot
-        has no pixel on its image.
+        (n_spots, n_genes) predictions in the units of `layer`, also at measured spots. A spot without a pixel on its image
+        gets the mean profile.
     `.obs['pixnet_fold']` : (``int64``)
         Fold of each measured spot; -1 for the others.
     `.uns['pixnet']` : :class:`dict`
@@ -83,9 +94,9 @@ def impute_pixnet(
     Raises
     ------
     KeyError
-        If the stack is not registered, or lacks table or layer.
+        If the stack is not registered, or if the table or layer does not exist.
     ValueError
-        If nothing is measured, or values are raw counts or not finite.
+        If nothing is measured, or if values are raw counts or not finite.
 
     Examples
     --------
@@ -106,11 +117,10 @@ def impute_pixnet(
     from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import PixNetParams
     from spatial_impute.models._spots import spatial_folds
-    from spatial_impute.tl._pixnet_folds import PixNetSetup, fit_on, predict_held_out, predict_spots, read_sections
 
     params = resolve_params(model_params, PixNetParams)
     if params.loss != "mse+pcc":
-        msg = f"A stack holds log values; `model_params` asks for the loss {params.loss!r}, for counts."
+        msg = f"A stack holds log values, but the loss {params.loss!r} of `model_params` is for counts. Use 'mse+pcc'."
         raise ValueError(msg)
     n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
@@ -118,34 +128,19 @@ def impute_pixnet(
     require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    setup = PixNetSetup(
-        pyramid=build_pyramid(encoder),
-        params=params,
-        table_key=table_key,
-        layer=layer,
-        tile_size=tile_size,
-        device=device,
-        seed=seed,
-    )
-    sections = read_sections(sdata, table)
-    bar = progress(None, "Imputing with PixNet", show=show_progress_bar, total=len(folds) + 1)
-    try:
-        values = predict_held_out(sections, spots.known, folds, setup, bar.update)
-        model = fit_on(sections, spots.known, setup)
-        values[~spots.known] = predict_spots(sections, ~spots.known, model, setup)[~spots.known]
-        bar.update()
-    finally:
-        bar.close()
-    lost = np.isnan(values).any(axis=1)
-    values[lost] = spots.expression.mean(axis=0)
+    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed)
+    sections = section_spots(sdata, table, table_key=table_key, layer=layer)
+    with progress_steps("Imputing with PixNet", show=show_progress_bar) as steps:
+        on_fold = steps(len(folds) + 1)
+        values = predict_held_out(sections, spots.known, folds, setup, on_fold)
+        model = _fit_on(sections, spots.known, setup)
+        values[~spots.known] = _predict_spots(sections, ~spots.known, model, setup)[~spots.known]
+        on_fold()
+    values[np.isnan(values).any(axis=1)] = spots.expression.mean(axis=0)
     fold = np.full(table.n_obs, -1, dtype=np.int64)
     for k, rows in enumerate(folds):
         fold[rows] = k
-    table.layers[key_added] = values.astype(np.float32)
-    log_added(f"tables[{table_key!r}].layers[{key_added!r}]")
-    table.obs[Keys.fold(key_added)] = fold
-    log_added(f"tables[{table_key!r}].obs[{Keys.fold(key_added)!r}]")
-    table.uns[key_added] = {
+    origin = {
         "encoder": model.config["encoder"],
         "n_folds": int(n_folds),
         "block_spacings": float(block_spacings),
@@ -153,4 +148,78 @@ def impute_pixnet(
         "measured": measured_hash(spots),
         "version": version("spatial-impute"),
     }
-    log_added(f"tables[{table_key!r}].uns[{key_added!r}]")
+    layers, obs = {key_added: values.astype(np.float32)}, {Keys.fold(key_added): fold}
+    write_slots(table, table_key, {"layers": layers, "obs": obs, "uns": {key_added: origin}})
+
+
+@dataclass(frozen=True)
+class SectionSpots:
+    """Image and spots of one section."""
+
+    pair: Pair
+    layer: str
+    rows: np.ndarray
+    """(n_shapes,) position of each shape among the spots of all stacks; -1 for shapes that are not in the table."""
+
+
+def section_spots(
+    sdata: SpatialData, table: AnnData, *, table_key: str, layer: str, first: int = 0
+) -> list[SectionSpots]:
+    """Sections with spots. Rows are counted from `first`."""
+    found = []
+    for section in load_record(sdata).sections:
+        if section.spots is not None:
+            rows = rows_of_spots(table, section, sdata.shapes[section.spots].index)
+            pair = Pair(sdata, section.image, section.spots, table_key)
+            found.append(SectionSpots(pair, layer, np.where(rows >= 0, first + rows, -1)))
+    return found
+
+
+def predict_held_out(
+    sections: Sequence[SectionSpots],
+    known: np.ndarray,
+    folds: Sequence[np.ndarray],
+    setup: PixNetSetup,
+    on_fold: Callable[[], None],
+) -> np.ndarray:
+    """(n, n_genes): each fold by a model fitted on the known spots of the others; NaN for spots in no fold."""
+    result = np.empty((0, 0))
+    for fold in folds:
+        model = _fit_on(sections, known & ~fold, setup)
+        found = _predict_spots(sections, fold, model, setup)
+        result = result if result.size else found
+        result[fold] = found[fold]
+        on_fold()
+    return result
+
+
+def _fit_on(sections: Sequence[SectionSpots], rows: np.ndarray, setup: PixNetSetup) -> PixNetModel:
+    """Model fitted on the spots at these positions, (n,) bool."""
+    known = [(s.rows >= 0) & rows[s.rows] for s in sections]
+    used = [(s.pair, k) for s, k in zip(sections, known, strict=True) if k.any()]
+    pairs, known = [pair for pair, _ in used], [k for _, k in used]
+    read = read_pairs(pairs, FrameChoice(), ExpressionChoice(sections[0].layer), known)
+    return fit_on_regions(read, setup, lambda _total: lambda: None)
+
+
+def _predict_spots(
+    sections: Sequence[SectionSpots], rows: np.ndarray, model: PixNetModel, setup: PixNetSetup
+) -> np.ndarray:
+    """(n, n_genes) values at the spots at these positions, (n,) bool; NaN elsewhere and off the images."""
+    from spatial_impute._image.resampling import slide_overview
+
+    result = np.full((len(rows), len(model.var_names)), np.nan)
+    model.network.to(setup.device)
+    for section in sections:
+        wanted = np.flatnonzero((section.rows >= 0) & rows[section.rows])
+        if not len(wanted):
+            continue
+        sdata, image_key, shapes_key, _ = section.pair
+        frame = find_frame(sdata, image_key, shapes_key, FrameChoice())
+        regions, _ = read_shapes(sdata, shapes_key, frame)
+        levels = read_levels(sdata, image_key, frame)
+        image, stain = model._image(levels), model._stain(slide_overview(levels))
+        in_px = regions.take(wanted).moved(image.from_um)
+        found = model._read_regions(image, stain, in_px, model.gene_index(None), core=setup.tile_size)
+        result[section.rows[wanted]] = found.expression
+    return result

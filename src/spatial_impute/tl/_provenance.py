@@ -1,38 +1,62 @@
-"""Where an imputed layer comes from: what JSON and every store of AnnData can hold."""
+"""Provenance of imputed layers, the layers themselves, and predictions of other models that ASIGN may use."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+
 from spatial_impute._keys import Keys
+from spatial_impute._stack.table import write_slots
+from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    import numpy as np
     from anndata import AnnData
 
     from spatial_impute._stack.record import StackRecord
+    from spatial_impute.models import AsignParams, PixNetModel
+    from spatial_impute.models._spots import Spots
+
+
+@dataclass(frozen=True)
+class ImputedLayer:
+    """Result of an imputation, to be written or returned."""
+
+    key: str
+    values: np.ndarray
+    origin: dict[str, Any]
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+    obs: dict[str, Any] = field(default_factory=dict)
+    var: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, table: AnnData, table_key: str) -> None:
+        """Write everything to the stack table."""
+        layers = {self.key: self.values, **self.layers}
+        slots = {"layers": layers, "obs": self.obs, "var": self.var, "uns": {self.key: self.origin}}
+        write_slots(table, table_key, slots)
+
+    def to_anndata(self, table: AnnData) -> AnnData:
+        """New AnnData with the imputed values in ``X``."""
+        from anndata import AnnData
+
+        return AnnData(
+            X=self.values,
+            layers=self.layers,
+            obs=table.obs.assign(**self.obs),
+            var=pd.DataFrame(self.var, index=table.var_names) if self.var else table.var.copy(),
+            obsm={key: table.obsm[key] for key in (Keys.SPATIAL, Keys.SPATIAL_3D)},
+            uns={self.key: self.origin},
+        )
 
 
 def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[str, Any]:
-    """What every imputation has in common.
-
-    Parameters
-    ----------
-    record
-        The stack.
-    table
-        Stack table.
-    known
-        (n,) rows whose expression was used.
-
-    Returns
-    -------
-    ``units``, ``encoder``, ``measured_sections``, ``genes``, ``version``, and ``registration``: its ``method``, and
-    ``verdict`` and ``residual_um`` per section (where it is known). Numbers, strings, lists and dicts only.
-    """
+    """Provenance that every imputation from the (n,) known rows records, in types that every store of AnnData holds."""
     registration = record.registration or {"method": "", "sections": {}}
     rows = registration["sections"]
     residuals = {name: row["residual_um"] for name, row in rows.items()}
@@ -50,13 +74,33 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
     }
 
 
+def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
+    """Provenance of a prediction by PixNet."""
+    return {
+        "model": model.identity,
+        "image": image_key,
+        "encoder": model.config["encoder"],
+        "units": model.config["units"],
+        "aggregate": model.config["aggregate"],
+        "resolution_um": float(model.config["resolution"]),
+        "trained_on": [entry["image"] for entry in model.config["trained_on"]],
+        "seed": int(model.config.get("seed", -1)),  # models of 0.1.0.dev had none
+        "version": version("spatial-impute"),
+    }
+
+
 def encoder(table: AnnData) -> str:
     """Encoder of the image features."""
     return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
 
 
+def units(table: AnnData) -> str:
+    """Units of the expression."""
+    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
+
+
 def require_same_units(found: Iterable[str]) -> None:
-    """Raise a ``ValueError`` if expression comes in different units; those that nobody told us go with any."""
+    """Raise a ``ValueError`` if expression comes in different units. Unknown units fit all others."""
     known = sorted({unit for unit in found if unit != "unknown" and not unit.endswith("as given")})
     if len(known) > 1:
         msg = (
@@ -66,6 +110,69 @@ def require_same_units(found: Iterable[str]) -> None:
         raise ValueError(msg)
 
 
-def units(table: AnnData) -> str:
-    """Units of the expression."""
-    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
+def read_base_layers(table: AnnData, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """(n, n_genes) predictions of other models in layers of the stack table.
+
+    Raises
+    ------
+    KeyError
+        If a layer does not exist.
+    ValueError
+        If a layer has the name of a method of ASIGN, or is not finite.
+    """
+    from spatial_impute.models.asign._baselines import METHODS
+    from spatial_impute.models.asign._model import NETWORK
+
+    found = {}
+    for name in names:
+        require_key(
+            name, table.layers, where="layers of the stack table", then="Run `si.tl.impute_pixnet(sdata)` first."
+        )
+        if name in {*METHODS, NETWORK, Keys.ASIGN, Keys.MEASURED}:
+            msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
+            raise ValueError(msg)
+        values = np.asarray(table.layers[name], dtype=np.float64)
+        n_bad = int((~np.isfinite(values)).any(axis=1).sum())
+        if n_bad:
+            msg = f"A base layer must be finite at all spots; `layers[{name!r}]` is not at {n_bad} of {len(values)} spots."
+            raise ValueError(msg)
+        found[name] = values
+    return found
+
+
+def require_same_folds(table: AnnData, spots: Spots, params: AsignParams, *, seed: int) -> None:
+    """Raise a ``ValueError`` unless the base layers were predicted without the folds that ASIGN hides.
+
+    A base layer must come from the present measurement, and each measured spot must be predicted by a model that was
+    fitted without the fold of the spot.
+    """
+    from spatial_impute.models._spots import spatial_folds
+
+    if not spots.bases:
+        return
+    n_folds, block_spacings = params.n_folds, params.block_spacings
+    folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
+    expected = np.argmax(np.stack(folds)[:, spots.known], axis=0)
+    for name in spots.bases:
+        column, record = Keys.fold(name), table.uns.get(name, {})
+        problem = None
+        if column not in table.obs or "measured" not in record:
+            problem = f"Nothing says how measured spots were held out from `layers[{name!r}]` (no `obs[{column!r}]`)."
+        elif str(record["measured"]) != measured_hash(spots):
+            problem = f"`layers[{name!r}]` was predicted from other measured expression than the present one."
+        elif not np.array_equal(table.obs[column].to_numpy()[spots.known], expected):
+            used = {key: record.get(key) for key in ("n_folds", "block_spacings", "seed")}
+            problem = f"`layers[{name!r}]` was predicted with other folds ({used}) than ASIGN hides."
+        if problem is not None:
+            msg = (
+                f"{problem} Run `si.tl.impute_pixnet(sdata, key_added={name!r}, n_folds={n_folds}, "
+                f"block_spacings={block_spacings:g}, seed={seed})`."
+            )
+            raise ValueError(msg)
+
+
+def measured_hash(spots: Spots) -> str:
+    """Hash of the measured expression and of the spots that have it."""
+    digest = hashlib.sha256(spots.known.tobytes())
+    digest.update(np.ascontiguousarray(spots.expression).tobytes())
+    return digest.hexdigest()[:16]

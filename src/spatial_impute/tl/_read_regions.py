@@ -1,9 +1,9 @@
-"""Images, regions and tables of any SpatialData object as the plain arrays that PixNet sees."""
+"""Images, regions and tables of any SpatialData object as the plain arrays that PixNet uses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,108 +24,116 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
+    from spatial_impute._stack.record import Section
     from spatial_impute.models.pixnet._region_weights import Regions
 
 _FINEST = 1e-3  # um per pixel; two hundred times finer than what a light microscope resolves
 _MAX_STRETCH = 1.05  # beyond it circles would become ellipses
 
 
-def find_frame(
-    sdata: SpatialData, image_key: str, shapes_key: str | None, *, coordinate_system: str | None, mpp: float | None
-) -> Frame:
-    """Coordinate system of an image (and shapes), and its unit.
+@dataclass(frozen=True)
+class FrameChoice:
+    """Coordinate system of image and regions, and its unit, as the user gave them; by default those of the stack."""
 
-    Parameters
-    ----------
-    sdata
-        Stack, or any object.
-    image_key, shapes_key
-        Elements that must be in it.
-    coordinate_system
-        As the user says; for an image of a stack, its section.
-    mpp
-        um per unit, as the user says; 1 for a stack.
+    coordinate_system: str | None = None
+    mpp: float | None = None
+    """um per unit."""
+
+
+@dataclass(frozen=True)
+class ExpressionChoice:
+    """Expression to read, as the user gave it."""
+
+    layer: str | None = None
+    genes: Sequence[str] | None = None
+    target_sum: float | None = None
+    counts: bool = False
+    """Raw counts are needed, not log values."""
+
+
+def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
+    """Coordinate system of an image (and shapes), and its unit.
 
     Raises
     ------
     KeyError
         If an element or the coordinate system does not exist.
     ValueError
-        If coordinate system or unit are not clear.
+        If the coordinate system or its unit is not clear.
     """
     from spatialdata.transformations import get_transformation
 
     require_spatialdata(sdata)
     require_key(image_key, sdata.images, where="sdata.images")
-    if shapes_key is not None:
-        require_key(shapes_key, sdata.shapes, where="sdata.shapes")
-    section = None
-    if Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}):
-        section = next((s.name for s in load_record(sdata).sections if s.image == image_key), None)
-    if coordinate_system is None and section is not None:
-        coordinate_system = section
     elements = {f"images[{image_key!r}]": sdata.images[image_key]}
     if shapes_key is not None:
+        require_key(shapes_key, sdata.shapes, where="sdata.shapes")
         elements[f"shapes[{shapes_key!r}]"] = sdata.shapes[shapes_key]
+    section = next((s.name for s in stack_sections(sdata) if s.image == image_key), None)
     systems = {name: set(get_transformation(element, get_all=True)) for name, element in elements.items()}
-    if coordinate_system is None:
-        shared = sorted(set.intersection(*systems.values()))
-        if len(shared) != 1:
-            msg = (
-                f"{' and '.join(f'`sdata.{name}`' for name in elements)} share the coordinate systems {shared}; say which "
-                "one to use with `coordinate_system=`."
-            )
-            raise ValueError(msg)
-        coordinate_system = shared[0]
-    for name, found in systems.items():
+    name = choice.coordinate_system
+    if name is None:
+        name = _shared_system(systems) if section is None else section
+    for element, found in systems.items():
         require_key(
-            coordinate_system,
+            name,
             found,
-            where=f"coordinate systems of sdata.{name}",
+            where=f"coordinate systems of sdata.{element}",
             then="Add one with `spatialdata.transformations.set_transformation`.",
         )
-    in_um = section is not None and coordinate_system in (section, Keys.ALIGNED)
-    if mpp is None and not in_um:
+    if choice.mpp is not None:
+        return Frame(name, require_positive(choice.mpp, name="mpp", unit="um per unit"))
+    if section is None or name not in (section, Keys.ALIGNED):
         msg = (
-            f"The unit of coordinate system {coordinate_system!r} is unknown: pass `mpp=` (um per unit; the pixel size of "
-            "the full-resolution image where units are its pixels), or use a stack made by `si.pp.assemble_stack`."
+            f"The unit of coordinate system {name!r} is unknown. Pass `mpp=` (um per unit; if a unit is a pixel of the "
+            "full-resolution image, its pixel size), or use a stack made by `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
-    return Frame(coordinate_system, 1.0 if mpp is None else require_positive(mpp, name="mpp", unit="um per unit"))
+    return Frame(name, 1.0)
+
+
+def stack_sections(sdata: SpatialData) -> tuple[Section, ...]:
+    """Sections of the stack; none for an object that is not a stack."""
+    return load_record(sdata).sections if Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}) else ()
+
+
+def dense_maps(sdata: SpatialData) -> dict[str, Any]:
+    """Records of the dense maps that :func:`~spatial_impute.tl.predict_dense` wrote to this object."""
+    return sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {})
+
+
+def _shared_system(systems: dict[str, set[str]]) -> str:
+    """The one coordinate system that all elements have."""
+    shared = sorted(set.intersection(*systems.values()))
+    if len(shared) != 1:
+        msg = (
+            f"{' and '.join(f'`sdata.{name}`' for name in systems)} share the coordinate systems {shared}; choose one "
+            "with `coordinate_system=`."
+        )
+        raise ValueError(msg)
+    return shared[0]
 
 
 def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]:
-    """Resolutions of an image, finest first, with their maps to um.
-
-    Raises
-    ------
-    ValueError
-        If its pixels are too small to be those of a section.
-    """
+    """Resolutions of an image, finest first, with their maps to um; a ``ValueError`` for impossibly small pixels."""
     element = sdata.images[image_key]
     levels = image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
     if not levels[0].pixel_size >= _FINEST:
         msg = (
             f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than light "
-            "can show; check `mpp` and the transformation of the image."
+            "can show. Check `mpp` and the transformation of the image."
         )
         raise ValueError(msg)
     return levels
 
 
 def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regions, pd.Index]:
-    """Circles or polygons in um, and their ids.
-
-    Raises
-    ------
-    ValueError
-        If they are neither, hold NaN, or circles would become ellipses.
-    """
+    """Circles or polygons in um, and their ids; a ``ValueError`` for other shapes and for values that are not finite."""
     shapes = sdata.shapes[shapes_key]
     matrix = scaling(frame.um) @ element_affine(shapes, frame.name)
     where = f"sdata.shapes[{shapes_key!r}]"
     if not shapes.index.is_unique:
-        msg = f"Ids of `{where}` must be unique, but {shapes.index[shapes.index.duplicated()][0]!r} is there more than once."
+        msg = f"Ids of `{where}` must be unique, but {shapes.index[shapes.index.duplicated()][0]!r} occurs more than once."
         raise ValueError(msg)
     kinds = set(shapes.geom_type.unique())
     if kinds == {"Point"} and "radius" in shapes:
@@ -151,31 +159,30 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
 
 
 def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None) -> str:
-    """Name of the table whose rows are these shapes; the stack table where there is one.
+    """Name of the table whose rows are these shapes; by default the stack table, or the only table.
 
     Raises
     ------
     KeyError
-        If there is none, or not the one asked for.
+        If there is no such table.
     ValueError
-        If there are several and none is asked for.
+        If there are several tables and `table_key` is None.
     """
     if table_key is not None:
         require_key(table_key, sdata.tables, where="sdata.tables")
     names = []
     for key, table in sdata.tables.items():
-        attrs = table.uns.get("spatialdata_attrs", {})
-        region = attrs.get("region")
+        region = table.uns.get("spatialdata_attrs", {}).get("region")
         if shapes_key in ([region] if isinstance(region, str) else list(region or [])):
             names.append(key)
     if table_key is None and Keys.STACK_TABLE in names:
-        table_key = Keys.STACK_TABLE
+        return Keys.STACK_TABLE
     if table_key is None and len(names) > 1:
-        msg = f"`sdata.shapes[{shapes_key!r}]` has several tables {sorted(names)}; choose with `table_key=`."
+        msg = f"`sdata.shapes[{shapes_key!r}]` has several tables {sorted(names)}; choose one with `table_key=`."
         raise ValueError(msg)
     table_key = names[0] if table_key is None and names else table_key
     require_key(str(table_key), names, where=f"tables that annotate sdata.shapes[{shapes_key!r}]")
-    return table_key
+    return str(table_key)
 
 
 @dataclass(frozen=True)
@@ -189,100 +196,104 @@ class Measured:
     var_names: list[str]
     units: str
 
-    def take(self, kept: np.ndarray) -> Measured:
-        """Some of the regions, by (n,) bool."""
-        return replace(self, rows=self.rows[kept], values=self.values[kept])
+    def take(self, chosen: np.ndarray) -> Measured:
+        """Some of the regions, by an (n,) bool mask."""
+        return replace(self, rows=self.rows[chosen], values=self.values[chosen])
 
 
 def read_measured(
-    sdata: SpatialData,
-    shapes_key: str,
-    index: pd.Index,
-    *,
-    table_key: str | None,
-    layer: str | None,
-    genes: Sequence[str] | None,
-    target_sum: float | None,
-    counts: bool,
+    sdata: SpatialData, shapes_key: str, index: pd.Index, table_key: str | None, choice: ExpressionChoice
 ) -> Measured:
-    """Expression of the shapes that were measured, joined by id.
+    """Expression of the measured shapes, joined by id.
 
-    In the stack table ``obs["measured"]`` alone decides which rows are read; of other tables all rows are.
+    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always.
 
     Raises
     ------
     KeyError
         If table, layer or genes do not exist.
     ValueError
-        If nothing is measured, values are not finite, or are counts where log values are expected or the reverse.
+        If nothing is measured, values are not finite, or values are counts where log values are needed or the reverse.
     """
     from scipy import sparse
 
     key = annotating_table(sdata, shapes_key, table_key)
-    table = sdata.tables[key]
-    attrs = table.uns["spatialdata_attrs"]
-    rows = (table.obs[attrs["region_key"]].astype(str) == shapes_key).to_numpy()
+    table, where = sdata.tables[key], f"sdata.tables[{key!r}]"
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
-    if is_stack:
-        rows = rows & table.obs[Keys.MEASURED].to_numpy(bool)
-        layer = Keys.MEASURED if layer is None else layer
-    where = f"sdata.tables[{key!r}]" + (".X" if layer is None else f".layers[{layer!r}]")
+    layer = Keys.MEASURED if is_stack and choice.layer is None else choice.layer
     if layer is not None:
-        require_key(layer, table.layers, where=f"sdata.tables[{key!r}].layers", then=_SELECT if is_stack else None)
+        then = "Write it with `si.pp.select_genes(sdata)`." if is_stack else None
+        require_key(layer, table.layers, where=f"{where}.layers", then=then)
+    slot = where + (".X" if layer is None else f".layers[{layer!r}]")
     matrix = table.X if layer is None else table.layers[layer]
     if matrix is None:
-        msg = f"`{where}` is empty; name the layer that holds expression with `layer=`, one of {sorted(table.layers)}."
+        msg = f"`{slot}` is empty; name the layer that holds expression with `layer=`, one of {sorted(table.layers)}."
         raise ValueError(msg)
+    rows, place = _measured_rows(table, shapes_key, index, where, is_stack=is_stack)
+    columns = _columns(table, choice.genes, where)
+    values, units = _to_units(matrix[np.flatnonzero(rows)], table, slot, choice)
+    values = values[:, columns]
+    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    require_finite(values, name=f"`{slot}`", row_names=table.obs_names[rows])
+    return Measured(place, values, [str(gene) for gene in table.var_names[columns]], units)
+
+
+def _measured_rows(
+    table: AnnData, shapes_key: str, index: pd.Index, where: str, *, is_stack: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mask of the rows of the table that are measured shapes, and the positions of these shapes."""
+    attrs = table.uns["spatialdata_attrs"]
+    rows = (table.obs[attrs["region_key"]].astype(str) == shapes_key).to_numpy()
+    if is_stack:
+        rows = rows & table.obs[Keys.MEASURED].to_numpy(bool)
     place = pd.Index(index.astype(str)).get_indexer(table.obs[attrs["instance_key"]].astype(str))
     rows = rows & (place >= 0)
     if not rows.any():
         msg = (
             f"None of the {len(index)} shapes of `sdata.shapes[{shapes_key!r}]` was measured: no row of "
-            f"`sdata.tables[{key!r}]` {'with `obs[measured]` true ' if is_stack else ''}names one of them."
+            f"`{where}` {'with `obs[measured]` true ' if is_stack else ''}names one of them."
         )
         raise ValueError(msg)
-    if pd.Index(place[rows]).has_duplicates:
-        repeated = index[place[rows][pd.Index(place[rows]).duplicated()][0]]
-        msg = f"Several rows of `sdata.tables[{key!r}]` annotate the shape {repeated!r} of {shapes_key!r}; keep one of them."
+    repeated = pd.Index(place[rows]).duplicated()
+    if repeated.any():
+        msg = (
+            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep one "
+            "of them."
+        )
         raise ValueError(msg)
+    return rows, place[rows]
+
+
+def _columns(table: AnnData, genes: Sequence[str] | None, where: str) -> np.ndarray:
+    """Columns of the genes to read; by default all."""
     if not table.var_names.is_unique:
         repeated = table.var_names[table.var_names.duplicated()][0]
-        msg = f"`sdata.tables[{key!r}].var_names` must be unique, found {repeated!r} twice; `var_names_make_unique()` helps."
+        msg = f"`{where}.var_names` must be unique, found {repeated!r} twice; `var_names_make_unique()` helps."
         raise ValueError(msg)
-    names = [str(g) for g in (table.var_names if genes is None else name_list(genes, name="genes"))]
+    names = list(table.var_names) if genes is None else name_list(genes, name="genes")
     if not names:
         msg = "`genes` is empty; name some, or leave it out for all."
         raise ValueError(msg)
     for gene in names:
-        require_key(gene, table.var_names, where=f"sdata.tables[{key!r}].var_names")
-    values = matrix[np.flatnonzero(rows)]
-    values, units = _to_units(values, table, where, target_sum=target_sum, counts=counts)
-    values = values[:, table.var_names.get_indexer(names)]
-    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
-    require_finite(values, name=f"`{where}`", row_names=table.obs_names[rows])
-    return Measured(place[rows], values, names, units)
+        require_key(gene, table.var_names, where=f"{where}.var_names")
+    return table.var_names.get_indexer(names)
 
 
-_SELECT = "Write it with `si.pp.select_genes(sdata)`."
-
-
-def _to_units(
-    values: object, table: AnnData, where: str, *, target_sum: float | None, counts: bool
-) -> tuple[object, str]:
-    """Check what the values are and bring them to what the loss wants."""
+def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice) -> tuple[Any, str]:
+    """Values in the units that the loss needs, and the name of these units."""
     from scipy import sparse
 
     from spatial_impute._expression import log_normalize
 
     data = values.data if sparse.issparse(values) else np.asarray(values)
     raw = looks_like_counts(data)
-    if counts:
+    if choice.counts:
         if not raw:
-            msg = f"Losses for counts need raw counts in `{where}`, found other values. Name their layer or table."
+            msg = f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw counts."
             raise ValueError(msg)
         return values, "counts"
-    if target_sum is not None:
-        target_sum = require_positive(target_sum, name="target_sum")
+    if choice.target_sum is not None:
+        target_sum = require_positive(choice.target_sum, name="target_sum")
         if not raw:
             msg = (
                 f"`target_sum` normalises raw counts, but `{where}` does not hold counts. Leave it out for log values."

@@ -1,27 +1,52 @@
-"""Turn the stack table into the plain arrays that the models see."""
+"""Stack tables as the plain arrays that the models use."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack.table import dense_rows, measured_mask, section_ranks, stack_table
+from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
+from spatial_impute.tl._provenance import require_same_units, units
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from scipy import sparse
     from spatialdata import SpatialData
 
-_REGISTER = "Run `si.tl.register_stack(sdata)` first."
 _EXTRACT = "Run `si.pp.extract_features(sdata)` first."
 _BUILD = "Run `si.tl.build_3d_graph(sdata)` first."
 _MOVED = 1e-3  # of the bandwidth: lengths are kept as float32, a new registration moves spots by more
+
+
+def stack_list(sdata: SpatialData | Sequence[SpatialData]) -> list[SpatialData]:
+    """One or several stacks as a list that is not empty."""
+    stacks = list(sdata) if isinstance(sdata, Sequence) else [sdata]
+    if not stacks:
+        msg = "`sdata` is an empty sequence; pass at least one stack."
+        raise ValueError(msg)
+    return stacks
+
+
+def read_stacks(stacks: list[SpatialData], **slots: Any) -> tuple[list[AnnData], list[Spots]]:
+    """Read several stacks with :func:`read_spots`, or raise a ``ValueError`` if they differ in genes or units."""
+    read = [read_spots(sdata, **slots) for sdata in stacks]
+    tables, spots = [table for table, _ in read], [found for _, found in read]
+    for i, table in enumerate(tables):
+        if list(table.var_names) != list(tables[0].var_names):
+            msg = (
+                f"All stacks must have the same genes in the same order; stack {i} differs from stack 0. "
+                "Use `si.pp.select_genes(sdata, genes=...)` on each."
+            )
+            raise ValueError(msg)
+    require_same_units(map(units, tables))
+    return tables, spots
 
 
 def read_spots(
@@ -33,32 +58,21 @@ def read_spots(
     features: bool = True,
     graph: bool = True,
 ) -> tuple[AnnData, Spots]:
-    """Read the stack table and check everything the wanted parts need.
-
-    Parameters
-    ----------
-    sdata
-        Registered stack.
-    table_key, layer, graph_key
-        Where to read.
-    features, graph
-        Whether image features and the graph are needed.
+    """Read the stack table, with image features and graph if they are needed.
 
     Raises
     ------
     KeyError
         If a slot is missing; the message names the function that writes it.
     ValueError
-        If nothing is measured, or the values are raw counts or not finite.
+        If nothing is measured, or if the values are raw counts or not finite.
     """
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
     known = measured_mask(table, layer=layer)
     expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
-    require_key(Keys.SPATIAL_3D, table.obsm, where=f"{where}.obsm", then=_REGISTER)
-    xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
-    require_finite(xyz, name=f"{where}.obsm[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
+    xyz = registered_spots(table, table_key)
     section = section_ranks(table)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
@@ -68,7 +82,7 @@ def read_spots(
         known=known,
         expression=expression,
         spacing=typical_spacing(xyz, section),
-        features=None if tokens is None else _field_features(table, tokens),
+        features=None if tokens is None else _centred_features(table, tokens),
         graph=weights,
         tokens=tokens,
         edge_features=edge_features,
@@ -102,21 +116,22 @@ def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.nd
         require_key(key, table.obsm, where=f"{where}.obsm", then=_EXTRACT)
         require_finite(np.asarray(table.obsm[key]), name=f"{where}.obsm[{key!r}]", row_names=table.obs_names)
     width = table.obsm[Keys.X_SPOT].shape[1]
-    tokens = []
-    for key in Keys.LEVELS:
+
+    def read(key: str) -> np.ndarray:
         values = np.asarray(table.obsm[key])
         if values.shape[1] % width:
             msg = (
-                f"{where}.obsm[{key!r}] has {values.shape[1]} columns, which is no multiple of the {width} features of "
-                f"{Keys.X_SPOT!r}. {_EXTRACT}"
+                f"{where}.obsm[{key!r}] must have a multiple of the {width} columns of {Keys.X_SPOT!r}, found "
+                f"{values.shape[1]}. {_EXTRACT}"
             )
             raise ValueError(msg)
-        tokens.append(standardise_by_section(values, section).reshape(len(values), -1, width))
-    return tuple(tokens)
+        return standardise_by_section(values, section).reshape(len(values), -1, width)
+
+    return read(Keys.X_SPOT), read(Keys.X_REGION), read(Keys.X_GLOBAL)
 
 
-def _field_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndarray:
-    """(n, d) features of the fields centred on the spots; the first token of each level where nothing else is said."""
+def _centred_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndarray:
+    """(n, d) features of the fields of view that are centred on the spots; by default the first token of each level."""
     which = table.uns.get(Keys.FEATURES, {}).get("field_tokens", {})
     chosen = [t[:, np.asarray(which.get(key, [0]))] for key, t in zip(Keys.LEVELS, tokens, strict=True)]
     return np.concatenate([t.reshape(len(t), -1) for t in chosen], axis=1)
@@ -130,10 +145,11 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
         require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
     require_key(Keys.neighbors(key), table.uns, where=f"{where}.uns", then=_BUILD)
     weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64)
-    if not (weights.data >= 0).all() or not np.isfinite(weights.data).all():
-        bad = weights.tocoo().row[~((weights.data >= 0) & np.isfinite(weights.data))][0]
+    valid = (weights.data >= 0) & np.isfinite(weights.data)
+    if not valid.all():
+        bad = weights.tocoo().row[~valid][0]
         msg = (
-            f"{where}.obsp[{Keys.connectivities(key)!r}] must hold finite weights of at least 0; the first other one is "
+            f"{where}.obsp[{Keys.connectivities(key)!r}] must hold finite weights of at least 0; the first wrong one is "
             f"in the row of {table.obs_names[bad]!r}. {_BUILD}"
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Bring the sections of a stack into one frame. The only place where registration meets the data object."""
+"""Register the sections of a stack and write the result to the data object."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from spatial_impute._registration import (
     register_chain,
     run_all,
 )
-from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.elements import displacement_elements, plane_affine, section_levels
 from spatial_impute._stack.record import load_record, save_record
-from spatial_impute._stack.registration import displacement_elements
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -37,32 +36,31 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
-from spatial_impute.tl._given_transforms import check_skip, read_placements
-from spatial_impute.tl._write_registration import registered_coordinates, write_displacements, write_transformations
+from spatial_impute.tl._given_transforms import PlaceReader, check_skip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from spatialdata import SpatialData
 
-    from spatial_impute._registration import PairResult
+    from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack.record import StackRecord
     from spatial_impute.tl._given_transforms import Placement
 
-# Tissue rarely fills less than half of the side of its scan, so this leaves it the pixels that registration works at.
+# Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.
 _SCAN_PER_TISSUE = 2.2
 
 
 @dataclass(frozen=True)
 class RegistrationResult:
-    """What :func:`register_stack` found, returned with ``inplace=False``."""
+    """Result of :func:`register_stack` with ``inplace=False``."""
 
     matrices: dict[str, np.ndarray]
     """Section name to (3, 3) affine from its frame to that of the reference, um."""
     quality: pd.DataFrame
     """One row per pair of sections."""
     transforms: dict[str, SectionTransform]
-    """Section name to its whole way into the common frame, with ``points`` and ``inverse``."""
+    """Section name to its transformation to the common frame, deformation included, with ``points`` and ``inverse``."""
     sections: pd.DataFrame
     """One row per section: route, verdict, estimated residual error, deformation."""
 
@@ -86,11 +84,11 @@ def register_stack(
 ) -> RegistrationResult | None:
     """Register the H&E sections of a stack to its reference with antspyx :cite:p:`Avants2011`.
 
-    For each pair of sections all rotations and both faces are searched; the best starts are refined by a rigid and an
+    For each pair of sections, all rotations and both faces are searched. The best starts are refined by a rigid and an
     affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
-    reference; where a neighbour gives no sound link, the next one is tried. With ``method="syn"`` each section then
-    gets one smooth deformation onto the next one on its way to the reference, if different parts of the tissue
-    ask for the same one; otherwise it keeps its affine place, and its row says why.
+    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then gets
+    one smooth deformation onto the next section on its path to the reference, if different parts of the tissue agree on
+    it. Otherwise the section keeps its affine place, and its row gives the reason.
 
     Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
     repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
@@ -100,36 +98,37 @@ def register_stack(
     sdata
         Stack.
     reference
-        Section that stays where it is; that of the stack record by default (the first measured one).
+        Section that stays in its place; by default that of the stack record (the first measured section).
     method
         ``"rigid"``, ``"affine"`` or ``"syn"`` (affine and a deformation).
     policy
-        ``"sequential"`` registers neighbours and chains them; ``"star"`` registers every section to the reference;
+        ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
     on_failure
-        ``"raise"`` or ``"warn"`` when a section could not be placed with confidence. It is never replaced by the
-        identity in silence.
+        ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
     resolution
         Pixel size in um at which the images are read. By default the longer side of an image gets 2.2 times the pixels
-        at which registration works (704), but none below ``registration_params.min_working_pixel``.
+        at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
-        Sections whose place is known. A (3, 3) matrix from the section's frame to that of the reference (um), a pair
-        of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is
-        aligned already: its transformation to `target_coordinate_system` is kept, or its frame taken for that of the
-        reference if it has none. Taken as they are, without deformation; neighbours are registered to them.
+        Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
+        (um), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
+        that is aligned already. ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the
+        frame of the section is that of the reference. These places are used without a fit and without deformation;
+        neighbours are registered to them.
     initial
-        The same, as starts: such a section is fitted from there and no other pose is searched.
+        Starts, in the same form: such a section is fitted from its start, and no other pose is searched.
     skip
-        Sections (damaged, wrong stain) that are not registered and to which none is; their neighbours are linked over
-        them. Without an entry in `transformations` they are left out of the common frame, so they must have no spots.
+        Sections (damaged, wrong stain) that are not registered and to which no other section is registered. Their
+        neighbours are linked directly. Without an entry in `transformations` they are not in the common frame, so they
+        must have no spots.
     registration_params
-        Advanced settings.
+        Advanced settings; see :class:`~spatial_impute.models.RegistrationParams`.
     target_coordinate_system
         Name of the common coordinate system.
     seed
-        Seed of the optimiser; same seed, same result (for a fixed number of threads).
+        Seed of the optimiser; the same seed gives the same result, for a fixed number of threads.
     show_progress_bar
-        ``settings.show_progress_bar`` by default.
+        Show a progress bar; ``settings.show_progress_bar`` by default.
     inplace
         Write to `sdata`, or return the result and write nothing.
 
@@ -138,10 +137,10 @@ def register_stack(
     ``None``, or a :class:`RegistrationResult` with ``inplace=False``. Writes:
 
     every element of a section
-        the affine part as a transformation to `target_coordinate_system` (um, frame of the reference).
+        The affine part as a transformation to `target_coordinate_system` (um, frame of the reference).
     `sdata.images['{section}_displacement']`, `sdata.images['{section}_displacement_inverse']`
-        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first
-        leads from a point of the common frame to its place by the affine part alone (for images), the second back (for
+        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first maps
+        a point of the common frame to its place by the affine part alone (for images), the second maps it back (for
         points). :func:`warp_element` applies them.
     `sdata.tables['stack'].obsm['spatial_3d']` : :class:`numpy.ndarray` (``float64``)
         (n_spots, 3) x, y in the common frame, deformation included, and z, um.
@@ -173,59 +172,13 @@ def register_stack(
     params = resolve_params(registration_params, RegistrationParams)
     seed = require_count(seed, name="seed", least=0)
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
-    kind = "rigid" if method == "rigid" else "affine"
-    given, starts = (
-        read_placements(
-            sdata, record, reference, found or {}, argument=name, kind=kind, target=target_coordinate_system
-        )
-        for found, name in ((transformations, "transformations"), (initial, "initial"))
-    )
+    places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
+    given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
     skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     if both := sorted(set(given) & set(starts)):
-        msg = f"Sections {both} stand in `transformations` and in `initial`; a known place needs no start."
+        msg = f"Sections {both} are in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
-
-    linked = [name for name in record.names if name not in skipped]
-    images, to_section = _thumbnails(sdata, record, linked, resolution, params)
-    base = to_section[reference]
-    in_thumbnails = [  # from the frames of the sections to those of the thumbnails
-        {name: np.linalg.inv(base) @ m @ to_section[name] for name, m in some.items() if name in images}
-        for some in (given, starts)
-    ]
-    run = partial(run_all, show=show_progress_bar)
-    task = StackTask(images, reference, policy, kind, *in_thumbnails, params, seed)
-    pairs, placed = register_chain(task, run)
-    fields: dict[str, Any] = {}
-    if method == "syn" and not (on_failure == "raise" and any(r.verdict == "failed" for r in placed.values())):
-        fields = deform_stack(images, placed, reference, params=params, seed=seed, run=run)
-    _report(placed, on_failure)
-
-    transforms, sections = {}, {}
-    for name in record.names:
-        if name in placed:
-            field, deformation = fields.get(name, (None, None))
-            matrix = base @ placed[name].matrix @ np.linalg.inv(to_section[name])
-            transforms[name] = SectionTransform.from_field(matrix, field, base)
-            sections[name] = _section_row(
-                placed[name], matrix, deformation=deformation, deformed=field is not None, pairs=pairs
-            )
-        elif name in given:
-            transforms[name] = SectionTransform(given[name])
-            sections[name] = _section_row(ChainResult(given[name], (name, reference), "given", 1.0, "ok"), given[name])
-    rows = [{"fixed": f, "moving": m, "method": pair.method, **pair.quality} for (f, m), pair in pairs.items()]
-    if not inplace:
-        matrices = {name: transform.matrix for name, transform in transforms.items()}
-        frame = pd.DataFrame([{"section": name, **row} for name, row in sections.items()]).set_index("section")
-        return RegistrationResult(matrices, pd.DataFrame(rows), transforms, frame)
-
-    elements = [displacement_elements(transforms[name], name, target_coordinate_system) for name in transforms]
-    coordinates = registered_coordinates(sdata, record, transforms)
-    write_transformations(sdata, record, transforms, target_coordinate_system)
-    write_displacements(sdata, record, {key: new for some in elements for key, new in some.items()})
-    if coordinates is not None:
-        sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
-        log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
-    registration = {
+    settings = {
         "version": version("spatial-impute"),
         "method": method,
         "policy": policy,
@@ -234,39 +187,88 @@ def register_stack(
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
-        "sections": sections,
-        "pairs": _jsonable(rows),
     }
-    save_record(sdata, replace(record, reference=reference, registration=registration))
-    log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
+    request = _Request(reference, settings, params, given, starts, on_failure, show_progress_bar)
+    found = _register(sdata, record, request)
+    _report(found.placed, on_failure)
+    result = _Result.from_registered(record, request, found)
+    if not inplace:
+        return result.to_public()
+    _write(sdata, record, request, result)
     return None
 
 
+@dataclass(frozen=True)
+class _Request:
+    """Checked arguments."""
+
+    reference: str
+    settings: dict[str, Any]
+    params: RegistrationParams
+    given: dict[str, np.ndarray]
+    starts: dict[str, np.ndarray]
+    on_failure: str
+    show_progress_bar: bool | None
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """Result of the registration, in the frames of the thumbnails: um from the corner."""
+
+    to_section: dict[str, np.ndarray]
+    """(3, 3) affines from the frames of the thumbnails to those of the sections."""
+    pairs: dict[tuple[str, str], PairResult]
+    placed: dict[str, ChainResult]
+    fields: dict[str, tuple[DisplacementField | None, dict[str, Any]]]
+
+
 def _thumbnails(
-    sdata: SpatialData, record: StackRecord, names: Sequence[str], resolution: float | None, params: RegistrationParams
+    sdata: SpatialData, record: StackRecord, request: _Request
 ) -> tuple[dict[str, SectionImage], dict[str, np.ndarray]]:
-    """Thumbnail of every section and the affine from its own frame (um from the corner) to that of the section."""
-    images, to_section = {}, {}
-    for section in (record[name] for name in names):
+    """Images to register, and the affines from their frames to those of the sections."""
+    images, to_section, params = {}, {}, request.params
+    for section in record.sections:
+        if section.name in request.settings["skipped"]:
+            continue
         levels = section_levels(sdata, section)
         longest = max(levels[0].shape) * levels[0].pixel_size
         wanted = _SCAN_PER_TISSUE * max(params.working_side, params.syn_side)
-        rgb, to_um = read_thumbnail(levels, resolution or max(params.min_working_pixel, longest / wanted))
+        rgb, to_um = read_thumbnail(
+            levels, request.settings["resolution_um"] or max(params.min_working_pixel, longest / wanted)
+        )
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         try:
             images[section.name] = SectionImage(rgb, pixel_size=(size_x, size_y))
         except ValueError as error:
             msg = (
-                f"Section {section.name!r} (`sdata.images[{section.image!r}]`): {error} A section that cannot be "
-                f"registered can be left to `skip=[{section.name!r}]`, with its place in `transformations`."
+                f"Section {section.name!r} (`sdata.images[{section.image!r}]`): {error} If the section cannot "
+                f"be registered, use `skip=[{section.name!r}]` and give its place in `transformations`."
             )
             raise ValueError(msg) from error
         to_section[section.name] = to_um @ scaling(1 / size_x, 1 / size_y)
     return images, to_section
 
 
+def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Registered:
+    images, to_section = _thumbnails(sdata, record, request)
+    reference, from_base = request.reference, np.linalg.inv(to_section[request.reference])
+    given, starts = (
+        {name: from_base @ matrix @ to_section[name] for name, matrix in matrices.items() if name in images}
+        for matrices in (request.given, request.starts)
+    )
+    method, policy, seed = (request.settings[key] for key in ("method", "policy", "seed"))
+    run = partial(run_all, show=request.show_progress_bar)
+    kind = "rigid" if method == "rigid" else "affine"
+    pairs, placed = register_chain(StackTask(images, reference, policy, kind, given, starts, request.params, seed), run)
+    failed = any(result.verdict == "failed" for result in placed.values())
+    fields = {}
+    if method == "syn" and not (failed and request.on_failure == "raise"):
+        fields = deform_stack(images, placed, reference, params=request.params, seed=seed, run=run)
+    return _Registered(to_section, pairs, placed, fields)
+
+
 def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
-    """Say what went wrong: warn of weak sections, raise or warn for failed ones."""
+    """Warn of weak sections; raise or warn for failed sections."""
     for name, result in placed.items():
         logger.info("Section %s: %s (%s, score %.2f)", name, result.verdict, result.route, result.score)
     for verdict in ("weak", "failed"):
@@ -287,33 +289,118 @@ def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
         warnings.warn(msg + ".", UserWarning, stacklevel=3)
 
 
+@dataclass(frozen=True)
+class _Result:
+    """Transforms and quality in the frames of the sections; rows are plain values for JSON."""
+
+    transforms: dict[str, SectionTransform]
+    sections: dict[str, dict[str, Any]]
+    pairs: list[dict[str, Any]]
+
+    @classmethod
+    def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
+        base = found.to_section[request.reference]
+        transforms, rows = {}, {}
+        for name in record.names:
+            if name in found.placed:
+                placed = found.placed[name]
+                field, deformation = found.fields.get(name, (None, None))
+                matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
+                transforms[name] = SectionTransform.from_field(matrix, field, base)
+                link = found.pairs.get((placed.path[1], placed.path[0])) if len(placed.path) > 1 else None
+                residual = None if link is None else link.quality["residual_um"]
+                rows[name] = _section_row(placed, transforms[name], residual, deformation)
+            elif name in request.given:
+                placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
+                transforms[name] = SectionTransform(placed.matrix)
+                rows[name] = _section_row(placed, transforms[name], None, None)
+        pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
+        return cls(transforms, rows, pairs)
+
+    def to_public(self) -> RegistrationResult:
+        matrices = {name: transform.matrix for name, transform in self.transforms.items()}
+        sections = pd.DataFrame([{"section": name, **row} for name, row in self.sections.items()]).set_index("section")
+        return RegistrationResult(matrices, pd.DataFrame(self.pairs), self.transforms, sections)
+
+
 def _section_row(
-    result: ChainResult,
-    matrix: np.ndarray,
-    *,
-    deformation: dict[str, Any] | None = None,
-    deformed: bool = False,
-    pairs: Mapping[tuple[str, str], PairResult] | None = None,
+    placed: ChainResult, transform: SectionTransform, residual: float | None, deformation: dict[str, Any] | None
 ) -> dict[str, Any]:
-    link = (pairs or {}).get((result.path[1], result.path[0])) if len(result.path) > 1 else None
-    reasons = list(result.reasons)
-    if deformation is not None and deformation["note"]:
-        reasons.append(deformation["note"])
-    return _jsonable(
-        {
-            "matrix": matrix.tolist(),
-            "route": result.route,
-            "path": list(result.path),
-            "score": result.score,
-            "verdict": result.verdict,
-            "disagreement": result.disagreement,
-            "deformed": deformed,
-            # Against the next section on the path, deformation included.
-            "residual_um": deformation["residual_um"] if deformation else link and link.quality["residual_um"],
-            "deformation": deformation,
-            "reasons": reasons,
-        }
-    )
+    note = [deformation["note"]] if deformation and deformation["note"] else []
+    row = {
+        "matrix": transform.matrix.tolist(),
+        "route": placed.route,
+        "path": list(placed.path),
+        "score": placed.score,
+        "verdict": placed.verdict,
+        "disagreement": placed.disagreement,
+        "deformed": transform.deforms,
+        # Against the next section on the path, deformation included.
+        "residual_um": deformation["residual_um"] if deformation else residual,
+        "deformation": deformation,
+        "reasons": [*placed.reasons, *note],
+    }
+    return _jsonable(row)
+
+
+def _write(sdata: SpatialData, record: StackRecord, request: _Request, result: _Result) -> None:
+    target = request.settings["coordinate_system"]
+    elements: dict[str, Any] = {}
+    for name, transform in result.transforms.items():
+        elements |= displacement_elements(transform, name, target)
+    coordinates = _registered_coordinates(sdata, result.transforms)
+    _write_transformations(sdata, record, result.transforms, target)
+    for name in record.names:  # also those of an earlier registration
+        for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
+            if key in sdata.images:
+                del sdata.images[key]
+    for key, element in elements.items():
+        sdata.images[key] = element
+        log_added(f"images[{key!r}]")
+    if coordinates is not None:
+        sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
+        log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
+    registration = {**request.settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
+    save_record(sdata, replace(record, reference=request.reference, registration=registration))
+    log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
+
+
+def _write_transformations(
+    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
+) -> None:
+    from spatialdata.transformations import Sequence, get_transformation, remove_transformation, set_transformation
+
+    left = []
+    ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
+    for _, name, element in list(sdata.gen_spatial_elements()):
+        own = get_transformation(element, get_all=True)
+        if target in own and name not in ours and not set(own) & set(record.names):
+            left.append(name)
+        for section in (n for n in record.names if n in own):
+            if section in transforms:
+                affine = plane_affine(transforms[section].matrix)
+                set_transformation(element, Sequence([own[section], affine]), to_coordinate_system=target)
+                logger.debug("Transformation of %r to %r", name, target)
+            elif target in own:  # from an earlier registration, in which the section was not skipped
+                remove_transformation(element, to_coordinate_system=target)
+    if left:
+        logger.warning(
+            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` made them, make them again.",
+            sorted(left),
+            target,
+        )
+
+
+def _registered_coordinates(sdata: SpatialData, transforms: dict[str, SectionTransform]) -> np.ndarray | None:
+    """(n_spots, 3) registered coordinates of all spots in the stack table; None if there is no table."""
+    if Keys.STACK_TABLE not in sdata.tables:
+        return None
+    table = sdata.tables[Keys.STACK_TABLE]
+    xyz = np.column_stack([table.obsm[Keys.SPATIAL], table.obs[Keys.Z].to_numpy(float)])
+    for name, transform in transforms.items():
+        rows = (table.obs[Keys.SECTION] == name).to_numpy()
+        xyz[rows, :2] = transform.points(xyz[rows, :2])
+    return xyz
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Carry any element of a section into the common frame, deformation included."""
+"""Move an element of a section to the common frame, deformation included."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +12,17 @@ from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._registration.warp_image import output_grid, resampled
-from spatial_impute._stack.elements import element_affine, require_element_key
+from spatial_impute._stack.elements import (
+    element_affine,
+    load_transform,
+    plane_affine,
+    require_element_key,
+    require_registration,
+)
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.registration import load_transform, require_registration
 from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import pandas as pd
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
@@ -26,9 +30,8 @@ if TYPE_CHECKING:
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack.record import StackRecord
 
-    Mapping = Callable[[np.ndarray], np.ndarray]
-
-_CHUNK = 2048  # px; also given to pyramids, whose levels spatialdata would otherwise cut into 256 px pieces
+_CHUNK = 2048  # px; also for pyramids, whose levels spatialdata would otherwise cut into pieces of 256 px
+_SET = "Set a transformation of the element to the frame of the section (um)."
 _SMALLEST_LEVEL = 256  # px along the longer side of the coarsest level of a pyramid
 
 
@@ -41,10 +44,10 @@ def warp_element(
     pixel_size: float | None = None,
     inplace: bool = True,
 ) -> Any:
-    """Carry an element of a section into the common frame, with the deformation if the section has one.
+    """Move an element of a section to the common frame, with the deformation if the section has one.
 
-    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy whose
-    coordinates are final: annotations, cells, transcripts, images and label masks.
+    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy with final
+    coordinates: of annotations, cells, transcripts, images and label masks.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ def warp_element(
     key
         Points, shapes, image or labels.
     section
-        Section the element belongs to; by default the one section to which it has a transformation.
+        Section of the element; by default the one section to which it has a transformation.
     key_added
         Name of the new element; ``"{key}_aligned"`` by default.
     pixel_size
@@ -64,24 +67,24 @@ def warp_element(
     Returns
     -------
     ``None``, or the new element with ``inplace=False``. Its only coordinate system is that of the registration
-    (``"aligned"``), and vector elements have their coordinates in it (um):
+    (``"aligned"``). Points and shapes have their coordinates in it (um):
 
     points
-        moved, lazily; other columns stay.
+        Moved lazily; other columns do not change.
     circles
-        moved; the radius follows the local change of area.
+        Moved; the radius follows the local change of area.
     polygons
-        moved vertex by vertex, with vertices added along edges that are long for the deformation; made valid.
+        Moved vertex by vertex. Long edges get more vertices to follow the deformation; invalid polygons are repaired.
     images, labels
-        resampled from the nearest finer resolution, chunk by chunk when computed: bilinear for images, nearest for
-        labels. What lies beyond the image is 0; white for the H&E image of the section.
+        Resampled from the next finer resolution, chunk by chunk when computed: bilinear for images, nearest for labels.
+        Pixels outside the image are 0, and white for the H&E image of the section.
 
     Raises
     ------
     KeyError
-        If the stack is not registered, or the element does not exist or belongs to no registered section.
+        If the stack is not registered, or if the element does not exist or belongs to no registered section.
     ValueError
-        If it belongs to several sections and `section` is not given, or `pixel_size` does not fit.
+        If the element belongs to several sections and `section` is not given, or if `pixel_size` does not fit.
 
     Examples
     --------
@@ -92,46 +95,29 @@ def warp_element(
     >>> "s0_spots_aligned" in sdata.shapes
     True
     """
-    from spatialdata.models import PointsModel, ShapesModel, get_model
     from spatialdata.transformations import get_transformation
 
     record = load_record(sdata)
-    registration = require_registration(record)
+    target = require_registration(record)["coordinate_system"]
     names = [name for _, name, _ in sdata.gen_spatial_elements()]
     require_key(key, names, where="the points, shapes, images and labels of sdata")
     element = sdata[key]
-    section = _section_of(element, key, record) if section is None else section
-    to_section = _affine_to(element, key, section)
-    transform = load_transform(sdata, record, section)
+    own = get_transformation(element, get_all=True)
+    section = _section_of(own, key, record) if section is None else section
+    require_key(section, own, where=f"the coordinate systems of {key!r}", then=_SET)
+    warp = _Warp(element_affine(element, section), load_transform(sdata, record, section), target)
     key_added = Keys.aligned(key) if key_added is None else key_added
     if key_added == key:
         msg = f"`key_added` must differ from {key!r}: the element itself is never overwritten."
         raise ValueError(msg)
     kind = next(kind for kind in ("points", "shapes", "labels", "images") if key in getattr(sdata, kind))
+    container = getattr(sdata, kind)
     if inplace:  # an earlier result lies in the common frame alone
-        there, common = getattr(sdata, kind), {registration["coordinate_system"]}
-        ours = [name for name, old in there.items() if set(get_transformation(old, get_all=True)) == common]
+        ours = [name for name, old in container.items() if set(get_transformation(old, get_all=True)) == {target}]
         require_element_key(sdata, key_added, name="key_added", kind=kind, ours=ours)
-    target = registration["coordinate_system"]
-
-    model = get_model(element)
-    vector = model in (PointsModel, ShapesModel)
-    if pixel_size is not None:
-        if vector:
-            msg = f"`pixel_size` is for images and labels; `{key}` holds {'points' if model is PointsModel else 'shapes'}."
-            raise ValueError(msg)
-        pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
-    mapping = _mapping(transform, to_section)
-    if model is PointsModel:
-        new = _warp_points(element, mapping, target)
-    elif model is ShapesModel:
-        new = _warp_shapes(element, mapping, to_section, transform, target)
-    else:
-        white = key == record[section].image
-        new = _warp_raster(element, transform, to_section, target, model=model, pixel_size=pixel_size, white=white)
+    new = _warped(element, warp, pixel_size, kind=kind, white=key == record[section].image)
     if not inplace:
         return new
-    container = getattr(sdata, kind)
     if key_added in container:  # from an earlier registration
         del container[key_added]
     container[key_added] = new
@@ -139,87 +125,111 @@ def warp_element(
     return None
 
 
-def _section_of(element: Any, key: str, record: StackRecord) -> str:
-    from spatialdata.transformations import get_transformation
-
-    found = [name for name in record.names if name in get_transformation(element, get_all=True)]
+def _section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
+    found = [name for name in record.names if name in own]
     if len(found) == 1:
         return found[0]
     if not found:
         msg = f"{key!r} has no transformation to a section of the stack {record.names}. Set one, in um."
         raise KeyError(msg)
-    msg = f"{key!r} lies in several sections; give `section`, one of {found}."
+    msg = f"{key!r} belongs to several sections; give `section`, one of {found}."
     raise ValueError(msg)
 
 
-def _affine_to(element: Any, key: str, section: str) -> np.ndarray:
-    from spatialdata.transformations import get_transformation
-
-    require_key(
-        section,
-        get_transformation(element, get_all=True),
-        where=f"the coordinate systems of {key!r}",
-        then="Set a transformation of the element to the frame of the section (um).",
-    )
-    return element_affine(element, section)
+def _warped(element: Any, warp: _Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
+    if kind in ("labels", "images"):
+        return warp.raster(element, pixel_size, white=white)
+    if pixel_size is not None:
+        msg = f"`pixel_size` is for images and labels; the element holds {kind}."
+        raise ValueError(msg)
+    return warp.points(element) if kind == "points" else warp.shapes(element)
 
 
-def _mapping(transform: SectionTransform, to_section: np.ndarray) -> Mapping:
-    """Points of the element to points of the common frame."""
-    return lambda points: transform.points(apply_affine(points, to_section))
+@dataclass(frozen=True)
+class _Warp:
+    """Transformation of an element to the common frame."""
 
+    to_section: np.ndarray
+    """(3, 3) affine from the element to its section, um."""
+    transform: SectionTransform
+    target: str
+    """Common coordinate system."""
 
-def _warp_points(points: Any, mapping: Mapping, target: str) -> Any:
-    from spatialdata.models import PointsModel
-    from spatialdata.transformations import Identity
+    def __call__(self, xy: np.ndarray) -> np.ndarray:
+        """(n, 2) coordinates of the element in the common frame."""
+        return self.transform.points(apply_affine(xy, self.to_section))
 
-    def move(frame: pd.DataFrame) -> pd.DataFrame:
-        xy = mapping(frame[["x", "y"]].to_numpy(float))
-        return frame.assign(x=xy[:, 0], y=xy[:, 1])
+    def points(self, points: Any) -> Any:
+        from spatialdata.models import PointsModel
+        from spatialdata.transformations import Identity
 
-    attrs = points.attrs.get("spatialdata_attrs", {})
-    moved = points.map_partitions(move, meta=move(points._meta))
-    moved.attrs.pop("transform", None)  # inherited from the original, which keeps its own
-    known = {key: attrs[key] for key in ("feature_key", "instance_key") if attrs.get(key) is not None}
-    return PointsModel.parse(moved, transformations={target: Identity()}, **known)
+        def move(frame: pd.DataFrame) -> pd.DataFrame:
+            xy = self(frame[["x", "y"]].to_numpy(float))
+            return frame.assign(x=xy[:, 0], y=xy[:, 1])
 
+        attrs = points.attrs.get("spatialdata_attrs", {})
+        moved = points.map_partitions(move, meta=move(points._meta))
+        moved.attrs.pop("transform", None)  # inherited from the original, which keeps its own
+        known = {key: attrs[key] for key in ("feature_key", "instance_key") if attrs.get(key) is not None}
+        return PointsModel.parse(moved, transformations={self.target: Identity()}, **known)
 
-def _warp_shapes(
-    shapes: GeoDataFrame, mapping: Mapping, to_section: np.ndarray, transform: SectionTransform, target: str
-) -> GeoDataFrame:
-    import shapely
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity
+    def shapes(self, shapes: GeoDataFrame) -> GeoDataFrame:
+        import shapely
+        from spatialdata.models import ShapesModel
+        from spatialdata.transformations import Identity
 
-    moved = shapes.copy()
-    moved.attrs = {}
-    if "radius" in shapes:
-        centers = np.column_stack([shapes.geometry.x, shapes.geometry.y])
-        radius = shapes["radius"].to_numpy(float)
-        moved["geometry"] = shapely.points(mapping(centers))
-        moved["radius"] = radius * _local_scale(mapping, centers, radius)
-    else:
-        geometry = shapes.geometry.to_numpy()
-        if transform.grid is not None:
-            # Half a grid pixel: between two such vertices the displacement is linear.
-            step = 0.5 * linear_scale(transform.grid) / linear_scale(transform.matrix @ to_section)
-            geometry = shapely.segmentize(geometry, step)
-        geometry = shapely.transform(geometry, mapping)
-        invalid = ~shapely.is_valid(geometry)
-        geometry[invalid] = [_polygonal(g) for g in geometry[invalid]]
-        moved["geometry"] = geometry
-    return ShapesModel.parse(moved, transformations={target: Identity()})
+        moved = shapes.copy()
+        moved.attrs = {}
+        if "radius" in shapes:
+            centers = np.column_stack([shapes.geometry.x, shapes.geometry.y])
+            radius = shapes["radius"].to_numpy(float)
+            moved["geometry"] = shapely.points(self(centers))
+            moved["radius"] = radius * self._local_scale(centers, radius)
+        else:
+            geometry = shapes.geometry.to_numpy()
+            if self.transform.grid is not None:
+                # Half a grid pixel: between two such vertices the displacement is linear.
+                step = 0.5 * linear_scale(self.transform.grid) / linear_scale(self.transform.matrix @ self.to_section)
+                geometry = shapely.segmentize(geometry, step)
+            geometry = shapely.transform(geometry, self)
+            invalid = ~shapely.is_valid(geometry)
+            geometry[invalid] = [_polygonal(g) for g in geometry[invalid]]
+            moved["geometry"] = geometry
+        return ShapesModel.parse(moved, transformations={self.target: Identity()})
 
+    def _local_scale(self, centers: np.ndarray, radius: np.ndarray) -> np.ndarray:
+        """Square root of the change of area over each circle."""
+        x, y = ([self(centers + s * radius[:, None] * axis) for s in (1, -1)] for axis in np.eye(2))
+        dx, dy = ((ahead - behind) / (2 * radius[:, None]) for ahead, behind in (x, y))
+        return np.sqrt(np.abs(dx[:, 0] * dy[:, 1] - dx[:, 1] * dy[:, 0]))
 
-def _local_scale(mapping: Mapping, centers: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Square root of the change of area over each circle."""
-    x, y = ([mapping(centers + s * radius[:, None] * axis) for s in (1, -1)] for axis in np.eye(2))
-    dx, dy = ((ahead - behind) / (2 * radius[:, None]) for ahead, behind in (x, y))
-    return np.sqrt(np.abs(dx[:, 0] * dy[:, 1] - dx[:, 1] * dy[:, 0]))
+    def raster(self, element: Any, pixel_size: float | None, *, white: bool) -> Any:
+        from spatialdata.models import get_model
+
+        levels = image_levels(element, self.to_section)
+        finest, scale = levels[0], linear_scale(self.transform.matrix)
+        if pixel_size is None:
+            pixel_size = finest.pixel_size * scale
+        pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
+        level = best_level(levels, pixel_size / scale)
+        is_labels = "c" not in level.data.dims
+        dtype = level.data.dtype
+        fill = np.iinfo(dtype).max if white and np.issubdtype(dtype, np.integer) else int(white)
+        grid, shape = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
+        data = resampled(level, self.transform, grid, shape, nearest=is_labels, fill=fill, chunk=_CHUNK)
+        kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid)}}
+        if not is_labels:
+            kwargs["c_coords"] = list(level.data.coords["c"].to_numpy())
+        if hasattr(element, "children"):
+            n_levels = max(0, int(np.log2(max(shape) / _SMALLEST_LEVEL)))
+            if n_levels:
+                chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
+                kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
+        return get_model(element).parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)
 
 
 def _polygonal(geometry: Any) -> Any:
-    """Valid polygons of a geometry, without the lines and points that repairing may leave."""
+    """Valid polygons of a geometry, without lines and points that the repair may add."""
     import shapely
 
     valid = shapely.make_valid(geometry)
@@ -227,35 +237,3 @@ def _polygonal(geometry: Any) -> Any:
         return valid
     parts = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
     return shapely.union_all(parts) if parts else geometry
-
-
-def _warp_raster(
-    element: Any,
-    transform: SectionTransform,
-    to_section: np.ndarray,
-    target: str,
-    *,
-    model: Any,
-    pixel_size: float | None,
-    white: bool,
-) -> Any:
-    from spatialdata.transformations import Affine
-
-    levels = image_levels(element, to_section)
-    finest = levels[0]
-    pixel_size = finest.pixel_size * linear_scale(transform.matrix) if pixel_size is None else pixel_size
-    level = best_level(levels, pixel_size / linear_scale(transform.matrix))
-    is_labels = "c" not in level.data.dims
-    dtype = level.data.dtype
-    fill = np.iinfo(dtype).max if white and np.issubdtype(dtype, np.integer) else int(white)
-    grid, shape = output_grid(finest.shape, finest.to_um, transform, pixel_size)
-    data = resampled(level, transform, grid, shape, nearest=is_labels, fill=fill, chunk=_CHUNK)
-    kwargs: dict[str, Any] = {"transformations": {target: Affine(grid, input_axes=("x", "y"), output_axes=("x", "y"))}}
-    if not is_labels:
-        kwargs["c_coords"] = list(level.data.coords["c"].to_numpy())
-    if hasattr(element, "children"):
-        n_levels = max(0, int(np.log2(max(shape) / _SMALLEST_LEVEL)))
-        if n_levels:
-            chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
-            kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
-    return model.parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)

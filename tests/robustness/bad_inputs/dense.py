@@ -306,7 +306,7 @@ PIXNET = [
         "tl.predict_regions",
         "two shapes of one id",
         ValueError,
-        "must be unique, but '0' is there more than once",
+        "must be unique, but '0' occurs more than once",
         regions,
         change=_repeat_id,
     ),

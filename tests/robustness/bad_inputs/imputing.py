@@ -397,7 +397,7 @@ IMPUTING = [
         "tl.impute_pixnet",
         "a loss for counts",
         ValueError,
-        "asks for the loss 'poisson', for counts",
+        "the loss 'poisson' of `model_params` is for counts",
         lambda w: si.tl.impute_pixnet(w.sdata, model_params={"loss": "poisson"}),
     ),
     refuses(

@@ -1,0 +1,190 @@
+"""Impute expression with a fitted ASIGN model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._keys import Keys
+from spatial_impute._stack.record import load_record
+from spatial_impute._validation import require_device, require_key, require_model, require_positive, require_slot_key
+from spatial_impute.tl._provenance import (
+    ImputedLayer,
+    encoder,
+    provenance,
+    read_base_layers,
+    require_same_units,
+    units,
+)
+from spatial_impute.tl._read_spots import read_spots
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from spatial_impute.models import AsignModel, AsignPanels
+    from spatial_impute.models._spots import Spots
+
+
+def impute_3d(
+    sdata: SpatialData,
+    model: AsignModel | AsignPanels,
+    *,
+    table_key: str = Keys.STACK_TABLE,
+    layer: str = Keys.MEASURED,
+    graph_key: str = Keys.SPATIAL_3D,
+    depth: float | str | None = None,
+    device: str | None = None,
+    key_added: str = Keys.ASIGN,
+    inplace: bool = True,
+) -> AnnData | None:
+    """Impute expression at every spot of every section.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack with features and graph and at least one measured section.
+    model
+        Model of :func:`~spatial_impute.tl.fit_asign`.
+    table_key
+        Name of the stack table.
+    layer
+        Layer with log-normalised expression.
+    graph_key
+        Key of the 3D graph: the `key_added` of :func:`~spatial_impute.tl.build_3d_graph`.
+    depth
+        Total counts (all genes) of the measurement that ``layers['asign_sd']`` describes: a number, or a column of
+        ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the measured
+        spots. The imputed values do not depend on it.
+    device
+        Torch device; ``settings.device`` by default.
+    key_added
+        Layer to write.
+    inplace
+        Write to the stack table, or return a new AnnData with the result in ``X``.
+
+    Returns
+    -------
+    ``None``, or an AnnData with ``inplace=False``. Writes to `sdata.tables['stack']`:
+
+    `.layers['asign']` : :class:`numpy.ndarray` (``float32``)
+        (n_spots, n_genes) in the units of the model (log1p counts). Measured spots keep their measurement.
+    `.layers['asign_sd']` : :class:`numpy.ndarray` (``float32``)
+        (n_spots, n_genes) standard deviation of a measurement around the imputed value. Intervals of 1.645 standard
+        deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at measured
+        spots. On sections with another depth or stain than the measured ones they cover less; no held-out block can show
+        that.
+    `.obs['imputation_depth']` : (``float32``)
+        Total counts of the measurement that ``asign_sd`` describes; NaN if ``obs['total_counts']`` is not known.
+    `.obs['imputation_support']` : (``float32``)
+        0-1: share of the measurement that reaches the spot over the 3D graph. 1 at measured spots, 0 at spots without a
+        path to a measured one.
+    `.obs['imputation_source']` : :class:`~pandas.Categorical`
+        Source of the imputed values: ``"measured"``; ``"labels and image"`` if the graph links the spot to measured
+        spots; ``"image"`` if it does not.
+    `.var['imputation_r']` : (``float64``)
+        Pearson correlation of each gene on held-out blocks of the measured sections. It says how far to trust the gene.
+    `.var['imputable']` : (``bool``)
+        True if this correlation is better than chance. Other genes are imputed close to their mean; do not interpret
+        their pattern.
+    `.uns['asign']` : :class:`dict`
+        Provenance.
+
+    Raises
+    ------
+    KeyError
+        If the stack lacks genes, features, graph, registration, or a base layer of the model.
+    ValueError
+        If features come from another encoder, expression has other units, spots were moved after the graph was built,
+        nothing is measured, or `depth` is not positive or is given without total counts.
+
+    Examples
+    --------
+    See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
+    """
+    from spatial_impute.models import AsignModel, AsignPanels
+
+    require_model(model, (AsignModel, AsignPanels), made_by="si.tl.fit_asign(sdata)")
+    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    device = require_device(device)
+    record = load_record(sdata)
+    table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
+    _require_fit(table, model)
+    spots = replace(spots, bases=read_base_layers(table, model.config.get("base_layers", ())))
+    wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
+    found = model._impute(spots, depth=wanted, device=device)
+    sources = np.where(spots.known, 0, np.where(found.support > 0, 1, 2))
+    result = ImputedLayer(
+        key_added,
+        found.expression,
+        provenance(record, table, spots.known)
+        | {
+            "model": model.identity,
+            "model_params": asdict(model.params),
+            "seed": int(model.config["seed"]),
+            "weights": {name: float(w) for name, w in model.weights.mean().items()},
+            "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
+            "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
+        },
+        layers={Keys.sd(key_added): found.sd},
+        obs={
+            Keys.SUPPORT: found.support,
+            Keys.SOURCE: pd.Categorical.from_codes(sources, ["measured", "labels and image", "image"]),
+            Keys.DEPTH: found.depth.astype(np.float32),
+        },
+        var={
+            Keys.PREDICTABILITY: model.predictability.reindex(table.var_names).to_numpy(),
+            Keys.PREDICTABLE: model.predictable.reindex(table.var_names).to_numpy(dtype=bool),
+        },
+    )
+    if not inplace:
+        return result.to_anndata(table)
+    result.write(table, table_key)
+    return None
+
+
+def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
+    """Raise unless the table has the genes, features and units of the model."""
+    if list(table.var_names) != model.var_names:
+        missing = [gene for gene in model.var_names if gene not in table.var_names]
+        msg = (
+            f"The stack must have the {len(model.var_names)} genes of the model in the same order; "
+            f"{len(missing)} are missing, e.g. {missing[:5]}. Use `si.pp.select_genes(sdata, genes=model.var_names)`."
+        )
+        raise KeyError(msg)
+    if encoder(table) != model.config["encoder"]:
+        msg = (
+            f"The model was fitted on features of encoder {model.config['encoder']!r}, the stack has those of "
+            f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
+        )
+        raise ValueError(msg)
+    require_same_units((model.config.get("units", "unknown"), units(table)))
+
+
+def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:
+    """(n,) total counts of the measurement that intervals describe, or None for the expected ones."""
+    if depth is None:
+        return None
+    if spots.total_counts is None:
+        msg = (
+            f"`depth` needs total counts of the measured spots, found none in {where}[{Keys.TOTAL_COUNTS!r}]. "
+            "Run `si.pp.select_genes(sdata)` on raw counts, or leave out `depth`."
+        )
+        raise ValueError(msg)
+    if not isinstance(depth, str):
+        return np.full(table.n_obs, require_positive(depth, name="depth", unit="total counts"))
+    require_key(depth, table.obs, where=where)
+    values = pd.to_numeric(table.obs[depth], errors="coerce").to_numpy(dtype=np.float64, copy=True)
+    bad = ~spots.known & ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        msg = (
+            f"{where}[{depth!r}] must be positive at all unmeasured spots; it is {table.obs[depth].iloc[row]} at "
+            f"{table.obs_names[row]!r}. Fill the column, or pass a number as `depth`."
+        )
+        raise ValueError(msg)
+    values[spots.known] = spots.total_counts
+    return values
