@@ -19,8 +19,7 @@ from spatialdata.transformations import Identity, Scale
 
 import spatial_impute as si
 from spatial_impute._logging import logger
-from spatial_impute._stack.elements import section_levels, spot_geometry
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record, section_levels, spot_geometry
 
 # folder, spots, measured spots, um per pixel of the image, width of the image
 LOADS = [

@@ -13,7 +13,7 @@ from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,7 +132,7 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
 
     from spatial_impute._cli.config import ConfigError
     from spatial_impute._image.reading import open_image
-    from spatial_impute._stack.elements import image_element, section_object
+    from spatial_impute._stack import image_element, section_object
 
     opened = open_image(section.path)
     mpp = section.mpp or opened.mpp

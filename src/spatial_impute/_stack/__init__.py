@@ -1,1 +1,36 @@
 """The stack inside a SpatialData object: its record, the elements of its sections, its table, its registration."""
+
+from spatial_impute._stack.elements import (
+    displacement_elements,
+    element_affine,
+    image_element,
+    load_transform,
+    plane_affine,
+    registered_radius,
+    require_element_key,
+    require_registration,
+    rows_of_spots,
+    section_levels,
+    section_object,
+    spot_geometry,
+    spots_by_section,
+    to_frames,
+)
+from spatial_impute._stack.record import (
+    Section,
+    StackRecord,
+    load_record,
+    require_spatialdata,
+    resolve_sections,
+    save_record,
+)
+from spatial_impute._stack.table import (
+    build_stack_table,
+    dense_rows,
+    measured_mask,
+    registered_spots,
+    section_ranks,
+    stack_table,
+    values_by_spot,
+    write_slots,
+)

@@ -13,7 +13,7 @@ from spatial_impute._image.reading import open_image
 from spatial_impute._io.download import fetch
 from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
-from spatial_impute._stack.elements import image_element, section_object
+from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import name_list, require_key, require_positive
 from spatial_impute.pp import assemble_stack, select_genes
 

@@ -18,7 +18,7 @@ from spatial_impute._scores import (
     structural_similarity,
     summarise,
 )
-from spatial_impute._stack.table import dense_rows, measured_mask, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, stack_table
 from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 
 if TYPE_CHECKING:

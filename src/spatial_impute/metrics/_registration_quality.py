@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from spatial_impute._stack.elements import require_registration
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record, require_registration
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -9,7 +9,7 @@ import numpy as np
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
-from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key
 from spatial_impute.pl._color import add_colorbar, color_limits, limit_per_gene, resolve_cmap
 from spatial_impute.pl._figure import (

@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 
-from spatial_impute._stack.record import resolve_sections
+from spatial_impute._stack import resolve_sections
 from spatial_impute._validation import name_list
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.colors import Colormap, Normalize
 
-    from spatial_impute._stack.record import Section, StackRecord
+    from spatial_impute._stack import Section, StackRecord
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

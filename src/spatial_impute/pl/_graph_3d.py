@@ -11,9 +11,7 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack.elements import registered_radius
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table
 from spatial_impute._validation import name_list, require_key, require_one_of
 from spatial_impute.pl._figure import (
     INK,
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
 
 # Okabe and Ito: readers with any kind of color blindness can tell them apart.
 _KINDS = {

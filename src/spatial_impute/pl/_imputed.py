@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack.elements import registered_radius
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval
-from spatial_impute._stack.table import stack_table
+from spatial_impute._stack import stack_table
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import INK, document_figure, finish, grid_shape, make_panels, titles_for
 

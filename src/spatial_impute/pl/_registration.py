@@ -9,8 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack.elements import load_transform, require_registration, section_levels
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record, load_transform, require_registration, section_levels
 from spatial_impute._validation import require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack.record import Section, StackRecord
+    from spatial_impute._stack import Section, StackRecord
 
 _COLUMNS = ("before", "after", "checkerboard, after")
 _REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # readers with color blindness can tell magenta from green

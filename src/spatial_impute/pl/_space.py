@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
 
 _FIGURE = (7.5, 5.5)  # inches
 _GAP = 0.32  # between sections, of the longer side of the tissue, which at this elevation looks that high

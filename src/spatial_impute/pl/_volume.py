@@ -10,8 +10,7 @@ from matplotlib import pyplot as plt
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_spots, stack_table
 from spatial_impute._validation import require_positive
 from spatial_impute._voxels import Volume, interpolate_stack
 from spatial_impute.pl._color import (
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
     from spatial_impute.pl._color import Limit
 
     Point = tuple[float, float, float]

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack.elements import section_levels, spot_geometry
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import stack_table
+from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.pp._extract_features import fields_layout, rows_of_spots, write_features
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
 
 
 def pool_features(

@@ -11,7 +11,7 @@ import pandas as pd
 
 from spatial_impute._image.reading import open_image
 from spatial_impute._logging import logger
-from spatial_impute._stack.elements import image_element, section_object
+from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added, logger
-from spatial_impute._stack.elements import section_levels, to_frames
-from spatial_impute._stack.record import load_record, resolve_sections
+from spatial_impute._stack import load_record, resolve_sections, section_levels, to_frames
 from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
 
 
 def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None = None, resolution: float = 8.0) -> None:

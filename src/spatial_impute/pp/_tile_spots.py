@@ -10,9 +10,15 @@ import numpy as np
 from spatial_impute._geometry import apply_affine, grid_in_box
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
-from spatial_impute._stack.elements import element_affine, spot_geometry, to_frames
-from spatial_impute._stack.record import load_record, resolve_sections, save_record
-from spatial_impute._stack.table import build_stack_table
+from spatial_impute._stack import (
+    build_stack_table,
+    element_affine,
+    load_record,
+    resolve_sections,
+    save_record,
+    spot_geometry,
+    to_frames,
+)
 from spatial_impute._validation import require_key, require_one_of, require_positive
 
 if TYPE_CHECKING:
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import StackRecord
+    from spatial_impute._stack import StackRecord
 
 
 _POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB

@@ -13,8 +13,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack.elements import section_levels, spots_by_section
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record, section_levels, spots_by_section
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from torch import nn
 
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models._spots import Spots
 

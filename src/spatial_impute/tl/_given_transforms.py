@@ -11,7 +11,7 @@ import numpy as np
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
 from spatial_impute._logging import logger
-from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from spatialdata import SpatialData
 
-    from spatial_impute._stack.record import StackRecord
+    from spatial_impute._stack import StackRecord
 
     Placement = str | np.ndarray | Sequence
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record
 from spatial_impute._validation import require_device, require_key, require_model, require_positive, require_slot_key
 from spatial_impute.tl._provenance import (
     ImputedLayer,

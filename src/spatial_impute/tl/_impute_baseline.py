@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack.record import load_record
+from spatial_impute._stack import load_record
 from spatial_impute._validation import require_one_of, require_slot_key
 from spatial_impute.tl._provenance import ImputedLayer, provenance
 from spatial_impute.tl._read_spots import read_spots

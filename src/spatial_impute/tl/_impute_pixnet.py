@@ -11,9 +11,7 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack.elements import rows_of_spots
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import write_slots
+from spatial_impute._stack import load_record, rows_of_spots, write_slots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import measured_hash

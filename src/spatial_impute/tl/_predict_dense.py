@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack.elements import require_element_key
+from spatial_impute._stack import require_element_key
 from spatial_impute._validation import require_count, require_device, require_model, require_one_of
 from spatial_impute.tl._provenance import pixnet_provenance
 from spatial_impute.tl._read_regions import FrameChoice, dense_maps, find_frame, read_levels, read_shapes

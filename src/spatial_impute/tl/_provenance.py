@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack.table import write_slots
+from spatial_impute._stack import write_slots
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from spatial_impute._stack.record import StackRecord
+    from spatial_impute._stack import StackRecord
     from spatial_impute.models import AsignParams, PixNetModel
     from spatial_impute.models._spots import Spots
 

@@ -12,8 +12,7 @@ from spatial_impute._expression import looks_like_counts
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
-from spatial_impute._stack.elements import element_affine
-from spatial_impute._stack.record import load_record, require_spatialdata
+from spatial_impute._stack import element_affine, load_record, require_spatialdata
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack.record import Section
+    from spatial_impute._stack import Section
     from spatial_impute.models.pixnet._region_weights import Regions
 
 _FINEST = 1e-3  # um per pixel; two hundred times finer than what a light microscope resolves

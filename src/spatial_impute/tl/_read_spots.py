@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 from spatial_impute.tl._provenance import require_same_units, units

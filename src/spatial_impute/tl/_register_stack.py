@@ -26,8 +26,7 @@ from spatial_impute._registration import (
     register_chain,
     run_all,
 )
-from spatial_impute._stack.elements import displacement_elements, plane_affine, section_levels
-from spatial_impute._stack.record import load_record, save_record
+from spatial_impute._stack import displacement_elements, load_record, plane_affine, save_record, section_levels
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration import DisplacementField, PairResult
-    from spatial_impute._stack.record import StackRecord
+    from spatial_impute._stack import StackRecord
     from spatial_impute.tl._given_transforms import Placement
 
 # Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.

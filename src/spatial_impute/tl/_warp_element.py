@@ -12,14 +12,14 @@ from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._logging import log_added
 from spatial_impute._registration.warp_image import output_grid, resampled
-from spatial_impute._stack.elements import (
+from spatial_impute._stack import (
     element_affine,
+    load_record,
     load_transform,
     plane_affine,
     require_element_key,
     require_registration,
 )
-from spatial_impute._stack.record import load_record
 from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack.record import StackRecord
+    from spatial_impute._stack import StackRecord
 
 _CHUNK = 2048  # px; also for pyramids, whose levels spatialdata would otherwise cut into pieces of 256 px
 _SET = "Set a transformation of the element to the frame of the section (um)."
