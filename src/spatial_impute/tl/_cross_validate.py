@@ -174,9 +174,9 @@ def cross_validate(
         _warn_of_shared_groups(data, group)
     _warn_of_overlapping_spots(data)
     _warn_of_equal_images(data)
-    options = _Options(params, pixnet, encoder, tile_size, device, seed)
+    options = _Options(params, pixnet, encoder, table_key, layer, tile_size, device, seed)
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
-        found = _predict(data, names, options, {"table_key": table_key, "layer": layer}, steps(len(names) * len(folds)))
+        found = _predict(data, names, options, steps(len(names) * len(folds)))
     return _gene_table(data, found, names) if by == "gene" else _method_table(data, found, names, seed)
 
 
@@ -224,6 +224,8 @@ class _Options:
     params: AsignParams
     pixnet: PixNetParams
     encoder: str | nn.Module
+    table_key: str
+    layer: str
     tile_size: int
     device: str
     seed: int
@@ -285,9 +287,7 @@ def _folds(
     return [spots.known & (names == code) for code in codes]
 
 
-def _predict(
-    data: HeldOut, names: list[str], options: _Options, slots: dict[str, str], on_fold: Callable[[], None]
-) -> dict[str, np.ndarray]:
+def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
     from spatial_impute.models.asign._held_out import COLOUR, PIXNET, predict_held_out
 
@@ -295,7 +295,7 @@ def _predict(
     found: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(["mean", *names]):
         if name == PIXNET:
-            values = _predict_pixnet(data, options, slots, on_fold)
+            values = _predict_pixnet(data, options, on_fold)
             found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
             continue
         found[name] = predict_held_out(
@@ -312,14 +312,14 @@ def _predict(
     return found
 
 
-def _predict_pixnet(data: HeldOut, options: _Options, slots: dict[str, str], on_fold: Callable[[], None]) -> np.ndarray:
+def _predict_pixnet(data: HeldOut, options: _Options, on_fold: Callable[[], None]) -> np.ndarray:
     from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.tl._fit_pixnet import PixNetSetup
     from spatial_impute.tl._impute_pixnet import predict_held_out, section_spots
 
     sections = []
     for sdata, table, first in zip(data.stacks, data.tables, data.first_rows, strict=True):
-        sections += section_spots(sdata, table, first=first, **slots)
+        sections += section_spots(sdata, table, table_key=options.table_key, layer=options.layer, first=first)
     setup = PixNetSetup(build_pyramid(options.encoder), options.pixnet, options.tile_size, options.device, options.seed)
     return predict_held_out(sections, data.spots.known, data.folds, setup, on_fold)
 
