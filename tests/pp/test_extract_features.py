@@ -13,7 +13,7 @@ import spatial_impute as si
 from spatial_impute._logging import logger
 from spatial_impute._stack.elements import section_levels, spot_geometry
 from spatial_impute._stack.record import load_record
-from spatial_impute.encoders._texture import TextureEncoder
+from spatial_impute.encoders._encoder import TextureEncoder
 
 LEVELS = ("X_spot", "X_region", "X_global")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def cross_validate(
     from spatial_impute.models.asign._baselines import METHODS, NEEDS_GRAPH
     from spatial_impute.models.asign._held_out import (
         ASIGN,
-        COLOUR,
+        COLOR,
         FROM_IMAGE,
         IMAGE_KNN,
         PIXNET,
@@ -137,6 +138,7 @@ def cross_validate(
         needs_features,
         predict_held_out,
     )
+    from spatial_impute.models.asign._training import FitSettings
 
     params = resolve_params(model_params, AsignParams)
     pixnet = resolve_params(pixnet_params, PixNetParams)
@@ -144,7 +146,7 @@ def cross_validate(
     if not stacks:
         msg = "`sdata` is an empty sequence; pass at least one stack."
         raise ValueError(msg)
-    allowed = [*METHODS, IMAGE_KNN, COLOUR, PIXNET, ASIGN] if len(stacks) == 1 else list(FROM_IMAGE)
+    allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if len(stacks) == 1 else list(FROM_IMAGE)
     names = [*METHODS, ASIGN] if len(stacks) == 1 else ["mean", "ridge", IMAGE_KNN]
     names = names if methods is None else name_list(methods, name="methods")
     if not names:
@@ -189,7 +191,7 @@ def cross_validate(
     bar.reset(total=len(names) * len(folds))
     found: dict[str, np.ndarray] = {}
     common = {"seed": seed, "device": device, "on_fold": bar.update}
-    colour = _colour(stacks, tables, spots.section) if COLOUR in names else None
+    color = _colour(stacks, tables, spots.section) if COLOR in names else None
     try:
         for name in dict.fromkeys(["mean", *names]):
             if name == PIXNET:
@@ -208,7 +210,12 @@ def cross_validate(
                 found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
             else:
                 found[name] = predict_held_out(
-                    spots, folds, name, var_names=list(tables[0].var_names), params=params, colour=colour, **common
+                    spots if name != COLOR else replace(spots, features=color),
+                    folds,
+                    name,
+                    var_names=list(tables[0].var_names),
+                    settings=FitSettings(params, seed, device),
+                    on_fold=bar.update,
                 )
     finally:
         bar.close()

@@ -122,6 +122,7 @@ def fit_asign(
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models.asign._fit import fit
     from spatial_impute.models.asign._panels import AsignPanels, by_panel
+    from spatial_impute.models.asign._training import FitSettings
 
     params = resolve_params(model_params, AsignParams)
     seed, device = require_count(seed, name="seed", least=0), require_device(device)
@@ -181,13 +182,15 @@ def fit_asign(
             fitted = fit(
                 [parts[k][1] for parts in panels],
                 [genes[i] for i in columns],
-                params,
-                config=config,
-                seed=seed,
-                device=device,
-                progress=steps,
-                checkpoint=panel_folder(k),
-                start=None if start_from is None else start_from._networks,
+                FitSettings(
+                    params=params,
+                    seed=seed,
+                    device=device,
+                    config=config,
+                    progress=steps,
+                    checkpoint=panel_folder(k),
+                    start=() if start_from is None else start_from._networks,
+                ),
             )
         models.append(fitted)
     model = AsignPanels(models, genes) if several else models[0]

@@ -184,6 +184,7 @@ def fit_pairs(
     """Fit on pairs of image and regions; with `known`, (n_shapes,) bool per pair, on these regions only."""
     from spatial_impute.models.pixnet._fit import fit
     from spatial_impute.models.pixnet._model import PixNetModel
+    from spatial_impute.models.pixnet._training import FitSettings
 
     if known is not None:
         pairs, known = zip(*((p, k) for p, k in zip(pairs, known, strict=True) if k.any()), strict=True)
@@ -216,15 +217,17 @@ def fit_pairs(
     fitted = fit(
         slides,
         pyramid,
-        params,
-        resolution=resolution,
-        var_names=var_names,
-        core=tile_size,
-        seed=seed,
-        device=device,
-        checkpoint=checkpoint,
-        fingerprint=fingerprint,
-        progress=steps,
+        var_names,
+        FitSettings(
+            params,
+            resolution=resolution,
+            tile_size=tile_size,
+            seed=seed,
+            device=device,
+            progress=steps,
+            checkpoint=checkpoint,
+            fingerprint=fingerprint,
+        ),
     )
     return PixNetModel(
         fitted.network,

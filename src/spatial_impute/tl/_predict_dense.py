@@ -448,8 +448,7 @@ def _make_job(
 ) -> tuple[list[str], Any]:
     """Names of the channels, and the job, after all checks."""
     from spatial_impute._image.resampling import slide_overview
-    from spatial_impute.models.pixnet._dense_map import DenseJob, tissue_tiles
-    from spatial_impute.models.pixnet._tiles import TileIndex
+    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
 
     index = model.gene_index(genes)
     n_features = model.network.head.in_channels
