@@ -67,19 +67,12 @@ def main() -> None:
 def random_model(n_genes: int, encoder: str | nn.Module, resolution: float) -> si.models.PixNetModel:
     """Model with random decoder and head: what it predicts does not matter for what it costs."""
     from spatial_impute.encoders._pyramids import build_pyramid
-    from spatial_impute.models.pixnet._fit import context_px
-    from spatial_impute.models.pixnet._network import PixNetNetwork
+    from spatial_impute.models.pixnet._network import build_network
 
     torch.manual_seed(0)
     params = si.models.PixNetParams()
-    network = PixNetNetwork(
-        build_pyramid(encoder),
-        n_genes=n_genes,
-        width=params.width,
-        n_base=params.n_base,
-        context=context_px(params, resolution),
-        norm=params.norm,
-        finest=params.finest_stride,
+    network = build_network(
+        build_pyramid(encoder), params, n_genes=n_genes, n_base=params.n_base, rates=False, resolution=resolution
     )
     nn.init.normal_(network.head.weight, std=0.1)
     genes = [f"g{i}" for i in range(n_genes)]
@@ -319,7 +312,7 @@ def _write_map(path: Path, key: str, log: Path) -> None:
     """What `kill` kills. Notes each tile before it is computed."""
     from spatialdata import read_zarr
 
-    from spatial_impute.models.pixnet._dense_map import DenseJob
+    from spatial_impute.models.pixnet._tiles import DenseJob
 
     compute = DenseJob.compute
 

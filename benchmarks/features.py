@@ -169,7 +169,8 @@ def run_throughput(encoders: list[str], spots: int, device: str, repeats: int) -
     import dask.array as da
 
     from spatial_impute._stack import image_element
-    from spatial_impute.encoders._encoder import requested_threads, resolve_encoder
+    from spatial_impute._threads import requested_threads
+    from spatial_impute.encoders._encoder import resolve_encoder
 
     size = -(-(2 * int(np.ceil(np.sqrt(spots))) * 100 + 2000) // 8) * 8
     fine = np.random.default_rng(0).integers(60, 255, (3, size, size), dtype=np.uint8)

@@ -213,7 +213,7 @@ def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> floa
     """Ridge on the features of one patch around each region, whatever its size."""
     from spatial_impute._image.patches import iter_patches
     from spatial_impute.encoders._encoder import resolve_encoder
-    from spatial_impute.models.pixnet._base import fit_base
+    from spatial_impute.models.pixnet._base import BaseData, fit_base
     from spatial_impute.tl._read_regions import Frame, read_levels, read_shapes
 
     encoder = resolve_encoder("tellez-multitask", patch_px=64, device="cpu")
@@ -228,7 +228,7 @@ def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> floa
 
     x, y = features(objects["train"], trained), objects["train"].tables[f"{trained}_table"].X
     block = np.arange(len(x)) // 20
-    base = fit_base(x, y, np.zeros(len(x)), block, n_components=128)
+    base = fit_base(BaseData(x, y, np.zeros(len(x)), block), n_components=128)
     return float(np.nanmean(pearson_by_gene(base.predict(features(objects["test"], key)), true)))
 
 

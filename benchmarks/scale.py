@@ -82,9 +82,10 @@ def fitted(spots, n_genes: int):
     """Fit with the defaults of the package."""
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models.asign._fit import fit
+    from spatial_impute.models.asign._training import FitSettings
 
     genes = [f"g{i}" for i in range(n_genes)]
-    return fit([spots], genes, AsignParams(), config={}, seed=0, device="cpu", progress=lambda _: lambda: None)
+    return fit([spots], genes, FitSettings(AsignParams(), seed=0, device="cpu"))
 
 
 def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from spatial_impute.models._params import AsignParams
-from spatial_impute.models.asign._graph_inputs import build_network
-from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs
-from spatial_impute.models.asign._training import Episode, _step
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
+from spatial_impute.models.asign._training import Episode, training_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +111,7 @@ def steps(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
     rows = torch.arange(0, n, 5)
     episode = Episode(inputs, rows, torch.randn(len(rows), N_GENES), torch.ones(len(rows)))
     group = torch.arange(N_GENES) % params.n_gene_groups
-    network, bare = build_network(params, WIDTH_OF_TOKEN, group), Bare(params)
+    network, bare = MSAGNet(WIDTH_OF_TOKEN, group, params), Bare(params)
     adams = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (network, bare)]
 
     def bare_step() -> None:
@@ -120,7 +119,7 @@ def steps(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
         nn.functional.mse_loss(bare(inputs, group)[rows], episode.expression).backward()
         adams[1].step()
 
-    return lambda: _step(network, adams[0], episode, params.correlation_weight), bare_step
+    return lambda: training_step(network, adams[0], episode, params.correlation_weight), bare_step
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ LAYERS = [
         "_expression",
         "_scores",
         "_graph",
+        "_threads",
         "_voxels",
     },
     {"_image", "_io"},

@@ -10,14 +10,19 @@ import sys
 
 import torch
 from torch import distributed
+from spatial_impute.models import AsignParams
 from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
 from spatial_impute.models.asign._training import Episode, train
 
 N, D, G = 10, 4, 3
 
+PARAMS = AsignParams(
+    width=8, n_heads=2, n_graph_layers=1, n_level_layers=1, dropout=0.0,
+    n_steps=1, learning_rate=1e-2, weight_decay=0.0, correlation_weight=0.5,
+)
+
 def build():
-    group = torch.zeros(G, dtype=torch.long)
-    net = MSAGNet(D, G, group=group, width=8, n_heads=2, n_graph_layers=1, n_level_layers=1, dropout=0.0)
+    net = MSAGNet(D, torch.zeros(G, dtype=torch.long), PARAMS)
     torch.nn.init.normal_(net.correction.weight, std=0.5)
     return net
 
@@ -31,11 +36,7 @@ def episode(k):
     return Episode(x, torch.arange(4 + 2 * k), torch.randn(4 + 2 * k, G), torch.ones(4 + 2 * k))
 
 def run():
-    states, _, _ = train(
-        build, [episode(0), episode(1)], [episode(2)], n_steps=1, learning_rate=1e-2, weight_decay=0.0,
-        correlation_weight=0.5, seed=0, device="cpu", on_step=lambda: None,
-    )
-    return states[-1]
+    return train(build, [episode(0), episode(1)], [episode(2)], PARAMS, seed=0).states[-1]
 
 if __name__ == "__main__":
     from spatial_impute.models.asign._training import correlation_loss

@@ -8,7 +8,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import spatial_impute as si
-from spatial_impute.models.pixnet._dense_map import DenseJob
+from spatial_impute.models.pixnet._tiles import DenseJob
 
 
 class Blur(torch.nn.Module):

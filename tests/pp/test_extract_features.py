@@ -12,7 +12,7 @@ from spatialdata.transformations import Scale
 import spatial_impute as si
 from spatial_impute._logging import logger
 from spatial_impute._stack import load_record, section_levels, spot_geometry
-from spatial_impute.encoders._texture import TextureEncoder
+from spatial_impute.encoders._encoder import TextureEncoder
 
 LEVELS = ("X_spot", "X_region", "X_global")
 

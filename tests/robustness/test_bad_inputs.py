@@ -20,7 +20,7 @@ WORK = [
     "spatial_impute.models.pixnet._fit.fit",
     "spatial_impute.models.asign._model.AsignModel._impute",
     "spatial_impute.models.pixnet._model.PixNetModel._read_regions",
-    "spatial_impute.models.pixnet._dense_map.DenseJob.compute",
+    "spatial_impute.models.pixnet._tiles.DenseJob.compute",
     "spatial_impute.encoders._tokens.section_tokens",
     "spatial_impute.models.asign._held_out.predict_held_out",
     "spatial_impute.tl._build_3d_graph.build_graph",

@@ -16,7 +16,7 @@ import spatialdata as sd
 import torch
 
 import spatial_impute as si
-from spatial_impute.models.pixnet._dense_map import DenseJob
+from spatial_impute.models.pixnet._tiles import DenseJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -319,7 +319,7 @@ def test_training_of_pixnet_killed_at_any_instant_is_taken_up(sdata, pixnet, tmp
 
 
 def test_training_of_asign_killed_at_any_instant_is_taken_up(sdata, asign, tmp_path, monkeypatch):
-    from spatial_impute.models.asign import _fit
+    from spatial_impute.models.asign import _training
 
     params = {"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}
 
@@ -327,13 +327,13 @@ def test_training_of_asign_killed_at_any_instant_is_taken_up(sdata, asign, tmp_p
         return si.tl.fit_asign(sdata, model_params=params, checkpoint=folder)
 
     total = count_changes(lambda: fit(tmp_path / "c"), tmp_path / "c", tmp_path / "n")
-    train = _fit.train
+    train = _training.train
     for instant in instants(total):
         folder = tmp_path / str(instant)
         kill_at(lambda folder=folder: fit(folder), folder, instant)
         finished = len(list(folder.glob("*.safetensors")))
         calls = []
-        monkeypatch.setattr(_fit, "train", lambda *a, calls=calls, **k: calls.append(0) or train(*a, **k))
+        monkeypatch.setattr(_training, "train", lambda *a, calls=calls, **k: calls.append(0) or train(*a, **k))
         model = fit(folder)
         assert len(calls) == 2 - finished
         assert model.identity == asign.identity
@@ -388,7 +388,7 @@ def test_disk_full_while_a_model_is_saved(asign, tmp_path):
         ("spatial_impute.tl._register_stack.register_chain", lambda s, a, p: si.tl.register_stack(s)),
         ("spatial_impute.tl._build_3d_graph.build_graph", lambda s, a, p: si.tl.build_3d_graph(s)),
         (
-            "spatial_impute.models.asign._training._step",
+            "spatial_impute.models.asign._training.training_step",
             lambda s, a, p: si.tl.fit_asign(s, model_params={"n_steps": 2, "width": 8, "n_heads": 2, "n_folds": 2}),
         ),
         ("spatial_impute.models.asign._model.graph_inputs", lambda s, a, p: si.tl.impute_3d(s, a)),

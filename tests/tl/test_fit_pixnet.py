@@ -112,20 +112,20 @@ def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pix
 
 def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pixnet, octaves, pixnet_params):
     """What is held out is predicted with windows that reach beyond a crop."""
-    from spatial_impute.models.pixnet import _fit
+    from spatial_impute.models.pixnet import _training
 
     seen = {}
-    look = _fit._look
+    evaluate = _training.evaluate
 
-    def spy(network, watch, loss, device):
+    def spy(network, windows, loss, device):
         seen.setdefault("network", copy.deepcopy(network))
-        seen.setdefault("watch", watch)
-        return look(network, watch, loss, device)
+        seen.setdefault("windows", windows)
+        return evaluate(network, windows, loss, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fit, "_look", spy)
+        patch.setattr(_training, "evaluate", spy)
         fit(small_prepared, octaves, pixnet_params | {"n_steps": 0})
-    network, entry = seen["network"].eval(), seen["watch"][0].entry
+    network, entry = seen["network"].eval(), seen["windows"][0].crop.slide
     height, width = entry.image.shape
     rows, columns = (-(-n // network.multiple) * network.multiple for n in (height, width))
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import spatial_impute as si
 from spatial_impute._io.stores import interleave
-from spatial_impute.models.pixnet._dense_map import DenseJob
+from spatial_impute.models.pixnet._tiles import DenseJob
 
 KEY = "s0_image_expression"
 

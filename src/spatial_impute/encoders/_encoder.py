@@ -1,46 +1,45 @@
-"""Encoders: from square H&E patches to feature vectors."""
+"""Encoders: from square H&E patches to feature vectors. Protocol, registry by name, and the encoder without weights."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import itertools
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from spatial_impute._validation import require_device, require_one_of, require_positive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-DEFAULT_PATCH_PX = 224  # what networks for photographs, and most pathology networks, were trained on
+DEFAULT_PATCH_PX = 224  # networks for photographs, and most pathology networks, were trained on patches of this size
 DEFAULT_MPP = 0.5  # 20x, the usual magnification of pathology encoders
 PRECISIONS = ("float32", "bfloat16")
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What :func:`~spatial_impute.pp.extract_features` asks of an encoder.
+    """Interface of the encoders that :func:`~spatial_impute.pp.extract_features` takes.
 
-    Two further members are optional. With ``step_px`` (int), ``slide(windows)`` encodes all patches of
-    (n, y, x, 3) windows at that step, as (n, rows, columns, n_features): for networks of unpadded convolutions it costs
-    far less than patch by patch and gives the same. With ``identity`` (str), results are kept and reused.
+    Two further members are optional. With ``step_px`` (int), ``slide(windows)`` encodes all patches of (n, y, x, 3)
+    windows at that step, as (n, rows, columns, n_features). For networks with unpadded convolutions this costs far less
+    than encoding patch by patch and gives the same result. With ``identity`` (str), results are kept and reused.
 
     Examples
     --------
     >>> import spatial_impute as si
-    >>> class Colour:
-    ...     name, mpp, patch_px, dense = "colour", 2.0, 32, False
+    >>> class MeanColor:
+    ...     name, mpp, patch_px, dense = "mean-color", 2.0, 32, False
     ...
     ...     def __call__(self, patches):
     ...         return patches.mean(axis=(1, 2))
-    >>> isinstance(Colour(), si.models.Encoder)
+    >>> isinstance(MeanColor(), si.models.Encoder)
     True
     """
 
@@ -51,33 +50,20 @@ class Encoder(Protocol):
     patch_px: int
     """Edge length of the patches, in px."""
     dense: bool
-    """Whether ``pyramid`` gives maps of features: (n, y, x, 3) in 0-255 to a list of (n, channels, y, x)."""
+    """True if ``pyramid`` returns feature maps: (n, y, x, 3) in 0-255 to a list of (n, channels, y, x)."""
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, patch_px, patch_px, 3) float32 in 0-255 as (n, n_features) float32.
 
-        Colours come as they are in the scan; the encoder normalises them as it was trained.
+        Colors are those of the scan. The encoder normalises them in the same way as in its training.
         """
         ...
 
 
 class ModuleEncoder:
-    """Any ``torch.nn.Module`` that maps (n, 3, y, x) to (n, n_features) or (n, n_features, y, x).
+    """Encoder from any ``torch.nn.Module`` that maps (n, 3, y, x) to (n, n_features) or (n, n_features, y, x).
 
-    Parameters
-    ----------
-    module
-        The network; it is put into evaluation mode.
-    patch_px, mpp
-        Edge length of its input in px, and um per pixel.
-    device
-        Torch device.
-    mean, std
-        Normalisation of the input in 0-1, by default that of ImageNet.
-    name
-        Name; by default that of the class with a hash of its weights.
-    precision
-        ``"float32"`` or ``"bfloat16"`` (mixed precision).
+    `mean` and `std` normalise the input in 0-1. The default name is that of the class with a hash of its weights.
     """
 
     step_px = None
@@ -96,8 +82,8 @@ class ModuleEncoder:
     ) -> None:
         self.module = module.eval().to(device)
         self.patch_px, self.mpp, self.device, self.precision = patch_px, mpp, device, precision
-        self._mean, self._std = np.float32(mean), np.float32(std)
-        weights = _weights_hash(module)
+        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        weights = weights_hash(module)
         self.name = f"{type(module).__name__}-{weights}" if name is None else name
         self.identity = f"{self.name}-{weights}-{precision}-{tuple(mean)}-{tuple(std)}"
         self.dense = hasattr(module, "pyramid")
@@ -110,8 +96,9 @@ class ModuleEncoder:
         return features.float().cpu().numpy()
 
     def pyramid(self, patches: np.ndarray) -> list[np.ndarray]:
-        """Maps (n, channels, y, x) of (n, y, x, 3) in 0-255, finest first; for modules that have such a method."""
-        return [level.float().cpu().numpy() for level in self._run(self.module.pyramid, patches)]
+        """Feature maps (n, channels, y, x) of (n, y, x, 3) in 0-255, finest first, if the module has such a method."""
+        function = cast("Callable[[torch.Tensor], Any]", self.module.pyramid)
+        return [level.float().cpu().numpy() for level in self._run(function, patches)]
 
     def _run(self, function: Callable[[torch.Tensor], Any], patches: np.ndarray) -> Any:
         import torch
@@ -124,20 +111,61 @@ class ModuleEncoder:
 
 
 class CallableEncoder:
-    """Any function of patches (n, y, x, 3) float32 in 0-255 that returns (n, n_features)."""
+    """Encoder from any function of patches (n, y, x, 3) float32 in 0-255 that returns (n, n_features)."""
 
     dense = False
     step_px = None
+    # No `identity`: the content of a function is not known, so its results are never reused.
 
     def __init__(self, function: Callable[[np.ndarray], np.ndarray], *, patch_px: int, mpp: float) -> None:
         self.function = function
         self.patch_px, self.mpp = patch_px, mpp
         self.name = getattr(function, "__name__", type(function).__name__)
-        # What a function does cannot be told from outside, so nothing of it is reused.
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255."""
         return np.asarray(self.function(patches), dtype=np.float32)
+
+
+class TextureEncoder:
+    """``"texture"``: stain and texture statistics of a patch; needs no weights and no training.
+
+    Hematoxylin, eosin :cite:p:`Ruifrok2001` and luminance are each described by mean, standard deviation, 10th and
+    90th percentile, the energy of three octaves of detail, and the mean gradient. The correlation of the two stains is
+    added, which makes 25 numbers. At 2 um per pixel a nucleus is 3 to 5 px wide. The octaves show nuclei, their spacing,
+    and small groups.
+    """
+
+    name = "texture"
+    identity = "texture-2"  # must change whenever the numbers change
+    mpp = 2.0
+    patch_px = 32
+    n_features = 25
+    dense = False
+    step_px = None
+
+    _SCALES = (1.0, 2.0, 4.0)  # px; the difference of two successive blurs is one octave
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        """Encode (n, y, x, 3) in 0-255 as (n, 25)."""
+        from scipy.ndimage import gaussian_filter
+        from skimage.color import rgb2hed
+
+        scaled = np.clip(np.asarray(patches, dtype=np.float32), 0, 255) / 255.0
+        stains = rgb2hed(scaled)
+        # (n, 3, y, x): sums over a patch then run over contiguous memory.
+        channels = np.stack([stains[..., 0], stains[..., 1], scaled.mean(axis=-1)], axis=1).astype(np.float32)
+        blurs = [channels] + [gaussian_filter(channels, (0, 0, s, s), mode="nearest") for s in self._SCALES]
+        gradient = np.hypot(np.diff(blurs[1], axis=2)[..., 1:], np.diff(blurs[1], axis=3)[:, :, 1:])
+        flat = channels.reshape(*channels.shape[:2], -1)  # (n, 3, pixels)
+        low, high = np.percentile(flat, [10, 90], axis=2)
+        centred = flat - flat.mean(axis=2, keepdims=True)
+        spread = centred.std(axis=2)
+        covariance = (centred[:, 0] * centred[:, 1]).mean(axis=1)
+        correlation = covariance / np.maximum(spread[:, 0] * spread[:, 1], 1e-8)
+        octaves = [(a - b).reshape(flat.shape).std(axis=2) for a, b in itertools.pairwise(blurs)]
+        parts = [flat.mean(axis=2), spread, low, high, *octaves, gradient.mean(axis=(2, 3)), correlation[:, None]]
+        return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def resolve_encoder(
@@ -156,22 +184,11 @@ def resolve_encoder(
     encoder
         Name, module, callable, or an encoder.
     patch_px, mpp
-        Size of the patches in px, um per pixel; those of the encoder by default, 224 and 0.5 where it has none.
-    device
-        Torch device; ``settings.device`` by default.
-    precision
-        Of modules, ``"float32"`` or ``"bfloat16"``.
+        Size of the patches in px, and um per pixel; by default those of the encoder, or 224 and 0.5.
+    device, precision
+        Torch device (``settings.device`` by default); ``"float32"`` or ``"bfloat16"``, for modules.
     params
         Further arguments for the library that makes a ``"timm:"`` or ``"transformers:"`` encoder.
-
-    Raises
-    ------
-    ValueError
-        For unknown names.
-    TypeError
-        For what is neither a name, a module nor a callable.
-    ImportError
-        If the library of a ``"timm:"`` or ``"transformers:"`` encoder is not installed.
     """
     require_one_of(precision, PRECISIONS, name="precision")
     if mpp is not None:
@@ -179,69 +196,42 @@ def resolve_encoder(
     if patch_px is not None and (patch_px != int(patch_px) or patch_px < 1):
         msg = f"`patch_px` must be a whole number of pixels above 0, found {patch_px!r}."
         raise ValueError(msg)
-    sizes = {"patch_px": patch_px or DEFAULT_PATCH_PX, "mpp": mpp or DEFAULT_MPP}
-    if isinstance(encoder, str):
-        return _by_name(encoder, patch_px=patch_px, mpp=mpp, device=device, precision=precision, params=params)
-    if isinstance(encoder, Encoder):
-        return _require_own_size(encoder, patch_px, mpp)
-    if hasattr(encoder, "state_dict") and hasattr(encoder, "forward"):  # an nn.Module, without importing torch
-        return ModuleEncoder(encoder, device=_device(device), precision=precision, **sizes)
-    if callable(encoder):
-        return CallableEncoder(encoder, **sizes)
+
+    def from_module(module: torch.nn.Module, own_px: int | None = None, **options: Any) -> ModuleEncoder:
+        options |= {"patch_px": patch_px or own_px or DEFAULT_PATCH_PX, "mpp": mpp or DEFAULT_MPP}
+        return ModuleEncoder(module, device=require_device(device), precision=precision, **options)
+
+    found = _by_name(encoder, device, params or {}, from_module) if isinstance(encoder, str) else encoder
+    if isinstance(found, Encoder):
+        return _require_own_size(found, patch_px, mpp)
+    if hasattr(found, "state_dict") and hasattr(found, "forward"):  # an nn.Module, without importing torch
+        return from_module(cast("torch.nn.Module", found))
+    if callable(found):
+        return CallableEncoder(found, patch_px=patch_px or DEFAULT_PATCH_PX, mpp=mpp or DEFAULT_MPP)
     msg = f"`encoder` must be a name, a callable or an nn.Module, found {type(encoder).__name__}."
     raise TypeError(msg)
 
 
-@contextmanager
-def requested_threads() -> Iterator[None]:
-    """Run torch on as many threads as ``OMP_NUM_THREADS`` asks for: other libraries reset that when imported.
-
-    On a shared machine, more threads than cores that are free wait for each other and take ten times as long.
-    """
-    torch, wanted = sys.modules.get("torch"), os.environ.get("OMP_NUM_THREADS", "")
-    if torch is None or not wanted.isdigit() or wanted == "0":
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(wanted))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _by_name(
-    name: str,
-    *,
-    patch_px: int | None,
-    mpp: float | None,
-    device: str | None,
-    precision: str,
-    params: Mapping[str, Any] | None,
+    name: str, device: str | None, params: Mapping[str, Any], from_module: Callable[..., ModuleEncoder]
 ) -> Encoder:
-    from spatial_impute.encoders._texture import TextureEncoder
-
-    sizes = {"patch_px": patch_px or DEFAULT_PATCH_PX, "mpp": mpp or DEFAULT_MPP}
     if name == TextureEncoder.name:
-        return _require_own_size(TextureEncoder(), patch_px, mpp)
+        return TextureEncoder()
     if name == "tellez-multitask":
         from spatial_impute.encoders._tellez import TellezEncoder
 
-        return _require_own_size(TellezEncoder(_device(device)), patch_px, mpp)
+        return TellezEncoder(require_device(device))
     if name in ("ciga-resnet18", "resnet18", "resnet50"):
         from spatial_impute.encoders._resnet import load_resnet
 
-        return ModuleEncoder(load_resnet(name), name=name, device=_device(device), precision=precision, **sizes)
+        return from_module(load_resnet(name), name=name)
     library, _, model = name.partition(":")
     if library in ("timm", "transformers") and model:
-        from spatial_impute.encoders._zoo import load_timm, load_transformers
+        from spatial_impute.encoders._weights import load_timm, load_transformers
 
         load = load_timm if library == "timm" else load_transformers
-        module, own_px, mean, std = load(model, dict(params or {}))
-        sizes["patch_px"] = patch_px or own_px or DEFAULT_PATCH_PX
-        return ModuleEncoder(
-            module, name=name, mean=mean, std=std, device=_device(device), precision=precision, **sizes
-        )
+        module, own_px, mean, std = load(model, dict(params))
+        return from_module(module, own_px, name=name, mean=mean, std=std)
     msg = (
         f"Unknown encoder {name!r}; available by name: ['ciga-resnet18', 'resnet18', 'resnet50', 'tellez-multitask', "
         "'texture'], and 'timm:NAME' and 'transformers:NAME'. Or pass a callable or nn.Module."
@@ -250,7 +240,7 @@ def _by_name(
 
 
 def _require_own_size(encoder: Encoder, patch_px: int | None, mpp: float | None) -> Encoder:
-    """Refuse sizes that differ from those an encoder comes with."""
+    """Refuse sizes that differ from the fixed sizes of an encoder."""
     for argument, value in {"patch_px": patch_px, "mpp": mpp}.items():
         own = getattr(encoder, argument)
         if value is not None and value != own:
@@ -259,11 +249,8 @@ def _require_own_size(encoder: Encoder, patch_px: int | None, mpp: float | None)
     return encoder
 
 
-def _device(device: str | None) -> str:
-    return require_device(device)
-
-
-def _weights_hash(module: torch.nn.Module) -> str:
+def weights_hash(module: torch.nn.Module) -> str:
+    """Hash of all weights of a module, 12 characters."""
     digest = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(key.encode())

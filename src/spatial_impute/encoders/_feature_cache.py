@@ -1,4 +1,4 @@
-"""Recognise a section whose features were computed before, in this object or in a folder of earlier results."""
+"""Cache of features: recognise a section whose features are in the object or in a folder of earlier results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
 
-_FORMAT = 1  # of the files and of what the keys cover
+_FORMAT = 1  # of the files and of the keys
 _STRIP = 2048  # rows hashed at a time
 
 
@@ -32,15 +32,10 @@ def section_key(encoder: str, image: str, geometry: Mapping[str, Any], arrays: S
 
 
 def image_identity(levels: Sequence[Level], *, across_sessions: bool) -> str:
-    """What tells an image from any other.
+    """Hash that identifies an image by its resolutions, finest first, and by its content.
 
-    Parameters
-    ----------
-    levels
-        Its resolutions, finest first.
-    across_sessions
-        Identify it by the pixels of its coarsest level, which takes a read of that, instead of by the name of the lazy
-        array, which only this session knows.
+    Across sessions the content is the pixels of the coarsest level, which must be read. Within a session it is the name of
+    the lazy array.
     """
     digest = hashlib.sha256()
     for level in levels:
@@ -58,7 +53,7 @@ def image_identity(levels: Sequence[Level], *, across_sessions: bool) -> str:
 
 
 def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
-    """Features kept in a folder; None if there are none."""
+    """Features from a folder; None if the folder does not have them."""
     path = folder / f"{key}.npz"
     if not path.exists():
         return None
@@ -71,13 +66,13 @@ def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:
 
 
 def save_tokens(folder: Path, key: str, tokens: Mapping[str, np.ndarray]) -> None:
-    """Keep the features of a section; an interrupted write leaves nothing that could be taken for a result."""
+    """Write the features of a section. An interrupted write leaves no file that could be mistaken for a result."""
     partial = folder / f".{key}.partial.npz"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            np.savez(file, **tokens)
+            np.savez(file, **dict[str, Any](tokens))
         partial.replace(folder / f"{key}.npz")
     except OSError as error:
-        error.add_note(f"Sections finished before are in {str(folder)!r}; the same call goes on from them.")
+        error.add_note(f"Finished sections are in {str(folder)!r}; run the same call again to continue from them.")
         raise

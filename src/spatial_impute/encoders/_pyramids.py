@@ -1,4 +1,4 @@
-"""Image encoders as pyramids: from an RGB image to feature maps of falling resolution, by local operations only."""
+"""Image encoders as pyramids: from an RGB image to feature maps of decreasing resolution, by local operations only."""
 
 from __future__ import annotations
 
@@ -10,39 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_impute._validation import require_one_of
-from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, _weights_hash
+from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# Of a strip of the largest map: it stays in the cache, and allocators keep blocks of that size at hand.
+# Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
-_PROBE = 256  # px; edge of the image on which an unknown module is tried
+_PROBE = 256  # px; edge of the test image for an unknown module
 
-ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")
-"""Pyramids by name."""
+ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")  # Pyramids by name
 
 
 class Pyramid(nn.Module):
-    """Feature maps at several strides.
+    """Feature maps at several strides, for a network of the given `resolution` (um per pixel) and identity `name`.
 
-    Attributes
-    ----------
-    name
-        Identity, written into models.
-    strides
-        Pixels per cell, finest first; each divides the next.
-    channels
-        Channels of the maps.
-    resolution
-        um per pixel of the images the encoder was made for.
-    context_level
-        Map whose means and spreads over windows describe the surroundings: the deepest that sees details, not a reduced
-        image.
+    `strides` are pixels per cell, finest first; each divides the next. `context_level` is the map whose means and standard
+    deviations over windows describe the surroundings of a place: the deepest map computed from the unreduced image.
 
-    Shapes
-    ------
-    (n, 3, y, x) in 0-255, y and x multiples of the last stride -> maps (n, channels[i], y / strides[i], x / strides[i]).
+    Shapes: (n, 3, y, x) in 0-255, y and x multiples of the last stride -> maps (n, channels[i], y / strides[i],
+    x / strides[i]).
     """
 
     name: str
@@ -53,11 +40,12 @@ class Pyramid(nn.Module):
 
 
 class TellezPyramid(Pyramid):
-    """Convolutions of the multitask pathology encoder, run on the image and on its two-, four- and eightfold reductions.
+    """Convolutions of the multitask pathology encoder on the image and on its two-, four- and eightfold reductions.
 
-    The network was trained on fields of 64 um; its own deepest cells see 31 um. The reductions add cells that see 62,
-    124 and 248 um, at a third of the cost of the image itself. The published convolutions are unpadded; here they are padded after and before their input in turn,
-    which keeps all cells within 2.5 pixels of the centre of what they see.
+    The network was trained on patches of 64 um; a cell of its deepest map sees 31 um. The reductions add cells that see
+    62, 124 and 248 um, at a third of the cost of the image itself. The published convolutions are not padded. Here they
+    are padded alternately after and before their input, so that each cell lies within 2.5 px of the centre of its
+    receptive field.
     """
 
     name = "tellez-multitask"
@@ -71,16 +59,16 @@ class TellezPyramid(Pyramid):
 
         super().__init__()
         self.blocks = (TellezEncoder("cpu").network if pretrained else TellezNetwork()).blocks
-        for block in self.blocks:
-            block[1].inplace = True  # the largest maps of all: one copy less
+        for module in self.blocks.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.inplace = True  # saves a copy of the largest maps
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
-        """Maps, finest first."""
         scaled = (rgb / 127.5).sub_(1.0)
         return [*self._stack(scaled), *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
 
     def _stack(self, x: Tensor) -> list[Tensor]:
-        """Maps at the strides 4, 8 and 16; that of stride 2 holds edges of single nuclei, at four times the cost of 4."""
+        """Maps at the strides 4, 8 and 16. The map of stride 2 shows edges of single nuclei and costs four times more."""
         first, second, third, fourth = self.blocks
 
         # Row i of the map at stride 4 reads rows 2 i - 1 to 2 i + 1 at stride 2, and row j of that 2 j to 2 j + 2 of the
@@ -99,20 +87,10 @@ class TellezPyramid(Pyramid):
 def _by_strips(
     run: Callable[[Tensor, int, int], Tensor], x: Tensor, stride: int, *, above: int, channels: int
 ) -> Tensor:
-    """Map of `x` at a stride; on a CPU strip by strip, so that what is between them is never whole.
+    """Feature map of `x`, on a CPU strip by strip: allocating large intermediate maps took longer than the convolutions.
 
-    Memory of that size comes new from the system each time, which took longer than the convolutions.
-
-    Parameters
-    ----------
-    run
-        Map of some rows of `x`; 1 if they are the topmost, and 1 if they are the lowest ones.
-    stride
-        Rows of `x` along a row of the map.
-    above
-        Rows of `x` above those that a row of the map reads; below them it reads one.
-    channels
-        Of what `run` makes of a row of `x`.
+    `run` computes the map of some rows of `x`; its further arguments are 1 at the upper and at the lower end, else 0. A row
+    of the map reads `stride` rows of `x`, `above` rows above them, and one row below. Maps have `channels` channels.
     """
     height = x.shape[-2] // stride
     n_rows = height
@@ -120,36 +98,23 @@ def _by_strips(
         n_rows = max(1, _STRIP_BYTES // (x.shape[-1] * channels * x.element_size()))
     if n_rows >= height:
         return run(x, 1, 1)
-    whole = None
+    whole = x.new_empty((len(x), channels, height, x.shape[-1] // stride))
     for top in range(0, height, n_rows):
         bottom = min(top + n_rows, height)
         rows = x[..., max(stride * top - above, 0) : stride * bottom + 1, :]
-        strip = run(rows, int(top == 0), int(bottom == height))
-        if whole is None:
-            whole = strip.new_empty((*strip.shape[:-2], height, strip.shape[-1]))
-        whole[..., top:bottom, :] = strip
+        whole[..., top:bottom, :] = run(rows, int(top == 0), int(bottom == height))
     return whole
 
 
 class ModulePyramid(Pyramid):
-    """Pyramid of a module of the user's, or of a ResNet.
+    """Pyramid from a module of the user or a ResNet, which maps (n, 3, y, x) to a sequence of feature maps.
 
-    Parameters
-    ----------
-    module
-        Maps (n, 3, y, x), normalised, to a sequence of maps.
-    name
-        Identity; by default the class and a hash of the weights.
-    resolution
-        um per pixel it was made for.
-    mean, std
-        Normalisation of RGB in 0-1.
-
-    Raises
-    ------
-    ValueError
-        If the module returns no maps at strides that divide each other.
+    `mean` and `std` normalise RGB in 0-1. The default name is that of the class with a hash of the weights. Strides and
+    channels are measured on a test image; a module whose strides do not divide each other raises a ``ValueError``.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -162,24 +127,24 @@ class ModulePyramid(Pyramid):
     ) -> None:
         super().__init__()
         self.module = module.eval()
-        self.name = f"{type(module).__name__}-{_weights_hash(module)}" if name is None else name
+        self.name = f"{type(module).__name__}-{weights_hash(module)}" if name is None else name
         self.resolution = float(resolution)
-        self.register_buffer("mean", 255.0 * torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255.0 * torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        for key, values in {"mean": mean, "std": std}.items():
+            scaled = 255.0 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(key, scaled, persistent=False)
         parameter = next(module.parameters(), torch.zeros(()))
         with torch.inference_mode():
             maps = self.forward(torch.full((1, 3, _PROBE, _PROBE), 128.0, dtype=parameter.dtype))
         self.strides, self.channels = _layout(maps, self.name)
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
-        """Maps, finest first."""
         run: Callable[[Tensor], Sequence[Tensor]] = getattr(self.module, "pyramid", self.module)
         maps = run((rgb - self.mean.to(rgb.dtype)) / self.std.to(rgb.dtype))
         return list(maps.values()) if isinstance(maps, dict) else list(maps)
 
 
 def _layout(maps: list[Tensor], name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides and channels of the maps of a probe."""
+    """Strides and channels of the maps of the test image."""
     shapes = [tuple(m.shape) for m in maps if isinstance(m, Tensor)]
     strides = tuple(_PROBE // s[-1] for s in shapes if len(s) == 4 and s[-1] > 0)
     exact = all(len(s) == 4 and s[-1] * k == s[-2] * k == _PROBE for s, k in zip(shapes, strides, strict=False))
@@ -194,21 +159,9 @@ def _layout(maps: list[Tensor], name: str) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def build_pyramid(encoder: str | nn.Module, *, pretrained: bool = True) -> Pyramid:
-    """Pyramid by name, or of a module.
+    """Pyramid by name (one of :data:`ENCODERS`), or from a module that expects the normalisation of ImageNet.
 
-    Parameters
-    ----------
-    encoder
-        One of :data:`ENCODERS`, a :class:`Pyramid`, or a module that returns maps at ImageNet's normalisation.
-    pretrained
-        Load the published weights of a named encoder; otherwise they are random, to be overwritten.
-
-    Raises
-    ------
-    ValueError
-        For unknown names and modules that return no pyramid.
-    TypeError
-        For anything else.
+    Without `pretrained` the weights of a named encoder are random, and the caller loads others.
     """
     if isinstance(encoder, Pyramid):
         return encoder

@@ -1,4 +1,4 @@
-"""Residual networks of He et al. 2016 with torchvision's parameter names, and the published weights that fit them."""
+"""Residual networks of He et al. 2016 with the parameter names of torchvision, and published weights for them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from spatial_impute.encoders._weights import WeightFile, fetch_weights, load_who
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-STRIDES = (4, 8, 16, 32)
-"""Pixels of the input per cell of the four maps of a pyramid."""
+STRIDES = (4, 8, 16, 32)  # Pixels of the input per cell of the four maps of a pyramid
 
 _STEM_WIDTH = 64
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -45,7 +44,7 @@ WEIGHTS = {
 
 
 class _Block(nn.Module):
-    """Convolutions with a shortcut: two 3x3, or 1x1, 3x3, 1x1 with four times the width at the end (bottleneck)."""
+    """Convolutions with a shortcut: two 3x3, or a bottleneck of 1x1, 3x3 and 1x1 with four times the width at its end."""
 
     def __init__(self, in_width: int, width: int, *, stride: int, bottleneck: bool) -> None:
         super().__init__()
@@ -84,16 +83,9 @@ class _Block(nn.Module):
 class ResNet(nn.Module):
     """Residual network without a classification head :cite:p:`He2016`.
 
-    Parameters
-    ----------
-    layers
-        Blocks in each of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) with bottlenecks ResNet-50.
-    bottleneck
-        Blocks of three convolutions (ResNet-50 and deeper).
+    `layers` are the blocks in each of the four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) with bottlenecks ResNet-50.
 
-    Shapes
-    ------
-    Input (n, 3, y, x); :meth:`forward` gives (n, widths[3]), :meth:`pyramid` four maps (n, widths[i], ceil(y / s),
+    Shapes: (n, 3, y, x); :meth:`forward` gives (n, widths[3]), :meth:`pyramid` four maps (n, widths[i], ceil(y / s),
     ceil(x / s)) at the strides s = 4, 8, 16, 32.
     """
 
@@ -120,7 +112,7 @@ class ResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random start of He et al.: variance kept through the rectified layers."""
+        """Random weights of He et al., which keep the variance through the rectified layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -131,8 +123,8 @@ class ResNet(nn.Module):
         """Maps of the four stages, finest first, at the strides 4, 8, 16 and 32."""
         x = self.maxpool(self.bn1(self.conv1(x)).relu())
         maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for i in range(len(self.widths)):
+            x = self.get_submodule(f"layer{i + 1}")(x)
             maps.append(x)
         return maps
 
@@ -150,16 +142,8 @@ def build_resnet(architecture: str) -> ResNet:
 def load_resnet(name: str) -> ResNet:
     """Network with published weights, in evaluation mode, on the CPU.
 
-    Parameters
-    ----------
-    name
-        ``"resnet18"``, ``"resnet50"`` (ImageNet), or ``"ciga-resnet18"`` (57 histopathology data sets, self-supervised
-        :cite:p:`Ciga2022`). Downloaded once to ``settings.data_dir`` and checked by sha256.
-
-    Raises
-    ------
-    ValueError
-        For other names, for a file with another sha256, and for a state dict that does not cover the network.
+    ``"resnet18"`` and ``"resnet50"`` were trained on ImageNet, ``"ciga-resnet18"`` on 57 histopathology data sets without
+    labels :cite:p:`Ciga2022`. Files are downloaded once to ``settings.data_dir`` and checked by sha256.
     """
     require_one_of(name, WEIGHTS, name="name")
     file = WEIGHTS[name]

@@ -1,4 +1,4 @@
-"""Multitask pathology encoder of Tellez et al. 2020, rebuilt in torch from its published weights."""
+"""Multitask pathology encoder of Tellez et al. 2020, in torch, with its published weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TellezNetwork(nn.Module):
         self.encoded = nn.Linear(3 * 3 * _WIDTH, _WIDTH)
 
     def pyramid(self, patches: Tensor) -> list[Tensor]:
-        """Maps of the four blocks at the strides 2, 4, 8 and 16; convolutions are not padded."""
+        """Maps of the four blocks at the strides 2, 4, 8 and 16; the convolutions are not padded."""
         maps = []
         for block in self.blocks:
             patches = block(patches)
@@ -58,7 +58,7 @@ class TellezNetwork(nn.Module):
     def slide(self, windows: Tensor) -> Tensor:
         """Encode every patch of (n, 3, y, x) at a step of 16 px: (n, rows, columns, 128).
 
-        The dense layer on a map of 3 x 3 is a convolution, so this equals one patch after the other.
+        The dense layer on a map of 3 x 3 is a convolution, so the result equals that of single patches.
         """
         kernel = self.encoded.weight.reshape(_WIDTH, 3, 3, _WIDTH).permute(0, 3, 1, 2)
         return nn.functional.conv2d(self.pyramid(windows)[-1], kernel, self.encoded.bias).permute(0, 2, 3, 1)
@@ -95,7 +95,7 @@ class TellezEncoder:
     def slide(self, windows: np.ndarray) -> np.ndarray:
         """Encode every patch of (n, y, x, 3) in 0-255 at a step of 16 px: (n, rows, columns, 128)."""
         tensor = self._scaled(windows)
-        # On the CPU window by window: the maps of several do not fit into its cache, which takes twice the time.
+        # On the CPU window by window: the maps of several windows do not fit into its cache, which doubles the time.
         parts = tensor.split(1 if self.device == "cpu" else len(tensor))
         with torch.inference_mode():
             return torch.cat([self.network.slide(part) for part in parts]).cpu().numpy()
@@ -111,7 +111,7 @@ class TellezEncoder:
 
 
 def _read_weights(group: h5py.Group) -> dict[str, Tensor]:
-    """State dict from the arrays of the Keras file; kernels there are (y, x, in, out)."""
+    """State dict from the arrays of the Keras file, whose kernels are (y, x, in, out)."""
 
     def array(layer: str, name: str) -> np.ndarray:
         return np.asarray(group[layer][layer][f"{name}:0"])

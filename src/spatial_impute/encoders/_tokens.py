@@ -1,16 +1,16 @@
-"""Tokens of the spots of one section: the patches to encode, and how they are summed up over fields of view."""
+"""Tokens of the spots of one section: which patches to encode, and how to pool them over fields of view."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.patches import iter_patches
 from spatial_impute._keys import Keys
-from spatial_impute.encoders._pooling import Field, cell_centers, needed_cells
-from spatial_impute.encoders._row_pooling import RollingLattice
+from spatial_impute.encoders._pooling import FieldOfView, StreamingPooler, cell_centers, needed_cells
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,28 +18,30 @@ if TYPE_CHECKING:
     from spatial_impute._image.levels import Level
     from spatial_impute.encoders._encoder import Encoder
 
-Layout = dict[str, tuple[Field, ...]]
+Layout = dict[str, tuple[FieldOfView, ...]]
 
-_BLOCK = 16  # cells along a window that is encoded at once: larger ones overlap less, but fall out of the CPU's cache
+_BLOCK = (
+    16  # cells along a window that is encoded at once: larger windows overlap less, but do not fit in the CPU cache
+)
 
 
 def token_layout(region_scale: float, global_scale: float) -> Layout:
-    """Fields of view behind the tokens of each level.
+    """Fields of view of the tokens of each level.
 
-    The region is seen in two sizes. The global level has the global field, the one twice as wide, and the quadrants of
-    that: they say on which side something lies.
+    The region has two sizes. The global level has the global field, a field twice as wide, and the quadrants of the
+    wide field, which show the direction of a structure.
     """
     half = global_scale / 2
-    quadrants = tuple(Field(global_scale, (dx, dy)) for dy in (-half, half) for dx in (-half, half))
+    quadrants = tuple(FieldOfView(global_scale, (dx, dy)) for dy in (-half, half) for dx in (-half, half))
     return {
-        Keys.X_SPOT: (Field(1.0),),
-        Keys.X_REGION: (Field(region_scale), Field(region_scale * 2**0.5)),
-        Keys.X_GLOBAL: (Field(global_scale), Field(2 * global_scale), *quadrants),
+        Keys.X_SPOT: (FieldOfView(1.0),),
+        Keys.X_REGION: (FieldOfView(region_scale), FieldOfView(region_scale * 2**0.5)),
+        Keys.X_GLOBAL: (FieldOfView(global_scale), FieldOfView(2 * global_scale), *quadrants),
     }
 
 
 FIELD_TOKENS = {Keys.X_SPOT: [0], Keys.X_REGION: [0], Keys.X_GLOBAL: [0, 1]}
-"""Tokens that describe the surroundings without saying on which side: one field of view after the other."""
+"""Tokens of the fields of view that are centred on the spot."""
 
 
 def section_tokens(
@@ -50,7 +52,7 @@ def section_tokens(
     layout: Layout,
     *,
     batch_size: int,
-    recolour: Callable[[np.ndarray], np.ndarray] | None = None,
+    recolor: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Encode one section.
 
@@ -58,64 +60,56 @@ def section_tokens(
     ----------
     levels
         Resolutions of its image.
-    centers
-        (n, 2) middles of its spots, um.
-    diameter
-        Diameter of a spot, um.
-    encoder
-        What encodes.
+    centers, diameter
+        (n, 2) centres of its spots, and their diameter, um.
+    encoder, batch_size
+        Encoder of patches, and patches encoded at a time.
     layout
         Fields of view per level.
-    batch_size
-        Patches encoded at a time.
-    recolour
+    recolor
         Applied to the patches before they are encoded.
 
     Returns
     -------
     Per level (n, n_tokens * 2 * n_features) float32: for each token the mean of the features of the patches in the field,
     then their standard deviation.
-
-    Raises
-    ------
-    ValueError
-        If the encoder returns something else than finite numbers of shape (n, n_features).
     """
     extent = encoder.patch_px * encoder.mpp
-    sliding = getattr(encoder, "step_px", None) is not None
-    step = encoder.step_px * encoder.mpp if sliding else extent
+    source = _PatchSource(encoder, levels, batch_size, recolor)
+    sliding = source.step_px is not None
+    step = extent if source.step_px is None else source.step_px * encoder.mpp
     reach = max(field.scale + 2 * max(map(abs, field.shift)) for fields in layout.values() for field in fields)
     first, needed = needed_cells(centers, reach * diameter, step)
     known = _inside_image(levels[0], first, needed, step)
-    encode = _Checked(encoder, levels, batch_size, recolour)
-    # The spot itself gets patches of its own where the lattice is too coarse for it.
+    # The spot itself has separate patches if the lattice is too coarse for it.
     pooled_keys = [key for key in layout if sliding or key != Keys.X_SPOT]
     fields = [
         (np.multiply(field.shift, diameter), field.scale * diameter) for key in pooled_keys for field in layout[key]
     ]
-    lattice = RollingLattice(step, first, known, centers, fields, block=_BLOCK if sliding else 1)
+    pooler = StreamingPooler(step, first, known, centers, fields, block=_BLOCK if sliding else 1)
     result = {}
     if sliding:
-        encode.blocks(first, lattice)
+        source.encode_blocks(first, pooler)
     else:
         per_edge = max(1, round(diameter / extent))
-        own = encode.patches(spot_patches(centers, diameter, per_edge), cell_centers(first, known, step), lattice)
+        patches = spot_patches(centers, diameter, per_edge)
+        own = source.encode_patches(patches, cell_centers(first, known, step), pooler)
         own = own.reshape(len(centers), per_edge**2, -1).astype(np.float64)
         result[Keys.X_SPOT] = np.concatenate([own.mean(axis=1), own.std(axis=1)], axis=1, dtype=np.float32)
-    pooled = iter(lattice.finish())
+    pooled = iter(pooler.finish())
     for key in pooled_keys:
         result[key] = np.concatenate([part for _ in layout[key] for part in next(pooled)], axis=1)
     return {key: result[key] for key in layout}
 
 
 def spot_patches(centers: np.ndarray, diameter: float, per_edge: int) -> np.ndarray:
-    """(n, per_edge ** 2, 2) middles of the patches of each spot: those of a grid of squares over it, row by row."""
+    """(n, per_edge ** 2, 2) centres of the patches of each spot: a grid of squares over the spot, row by row."""
     offset = ((np.arange(per_edge) + 0.5) / per_edge - 0.5) * diameter
     return centers[:, None] + np.stack(np.meshgrid(offset, offset), axis=-1).reshape(-1, 2)
 
 
 def _inside_image(level: Level, first: tuple[int, int], needed: np.ndarray, step: float) -> np.ndarray:
-    """Needed cells whose middle lies on the image; all of them if none does (an image smaller than a cell)."""
+    """Needed cells with their centre on the image; all of them if no centre is (an image smaller than a cell)."""
     x, y = apply_affine(cell_centers(first, needed, step), np.linalg.inv(level.to_um)).T
     height, width = level.shape
     inside = np.zeros_like(needed)
@@ -123,66 +117,62 @@ def _inside_image(level: Level, first: tuple[int, int], needed: np.ndarray, step
     return inside if inside.any() else needed
 
 
-class _Checked:
-    """An encoder on one image, its answers checked."""
+@dataclass(frozen=True)
+class _PatchSource:
+    """Patches of one image, encoded; checks the output of the encoder."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        levels: Sequence[Level],
-        batch_size: int,
-        recolour: Callable[[np.ndarray], np.ndarray] | None,
-    ) -> None:
-        self._encoder = encoder
-        self._levels = list(levels)
-        self._batch_size = batch_size
-        self._recolour = recolour
+    encoder: Any  # An :class:`Encoder`, which may have the optional members `step_px` and `slide`
+    levels: Sequence[Level]
+    batch_size: int
+    recolor: Callable[[np.ndarray], np.ndarray] | None
 
-    def patches(self, own: np.ndarray, cells: np.ndarray, lattice: RollingLattice) -> np.ndarray:
-        """Encode patches around points, read together with those of all cells of a lattice, which takes the latter.
+    @property
+    def step_px(self) -> int | None:
+        """Step of a sliding encoder, px."""
+        return getattr(self.encoder, "step_px", None)
 
-        Returns
-        -------
-        (n, d) features around the points `own` (..., 2).
+    def encode_patches(self, own: np.ndarray, cells: np.ndarray, pooler: StreamingPooler) -> np.ndarray:
+        """(n, d) features around the points `own` (..., 2); those of all cells of the lattice go to the pooler.
+
+        All patches are read in one pass over the image.
         """
-        encoder = self._encoder
         own = own.reshape(-1, 2)
-        features: np.ndarray | None = None
-        for rows, patches in self._read(np.concatenate([own, cells]), encoder.patch_px, self._batch_size):
-            encoded = encoder(patches)
+        features = np.empty((0, 0), dtype=np.float32)
+        for rows, patches in self._read(np.concatenate([own, cells]), self.encoder.patch_px, self.batch_size):
+            encoded = self.encoder(patches)
             self._require_finite(encoded, (len(rows),))
-            if features is None:
+            if not features.size:
                 features = np.empty((len(own), encoded.shape[-1]), dtype=np.float32)
             mine = rows < len(own)
             features[rows[mine]] = encoded[mine]
-            lattice.add(lattice.corners[rows[~mine] - len(own)], encoded[~mine][:, None, None])
+            pooler.add(pooler.corners[rows[~mine] - len(own)], encoded[~mine][:, None, None])
         return features
 
-    def blocks(self, first: tuple[int, int], lattice: RollingLattice) -> None:
-        """Encode all known cells of a lattice, window by window."""
-        encoder = self._encoder
-        # A window begins with the patch of its first cell, whose middle is that of the cell.
-        n_px = (_BLOCK - 1) * encoder.step_px + encoder.patch_px
-        shift = (_BLOCK * encoder.step_px) / 2 * encoder.mpp
-        corners = lattice.corners
-        centers = (corners[:, ::-1] + [first[1], first[0]]) * (encoder.step_px * encoder.mpp) + shift
-        at_once = max(1, self._batch_size * encoder.patch_px**2 // n_px**2)
+    def encode_blocks(self, first: tuple[int, int], pooler: StreamingPooler) -> None:
+        """Encode all known cells of the lattice, window by window."""
+        step_px, patch_px = self.encoder.step_px, self.encoder.patch_px
+        # A window begins with the patch of its first cell; patch and cell have the same centre.
+        n_px = (_BLOCK - 1) * step_px + patch_px
+        shift = (_BLOCK * step_px) / 2 * self.encoder.mpp
+        corners = pooler.corners
+        centers = (corners[:, ::-1] + [first[1], first[0]]) * (step_px * self.encoder.mpp) + shift
+        at_once = max(1, self.batch_size * patch_px**2 // n_px**2)
         for rows, windows in self._read(centers, n_px, at_once):
-            encoded = encoder.slide(windows)
+            encoded = self.encoder.slide(windows)
             self._require_finite(encoded, (len(rows), _BLOCK, _BLOCK))
-            lattice.add(corners[rows], encoded)
+            pooler.add(corners[rows], encoded)
 
     def _read(self, centers: np.ndarray, n_px: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        side = n_px * self._encoder.mpp
-        for rows, patches in iter_patches(self._levels, centers, side, n_px, batch_size=batch_size):
-            yield rows, patches if self._recolour is None else self._recolour(patches)
+        side = n_px * self.encoder.mpp
+        for rows, patches in iter_patches(list(self.levels), centers, side, n_px, batch_size=batch_size):
+            yield rows, patches if self.recolor is None else self.recolor(patches)
 
     def _require_finite(self, encoded: np.ndarray, shape: tuple[int, ...]) -> None:
         finite = np.isfinite(encoded).all()
         if encoded.ndim != len(shape) + 1 or encoded.shape[:-1] != shape or not finite:
             expected = ", ".join(map(str, shape))
             msg = (
-                f"Encoder {self._encoder.name!r} must return finite numbers of shape ({expected}, n_features), found "
+                f"Encoder {self.encoder.name!r} must return finite numbers of shape ({expected}, n_features), found "
                 f"shape {encoded.shape}{'' if finite else ' with NaN or inf'}."
             )
             raise ValueError(msg)
@@ -193,22 +183,12 @@ def pool_tiles(
     features: np.ndarray,
     centers: np.ndarray,
     diameter: float,
-    layout: Mapping[str, Sequence[Field]],
+    layout: Mapping[str, Sequence[FieldOfView]],
 ) -> dict[str, np.ndarray]:
-    """Tokens from features that another tool computed on tiles.
+    """Tokens, as :func:`section_tokens` returns them, from features that another tool computed on tiles.
 
-    A field is described by the tiles whose middle lies in it, or by the nearest one.
-
-    Parameters
-    ----------
-    positions, features
-        (m, 2) middles of the tiles in um; (m, d) their features.
-    centers, diameter, layout
-        As in :func:`section_tokens`.
-
-    Returns
-    -------
-    As :func:`section_tokens`.
+    `positions` are (m, 2) centres of the tiles in um, `features` (m, d). The tiles with their centre in a field describe
+    it; the nearest tile if there are none.
     """
     from scipy import sparse
     from scipy.spatial import cKDTree

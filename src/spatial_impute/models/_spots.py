@@ -1,78 +1,65 @@
-"""What an imputation method gets to see: plain arrays over the spots of one stack."""
+"""Input of all imputation methods: plain arrays over the spots of one stack."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy import sparse
 
 from spatial_impute._geometry import plane_tiles
 
-_N_REGIONS = 8  # of a large tissue to learn from: enough to meet its different parts
+_N_REGIONS = 8  # of a large tissue to learn from: enough to cover its different parts
+_T = TypeVar("_T")
+
+
+def given(part: _T | None) -> _T:
+    """Part of the spots that the calling method needs. The functions that read the stack check that it exists."""
+    if part is None:
+        raise AssertionError
+    return part
 
 
 @dataclass(frozen=True)
 class Spots:
-    """Spots of all sections, of which some are known.
+    """Spots of all sections; some of them are known, i.e. measured and not hidden.
 
-    Expression is held for known spots only: nothing that stands elsewhere can reach a prediction.
+    Only the expression of known spots is held, so no other values can leak into a prediction.
     """
 
-    xyz: np.ndarray
-    """(n, 3) registered coordinates, um."""
-    section: np.ndarray
-    """(n,) rank of the section in the stack."""
-    known: np.ndarray
-    """(n,) bool."""
-    expression: np.ndarray
-    """(n_known, n_genes) log-normalised, rows in the order of the known spots."""
-    spacing: float
-    """Typical distance to the nearest spot of the section, um."""
-    features: np.ndarray | None = None
-    """(n, d) image features, standardised within sections."""
-    components: np.ndarray | None = None
-    """(n, k) components of them on which registered sections agree."""
-    graph: sparse.csr_matrix | None = None
-    """(n, n) weights of the 3D graph."""
+    xyz: np.ndarray  # (n, 3) registered coordinates, um
+    section: np.ndarray  # (n,) rank of the section in the stack
+    known: np.ndarray  # (n,) bool
+    expression: np.ndarray  # (n_known, n_genes) log-normalised, rows in the order of the known spots
+    spacing: float  # Typical distance to the nearest spot of the section, um
+    features: np.ndarray | None = None  # (n, d) image features, standardised within sections
+    components: np.ndarray | None = None  # (n, k) components of `features` that registered sections share
+    graph: sparse.csr_matrix | None = None  # (n, n) weights of the 3D graph
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
-    edge_features: np.ndarray | None = None
-    """(nnz, n_edge_features), in the order of the entries of `graph`."""
+    edge_features: np.ndarray | None = None  # (nnz, n_edge_features), in the order of the entries of `graph`
     bases: dict[str, np.ndarray] | None = None
-    """(n, n_genes) predictions of other models, of known spots without these and the fold they are hidden with."""
-    total_counts: np.ndarray | None = None
-    """(n_known,) counts of a spot over all genes, where they are known."""
+    """(n, n_genes) predictions of other models; those of a known spot are made without its fold."""
+    total_counts: np.ndarray | None = None  # (n_known,) counts of a spot over all genes, if they are known
 
     @property
     def counting_noise(self) -> np.ndarray:
-        """(n_known,) relative variance that counting adds to a spot, of mean 1; all 1 without total counts."""
+        """(n_known,) relative variance of counting noise, of mean 1; all 1 without total counts."""
         if self.total_counts is None or not len(self.total_counts):
             return np.ones(int(self.known.sum()))
         variance = 1.0 / self.total_counts
         return variance / variance.mean()
 
     def hide(self, rows: np.ndarray) -> Spots:
-        """Return the same spots with some known ones made unknown.
-
-        Parameters
-        ----------
-        rows
-            (n,) bool.
-        """
+        """Return the same spots without the expression of some known ones; `rows` is (n,) bool."""
         still_known = self.known & ~rows
         kept = still_known[self.known]
         totals = None if self.total_counts is None else self.total_counts[kept]
         return replace(self, known=still_known, expression=self.expression[kept], total_counts=totals)
 
     def take(self, rows: np.ndarray) -> Spots:
-        """Return some of the spots, with the edges among them.
-
-        Parameters
-        ----------
-        rows
-            (m,) positions, ascending.
-        """
+        """Return some of the spots, with the edges among them; `rows` is (m,) ascending positions."""
 
         def part(values: np.ndarray | None) -> np.ndarray | None:
             return None if values is None else values[rows]
@@ -81,7 +68,7 @@ class Spots:
         kept = of_known[rows[self.known[rows]]]
         graph, edge_features = self.graph, self.edge_features
         if graph is not None:
-            # The number of each edge shows which of them are left.
+            # A matrix of edge numbers shows which edges remain.
             edges = sparse.csr_matrix((np.arange(1, graph.nnz + 1), graph.indices, graph.indptr), shape=graph.shape)
             edges = edges[rows][:, rows]
             edges.sort_indices()
@@ -105,10 +92,10 @@ class Spots:
 
 
 def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:
-    """(m,) spots of some regions that hold at most `max_known` known spots, with all sections of these regions.
+    """(m,) positions of the spots to learn from: all sections of some regions with at most `max_known` known spots.
 
-    What a model learns is settled by some thousand spots; the time to learn it should not grow with the tissue. Regions
-    rather than single spots, because a spot is predicted from what lies around it.
+    Some thousand spots are enough to fit a model, so the time does not grow with the tissue. Regions are chosen instead
+    of single spots, because a spot is predicted from its neighbours.
     """
     if spots.known.sum() <= max_known:
         return np.arange(len(spots.known))
@@ -119,30 +106,11 @@ def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:
 
 
 def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
-    """Split the known spots for cross-validation, so that what is held out lies together.
+    """Split the known spots for cross-validation: one (n,) bool mask per fold; each known spot is held out once.
 
-    With two or more known sections each of them is a fold. In a single one, square blocks are held out, dealt to the
-    folds at random.
-
-    Parameters
-    ----------
-    spots
-        The spots.
-    n_folds
-        Number of folds within a single section.
-    block_spacings
-        Edge of a block in spot spacings.
-    seed
-        Seed of the dealing.
-
-    Returns
-    -------
-    One (n,) bool mask of held-out spots per fold; each known spot is held out once.
-
-    Raises
-    ------
-    ValueError
-        If there are too few known spots to hold any out.
+    Neighbouring spots are held out together. With two or more known sections, each of them is a fold. In a single section,
+    square blocks with edges of `block_spacings` spot spacings are assigned to `n_folds` folds at random. Fewer than two blocks
+    of known spots raise a ``ValueError``.
     """
     codes = np.unique(spots.section[spots.known])
     if len(codes) > 1:
@@ -173,6 +141,6 @@ def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int)
 
 def blocks(spots: Spots, block_spacings: float) -> np.ndarray:
     """(n_known,) number of the square block of the registered frame that each known spot lies in."""
-    with np.errstate(over="ignore"):  # of blocks without extent: all are one then
+    with np.errstate(over="ignore"):  # spacing 0: all spots are in one block then
         cell = np.floor(spots.xyz[spots.known, :2] / max(block_spacings * spots.spacing, np.finfo(float).tiny))
     return np.unique(cell, axis=0, return_inverse=True)[1].ravel()

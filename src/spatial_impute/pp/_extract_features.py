@@ -209,7 +209,7 @@ def _encode(
     run: _Extraction, name: str, view: _SectionView, keys: list[str], stain_map: StainMap | None
 ) -> dict[str, np.ndarray]:
     """Tokens of a section by all encoders, from the folder if they are there."""
-    from spatial_impute.encoders._encoder import requested_threads
+    from spatial_impute._threads import requested_threads
     from spatial_impute.encoders._tokens import section_tokens
 
     parts = []
@@ -226,7 +226,7 @@ def _encode(
                     encode,
                     run.layout,
                     batch_size=run.batch_size,
-                    recolour=stain_map,
+                    recolor=stain_map,
                 )
             if run.folder is not None and key:
                 save_tokens(run.folder, key, part)

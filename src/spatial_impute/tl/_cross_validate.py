@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -233,9 +233,9 @@ class _Options:
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     from spatial_impute.models.asign._baselines import METHODS
-    from spatial_impute.models.asign._held_out import ASIGN, COLOUR, FROM_IMAGE, IMAGE_KNN, PIXNET
+    from spatial_impute.models.asign._held_out import ASIGN, COLOR, FROM_IMAGE, IMAGE_KNN, PIXNET
 
-    allowed = [*METHODS, IMAGE_KNN, COLOUR, PIXNET, ASIGN] if n_stacks == 1 else list(FROM_IMAGE)
+    allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else list(FROM_IMAGE)
     if methods is None:
         return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
     names = name_list(methods, name="methods")
@@ -289,25 +289,19 @@ def _folds(
 
 def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
-    from spatial_impute.models.asign._held_out import COLOUR, PIXNET, predict_held_out
+    from spatial_impute.models.asign._held_out import COLOR, PIXNET, predict_held_out
+    from spatial_impute.models.asign._training import FitSettings
 
-    colors = _color_features(data) if COLOUR in names else None
+    settings = FitSettings(options.params, options.seed, options.device)
     found: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(["mean", *names]):
         if name == PIXNET:
             values = _predict_pixnet(data, options, on_fold)
             found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
             continue
+        spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
         found[name] = predict_held_out(
-            data.spots,
-            data.folds,
-            name,
-            var_names=data.genes,
-            params=options.params,
-            seed=options.seed,
-            device=options.device,
-            on_fold=on_fold,
-            colour=colors,
+            spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
         )
     return found
 

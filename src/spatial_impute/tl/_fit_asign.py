@@ -111,6 +111,7 @@ def fit_asign(
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models.asign._fit import fit
     from spatial_impute.models.asign._panels import AsignPanels
+    from spatial_impute.models.asign._training import FitSettings
 
     params = resolve_params(model_params, AsignParams)
     seed, device = require_count(seed, name="seed", least=0), require_device(device)
@@ -126,18 +127,8 @@ def fit_asign(
         if folder is not None and len(data.panels) > 1:
             own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
         with progress_steps(label, show=show_progress_bar) as steps:
-            fitted = fit(
-                panel.spots,
-                panel.genes,
-                params,
-                config=data.config,
-                seed=seed,
-                device=device,
-                progress=steps,
-                checkpoint=own_folder,
-                start=start,
-            )
-        models.append(fitted)
+            settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
+            models.append(fit(panel.spots, panel.genes, settings))
     model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model

@@ -248,6 +248,7 @@ def fit_on_regions(
     """Fit on measured regions."""
     from spatial_impute.models.pixnet._fit import fit
     from spatial_impute.models.pixnet._model import PixNetModel
+    from spatial_impute.models.pixnet._training import FitSettings
 
     resolution, params = setup.resolution, setup.params
     slides, density = _training_slides(read, params, resolution)
@@ -269,15 +270,17 @@ def fit_on_regions(
     fitted = fit(
         slides,
         setup.pyramid,
-        params,
-        resolution=resolution,
-        var_names=var_names,
-        core=setup.tile_size,
-        seed=setup.seed,
-        device=setup.device,
-        checkpoint=checkpoint,
-        fingerprint={**config, "var_names": var_names, "seed": setup.seed, "params": plain},
-        progress=steps,
+        var_names,
+        FitSettings(
+            params,
+            resolution=resolution,
+            tile_size=setup.tile_size,
+            seed=setup.seed,
+            device=setup.device,
+            progress=steps,
+            checkpoint=checkpoint,
+            fingerprint={**config, "var_names": var_names, "seed": setup.seed, "params": plain},
+        ),
     )
     return PixNetModel(
         fitted.network,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spatial_impute._geometry import Frame
     from spatial_impute._io.stores import DenseStore
     from spatial_impute.models import PixNetModel
-    from spatial_impute.models.pixnet._dense_map import DenseJob
+    from spatial_impute.models.pixnet._tiles import DenseJob
 
 _MAX_CHANNELS = 2000  # a larger map is too large to store; features, or values of regions, remain possible
 
@@ -174,8 +174,7 @@ def _make_job(
 ) -> tuple[list[str], DenseJob]:
     """Names of the channels, and the job, after all checks."""
     from spatial_impute._image.resampling import slide_overview
-    from spatial_impute.models.pixnet._dense_map import DenseJob, tissue_tiles
-    from spatial_impute.models.pixnet._tiles import TileIndex
+    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
 
     index = model.gene_index(request.genes)
     names, n_features = [model.var_names[i] for i in index], model.network.head.in_channels

@@ -7,7 +7,7 @@ import pytest
 
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _cokriging
-from spatial_impute.models.asign._cokriging import cokriging
+from spatial_impute.models.asign._cokriging import cokriging, counting_weights
 
 
 def field_spots(
@@ -133,7 +133,9 @@ def test_cokriging_gradient_is_that_of_the_likelihood():
     kernels = _cokriging._Kernels(inputs)
 
     def posterior(theta: np.ndarray) -> float:
-        covariance = kernels.covariance(*kernels.distances(inputs), theta) + np.diag(_cokriging._noise(theta, counting))
+        covariance = kernels.covariance(*kernels.distances(inputs), theta) + np.diag(
+            _cokriging._noise_variance(theta, counting)
+        )
         z = (theta - _cokriging._PRIOR_MEAN) / _cokriging._PRIOR_SD
         return float(
             -0.5 * target @ np.linalg.solve(covariance, target) - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * z @ z
@@ -193,3 +195,18 @@ def test_cokriging_of_many_known_spots_takes_half_the_memory(monkeypatch):
     assert cokriging(spots).dtype == np.float64
     monkeypatch.setattr(_cokriging, "_MAX_EXACT", 128)
     assert cokriging(spots).dtype == np.float32
+
+
+def test_counting_weights_find_both_parts_of_the_variance():
+    rng = np.random.default_rng(0)
+    counting = rng.gamma(1.0, size=3000) + 0.05
+    counting /= counting.mean()
+    residuals = rng.normal(size=(3000, 20)) * np.sqrt(0.5 + 2.0 * counting)[:, None]
+    expected = 1.0 / (0.5 + 2.0 * counting)
+    np.testing.assert_allclose(counting_weights(residuals, counting), expected / expected.mean(), rtol=0.15)
+
+
+def test_counting_weights_are_one_where_depth_explains_nothing():
+    rng = np.random.default_rng(0)
+    np.testing.assert_allclose(counting_weights(rng.normal(size=(50, 4)), np.ones(50)), 1.0)
+    assert (counting_weights(np.zeros((50, 4)), rng.random(50)) == 1).all()

@@ -10,7 +10,8 @@ from scipy import sparse
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _graph_inputs
-from spatial_impute.models.asign._graph_inputs import build_network, graph_inputs, with_components
+from spatial_impute.models.asign._graph_inputs import GeneScale, graph_inputs, shared_components, with_components
+from spatial_impute.models.asign._network import MSAGNet
 
 N, N_GENES, N_FEATURES = 60, 5, 4
 
@@ -43,45 +44,49 @@ def spots() -> Spots:
 
 
 @pytest.fixture(scope="module")
-def tensors() -> dict[str, torch.Tensor]:
-    return {"centre": torch.zeros(N_GENES), "scale": torch.ones(N_GENES), "group": torch.arange(N_GENES) % 2}
+def genes() -> GeneScale:
+    return GeneScale(torch.zeros(N_GENES), torch.ones(N_GENES))
+
+
+def network_of(params: AsignParams) -> MSAGNet:
+    """Network whose heads are not zero, as after some training."""
+    network = MSAGNet(N_FEATURES, torch.arange(N_GENES) % 2, params).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, tensors, n_layers):
+def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, genes, n_layers):
     params = AsignParams(width=16, n_graph_layers=n_layers, n_neighs=3)
-    asked = np.isin(np.arange(N), [7, 8, 40])
-    whole, everything = graph_inputs(spots, tensors, params)
-    part, rows = graph_inputs(spots, tensors, params, asked=asked)
+    targets = np.isin(np.arange(N), [7, 8, 40])
+    whole, everything = graph_inputs(spots, genes, params)
+    part, rows = graph_inputs(spots, genes, params, targets=targets)
     assert len(everything) == N
     assert len(rows) < N
     assert part.edge_index.shape[1] < whole.edge_index.shape[1]
     torch.manual_seed(0)
-    network = build_network(params, N_FEATURES, tensors["group"]).eval()
-    for parameter in network.parameters():  # the heads start at zero
-        torch.nn.init.normal_(parameter, std=0.3)
+    network = network_of(params)
     with torch.inference_mode():
-        expected = network(whole)[np.flatnonzero(asked)]
-        found = network(part)[np.flatnonzero(asked[rows])]
+        expected = network(whole)[np.flatnonzero(targets)]
+        found = network(part)[np.flatnonzero(targets[rows])]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_receptive_field_is_no_smaller_than_it_must_be(spots, tensors):
-    """A spot at its rim changes what is asked for."""
+def test_receptive_field_is_no_smaller_than_it_must_be(spots, genes):
+    """A spot at its rim changes the prediction of the targets."""
     params = AsignParams(width=16, n_graph_layers=2, n_neighs=3)
-    asked = np.arange(N) == 40
-    _, rows = graph_inputs(spots, tensors, params, asked=asked)
+    targets = np.arange(N) == 40
+    _, rows = graph_inputs(spots, genes, params, targets=targets)
     torch.manual_seed(1)
-    network = build_network(params, N_FEATURES, tensors["group"]).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    network = network_of(params)
 
     def predict(changed: int | None) -> torch.Tensor:
         spot_tokens = spots.tokens[0].copy()
         if changed is not None:
             spot_tokens[changed] += 3.0
         own = replace(spots, tokens=(spot_tokens, *spots.tokens[1:]))
-        inputs, _ = graph_inputs(own, tensors, params)
+        inputs, _ = graph_inputs(own, genes, params)
         with torch.inference_mode():
             return network(inputs)[40]
 
@@ -90,12 +95,90 @@ def test_receptive_field_is_no_smaller_than_it_must_be(spots, tensors):
     assert reacts == set(rows.tolist())
 
 
-def test_only_spots_that_are_seen_are_predicted_by_the_base(spots, tensors, monkeypatch):
-    asked = np.arange(N) == 40
+def test_only_spots_that_are_seen_are_predicted_by_the_base(spots, genes, monkeypatch):
+    targets = np.arange(N) == 40
     wanted = []
     original = _graph_inputs.cokriging
     monkeypatch.setattr(_graph_inputs, "cokriging", lambda s, **k: wanted.append(k["wanted"]) or original(s, **k))
-    _, rows = graph_inputs(spots, tensors, AsignParams(width=16, n_neighs=3), asked=asked)
+    _, rows = graph_inputs(spots, genes, AsignParams(width=16, n_neighs=3), targets=targets)
     assert len(wanted) == 2
     for chosen in wanted:
         np.testing.assert_array_equal(np.flatnonzero(chosen), rows)
+
+
+# Shared components
+
+
+def two_sections(n: int = 200, *, seed: int = 0) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
+    """Spots lying over each other; the first feature is the same on both sections, the second is not."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=n)
+    features = np.column_stack([np.tile(shared, 2), 1.1 * rng.normal(size=2 * n)])
+    link = sparse.diags(np.ones(n), n, shape=(2 * n, 2 * n))
+    return features, sparse.csr_matrix(link + link.T), np.repeat([0, 1], n)
+
+
+def test_components_keep_what_sections_share():
+    features, weights, section = two_sections()
+    components = shared_components(features, weights, section)
+    spread = components.std(axis=0)
+    follows = [abs(np.corrcoef(c, features[:, 0])[0, 1]) for c in components.T]
+    assert max(follows) > 0.95
+    assert spread[np.argmax(follows)] > 3 * spread[np.argmin(follows)]
+
+
+def products(features: np.ndarray, weights: sparse.csr_matrix, section: np.ndarray) -> np.ndarray:
+    """Inner products of the components, which do not depend on their signs."""
+    components = shared_components(features, weights, section)
+    return components @ components.T
+
+
+def test_components_of_one_section_are_the_plain_ones():
+    features, weights, section = two_sections()
+    centred = features - features.mean(axis=0)
+    np.testing.assert_allclose(products(features, weights, np.zeros_like(section)), centred @ centred.T, atol=1e-8)
+
+
+def test_components_follow_the_order_of_spots():
+    features, weights, section = two_sections()
+    order = np.random.default_rng(1).permutation(len(features))
+    permuted = products(features[order], weights[order][:, order], section[order])
+    np.testing.assert_allclose(permuted, products(features, weights, section)[np.ix_(order, order)], atol=1e-8)
+
+
+def test_variance_of_components_is_multiplied_by_the_correlation():
+    """Same, opposite, and half the same on the next section: 1, 0 and the correlation itself."""
+    n = 4000
+    rng = np.random.default_rng(0)
+    one, other, third, fourth = (v / np.sqrt(np.mean(v**2)) for v in rng.normal(size=(4, n)))
+    half = 0.5 * third + np.sqrt(0.75) * fourth
+    below = np.column_stack([9 * one, 6 * other, 3 * third])
+    above = np.column_stack([9 * one, -6 * other, 3 * half])
+    link = sparse.diags(np.ones(n), n, shape=(2 * n, 2 * n))
+    components = shared_components(np.vstack([below, above]), sparse.csr_matrix(link + link.T), np.repeat([0, 1], n))
+    np.testing.assert_allclose(components.var(axis=0), [81, 0, 4.5], rtol=0.1, atol=1e-6)
+
+
+def test_components_of_many_spots_are_fitted_on_some_of_them(monkeypatch):
+    """Which ones hardly matters, and the seed decides."""
+    features, weights, section = two_sections(2000)
+    features[:, 0] *= 3
+    expected = shared_components(features, weights, section)
+    monkeypatch.setattr(_graph_inputs, "_MAX_FITTED", 500)
+    found = shared_components(features, weights, section)
+    assert abs(np.corrcoef(found[:, 0], expected[:, 0])[0, 1]) > 0.99
+    np.testing.assert_array_equal(found, shared_components(features, weights, section))
+    assert not np.array_equal(found, shared_components(features, weights, section, seed=1))
+    assert found.shape == expected.shape == (4000, 2)
+
+
+def test_weighted_edges_count_by_their_weight_and_only_between_sections():
+    """Edges within a section, however strong, say nothing on agreement."""
+    features, weights, section = two_sections()
+    n = len(section) // 2
+    within = sparse.diags(100.0 * (np.arange(2 * n - 1) != n - 1), 1, shape=(2 * n, 2 * n))
+    found = products(features, sparse.csr_matrix(weights + within + within.T), section)
+    np.testing.assert_allclose(found, products(features, weights, section), atol=1e-8)
+    for factor in (1e-9, 7.0):
+        scaled = products(features, weights * factor, section)
+        np.testing.assert_allclose(scaled, products(features, weights, section), atol=1e-8)

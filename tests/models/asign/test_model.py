@@ -11,8 +11,9 @@ import torch
 
 import spatial_impute as si
 from spatial_impute.models._params import AsignParams
-from spatial_impute.models.asign._fit import _episode, _folds, fit
-from spatial_impute.models.asign._graph_inputs import with_components
+from spatial_impute.models.asign._fit import fit
+from spatial_impute.models.asign._graph_inputs import GeneScale, with_components
+from spatial_impute.models.asign._training import FitSettings, _folds, make_episode
 from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3}
@@ -28,28 +29,20 @@ def model(small_prepared):
     return si.tl.fit_asign(small_prepared, model_params=SMALL)
 
 
-def tensors_for(spots):
-    n_genes = spots.expression.shape[1]
-    return {
-        "centre": torch.zeros(n_genes),
-        "scale": torch.ones(n_genes),
-        "group": torch.zeros(n_genes, dtype=torch.long),
-    }
-
-
 def test_labels_of_held_out_spots_reach_no_input(spots):
     """Neither directly nor through the propagated labels of their neighbours."""
     params = AsignParams(**SMALL)
     fold = _folds(spots, params, 0)[0]
     changed = spots.expression.copy()
     changed[fold[spots.known]] = 99.0
-    tensors = tensors_for(spots)
+    n_genes = spots.expression.shape[1]
+    genes = GeneScale(torch.zeros(n_genes), torch.ones(n_genes))
     for mask_of in (lambda s: fold, lambda s: _folds(s.hide(fold), params, 0)[0]):
         episodes = []
         for s in (spots, replace(spots, expression=changed)):
             mask = mask_of(s)
             source = s if mask is fold else s.hide(fold)
-            episodes.append(_episode(source, mask, np.ones(source.known.sum()), tensors, params))
+            episodes.append(make_episode(source, mask, np.ones(source.known.sum()), genes, params))
         for name, a in vars(episodes[0].inputs).items():
             assert torch.equal(a, getattr(episodes[1].inputs, name)), name
 
@@ -216,15 +209,7 @@ def test_fit_stops_when_the_loss_is_not_finite(spots):
     params = AsignParams(**SMALL)
     broken = replace(spots, tokens=tuple(np.full_like(t, np.nan) for t in spots.tokens))
     with pytest.raises(ValueError, match=r"loss became nan|finite"):
-        fit(
-            [broken],
-            ["g"] * spots.expression.shape[1],
-            params,
-            config={},
-            seed=0,
-            device="cpu",
-            progress=lambda n: lambda: None,
-        )
+        fit([broken], ["g"] * spots.expression.shape[1], FitSettings(params, seed=0, device="cpu"))
 
 
 def test_paper_parameters_are_the_published_ones():
@@ -233,9 +218,9 @@ def test_paper_parameters_are_the_published_ones():
 
 
 def test_checkpoint_takes_up_what_was_trained(small_prepared, model, tmp_path, monkeypatch):
-    from spatial_impute.models.asign import _fit
+    from spatial_impute.models.asign import _training
 
-    train, calls = _fit.train, []
+    train, calls = _training.train, []
 
     def stops_at_the_third(*args, **kwargs):
         calls.append(kwargs["seed"])
@@ -243,7 +228,7 @@ def test_checkpoint_takes_up_what_was_trained(small_prepared, model, tmp_path, m
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(_fit, "train", stops_at_the_third)
+    monkeypatch.setattr(_training, "train", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["network0.safetensors", "network1.safetensors"]
@@ -283,17 +268,17 @@ def test_impute_says_what_it_rests_on(small_stack, model):
 
 def test_large_stacks_are_learned_from_regions_and_imputed_whole(small_stack, monkeypatch):
     from spatial_impute.models import _spots
-    from spatial_impute.models.asign import _cokriging, _fit, _inference
+    from spatial_impute.models.asign import _cokriging, _network, _training
 
     known = int(small_stack.tables["stack"].obs["measured"].sum())
-    monkeypatch.setattr(_fit, "_MAX_KNOWN", 2 * known // 3)
+    monkeypatch.setattr(_training, "_MAX_KNOWN", 2 * known // 3)
     monkeypatch.setattr(_spots, "_N_REGIONS", 1)
-    monkeypatch.setattr(_inference, "_SPOTS_AT_A_TIME", 50)
+    monkeypatch.setattr(_network, "_SPOTS_AT_A_TIME", 50)
     for name, size in {"_MAX_FIT": 30, "_MAX_EXACT": 40, "_TILE_KNOWN": 20, "_TILE_NEAR": 30}.items():
         monkeypatch.setattr(_cokriging, name, size)
     seen = []
-    original = _fit.with_components
-    monkeypatch.setattr(_fit, "with_components", lambda spots: seen.append(spots) or original(spots))
+    original = _training.with_components
+    monkeypatch.setattr(_training, "with_components", lambda spots: seen.append(spots) or original(spots))
     model = si.tl.fit_asign(small_stack, model_params=SMALL | {"block_spacings": 1.0})
     assert len(seen) == 1
     assert 10 <= seen[0].known.sum() <= 2 * known // 3

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spatial_impute.models.asign import _inference
+from spatial_impute.models._params import AsignParams
+from spatial_impute.models.asign import _network
 from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
 from spatial_impute.models.asign._training import correlation_loss
 
@@ -35,9 +36,8 @@ def inputs() -> GraphInputs:
 def network(**kwargs) -> MSAGNet:
     """Small network whose heads are not zero, as after some training."""
     torch.manual_seed(1)
-    group = torch.arange(G) % 2
     sizes = {"width": 16, "n_heads": 2, "n_graph_layers": 2, "n_level_layers": 1, "dropout": 0.0} | kwargs
-    net = MSAGNet(D, G, group=group, **sizes)
+    net = MSAGNet(D, torch.arange(G) % 2, AsignParams(**sizes))
     for head in (net.correction, net.merge):
         torch.nn.init.normal_(head.weight, std=0.5)
     return net.eval()
@@ -93,8 +93,8 @@ def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs):
 def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, size, monkeypatch):
     shuffled = torch.randperm(inputs.edge_index.shape[1], generator=torch.Generator().manual_seed(0))
     mixed = replace(inputs, edge_index=inputs.edge_index[:, shuffled], edge_features=inputs.edge_features[shuffled])
-    monkeypatch.setattr(_inference, "_SPOTS_AT_A_TIME", size)
-    found = _inference.predict(network(), mixed, device="cpu")
+    monkeypatch.setattr(_network, "_SPOTS_AT_A_TIME", size)
+    found = _network.predict(network(), mixed, device="cpu")
     torch.testing.assert_close(found, network()(inputs), rtol=0, atol=1e-5)
 
 

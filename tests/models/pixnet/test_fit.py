@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
-from spatial_impute.models.pixnet._base import fit_base, set_base
+from spatial_impute.models.pixnet import _base
+from spatial_impute.models.pixnet._base import BaseData, set_base
 from spatial_impute.models.pixnet._crops import (
+    CropSettings,
     TrainingSlide,
     assign_blocks,
     cover,
@@ -20,12 +23,16 @@ from spatial_impute.models.pixnet._crops import (
     make_crop,
     random_crop,
 )
-from spatial_impute.models.pixnet._fit import _row
-from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
+from spatial_impute.models.pixnet._training import RegionLoss, history_row
 
 WHITE = Stain((255.0, 255.0, 255.0))
+CROP = CropSettings(256, 8, margin=8, max_regions=999)
+
+
+def fit_base(features, target, number, block, **kwargs):
+    return _base.fit_base(BaseData(features, target, number, block), **kwargs)
 
 
 class Ramp:
@@ -66,7 +73,7 @@ def pooled(crop) -> np.ndarray:
 def test_regions_turn_and_flip_with_the_image(turn):
     """The colour at a region tells its place, whichever way the crop lies; the ramp is linear, so means are exact."""
     entry = slide()
-    crop = make_crop(entry, np.array([350.3, 300.7]), 256, 8, margin=8, max_regions=999, turn=turn)
+    crop = make_crop(entry, np.array([350.3, 300.7]), CROP, turn=turn)
     assert len(crop.rows) > 15
     expected = entry.regions.centers[crop.rows] * [255 / 700, 255 / 600]
     np.testing.assert_allclose(pooled(crop)[:, :2], expected, atol=0.25)  # a pixel is 0.4 grey values
@@ -74,22 +81,22 @@ def test_regions_turn_and_flip_with_the_image(turn):
 
 def test_only_whole_regions_enter_a_crop():
     entry = slide()
-    crop = make_crop(entry, np.array([350.0, 300.0]), 256, 8, margin=8, max_regions=999)
+    crop = make_crop(entry, np.array([350.0, 300.0]), CROP)
     centers = entry.regions.centers
     inside = ((np.abs(centers - [350, 300]) + 10) <= 120).all(axis=1)
     np.testing.assert_array_equal(crop.rows, np.flatnonzero(inside))
-    assert len(make_crop(entry, np.array([350.0, 300.0]), 256, 8, margin=8, max_regions=5).rows) == 5
+    assert len(make_crop(entry, np.array([350.0, 300.0]), replace(CROP, max_regions=5)).rows) == 5
 
 
 def test_random_crops_hold_their_region_and_repeat_with_the_seed():
     entries = [slide(), slide(number=1, radius=30.0)]
-    size = crop_size(entries, 128, 8, 32)
-    arguments = {"margin": 8, "max_regions": 99, "flips": True, "stain_jitter": 0.1}
-    crops = [random_crop(entries, size, 8, rng=np.random.default_rng(k), **arguments) for k in range(20)]
-    assert {which for which, _ in crops} == {0, 1}
-    assert all(len(crop.rows) for _, crop in crops)
-    again = random_crop(entries, size, 8, rng=np.random.default_rng(3), **arguments)[1]
-    assert torch.equal(again.rgb, crops[3][1].rgb)
+    size = CropSettings(crop_size(entries, 128, 8, 32), 8, margin=8, max_regions=99)
+    arguments = {"flips": True, "stain_jitter": 0.1}
+    crops = [random_crop(entries, size, rng=np.random.default_rng(k), **arguments) for k in range(20)]
+    assert {crop.slide.slide for crop in crops} == {0, 1}
+    assert all(len(crop.rows) for crop in crops)
+    again = random_crop(entries, size, rng=np.random.default_rng(3), **arguments)
+    assert torch.equal(again.rgb, crops[3].rgb)
 
 
 def test_crops_grow_until_a_region_fits():
@@ -103,7 +110,7 @@ def test_windows_cover_every_region_once():
     rows = np.concatenate([r for _, r in windows])
     np.testing.assert_array_equal(np.sort(rows), np.arange(len(entry.regions)))
     for center, owned in windows:
-        crop = make_crop(entry, center, 256, 8, margin=8, max_regions=999)
+        crop = make_crop(entry, center, CROP)
         assert np.isin(owned, crop.rows).all()
 
 
@@ -230,7 +237,7 @@ def test_negative_binomial_is_that_of_scipy():
 
 def test_a_row_of_the_history_can_be_kept_in_a_checkpoint():
     better = np.float64(0.4) < np.float64(0.5)
-    row = _row(10, 0.5, 0.4, np.array([0.2, np.nan]), kept=better)
+    row = history_row(10, 0.5, 0.4, np.array([0.2, np.nan]), kept=better)
     assert json.loads(json.dumps(row)) == {
         "step": 10,
         "loss": 0.5,

@@ -15,7 +15,16 @@ from spatial_impute.encoders._resnet import build_resnet
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptive_halo
 from spatial_impute.models.pixnet._region_weights import Discs
-from spatial_impute.models.pixnet._tiles import Slide, Tiling, bag, forward_tile, read_regions
+from spatial_impute.models.pixnet._tiles import (
+    Slide,
+    TileIndex,
+    Tiling,
+    bag,
+    forward_tile,
+    iter_sums,
+    read_regions,
+    whole_map,
+)
 
 
 @functools.cache
@@ -124,7 +133,8 @@ def assemble(network: PixNetNetwork, image: Pixels, core: int, halo: int) -> tor
     rows, columns = slide.tiling.shape
     with torch.inference_mode():
         for tile in np.ndindex(rows, columns):
-            maps, grid = forward_tile(network, lambda x: network.genes(network.features(x)), slide, tile)
+            stage = whole_map(lambda x: network.genes(network.features(x)))
+            maps, grid = forward_tile(network, stage, slide, tile)
             out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
     assert not out.isnan().any()
     return out
@@ -231,12 +241,14 @@ def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
     image.n_reads = 0
     slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, 64, halo, network.stride, network.multiple))
     ticks = []
-    sums, n_pixels = read_regions(network, network.features, slide, discs, 10, on_tile=lambda: ticks.append(1))
+    sums, n_pixels = read_regions(network, whole_map(network.features), slide, discs, 10)
+    n_reads = image.n_reads
+    assert len(list(iter_sums(network, whole_map(network.features), slide, discs, on_tile=lambda: ticks.append(1))))
     np.testing.assert_allclose(n_pixels, count)
     held = n_pixels > 0
     found = network.from_pooled(torch.from_numpy(sums[held] / n_pixels[held, None]))
     np.testing.assert_allclose(found, expected[held] / count[held, None], rtol=1e-9, atol=1e-9)
-    assert image.n_reads == len(ticks) <= 4 * 6
+    assert n_reads == len(ticks) == len(TileIndex(discs, slide.tiling)) <= 4 * 6
 
 
 def test_squares_are_those_of_the_cells():
@@ -246,9 +258,9 @@ def test_squares_are_those_of_the_cells():
         image, Stain((255.0,) * 3), Tiling(*image.shape, 64, receptive_halo(network), network.stride, network.multiple)
     )
     discs = Discs(np.random.default_rng(1).uniform(0, [333, 200], (20, 2)), np.linspace(0.5, 60, 20))
-    sums, _ = read_regions(network, network.features, slide, discs, 20, squares=True)
-    plain, _ = read_regions(network, network.features, slide, discs, 10)
-    squared, _ = read_regions(network, lambda rgb: network.features(rgb) ** 2, slide, discs, 10)
+    sums, _ = read_regions(network, whole_map(network.features), slide, discs, 20, squares=True)
+    plain, _ = read_regions(network, whole_map(network.features), slide, discs, 10)
+    squared, _ = read_regions(network, whole_map(lambda rgb: network.features(rgb) ** 2), slide, discs, 10)
     np.testing.assert_allclose(sums, np.hstack([plain, squared]), rtol=1e-12, atol=1e-12)
 
 
@@ -256,9 +268,8 @@ def test_only_tiles_with_regions_are_forwarded():
     network = make_network(SmallPyramid())
     image = Pixels(256, 256)
     slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(256, 256, 64, 32, network.stride, network.multiple))
-    sums, n_pixels = read_regions(
-        network, network.features, slide, Discs([[32.0, 32.0], [-99.0, 0.0]], [10.0, 5.0]), 10
-    )
+    discs = Discs([[32.0, 32.0], [-99.0, 0.0]], [10.0, 5.0])
+    sums, n_pixels = read_regions(network, whole_map(network.features), slide, discs, 10)
     assert image.n_reads == 1
     assert n_pixels[1] == 0
     assert sums[1].tolist() == [0.0] * 10
@@ -278,7 +289,7 @@ def test_threads_are_as_many_as_asked_for(monkeypatch):
         return network.features(rgb)
 
     with torch.inference_mode():
-        forward_tile(network, stage, slide, (0, 0))
+        forward_tile(network, whole_map(stage), slide, (0, 0))
     assert (found, torch.get_num_threads()) == ([1], 2)
 
 

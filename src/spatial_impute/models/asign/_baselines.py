@@ -1,21 +1,22 @@
-"""Simple imputation methods: the bar that a model has to clear. All take :class:`Spots` and return (n, g)."""
+"""Baselines: simple imputation methods to compare a model with. All take :class:`Spots` and return (n, g)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.spatial import cKDTree
 
+from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import cokriging
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from spatial_impute.models._spots import Spots
 
-# Distances are tried in spot spacings: from one that sees hardly more than the nearest spot to one that sees a region.
+# In spot spacings: from hardly more than the nearest spot to a whole region.
 _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _NEIGHBOURS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
@@ -26,12 +27,12 @@ _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on 
 
 
 def section_mean(spots: Spots) -> np.ndarray:
-    """Mean profile of the known spots (of known sections, each counting the same)."""
+    """Mean profile of the known spots; all known sections have the same weight."""
     return np.tile(_mean_profile(spots), (len(spots.known), 1))
 
 
 def nearest(spots: Spots) -> np.ndarray:
-    """Value of the nearest known spot in the registered frame."""
+    """Values of the nearest known spot in the registered frame."""
     _, found = cKDTree(spots.xyz[spots.known]).query(spots.xyz)
     return spots.expression[found]
 
@@ -59,8 +60,8 @@ def kernel(spots: Spots) -> np.ndarray:
 
 
 def propagation(spots: Spots) -> np.ndarray:
-    """Clamped label propagation on the 3D graph; the section mean where no known spot can be reached."""
-    values, mass = propagate(spots.graph, spots.known, spots.expression)
+    """Clamped label propagation on the 3D graph; the section mean for spots that no label reaches."""
+    values, mass = propagate(given(spots.graph), spots.known, spots.expression)
     values[mass == 0] = _mean_profile(spots)
     return values
 
@@ -72,28 +73,27 @@ def ridge(spots: Spots) -> np.ndarray:
         part = np.linspace(0, len(rows) - 1, _MAX_RIDGE).astype(int)
         rows, expression = rows[part], expression[part]
     centre = expression.mean(axis=0)
-    known = spots.features[rows].astype(float)
+    features = given(spots.features)
+    known = features[rows].astype(float)
     offset = known.mean(axis=0)
     u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
     target = u.T @ (expression - centre)
-    best, best_error = None, np.inf
+    errors, shrinkages = [], []
     for penalty in _PENALTIES:
         shrink = s**2 / (s**2 + penalty * len(known))
         fitted = u @ (shrink[:, None] * target)
         leverage = (u**2 * shrink).sum(axis=1) + 1 / len(known)
         residual = (expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
-        error = float(np.mean(residual**2))
-        if error < best_error:
-            best, best_error = shrink / np.where(s > 0, s, 1.0), error
-    weights = vt.T @ (best[:, None] * target)
-    return spots.features @ weights + (centre - offset @ weights)
+        errors.append(float(np.mean(residual**2)))
+        shrinkages.append(shrink / np.where(s > 0, s, 1.0))
+    weights = vt.T @ (shrinkages[int(np.argmin(errors))][:, None] * target)
+    return features @ weights + (centre - offset @ weights)
 
 
 def transfer_ridge(spots: Spots) -> np.ndarray:
-    """Kernel and ridge, averaged after both are brought to the same spread for each gene."""
+    """Mean of kernel and ridge after scaling both to the same standard deviation per gene."""
     centre = spots.expression.mean(axis=0)
-    result = 0.0
-    spreads = []
+    result, spreads = np.zeros((), np.float32), []
     for method in (kernel, ridge):
         part = method(spots).astype(np.float32)  # and in place: tables of a large stack take gigabytes
         part -= centre
@@ -133,11 +133,11 @@ def available_methods(spots: Spots) -> list[str]:
 
 def _by_neighbours(
     spots: Spots,
-    options: tuple | list,
+    options: Sequence[float],
     n_neighbours: int,
-    predict: Callable[[np.ndarray, np.ndarray, float], np.ndarray],
+    predict: Callable[[np.ndarray, np.ndarray, Any], np.ndarray],
 ) -> np.ndarray:
-    """Predict from the nearest known spots with the option that has the lowest leave-one-out error among them."""
+    """Predict from the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
     tree = cKDTree(spots.xyz[spots.known])
     n_known = int(spots.known.sum())
     best = options[0]
@@ -145,20 +145,21 @@ def _by_neighbours(
         k = min(n_neighbours + 1, n_known)
         distance, found = tree.query(spots.xyz[spots.known], k=k)
         others = found != np.arange(n_known)[:, None]
-        others[others.all(axis=1), -1] = False  # the spot itself was crowded out by others at the same place
+        others[others.all(axis=1), -1] = False  # spots at the same place can displace the spot itself
         distance, found = (a[others].reshape(n_known, k - 1) for a in (distance, found))
         errors = [np.mean((predict(distance, found, option) - spots.expression) ** 2) for option in options]
         best = options[int(np.argmin(errors))]
-    k = list(range(1, min(n_neighbours, n_known) + 1))
+    ranks = list(range(1, min(n_neighbours, n_known) + 1))
     result = np.empty((len(spots.xyz), spots.expression.shape[1]))
     for start in range(0, len(result), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        result[rows] = predict(*tree.query(spots.xyz[rows], k=k), best)
+        distance, found = tree.query(spots.xyz[rows], k=ranks)
+        result[rows] = predict(distance, found, best)
     return result
 
 
 def _mean_profile(spots: Spots) -> np.ndarray:
-    """(g,) mean of the known spots, of each known section first."""
+    """(g,) mean of the known spots: mean of each known section, then mean of these."""
     section = spots.section[spots.known]
     return np.mean([spots.expression[section == code].mean(axis=0) for code in np.unique(section)], axis=0)
 

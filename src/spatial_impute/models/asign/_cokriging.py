@@ -1,4 +1,4 @@
-"""Co-kriging: Gaussian processes over place and image for a few components of expression."""
+"""Co-kriging: Gaussian processes over place and image features for the principal components of expression."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.linalg import cho_solve, cholesky
 from scipy.linalg.lapack import dpotri, get_lapack_funcs
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from threadpoolctl import threadpool_limits
 
 from spatial_impute._geometry import plane_tiles
-from spatial_impute.models.asign._counting_noise import counting_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
 
 _MAX_EXACT = 2000  # known spots solved for at once: a Cholesky factor of 32 MB and a second per component
-_MAX_FIT = 500  # the likelihood of 500 spots settles six numbers
-# Beyond, tile by tile: what lies near tells about place, what lies anywhere about image.
+_MAX_FIT = 500  # spots whose likelihood is maximised; enough for six parameters
+# More known spots are solved for tile by tile: near spots determine the effect of place, random spots that of the image.
 _TILE_KNOWN = 500
 _TILE_NEAR = 750
 _TILE_ANYWHERE = 250
@@ -31,17 +30,15 @@ _ROWS_AT_A_TIME = 4096
 
 @dataclass(frozen=True)
 class _Inputs:
-    place: np.ndarray
-    """(n, 3) in spot spacings."""
-    image: np.ndarray
-    """(n, d) features, centred and scaled so that the mean squared norm of all spots is 1; d may be 0."""
+    place: np.ndarray  # (n, 3) in spot spacings
+    image: np.ndarray  # (n, d) features, centred and scaled so that the mean squared norm of all spots is 1; d may be 0
 
     def __getitem__(self, rows: np.ndarray) -> _Inputs:
         return _Inputs(self.place[rows], self.image[rows])
 
 
 class _AllInputs:
-    """Inputs of all spots, made for some of them at a time."""
+    """Inputs of all spots, computed for some of them at a time."""
 
     def __init__(self, spots: Spots) -> None:
         self.place = spots.xyz / spots.spacing
@@ -52,15 +49,15 @@ class _AllInputs:
         self._size = max(np.sqrt(squares / max(len(self.place), 1)), 1e-12)
 
     def of(self, rows: np.ndarray, origin: np.ndarray | None = None) -> _Inputs:
-        """Inputs of some spots; in single precision, and with their place from there, if an origin is given."""
+        """Inputs of some spots; with an origin, their place is relative to it, and values are in single precision."""
         place, image = self.place[rows], (self._features[rows] - self._centre) / self._size
         if origin is None:
             return _Inputs(place, image)
         return _Inputs((place - origin).astype(np.float32), image.astype(np.float32))
 
 
-# Threads of BLAS wait for each other longer than they compute on matrices of this size, and on a machine that others
-# use as well they made it 25 times slower.
+# On matrices of this size, threads of BLAS wait for each other longer than they compute. On a shared machine they made
+# it 25 times slower.
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def cokriging(
     spots: Spots,
@@ -72,35 +69,34 @@ def cokriging(
 ) -> np.ndarray:
     """Predict expression from place and image by Gaussian processes on its principal components.
 
-    Each component has a kernel of its own: a Gaussian of the registered distance, a linear and a Gaussian kernel of the
-    image features, and noise in two parts, one the same for all spots and one that falls with the total counts of a
-    spot, as counting noise does. Their sizes maximise the marginal likelihood. A component is used only if it predicts
-    spots that are left out significantly better than its mean does (two standard errors), since what is not structure
-    is noise.
+    The kernel of each component is the sum of a Gaussian of the registered distance, a linear and a Gaussian kernel of
+    the image features, and noise. One part of the noise is the same for all spots; the other decreases with the total
+    counts of a spot, as counting noise does. The parameters maximise the marginal likelihood. A component is used only
+    if it predicts left-out spots significantly better than its mean does (by two standard errors).
 
     Parameters
     ----------
     spots
-        The spots; without features only their place is used.
+        Spots of one stack; without features only their place is used.
     max_components
-        Components of expression to model at most.
+        Largest number of components of expression.
     leave_one_out
         Predict each known spot from the other known ones instead of from all.
     wanted
-        (n,) bool; the others are left at the mean profile, which saves their time. All by default.
+        (n,) bool, spots to predict; the others get the mean profile, which saves time. All by default.
     seed
-        Seed of the choice of known spots where there are more than 2000.
+        Seed of the choice of known spots if there are more than 2000.
 
     Returns
     -------
-    (n, g) expected expression; in single precision where there are more than 2000 known spots.
+    (n, g) expected expression; in single precision if there are more than 2000 known spots.
     """
     inputs = _AllInputs(spots)
     rows = np.flatnonzero(spots.known)
     keep = _sample(len(rows), _MAX_EXACT, seed)
     sample = inputs.of(rows[keep])
     centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep], max_components)
-    # Tiles are many: single precision halves their time and the memory of the result, and is enough within one.
+    # Single precision halves the time and the memory of the result, and is enough within a tile.
     in_tiles = len(rows) > _MAX_EXACT
     result = np.tile(centre.astype(np.float32) if in_tiles else centre, (len(spots.known), 1))
     if not components:
@@ -117,7 +113,9 @@ def cokriging(
         covariances = known.distances(known.known)
         duals, left_out = zip(
             *(
-                _solve(known.covariance(*covariances, c.theta), target, _noise(c.theta, counting), n_left=len(own))
+                _solve(
+                    known.covariance(*covariances, c.theta), target, _noise_variance(c.theta, counting), n_left=len(own)
+                )
                 for c, target in zip(components, targets.T, strict=True)
             ),
             strict=True,
@@ -135,14 +133,10 @@ def cokriging(
 
 @dataclass(frozen=True)
 class _Component:
-    loading: np.ndarray
-    """(g,) unit vector."""
-    spread: float
-    """Standard deviation of the component."""
-    theta: np.ndarray
-    """Logarithms of the parameters of its kernel."""
-    skill: float
-    """How much of its prediction to keep, 0-1."""
+    loading: np.ndarray  # (g,) unit vector
+    spread: float  # Standard deviation of the component
+    theta: np.ndarray  # Logarithms of the parameters of its kernel
+    skill: float  # Factor on its prediction, 0-1
 
 
 def _fit_components(
@@ -152,7 +146,7 @@ def _fit_components(
     weight = counting_weights(expression - expression.mean(axis=0), counting)
     centre = np.average(expression, axis=0, weights=weight)
     centred = expression - centre
-    # Components of the spots that are known well: noise of few counts is not structure.
+    # Weighted, because spots with few counts show noise instead of structure.
     _, s, vt = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)
     n_components = min(max_components, int((s > 1e-8 * max(s[0], 1e-300)).sum()))
     kernels = _Kernels(known)
@@ -162,7 +156,7 @@ def _fit_components(
         target = centred @ loading
         spread = float(np.sqrt(np.average(target**2, weights=weight)))
         theta = _fit(known, target / spread, counting)
-        noise = _noise(theta, counting)
+        noise = _noise_variance(theta, counting)
         _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, n_left=len(target))
         skill = _skill(target / spread, left_out, noise)
         if skill > 0:
@@ -171,17 +165,10 @@ def _fit_components(
 
 
 def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Split the plane so that few known spots lie in each tile.
+    """Split the plane into tiles with few known spots.
 
-    Yields
-    ------
-    inside
-        Spots of the tile.
-    others
-        Positions in `rows` (the known spots) to predict from beside `own`: the nearest to the tile, then some from
-        anywhere.
-    own
-        Positions in `rows` of those in the tile.
+    Yields the spots of a tile, and two sets of positions in `rows` (the known spots): further spots to predict from (the
+    nearest to the tile, then random ones), and those in the tile.
     """
     if len(rows) <= _MAX_EXACT:
         yield np.arange(len(place)), np.arange(0), np.arange(len(rows))
@@ -212,7 +199,7 @@ _PRIOR_MEAN = np.log([0.3, 1.5, 0.15, 0.15, 0.25, 0.25])
 _PRIOR_SD = np.array([1.5, 0.7, 1.5, 1.5, 1.5, 1.5])
 
 
-def _noise(theta: np.ndarray, counting: np.ndarray) -> np.ndarray:
+def _noise_variance(theta: np.ndarray, counting: np.ndarray) -> np.ndarray:
     return np.exp(theta[4]) + np.exp(theta[5]) * counting
 
 
@@ -235,21 +222,21 @@ class _Kernels:
     def distances(self, spots: _Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Squared distance of place, product of images, Gaussian kernel of images; (n, n_known) each."""
         linear = spots.image @ self.known.image.T
-        return _squared_distances(spots.place, self.known.place), linear, self._alike(spots)
+        return _squared_distances(spots.place, self.known.place), linear, self._image_kernel(spots)
 
-    def _alike(self, spots: _Inputs) -> np.ndarray:
-        alike = _squared_distances(spots.image, self.known.image)
-        alike *= -0.5 / self.image_scale
-        return np.exp(alike, out=alike)
+    def _image_kernel(self, spots: _Inputs) -> np.ndarray:
+        kernel = _squared_distances(spots.image, self.known.image)
+        kernel *= -0.5 / self.image_scale
+        return np.exp(kernel, out=kernel)
 
     def predict(self, spots: _Inputs, thetas: list[np.ndarray], duals: np.ndarray) -> np.ndarray:
-        """(n, k) covariance with the known spots times `duals` (n_known, k), of kernels with the parameters `thetas`.
+        """(n, k) covariance with the known spots times `duals` (n_known, k), for kernels with the parameters `thetas`.
 
-        Without a covariance for each of them: what only scales with the parameters is shared.
+        Kernels that the parameters only scale are computed once for all of them.
         """
-        by_line, by_likeness = np.exp([theta[2:4] for theta in thetas]).T.astype(duals.dtype)
-        result = self._alike(spots) @ (duals * by_likeness)
-        result += spots.image @ (self.known.image.T @ (duals * by_line))
+        linear_size, gaussian_size = np.exp([theta[2:4] for theta in thetas]).T.astype(duals.dtype)
+        result = self._image_kernel(spots) @ (duals * gaussian_size)
+        result += spots.image @ (self.known.image.T @ (duals * linear_size))
         squared = _squared_distances(spots.place, self.known.place)
         near = np.empty_like(squared)
         for k, theta in enumerate(thetas):
@@ -259,13 +246,13 @@ class _Kernels:
         return result
 
     @staticmethod
-    def covariance(squared: np.ndarray, linear: np.ndarray, alike: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        size, length, by_line, by_likeness = (float(number) for number in theta[:4])  # of any precision
+    def covariance(squared: np.ndarray, linear: np.ndarray, gaussian: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        size, length, linear_size, gaussian_size = (float(number) for number in theta[:4])  # of any precision
         result = squared * (-0.5 / math.exp(2 * length))
         result += size
         np.exp(result, out=result)
-        result += math.exp(by_line) * linear
-        result += math.exp(by_likeness) * alike
+        result += math.exp(linear_size) * linear
+        result += math.exp(gaussian_size) * gaussian
         return result
 
 
@@ -277,24 +264,24 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray:
-    """Parameters of highest posterior density: marginal likelihood and a broad log-normal prior."""
+    """Parameters of highest posterior density, from the marginal likelihood and a broad log-normal prior."""
     if len(target) > _MAX_FIT:
         part = np.linspace(0, len(target) - 1, _MAX_FIT).astype(int)
         known, target, counting = known[part], target[part], counting[part]
-    squared, linear, alike = _Kernels(known).distances(known)
+    squared, linear, gaussian = _Kernels(known).distances(known)
     own = np.diag_indices(len(target))
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         near = np.exp(theta[0] - 0.5 * squared / np.exp(2 * theta[1]))
-        by_image = [np.exp(theta[2]) * linear, np.exp(theta[3]) * alike]
+        by_image = [np.exp(theta[2]) * linear, np.exp(theta[3]) * gaussian]
         covariance = near + by_image[0] + by_image[1]
-        covariance[own] += _noise(theta, counting)
+        covariance[own] += _noise_variance(theta, counting)
         try:
             triangle = cholesky(covariance, lower=True, check_finite=False)
         except np.linalg.LinAlgError:
             return 1e10, np.zeros(len(theta))
         alpha = cho_solve((triangle, True), target, check_finite=False)
-        # The inverse by dpotri, a third of the work of solving for the identity; it fills one half, here the upper.
+        # dpotri inverts in a third of the time of solving for the identity; it fills one half, here the upper.
         pull = dpotri(triangle, lower=1)[0].T
         pull += np.triu(pull, 1).T
         pull -= np.outer(alpha, alpha)
@@ -312,7 +299,7 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
         value = 0.5 * target @ alpha + np.log(np.diag(triangle)).sum() + 0.5 * z @ z
         return float(value), gradient + z / _PRIOR_SD
 
-    # A line search may step far out, where exponentials overflow; four standard deviations leave out nothing likely.
+    # A line search may try values so large that exponentials overflow; four standard deviations hold all likely ones.
     bounds = np.column_stack([_PRIOR_MEAN - 4 * _PRIOR_SD, _PRIOR_MEAN + 4 * _PRIOR_SD])
     options = {"maxiter": 60}
     return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
@@ -321,15 +308,15 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
 def _solve(
     covariance: np.ndarray, target: np.ndarray, noise: np.ndarray, *, n_left: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the known spots, and the prediction of each of the last `n_left` of them from all others.
+    """Weights of the known spots, and the leave-one-out prediction of the last `n_left` of them.
 
     The covariance is overwritten.
     """
     covariance[np.diag_indices_from(covariance)] += noise
     triangle = cholesky(covariance, lower=True, overwrite_a=True)
     dual = cho_solve((triangle, True), target.astype(triangle.dtype))
-    # The diagonal of the inverse, from the inverse of the triangle: a sixth of the work of the whole inverse. Its last
-    # entries need the last rows of the triangle only.
+    # The diagonal of the inverse from the inverse of the triangle, a sixth of the work of the whole inverse. Its last
+    # entries only need the last rows of the triangle.
     corner = triangle[-n_left:, -n_left:]
     (trtri,) = get_lapack_funcs(("trtri",), (triangle,))
     inverse, _ = trtri(corner, lower=1)
@@ -337,13 +324,44 @@ def _solve(
 
 
 def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:
-    """How much of the prediction to keep, 0-1; 0 if it does not help.
+    """Factor on the prediction, 0-1; 0 if the prediction is not better than the mean.
 
-    With each spot left out in turn, the gain in squared error over the mean must exceed two standard errors; the
-    prediction is then shrunk by the factor that fits the left-out spots best. Spots count by the inverse of their noise.
+    The gain in squared error of leave-one-out predictions over the mean must exceed two standard errors. The factor then
+    minimises their error. Spots are weighted by the inverse of their noise.
     """
     gain = (target**2 - (target - left_out) ** 2) / noise
     if gain.mean() <= 2 * gain.std() / np.sqrt(len(gain)):
         return 0.0
     skill = (left_out / noise) @ target / ((left_out / noise) @ left_out)
     return float(np.clip(skill, 0.0, 1.0))
+
+
+def counting_weights(residuals: np.ndarray, counting: np.ndarray) -> np.ndarray:
+    """(n,) weights of spots, of mean 1: the inverse of their variance, part of which is counting noise.
+
+    The variance of a log-normalised value is :math:`a + b / N` for a spot of :math:`N` counts. Both parts are fitted to the
+    mean squared residual of each spot; all weights are 1 if the residuals do not depend on depth. `residuals` (n, g) are those
+    of any prediction that does not contain the noise, e.g. the mean; `counting` (n,) is proportional to :math:`1 / N`, of
+    mean 1.
+
+    Examples
+    --------
+    >>> counting_weights(np.array([[1.0], [1.0], [2.0], [2.0]]), np.array([0.5, 0.5, 2.0, 2.0])).round(1)
+    array([1.6, 1.6, 0.4, 0.4])
+    """
+    constant, slope = variance_parts(residuals, counting)
+    variance = constant + slope * counting
+    return 1.0 / variance / np.mean(1.0 / variance)
+
+
+def variance_parts(residuals: np.ndarray, counting: np.ndarray) -> tuple[float, float]:
+    """Constant and slope of the variance of a spot over its counting noise; see :func:`counting_weights`.
+
+    (1, 0) if nothing varies, or if counting alone explains the variance and some spot has no counting noise.
+    """
+    scale = np.maximum(residuals.std(axis=0), 1e-12)
+    size = np.mean((residuals / scale) ** 2, axis=1)
+    constant, slope = nnls(np.column_stack([np.ones(len(size)), counting]), size)[0]
+    if not (constant + slope * counting).min() > 0:
+        return 1.0, 0.0
+    return float(constant), float(slope)

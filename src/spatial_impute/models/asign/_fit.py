@@ -1,21 +1,23 @@
-"""Fit ASIGN: hide blocks of known spots in turn, train on the rest, blend by what is reached on the hidden ones."""
+"""Fit of ASIGN: predict hidden blocks of known spots with every method, then set weights and intervals by their errors."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.linalg import cholesky, solve_triangular
+from scipy.optimize import nnls
 
 from spatial_impute._scores import pearson_by_gene, predictable_genes, summarise
-from spatial_impute.models._spots import Spots, blocks, spatial_folds, training_rows
+from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import METHODS, available_methods
-from spatial_impute.models.asign._blend import blend_weights
-from spatial_impute.models.asign._counting_noise import counting_weights, variance_parts
-from spatial_impute.models.asign._finished_networks import FinishedNetworks, fit_fingerprint
-from spatial_impute.models.asign._graph_inputs import build_network, graph_inputs, suitable_threads, with_components
+from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
+from spatial_impute.models.asign._graph_inputs import GeneScale
 from spatial_impute.models.asign._intervals import (
     held_out_noise,
     held_out_spread,
@@ -24,276 +26,208 @@ from spatial_impute.models.asign._intervals import (
     spot_scale,
 )
 from spatial_impute.models.asign._model import NETWORK, AsignModel
-from spatial_impute.models.asign._training import Episode, train
+from spatial_impute.models.asign._training import FitSettings, NetworkFit, TrainingSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
-    from spatial_impute.models.asign._network import MSAGNet
 
-# The mean is where every blend starts, and the nearest spot is the k-NN of one.
+# The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
-_MAX_KNOWN = 5000  # known spots to learn from, a section of Visium; all are used to impute
-_MAX_TARGETS = 1000  # hidden spots that a network learns from, one block after the other
+
+# From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
+_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
+_NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run for it
 
 
-def fit(
-    stacks: list[Spots],
-    var_names: Sequence[str],
-    params: AsignParams,
-    *,
-    config: dict[str, Any],
-    seed: int,
-    device: str,
-    progress: Callable[[int], Callable[[], None]],
-    checkpoint: Path | None = None,
-    start: list[dict[str, Tensor]] | None = None,
-) -> AsignModel:
-    """Fit a model on the known spots of one or several stacks.
+def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> AsignModel:
+    """Fit a model on the known spots of one or several stacks."""
+    params, fingerprint = settings.params, {}
+    if settings.checkpoint is not None:
+        fingerprint = _fingerprint(stacks, var_names, settings)
+    data = TrainingSet.from_stacks(stacks, params, settings.seed)
+    methods = available_methods(data.stacks[0])
+    n_steps = len(methods) * sum(len(folds) for folds in data.folds) + data.n_folds * params.n_steps
+    on_step = settings.progress(n_steps)
+    held_out = {name: _predict_held_out(data, METHODS[name], on_step) for name in methods}
+    for name in data.stacks[0].bases or {}:
+        held_out[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
 
-    Parameters
-    ----------
-    stacks
-        Spots of each stack; all with the same genes and features.
-    var_names
-        Genes.
-    params
-        Settings.
-    config
-        Provenance to keep in the model.
-    seed
-        Seed.
-    device
-        Torch device.
-    progress
-        Given the number of steps to come, returns what to call after each.
-    checkpoint
-        Folder that keeps the networks that are finished.
-    start
-        Weights of networks to start from instead of the base.
-    """
-    finished = None
-    if checkpoint is not None:
-        given = {"params": asdict(params), "var_names": list(var_names), "config": config, "seed": seed}
-        given["start"] = [{key: value.tolist() for key, value in state.items()} for state in start or []]
-        finished = FinishedNetworks(checkpoint, fit_fingerprint(stacks, given))
-    parts = [_training_part(s, params, seed) for s in stacks]
-    stacks, folds = [with_components(spots) for spots, _ in parts], [own for _, own in parts]
-    methods = available_methods(stacks[0])
-    n_networks = max(len(f) for f in folds)
-    step = progress(len(methods) * sum(len(f) for f in folds) + n_networks * params.n_steps)
-    truth = np.concatenate([s.expression for s in stacks])
-    held_out = {name: _held_out(stacks, folds, METHODS[name], step) for name in methods}
-    for name in stacks[0].bases or {}:
-        held_out[name] = np.concatenate([s.bases[name][s.known] for s in stacks])
-    centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
-    # Genes are grouped by how well the best baseline predicts them.
+    truth = data.truth
     best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))
-    group = _gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)
-    # What is left after the best baseline is mostly noise, which tells how much each spot is worth.
-    weight = counting_weights(held_out[best] - truth, np.concatenate([s.counting_noise for s in stacks]))
-    weights_of = np.split(weight, np.cumsum([int(s.known.sum()) for s in stacks])[:-1])
-    tensors = {
-        "centre": torch.tensor(centre, dtype=torch.float32),
-        "scale": torch.tensor(scale, dtype=torch.float32),
-        "group": torch.from_numpy(group),
-    }
-    networks, held_out[NETWORK], history = _fit_networks(
-        stacks,
-        weights_of,
-        folds,
-        params,
-        tensors,
-        seed=seed,
-        device=device,
-        step=step,
-        finished=finished,
-        start=start,
+    # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
+    weight = counting_weights(held_out[best] - truth, np.concatenate([s.counting_noise for s in data.stacks]))
+    centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
+    networks = NetworkFit(
+        data=data,
+        weights=data.by_stack(weight),
+        genes=GeneScale(torch.tensor(centre, dtype=torch.float32), torch.tensor(scale, dtype=torch.float32)),
+        group=torch.from_numpy(_gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)),
+        settings=settings,
+        fingerprint=fingerprint,
+        on_step=on_step,
     )
+    states, held_out[NETWORK], history = networks.run()
 
     experts = [name for name in held_out if name not in _NOT_BLENDED]
-    fold_of_spot = _fold_of_spot(stacks, folds)
     deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-    weights, blended = blend_weights(deviations, (truth - centre) / scale, fold_of_spot, weight)
-    tensors["weights"] = torch.tensor(weights, dtype=torch.float32)
+    weights, blended = blend_weights(deviations, (truth - centre) / scale, data.fold_of_spot, weight)
     held_out["asign"] = centre + blended * scale
-    support = np.concatenate([held_out_support(s, f) for s, f in zip(stacks, folds, strict=True)])
-    # How far a spot may be off depends on its depth: residuals are compared after that is taken out.
-    noise = np.concatenate([held_out_noise(s, f) for s, f in zip(stacks, folds, strict=True)])
-    usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
-    parts = variance_parts(held_out["asign"] - truth, relative_noise(noise, usual_noise))
-    tensors["noise"] = torch.tensor([usual_noise, *parts], dtype=torch.float64)
-    size = spot_scale(noise, tensors["noise"].numpy())[:, None]
-    n_blocks = sum(_n_blocks(s, params) for s in stacks)
-    tensors |= {
-        "spread": torch.tensor(held_out_spread((held_out["asign"] - truth) / size, n_blocks), dtype=torch.float32),
-        "spread_of_mean": torch.tensor(
-            held_out_spread((held_out["mean"] - truth) / size, n_blocks), dtype=torch.float32
-        ),
-        "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
-        "whole_sections": torch.tensor([all(len(np.unique(s.section[s.known])) > 1 for s in stacks)]),
-    }
-
     scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}
+    predictable = predictable_genes(held_out["asign"], truth, data.fold_of_spot)
     return AsignModel(
         params=params,
         var_names=var_names,
         experts=experts,
-        n_features=stacks[0].tokens[0].shape[2],
-        networks=networks,
-        tensors=tensors,
+        n_features=data.n_features,
+        networks=states,
+        tensors={
+            "centre": networks.genes.centre,
+            "scale": networks.genes.scale,
+            "group": networks.group,
+            "weights": torch.tensor(weights, dtype=torch.float32),
+            **_interval_tensors(data, held_out["asign"] - truth, held_out["mean"] - truth, params),
+        },
         cross_validation=pd.DataFrame(scores).T.rename_axis("method"),
         predictability=pd.Series(pearson_by_gene(held_out["asign"], truth), index=list(var_names)),
-        predictable=pd.Series(predictable_genes(held_out["asign"], truth, fold_of_spot), index=list(var_names)),
+        predictable=pd.Series(predictable, index=list(var_names)),
         history=history,
-        config=config | {"seed": seed},
+        config=settings.config | {"seed": settings.seed},
     )
 
 
-def _fit_networks(
-    stacks: list[Spots],
-    weights: list[np.ndarray],
-    folds: list[list[np.ndarray]],
-    params: AsignParams,
-    tensors: dict[str, Tensor],
-    *,
-    seed: int,
-    device: str,
-    step: Callable[[], None],
-    finished: FinishedNetworks | None,
-    start: list[dict[str, Tensor]] | None,
-) -> tuple[list[dict[str, Tensor]], np.ndarray, pd.DataFrame]:
-    """One network per fold, stopped at the step that is best for all of them.
-
-    Returns
-    -------
-    Their weights; the (n_known, g) predictions of each known spot by the network that did not see it; the history.
-    """
-    n_features = stacks[0].tokens[0].shape[2]
-
-    def build(k: int) -> MSAGNet:
-        network = build_network(params, n_features, tensors["group"])
-        if start:
-            # Which genes belong together was found on these data.
-            network.load_state_dict(start[k % len(start)] | {"group": tensors["group"]})
-        return network
-
-    runs = []
-    for k in range(max(len(f) for f in folds)):
-        if finished is not None and (kept := finished.load(k)) is not None:
-            runs.append(kept)
-            for _ in range(params.n_steps):
-                step()
-            continue
-        # A stack with fewer folds lends its last one again.
-        out = [f[min(k, len(f) - 1)] for f in folds]
-        rest = [s.hide(o) for s, o in zip(stacks, out, strict=True)]
-        # Hidden for watching, and of the rest one block after the other hidden for training.
-        episodes = [
-            _episode(r, mask, w[~o[s.known]], tensors, params)
-            for s, r, o, w in zip(stacks, rest, out, weights, strict=True)
-            for mask in _masks(r, params, seed)
-        ]
-        with suitable_threads(max(len(s.known) for s in stacks), params.width):
-            run = train(
-                lambda k=k: build(k),
-                episodes,
-                [_episode(s, o, w, tensors, params) for s, o, w in zip(stacks, out, weights, strict=True)],
-                n_steps=params.n_steps,
-                learning_rate=params.learning_rate,
-                weight_decay=params.weight_decay,
-                correlation_weight=params.correlation_weight,
-                seed=seed + k,
-                device=device,
-                on_step=step,
-            )
-        if finished is not None:
-            finished.save(k, run)
-        runs.append(run)
-    best = int(np.argmin(np.mean([[row["held_out_mse"] for row in rows] for _, rows, _ in runs], axis=0)))
-    predicted = []
-    for i, spots in enumerate(stacks):
-        full = np.empty((len(spots.known), spots.expression.shape[1]))
-        for k, fold in enumerate(folds[i]):
-            full[fold] = (runs[k][2][best][i] * tensors["scale"] + tensors["centre"]).numpy()
-        predicted.append(full[spots.known])
-    history = [
-        pd.DataFrame(rows).assign(network=k, kept=lambda frame: frame.index == best)
-        for k, (_, rows, _) in enumerate(runs)
-    ]
-    return [states[best] for states, _, _ in runs], np.concatenate(predicted), pd.concat(history, ignore_index=True)
+def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> dict[str, Any]:
+    """Settings and hashes of the data: two fits with the same fingerprint give the same networks."""
+    data, start = hashlib.sha256(), hashlib.sha256()
+    for spots in stacks:
+        graph = given(spots.graph)
+        arrays = [spots.xyz, spots.section, spots.known, spots.expression, given(spots.features), spots.counting_noise]
+        arrays += [*given(spots.tokens), graph.data, graph.indices, graph.indptr, given(spots.edge_features)]
+        for array in arrays:
+            data.update(repr((array.shape, array.dtype.str)).encode())
+            data.update(np.ascontiguousarray(array).tobytes())
+    for state in settings.start:
+        start.update(json.dumps({key: value.tolist() for key, value in state.items()}).encode())
+    return {
+        "data": data.hexdigest(),
+        "params": asdict(settings.params),
+        "var_names": list(var_names),
+        "config": settings.config,
+        "seed": settings.seed,
+        "start": start.hexdigest(),
+    }
 
 
-def _training_part(spots: Spots, params: AsignParams, seed: int) -> tuple[Spots, list[np.ndarray]]:
-    """Spots to learn from, and their folds: those of the whole stack, which other models may have been fitted without."""
-    folds = _folds(spots, params, seed)
-    rows = training_rows(spots, max_known=_MAX_KNOWN, seed=seed)
-    within = [fold[rows] for fold in folds if fold[rows].any()]
-    if len(rows) == len(spots.known) or len(within) < 2:  # regions smaller than the blocks of a fold
-        return spots, folds
-    return spots.take(rows), within
-
-
-def _n_blocks(spots: Spots, params: AsignParams) -> int:
-    """Blocks with known spots, those of each section for itself."""
-    known = np.column_stack([spots.section[spots.known], blocks(spots, params.block_spacings)])
-    return len(np.unique(known, axis=0))
-
-
-def _folds(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
-    return spatial_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=seed)
-
-
-def _masks(spots: Spots, params: AsignParams, seed: int) -> list[np.ndarray]:
-    """Blocks of known spots to hide for training, one after the other; as many as make up enough spots."""
-    folds = _folds(spots, params, seed)
-    before = np.cumsum([0, *(fold.sum() for fold in folds)])[:-1]
-    return [fold for fold, n in zip(folds, before, strict=True) if n < _MAX_TARGETS]
-
-
-def _episode(
-    spots: Spots, masked: np.ndarray, weight: np.ndarray, tensors: dict[str, Tensor], params: AsignParams
-) -> Episode:
-    """Hide some known spots from the network; they are what it has to predict. `weight` is that of the known spots."""
-    chosen = masked[spots.known]
-    expression = torch.from_numpy(spots.expression[chosen].astype(np.float32))
-    inputs, rows = graph_inputs(spots.hide(masked), tensors, params, asked=masked)
-    return Episode(
-        inputs=inputs,
-        rows=torch.from_numpy(np.flatnonzero(masked[rows])),
-        expression=(expression - tensors["centre"]) / tensors["scale"],
-        weight=torch.from_numpy(weight[chosen].astype(np.float32)),
-    )
-
-
-def _held_out(
-    stacks: list[Spots], folds: list[list[np.ndarray]], method: Callable[[Spots], np.ndarray], step: Callable[[], None]
+def _predict_held_out(
+    data: TrainingSet, method: Callable[[Spots], np.ndarray], on_fold: Callable[[], None]
 ) -> np.ndarray:
     """(n_known, g) predictions of the known spots of all stacks, each with its fold hidden."""
-    result = []
-    for spots, own in zip(stacks, folds, strict=True):
+
+    def predict(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
         predicted = np.empty((len(spots.known), spots.expression.shape[1]))
-        for fold in own:
+        for fold in folds:
             predicted[fold] = method(spots.hide(fold))[fold]
-            step()
-        result.append(predicted[spots.known])
-    return np.concatenate(result)
+            on_fold()
+        return predicted[spots.known]
 
-
-def _fold_of_spot(stacks: list[Spots], folds: list[list[np.ndarray]]) -> np.ndarray:
-    """(n_known,) fold of each known spot, numbered over all stacks."""
-    result, n_before = [], 0
-    for spots, own in zip(stacks, folds, strict=True):
-        result.append(n_before + np.argmax(np.stack(own)[:, spots.known], axis=0))
-        n_before += len(own)
-    return np.concatenate(result)
+    return data.per_stack(predict)
 
 
 def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
-    """(g,) group of each gene: equal shares by how well it is predicted, worst first."""
+    """(g,) group of each gene: groups of equal size by the correlation of the best baseline, lowest first."""
     rank = np.argsort(np.argsort(np.nan_to_num(r, nan=-1.0), kind="stable"), kind="stable")
     return (rank * min(n_groups, len(r)) // len(r)).astype(np.int64)
+
+
+def _interval_tensors(
+    data: TrainingSet, residuals: np.ndarray, residuals_of_mean: np.ndarray, params: AsignParams
+) -> dict[str, Tensor]:
+    """Tensors of a model from which the standard deviations of imputed values are computed."""
+    support = data.per_stack(held_out_support)
+    noise = data.per_stack(held_out_noise)
+    usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
+    # The error of a spot depends on its depth, so residuals are divided by this effect before they are compared.
+    parts = np.array([usual_noise, *variance_parts(residuals, relative_noise(noise, usual_noise))])
+    size = spot_scale(noise, parts)[:, None]
+    known = [np.column_stack([s.section[s.known], blocks(s, params.block_spacings)]) for s in data.stacks]
+    n_blocks = sum(len(np.unique(rows, axis=0)) for rows in known)  # of each section separately
+    return {
+        "noise": torch.tensor(parts, dtype=torch.float64),
+        "spread": torch.tensor(held_out_spread(residuals / size, n_blocks), dtype=torch.float32),
+        "spread_of_mean": torch.tensor(held_out_spread(residuals_of_mean / size, n_blocks), dtype=torch.float32),
+        "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
+        "whole_sections": torch.tensor([all(len(np.unique(s.section[s.known])) > 1 for s in data.stacks)]),
+    }
+
+
+def blend_weights(
+    predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Non-negative weights of several predictions for every gene, (g, k), and the blend with weights of the other folds.
+
+    The weights of each gene are shrunk to weights common to all genes. The strength is the best one for held-out folds.
+    If a single prediction is better than the best blend there, it is used alone. The sum of weights need not be one: a sum
+    below one shrinks to the mean.
+
+    Parameters
+    ----------
+    predictions, truth
+        (k, n, g) and (n, g) as deviations from the mean profile, in units comparable between genes.
+    folds, spot_weights
+        (n,) fold of each spot, and weight of its squared error (1 by default).
+    """
+    codes = np.unique(folds)
+    w = np.ones(len(truth)) if spot_weights is None else spot_weights
+    # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
+    gram = np.stack(
+        [
+            np.einsum("n,kng,lng->gkl", w[folds == c], p, p, optimize=True)
+            for c, p in ((c, predictions[:, folds == c]) for c in codes)
+        ]
+    )
+    moment = np.stack(
+        [
+            np.einsum("n,kng,ng->gk", w[folds == c], predictions[:, folds == c], truth[folds == c], optimize=True)
+            for c in codes
+        ]
+    )
+
+    def error(predicted: np.ndarray) -> float:
+        return float(np.mean(w[:, None] * (predicted - truth) ** 2))
+
+    candidates = {}
+    for strength in _STRENGTHS:
+        blended = np.empty(truth.shape)
+        for i, code in enumerate(codes):
+            weights = _gene_weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
+            blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
+        candidates[strength] = blended
+    strength = min(candidates, key=lambda s: error(candidates[s]))
+    best = int(np.argmin([error(p) for p in predictions]))
+    if error(candidates[strength]) >= error(predictions[best]):
+        return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
+    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
+
+
+def _gene_weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
+    """(g, k) weights from the sums of products of each gene, shrunk to the weights for all genes together."""
+    common = _solve_nonnegative(gram.sum(axis=0), moment.sum(axis=0))
+    k = gram.shape[1]
+    ridge = strength * np.trace(gram.mean(axis=0)) / k
+    found = np.stack(
+        [_solve_nonnegative(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)]
+    )
+    return np.where(found > _NEGLIGIBLE, found, 0.0)
+
+
+def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Non-negative least squares from sums of products."""
+    size = np.trace(gram)
+    if size <= 0:
+        return np.zeros(len(moment))
+    # A small ridge, because the matrix is singular if two predictions are equal.
+    factor = cholesky(gram + 1e-10 * size * np.eye(len(gram)), lower=False)
+    return nnls(factor, solve_triangular(factor, moment, trans="T"))[0]

@@ -1,105 +1,92 @@
-"""From spots to the tensors of MSAGNet, and the network for them."""
+"""From spots to the tensors of MSAGNet."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import cokriging
-from spatial_impute.models.asign._network import GraphInputs, MSAGNet
+from spatial_impute.models.asign._network import GraphInputs
 from spatial_impute.models.asign._propagation import propagate
-from spatial_impute.models.asign._shared_components import agreeing_components
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from scipy import sparse
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models._spots import Spots
 
-
-# Below this many numbers per layer, threads wait for each other longer than they compute.
-_WORTH_THREADS = 500_000
-
-
-@contextmanager
-def suitable_threads(n_spots: int, width: int) -> Iterator[None]:
-    """Run small networks on one thread. Other libraries reset the number of threads of torch when they are imported."""
-    before = torch.get_num_threads()
-    if n_spots * width < _WORTH_THREADS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+_MAX_COMPONENTS = 64  # more than some hundred measured spots can resolve
+_MAX_FITTED = 20_000  # spots that the principal components are fitted to
 
 
-def with_components(spots: Spots) -> Spots:
-    """Add the components of the features on which sections agree: the base of the network is predicted from them."""
-    return replace(spots, components=agreeing_components(spots.features, spots.graph, spots.section))
+@dataclass(frozen=True)
+class GeneScale:
+    """Standardisation of the genes, fitted to the training spots."""
+
+    centre: Tensor  # (g,) mean
+    scale: Tensor  # (g,) standard deviation
+
+    def standardise(self, expression: np.ndarray) -> Tensor:
+        """Standard deviations around the mean, float32. Float32 input is changed in place."""
+        values = torch.from_numpy(expression.astype(np.float32, copy=False))
+        return values.sub_(self.centre).div_(self.scale)
+
+    def restore(self, standardised: Tensor) -> np.ndarray:
+        """Expression from standardised values."""
+        return (standardised * self.scale + self.centre).numpy()
 
 
 def graph_inputs(
     spots: Spots,
-    tensors: dict[str, Tensor],
+    genes: GeneScale,
     params: AsignParams,
     *,
-    asked: np.ndarray | None = None,
-    by_features: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
+    features_cokriging: np.ndarray | None = None,
 ) -> tuple[GraphInputs, np.ndarray]:
-    """Tensors of one stack; expression in standard deviations around the mean of the training spots.
+    """Tensors of one stack, and the (m,) ascending positions of the spots in them.
 
     Parameters
     ----------
-    spots
-        The spots.
-    tensors
-        Mean, scale and group of the genes.
-    params
-        Settings of the network that is to read them.
-    asked
-        (n,) bool, the spots to predict. What the network cannot see from them is left out. All by default.
-    by_features
-        (n, g) co-kriging of the spots, known ones left out in turn, if it is at hand.
-
-    Returns
-    -------
-    The tensors, and the (m,) ascending positions of the spots in them.
+    spots, genes, params
+        Spots with features, components, tokens and graph; standardisation of the genes; settings of the network.
+    targets
+        (n,) bool, spots to predict. Spots outside of their receptive field are left out. All by default.
+    features_cokriging
+        (n, g) leave-one-out co-kriging with all features, if it has been computed before.
     """
-    coo = spots.graph.tocoo()
-    edges = _strongest(spots.graph, params.n_neighs)
+    graph = given(spots.graph)
+    coo = graph.tocoo()
+    edges = _strongest_edges(graph, params.n_neighs)
     seen = np.ones(len(spots.known), dtype=bool)
-    if asked is not None:
-        seen, into = _receptive_field(coo.row[edges], coo.col[edges], asked, params.n_graph_layers)
+    if targets is not None:
+        seen, into = _receptive_field(coo.row[edges], coo.col[edges], targets, params.n_graph_layers)
         edges = edges[into]
     rows = np.flatnonzero(seen)
 
     def standardised(expression: np.ndarray) -> Tensor:
         # In place, here and below: each of these tables takes a gigabyte for a million spots.
-        part = expression if seen.all() else expression[rows]
-        return torch.from_numpy(part.astype(np.float32, copy=False)).sub_(tensors["centre"]).div_(tensors["scale"])
+        return genes.standardise(expression if seen.all() else expression[rows])
 
-    values, support = propagate(spots.graph, spots.known, spots.expression, dtype=np.float32)
+    values, support = propagate(graph, spots.known, spots.expression, dtype=np.float32)
     propagated = standardised(values)
-    # Known spots must not show the network their own labels here: those of other sections, right above a known spot,
-    # would find much noisier neighbours than it was trained with. Two views of the image err differently: all its
-    # features, and the components on which sections agree.
+    # The base of known spots must not contain their own labels. Otherwise the unknown spots right above them would see
+    # neighbours with much less noise than those in training, whose labels are hidden. Two predictions with different
+    # errors are averaged: from all image features, and from the components that sections share.
     base = cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
-    base += cokriging(spots, leave_one_out=True, wanted=seen) if by_features is None else by_features
+    base += cokriging(spots, leave_one_out=True, wanted=seen) if features_cokriging is None else features_cokriging
     base *= 0.5
     base = standardised(base)
-    np.copyto(propagated.numpy(), base.numpy(), where=~np.isfinite(propagated.numpy()))  # where nothing arrives
-    tokens = spots.tokens if asked is None else tuple(t[rows] for t in spots.tokens)
+    np.copyto(propagated.numpy(), base.numpy(), where=~np.isfinite(propagated.numpy()))  # not reached by any label
+    tokens = [t if targets is None else t[rows] for t in given(spots.tokens)]
     spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tokens)
     # Messages flow from column to row.
     position = np.cumsum(seen) - 1
-    edge_index = torch.from_numpy(position[np.stack([coo.col[edges], coo.row[edges]])])
     inputs = GraphInputs(
         spot=spot[:, 0],
         region=region,
@@ -107,17 +94,25 @@ def graph_inputs(
         base=base,
         propagated=propagated,
         support=torch.from_numpy(support[rows].astype(np.float32))[:, None],
-        edge_index=edge_index,
-        edge_features=torch.from_numpy(spots.edge_features[edges].astype(np.float32)),
+        edge_index=torch.from_numpy(position[np.stack([coo.col[edges], coo.row[edges]])]),
+        edge_features=torch.from_numpy(given(spots.edge_features)[edges].astype(np.float32)),
     )
     return inputs, rows
 
 
+def _strongest_edges(graph: sparse.csr_matrix, k: int) -> np.ndarray:
+    """Positions of the k largest entries of every row."""
+    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
+    order = np.lexsort((graph.indices, -graph.data, row))
+    rank = np.arange(len(row)) - graph.indptr[row[order]]
+    return np.sort(order[rank < k])
+
+
 def _receptive_field(
-    row: np.ndarray, col: np.ndarray, asked: np.ndarray, n_layers: int
+    row: np.ndarray, col: np.ndarray, targets: np.ndarray, n_layers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Spots within `n_layers` edges of those asked for, and the edges (from `col` to `row`) on the way to them."""
-    seen = asked
+    """Spots within `n_layers` edges of the targets, and the edges (from `col` to `row`) on the paths to them."""
+    seen = targets
     into = np.zeros(len(row), dtype=bool)
     for _ in range(n_layers):
         into = seen[row]
@@ -126,23 +121,50 @@ def _receptive_field(
     return seen, into
 
 
-def build_network(params: AsignParams, n_features: int, group: Tensor) -> MSAGNet:
-    """Untrained network of the given size."""
-    return MSAGNet(
-        n_features,
-        len(group),
-        group=group,
-        width=params.width,
-        n_heads=params.n_heads,
-        n_graph_layers=params.n_graph_layers,
-        n_level_layers=params.n_level_layers,
-        dropout=params.dropout,
-    )
+def with_components(spots: Spots) -> Spots:
+    """Add the shared components of the features, from which the base of the network is predicted."""
+    return replace(spots, components=shared_components(given(spots.features), given(spots.graph), spots.section))
 
 
-def _strongest(graph: sparse.csr_matrix, k: int) -> np.ndarray:
-    """Positions of the k largest entries of every row."""
-    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
-    order = np.lexsort((graph.indices, -graph.data, row))
-    rank = np.arange(len(row)) - graph.indptr[row[order]]
-    return np.sort(order[rank < k])
+def shared_components(
+    features: np.ndarray, weights: sparse.csr_matrix, section: np.ndarray, *, seed: int = 0
+) -> np.ndarray:
+    r"""Principal components (n, k) of the features, scaled by their correlation between neighbouring sections.
+
+    Serial sections show the same tissue twice. Features of the tissue repeat at the same place of the next section;
+    stain, focus and the cut of single nuclei do not. The variance of each component is therefore multiplied by its
+    correlation across the edges between sections, :math:`\rho = \sum w_{ij} u_i u_j / \sum w_{ij} u_i^2`. Expression is
+    not used. Without edges between sections, the components are the plain principal components.
+
+    Parameters
+    ----------
+    features, weights, section
+        (n, d), standardised within sections; (n, n) symmetric weights of the 3D graph; (n,) section of each spot.
+    seed
+        Seed of the choice of spots and of the randomised decomposition of large stacks.
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    n = len(features)
+    rows = np.arange(n)
+    if n > _MAX_FITTED:
+        rows = np.sort(np.random.default_rng(seed).choice(n, _MAX_FITTED, replace=False))
+    centre = features[rows].mean(axis=0, dtype=float)
+    k = min(_MAX_COMPONENTS, *features[rows].shape)
+    _, _, axes = randomized_svd(features[rows] - centre, k, random_state=seed)
+    axes = axes.astype(features.dtype)  # avoids a copy of all features in another precision
+    components = features @ axes.T
+    components -= centre @ axes.T
+    coo = weights.tocoo()
+    between = section[coo.row] != section[coo.col]
+    if not between.any():
+        return components
+    row, column, weight = coo.row[between], coo.col[between], coo.data[between]
+    correlation = np.empty(k)
+    for j, u in enumerate(components.T):
+        product, square = weight @ (u[row] * u[column]), weight @ (u[row] ** 2)
+        correlation[j] = max(product / square, 0.0) if square > 0 else 0.0
+    if not correlation.any():
+        return components
+    components *= np.sqrt(correlation)
+    return components

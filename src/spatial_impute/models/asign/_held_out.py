@@ -1,4 +1,4 @@
-"""Cross-validation of baselines and ASIGN on the same held-out spots: pure functions on :class:`Spots`."""
+"""Cross-validation of baselines and ASIGN on the same held-out spots."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute.models._spots import Spots
+from spatial_impute.models._spots import Spots, given
 from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, knn, ridge
 from spatial_impute.models.asign._fit import fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from spatial_impute.models._params import AsignParams
+    from spatial_impute.models.asign._training import FitSettings
 
 ASIGN = "asign"
 PIXNET = "pixnet"
-COLOUR = "colour"
+COLOR = "colour"
 IMAGE_KNN = "image_knn"
 
-FROM_IMAGE = ("mean", "ridge", IMAGE_KNN, COLOUR, PIXNET)
-"""Methods that need no measured spot nearby: what they learn on some slides they apply to others."""
+FROM_IMAGE = ("mean", "ridge", IMAGE_KNN, COLOR, PIXNET)
+"""Methods that predict from the image alone, so that they can be fitted on some slides and applied to others."""
 
 
 def needs_features(method: str) -> bool:
-    """Whether a method reads the features of spots."""
+    """True if a method reads the features of spots."""
     return method in {*NEEDS_FEATURES, IMAGE_KNN, ASIGN}
 
 
@@ -36,35 +36,24 @@ def predict_held_out(
     method: str,
     *,
     var_names: Sequence[str],
-    params: AsignParams,
-    seed: int,
-    device: str,
+    settings: FitSettings,
     on_fold: Callable[[], None],
-    colour: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Predict every fold from the others.
+    """(n, g) prediction of every fold from the others; NaN for spots in no fold.
 
-    ASIGN is fitted anew for each fold, with all that it chooses by hiding further spots of the others.
-
-    Parameters
-    ----------
-    colour
-        (n, d) colour statistics of the spots, for ``"colour"``.
-
-    Returns
-    -------
-    (n, g); NaN for spots in no fold.
+    ASIGN is fitted anew for each fold, including all choices that it makes by cross-validation. For ``"colour"`` the
+    features of the spots must be their color statistics.
     """
     result = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
     for fold in folds:
         rest = spots.hide(fold)
         if method == ASIGN:
-            model = fit([rest], var_names, params, config={}, seed=seed, device=device, progress=_no_progress)
-            found = model._impute(rest, device=device).expression
+            model = fit([rest], var_names, settings)
+            found = model._impute(rest, device=settings.device).expression
         elif method == IMAGE_KNN:
-            found = knn(replace(rest, xyz=rest.features))  # neighbours in what they look like
-        elif method == COLOUR:
-            found = ridge(replace(rest, features=colour))
+            found = knn(replace(rest, xyz=given(rest.features)))  # neighbours in feature space
+        elif method == COLOR:
+            found = ridge(rest)
         else:
             found = METHODS[method](rest)
         result[fold] = found[fold]
@@ -73,22 +62,18 @@ def predict_held_out(
 
 
 def concatenate(stacks: Sequence[Spots]) -> Spots:
-    """Spots of several stacks as one, for methods of :data:`FROM_IMAGE`: places and graphs of different stacks do not compare."""
+    """Spots of several stacks as one, for methods of :data:`FROM_IMAGE`, which use no coordinates and no graph."""
     if len(stacks) == 1:
         return stacks[0]
     first = np.cumsum([0, *(int(s.section.max()) + 1 for s in stacks[:-1])])
-    features = None if stacks[0].features is None else np.concatenate([s.features for s in stacks])
-    totals = [s.total_counts for s in stacks]
+    features = [s.features for s in stacks if s.features is not None]
+    totals = [s.total_counts for s in stacks if s.total_counts is not None]
     return Spots(
         xyz=np.concatenate([s.xyz for s in stacks]),
         section=np.concatenate([s.section + n for s, n in zip(stacks, first, strict=True)]),
         known=np.concatenate([s.known for s in stacks]),
         expression=np.concatenate([s.expression for s in stacks]),
         spacing=float(np.median([s.spacing for s in stacks])),
-        features=features,
-        total_counts=None if any(t is None for t in totals) else np.concatenate(totals),
+        features=np.concatenate(features) if len(features) == len(stacks) else None,
+        total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
     )
-
-
-def _no_progress(_total: int) -> Callable[[], None]:
-    return lambda: None

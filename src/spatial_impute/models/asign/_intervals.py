@@ -1,4 +1,4 @@
-"""How far imputed values may be off, from what held-out spots were off."""
+"""Prediction intervals of imputed values, from the errors of held-out spots."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._scores import HALF_WIDTH, INTERVAL_LEVEL
+from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import cokriging
 from spatial_impute.models.asign._propagation import propagate
 
@@ -16,20 +17,10 @@ if TYPE_CHECKING:
 
 
 def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
-    """Standard deviation of each gene with which 90 % intervals cover 90 % of spots to come.
+    """(g,) standard deviation of each gene with which 90 % intervals cover 90 % of new spots.
 
-    Counts are not normal, so the spread is set by the interval that it is there for.
-
-    Parameters
-    ----------
-    residuals
-        (n, g) prediction minus measurement of held-out spots.
-    n_blocks
-        Blocks that they were held out in. Neighbours are off together, so blocks are what there are n of.
-
-    Returns
-    -------
-    (g,).
+    Counts are not normally distributed, so the standard deviation is set by the coverage of the interval. `residuals` (n, g)
+    are those of held-out spots. Errors of neighbouring spots are correlated, so the sample size is the number of blocks.
 
     Examples
     --------
@@ -37,16 +28,15 @@ def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
     >>> round(float(spread[0]), 1)
     1.0
     """
-    # The block to come is one more: of n held-out blocks, the interval must take in 0.9 (n + 1).
+    # A new block is one more: of n held-out blocks, the interval must cover 0.9 (n + 1).
     level = min(1.0, INTERVAL_LEVEL * (n_blocks + 1) / n_blocks)
     return np.quantile(np.abs(residuals), level, axis=0) / HALF_WIDTH
 
 
 def expected_noise(spots: Spots) -> np.ndarray:
-    """(n,) counting noise that a measurement of each spot would have, 1 / counts, by co-kriging of the known spots.
+    """(n,) expected counting noise of each spot, 1 / counts, by co-kriging of the known spots.
 
-    Depth follows the tissue: dense and sparse regions, and what stands over them on another section. NaN where the
-    counts of the known spots are not known.
+    Depth depends on the tissue and on the image. NaN if the counts of the known spots are not known.
     """
     if spots.total_counts is None:
         return np.full(len(spots.known), np.nan)
@@ -55,11 +45,11 @@ def expected_noise(spots: Spots) -> np.ndarray:
 
 
 def noise_elsewhere(spots: Spots, noise: np.ndarray, usual: float) -> np.ndarray:
-    """(n,) counting noise to expect where one section alone tells how depth varies.
+    """(n,) expected counting noise if only one section shows how depth varies.
 
-    On the measured section held-out blocks have shown how well depth is predicted. On another one it may follow place
-    and image as well, or come from how that section was processed, in which case nothing is known of it and a spot has
-    the usual noise. One section cannot tell which, so the variance is the mean of both.
+    On the measured section, held-out blocks show how well depth is predicted. On another section depth may depend on
+    place and image in the same way, or on the processing of that section, in which case the usual noise is expected. One
+    section cannot distinguish these cases, so the variance is the mean of both.
     """
     measured = np.isin(spots.section, np.unique(spots.section[spots.known]))
     return np.where(measured, noise, (noise + usual) / 2)
@@ -74,25 +64,16 @@ def held_out_noise(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
 
 
 def spot_scale(noise: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """How far each spot may be off, relative to others.
+    """(n,) standard deviation of the error of each spot, relative to the usual one, from its expected counting noise.
 
-    Parameters
-    ----------
-    noise
-        (n,) expected counting noise.
-    parts
-        Usual counting noise, constant part of the variance, part in proportion to the noise.
-
-    Returns
-    -------
-    (n,) standard deviations.
+    `parts` are the usual counting noise, the constant part of the variance, and the part proportional to the noise.
     """
     usual, constant, slope = parts
     return np.sqrt(constant + slope * relative_noise(noise, usual))
 
 
 def relative_noise(noise: np.ndarray, usual: float) -> np.ndarray:
-    """Counting noise in units of the usual one; 1 where either is not known, as for values without counts."""
+    """Counting noise in units of the usual one; 1 where one of them is not known."""
     relative = noise / usual
     return np.where(np.isfinite(relative), relative, 1.0)
 
@@ -102,7 +83,7 @@ def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
     support = np.zeros(len(spots.known))
     for fold in folds:
         known = spots.known & ~fold
-        _, mass = propagate(spots.graph, known, np.ones((int(known.sum()), 1)))
+        _, mass = propagate(given(spots.graph), known, np.ones((int(known.sum()), 1)))
         support[fold] = mass[fold]
     return support[spots.known]
 
@@ -110,20 +91,9 @@ def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
 def spread_by_support(
     support: np.ndarray, usual_support: float, spread: np.ndarray, spread_of_mean: np.ndarray
 ) -> np.ndarray:
-    """Spread at every spot: that of held-out spots where support is like theirs, growing to that of the mean.
+    """(n, g) standard deviation of the error: that of the model for the usual support, that of the mean profile for none.
 
-    Parameters
-    ----------
-    support
-        (n,) 0-1.
-    usual_support
-        Typical support of held-out spots.
-    spread, spread_of_mean
-        (g,) of the model and of the mean profile on held-out spots.
-
-    Returns
-    -------
-    (n, g); the mean profile is where a spot without any support ends.
+    `spread` and `spread_of_mean` (g,) are those of the model and of the mean profile on held-out spots.
     """
     share = np.clip(support / max(usual_support, 1e-12), 0.0, 1.0)[:, None]
     worst = np.maximum(spread, spread_of_mean) ** 2

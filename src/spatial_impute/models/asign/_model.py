@@ -1,4 +1,4 @@
-"""The ASIGN model: baselines and an ensemble of networks, blended by what they achieve on held-out spots."""
+"""The ASIGN model: baselines and an ensemble of networks, blended by their errors on held-out spots."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute.models._directory import (
-    does_not_fit,
-    load_directory,
-    load_params,
-    reading,
-    require_shapes,
-    save_directory,
-)
+from spatial_impute._threads import suitable_threads
 from spatial_impute.models._params import AsignParams
+from spatial_impute.models._spots import given
+from spatial_impute.models._storage import (
+    config_errors,
+    does_not_fit,
+    json_columns,
+    load_model,
+    require_shapes,
+    save_model,
+    tensors_below,
+)
 from spatial_impute.models.asign._baselines import METHODS
 from spatial_impute.models.asign._cokriging import cokriging
-from spatial_impute.models.asign._graph_inputs import build_network, graph_inputs, suitable_threads, with_components
-from spatial_impute.models.asign._inference import predict
+from spatial_impute.models.asign._graph_inputs import GeneScale, graph_inputs, with_components
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
+from spatial_impute.models.asign._network import MSAGNet, predict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,26 +35,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from spatial_impute.models._directory import Config
     from spatial_impute.models._spots import Spots
+    from spatial_impute.models._storage import ModelConfig
     from spatial_impute.models.asign._network import GraphInputs
 
-NETWORK = "network"
-"""Name of the networks among the blended methods."""
+NETWORK = "network"  # Name of the mean over the networks among the blended methods
 
 
 @dataclass
 class Imputation:
     """Result for one stack."""
 
-    expression: np.ndarray
-    """(n, g) log-normalised; measured spots keep their measurement."""
-    sd: np.ndarray
-    """(n, g) standard deviation of a measurement around the imputed value; 0 at measured spots."""
-    support: np.ndarray
-    """(n,) 0-1: how much of the measurement reaches a spot over the graph."""
-    depth: np.ndarray
-    """(n,) total counts of the measurement that `sd` is for; NaN where no counts are known."""
+    expression: np.ndarray  # (n, g) log-normalised; measured spots keep their measurement
+    sd: np.ndarray  # (n, g) standard deviation of a measurement around the imputed value; 0 at measured spots
+    support: np.ndarray  # (n,) 0-1: weight of the measured spots in the propagated labels of a spot
+    depth: np.ndarray  # (n,) total counts of the measurement that `sd` refers to; NaN if no counts are known
 
 
 class AsignModel:
@@ -64,14 +62,14 @@ class AsignModel:
     var_names
         Genes.
     cross_validation
-        One row per method: scores on held-out blocks of the measured sections. All baselines, the network alone, and
-        the blend ``"asign"``, whose weights for a block come from the other blocks.
+        Scores on held-out blocks of the measured sections, one row per method: all baselines, ``"network"`` (the mean of
+        the networks), and ``"asign"`` (the blend; the weights for a block come from the other blocks).
     predictability
-        Pearson correlation on held-out blocks per gene (the later ``var["imputation_r"]``).
+        Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``.
     predictable
-        Whether that is better than chance (the later ``var["imputable"]``).
+        True for genes that are predicted better than by chance; written as ``var["imputable"]``.
     history
-        Loss and held-out error of each network by step; ``kept`` marks the step that is used.
+        Loss and held-out error of each network by step; ``kept`` marks the step of the model.
     config
         Encoder, normalisation and provenance of the training data.
 
@@ -117,7 +115,7 @@ class AsignModel:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of all numbers of the model, by which results know it."""
+        """Hash of all numbers of the model; results store it."""
         digest = hashlib.sha256()
         for state in (self._tensors, *self._networks):
             for key, value in sorted(state.items()):
@@ -131,10 +129,13 @@ class AsignModel:
         return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
 
     def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
-        """Impute the unknown spots of one stack; `depth` (n,) is that of the measurements that intervals are for."""
-        if spots.tokens is None or spots.tokens[0].shape[2] != self._n_features:
-            found = None if spots.tokens is None else spots.tokens[0].shape[2]
-            msg = f"The model was fitted on {self._n_features} image features per token, found {found}."
+        """Impute the unknown spots of one stack. `depth` (n,) is the total counts that the intervals refer to."""
+        n_features = given(spots.tokens)[0].shape[2]
+        if n_features != self._n_features:
+            msg = (
+                f"The model was fitted on {self._n_features} image features per token, the stack has {n_features}. "
+                "Run `si.pp.extract_features` as for the training data."
+            )
             raise ValueError(msg)
         centre, scale = self._tensors["centre"].numpy(), self._tensors["scale"].numpy()
         weights = dict(zip(self._experts, self._tensors["weights"].numpy().T, strict=True))
@@ -145,16 +146,17 @@ class AsignModel:
             found *= weights[name]
             return found
 
-        # Of the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
-        by_features = cokriging(spots, leave_one_out=True)
-        inputs, _ = graph_inputs(with_components(spots), self._tensors, self.params, by_features=by_features)
-        # Left out in turn are only the known spots, which keep their measurement in the end.
-        expression = weighted(by_features.astype(np.float32, copy=False), "cokriging")
+        # For the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
+        kriged = cokriging(spots, leave_one_out=True)
+        genes = GeneScale(self._tensors["centre"], self._tensors["scale"])
+        inputs, _ = graph_inputs(with_components(spots), genes, self.params, features_cokriging=kriged)
+        # Leave-one-out only changes the known spots, which keep their measurement in the end.
+        expression = weighted(kriged.astype(np.float32, copy=False), "cokriging")
         network = self._network_prediction(inputs, device)
         network *= weights[NETWORK]
         expression += network
         support = inputs.support[:, 0].numpy()
-        del by_features, network, inputs
+        del kriged, network, inputs
         bases = spots.bases or {}
         for name in self._experts:
             if name not in (NETWORK, "cokriging") and weights[name].any():
@@ -172,7 +174,7 @@ class AsignModel:
         return Imputation(expression, sd, support, 1.0 / noise)
 
     def _expected_noise(self, spots: Spots) -> np.ndarray:
-        """(n,) counting noise of the measurements that intervals are for."""
+        """(n,) expected counting noise of a measurement of each spot."""
         noise = expected_noise(spots)
         if self._tensors["whole_sections"].item():
             return noise
@@ -183,7 +185,7 @@ class AsignModel:
         total = torch.zeros_like(inputs.base)
         with suitable_threads(len(inputs.spot), self.params.width):
             for state in self._networks:
-                network = build_network(self.params, self._n_features, self._tensors["group"])
+                network = MSAGNet(self._n_features, self._tensors["group"], self.params)
                 network.load_state_dict(state)
                 total += predict(network, inputs, device=device)
         return (total / len(self._networks)).numpy()
@@ -208,10 +210,10 @@ class AsignModel:
             "cross_validation": self.cross_validation.reset_index().to_dict(orient="list"),
             "predictability": [None if np.isnan(r) else float(r) for r in self.predictability],
             "predictable": [bool(p) for p in self.predictable],
-            "history": self.history.astype(object).where(self.history.notna(), None).to_dict(orient="list"),
+            "history": json_columns(self.history),
             "config": self.config,
         }
-        save_directory(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
+        save_model(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> AsignModel:
@@ -222,16 +224,16 @@ class AsignModel:
         FileNotFoundError
             If a file is missing.
         ValueError
-            If the directory holds something else, or weights that do not fit the configuration.
+            If the directory holds another class of model, or weights that do not fit the configuration.
         """
-        config, tensors = load_directory(path, kind=cls.__name__)
-        with reading(path):
+        config, tensors = load_model(path, kind=cls.__name__)
+        with config_errors(path):
             return cls._from_config(path, config, tensors)
 
     @classmethod
-    def _from_config(cls, path: str | Path, config: Config, tensors: dict[str, Tensor]) -> AsignModel:
-        own = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-        params = load_params(AsignParams, config)
+    def _from_config(cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor]) -> AsignModel:
+        own = tensors_below("model.", tensors)
+        params = AsignParams(**config["params"])
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
         shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
         shapes["weights"] = (n_genes, len(config["experts"]))
@@ -243,9 +245,8 @@ class AsignModel:
         sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
         networks = []
         for k in range(n_networks):
-            prefix = f"network{k}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            require_shapes(path, lambda: build_network(params, config["n_features"], own["group"]), state, sizes)
+            state = tensors_below(f"network{k}.", tensors)
+            require_shapes(path, lambda: MSAGNet(config["n_features"], own["group"], params), state, sizes)
             networks.append(state)
         model = cls(
             params=params,
@@ -260,5 +261,5 @@ class AsignModel:
             history=pd.DataFrame(config["history"]),
             config=config["config"],
         )
-        repr(model)  # shows its score, so that is there
+        repr(model)  # fails if the score is missing
         return model

@@ -1,4 +1,4 @@
-"""Sections measured with different gene panels: one model for each set of genes that were measured together."""
+"""Models for sections with different gene panels: one for each set of genes that were measured together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute.models._directory import load_directory, save_directory
+from spatial_impute.models._storage import load_model, save_model
 from spatial_impute.models.asign._model import AsignModel, Imputation
 
 if TYPE_CHECKING:
@@ -19,17 +19,10 @@ if TYPE_CHECKING:
 
 
 def by_panel(spots: Spots) -> list[tuple[np.ndarray, Spots]]:
-    """Split the genes by the spots that they were measured on.
+    """Split the genes by the spots that they were measured on: ``expression`` is NaN for genes that are not on a panel.
 
-    Parameters
-    ----------
-    spots
-        ``expression`` is NaN where a gene is not on the panel of a known spot.
-
-    Returns
-    -------
-    Columns of the genes of each panel, in their order, and the spots with these genes alone, known where they were
-    measured.
+    For each panel, return the columns of its genes, and the spots with these genes only. Known are the spots that were
+    measured with this panel.
     """
     present = np.isfinite(spots.expression)
     patterns, panel = np.unique(present, axis=1, return_inverse=True)
@@ -51,9 +44,9 @@ def _with_genes(spots: Spots, columns: np.ndarray, measured: np.ndarray) -> Spot
 class AsignPanels:
     """Models of several gene panels, used like one :class:`AsignModel`.
 
-    Made by :func:`~spatial_impute.tl.fit_asign` where sections were measured with different panels
+    Made by :func:`~spatial_impute.tl.fit_asign` if sections were measured with different panels
     (``si.pp.select_genes(sdata, join="outer")``). Genes that were measured on the same sections share a model, which
-    learns from just these sections.
+    is fitted on these sections.
 
     Attributes
     ----------
@@ -95,24 +88,24 @@ class AsignPanels:
 
     @property
     def identity(self) -> str:
-        """Hash of all numbers of the models, by which results know them."""
+        """Hash of all numbers of the models; results store it."""
         return hashlib.sha256("".join(model.identity for model in self.models).encode()).hexdigest()[:12]
 
     @property
     def cross_validation(self) -> pd.DataFrame:
-        """Scores per method, mean over panels by their number of genes."""
+        """Scores per method: mean over the panels, weighted by their number of genes."""
         n_genes = [len(model.var_names) for model in self.models]
         parts = [model.cross_validation * n for model, n in zip(self.models, n_genes, strict=True)]
         return sum(parts[1:], start=parts[0]) / sum(n_genes)
 
     @property
     def predictability(self) -> pd.Series:
-        """Pearson correlation on held-out blocks per gene."""
+        """Pearson correlation of each gene on held-out blocks."""
         return pd.concat([model.predictability for model in self.models]).reindex(self.var_names)
 
     @property
     def predictable(self) -> pd.Series:
-        """Whether that is better than chance."""
+        """True for genes that are predicted better than by chance."""
         return pd.concat([model.predictable for model in self.models]).reindex(self.var_names)
 
     @property
@@ -122,12 +115,12 @@ class AsignPanels:
 
     @property
     def history(self) -> pd.DataFrame:
-        """Training of all networks."""
+        """Loss and held-out error of all networks by step."""
         parts = [model.history.assign(panel=k) for k, model in enumerate(self.models)]
         return pd.concat(parts, ignore_index=True)
 
     def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
-        """Impute the unknown spots of one stack, and the genes that a known spot lacks."""
+        """Impute the unknown spots of one stack, and the genes that were not measured at a known spot."""
         shape = (len(spots.known), len(self.var_names))
         expression, sd = np.empty(shape, np.float32), np.empty(shape, np.float32)
         support, expected = np.zeros(shape[0]), np.zeros(shape[0])
@@ -142,7 +135,7 @@ class AsignPanels:
         return Imputation(expression, sd, support, expected)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write one directory per panel, and their order.
+        """Write one directory per panel, and the order of the genes.
 
         Raises
         ------
@@ -150,7 +143,7 @@ class AsignPanels:
             If there is something at `path` and `overwrite` is False.
         """
         config = {"var_names": self.var_names, "n_panels": len(self.models)}
-        save_directory(path, kind=type(self).__name__, config=config, tensors={}, overwrite=overwrite)
+        save_model(path, kind=type(self).__name__, config=config, tensors={}, overwrite=overwrite)
         for k, model in enumerate(self.models):
             model.save(Path(path) / f"panel{k}", overwrite=overwrite)
 
@@ -163,8 +156,8 @@ class AsignPanels:
         FileNotFoundError
             If a file is missing.
         ValueError
-            If the directory holds something else.
+            If the directory holds another class of model.
         """
-        config, _ = load_directory(path, kind=cls.__name__)
+        config, _ = load_model(path, kind=cls.__name__)
         models = [AsignModel.load(Path(path) / f"panel{k}") for k in range(config["n_panels"])]
         return cls(models, config["var_names"])

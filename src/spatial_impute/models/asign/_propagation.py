@@ -20,11 +20,11 @@ def propagate(
     max_iterations: int = 2000,
     dtype: type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    r"""Spread known values over a graph until nothing changes any more.
+    r"""Spread known values over a graph until they converge.
 
-    Each unknown spot takes the weighted mean of its neighbours, with known spots held at their values. A share
-    :math:`\lambda / (d_i + \lambda)` of every step (:math:`d_i` the weighted degree) goes to nowhere, so that values
-    from far away or over weak edges count less. Numerator and mass are propagated alike and divided at the end:
+    Each unknown spot takes the weighted mean of its neighbours; known spots keep their values. A share
+    :math:`\lambda / (d_i + \lambda)` of every step (:math:`d_i` the weighted degree) is lost, so that values from far
+    away or over weak edges count less. Numerator and mass are propagated in the same way and divided at the end:
 
     .. math:: m_i = \frac{\sum_j w_{ij} m_j}{d_i + \lambda}, \qquad f_i = \frac{\sum_j w_{ij} m_j f_j}{\sum_j w_{ij} m_j}
 
@@ -32,29 +32,23 @@ def propagate(
 
     Parameters
     ----------
-    weights
-        (n, n) non-negative.
-    known
-        (n,) bool.
-    values
-        (n_known, g).
+    weights, known, values
+        (n, n) non-negative weights; (n,) bool; (n_known, g).
     leak
-        :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the pull of six
-        neighbours at the distance of one spacing, so that a mass of one half means: as much from measured spots as
-        from the own section.
-    tolerance
-        Residual, relative to the right-hand side, at which to stop.
-    max_iterations
-        Steps of conjugate gradients per gene after which to stop anyway, with a warning.
+        :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the weight of
+        six neighbours at a distance of one spacing, so that a mass of one half means: measured spots have as much weight
+        as the neighbours on the same section.
+    tolerance, max_iterations
+        Residual, relative to the right-hand side, at which to stop; maximum number of conjugate gradient steps per gene.
     dtype
-        Precision of the returned values; they are computed in double precision.
+        Precision of the returned values; the computation has double precision.
 
     Returns
     -------
     values
-        (n, g); known rows as given, NaN where no known spot can be reached.
+        (n, g); known rows as given, NaN if no known spot is connected.
     mass
-        (n,) in 0-1: how much reached the spot. 1 at known spots, 0 where none can be reached.
+        (n,) in 0-1: weight of the known values in a spot. 1 at known spots, 0 if no known spot is connected.
 
     Examples
     --------
@@ -69,7 +63,7 @@ def propagate(
     reachable = _reachable(weights, known)
     unknown = np.flatnonzero(reachable & ~known)
     values = np.asarray(values, dtype=np.float64)
-    result = np.full((n, values.shape[1]), np.nan, dtype)
+    result: np.ndarray = np.full((n, values.shape[1]), np.nan, dtype)
     mass = np.zeros(n)
     result[known], mass[known] = values, 1.0
     if not len(unknown) or not values.size:
@@ -77,7 +71,7 @@ def propagate(
 
     degree = np.asarray(weights.sum(axis=1)).ravel()[unknown] + leak
     system = sparse.diags(degree) - weights[unknown][:, unknown]
-    # The values are centred, so that rounding and stopping are relative to their spread.
+    # Values are centred, so that rounding errors and the tolerance are relative to their range.
     centre = values.mean(axis=0)
     scale = max(float(np.abs(values - centre).max()), 1e-300)
     system, from_known = system.tocsr(), weights[unknown][:, np.flatnonzero(known)]
@@ -117,12 +111,12 @@ def _conjugate_gradients(
         following = (residual * scaled).sum(axis=0)
         direction = scaled + np.where(rho > 0, following / np.where(rho > 0, rho, 1.0), 0.0) * direction
         rho = following
-    logger.warning("Label propagation stopped after %d steps before it had settled", max_iterations)
+    logger.warning("Label propagation stopped after %d steps before it converged", max_iterations)
     return solution
 
 
 def _reachable(weights: sparse.csr_matrix, known: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether a spot is in one component with a known one."""
+    """(n,) bool: spots in a connected component with a known spot."""
     positive = weights.copy()
     positive.data = (positive.data > 0).astype(float)
     positive.eliminate_zeros()

@@ -1,36 +1,34 @@
-"""The base of PixNet: ridge regression on encoder maps averaged over the training regions, in closed form."""
+"""Linear base of PixNet: ridge regression on encoder maps averaged over the training regions, in closed form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
-_PENALTIES = tuple(10.0**k for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
-_MAX_REGIONS = 20_000  # of millions of bins a sample settles a regression on hundreds of features
+_PENALTIES = tuple(float(10.0**k) for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
+_MAX_REGIONS = 20_000  # a sample of this size is enough for a regression on hundreds of features
 _SMALLEST_SPREAD = 1e-6
+_N_FOLDS = 5  # of the cross-validation
 
 
 @dataclass(frozen=True)
 class Base:
     """Linear maps: features -> components -> genes (standardised)."""
 
-    projection: np.ndarray
-    """(n_features, n_components), acting on raw features."""
-    offset: np.ndarray
-    """(n_components,) to subtract."""
-    weights: np.ndarray
-    """(n_components, n_genes)."""
-    intercept: np.ndarray
-    """(n_genes,)."""
+    projection: np.ndarray  # (n_features, n_components), acting on raw features
+    offset: np.ndarray  # (n_components,) to subtract
+    weights: np.ndarray  # (n_components, n_genes)
+    intercept: np.ndarray  # (n_genes,)
     penalty: float
-    shrinkage: np.ndarray
-    """(n_patterns,) 0-1: how far each pattern of genes that follows the image could be trusted on held-out blocks."""
+    shrinkage: np.ndarray  # (n_patterns,) 0-1: factor on each pattern of genes, set by held-out blocks
 
     def components(self, features: np.ndarray) -> np.ndarray:
         """(n, n_components)."""
@@ -41,61 +39,47 @@ class Base:
         return self.components(features) @ self.weights + self.intercept
 
 
+@dataclass(frozen=True)
+class BaseData:
+    """Regions that the base is fitted to."""
+
+    features: np.ndarray  # (n, n_features) means over regions
+    target: np.ndarray  # (n, n_genes) standardised expression
+    slide: np.ndarray  # (n,) slide of each region
+    block: np.ndarray  # (n,) block of neighbouring regions; blocks are not split in cross-validation
+
+    def take(self, rows: np.ndarray) -> BaseData:
+        return BaseData(self.features[rows], self.target[rows], self.slide[rows], self.block[rows])
+
+
 def fit_base(
-    features: np.ndarray,
-    target: np.ndarray,
-    slide: np.ndarray,
-    block: np.ndarray,
+    data: BaseData,
     *,
     n_components: int,
     within: np.ndarray | float = 0.0,
     choice: tuple[float, np.ndarray] | None = None,
-    n_folds: int = 5,
     seed: int = 0,
 ) -> Base:
-    """Ridge regression on principal components with shrunken patterns of genes, slide by slide about its own mean.
+    """Ridge regression on principal components, with shrinkage of gene patterns, around the mean of each slide.
 
-    What the image tells of hundreds of noisy genes is a few patterns that they share: the principal components of the
-    fitted values. Each is shrunken by what it is worth on held-out blocks, which multiplies the weak ones by zero
-    :cite:p:`Breiman1997`. Penalty and shrinkage come from the same cross-validation.
+    The image predicts a few patterns that many noisy genes share: the principal components of the fitted values. Each
+    pattern is multiplied by the factor that is best on held-out blocks, which removes weak patterns
+    :cite:p:`Breiman1997`. Penalty and factors come from the same cross-validation, or from `choice`.
 
-    Slides differ in level (stain, depth of sequencing) for reasons that are not in the tissue; what is learned is how
-    expression follows the image within a slide.
+    Slides differ in level (stain, sequencing depth) for technical reasons. Therefore the regression is within slides.
 
-    Features are penalised by their spread over the cells of the map, not by that over regions. Those of single nuclei
-    average out within a region: what is left of them is small, and a regression that first brought it to the size of the
-    others would write their full strength into the map, where it is noise.
-
-    Parameters
-    ----------
-    features
-        (n, n_features) means over regions.
-    target
-        (n, n_genes) standardised expression.
-    slide
-        (n,) slide of each region.
-    block
-        (n,) block of neighbouring regions; blocks stay together when the penalty is chosen.
-    n_components
-        Most components kept.
-    within
-        (n_features,) mean variance of the features over the cells of a region.
-    choice
-        Penalty per region, and shrinkage; chosen by cross-validation over blocks by default.
-    n_folds
-        Of that cross-validation.
-    seed
-        Seed of the folds, and of the sample of regions where there are very many.
+    Features are scaled by their variation over the cells of the map, to which `within` (n_features,) adds the mean variance
+    over the cells of a region. Features of single nuclei average out within a region. Scaled by their small variation over
+    regions, they would enter the map at full strength, as noise.
     """
     rng = np.random.default_rng(seed)
-    if len(features) > _MAX_REGIONS:
-        kept = np.sort(rng.choice(len(features), _MAX_REGIONS, replace=False))
-        features, target, slide, block = features[kept], target[kept], slide[kept], block[kept]
-    x = np.asarray(features, dtype=np.float64)
-    y = np.asarray(target, dtype=np.float64)
-    x_centred, y_centred = centre_by(x, slide), centre_by(y, slide)
+    if len(data.features) > _MAX_REGIONS:
+        data = data.take(np.sort(rng.choice(len(data.features), _MAX_REGIONS, replace=False)))
+    x = np.asarray(data.features, dtype=np.float64)
+    y = np.asarray(data.target, dtype=np.float64)
+    x_centred, y_centred = _centre_by(x, data.slide), _centre_by(y, data.slide)
     spread = np.sqrt(x_centred.var(axis=0) + within)
-    spread[spread < _SMALLEST_SPREAD * max(1.0, np.abs(x).max(initial=0))] = np.inf  # constant features say nothing
+    spread[spread < _SMALLEST_SPREAD * max(1.0, np.abs(x).max(initial=0))] = np.inf  # constant features have no effect
     z = x_centred / spread
     spread *= np.sqrt(max((z**2).mean(), 1e-300))  # penalties are per unit of variance of the means
     z = x_centred / spread
@@ -103,7 +87,7 @@ def fit_base(
     rank = max(1, min(n_components, int((s > 1e-8 * s.max(initial=1e-300)).sum()), len(z) - 1))
     v = vt[:rank].T
     t = z @ v
-    penalty, shrinkage = choice or _choose(t, y_centred, block, n_folds, rng)
+    penalty, shrinkage = choice or _choose(t, y_centred, data.block, rng)
     weights = _ridge(t, y_centred, penalty)
     patterns = _patterns(t @ weights)[:, : len(shrinkage)]
     weights = weights @ (patterns * shrinkage[: patterns.shape[1]]) @ patterns.T
@@ -126,17 +110,15 @@ def _patterns(fitted: np.ndarray) -> np.ndarray:
     return np.linalg.svd(fitted, full_matrices=False)[2].T
 
 
-def _choose(
-    t: np.ndarray, y: np.ndarray, block: np.ndarray, n_folds: int, rng: np.random.Generator
-) -> tuple[float, np.ndarray]:
-    """Penalty with the lowest error on held-out blocks, and the shrinkage that goes with it."""
+def _choose(t: np.ndarray, y: np.ndarray, block: np.ndarray, rng: np.random.Generator) -> tuple[float, np.ndarray]:
+    """Penalty with the lowest error on held-out blocks, and its shrinkage."""
     names, block = np.unique(block, return_inverse=True)
-    n_folds = min(n_folds, len(names))
+    n_folds = min(_N_FOLDS, len(names))
     n_patterns = min(y.shape[1], *t.shape)
     if n_folds < 2:
-        return 1.0, np.ones(n_patterns)  # nothing to compare on: as much penalty as variance
+        return 1.0, np.ones(n_patterns)  # no comparison possible: as much penalty as variance
     fold = (rng.permutation(len(names)) % n_folds)[block]
-    best, best_error = None, np.inf
+    best, best_error = (1.0, np.ones(n_patterns)), np.inf
     for penalty in _PENALTIES:
         product, square = np.zeros(n_patterns), np.zeros(n_patterns)
         for k in range(n_folds):
@@ -150,19 +132,19 @@ def _choose(
         shrinkage = _decreasing(product, square)
         error = float((shrinkage**2 * square - 2 * shrinkage * product).sum())  # up to a constant
         if error < best_error:
-            best, best_error = (penalty, shrinkage), error
+            best, best_error = (float(penalty), shrinkage), error
     return best
 
 
 def _decreasing(product: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Least-squares factors in 0-1 that do not grow from a stronger pattern to a weaker one."""
+    """Least-squares factors in 0-1 that do not increase from a stronger pattern to a weaker one."""
     from sklearn.isotonic import isotonic_regression
 
     weight = np.maximum(square, 1e-12 * square.max(initial=1e-12))
     return isotonic_regression(product / weight, sample_weight=weight, y_min=0.0, y_max=1.0, increasing=False)
 
 
-def centre_by(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+def _centre_by(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Subtract the mean of each group of rows."""
     _, code = np.unique(group, return_inverse=True)
     count = np.bincount(code)
@@ -175,12 +157,12 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
     """Write a base into the network: its projection into the 1x1 convolutions, its weights into the head."""
     start = 0
     with torch.no_grad():
-        for i, convolution in enumerate(network.base):
+        for module in network.base:
+            convolution = cast("nn.Conv2d", module)
             stop = start + convolution.in_channels
-            weight = torch.from_numpy(base.projection[start:stop].T.copy())[:, :, None, None]
-            convolution.weight.copy_(weight)
-            if i == 0:
+            convolution.weight.copy_(torch.from_numpy(base.projection[start:stop].T.copy())[:, :, None, None])
+            if convolution.bias is not None:  # only the first one has a bias
                 convolution.bias.copy_(torch.from_numpy(-base.offset))
             start = stop
         network.head.weight[:, : network.n_base] = torch.from_numpy(base.weights.T.copy())[:, :, None, None]
-        network.head.bias.copy_(torch.from_numpy(base.intercept))
+        network.head_bias.copy_(torch.from_numpy(base.intercept))

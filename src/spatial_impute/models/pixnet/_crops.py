@@ -1,4 +1,4 @@
-"""Training crops of PixNet: windows of slides with the regions that lie wholly inside, flipped, turned and re-stained."""
+"""Training crops of PixNet: windows of slides with their regions, flipped, rotated, and with another stain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spatial_impute._image.resampling import ResampledImage
     from spatial_impute.models.pixnet._network import Stain
 
-_N_BLOCKS = 30  # of a slide: some to hold out in different places, each of several spots
+_N_BLOCKS = 30  # per slide: enough to hold out several, each with several spots
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class TrainingSlide:
 
     image: ResampledImage
     stain: Stain
-    regions: Regions
-    """In working pixels."""
-    expression: np.ndarray
-    """(n, n_genes) log values or counts."""
-    slide: int
-    """Image they lie on: regions of several sizes may share one."""
-    block: np.ndarray
-    """(n,) block of neighbouring regions, the same over all sizes of a slide."""
+    regions: Regions  # In pixels of the image
+    expression: np.ndarray  # (n, n_genes) log values or counts
+    slide: int  # Number of the image; regions of several sizes may share one
+    block: np.ndarray  # (n,) block of neighbouring regions, common to all sizes of regions on a slide
     base: np.ndarray | None = None
-    """(n, n_genes) what the base predicts from the whole slide: it looks further than a crop reaches."""
+    """(n, n_genes) prediction of the base on the whole slide, because its windows are larger than a crop."""
+
+    @property
+    def area_um2(self) -> np.ndarray:
+        """(n,) areas of the regions in um^2."""
+        return self.regions.area * abs(np.linalg.det(self.image.to_um[:2, :2]))
 
     def take(self, rows: np.ndarray) -> TrainingSlide:
-        """Some of the regions."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         return replace(
             self,
@@ -47,14 +47,9 @@ class TrainingSlide:
 
 
 def assign_blocks(centers_um: np.ndarray, origin: np.ndarray, extent: np.ndarray) -> np.ndarray:
-    """Number square blocks, about thirty over the extent of the regions of a slide.
+    """(n,) number of the square block of each region; about thirty blocks cover the regions of a slide.
 
-    Parameters
-    ----------
-    centers_um
-        (n, 2) of the regions to number.
-    origin, extent
-        (2,) lower corner and size of what all regions of the slide cover, um.
+    `origin` and `extent` (2,) are the lower corner and the size of the area of all regions of the slide, um.
     """
     edge = max(float(np.sqrt(np.prod(np.maximum(extent, 1e-9)) / _N_BLOCKS)), float(extent.max()) / _N_BLOCKS, 1e-6)
     cell = np.floor((centers_um - origin) / edge).astype(np.int64)
@@ -62,7 +57,7 @@ def assign_blocks(centers_um: np.ndarray, origin: np.ndarray, extent: np.ndarray
 
 
 def held_out_blocks(slides: list[TrainingSlide], fraction: float, seed: int) -> list[np.ndarray]:
-    """(n,) bool per entry: regions kept from training, whole blocks of each slide."""
+    """Held-out regions, (n,) bool per entry: whole blocks of each slide."""
     rng = np.random.default_rng(seed)
     chosen = {}
     for slide in sorted({s.slide for s in slides}):
@@ -76,64 +71,58 @@ def held_out_blocks(slides: list[TrainingSlide], fraction: float, seed: int) -> 
 
 
 @dataclass(frozen=True)
-class Crop:
-    """One window ready for the network."""
+class CropSettings:
+    """Size of the crops, and which regions they hold."""
 
-    rgb: torch.Tensor
-    """(3, size, size) in 0-255, stain applied."""
+    size: int  # Edge in px
+    stride: int  # Edge of a decoder cell in px
+    margin: int  # Regions nearer than this (px) to the edge of a crop are left out
+    max_regions: int  # Largest number of regions; a random sample if there are more
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One window, ready for the network."""
+
+    slide: TrainingSlide
+    rgb: torch.Tensor  # (3, size, size) in 0-255, stain applied
     stencil: Stencil
-    rows: np.ndarray
-    """Regions of the entry that it holds."""
+    rows: np.ndarray  # Regions of the slide that it holds
+
+    @property
+    def expression(self) -> np.ndarray:
+        """(n_rows, n_genes)."""
+        return self.slide.expression[self.rows]
 
 
 def crop_size(slides: list[TrainingSlide], wanted: int, margin: int, multiple: int) -> int:
-    """Edge of the crops in px: as wanted, or large enough for the largest region."""
+    """Edge of the crops in px: as given, or larger if the largest region needs it."""
     largest = max(float((s.regions.bounds[:, 2:] - s.regions.bounds[:, :2]).max()) for s in slides)
     return -(-max(wanted, int(np.ceil(largest)) + 2 * margin + 2) // multiple) * multiple
 
 
 def make_crop(
-    entry: TrainingSlide,
+    slide: TrainingSlide,
     center: np.ndarray,
-    size: int,
-    stride: int,
+    settings: CropSettings,
     *,
-    margin: int,
-    max_regions: int,
     turn: int = 0,
     stain: Stain | None = None,
     rng: np.random.Generator | None = None,
 ) -> Crop:
-    """Cut a window around a point.
+    """Cut a window around a point (x, y) in px.
 
-    Parameters
-    ----------
-    entry
-        Slide and regions.
-    center
-        (2,) x, y in working px.
-    size
-        Edge in px.
-    stride
-        Edge of a decoder cell.
-    margin
-        Regions must keep this distance (px) from the edge.
-    max_regions
-        Most regions; a sample of more.
-    turn
-        0-7: quarter turns, and from 4 on a flip before them.
-    stain
-        In place of that of the slide.
-    rng
-        Draws the sample.
+    `turn` is the number of quarter turns, from 4 on after a flip. `stain` replaces that of the slide. `rng` draws the sample
+    of regions if there are too many.
     """
+    size, margin = settings.size, settings.margin
     x0, y0 = np.floor(center - size / 2).astype(int)
-    bounds = entry.regions.bounds - [x0, y0, x0, y0]
+    bounds = slide.regions.bounds - [x0, y0, x0, y0]
     rows = np.flatnonzero((bounds >= margin).all(axis=1) & (bounds <= size - margin).all(axis=1))
-    if len(rows) > max_regions:
-        rows = np.sort((rng or np.random.default_rng(0)).choice(rows, max_regions, replace=False))
-    window = torch.from_numpy(entry.image.window(y0, y0 + size, x0, x0 + size))
-    rgb = (stain or entry.stain).apply(window[None])[0]
+    if len(rows) > settings.max_regions:
+        rows = np.sort((rng or np.random.default_rng(0)).choice(rows, settings.max_regions, replace=False))
+    window = torch.from_numpy(slide.image.window(y0, y0 + size, x0, x0 + size))
+    rgb = (stain or slide.stain).apply(window[None])[0]
     matrix = np.array([[1.0, 0, -x0], [0, 1, -y0], [0, 0, 1]])
     if turn >= 4:
         rgb = rgb.flip(-1)
@@ -142,40 +131,31 @@ def make_crop(
         rgb = torch.rot90(rgb, 1, (-2, -1))  # (x, y) -> (y, size - x)
         matrix = np.array([[0.0, 1, 0], [-1, 0, size], [0, 0, 1]]) @ matrix
     box = Box(0, size, 0, size)
-    n_cells = size // stride
-    stencil = build_stencil(entry.regions.take(rows).moved(matrix), box, CellGrid(stride, n_cells, n_cells), box)
-    return Crop(rgb.contiguous(), stencil, rows)
+    n_cells = size // settings.stride
+    grid = CellGrid(settings.stride, n_cells, n_cells)
+    stencil = build_stencil(slide.regions.take(rows).moved(matrix), box, grid, box)
+    return Crop(slide, rgb.contiguous(), stencil, rows)
 
 
 def random_crop(
-    slides: list[TrainingSlide],
-    size: int,
-    stride: int,
-    *,
-    margin: int,
-    max_regions: int,
-    flips: bool,
-    stain_jitter: float,
-    rng: np.random.Generator,
-) -> tuple[int, Crop]:
-    """Crop around a random region of a random entry; entries count alike, however many regions they have."""
-    which = int(rng.integers(len(slides)))
-    entry = slides[which]
-    center = entry.regions.centers[rng.integers(len(entry.regions))]
-    extent = entry.regions.bounds
-    room = max(0.0, (size - float((extent[:, 2:] - extent[:, :2]).max())) / 2 - margin)
+    slides: list[TrainingSlide], settings: CropSettings, *, flips: bool, stain_jitter: float, rng: np.random.Generator
+) -> Crop:
+    """Crop around a random region of a random entry; all entries have the same probability."""
+    slide = slides[int(rng.integers(len(slides)))]
+    center = slide.regions.centers[rng.integers(len(slide.regions))]
+    extent = slide.regions.bounds
+    room = max(0.0, (settings.size - float((extent[:, 2:] - extent[:, :2]).max())) / 2 - settings.margin)
     center = center + rng.uniform(-room, room, 2) * 0.9  # the region itself stays inside
     turn = int(rng.integers(8)) if flips else 0
     jitter = np.exp(stain_jitter * (rng.normal(size=3) + rng.normal())) if stain_jitter else np.ones(3)
-    stain = replace(entry.stain, factor=tuple(float(f) for f in np.asarray(entry.stain.factor) * jitter))
-    return which, make_crop(
-        entry, center, size, stride, margin=margin, max_regions=max_regions, turn=turn, stain=stain, rng=rng
-    )
+    red, green, blue = (float(f) for f in np.asarray(slide.stain.factor) * jitter)
+    stain = replace(slide.stain, factor=(red, green, blue))
+    return make_crop(slide, center, settings, turn=turn, stain=stain, rng=rng)
 
 
-def cover(entry: TrainingSlide, size: int, margin: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Centres of windows that together hold every region once, and the regions each answers for."""
-    bounds = entry.regions.bounds
+def cover(slide: TrainingSlide, size: int, margin: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Windows that together hold every region: the centre of each, and the regions assigned to it."""
+    bounds = slide.regions.bounds
     left = np.ones(len(bounds), bool)
     room = size - 2 * margin - 1  # windows begin at whole pixels
     windows = []

@@ -1,8 +1,8 @@
-"""The PixNet model: a network with what it takes to apply it to another slide, and to know what its numbers mean."""
+"""The PixNet model: a network, and the information to apply it to other slides and to interpret its values."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,12 @@ import torch
 
 from spatial_impute._image.resampling import resampled_image
 from spatial_impute._validation import name_list, require_key
-from spatial_impute.encoders._encoder import _weights_hash
+from spatial_impute.encoders._encoder import weights_hash
 from spatial_impute.encoders._pyramids import ENCODERS, build_pyramid
-from spatial_impute.models._directory import load_directory, load_params, reading, require_shapes, save_directory
 from spatial_impute.models._params import PixNetParams
-from spatial_impute.models.pixnet._fit import context_px, make_tiling
-from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptive_halo
-from spatial_impute.models.pixnet._tiles import Slide, TileIndex, iter_sums
+from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
+from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
+from spatial_impute.models.pixnet._tiles import Slide, TileIndex, Tiling, iter_sums, whole_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,21 +27,19 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
     from spatial_impute._image.resampling import ResampledImage, SlideOverview
-    from spatial_impute.models._directory import Config
+    from spatial_impute.models._storage import ModelConfig
     from spatial_impute.models.pixnet._region_weights import Regions
-    from spatial_impute.models.pixnet._tiles import Tiling
 
 
 @dataclass(frozen=True)
 class RegionValues:
     """Prediction at regions."""
 
-    expression: np.ndarray
-    """(n, n_genes) float32; NaN where a region has no pixel on the image."""
-    n_pixels: np.ndarray
-    """(n,) pixels of the region on the image, at the resolution of the model."""
+    expression: np.ndarray  # (n, n_genes) float32; NaN for regions without a pixel on the image
+    n_pixels: np.ndarray  # (n,) pixels of the region on the image, at the resolution of the model
 
 
+@dataclass(eq=False, repr=False)
 class PixNetModel:
     """A fitted PixNet; made by :func:`~spatial_impute.tl.fit_pixnet` or :meth:`load`.
 
@@ -53,10 +50,10 @@ class PixNetModel:
     var_names
         Genes.
     history
-        Loss, loss and per-gene correlation on the held-out regions by step; ``kept`` marks the step that is used. Step 0
-        is the linear base alone.
+        Loss, and loss and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
+        model. Step 0 is the linear base alone.
     predictability
-        Pearson correlation per gene on held-out regions of the training slides.
+        Pearson correlation of each gene on held-out regions of the training slides.
     config
         ``encoder``, ``resolution`` (um per pixel), ``units``, ``aggregate`` (``"mean"`` or ``"sum"``), stain of the
         training slides, and provenance.
@@ -72,22 +69,16 @@ class PixNetModel:
     >>> si.tl.predict_regions(sdata, "s0_spots", model)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        network: PixNetNetwork,
-        *,
-        params: PixNetParams,
-        var_names: Sequence[str],
-        history: pd.DataFrame,
-        predictability: pd.Series,
-        config: dict[str, Any],
-    ) -> None:
-        self.network = network.eval()
-        self.params = params
-        self.var_names = list(var_names)
-        self.history = history
-        self.predictability = predictability
-        self.config = config
+    network: PixNetNetwork
+    params: PixNetParams = field(kw_only=True)
+    var_names: list[str] = field(kw_only=True)
+    history: pd.DataFrame = field(kw_only=True)
+    predictability: pd.Series = field(kw_only=True)
+    config: dict[str, Any] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.network.eval()
+        self.var_names = list(self.var_names)
 
     def __repr__(self) -> str:
         r = self.predictability.mean()
@@ -103,13 +94,13 @@ class PixNetModel:
 
     @cached_property
     def halo(self) -> int:
-        """Pixels of context around a tile with which it equals the whole slide; measured on the network."""
+        """Pixels of context that a tile needs to equal the whole slide; measured on the network."""
         return receptive_halo(self.network)
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the weights, by which maps know their model."""
-        return _weights_hash(self.network)
+        """Hash of the weights; maps store it."""
+        return weights_hash(self.network)
 
     def gene_index(self, genes: Sequence[str] | None) -> list[int]:
         """Positions of `genes`; all by default.
@@ -117,7 +108,9 @@ class PixNetModel:
         Raises
         ------
         KeyError
-            For genes the model does not predict.
+            For genes that the model does not predict.
+        ValueError
+            If `genes` is empty.
         """
         if genes is None:
             return list(range(len(self.var_names)))
@@ -134,14 +127,14 @@ class PixNetModel:
         return resampled_image(levels, self.config["resolution"])
 
     def _stain(self, found: SlideOverview) -> Stain:
-        """Stain of a slide, brought to that of the training slides."""
+        """Stain of a slide, matched to the training slides."""
         return match_stain(found, self.config["stain_density"] if self.params.match_stain else None)
 
     def _tiling(self, shape: tuple[int, int], core: int) -> Tiling:
-        return make_tiling(self.network, shape, core, self.halo)
+        return Tiling.of_network(self.network, shape, core, self.halo)
 
     def _n_tiles(self, image: ResampledImage, regions: Regions, core: int) -> int:
-        """Tiles that regions (in working pixels) touch."""
+        """Number of tiles that regions (in pixels of the image) touch."""
         return len(TileIndex(regions, self._tiling(image.shape, core)))
 
     def _read_regions(
@@ -155,16 +148,16 @@ class PixNetModel:
         on_tile: Callable[[], None] = lambda: None,
         out: np.ndarray | None = None,
     ) -> RegionValues:
-        """Values at regions in working pixels, straight from the decoder's cells; into `out` if given."""
+        """Values at regions (in pixels of the image), directly from the decoder cells; written to `out` if given."""
         network = self.network.with_genes(index)
         linear = not network.rates
-        # The head is linear: it acts on the few features of a region, not on every cell. A rate is not.
-        stage = network.features if linear else lambda rgb: network.genes(network.features(rgb))
+        # A linear head is applied to the features of regions instead of every cell. A rate is not linear.
+        function = network.features if linear else lambda rgb: network.genes(network.features(rgb))
         slide = Slide(image, stain, self._tiling(image.shape, core))
         pixel_area = abs(np.linalg.det(image.to_um[:2, :2]))
         values = np.empty((len(regions), len(index)), np.float32) if out is None else out
         n_pixels = np.zeros(len(regions))
-        for rows, sums, count in iter_sums(network, stage, slide, regions, on_tile=on_tile):
+        for rows, sums, count in iter_sums(network, whole_map(function), slide, regions, on_tile=on_tile):
             n_pixels[rows] = count
             if not count.any():
                 values[rows] = np.nan
@@ -191,12 +184,12 @@ class PixNetModel:
             "var_names": self.var_names,
             "n_base": self.network.n_base,
             "rates": self.network.rates,
-            "history": self.history.astype(object).where(self.history.notna(), None).to_dict(orient="list"),
+            "history": json_columns(self.history),
             "predictability": [None if np.isnan(r) else float(r) for r in self.predictability],
             "config": self.config,
         }
         tensors = {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
-        save_directory(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
+        save_model(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path, *, encoder: nn.Module | None = None) -> PixNetModel:
@@ -207,42 +200,40 @@ class PixNetModel:
         path
             The directory.
         encoder
-            Module of the encoder's architecture, if the model was fitted with a module of yours; its weights are read
-            from the directory.
+            Module with the architecture of the encoder, if the model was fitted with your own module; its weights are
+            read from the directory.
 
         Raises
         ------
         FileNotFoundError
             If a file is missing.
         ValueError
-            If the directory holds something else, weights that do not fit the configuration, or a model with an encoder
-            of yours and none is passed.
+            If the directory holds another class of model, or weights that do not fit the configuration, or if the model
+            has your own encoder and `encoder` is missing.
         """
-        config, tensors = load_directory(path, kind=cls.__name__)
-        with reading(path):
+        config, tensors = load_model(path, kind=cls.__name__)
+        with config_errors(path):
             return cls._from_config(path, config, tensors, encoder)
 
     @classmethod
     def _from_config(
-        cls, path: str | Path, config: Config, tensors: dict[str, Tensor], encoder: nn.Module | None
+        cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor], encoder: nn.Module | None
     ) -> PixNetModel:
         name = config["config"]["encoder"]
         if encoder is None and name not in ENCODERS:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
-        params = load_params(PixNetParams, config)
+        params = PixNetParams(**config["params"])
         pyramid = build_pyramid(name, pretrained=False) if encoder is None else build_pyramid(encoder)
 
         def build() -> PixNetNetwork:
-            return PixNetNetwork(
+            return build_network(
                 pyramid,
+                params,
                 n_genes=len(config["var_names"]),
-                width=params.width,
                 n_base=config["n_base"],
-                context=context_px(params, config["config"]["resolution"]),
-                norm=params.norm,
-                finest=params.finest_stride,
                 rates=config["rates"],
+                resolution=config["config"]["resolution"],
             )
 
         require_shapes(path, build, tensors, (len(config["var_names"]), params.width, config["n_base"]))
@@ -258,12 +249,13 @@ class PixNetModel:
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             config=config["config"],
         )
-        repr(model)  # shows encoder, resolution and score, so they are there
+        repr(model)  # fails if encoder, resolution or score are missing
         return model
 
 
 def match_stain(found: SlideOverview, reference: Sequence[float] | None) -> Stain:
-    """Stain of a slide on white glass, with the reference's mean optical density if there is one."""
+    """Stain of a slide on white glass, matched to a reference's mean optical density if there is one."""
     if reference is None:
         return Stain(found.background)
-    return Stain(found.background, tuple(float(r / d) for r, d in zip(reference, found.density, strict=True)))
+    red, green, blue = (float(r / d) for r, d in zip(reference, found.density, strict=True))
+    return Stain(found.background, (red, green, blue))

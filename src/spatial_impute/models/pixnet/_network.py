@@ -1,44 +1,50 @@
-"""PixNet: pyramid encoder, convolutional decoder, linear gene head. All of it is local, so that tiles can equal the whole."""
+"""Network of PixNet: pyramid encoder, convolutional decoder, linear gene head. All parts are local.
+
+Therefore tiles with enough context give the same values as the whole slide.
+"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute.models.asign._graph_inputs import suitable_threads
-from spatial_impute.models.pixnet._surroundings import ContextFields, context_cell
+from spatial_impute._threads import suitable_threads
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid
+    from spatial_impute.models._params import PixNetParams
 
-_FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the probe of the receptive field
+_FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the test image for the receptive field
 _LARGE_MAP = 257  # rows plus columns; up to 128 torch 2.13 has another kernel, and twice that is on the safe side
+# Added to variances before the root, for features of variance 1. Without it, rounding errors, which differ between a
+# tile and the slide, would become features where the image does not vary.
+_NO_VARIANCE = 1e-3
+
+Cells = tuple[int, int, int, int]  # Cells [y0, y1) x [x0, x1) of a map
 
 
 @dataclass(frozen=True)
 class Stain:
-    """How a slide is stained, and how the slides were that the model knows."""
+    """Stain of a slide, and how to match it to the training slides."""
 
-    background: tuple[float, float, float]
-    """Colour of its glass in 0-255."""
-    factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Optical density is multiplied by this, per channel."""
+    background: tuple[float, float, float]  # Color of the glass in 0-255
+    factor: tuple[float, float, float] = (1.0, 1.0, 1.0)  # Factor on the optical density, per channel
 
     def apply(self, rgb: Tensor) -> Tensor:
-        """(n, 3, y, x) in 0-255 as the slide would look on white glass with the reference's amount of stain."""
+        """(n, 3, y, x) in 0-255 on white glass, with the amount of stain of the training slides."""
         background = rgb.new_tensor(self.background).view(1, 3, 1, 1)
         factor = rgb.new_tensor(self.factor).view(1, 3, 1, 1)
         return (rgb / background).clamp_(1 / 255, 1.0).pow_(factor).mul_(255.0)
 
 
 class ChannelNorm(nn.Module):
-    """Layer normalisation over the channels of each cell: like batch norm in evaluation it looks at no neighbours."""
+    """Layer normalisation over the channels of each cell; like batch norm in evaluation it does not read other cells."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class DoubleConv(nn.Sequential):
     """Two 3x3 convolutions, each with norm and rectifier."""
 
     def __init__(self, width: int, norm: str) -> None:
-        layers = []
+        layers: list[nn.Module] = []
         for _ in range(2):
             layers += [
                 nn.Conv2d(width, width, 3, padding=1, bias=False),
@@ -64,11 +70,9 @@ class DoubleConv(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """From the coarsest map to the finest: up by deconvolution, plus the lateral map times a learned scale, two convolutions.
+    """From the coarsest map to the finest: deconvolution, plus the lateral map times a learned scale, two convolutions.
 
-    Shapes
-    ------
-    maps (n, channels[i], y / strides[i], x / strides[i]), finest first -> (n, width, y / strides[0], x / strides[0])
+    Shapes: maps (n, channels[i], y / strides[i], x / strides[i]), finest first -> (n, width, y / strides[0], x / strides[0]).
     """
 
     def __init__(
@@ -82,46 +86,83 @@ class Decoder(nn.Module):
         self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Decode."""
         x = self.lateral[-1](maps[-1])
         for i in reversed(range(len(self.up))):
             x = self.convolve[i](self.up[i](x) + self.delta[i] * self.lateral[i](maps[i]))
         return x
 
 
-class PixNetNetwork(nn.Module):
-    """The network.
+class WindowStatistics(nn.Module):
+    """Mean and standard deviation of the features in windows of several sizes around each cell of a coarse grid.
 
-    Beside the decoder runs a base: fixed linear combinations of the encoder's maps and of their means and spreads in
-    windows around each cell, resized to the finest grid. A linear head on it is ridge regression on image features; the
-    decoder starts as a correction of size zero.
+    The tissue within a few hundred um of a spot, and its heterogeneity, are more informative than the receptive field of
+    a convolution. As maps on a grid, these statistics can be read for regions of any shape and computed tile by tile.
+    Windows are cut at the edge of the image; their edges, in px, are rounded to odd numbers of cells.
+
+    Shapes: (n, c, y / stride, x / stride) -> (n, 2 * len(windows) * c, y / cell, x / cell): for each window the means, then
+    the standard deviations.
+    """
+
+    def __init__(self, stride: int, cell: int, windows: tuple[float, ...]) -> None:
+        super().__init__()
+        self.factor = cell // stride
+        self.n_cells = tuple(2 * max(0, round((window / cell - 1) / 2)) + 1 for window in windows)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        mean = F.avg_pool2d(maps, self.factor)
+        square = F.avg_pool2d(maps**2, self.factor)
+        parts = []
+        for n in self.n_cells:
+            centre = _window_mean(mean, n)
+            variance = (_window_mean(square, n) - centre**2).clamp(min=0)
+            parts += [centre, (variance + _NO_VARIANCE).sqrt()]
+        return torch.cat(parts, dim=1)
+
+
+def window_cell(stride: int, multiple: int, smallest: float) -> int:
+    """Cell of :class:`WindowStatistics` in px: the largest that divides `multiple`, a third of the smallest window."""
+    cell = stride
+    while multiple % (2 * cell) == 0 and 2 * cell * 3 <= smallest:
+        cell *= 2
+    return cell
+
+
+def _window_mean(maps: Tensor, n: int) -> Tensor:
+    """Mean over `n` x `n` cells around each cell: rows, then columns, which needs 2 n sums instead of n^2."""
+    for kernel in ((n, 1), (1, n)):
+        maps = F.avg_pool2d(maps, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2), count_include_pad=False)
+    return maps
+
+
+class PixNetNetwork(nn.Module):
+    """Network of PixNet.
+
+    In parallel to the decoder there is a linear base: fixed linear combinations of the maps of the encoder, and of their
+    window statistics, resized to the finest grid. A linear head on it is ridge regression on image features. The decoder
+    is a correction of this base and starts at zero.
 
     Parameters
     ----------
     pyramid
         Encoder.
-    n_genes
-        Genes.
-    width
-        Channels of the decoder.
-    n_base
-        Channels of the base; 0 leaves it out.
+    n_genes, width, n_base
+        Number of genes, channels of the decoder, channels of the base (0 for no base).
     context
-        Edges in px of the windows that the base sees; see :class:`ContextFields`.
-    norm
-        ``"batch"`` or ``"layer"``.
-    delta
-        Start of the scales of the lateral maps.
+        Edges in px of the windows of the base; see :class:`WindowStatistics`.
+    norm, delta
+        ``"batch"`` or ``"layer"``; initial scale of the lateral maps.
     finest
-        Leave out maps of the encoder with a smaller stride than this, as long as two are left.
+        Leave out maps of the encoder with a smaller stride, but keep at least two maps.
     rates
-        Map is a positive rate, the softplus of the head; else it is the head.
+        The map is a positive rate, the softplus of the head; else it is the head.
 
     Shapes
     ------
     rgb (n, 3, y, x) in 0-255, y and x multiples of `multiple` -> :meth:`features` (n, n_base + width, y / stride,
     x / stride) -> :meth:`genes` (n, n_genes, y / stride, x / stride).
     """
+
+    scale: Tensor
 
     def __init__(
         self,
@@ -144,12 +185,13 @@ class PixNetNetwork(nn.Module):
         self.stride, self.multiple = strides[0], strides[-1]
         self.n_base, self.width, self.rates = n_base, width, rates
         self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
-        self.context, widths = None, list(channels)
+        self.windows: WindowStatistics | None = None
+        widths = list(channels)
         if n_base and context:
             source = max(range(len(pyramid.strides))[pyramid.context_level], self.first)
-            self.context_level = source - self.first
-            cell = context_cell(pyramid.strides[source], self.multiple, min(context))
-            self.context = ContextFields(pyramid.strides[source], cell, tuple(context))
+            self.window_level = source - self.first
+            cell = window_cell(pyramid.strides[source], self.multiple, min(context))
+            self.windows = WindowStatistics(pyramid.strides[source], cell, tuple(context))
             widths += [pyramid.channels[source]] * (2 * len(context))
         self.n_levels = sum(widths)
         self.base = nn.ModuleList(
@@ -157,35 +199,35 @@ class PixNetNetwork(nn.Module):
         )
         self.head = nn.Conv2d(n_base + width, n_genes, 1)
         self.register_buffer("scale", torch.ones(n_genes))
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         for parameter in self.base.parameters():
             parameter.requires_grad_(False)  # set by regression, see `fit_base`
 
     def train(self, mode: bool = True) -> PixNetNetwork:  # noqa: FBT001, FBT002 -- torch's signature
-        """Training mode for the decoder; the encoder keeps its published statistics."""
+        """Set the training mode of the decoder; the encoder keeps its published statistics."""
         super().train(mode)
         self.pyramid.eval()
         return self
 
     def encode(self, rgb: Tensor) -> list[Tensor]:
-        """Maps of the encoder that are used, finest first."""
+        """Maps of the encoder that the network uses, finest first."""
         return self.pyramid(rgb)[self.first :]
 
-    def levels(self, rgb: Tensor, cells: tuple[int, int, int, int] | None = None) -> Tensor:
-        """All that the base combines, on the finest grid: (n, n_levels, y, x); only cells (y0, y1, x0, x1) if given."""
+    def levels(self, rgb: Tensor, cells: Cells | None = None) -> Tensor:
+        """Inputs of the base on the finest grid, (n, n_levels, y, x); only some cells if given."""
         maps = self._base_maps(self.encode(rgb))
-        if cells is not None:  # maps that come to some thousand channels are large where nobody needs them
+        if cells is not None:  # with some thousand channels, maps of all cells would take much memory
             return torch.cat([_resize_part(m, maps[0].shape[-2] // m.shape[-2], cells) for m in maps], dim=1)
         return torch.cat([_resize(m, maps[0].shape[-2:]) for m in maps], dim=1)
 
     def base_features(self, maps: list[Tensor]) -> Tensor:
         """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
-        # What has cells of one size is added before it is resized, and the rest in place: of maps as large as the finest one,
-        # the time goes into getting memory for them.
+        # Maps of the same size are added before they are resized, and sums are in place: for maps as large as the finest
+        # one, most of the time is allocation of memory.
         by_size: dict[torch.Size, Tensor] = {}
-        for project, m in zip(self.base, self._base_maps(maps), strict=True):
-            size, part = m.shape[-2:], project(m)
+        for projection, m in zip(self.base, self._base_maps(maps), strict=True):
+            size, part = m.shape[-2:], projection(m)
             by_size[size] = by_size[size].add_(part) if size in by_size else part
         total, *coarser = by_size.values()
         for part in coarser:
@@ -193,10 +235,10 @@ class PixNetNetwork(nn.Module):
         return total
 
     def _base_maps(self, maps: list[Tensor]) -> list[Tensor]:
-        if self.context is None:
+        if self.windows is None:
             return maps
-        source = maps[self.context_level]
-        return [*maps, *self.context(source).split(source.shape[1], dim=1)]
+        source = maps[self.window_level]
+        return [*maps, *self.windows(source).split(source.shape[1], dim=1)]
 
     def combine(self, maps: list[Tensor]) -> Tensor:
         """Base and decoder from the maps of the encoder."""
@@ -206,7 +248,7 @@ class PixNetNetwork(nn.Module):
         return torch.cat(parts, dim=1)
 
     def features(self, rgb: Tensor) -> Tensor:
-        """Base and decoder: what the head is linear in."""
+        """Base and decoder, the inputs of the linear head."""
         return self.combine(self.encode(rgb))
 
     def genes(self, features: Tensor) -> Tensor:
@@ -214,12 +256,16 @@ class PixNetNetwork(nn.Module):
         z = self.head(features)
         return F.softplus(z) * self.scale.view(1, -1, 1, 1) if self.rates else z
 
+    @property
+    def head_bias(self) -> Tensor:
+        return cast("Tensor", self.head.bias)
+
     def from_pooled(self, features: Tensor) -> Tensor:
-        """Genes of regions from their mean features (n, c): the head is linear, so it may come last."""
+        """Genes of regions from their mean features (n, c); the head is linear, so it may be applied last."""
         return F.linear(features, self.head.weight[:, :, 0, 0], self.head.bias)
 
     def correction(self, decoded: Tensor) -> Tensor:
-        """Share of the decoder in genes of regions, from its mean features (n, width): what is added to the base."""
+        """Correction of the base in regions, (n, n_genes), from the mean of their decoder features (n, width)."""
         return F.linear(decoded, self.head.weight[:, self.n_base :, 0, 0], self.head.bias)
 
     def with_genes(self, index: list[int]) -> PixNetNetwork:
@@ -229,19 +275,36 @@ class PixNetNetwork(nn.Module):
         other._buffers = dict(self._buffers)
         other.head = nn.Conv2d(self.head.in_channels, len(index), 1).to(self.head.weight)
         other.head.weight = nn.Parameter(self.head.weight.detach()[index], requires_grad=False)
-        other.head.bias = nn.Parameter(self.head.bias.detach()[index], requires_grad=False)
+        other.head.bias = nn.Parameter(self.head_bias.detach()[index], requires_grad=False)
         other.scale = self.scale[index]
         return other
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, to a multiple of the size; the same bits whether the map is a tile or a slide.
+def build_network(
+    pyramid: Pyramid, params: PixNetParams, *, n_genes: int, n_base: int, rates: bool, resolution: float
+) -> PixNetNetwork:
+    """Untrained network of the given settings for slides of `resolution` um per pixel."""
+    return PixNetNetwork(
+        pyramid,
+        n_genes=n_genes,
+        width=params.width,
+        n_base=n_base,
+        context=tuple(window / resolution for window in params.context_um),
+        norm=params.norm,
+        delta=params.delta,
+        finest=params.finest_stride,
+        rates=rates,
+    )
 
-    torch interpolates small maps with another kernel, which rounds differently: small maps are continued beyond their
-    right edge, by the values that interpolation would take there anyway.
+
+def _resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Bilinear resize to a multiple of the size; the same bits for a tile and for a slide.
+
+    torch interpolates small maps with another kernel, which rounds differently. Small maps are therefore extended at
+    their right edge, by the values that interpolation assumes there.
     """
     height, width = maps.shape[-2:]
-    if (height, width) == size:
+    if (height, width) == tuple(size):
         return maps
     factor = size[1] // width
     missing = _LARGE_MAP - sum(size)
@@ -251,11 +314,11 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[..., : size[1]]
 
 
-def _resize_part(maps: Tensor, factor: int, cells: tuple[int, int, int, int]) -> Tensor:
-    """Cells (y0, y1, x0, x1) of the map resized by a factor."""
+def _resize_part(maps: Tensor, factor: int, cells: Cells) -> Tensor:
+    """Some cells of the map resized by a factor."""
     y0, y1, x0, x1 = cells
     height, width = maps.shape[-2:]
-    # One cell more on each side is what bilinear interpolation reads.
+    # Bilinear interpolation reads one more cell on each side.
     top, left = max(y0 // factor - 1, 0), max(x0 // factor - 1, 0)
     part = maps[..., top : min(-(-y1 // factor) + 1, height), left : min(-(-x1 // factor) + 1, width)]
     part = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
@@ -264,21 +327,18 @@ def _resize_part(maps: Tensor, factor: int, cells: tuple[int, int, int, int]) ->
 
 
 def receptive_halo(network: PixNetNetwork) -> int:
-    """Pixels of context around a tile on which its cells, and one cell more, can depend.
+    """Pixels of context around a tile on which its cells, and one more cell, can depend; a multiple of `multiple`.
 
-    Measured, not derived, so that it holds for any encoder: pixels beyond an edge are made NaN, and NaN spreads to all
-    that reads them. Both ends of both axes are tried; the result is a multiple of the coarsest stride.
-
-    Raises
-    ------
-    ValueError
-        If NaN spreads everywhere: the network has operations over the whole image.
+    The value is measured, so that it holds for any encoder: pixels beyond an edge are set to NaN, which spreads to all
+    cells that read them. Both ends of both axes are tested. A network with operations over the whole image raises a
+    ``ValueError``.
     """
     probe = copy.deepcopy(network).double().cpu().eval()
     n_cells = _FIRST_PROBE
     while n_cells <= _LAST_PROBE:
-        reach = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
-        if None not in reach:
+        found = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
+        reach = [pixels for pixels in found if pixels is not None]
+        if len(reach) == len(found):
             # The resize to pixels reads one more cell.
             return -(-(max(reach) + network.stride) // network.multiple) * network.multiple
         n_cells *= 2
@@ -290,15 +350,15 @@ def receptive_halo(network: PixNetNetwork) -> int:
 
 
 def _reach(probe: PixNetNetwork, length: int, axis: int, side: int) -> int | None:
-    """Pixels beyond an edge in the middle of a strip that its cells still depend on; None if that is all of them."""
+    """Pixels beyond an edge in the middle of a strip on which cells depend; None if all cells depend on them."""
     edge = length // 2
     shape = [1, 3, probe.multiple, probe.multiple]
     shape[axis] = length
     rgb = torch.full(shape, 128.0, dtype=torch.float64)
     rgb.narrow(axis, 0 if side == 0 else edge, edge).fill_(torch.nan)
     with torch.inference_mode(), suitable_threads(0, 0):
-        spoiled = probe.features(rgb).isnan().any(dim=1).any(dim=4 - axis)[0]
-    clean = (~spoiled).nonzero()[:, 0]
+        affected = probe.features(rgb).isnan().any(dim=1).any(dim=4 - axis)[0]
+    clean = (~affected).nonzero()[:, 0]
     if not len(clean):
         return None
     cell = edge // probe.stride

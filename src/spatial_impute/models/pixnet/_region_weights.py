@@ -1,44 +1,44 @@
-"""Which decoder cells a region reads, and how much of each: exact sums over the pixels of discs and polygons.
+"""Weights of decoder cells in regions: exact sums over the pixels of discs and polygons.
 
-The dense map is the decoder's grid resized bilinearly to pixels. Resize and sum over pixels are linear, so that the sum
-over a region is a weighted sum of cells; the map itself is never built. Geometry is in working pixels measured from the
-image corner, the centre of pixel i lies at i + 0.5, and a pixel belongs to a region if its centre does.
+The dense map is the grid of the decoder, resized bilinearly to pixels. Resize and sum over pixels are linear, so the sum
+over a region is a weighted sum of cells, and the map itself is never computed. Coordinates are pixels from the corner of
+the image; the centre of pixel i lies at i + 0.5. A pixel belongs to a region if its centre does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import njit
 
-_TINY = 2.0  # px; a larger region cannot miss all pixel centres
-_BATCH = 50_000  # polygons taken apart at a time
+from spatial_impute._geometry import apply_affine, linear_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TINY = 2.0  # px; a larger region contains a pixel centre
+_BATCH = 50_000  # polygons split into edges at a time
 
 
 @dataclass(frozen=True)
 class Runs:
     """Pixels of regions as horizontal runs [x0, x1) of row y, in the order of the regions."""
 
-    start: np.ndarray
-    """(n_regions + 1,) first run of each region."""
-    y: np.ndarray
-    x0: np.ndarray
-    x1: np.ndarray
+    start: np.ndarray  # (n_regions + 1,) first run of each region
+    pixels: np.ndarray  # (n_runs, 3) y, x0 and x1
 
 
 @dataclass(frozen=True)
 class Stencil:
-    """Weights of decoder cells per region; what ``embedding_bag`` takes."""
+    """Weights of decoder cells per region, as arguments of ``embedding_bag``."""
 
-    cells: np.ndarray
-    """(nnz,) int64 cells of the tile, row by row."""
-    weights: np.ndarray
-    """(nnz,) float64; they sum to `n_pixels` within a region."""
-    start: np.ndarray
-    """(n_regions + 1,) int64 first entry of each region."""
+    cells: np.ndarray  # (nnz,) int64 cells of the tile, row by row
+    weights: np.ndarray  # (nnz,) float64; they sum to `n_pixels` within a region
+    start: np.ndarray  # (n_regions + 1,) int64 first entry of each region
     n_pixels: np.ndarray
-    """(n_regions,) float64 pixels of the region in the box; its area if it is too small to hold a pixel centre."""
+    """(n_regions,) float64 pixels of the region in the box; its area if it contains no pixel centre."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,15 @@ class Box:
 
 @dataclass(frozen=True)
 class CellGrid:
-    """Decoder cells at hand: a window of the grid of the whole image."""
+    """Available decoder cells: a window of the grid of the whole image."""
 
-    stride: int
-    """Edge of a cell in px."""
+    stride: int  # Edge of a cell in px
     n_y: int
-    n_x: int
-    """Cells of the whole image."""
+    n_x: int  # Cells of the whole image
     y0: int = 0
-    x0: int = 0
-    """First cell of the window."""
+    x0: int = 0  # First cell of the window
     window_y: int | None = None
-    window_x: int | None = None
-    """Cells of the window; all by default."""
+    window_x: int | None = None  # Cells of the window; all by default
 
     @property
     def window(self) -> tuple[int, int]:
@@ -94,35 +90,20 @@ class Discs:
         return np.hstack([self.centers - r, self.centers + r])
 
     def take(self, index: np.ndarray) -> Discs:
-        """Some of them."""
         return Discs(self.centers[index], self.radius[index])
 
     def moved(self, matrix: np.ndarray) -> Discs:
-        """Discs after a similarity (3, 3)."""
-        scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-        return Discs(self.centers @ matrix[:2, :2].T + matrix[:2, 2], self.radius * scale)
+        return Discs(apply_affine(self.centers, matrix), self.radius * linear_scale(matrix))
 
     def runs(self, box: Box) -> Runs:
-        """Pixels within a box."""
-        arguments = (self.centers, self.radius, box.y0, box.y1, box.x0, box.x1)
-        count = _count_disc_rows(*arguments)
-        start = np.concatenate([[0], np.cumsum(count)])
-        return Runs(start, *_disc_runs(*arguments, start))
+        return _collect_runs(_disc_runs, self.centers, self.radius, box)
 
 
 class Polygons:
-    """Polygons, holes and several parts allowed, as closed rings of edges in px; even-odd rule.
+    """Polygons as closed rings of edges in px, with the even-odd rule; they may have holes and several parts.
 
-    Parameters
-    ----------
-    edges
-        (m, 4) x, y of the ends of all edges, in the order of the polygons.
-    start
-        (n + 1,) first edge of each polygon.
-    centers
-        (n, 2) a point of each polygon, its centroid.
-    area
-        (n,) px^2.
+    `edges` (m, 4) are x, y of both ends of all edges in the order of the polygons, `start` (n + 1,) the first edge of each
+    polygon, `centers` (n, 2) their centroids, and `area` (n,) is in px^2.
     """
 
     def __init__(self, edges: np.ndarray, start: np.ndarray, centers: np.ndarray, area: np.ndarray) -> None:
@@ -133,9 +114,8 @@ class Polygons:
 
     @classmethod
     def from_shapely(cls, geometries: np.ndarray) -> Polygons:
-        """From polygons and multi-polygons."""
         geometries = np.asarray(geometries, dtype=object)
-        # Parts and rings are objects, each larger than its coordinates: of millions only some are made at a time.
+        # Parts and rings are objects, each larger than its coordinates. For millions of them, some are made at a time.
         parts = [cls._from_some(geometries[i : i + _BATCH]) for i in range(0, max(len(geometries), 1), _BATCH)]
         first = np.cumsum([0, *(len(p.edges) for p in parts)])
         start = [p.start[:-1] + n for p, n in zip(parts, first, strict=False)]
@@ -168,11 +148,10 @@ class Polygons:
         """(n, 4) lowest x, y and highest x, y."""
         if not len(self):
             return np.zeros((0, 4))
-        first = self.start[:-1]  # each edge begins where another one ends: the first points are all corners
+        first = self.start[:-1]  # rings are closed, so the first points of the edges are all corners
         return np.hstack([np.minimum.reduceat(self.edges[:, :2], first), np.maximum.reduceat(self.edges[:, :2], first)])
 
     def take(self, index: np.ndarray) -> Polygons:
-        """Some of them."""
         index = np.asarray(index)
         index = np.flatnonzero(index) if index.dtype == bool else index
         length = (self.start[1:] - self.start[:-1])[index]
@@ -181,47 +160,28 @@ class Polygons:
         return Polygons(self.edges[rows], start, self.centers[index], self.area[index])
 
     def moved(self, matrix: np.ndarray) -> Polygons:
-        """Polygons after an affine map (3, 3)."""
-        linear, offset = matrix[:2, :2].T, matrix[:2, 2]
-        edges = np.hstack([self.edges[:, :2] @ linear + offset, self.edges[:, 2:] @ linear + offset])
+        edges = np.hstack([apply_affine(self.edges[:, :2], matrix), apply_affine(self.edges[:, 2:], matrix)])
         area = self.area * abs(np.linalg.det(matrix[:2, :2]))
-        return Polygons(edges, self.start, self.centers @ linear + offset, area)
+        return Polygons(edges, self.start, apply_affine(self.centers, matrix), area)
 
     def runs(self, box: Box) -> Runs:
-        """Pixels within a box."""
-        arguments = (self.edges, self.start, box.y0, box.y1, box.x0, box.x1)
-        count = _count_polygon_runs(*arguments)
-        start = np.concatenate([[0], np.cumsum(count)])
-        return Runs(start, *_polygon_runs(*arguments, start))
+        return _collect_runs(_polygon_runs, self.edges, self.start, box)
 
 
 Regions = Discs | Polygons
 
 
 def build_stencil(regions: Regions, core: Box, grid: CellGrid, image: Box) -> Stencil:
-    """Weights of the cells for those pixels of the regions that lie in `core`.
+    """Weights of the cells for the pixels of the regions that lie in `core`.
 
-    Cores that partition the image give sums that add up to those over the image. A region too small to hold a pixel
-    centre is sampled at its centre by the core that holds it, and weighs its area.
-
-    Parameters
-    ----------
-    regions
-        Discs or polygons.
-    core
-        Pixels to sum over. The window of cells must reach one cell beyond it, or to the end of the grid.
-    grid
-        The cells at hand.
-    image
-        Pixels of the image.
+    For cores that partition the image, the sums add up to those over the image. A region that contains no pixel centre
+    is sampled at its own centre, by the core that contains it, and has its area as weight. The window of `grid` must reach
+    one cell beyond the core, or to the end of the grid.
     """
     runs = regions.runs(core)
-    rows, columns = grid.window
-    cells, weights, start, n_pixels = _stencil(
-        runs.start, runs.y, runs.x0, runs.x1, grid.stride, grid.n_y, grid.n_x, grid.y0, grid.x0, rows, columns
-    )
-    stencil = Stencil(cells, weights, start, n_pixels)
-    lonely = (n_pixels == 0) & _tiny(regions, image) & _inside(regions.centers, core)
+    window = (grid.stride, grid.n_y, grid.n_x, grid.y0, grid.x0, *grid.window)
+    stencil = Stencil(*_sum_weights(runs.start, runs.pixels, window))
+    lonely = (stencil.n_pixels == 0) & _tiny(regions, image) & _inside(regions.centers, core)
     return _sample_centers(stencil, regions, lonely, grid) if lonely.any() else stencil
 
 
@@ -241,7 +201,7 @@ def _inside(points: np.ndarray, box: Box) -> np.ndarray:
 
 
 def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid: CellGrid) -> Stencil:
-    """Stencil with the bilinear weights of the centres of some regions, which have no entries yet."""
+    """Add the bilinear weights of the centres of some regions, which have no entries yet."""
     x0, x1, fx = _neighbours(regions.centers[which, 0], grid.stride, grid.n_x)
     y0, y1, fy = _neighbours(regions.centers[which, 1], grid.stride, grid.n_y)
     columns = grid.window[1]
@@ -262,42 +222,70 @@ def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid:
 
 
 def _neighbours(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cells left and right of positions (px), and the weight of the right one."""
+    """Cells before and after positions (px), and the weight of the latter."""
     u = np.clip(where / stride - 0.5, 0.0, n - 1.0)
     left = np.floor(u).astype(np.int64)
     return left, np.minimum(left + 1, n - 1), u - left
 
 
+def _collect_runs(find: Callable[..., np.ndarray], geometry: np.ndarray, sizes: np.ndarray, box: Box) -> Runs:
+    """Runs of all regions: the first pass counts them, the second one writes them."""
+    limits = (box.y0, box.y1, box.x0, box.x1)
+    count = find(geometry, sizes, limits, np.empty((0, 3), np.int64))
+    start = np.concatenate([[0], np.cumsum(count)])
+    pixels = np.empty((start[-1], 3), np.int64)
+    find(geometry, sizes, limits, pixels)
+    return Runs(start, pixels)
+
+
 @njit(cache=True)
-def _count_disc_rows(centers, radius, y0, y1, x0, x1):  # noqa: PLR0917
+def _disc_runs(centers, radius, limits, runs):
+    """Write the runs of each disc, up to the size of `runs`; return their number per disc."""
+    y0, y1, x0, x1 = limits
     count = np.zeros(len(radius), np.int64)
+    n = 0
     for i in range(len(radius)):
         cx, cy, r = centers[i, 0], centers[i, 1], radius[i]
         for y in range(max(y0, int(np.floor(cy - r - 0.5))), min(y1, int(np.ceil(cy + r - 0.5)) + 1)):
             left, right = _chord(cx, cy, r, y)
-            count[i] += min(right, x1) > max(left, x0)
+            n = _add_run(runs, n, y, max(left, x0), min(right, x1))
+        count[i] = n
+    count[1:] -= count[:-1].copy()
     return count
 
 
 @njit(cache=True)
-def _disc_runs(centers, radius, y0, y1, x0, x1, start):  # noqa: PLR0917
-    n = start[-1]
-    ys, lefts, rights = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-    k = 0
-    for i in range(len(radius)):
-        cx, cy, r = centers[i, 0], centers[i, 1], radius[i]
-        for y in range(max(y0, int(np.floor(cy - r - 0.5))), min(y1, int(np.ceil(cy + r - 0.5)) + 1)):
-            left, right = _chord(cx, cy, r, y)
-            left, right = max(left, x0), min(right, x1)
-            if right > left:
-                ys[k], lefts[k], rights[k] = y, left, right
-                k += 1
-    return ys, lefts, rights
+def _polygon_runs(edges, start, limits, runs):
+    """Write the runs of each polygon, up to the size of `runs`; return their number per polygon."""
+    y0, y1, x0, x1 = limits
+    count = np.zeros(len(start) - 1, np.int64)
+    found = np.empty(max(1, len(edges)))
+    n = 0
+    for i in range(len(start) - 1):
+        top, bottom = _rows_of(edges, start[i], start[i + 1], y0, y1)
+        for y in range(top, bottom):
+            m = _crossings(edges, start[i], start[i + 1], y, found)
+            for k in range(0, m - 1, 2):
+                left, right = int(np.ceil(found[k] - 0.5)), int(np.ceil(found[k + 1] - 0.5))
+                n = _add_run(runs, n, y, max(x0, left), min(x1, right))
+        count[i] = n
+    count[1:] -= count[:-1].copy()
+    return count
+
+
+@njit(cache=True)
+def _add_run(runs, n, y, left, right):
+    """Write run number `n`, unless it is empty or there is no room; return the number of runs."""
+    if right <= left:
+        return n
+    if n < len(runs):
+        runs[n, 0], runs[n, 1], runs[n, 2] = y, left, right
+    return n + 1
 
 
 @njit(cache=True)
 def _chord(cx, cy, r, y):
-    """Pixels [left, right) of row y whose centres lie in the disc, by the test itself, not by a rounded root."""
+    """Pixels [left, right) of row y with their centre in the disc, by an exact test instead of a rounded root."""
     dy = (y + 0.5) - cy
     rest = r * r - dy * dy
     half = np.sqrt(rest) if rest > 0 else 0.0
@@ -312,7 +300,10 @@ def _chord(cx, cy, r, y):
 
 @njit(cache=True)
 def _crossings(edges, first, last, y, found):
-    """Sorted x at which edges cross the centres of row y. Ends are ordered, so that neighbours agree to the bit."""
+    """Write the sorted x at which edges cross the centres of row y; return their number.
+
+    Ends of edges are ordered, so that neighbouring polygons get equal values.
+    """
     n = 0
     level = y + 0.5
     for e in range(first, last):
@@ -342,94 +333,68 @@ def _rows_of(edges, first, last, y0, y1):
 
 
 @njit(cache=True)
-def _count_polygon_runs(edges, start, y0, y1, x0, x1):  # noqa: PLR0917
-    n_polygons = len(start) - 1
-    count = np.zeros(n_polygons, np.int64)
-    found = np.empty(max(1, len(edges)))
-    for i in range(n_polygons):
-        top, bottom = _rows_of(edges, start[i], start[i + 1], y0, y1)
-        for y in range(top, bottom):
-            n = _crossings(edges, start[i], start[i + 1], y, found)
-            for k in range(0, n - 1, 2):
-                left = max(x0, int(np.ceil(found[k] - 0.5)))
-                right = min(x1, int(np.ceil(found[k + 1] - 0.5)))
-                count[i] += right > left
-    return count
-
-
-@njit(cache=True)
-def _polygon_runs(edges, start, y0, y1, x0, x1, first_run):  # noqa: PLR0917
-    n = first_run[-1]
-    ys, lefts, rights = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-    found = np.empty(max(1, len(edges)))
-    j = 0
-    for i in range(len(start) - 1):
-        top, bottom = _rows_of(edges, start[i], start[i + 1], y0, y1)
-        for y in range(top, bottom):
-            m = _crossings(edges, start[i], start[i + 1], y, found)
-            for k in range(0, m - 1, 2):
-                left = max(x0, int(np.ceil(found[k] - 0.5)))
-                right = min(x1, int(np.ceil(found[k + 1] - 0.5)))
-                if right > left:
-                    ys[j], lefts[j], rights[j] = y, left, right
-                    j += 1
-    return ys, lefts, rights
-
-
-@njit(cache=True)
-def _stencil(start, ys, lefts, rights, stride, n_y, n_x, gy0, gx0, rows, columns):  # noqa: PLR0917
-    """Bilinear weights of all pixels of each region, summed per cell; two passes, the first for the size."""
-    n_regions = len(start) - 1
-    windows = np.zeros((n_regions, 4), np.int64)  # first and last cell row, first and last cell column
+def _sum_weights(start, runs, grid):
+    """Bilinear weights of all pixels of each region, summed per cell."""
+    stride, n_y, n_x, grid_y, grid_x, rows, columns = grid
+    windows = _cell_windows(start, runs, stride, n_y, n_x)
     largest, total = 0, 0
-    for i in range(n_regions):
-        if start[i] == start[i + 1]:
-            continue
-        top, bottom, west, east = ys[start[i]], ys[start[i]], lefts[start[i]], rights[start[i]] - 1
-        for k in range(start[i], start[i + 1]):
-            top, bottom = min(top, ys[k]), max(bottom, ys[k])
-            west, east = min(west, lefts[k]), max(east, rights[k] - 1)
-        windows[i, 0] = _left_cell(top, stride)
-        windows[i, 1] = min(_left_cell(bottom, stride) + 1, n_y - 1)
-        windows[i, 2] = _left_cell(west, stride)
-        windows[i, 3] = min(_left_cell(east, stride) + 1, n_x - 1)
-        size = (windows[i, 1] - windows[i, 0] + 1) * (windows[i, 3] - windows[i, 2] + 1)
+    for i in range(len(windows)):
+        size = windows[i, 2] * windows[i, 3]
         largest, total = max(largest, size), total + size
     cells, weights = np.empty(total, np.int64), np.empty(total)
-    first, n_pixels = np.zeros(n_regions + 1, np.int64), np.zeros(n_regions)
+    first, n_pixels = np.zeros(len(start), np.int64), np.zeros(len(start) - 1)
     dense, across = np.zeros(largest), np.zeros(n_x + 1)
     n = 0
-    for i in range(n_regions):
-        if start[i] < start[i + 1]:
-            top, left = windows[i, 0], windows[i, 2]
-            n_rows, n_columns = windows[i, 1] - top + 1, windows[i, 3] - left + 1
-            dense[: n_rows * n_columns] = 0.0
-            for k in range(start[i], start[i + 1]):
-                across[:n_columns] = 0.0
-                for x in range(lefts[k], rights[k]):
-                    cell, fraction = _cell_and_fraction(x, stride, n_x)
-                    across[cell - left] += 1.0 - fraction
-                    if fraction > 0:
-                        across[cell - left + 1] += fraction
-                n_pixels[i] += rights[k] - lefts[k]
-                cell, fraction = _cell_and_fraction(ys[k], stride, n_y)
-                row = (cell - top) * n_columns
-                for c in range(n_columns):
-                    dense[row + c] += (1.0 - fraction) * across[c]
-                if fraction > 0:
-                    for c in range(n_columns):
-                        dense[row + n_columns + c] += fraction * across[c]
-            for r in range(n_rows):
-                for c in range(n_columns):
-                    weight = dense[r * n_columns + c]
-                    if weight != 0.0:
-                        y, x = top + r - gy0, left + c - gx0
-                        if y < 0 or y >= rows or x < 0 or x >= columns:
-                            raise IndexError("A pixel reads a cell outside the window.")  # noqa: EM101
-                        cells[n], weights[n] = y * columns + x, weight
-                        n += 1
+    for i in range(len(windows)):
+        top, left, n_rows, n_columns = windows[i]
+        dense[: n_rows * n_columns] = 0.0
+        for k in range(start[i], start[i + 1]):
+            _add_row_weights(dense, across, runs[k], windows[i], (stride, n_y, n_x))
+            n_pixels[i] += runs[k, 2] - runs[k, 1]
+        for cell in range(n_rows * n_columns):
+            if dense[cell] != 0.0:
+                y, x = top + cell // n_columns - grid_y, left + cell % n_columns - grid_x
+                if y < 0 or y >= rows or x < 0 or x >= columns:
+                    raise IndexError("A pixel reads a cell outside the window.")  # noqa: EM101
+                cells[n], weights[n] = y * columns + x, dense[cell]
+                n += 1
         first[i + 1] = n
     return cells[:n].copy(), weights[:n].copy(), first, n_pixels
+
+
+@njit(cache=True)
+def _cell_windows(start, runs, stride, n_y, n_x):
+    """(n_regions, 4) cells that the pixels of each region read: first row, first column, rows and columns."""
+    windows = np.zeros((len(start) - 1, 4), np.int64)
+    for i in range(len(windows)):
+        if start[i] < start[i + 1]:
+            own = runs[start[i] : start[i + 1]]
+            top, left = _left_cell(own[:, 0].min(), stride), _left_cell(own[:, 1].min(), stride)
+            bottom = min(_left_cell(own[:, 0].max(), stride) + 1, n_y - 1)
+            right = min(_left_cell(own[:, 2].max() - 1, stride) + 1, n_x - 1)
+            windows[i] = (top, left, bottom - top + 1, right - left + 1)
+    return windows
+
+
+@njit(cache=True)
+def _add_row_weights(dense, across, run, window, grid):
+    """Add the weights of the pixels of one run to the cells of a window."""
+    y, x0, x1 = run
+    top, left, _, n_columns = window
+    stride, n_y, n_x = grid
+    across[:n_columns] = 0.0
+    for x in range(x0, x1):
+        cell, fraction = _cell_and_fraction(x, stride, n_x)
+        across[cell - left] += 1.0 - fraction
+        if fraction > 0:
+            across[cell - left + 1] += fraction
+    cell, fraction = _cell_and_fraction(y, stride, n_y)
+    row = (cell - top) * n_columns
+    for c in range(n_columns):
+        dense[row + c] += (1.0 - fraction) * across[c]
+    if fraction > 0:
+        for c in range(n_columns):
+            dense[row + n_columns + c] += fraction * across[c]
 
 
 @njit(cache=True)

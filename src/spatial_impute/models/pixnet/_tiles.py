@@ -1,7 +1,9 @@
-"""Run a network over an image tile by tile, so that no cell can tell."""
+"""Application of the network tile by tile, with the same values as for the whole slide."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from spatial_impute.encoders._encoder import requested_threads
-from spatial_impute.models.asign._graph_inputs import suitable_threads
+from spatial_impute._geometry import apply_affine
+from spatial_impute._threads import requested_threads, suitable_threads
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:
@@ -18,35 +20,40 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from spatial_impute._image.resampling import ResampledImage
-    from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
+    from spatial_impute._image.resampling import ResampledImage, SlideOverview
+    from spatial_impute.models.pixnet._network import Cells, PixNetNetwork, Stain
 
+    Stage = Callable[[Tensor, Cells], Tensor]
+    """From RGB (1, 3, y, x) to some cells of the maps (1, c, y / stride, x / stride)."""
 
-_BATCH = 100_000  # regions whose weights are at hand at a time: some 100 MB
+_BATCH = 100_000  # regions whose weights are in memory at a time: some 100 MB
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Cores that partition an image, and the context each is computed with.
+    """Partition of an image into cores, each of which is computed with context around it.
 
-    The image is extended once, at its right and lower end and in white, to a multiple of the coarsest cell. Cores begin
-    at multiples of it; convolutions pad with zeros at the ends of that extended image only.
+    The image is extended in white, at its right and lower end, to a multiple of the coarsest cell. Cores begin at
+    multiples of it; convolutions are padded with zeros at the ends of the extended image only.
     """
 
     height: int
-    width: int
-    """Of the image in px."""
-    core: int
-    """Edge of a core in px, a multiple of `multiple`."""
-    halo: int
-    """Context in px, a multiple of `multiple`."""
+    width: int  # Size of the image in px
+    core: int  # Edge of a core in px, a multiple of `multiple`
+    halo: int  # Context in px, a multiple of `multiple`
     stride: int
     multiple: int
+
+    @classmethod
+    def of_network(cls, network: PixNetNetwork, shape: tuple[int, int], core: int, halo: int) -> Tiling:
+        """Tiling of an image; `core` px are rounded up to the coarsest cell of the network."""
+        multiple = network.multiple
+        return cls(*shape, -(-core // multiple) * multiple, halo, network.stride, multiple)
 
     @property
     def extended(self) -> tuple[int, int]:
         """Height and width of the extended image."""
-        return tuple(-(-n // self.multiple) * self.multiple for n in (self.height, self.width))
+        return -(-self.height // self.multiple) * self.multiple, -(-self.width // self.multiple) * self.multiple
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -60,7 +67,6 @@ class Tiling:
 
     @property
     def image(self) -> Box:
-        """All pixels of the image."""
         return Box(0, self.height, 0, self.width)
 
     def box(self, tile: tuple[int, int]) -> Box:
@@ -74,17 +80,13 @@ class Tiling:
         return Box(box.y0, min(box.y1, self.height), box.x0, min(box.x1, self.width))
 
     def window(self, tile: tuple[int, int]) -> Box:
-        """A core with its context."""
-        box = self.box(tile)
-        return Box(
-            max(box.y0 - self.halo, 0),
-            min(box.y1 + self.halo, self.extended[0]),
-            max(box.x0 - self.halo, 0),
-            min(box.x1 + self.halo, self.extended[1]),
-        )
+        """Pixels of a core and its context."""
+        box, h = self.box(tile), self.halo
+        height, width = self.extended
+        return Box(max(box.y0 - h, 0), min(box.y1 + h, height), max(box.x0 - h, 0), min(box.x1 + h, width))
 
     def grid(self, tile: tuple[int, int], margin: int) -> CellGrid:
-        """Cells of a core and `margin` more on each side where there are any."""
+        """Cells of a core, and up to `margin` more on each side."""
         box, (n_y, n_x), s = self.box(tile), self.cells, self.stride
         y0, x0 = max(box.y0 // s - margin, 0), max(box.x0 // s - margin, 0)
         y1, x1 = min(box.y1 // s + margin, n_y), min(box.x1 // s + margin, n_x)
@@ -93,51 +95,30 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Slide:
-    """An image as a network sees it."""
+    """An image with its stain and tiling."""
 
     image: ResampledImage
     stain: Stain
     tiling: Tiling
 
     def order(self, tiles: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Row by row within stripes, so that decoded chunks are still at hand for the next row."""
+        """Tiles row by row within stripes, so that the next row finds decoded chunks in the cache."""
         stripe = self.image.stripe(self.tiling.core, self.tiling.halo)
         columns = max(1, stripe // self.tiling.core)
         return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
 
 
+def whole_map(function: Callable[[Tensor], Tensor]) -> Stage:
+    """Stage that computes all cells, then cuts."""
+    return lambda rgb, cells: function(rgb)[..., cells[0] : cells[1], cells[2] : cells[3]]
+
+
 def forward_tile(
-    network: PixNetNetwork,
-    stage: Callable[[Tensor], Tensor],
-    slide: Slide,
-    tile: tuple[int, int],
-    *,
-    margin: int = 0,
-    in_part: bool = False,
+    network: PixNetNetwork, stage: Stage, slide: Slide, tile: tuple[int, int], *, margin: int = 0
 ) -> tuple[Tensor, CellGrid]:
-    """Cells of one core.
+    """Cells of one core, and up to `margin` cells around it: maps (c, rows, columns) and the place of these cells.
 
-    Parameters
-    ----------
-    network
-        Where parameters live decides on device and precision.
-    stage
-        From RGB (1, 3, y, x) to maps (1, c, y / stride, x / stride).
-    slide
-        The slide.
-    tile
-        Which core.
-    margin
-        Cells beyond the core.
-    in_part
-        Whether `stage` takes as second argument the cells (y0, y1, x0, x1) that are wanted of its map, and returns these.
-
-    Returns
-    -------
-    maps
-        (c, rows, columns).
-    grid
-        Which cells these are.
+    Device and precision are those of the parameters of the network.
     """
     image, tiling = slide.image, slide.tiling
     window = tiling.window(tile)
@@ -145,28 +126,19 @@ def forward_tile(
     rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
-    bottom, right = top + grid.window[0], left + grid.window[1]
-    # Workers of dask are told to use one thread; two of them with a thread per core each are slower than one alone.
+    cells = (top, top + grid.window[0], left, left + grid.window[1])
+    # Workers of dask request one thread; two workers with a thread per core each are slower than one worker.
     n_cells = rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2
     with requested_threads(), suitable_threads(n_cells, network.head.in_channels):
-        stained = slide.stain.apply(rgb[None])
-        if in_part:
-            return stage(stained, (top, bottom, left, right))[0], grid
-        maps = stage(stained)[0]
-    return maps[:, top:bottom, left:right], grid
+        return stage(slide.stain.apply(rgb[None]), cells)[0], grid
 
 
 def bag(
     maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box, *, squares: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Sums over regions of the map resized to pixels; differentiable.
+    """Sums over regions of the map resized to pixels, (n_regions, c), and their numbers of pixels; differentiable.
 
-    Returns
-    -------
-    sums
-        (n_regions, c); with `squares` (n_regions, 2 c), the second half of the squared cells.
-    n_pixels
-        (n_regions,) float64.
+    With `squares` the sums are (n_regions, 2 c), the second half from the squared cells.
     """
     stencil = build_stencil(regions, core, grid, image)
     table = maps.flatten(1).T.contiguous()
@@ -180,26 +152,21 @@ def bag(
 
 
 class TileIndex:
-    """Which regions touch which cores, without a list per tile of all of them.
+    """Regions by the cores that they touch.
 
-    Attributes
-    ----------
-    tiles
-        Numbers of the cores that any touch.
-    n_tiles
-        (n,) how many cores each region touches; 0 outside the image.
+    `tiles` are the numbers of the cores that any region touches, `n_tiles` (n,) the number of cores per region.
     """
 
     def __init__(self, regions: Regions, tiling: Tiling) -> None:
         bounds = regions.bounds
         rows, columns = tiling.shape
         limit = np.array([columns - 1, rows - 1])
-        # A region too small for a pixel centre is sampled where its centre lies, which its bounds contain.
+        # A region without a pixel centre is sampled at its own centre, which its bounds contain.
         low = np.floor((bounds[:, :2] - 1) / tiling.core).astype(np.int64)
         high = np.floor((bounds[:, 2:] + 1) / tiling.core).astype(np.int64)
-        inside = ((high >= 0) & (low <= limit)).all(axis=1)
+        inside = np.all((high >= 0) & (low <= limit), axis=1, keepdims=True)
         low, high = np.clip(low, 0, limit), np.clip(high, 0, limit)
-        size = np.where(inside[:, None], high - low + 1, 0)
+        size = np.where(inside, high - low + 1, 0)
         count = size.prod(axis=1)
         region = np.repeat(np.arange(len(bounds)), count)
         k = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -214,10 +181,8 @@ class TileIndex:
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
         for k, tile in enumerate(self.tiles):
-            yield (
-                (int(tile) // self._columns, int(tile) % self._columns),
-                self._region[self._start[k] : self._start[k + 1]],
-            )
+            place = int(tile) // self._columns, int(tile) % self._columns
+            yield place, self._region[self._start[k] : self._start[k + 1]]
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -225,38 +190,28 @@ class TileIndex:
 
 def iter_sums(
     network: PixNetNetwork,
-    stage: Callable[[Tensor], Tensor],
+    stage: Stage,
     slide: Slide,
     regions: Regions,
     *,
-    in_part: bool = False,
     squares: bool = False,
     on_tile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
-    """Sums over regions, tile by tile, without a map: only tiles that regions touch are computed, each once.
+    """Sums over regions without a map of the slide: each tile that regions touch is computed once.
 
-    Regions within one tile come as soon as it is done; those that reach over several come at the end.
-
-    Yields
-    ------
-    index
-        Rows of `regions`.
-    sums
-        (len(index), c), or (len(index), 2 c) with `squares`; see :func:`bag`.
-    n_pixels
-        (len(index),) float64; 0 for regions outside the image, which come last.
+    Yields rows of `regions`, their sums as :func:`bag` returns them, and their numbers of pixels, float64. Regions within one
+    tile are returned after this tile, those in several tiles at the end, those outside the image (0 pixels) last.
     """
     tiles = TileIndex(regions, slide.tiling)
     over_several = np.flatnonzero(tiles.n_tiles > 1)
     place = np.full(len(regions), -1)
     place[over_several] = np.arange(len(over_several))
     total, count = None, np.zeros(len(over_several))
-    weight = network.head.weight
     touching = dict(tiles)
     for tile in slide.order(touching):
         index = touching[tile]
         with torch.inference_mode():
-            maps, grid = forward_tile(network, stage, slide, tile, margin=1, in_part=in_part)
+            maps, grid = forward_tile(network, stage, slide, tile, margin=1)
             core, image = slide.tiling.pixels(tile), slide.tiling.image
             for start in range(0, len(index), _BATCH):
                 rows = index[start : start + _BATCH]
@@ -277,35 +232,121 @@ def iter_sums(
     outside = np.flatnonzero(tiles.n_tiles == 0)
     if len(outside):
         n_channels = 0 if total is None else total.shape[1]
-        yield outside, torch.zeros(len(outside), n_channels, dtype=weight.dtype), np.zeros(len(outside))
+        yield outside, torch.zeros(len(outside), n_channels, dtype=network.head.weight.dtype), np.zeros(len(outside))
 
 
 def read_regions(
-    network: PixNetNetwork,
-    stage: Callable[[Tensor], Tensor],
-    slide: Slide,
-    regions: Regions,
-    n_channels: int,
-    *,
-    in_part: bool = False,
-    squares: bool = False,
-    on_tile: Callable[[], None] = lambda: None,
+    network: PixNetNetwork, stage: Stage, slide: Slide, regions: Regions, n_channels: int, *, squares: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over all regions.
+    """Sums over all regions, (n_regions, n_channels), and their numbers of pixels; see :func:`iter_sums`.
 
-    Returns
-    -------
-    sums
-        (n_regions, n_channels) in the precision of the network; `n_channels` counts those of `squares`.
-    n_pixels
-        (n_regions,) float64; 0 for regions outside the image.
+    `n_channels` includes those of `squares`.
     """
     dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
     sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
-    for index, found, count in iter_sums(
-        network, stage, slide, regions, in_part=in_part, squares=squares, on_tile=on_tile
-    ):
+    for index, found, count in iter_sums(network, stage, slide, regions, squares=squares):
         if found.shape[1]:
             sums[index] = found.cpu().numpy()
         n_pixels[index] = count
     return sums, n_pixels
+
+
+@dataclass(frozen=True)
+class DenseJob:
+    """Computation of a dense map, tile by tile on any worker."""
+
+    network: PixNetNetwork  # With the genes of the map
+    image: ResampledImage
+    stain: Stain
+    tiling: Tiling
+    dtype: str
+    features: bool  # Store the features, from which the head computes the genes, instead of the genes
+    tissue: SlideOverview | None  # Cells outside the tissue are NaN; None computes all cells
+    wanted: frozenset[tuple[int, int]]  # Tiles to compute; the others are NaN
+
+    @property
+    def n_channels(self) -> int:
+        return self.network.head.in_channels if self.features else self.network.head.out_channels
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of the map: the cells that reach into the image."""
+        stride = self.tiling.stride
+        return -(-self.tiling.height // stride), -(-self.tiling.width // stride)
+
+    @property
+    def cell_to_um(self) -> np.ndarray:
+        """(3, 3) affine from cell corners to the section frame."""
+        return self.image.to_um @ np.diag([self.tiling.stride, self.tiling.stride, 1.0])
+
+    @property
+    def chunk(self) -> int:
+        """Cells along the edge of a tile."""
+        return self.tiling.core // self.tiling.stride
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """All tiles, in the order in which chunks of the image are decoded least often."""
+        rows, columns = self.tiling.shape
+        return self._slide.order((i, j) for i in range(rows) for j in range(columns))
+
+    @property
+    def _slide(self) -> Slide:
+        return Slide(self.image, self.stain, self.tiling)
+
+    def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of the map that a tile covers."""
+        (rows, columns), n = self.cells, self.chunk
+        y, x = tile[0] * n, tile[1] * n
+        return slice(y, min(y + n, rows)), slice(x, min(x + n, columns))
+
+    def compute(self, tile: tuple[int, int]) -> np.ndarray:
+        """(n_channels, rows, columns) of one tile."""
+        y, x = self.place(tile)
+        shape = (self.n_channels, y.stop - y.start, x.stop - x.start)
+        if tile not in self.wanted:
+            return np.full(shape, np.nan, self.dtype)
+        network = self.network
+        function = network.features if self.features else lambda rgb: network.genes(network.features(rgb))
+        with torch.inference_mode():
+            maps, _ = forward_tile(network, whole_map(function), self._slide, tile)
+        values = maps[:, : shape[1], : shape[2]].cpu().numpy()
+        if self.tissue is not None:
+            cx, cy = np.meshgrid(np.arange(x.start, x.stop) + 0.5, np.arange(y.start, y.stop) + 0.5)
+            centers = apply_affine(np.column_stack([cx.ravel(), cy.ravel()]), self.cell_to_um)
+            values = np.where(self.tissue.covers(centers).reshape(cx.shape), values, np.nan)
+        return values.astype(self.dtype)
+
+    def fingerprint(self, names: list[str]) -> str:
+        """Hash of the network, the image, the tiles and the names: equal for equal maps."""
+        digest = hashlib.sha256()
+        for key, value in self.network.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        level = self.image.level
+        y, x = (n // 2 for n in self.image.shape)
+        # A window in the middle is quick to read, and enough to distinguish slides.
+        sample = self.image.window(y - 32, y + 32, x - 32, x + 32)
+        record = {
+            "image": [list(level.shape), level.to_um.tolist(), str(level.data.dtype), list(self.image.shape)],
+            "sample": hashlib.sha256(sample.tobytes()).hexdigest(),
+            "stain": [list(self.stain.background), list(self.stain.factor)],
+            "tiling": [self.tiling.core, self.tiling.halo, self.tiling.stride],
+            "dtype": self.dtype,
+            "features": self.features,
+            "wanted": sorted(self.wanted),
+            "tissue": None if self.tissue is None else hashlib.sha256(self.tissue.tissue.tobytes()).hexdigest(),
+            "names": names,
+        }
+        digest.update(json.dumps(record, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def tissue_tiles(tiling: Tiling, image: ResampledImage, found: SlideOverview) -> frozenset[tuple[int, int]]:
+    """Tiles with at least one pixel of the tissue mask."""
+    y, x = np.nonzero(found.tissue)
+    # Corners of the pixels of the mask, which are larger than a cell and may lie in several tiles.
+    corners = [np.column_stack([x + dx, y + dy]) for dx in (0.01, 0.99) for dy in (0.01, 0.99)]
+    points = apply_affine(np.concatenate(corners), image.from_um @ found.to_um)
+    inside = np.all((points >= 0) & (points < [tiling.width, tiling.height]), axis=1)
+    tiles = np.unique((points[inside] // tiling.core).astype(int), axis=0)
+    return frozenset((int(row), int(column)) for column, row in tiles)

@@ -1,4 +1,4 @@
-"""Surroundings as fields: against means and spreads computed one window at a time."""
+"""Network of PixNet: its window statistics against means and standard deviations of one window at a time."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from spatial_impute.encoders._pyramids import TellezPyramid
-from spatial_impute.models.pixnet._network import PixNetNetwork
-from spatial_impute.models.pixnet._surroundings import ContextFields, context_cell
+from spatial_impute.models.pixnet._network import PixNetNetwork, WindowStatistics, window_cell
 
 
-def test_fields_are_mean_and_spread_of_the_window():
+def test_windows_are_mean_and_spread_of_the_window():
     """Also at the edge, where windows average what there is."""
     maps = torch.from_numpy(np.random.default_rng(0).normal(3, 1, (1, 2, 18, 24)))
-    fields = ContextFields(4, 12, (35.0, 60.0))  # cells of 3 x 3; windows of 3 and of 5 cells
-    assert fields.n_cells == (3, 5)
-    found = fields(maps)
+    windows = WindowStatistics(4, 12, (35.0, 60.0))  # cells of 3 x 3; windows of 3 and of 5 cells
+    assert windows.n_cells == (3, 5)
+    found = windows(maps)
     assert found.shape == (1, 2 * 2 * 2, 6, 8)
-    for w, n in enumerate(fields.n_cells):
+    for w, n in enumerate(windows.n_cells):
         for row in range(6):
             for column in range(8):
                 half = n // 2
@@ -35,7 +34,7 @@ def test_fields_are_mean_and_spread_of_the_window():
 
 def test_nothing_varies_on_glass():
     """In single precision a constant map has next to no spread, and rounding does not show."""
-    found = ContextFields(16, 64, (320.0,))(torch.full((1, 1, 64, 64), 7.3) + 1e-6 * torch.rand(1, 1, 64, 64))
+    found = WindowStatistics(16, 64, (320.0,))(torch.full((1, 1, 64, 64), 7.3) + 1e-6 * torch.rand(1, 1, 64, 64))
     assert (found[:, 1] - 1e-3**0.5).abs().max() < 1e-3
 
 
@@ -43,7 +42,7 @@ def test_nothing_varies_on_glass():
     ("stride", "multiple", "smallest", "expected"), [(16, 128, 200.0, 64), (32, 32, 400.0, 32), (8, 8, 50.0, 8)]
 )
 def test_cells_are_whole_on_tiles_and_small_beside_the_windows(stride, multiple, smallest, expected):
-    assert context_cell(stride, multiple, smallest) == expected
+    assert window_cell(stride, multiple, smallest) == expected
 
 
 @pytest.mark.parametrize("cells", [(0, 9, 0, 64), (7, 8, 3, 40), (20, 32, 31, 64)])

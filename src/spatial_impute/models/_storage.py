@@ -1,0 +1,218 @@
+"""Files of models: saved models and states of a training, as safetensors and JSON. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from spatial_impute._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    import pandas as pd
+    from torch import Tensor, nn
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FORMAT = 1
+_HASH = "weights_sha256"
+
+
+def save_model(
+    path: str | Path, *, kind: str, config: dict[str, Any], tensors: Mapping[str, Tensor], overwrite: bool
+) -> None:
+    """Write a model directory; ``FileExistsError`` if there is something at `path` and `overwrite` is False."""
+    from safetensors.torch import save
+
+    path = Path(path)
+    is_new = not path.exists()
+    if not is_new and not overwrite:
+        msg = f"{str(path)!r} exists; pass `overwrite=True` to replace the model in it."
+        raise FileExistsError(msg)
+    weights = save({key: value.contiguous() for key, value in tensors.items()})
+    header = {"format": _FORMAT, "class": kind, "package_version": version("spatial-impute")}
+    text = json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}, indent=1)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        # Killed between the two replacements, the hash shows that the weights do not belong to the configuration.
+        _replace_files(
+            {path / WEIGHTS: weights, path / CONFIG: text.encode()},
+            note=f"The model was not saved; the files in {str(path)!r} are as they were before.",
+        )
+    except BaseException:  # also Ctrl-C
+        if is_new and not any(path.iterdir()):
+            path.rmdir()
+        raise
+
+
+def _replace_files(contents: Mapping[Path, bytes], *, note: str) -> None:
+    """Write new files beside the old ones, then replace these; an error during writing leaves the old ones."""
+    fresh = {path: path.with_name(f"{path.name}.new") for path in contents}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh[path].write_bytes(content)
+    except BaseException as error:  # also Ctrl-C
+        for file in fresh.values():
+            file.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.add_note(note)
+        raise
+    for path, file in fresh.items():
+        file.replace(path)
+
+
+def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a model directory.
+
+    A missing file raises a ``FileNotFoundError``, other content than a model of this class and format a ``ValueError``.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            msg = f"No {name} in {str(path)!r}; expected a directory written by `{kind}.save`."
+            raise FileNotFoundError(msg)
+    try:
+        config = json.loads((path / CONFIG).read_text())
+    except json.JSONDecodeError as error:
+        msg = f"{str(path / CONFIG)!r} is not valid JSON: {error}. Save the model again."
+        raise ValueError(msg) from error
+    found = (config.get("class"), config.get("format")) if isinstance(config, dict) else (None, None)
+    if found != (kind, _FORMAT):
+        msg = f"{str(path)!r} holds class {found[0]!r}, format {found[1]!r}; expected {kind!r}, format {_FORMAT}."
+        raise ValueError(msg)
+    try:
+        tensors = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        msg = f"{str(path / WEIGHTS)!r} is damaged: {error}. Save the model again."
+        raise ValueError(msg) from error
+    with (path / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.get(_HASH, digest) != digest:
+        msg = (
+            f"{WEIGHTS} in {str(path)!r} is not the one that {CONFIG} was saved with: saving was interrupted, or a file "
+            "was changed. Save the model again."
+        )
+        raise ValueError(msg)
+    return ModelConfig(config, path), tensors
+
+
+class ModelConfig(dict[str, Any]):
+    """Content of ``config.json``; the error for a missing key names the file and its keys."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        msg = f"{CONFIG} in {str(self.path)!r} lacks {key!r}; it has {sorted(self)}. Was it written by another version?"
+        raise ValueError(msg)
+
+
+def does_not_fit(path: str | Path, reason: object) -> ValueError:
+    """Error for weights that do not belong to the configuration."""
+    return ValueError(f"The weights in {str(path)!r} do not fit their configuration: {reason}")
+
+
+@contextmanager
+def config_errors(path: str | Path) -> Iterator[None]:
+    """Turn any error from wrong values of a configuration into one that names the model directory."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise does_not_fit(path, error) from error
+
+
+def require_shapes(
+    path: str | Path, build: Callable[[], nn.Module], state: Mapping[str, Tensor], sizes: Iterable[object]
+) -> None:
+    """Check weights against the network of the configuration before memory is allocated for it.
+
+    `build` makes the network; it is called on torch's meta device, where no memory is allocated. `sizes` are numbers of the
+    configuration. Each is the size of a tensor or a number of layers, so none exceeds the number of values in `state`.
+    """
+    import torch
+
+    total = sum(tensor.numel() for tensor in state.values())
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= total:
+            raise does_not_fit(path, f"found the size {size!r}, but the file holds only {total} numbers.")
+    try:
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in build().state_dict().items()}
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise does_not_fit(path, error) from error
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        differ = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        first = f"{differ[0]!r} is {found.get(differ[0])}, expected {expected.get(differ[0])}"
+        raise does_not_fit(path, f"{len(differ)} of {len(expected)} tensors differ; {first}.")
+
+
+def tensors_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names begin with the prefix, named without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def json_columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """Columns of a table as lists; NaN, which JSON does not know, becomes None."""
+    return frame.astype(object).where(frame.notna(), None).to_dict(orient="list")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a training."""
+
+    tensors: dict[str, Tensor]
+    history: list[dict[str, Any]]  # One row per check of the held-out data
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, Any]) -> None:
+    """Write the state of a training as one file, which an interruption leaves as it was or replaces as a whole."""
+    from safetensors.torch import save
+
+    rows = [{key: None if v != v else v for key, v in row.items()} for row in checkpoint.history]  # NaN is no JSON
+    record = json.dumps({"fingerprint": fingerprint, "history": rows})
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in checkpoint.tensors.items()}
+    note = f"Earlier results in {str(path.parent)!r} are unchanged; run the same call again to continue from them."
+    _replace_files({path: save(tensors, {"record": record})}, note=note)
+
+
+def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None:
+    """Read the state of a training; None if there is no file.
+
+    A file that is damaged or belongs to another training raises a ``ValueError``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        msg = f"The checkpoint {str(path)!r} is damaged: {error}. Remove it to train again from the start."
+        raise ValueError(msg) from error
+    found, expected = record.get("fingerprint", {}), json.loads(json.dumps(fingerprint))
+    if found != expected:
+        differ = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+        msg = (
+            f"The checkpoint in {str(path.parent)!r} belongs to another training: {differ} differ. "
+            "Remove the directory, or pass another `checkpoint`."
+        )
+        raise ValueError(msg)
+    logger.info("Read checkpoint %s", path)
+    history = [{key: float("nan") if v is None else v for key, v in row.items()} for row in record["history"]]
+    return Checkpoint(tensors, history)
