@@ -168,8 +168,8 @@ def run_throughput(encoders: list[str], spots: int, device: str, repeats: int) -
     """Wall time of the extraction over that of the bare encoder on the same patches, in the same run."""
     import dask.array as da
 
+    from spatial_impute._io.workers import requested_threads
     from spatial_impute._stack import image_element
-    from spatial_impute._threads import requested_threads
     from spatial_impute.encoders._encoder import resolve_encoder
 
     size = -(-(2 * int(np.ceil(np.sqrt(spots))) * 100 + 2000) // 8) * 8

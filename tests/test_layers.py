@@ -11,7 +11,6 @@ ROOT = Path(spatial_impute.__file__).parent
 LAYERS = [
     {
         "_keys",
-        "_logging",
         "_settings",
         "_params",
         "_validation",
@@ -19,7 +18,6 @@ LAYERS = [
         "_expression",
         "_scores",
         "_graph",
-        "_threads",
         "_voxels",
     },
     {"_image", "_io"},

@@ -1,4 +1,4 @@
-"""Package-wide settings: device, verbosity, progress bars, data cache."""
+"""Settings of the package, its logger, and its progress bars."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatial_impute._logging import logger
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     Steps = Callable[[int], Callable[[], None]]
+
+logger = logging.getLogger("spatial_impute")
+
+if not logger.handlers:  # a handler of its own, so that the user's root configuration stays as it is
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def log_added(slot: str) -> None:
+    """Log the slot of the data object that was written, e.g. ``tables['stack'].layers['asign']``."""
+    logger.info("Adding `sdata.%s`", slot)
+
 
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 

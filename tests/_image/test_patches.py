@@ -10,7 +10,7 @@ import xarray as xr
 from spatial_impute._geometry import apply_affine, scaling
 from spatial_impute._image import patches
 from spatial_impute._image.levels import Level
-from spatial_impute._image.patches import iter_patches
+from spatial_impute._image.resampling import iter_patches
 
 
 def patch_positions(centers: np.ndarray, side: float, n_px: int) -> np.ndarray:

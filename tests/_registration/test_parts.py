@@ -28,8 +28,13 @@ from spatial_impute._registration.deform import (
     fit_deformation,
 )
 from spatial_impute._registration.orientation import orientation_candidates, pose
-from spatial_impute._registration.quality import pull_back, residual_error
-from spatial_impute._registration.score import StructureScore, edges_inside, mutual_information
+from spatial_impute._registration.quality import (
+    StructureScore,
+    edges_inside,
+    mutual_information,
+    pull_back,
+    residual_error,
+)
 from spatial_impute.tl._given_transforms import check_matrix, landmark_matrix
 
 SIZE = 10.0

@@ -9,6 +9,7 @@ from scipy import ndimage as ndi
 from spatial_impute._registration.channel import Channel, shrink
 from spatial_impute._registration.orientation import pose
 from spatial_impute._registration.quality import (
+    StructureScore,
     disagreement,
     field_quality,
     is_sane,
@@ -18,7 +19,6 @@ from spatial_impute._registration.quality import (
     tissue_dice,
     verdict,
 )
-from spatial_impute._registration.score import StructureScore
 from spatial_impute._registration.transform import DisplacementField
 from spatial_impute._registration.types import RegistrationParams
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import spatial_impute as si
-from spatial_impute._threads import requested_threads
+from spatial_impute._io.workers import requested_threads
 from spatial_impute.encoders import _resnet
 from spatial_impute.encoders._encoder import ModuleEncoder, TextureEncoder, resolve_encoder
 from spatial_impute.models import Encoder

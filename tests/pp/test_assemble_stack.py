@@ -19,7 +19,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation
 
 import spatial_impute as si
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
 
 CENTERS = np.array([[20.0, 30.0], [40.0, 30.0], [60.0, 30.0], [20.0, 50.0]])

@@ -10,7 +10,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 
 import spatial_impute as si
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels, spot_geometry
 from spatial_impute.encoders._encoder import TextureEncoder
 

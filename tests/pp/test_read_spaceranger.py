@@ -18,7 +18,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
 import spatial_impute as si
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels, spot_geometry
 
 # folder, spots, measured spots, um per pixel of the image, width of the image

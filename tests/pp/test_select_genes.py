@@ -13,7 +13,7 @@ from spatialdata.transformations import Identity
 
 import spatial_impute as si
 from spatial_impute._expression import log_normalize
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 
 N = 6
 GENES = ["low", "high", "mid", "none", "top"]

@@ -22,7 +22,7 @@ WORK = [
     "spatial_impute.models.pixnet._model.PixNetModel._read_regions",
     "spatial_impute.models.pixnet._tiles.DenseJob.compute",
     "spatial_impute.encoders._tokens.section_tokens",
-    "spatial_impute.models.asign._held_out.predict_held_out",
+    "spatial_impute.models.asign._fit.predict_held_out",
     "spatial_impute.tl._build_3d_graph.build_graph",
     "spatial_impute.tl._register_stack.register_chain",
 ]

@@ -117,7 +117,7 @@ VALIDATE = ("methods", "split", "n_folds", "block_spacings", "by", "table_key", 
 def test_cross_validate_arguments(still, arguments):
     ours(
         lambda: si.tl.cross_validate(still[0], **({"methods": ["mean"]} | arguments)),
-        work="spatial_impute.models.asign._held_out.predict_held_out",
+        work="spatial_impute.models.asign._fit.predict_held_out",
     )
 
 

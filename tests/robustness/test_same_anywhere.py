@@ -18,7 +18,7 @@ from spatialdata.transformations import Affine, Identity, Sequence, get_transfor
 
 import spatial_impute as si
 from spatial_impute._image.levels import read_window
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels
 
 KEY = "s0_image_expression"

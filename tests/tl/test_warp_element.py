@@ -18,8 +18,8 @@ from spatialdata.transformations import Affine, Scale, get_transformation, set_t
 
 import spatial_impute as si
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
 from spatial_impute._registration.transform import SectionTransform
+from spatial_impute._settings import logger
 from spatial_impute._stack import displacement_elements, element_affine, load_record, load_transform
 
 PIXEL = 8.0  # um, of the displacement grid: the working pixel

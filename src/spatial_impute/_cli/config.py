@@ -64,7 +64,7 @@ class ConfigError(ValueError):
 def all_methods() -> list[str]:
     """Names of the baselines and of ASIGN."""
     from spatial_impute.models.asign._baselines import METHODS
-    from spatial_impute.models.asign._held_out import ASIGN
+    from spatial_impute.models.asign._fit import ASIGN
 
     return [*METHODS, ASIGN]
 

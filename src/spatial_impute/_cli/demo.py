@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import spatial_impute as si
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from pathlib import Path

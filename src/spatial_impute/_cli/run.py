@@ -12,7 +12,7 @@ import spatial_impute as si
 from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 
 from spatial_impute._geometry import scaling
 from spatial_impute._io.workers import run_on_workers
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

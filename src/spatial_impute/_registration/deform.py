@@ -293,15 +293,19 @@ def deform_stack(
     }
     done = {name: own for name, own in sections.items() if placed[name].route in ("reference", "given")}
     todo = [name for name in sections if name not in done and placed[name].verdict != "failed"]
-    onto = {name: reference if placed[name].confirmed else placed[name].path[1] for name in todo}
     found = {}
-    while ready := [name for name in todo if onto[name] in done]:  # the rest was placed through sections that failed
-        tasks = [(done[onto[name]], sections[name], params, seed) for name in ready]
+    while ready := [name for name in todo if _target(placed[name], reference) in done]:  # the rest: through failed ones
+        tasks = [(done[_target(placed[name], reference)], sections[name], params, seed) for name in ready]
         for name, result in zip(ready, run(deform_onto, tasks, "Deforming sections"), strict=True):
             done[name] = replace(sections[name], field=result[0])
             found[name] = result
         todo = [name for name in todo if name not in done]
     return found
+
+
+def _target(result: ChainResult, reference: str) -> str:
+    """Section onto which another one is deformed."""
+    return reference if result.confirmed else result.path[1]
 
 
 def deform_onto(

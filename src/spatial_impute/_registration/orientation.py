@@ -9,8 +9,7 @@ from scipy import fft
 from scipy import ndimage as ndi
 
 from spatial_impute._registration.channel import shrink
-from spatial_impute._registration.quality import disagreement
-from spatial_impute._registration.score import edges_inside
+from spatial_impute._registration.quality import disagreement, edges_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,14 +12,15 @@ from spatial_impute._registration.channel import deformation_channel, registrati
 from spatial_impute._registration.deform import fit_deformation
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
+    StructureScore,
     is_sane,
+    mutual_information,
     residual_error,
     same_pose,
     singular_values,
     tissue_dice,
     verdict,
 )
-from spatial_impute._registration.score import StructureScore, mutual_information
 from spatial_impute._registration.types import PairResult, RegistrationParams, SectionImage
 
 if TYPE_CHECKING:

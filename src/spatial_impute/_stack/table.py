@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
+from spatial_impute._settings import log_added
 from spatial_impute._stack.elements import spot_geometry
 from spatial_impute._stack.record import require_spatialdata
 from spatial_impute._validation import require_finite, require_key

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._image.levels import read_window
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

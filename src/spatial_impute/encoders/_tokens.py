@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._image.patches import iter_patches
+from spatial_impute._image.resampling import iter_patches
 from spatial_impute._keys import Keys
 from spatial_impute.encoders._pooling import FieldOfView, StreamingPooler, cell_centers, needed_cells
 

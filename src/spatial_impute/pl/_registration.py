@@ -164,9 +164,7 @@ def registration(
     for panel, head in zip(axes[0], _COLUMNS, strict=False):
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
-    colors = {f"{reference.name} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
-    handles: list[Artist] = [Patch(color=color, label=label) for label, color in colors.items()]
-    legend_below(axes[-1, 1], handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
+    _add_legend(axes[-1, 1], reference.name)
     return finish(axes, save=save, show=show, return_ax=return_ax)
 
 
@@ -193,6 +191,12 @@ def _compared(record: StackRecord, sections: list[Section], registered: dict[str
         msg = f"Nothing to compare with the reference {record.reference!r}; {then}."
         raise ValueError(msg)
     return found
+
+
+def _add_legend(ax: Axes, reference: str) -> None:
+    colors = {f"{reference} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
+    handles: list[Artist] = [Patch(color=color, label=label) for label, color in colors.items()]
+    legend_below(ax, handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
 
 
 def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:

@@ -147,13 +147,12 @@ def stack(
     record = load_record(sdata)
     wanted = sections_in_z(record, sections)
     require_one_of(projection, ("2d", "3d"), name="projection")
-    if resolution is not None:
-        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
-    strength = img_alpha if img_alpha is not None else 1.0 if color is None else 0.5
+    resolution = None if resolution is None else require_positive(resolution, name="resolution", unit="um per pixel")
     paint = None
     if color is not None:
         table = stack_table(sdata, table_key)
         paint = _Paint.of(table, read_color(table, color, layer, table_key=table_key), wanted, (cmap, vmin, vmax))
+    strength = img_alpha if img_alpha is not None else (1.0 if paint is None else 0.5)
     if projection == "3d":
         slabs = _read_slabs(sdata, record, wanted, resolution)
         axes = _draw_3d(make_space(ax, figsize), slabs, strength, z_stretch, paint)

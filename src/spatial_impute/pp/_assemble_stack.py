@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section

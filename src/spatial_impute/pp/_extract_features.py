@@ -13,8 +13,7 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
-from spatial_impute._settings import progress
+from spatial_impute._settings import log_added, logger, progress
 from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 from spatial_impute.encoders._feature_cache import image_identity, load_tokens, save_tokens, section_key
@@ -209,7 +208,7 @@ def _encode(
     run: _Extraction, name: str, view: _SectionView, keys: list[str], stain_map: StainMap | None
 ) -> dict[str, np.ndarray]:
     """Tokens of a section by all encoders, from the folder if they are there."""
-    from spatial_impute._threads import requested_threads
+    from spatial_impute._io.workers import requested_threads
     from spatial_impute.encoders._tokens import section_tokens
 
     parts = []

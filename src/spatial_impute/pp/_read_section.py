@@ -13,7 +13,7 @@ import pandas as pd
 from spatial_impute._geometry import linear_scale
 from spatial_impute._image.reading import open_image
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import SCALEFACTORS, find_spaceranger, read_spaceranger

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._image.reading import open_image
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import require_key
 

@@ -9,7 +9,7 @@ import numpy as np
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import load_record, resolve_sections, section_levels, to_frames
 from spatial_impute._validation import require_positive
 

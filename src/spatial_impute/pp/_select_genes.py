@@ -12,7 +12,7 @@ from scipy import sparse
 
 from spatial_impute._expression import log_normalize, looks_like_counts
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import load_record, stack_table
 from spatial_impute._validation import name_list, require_count, require_key, require_one_of, require_positive
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatial_impute._geometry import apply_affine, grid_in_box
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
+from spatial_impute._settings import log_added
 from spatial_impute._stack import (
     build_stack_table,
     element_affine,

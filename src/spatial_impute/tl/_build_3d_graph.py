@@ -9,7 +9,7 @@ import numpy as np
 
 from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import (
     load_record,
     registered_spots,

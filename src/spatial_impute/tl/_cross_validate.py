@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
-from spatial_impute._settings import progress_steps
+from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack import load_record, section_levels, spots_by_section
 from spatial_impute._validation import (
     name_list,
@@ -141,7 +140,7 @@ def cross_validate(
     """
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models.asign._baselines import NEEDS_GRAPH
-    from spatial_impute.models.asign._held_out import ASIGN, concatenate, needs_features
+    from spatial_impute.models.asign._fit import ASIGN, concatenate, needs_features
 
     params, pixnet = resolve_params(model_params, AsignParams), resolve_params(pixnet_params, PixNetParams)
     stacks = stack_list(sdata)
@@ -233,7 +232,7 @@ class _Options:
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     from spatial_impute.models.asign._baselines import METHODS
-    from spatial_impute.models.asign._held_out import ASIGN, COLOR, FROM_IMAGE, IMAGE_KNN, PIXNET
+    from spatial_impute.models.asign._fit import ASIGN, COLOR, FROM_IMAGE, IMAGE_KNN, PIXNET
 
     allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else list(FROM_IMAGE)
     if methods is None:
@@ -289,7 +288,7 @@ def _folds(
 
 def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
-    from spatial_impute.models.asign._held_out import COLOR, PIXNET, predict_held_out
+    from spatial_impute.models.asign._fit import COLOR, PIXNET, predict_held_out
     from spatial_impute.models.asign._training import FitSettings
 
     settings = FitSettings(options.params, options.seed, options.device)

@@ -7,9 +7,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
-from spatial_impute._settings import progress_steps
+from spatial_impute._settings import logger, progress_steps
 from spatial_impute._validation import require_count, require_device, require_folder
 from spatial_impute.tl._provenance import encoder, read_base_layers, require_same_folds, units
 from spatial_impute.tl._read_spots import read_stacks, stack_list

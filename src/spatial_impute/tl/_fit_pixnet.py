@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from spatial_impute._logging import logger
 from spatial_impute._params import resolve_params
-from spatial_impute._settings import progress_steps
+from spatial_impute._settings import logger, progress_steps
 from spatial_impute._validation import require_count, require_device
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added
+from spatial_impute._settings import log_added
 from spatial_impute._stack import require_element_key
 from spatial_impute._validation import require_key, require_model
 from spatial_impute.tl._read_regions import dense_maps

@@ -10,7 +10,7 @@ import numpy as np
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key, require_one_of
 

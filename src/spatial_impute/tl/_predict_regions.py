@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
-from spatial_impute._settings import progress_steps
+from spatial_impute._settings import log_added, logger, progress_steps
 from spatial_impute._stack import require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model
 from spatial_impute.tl._provenance import pixnet_provenance

@@ -14,7 +14,6 @@ import pandas as pd
 from spatial_impute._geometry import scaling
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
-from spatial_impute._logging import log_added, logger
 from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
@@ -26,6 +25,7 @@ from spatial_impute._registration import (
     register_chain,
     run_all,
 )
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import displacement_elements, load_record, plane_affine, save_record, section_levels
 from spatial_impute._validation import (
     name_list,

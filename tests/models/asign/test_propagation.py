@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 from spatial_impute.models.asign import _propagation
 from spatial_impute.models.asign._propagation import propagate
 

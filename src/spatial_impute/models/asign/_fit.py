@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from spatial_impute._scores import pearson_by_gene, predictable_genes, summarise
 from spatial_impute.models._spots import Spots, blocks, given
-from spatial_impute.models.asign._baselines import METHODS, available_methods
+from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, available_methods, knn, ridge
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
 from spatial_impute.models.asign._graph_inputs import GeneScale
 from spatial_impute.models.asign._intervals import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
+    from spatial_impute.models.asign._training import FitSettings
 
 # The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
@@ -231,3 +232,66 @@ def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
     # A small ridge, because the matrix is singular if two predictions are equal.
     factor = cholesky(gram + 1e-10 * size * np.eye(len(gram)), lower=False)
     return nnls(factor, solve_triangular(factor, moment, trans="T"))[0]
+
+
+ASIGN = "asign"
+PIXNET = "pixnet"
+COLOR = "colour"
+IMAGE_KNN = "image_knn"
+
+FROM_IMAGE = ("mean", "ridge", IMAGE_KNN, COLOR, PIXNET)
+"""Methods that predict from the image alone, so that they can be fitted on some slides and applied to others."""
+
+
+def needs_features(method: str) -> bool:
+    """True if a method reads the features of spots."""
+    return method in {*NEEDS_FEATURES, IMAGE_KNN, ASIGN}
+
+
+def predict_held_out(
+    spots: Spots,
+    folds: Sequence[np.ndarray],
+    method: str,
+    *,
+    var_names: Sequence[str],
+    settings: FitSettings,
+    on_fold: Callable[[], None],
+) -> np.ndarray:
+    """(n, g) prediction of every fold from the others; NaN for spots in no fold.
+
+    ASIGN is fitted anew for each fold, including all choices that it makes by cross-validation. For ``"colour"`` the
+    features of the spots must be their color statistics.
+    """
+    result = np.full((len(spots.known), spots.expression.shape[1]), np.nan)
+    for fold in folds:
+        rest = spots.hide(fold)
+        if method == ASIGN:
+            model = fit([rest], var_names, settings)
+            found = model._impute(rest, device=settings.device).expression
+        elif method == IMAGE_KNN:
+            found = knn(replace(rest, xyz=given(rest.features)))  # neighbours in feature space
+        elif method == COLOR:
+            found = ridge(rest)
+        else:
+            found = METHODS[method](rest)
+        result[fold] = found[fold]
+        on_fold()
+    return result
+
+
+def concatenate(stacks: Sequence[Spots]) -> Spots:
+    """Spots of several stacks as one, for methods of :data:`FROM_IMAGE`, which use no coordinates and no graph."""
+    if len(stacks) == 1:
+        return stacks[0]
+    first = np.cumsum([0, *(int(s.section.max()) + 1 for s in stacks[:-1])])
+    features = [s.features for s in stacks if s.features is not None]
+    totals = [s.total_counts for s in stacks if s.total_counts is not None]
+    return Spots(
+        xyz=np.concatenate([s.xyz for s in stacks]),
+        section=np.concatenate([s.section + n for s, n in zip(stacks, first, strict=True)]),
+        known=np.concatenate([s.known for s in stacks]),
+        expression=np.concatenate([s.expression for s in stacks]),
+        spacing=float(np.median([s.spacing for s in stacks])),
+        features=np.concatenate(features) if len(features) == len(stacks) else None,
+        total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
+    )

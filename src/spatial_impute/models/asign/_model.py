@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute._threads import suitable_threads
+from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import given
 from spatial_impute.models._storage import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
-from spatial_impute._logging import logger
+from spatial_impute._settings import logger
 
 _MAX_VALUES = 20_000_000  # solved for at a time: 160 MB an array
 

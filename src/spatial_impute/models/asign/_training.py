@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spatial_impute._threads import suitable_threads
+from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models._spots import Spots, given, spatial_folds, training_rows
 from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.asign._graph_inputs import GeneScale, graph_inputs, with_components

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatial_impute._threads import suitable_threads
+from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute._threads import suitable_threads
+from spatial_impute._io.workers import suitable_threads
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid

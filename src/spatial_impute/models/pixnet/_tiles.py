@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._threads import requested_threads, suitable_threads
+from spatial_impute._io.workers import requested_threads, suitable_threads
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute._logging import logger
 from spatial_impute._scores import pearson_by_gene
+from spatial_impute._settings import logger
 from spatial_impute.models._spots import given
 from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.asign._training import correlation_loss
