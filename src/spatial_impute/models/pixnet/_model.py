@@ -43,23 +43,6 @@ class RegionValues:
 class PixNetModel:
     """A fitted PixNet; made by :func:`~spatial_impute.tl.fit_pixnet` or :meth:`load`.
 
-    Attributes
-    ----------
-    params
-        Settings.
-    var_names
-        Genes.
-    history
-        Loss, and loss and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
-        model. Step 0 is the linear base alone.
-    predictability
-        Pearson correlation of each gene on held-out regions of the training slides.
-    config
-        ``encoder``, ``resolution`` (um per pixel), ``units``, ``aggregate`` (``"mean"`` or ``"sum"``), stain of the
-        training slides, and provenance.
-    network
-        The :class:`torch.nn.Module`: RGB to features to genes.
-
     Examples
     --------
     >>> import spatial_impute as si
@@ -70,11 +53,19 @@ class PixNetModel:
     """
 
     network: PixNetNetwork
+    """The :class:`torch.nn.Module`: RGB to features to genes."""
     params: PixNetParams = field(kw_only=True)
+    """Settings."""
     var_names: list[str] = field(kw_only=True)
+    """Genes."""
     history: pd.DataFrame = field(kw_only=True)
+    """Loss, and loss and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
+    model. Step 0 is the linear base alone."""
     predictability: pd.Series = field(kw_only=True)
+    """Pearson correlation of each gene on held-out regions of the training slides."""
     config: dict[str, Any] = field(kw_only=True)
+    """``encoder``, ``resolution`` (um per pixel), ``units``, ``aggregate`` (``"mean"`` or ``"sum"``), stain of the
+    training slides, and provenance."""
 
     def __post_init__(self) -> None:
         self.network.eval()
