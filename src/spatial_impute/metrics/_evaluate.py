@@ -195,7 +195,7 @@ def _require_truth(truth: Any) -> None:
         )
         raise TypeError(msg)
     if truth.X is None:
-        msg = f"`truth.X` is empty. Put the layer with log-normalised expression there, one of {sorted(truth.layers)}."
+        msg = f"`truth.X` is empty; put the layer with log-normalised expression there, one of {sorted(truth.layers)}."
         raise ValueError(msg)
     for slot, names in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
         if not names.is_unique:

@@ -304,14 +304,14 @@ def _training_slides(
     from spatial_impute.models.pixnet._crops import TrainingSlide, assign_blocks
     from spatial_impute.models.pixnet._model import match_stain
 
-    images, surveys, corners = {}, {}, {}
+    images, overviews, corners = {}, {}, {}
     for r in read:
         if r.place not in images:
             levels = read_levels(r.pair.sdata, r.pair.image, r.frame)
-            images[r.place], surveys[r.place] = resampled_image(levels, resolution), slide_overview(levels)
+            images[r.place], overviews[r.place] = resampled_image(levels, resolution), slide_overview(levels)
             bounds = np.concatenate([other.regions.bounds for other in read if other.place == r.place])
             corners[r.place] = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
-    density = tuple(np.mean([s.density for s in surveys.values()], axis=0).tolist())
+    density = tuple(np.mean([s.density for s in overviews.values()], axis=0).tolist())
     slides = []
     for r in read:
         image, (low, high) = images[r.place], corners[r.place]
@@ -324,7 +324,7 @@ def _training_slides(
             raise ValueError(msg)
         slide = TrainingSlide(
             image=image,
-            stain=match_stain(surveys[r.place], density if params.match_stain else None),
+            stain=match_stain(overviews[r.place], density if params.match_stain else None),
             regions=in_px,
             expression=r.measured.values,
             slide=list(images).index(r.place),

@@ -497,7 +497,7 @@ SCORES = [
         "metrics.evaluate",
         "a truth with its values in a layer",
         ValueError,
-        "`truth.X` is empty; put the layer with log-normalised expression there (one of ['log'])",
+        "`truth.X` is empty; put the layer with log-normalised expression there, one of ['log']",
         lambda w: si.metrics.evaluate(w.sdata, AnnData(layers={"log": w.truth.X}, obs=w.truth.obs), layers="measured"),
     ),
     refuses("metrics.evaluate", "nothing imputed yet", ValueError, "holds nothing but the measurement", score),
