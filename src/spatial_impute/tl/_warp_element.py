@@ -215,13 +215,13 @@ class _Warp:
         is_labels = "c" not in level.data.dims
         dtype = level.data.dtype
         fill = np.iinfo(dtype).max if white and np.issubdtype(dtype, np.integer) else int(white)
-        grid, shape = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
-        data = resampled(level, self.transform, grid, shape, nearest=is_labels, fill=fill, chunk=_CHUNK)
-        kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid)}}
+        grid = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
+        data = resampled(level, self.transform, grid, nearest=is_labels, fill=fill, chunk=_CHUNK)
+        kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid.matrix)}}
         if not is_labels:
             kwargs["c_coords"] = list(level.data.coords["c"].to_numpy())
         if hasattr(element, "children"):
-            n_levels = max(0, int(np.log2(max(shape) / _SMALLEST_LEVEL)))
+            n_levels = max(0, int(np.log2(max(grid.shape) / _SMALLEST_LEVEL)))
             if n_levels:
                 chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
                 kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
