@@ -183,7 +183,40 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
         # One table annotates the spots of all sections, so their ids must have one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
+    if parts.counts is None:
+        _refuse_unjoined_tables(source, system, where)
     return parts
+
+
+def _refuse_unjoined_tables(source: SpatialData, system: str, where: str) -> None:
+    """Raise a ``ValueError`` if a table cannot be joined to spots: a measured section must not become unmeasured."""
+    lost = {
+        key: _regions(table)
+        for key, table in source.tables.items()
+        if table.n_obs and not _is_of_another_section(source, _regions(table), system)
+    }
+    if not lost:
+        return
+    here = sorted(key for key, shape in source.shapes.items() if _in_system(shape, system))
+    msg = (
+        f"{where} holds tables, but none of them annotates its spots. Expected a table that annotates circles, or squares of "
+        f"one size, in the coordinate system {system!r}, which has the shapes {here}; found tables that annotate {lost}. Name "
+        "the right elements with `shapes_key=`, `table_key=` and `coordinate_system=`, or let the table annotate the spots with "
+        "`spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)`. If the section is not "
+        "measured, remove the tables from the object first."
+    )
+    raise ValueError(msg)
+
+
+def _is_of_another_section(source: SpatialData, regions: list[str], system: str) -> bool:
+    """True if a table annotates shapes that lie with an image in another coordinate system, and not in this one."""
+    from spatialdata.transformations import get_transformation
+
+    if not regions or not all(region in source.shapes for region in regions):
+        return False
+    with_image = {name for image in source.images.values() for name in get_transformation(image, get_all=True)}
+    systems = [set(get_transformation(source.shapes[region], get_all=True)) for region in regions]
+    return all(system not in own and own & with_image for own in systems)
 
 
 def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
@@ -369,6 +402,11 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
+    # SpatialData refuses columns that differ in case only.
+    clashing = {c: f"{c}_original" for c in counts.obs if str(c).lower() in (Keys.REGION, Keys.INSTANCE)}
+    if clashing:
+        logger.warning("%s: columns of the table are renamed, because the stack uses their names: %s", where, clashing)
+        counts.obs = counts.obs.rename(columns=clashing)
     if counts.obs.index.name in (Keys.REGION, Keys.INSTANCE):  # a column of that name must not differ from the index
         counts.obs.index.name = None
     counts.obs[Keys.REGION] = Keys.spots(name)

@@ -94,14 +94,29 @@ def _read_positions(folder: Path) -> pd.DataFrame:
             "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
         )
         raise FileNotFoundError(msg)
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    else:
-        # Space Ranger 1 wrote no header.
-        header = 0 if path.read_text()[:8] == "barcode," else None
-        table = pd.read_csv(path, header=header)
-    table.columns = _COLUMNS
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    if table.index.name == "barcode":
+        table = table.reset_index()
+    missing = [column for column in _COLUMNS if column not in table]
+    if missing:
+        msg = (
+            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as Space "
+            f"Ranger does: {_COLUMNS}."
+        )
+        raise ValueError(msg)
     return table.set_index(table["barcode"].astype(str))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
+    first = path.read_text(encoding="utf-8-sig").split("\n", 1)[0]
+    if set(_COLUMNS) & {field.strip().strip('"') for field in first.split(",")}:
+        return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
+    table = pd.read_csv(path, encoding="utf-8-sig", header=None)
+    if table.shape[1] != len(_COLUMNS):
+        msg = f"{path} has {table.shape[1]} columns and no header; expected the {len(_COLUMNS)} columns {_COLUMNS}."
+        raise ValueError(msg)
+    return table.set_axis(_COLUMNS, axis=1)
 
 
 def _read_counts(folder: Path) -> AnnData:
