@@ -16,6 +16,7 @@ class Keys:
     INSTANCE = "instance_id"
     SECTION = "section"  # ordered categorical; squidpy's `library_key`
     Z = "z"
+    MEASURED_IDS = "measured_spots"
     MEASURED = "measured"  # obs column (bool) and layer of the same name
     TOTAL_COUNTS = "total_counts"  # as scanpy names it
 

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from spatial_impute._geometry import apply_affine, scaling
-from spatial_impute._image import patches
+from spatial_impute._image import resampling
 from spatial_impute._image.levels import Level
 from spatial_impute._image.resampling import iter_patches
 
@@ -70,7 +70,7 @@ def test_iter_patches_by_tile_equal_those_in_one_read(monkeypatch, chunks, ramp)
     level = ramp.level(np.random.default_rng(1).integers(0, 255, (3, 150, 170), dtype=np.uint8), chunks=chunks)
     centers = np.random.default_rng(2).uniform(-3, 170, (60, 2))
     whole = read_patches([level], centers, 20.0, 7)
-    monkeypatch.setattr(patches, "_TILE", 32)
+    monkeypatch.setattr(resampling, "_TILE", 32)
     np.testing.assert_array_equal(read_patches([level], centers, 20.0, 7), whole)
     if chunks is not None:
         assert len(list(iter_patches([level], centers, 20.0, 7))) > 10
@@ -102,7 +102,7 @@ def test_iter_patches_reads_the_coarse_level_for_large_fields(ramp):
 @pytest.mark.parametrize("tile", [12, 2048])
 def test_iter_patches_averages_pixels_that_are_far_too_fine(dtype, tile, monkeypatch, ramp):
     """A patch of 2 um per px from pixels of 0.6 um takes means of 3 x 3, not every third pixel; sizes need not divide."""
-    monkeypatch.setattr(patches, "_TILE", tile)
+    monkeypatch.setattr(resampling, "_TILE", tile)
     image = np.random.default_rng(0).integers(0, 255, (3, 50, 65)).astype(dtype)
     centers = np.array([[18.0, 15.0], [20.1, 12.3], [0.0, 29.0]])
     level = Level(xr.DataArray(da.from_array(image, chunks=(-1, 8, 8)), dims=("c", "y", "x")), scaling(0.6))

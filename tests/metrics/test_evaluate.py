@@ -191,3 +191,19 @@ def test_evaluate_says_how_smooth_a_prediction_is(scored, truth):
     scores = si.metrics.evaluate(scored, truth)
     assert scores.loc["close", "ssim"] > scores.loc["flat", "ssim"]
     assert scores.loc["close", "moran_gap"] < 0  # noise was added
+
+
+def test_evaluate_refuses_a_layer_that_holds_the_measurement_of_a_scored_section(prepared_stack, truth):
+    """A section that is un-measured after imputing would be scored against its own measurement."""
+    table = prepared_stack.tables["stack"]
+    si.tl.impute_baseline(prepared_stack, "knn")
+    before = si.metrics.evaluate(prepared_stack, truth, layers="baseline_knn", sections="s0")
+    first, second = ((table.obs["section"] == name).to_numpy() for name in ("s1", "s0"))
+    table.obs["measured"] = second
+    table.layers["measured"][second] = truth[table.obs_names[second], table.var_names].X.toarray()
+    with pytest.raises(ValueError, match=r"other spots of section 's1' were measured than now.*Impute the layer again"):
+        si.metrics.evaluate(prepared_stack, truth, layers="baseline_knn", sections="s1")
+    table.obs["measured"] = first
+    pd.testing.assert_frame_equal(
+        si.metrics.evaluate(prepared_stack, truth, layers="baseline_knn", sections="s0"), before
+    )

@@ -563,3 +563,52 @@ def test_assemble_stack_survives_disk(tmp_path):
     for which in (sdata, back):
         levels = section_levels(which, load_record(which)["p"])
         assert [level.pixel_size for level in levels] == pytest.approx([0.5, 1.0, 2.0])
+
+
+def section_with_table(region="spots", system="global", column=None):
+    """One measured section; its table annotates `region`, and its spots lie in `system`."""
+    import geopandas as gpd
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel, ShapesModel, TableModel
+    from spatialdata.transformations import Identity
+
+    x, y = (v.ravel() for v in np.meshgrid(np.arange(40, 180, 20), np.arange(40, 180, 20)))
+    ids = [f"b{i}" for i in range(len(x))]
+    circles = gpd.GeoDataFrame({"radius": 8.0}, geometry=gpd.points_from_xy(x, y), index=ids)
+    obs = pd.DataFrame({"library": region, "spot": ids}, index=ids)
+    if column is not None:
+        obs[column] = "cortex"
+    table = AnnData(np.ones((len(x), 3), np.float32), obs=obs)
+    annotated = {} if region is None else {"region": region, "region_key": "library", "instance_key": "spot"}
+    return SpatialData(
+        images={"he": Image2DModel.parse(np.full((200, 200, 3), 240, np.uint8), dims=("y", "x", "c"))},
+        shapes={"spots": ShapesModel.parse(circles, transformations={system: Identity()})},
+        tables={"t": TableModel.parse(table, **annotated)},
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"region": "other"}, {"region": None}, {"system": "sample1"}],
+    ids=["renamed", "no region", "other system"],
+)
+def test_tables_that_cannot_be_joined_are_refused(options):
+    """A section that carries a measurement never becomes an unmeasured one silently."""
+    with pytest.raises(ValueError, match=r"holds tables, but none of them annotates its spots.*shapes_key"):
+        si.pp.assemble_stack(
+            {"a": section_with_table(**options)}, mpp=1.0, section_spacing=10, coordinate_system="global"
+        )
+
+
+def test_a_section_without_tables_is_unmeasured():
+    section = section_with_table(region="other")
+    del section.tables["t"]
+    assert not si.pp.assemble_stack({"a": section}, mpp=1.0, z=[0]).tables["stack"].obs["measured"].any()
+
+
+@pytest.mark.parametrize("column", ["Region", "REGION", "Instance_ID"])
+def test_columns_with_names_of_the_stack_are_kept_under_another_name(column):
+    sdata = si.pp.assemble_stack({"a": section_with_table(column=column)}, mpp=1.0, z=[0])
+    counts = sdata.tables["a_counts"]
+    assert (counts.obs[f"{column}_original"] == "cortex").all()
+    assert sdata.tables["stack"].obs["measured"].all()

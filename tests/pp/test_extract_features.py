@@ -282,11 +282,11 @@ def counting(image: np.ndarray, chunk: int) -> tuple[da.Array, dict]:
 @pytest.mark.parametrize("name", ["texture", "tellez-multitask", "callable"])
 def test_extract_features_decodes_every_chunk_at_most_twice(small_stack, name, monkeypatch, weights_at_hand):
     """All levels and their overlapping fields together; tiles far smaller than the image."""
-    from spatial_impute._image import patches
+    from spatial_impute._image import resampling
 
     if name == "tellez-multitask" and not weights_at_hand:
         pytest.skip("needs the weights")
-    monkeypatch.setattr(patches, "_TILE", 64)
+    monkeypatch.setattr(resampling, "_TILE", 64)
     rng = np.random.default_rng(0)
     lazy, made = counting(rng.integers(0, 255, (3, 600, 600), dtype=np.uint8), 32)
     small_stack.images["s0_image"] = Image2DModel.parse(
@@ -295,7 +295,7 @@ def test_extract_features_decodes_every_chunk_at_most_twice(small_stack, name, m
     made.clear()
     encoder, options = (mean_colour, {"patch_px": 16, "mpp": 4.0}) if name == "callable" else (name, {"device": "cpu"})
     if name == "tellez-multitask":
-        monkeypatch.setattr(patches, "_TILE", 320)  # its windows are 304 px wide
+        monkeypatch.setattr(resampling, "_TILE", 320)  # its windows are 304 px wide
     si.pp.extract_features(small_stack, encoder, **options)
     assert max(made.values()) <= 2
     assert len(made) > 300

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import geopandas as gpd
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -229,3 +230,76 @@ def test_hd_metadata_win_over_the_lattice(data_dir):
     sdata = si.pp.assemble_stack({"m": folder}, z=[0])
     expected = factors["microns_per_pixel"] / factors["tissue_hires_scalef"]
     assert load_record(sdata)["m"].mpp == pytest.approx(expected)
+
+
+ORDER = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+
+@pytest.fixture
+def sample():
+    """Writer of a small Visium folder without header in its positions, as Space Ranger 1 wrote it."""
+
+    def write(folder):
+        (folder / "spatial").mkdir(parents=True)
+        place = np.array([(r, c) for r in range(8) for c in range(r % 2, 20, 2)])
+        ids = [f"{'ACGT'[i % 4]}{i:06d}-1" for i in range(len(place))]
+        table = pd.DataFrame({"barcode": ids, "in_tissue": 1, "array_row": place[:, 0], "array_col": place[:, 1]})
+        table["pxl_row_in_fullres"] = (200 + 43.3 * place[:, 0]).round().astype(int)
+        table["pxl_col_in_fullres"] = (100 + 25 * place[:, 1]).round().astype(int)
+        table.to_csv(folder / "spatial" / "tissue_positions_list.csv", index=False, header=False)
+        Image.new("RGB", (200, 200), (240, 240, 240)).save(folder / "spatial" / "tissue_hires_image.png")
+        factors = {"spot_diameter_fullres": 27.5, "tissue_hires_scalef": 0.25}
+        (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+        with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
+            group = file.create_group("matrix")
+            group["barcodes"], group["data"] = np.array(ids, "S"), np.ones(len(ids), np.int32)
+            group["indices"], group["indptr"] = np.zeros(len(ids), int), np.arange(len(ids) + 1)
+            group["shape"] = np.array([1, len(ids)], np.int32)
+            features = group.create_group("features")
+            for key, value in {"name": "A", "id": "E1", "feature_type": "Gene Expression", "genome": "x"}.items():
+                features[key] = np.array([value], "S")
+        return folder
+
+    return write
+
+
+def rewrite(folder, columns, **options):
+    """Positions with these columns, in a file with a header."""
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+    path.unlink()
+    table[columns].to_csv(folder / "spatial" / "tissue_positions.csv", **{"index": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (ORDER, {}),
+        ([*ORDER[:4], ORDER[5], ORDER[4]], {}),
+        (ORDER[::-1], {"encoding": "utf-8-sig"}),
+        (sorted(ORDER), {"index": True}),
+    ],
+    ids=["as written", "x first", "reversed with byte-order mark", "sorted with index"],
+)
+def test_columns_of_positions_are_those_that_the_header_names(columns, options, tmp_path, sample):
+    expected = si.pp.assemble_stack({"s": sample(tmp_path / "a")}, section_spacing=10).tables["stack"].obsm["spatial"]
+    folder = sample(tmp_path / "b")
+    rewrite(folder, columns, **options)
+    found = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["stack"].obsm["spatial"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_positions_without_a_column_are_refused_by_name(tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    rewrite(folder, ORDER[:5])
+    with pytest.raises(ValueError, match=r"has no columns \['pxl_col_in_fullres'\]"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+def test_barcode_may_be_the_index_of_a_parquet_file(tmp_path, sample):
+    expected = si.pp.assemble_stack({"s": sample(tmp_path / "a")}, section_spacing=10).tables["stack"].obsm["spatial"]
+    path = sample(tmp_path / "b") / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)[ORDER[::-1]].set_index("barcode")
+    table.to_parquet(path.with_name("tissue_positions.parquet"))
+    found = si.pp.assemble_stack({"s": tmp_path / "b"}, section_spacing=10).tables["stack"].obsm["spatial"]
+    np.testing.assert_array_equal(found, expected)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import spatial_impute as si
@@ -396,3 +397,13 @@ def test_build_3d_graph_refuses_missing_coordinates(prepared_stack):
     table.obsm["spatial_3d"][5, 0] = np.nan
     with pytest.raises(ValueError, match=f"must be finite; .* row 5 .*{table.obs_names[5]}"):
         si.tl.build_3d_graph(prepared_stack)
+
+
+def test_sections_in_another_order_than_the_stack_are_refused(stack):
+    """Round trips over strings sort the categories; neighbouring sections would then be others."""
+    table = stack.tables["stack"]
+    table.obs["section"] = pd.Categorical(table.obs["section"].astype(str), categories=["s2", "s0", "s1"])
+    with pytest.raises(
+        ValueError, match=r"in the order of the stack, \['s0', 's1', 's2'\]; found \['s2', 's0', 's1'\]"
+    ):
+        si.tl.build_3d_graph(stack, use_rep=None)

@@ -34,6 +34,7 @@ _SKELETON = "skeleton.zarr"
 _IMAGES = "images"
 _FINGERPRINT = "spatial_impute_fingerprint"
 _FILE_BYTES = 2**25  # largest file before compression; a tile of 250 genes has 8 or 32 MiB
+_OURS = "spatial_impute.partial"  # marks a folder of unfinished work that may be removed
 _ROW_CHUNK_BYTES = 2**25  # chunk of rows in a table of regions
 
 
@@ -270,8 +271,15 @@ class RegionStore:
             msg = f"{str(store)!r} exists. Pass another `store`, or remove it first."
             raise FileExistsError(msg)
         self.scratch = self.store.with_name(self.store.name + ".partial")
+        if self.scratch.is_symlink() or (self.scratch.exists() and not (self.scratch / _OURS).is_file()):
+            msg = (
+                f"{str(self.scratch)!r} exists and is not the rest of an interrupted call. The table grows in a folder of that "
+                "name; move it away, or pass another `store`."
+            )
+            raise FileExistsError(msg)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
+        (self.scratch / _OURS).touch()
         self.values: Any = np.memmap(self.scratch / "values.bin", dtype=np.float32, mode="w+", shape=shape)
         """(regions, genes) float32, filled by the caller."""
         self.shape, self.dtype, self.ndim = self.values.shape, self.values.dtype, self.values.ndim

@@ -27,8 +27,10 @@ from spatial_impute._stack.record import (
 from spatial_impute._stack.table import (
     build_stack_table,
     dense_rows,
+    measured_ids,
     measured_mask,
     registered_spots,
+    require_same_measured,
     section_ranks,
     stack_table,
     values_by_spot,

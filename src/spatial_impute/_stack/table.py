@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from spatial_impute._stack.record import require_spatialdata
 from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -45,14 +46,53 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
     return table
 
 
-def section_ranks(table: AnnData) -> np.ndarray:
-    """(n,) position in the stack of the section of each row; a ``ValueError`` if the column is not categorical."""
+def measured_ids(table: AnnData) -> dict[str, str]:
+    """Hash of the names of the measured spots of each section, to compare two states of a table; empty without any."""
+    measured = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    found = {}
+    for name in np.unique(section):
+        names = sorted(table.obs_names[measured & (section == name)])
+        found[str(name)] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""
+    return found
+
+
+def require_same_measured(table: AnnData, key: str, sections: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if spots of `sections` were measured when a layer was imputed, and now others are.
+
+    Such a layer holds measurements at spots that count as imputed now.
+    """
+    then, now = table.uns.get(key, {}).get(Keys.MEASURED_IDS), measured_ids(table)
+    changed = [name for name in sections if then is not None and then.get(name, "") not in ("", now.get(name, ""))]
+    if changed:
+        msg = (
+            f"`layers[{key!r}]` was imputed when other spots of section {changed[0]!r} were measured than now, so it holds "
+            f"measurements at spots of sections {changed} that count as unmeasured. Impute the layer again."
+        )
+        raise ValueError(msg)
+
+
+def section_ranks(table: AnnData, names: Sequence[str]) -> np.ndarray:
+    """(n,) position in the stack of the section of each row; `names` are the sections in the order of the stack.
+
+    Raises
+    ------
+    ValueError
+        If the column is not categorical, or its categories stand in another order than the sections of the stack.
+    """
     column = table.obs[Keys.SECTION]
     if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
         msg = (
             f"`obs[{Keys.SECTION!r}]` must be categorical, in the order of the stack and without missing values; found "
             f"{column.dtype} with {int(column.isna().sum())} missing. Restore it with "
             "`pd.Categorical(values, categories=[...], ordered=True)`."
+        )
+        raise ValueError(msg)
+    known = [name for name in names if name in column.cat.categories]
+    if known != [name for name in column.cat.categories if name in names]:
+        msg = (
+            f"The categories of `obs[{Keys.SECTION!r}]` must stand in the order of the stack, {known}; found "
+            f"{list(column.cat.categories)}. Restore it with `obs[{Keys.SECTION!r}].cat.reorder_categories({known})`."
         )
         raise ValueError(msg)
     return column.cat.codes.to_numpy().astype(np.int64)

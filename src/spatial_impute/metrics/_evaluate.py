@@ -18,7 +18,7 @@ from spatial_impute._scores import (
     structural_similarity,
     summarise,
 )
-from spatial_impute._stack import dense_rows, measured_mask, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, require_same_measured, stack_table
 from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def evaluate(
     columns = table.var_names.get_indexer(genes)
     parts = {name: _read_truth(table, truth, genes, name, measured) for name in names}
     profile = np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)[columns]
+    for key in keys:
+        require_same_measured(table, key, names)
     read = {key: _read_layer(table, key, columns, parts, f"sdata.tables[{table_key!r}].layers") for key in keys}
     if by == "gene":
         return pd.DataFrame(

@@ -184,18 +184,26 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
         parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
     if parts.counts is None:
-        _refuse_unjoined_tables(source, system, where)
+        _refuse_unjoined_tables(source, system, where, chosen=options.shapes_key)
     return parts
 
 
-def _refuse_unjoined_tables(source: SpatialData, system: str, where: str) -> None:
-    """Raise a ``ValueError`` if a table cannot be joined to spots: a measured section must not become unmeasured."""
+def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, chosen: str | None) -> None:
+    """Raise a ``ValueError`` if a table cannot be joined to spots: a measured section must not become unmeasured.
+
+    If the user has `chosen` the spots, only warn.
+    """
     lost = {
         key: _regions(table)
         for key, table in source.tables.items()
         if table.n_obs and not _is_of_another_section(source, _regions(table), system)
     }
     if not lost:
+        return
+    if chosen is not None:
+        logger.warning(
+            "%s: no table annotates %r, so the section is not measured; tables annotate %s", where, chosen, lost
+        )
         return
     here = sorted(key for key, shape in source.shapes.items() if _in_system(shape, system))
     msg = (

@@ -130,7 +130,7 @@ def build_3d_graph(
     if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
         raise ValueError(msg)
-    section = section_ranks(table)
+    section = section_ranks(table, record.names)
     spacing = typical_spacing(xyz, section)
     max_distance = (
         3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")

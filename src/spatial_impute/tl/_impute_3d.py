@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
+from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
 from spatial_impute._validation import require_device, require_key, require_model, require_positive, require_slot_key
 from spatial_impute.tl._provenance import (
@@ -113,6 +114,7 @@ def impute_3d(
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
     _require_fit(table, model)
+    _warn_of_known_sections(table, spots.known, model)
     spots = replace(spots, bases=read_base_layers(table, model.config.get("base_layers", ())))
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
     found = model._impute(spots, depth=wanted, device=device)
@@ -162,6 +164,19 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
         )
         raise ValueError(msg)
     require_same_units((model.config.get("units", "unknown"), units(table)))
+
+
+def _warn_of_known_sections(table: AnnData, known: np.ndarray, model: AsignModel | AsignPanels) -> None:
+    """Warn if a section without a measurement was measured when the model was fitted."""
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    trained = {str(name) for names in model.config.get("sections", ()) for name in names}
+    seen = sorted((trained & set(section)) - set(section[known]))
+    if seen:
+        logger.warning(
+            "The model was fitted on the measurement of sections named %s, which are not measured here. If they are the same "
+            "sections, their imputed values contain that measurement: do not score them. Fit a model without them.",
+            seen,
+        )
 
 
 def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:

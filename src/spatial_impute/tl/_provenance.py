@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import write_slots
+from spatial_impute._stack import measured_ids, write_slots
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
         "units": units(table),
         "encoder": encoder(table),
         "measured_sections": sorted(table.obs[Keys.SECTION][known].astype(str).unique().tolist()),
+        Keys.MEASURED_IDS: measured_ids(table),
         "genes": [str(gene) for gene in table.var_names],
         "registration": {
             "method": registration["method"],

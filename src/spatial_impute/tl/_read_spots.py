@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
+from spatial_impute._stack import dense_rows, load_record, measured_mask, registered_spots, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 from spatial_impute.tl._provenance import require_same_units, units
@@ -73,7 +73,7 @@ def read_spots(
     expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
     xyz = registered_spots(table, table_key)
-    section = section_ranks(table)
+    section = section_ranks(table, load_record(sdata).names)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
     spots = Spots(

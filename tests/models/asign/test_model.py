@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import spatial_impute as si
+from spatial_impute._settings import logger
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models.asign._fit import fit
 from spatial_impute.models.asign._graph_inputs import GeneScale, with_components
@@ -154,7 +155,7 @@ def test_load_refuses_what_is_no_model(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fit_on_several_stacks_and_several_sections(small_prepared):
+def test_fit_on_several_stacks_and_several_sections(small_prepared, caplog, monkeypatch):
     both = [copy.deepcopy(small_prepared), copy.deepcopy(small_prepared)]
     model = si.tl.fit_asign(both, model_params=SMALL)
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
@@ -167,6 +168,12 @@ def test_fit_on_several_stacks_and_several_sections(small_prepared):
     assert model.config["sections"] == [["s0", "s2"]]
     assert len(model._networks) == 2  # each measured section is held out once
     assert model._tensors["whole_sections"].item()  # so that it shows how depth is predicted elsewhere
+    # Un-measured afterwards, a section is still in the model.
+    sdata.tables["stack"].obs.loc[sdata.tables["stack"].obs["section"] == "s2", "measured"] = False
+    caplog.clear()
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.impute_3d(sdata, model)
+    assert any("['s2'], which are not measured here" in record.getMessage() for record in caplog.records)
     si.tl.impute_3d(sdata, model)
     assert np.isfinite(sdata.tables["stack"].layers["asign"]).all()
 

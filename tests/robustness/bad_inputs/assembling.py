@@ -214,7 +214,7 @@ FILES = [
     refused(
         "a folder of Space Ranger whose positions are no table of spots",
         ValueError,
-        "cannot be read as output of Space Ranger",
+        "has 2 columns and no header; expected the 6 columns",
         lambda w: one(_spaceranger(w, "{}", "a,b\n1,2\n")),
     ),
     refused(
@@ -263,7 +263,12 @@ OBJECTS = [
     ),
     refused("a table of other spots", ValueError, "no row of its table", lambda w: one(visium(rows=["x", "y"]))),
     refused("NaN coordinates of a spot", ValueError, "the first in row 2 ('c')", lambda w: one(_nan_spot())),
-    refused("two circles of one id", ValueError, "would both be named 's_b'", lambda w: one(_duplicate_ids())),
+    refused(
+        "two circles of one id",
+        ValueError,
+        "Two spots of the stack would have the name 's_b'",
+        lambda w: one(_duplicate_ids()),
+    ),
     refused("two rows for one circle", ValueError, "annotate the same spot 'b'", lambda w: one(_duplicate_rows())),
     refused(
         "circles that would become ellipses", ValueError, "stretches one axis 2.00 times", lambda w: one(_stretched())

@@ -172,7 +172,7 @@ PIXNET = [
         "tl.fit_pixnet",
         "unequal numbers of images and regions",
         ValueError,
-        "give one, or one for each",
+        "has 2 entries where another argument has 3",
         lambda w: fit(w, image_key=["s1_image"] * 2, shapes_key=["s1_spots"] * 3),
     ),
     refuses(
@@ -261,7 +261,7 @@ PIXNET = [
         "tl.predict_dense",
         "pixels of less than a nanometre",
         ValueError,
-        "less than light can show; check `mpp`",
+        "less than light can show. Check `mpp`",
         lambda w: dense(w, mpp=1e-66),
     ),
     refuses(
