@@ -257,16 +257,16 @@ def test_predict_dense_says_what_is_wrong(small_prepared, small_pixnet):
         si.tl.predict_dense(bare, "s0_image", small_pixnet)
 
 
-def test_predict_regions_leaves_a_folder_of_the_user_alone(sdata, small_pixnet, tmp_path):
+def test_predict_regions_leaves_a_folder_of_the_user_alone(small_prepared, small_pixnet, tmp_path):
     mine = tmp_path / "out.zarr.partial"
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"not the rest of an interrupted call.*move it away"):
-        si.tl.predict_regions(sdata, "s0_spots", small_pixnet, store=tmp_path / "out.zarr", inplace=False)
+        si.tl.predict_regions(small_prepared, "s0_spots", small_pixnet, store=tmp_path / "out.zarr", inplace=False)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "link.zarr.partial").symlink_to(elsewhere)
     with pytest.raises(FileExistsError, match="not the rest of an interrupted call"):
-        si.tl.predict_regions(sdata, "s0_spots", small_pixnet, store=tmp_path / "link.zarr", inplace=False)
+        si.tl.predict_regions(small_prepared, "s0_spots", small_pixnet, store=tmp_path / "link.zarr", inplace=False)
     assert (mine / "notes.txt").read_text() == "mine"
     assert elsewhere.is_dir()
