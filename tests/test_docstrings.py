@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import inspect
 import re
@@ -84,3 +85,15 @@ def test_classes_have_an_example_and_documented_fields(cls):
         source = inspect.getsource(cls)
         for field in fields(cls):
             assert re.search(rf'^    {field.name}: .*\n    """', source, flags=re.MULTILINE), field.name
+
+
+def test_summaries_are_noun_phrases_or_imperatives():
+    """No docstring of the package begins with a question word."""
+    asking = []
+    for path in Path(si.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").split(" ")[0]
+                if first in {"What", "Whether", "How", "Where", "Which", "Who", "When"}:
+                    asking.append(f"{path.name}: {getattr(node, 'name', 'module')}")
+    assert not asking

@@ -127,7 +127,7 @@ class SectionImage:
         if not np.issubdtype(rgb.dtype, np.number) or not np.isfinite(rgb).all():
             msg = (
                 f"Expected a numeric image without NaN or infinity, found non-finite values or a non-numeric "
-                f"type (dtype {rgb.dtype}). Fill missing pixels with the background colour."
+                f"type (dtype {rgb.dtype}). Fill missing pixels with the background color."
             )
             raise ValueError(msg)
         x, y = (float(s) for s in np.broadcast_to(np.asarray(self.pixel_size, float), 2))
@@ -206,7 +206,7 @@ class PairResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChainResult:
-    """Where one section lies in the frame of the reference."""
+    """Placement of one section in the frame of the reference."""
 
     matrix: NDArray[np.float64]
     """``(3, 3)``: points of the section's frame to the reference frame, um."""

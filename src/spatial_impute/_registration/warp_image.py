@@ -42,7 +42,7 @@ class PixelGrid:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pixel values are read from the source."""
+    """Settings for reading pixel values from the source."""
 
     nearest: bool
     """Nearest pixel (labels) instead of bilinear interpolation."""

@@ -1,4 +1,4 @@
-"""How good an imputation is, and how good a registration."""
+"""Scores of imputations and of registrations."""
 
 from spatial_impute.metrics._evaluate import evaluate
 from spatial_impute.metrics._registration_quality import registration_quality

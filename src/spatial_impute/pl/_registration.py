@@ -107,7 +107,7 @@ def registration(
     Returns
     -------
     ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`. The axes of the
-    table are the last but the colour bar of its figure.
+    table are the last but the color bar of its figure.
 
     Raises
     ------

@@ -184,7 +184,7 @@ class _SectionView:
 
 @dataclass(frozen=True)
 class _Extraction:
-    """What stays the same for all sections."""
+    """Settings that are the same for all sections."""
 
     encoders: list[Encoder]
     layout: Layout
