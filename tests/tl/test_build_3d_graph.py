@@ -399,11 +399,11 @@ def test_build_3d_graph_refuses_missing_coordinates(prepared_stack):
         si.tl.build_3d_graph(prepared_stack)
 
 
-def test_sections_in_another_order_than_the_stack_are_refused(stack):
+def test_sections_in_another_order_than_the_stack_are_refused(prepared_stack):
     """Round trips over strings sort the categories; neighbouring sections would then be others."""
-    table = stack.tables["stack"]
+    table = prepared_stack.tables["stack"]
     table.obs["section"] = pd.Categorical(table.obs["section"].astype(str), categories=["s2", "s0", "s1"])
     with pytest.raises(
         ValueError, match=r"in the order of the stack, \['s0', 's1', 's2'\]; found \['s2', 's0', 's1'\]"
     ):
-        si.tl.build_3d_graph(stack, use_rep=None)
+        si.tl.build_3d_graph(prepared_stack, use_rep=None)
