@@ -121,7 +121,7 @@ def register_stack(
         neighbours are linked directly. Without an entry in `transformations` they are not in the common frame, so they
         must have no spots.
     registration_params
-        Advanced settings; see :class:`~spatial_impute.models.RegistrationParams`.
+        Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
         Name of the common coordinate system.
     seed
