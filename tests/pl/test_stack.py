@@ -165,3 +165,8 @@ def test_stack_projection_is_checked(plot_stack):
         si.pl.stack(plot_stack, projection="4d")
     with pytest.raises(ValueError, match="must be one 3D axes"):
         si.pl.stack(plot_stack, projection="3d", ax=plt.figure().add_subplot())
+
+
+def test_an_empty_title_stays_empty(plot_stack):
+    axes = si.pl.stack(plot_stack, title=["", "middle", ""], return_ax=True)
+    assert [ax.get_title() for ax in axes] == ["", "middle", ""]

@@ -157,7 +157,8 @@ def registration(
     for panels, section, scan, after, text in zip(axes, wanted, scans, moved, titles, strict=True):
         before, row = canvas.draw(scan, np.eye(3)), rows[section.name]
         _draw_row(panels, canvas, (on_canvas, before, after), tile)
-        text = text or _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
+        if title is None:
+            text = _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
         label_row(panels[0], text, color="black" if row["verdict"] == "ok" else _ALARM)
     if deformed:
         _draw_deformations(axes[:, 3], canvas, moved, transforms)

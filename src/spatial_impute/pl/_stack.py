@@ -172,7 +172,8 @@ def stack(
     for axis, panel, text in zip(axes, panels, titles, strict=True):
         _draw_panel(axis, panel, span, strength, paint)
         measured = panel.section.counts is not None
-        text = text or section_title(panel.section, measured=measured, separator=", " if wide else "\n")
+        if title is None:
+            text = section_title(panel.section, measured=measured, separator=", " if wide else "\n")
         axis.set_title(text, fontsize="medium", fontweight="bold" if measured else "normal")
     add_scale_bar(axes[(n_rows - 1) * n_columns])
     if paint is not None:

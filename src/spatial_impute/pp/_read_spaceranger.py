@@ -109,7 +109,8 @@ def _read_positions(folder: Path) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
-    first = path.read_text(encoding="utf-8-sig").split("\n", 1)[0]
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.readline()
     if set(_COLUMNS) & {field.strip().strip('"') for field in first.split(",")}:
         return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
     table = pd.read_csv(path, encoding="utf-8-sig", header=None)
