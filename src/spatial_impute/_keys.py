@@ -69,5 +69,6 @@ class Keys:
     graph_overlap = "{}_overlap".format  # overlap (IoU) of linked spots in obsp
     graph_similarity = "{}_similarity".format  # feature similarity of linked spots in obsp
     sd = "{}_sd".format  # layer with the standard deviation of an imputed layer
+    part = "{}_{}".format  # layer with the prediction of a part of a model
     fold = "{}_fold".format  # fold in which a measured spot was held out from a layer
     baseline = "baseline_{}".format  # layer of a baseline imputation

@@ -14,10 +14,12 @@ _N_NEIGHS = 6  # of a hexagonal lattice
 _WINDOW = 7  # grid cells along a window of SSIM, its usual size
 
 
-def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+def pearson_by_gene(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray | None = None) -> np.ndarray:
     """Pearson correlation across spots, one value per gene, of (n_spots, n_genes) arrays.
 
-    A constant prediction scores 0. A gene with a constant truth cannot be scored: NaN.
+    A constant prediction scores 0. A gene with a constant truth cannot be scored: NaN. Predictions of different (n_spots,)
+    folds come from different training spots: both arrays are then centred within each fold, so that only differences
+    within folds count.
 
     Examples
     --------
@@ -29,7 +31,7 @@ def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """
     p = np.asarray(predicted, dtype=float)
     t = np.asarray(true, dtype=float)
-    p_centred, t_centred = p - p.mean(axis=0), t - t.mean(axis=0)
+    p_centred, t_centred = _centred(p, folds), _centred(t, folds)
     p_norm, t_norm = np.linalg.norm(p_centred, axis=0), np.linalg.norm(t_centred, axis=0)
     # Centring a constant gives a rounding error that is proportional to its size.
     p_flat = p_norm <= 1e-6 * np.sqrt(len(p)) * np.abs(p).max(axis=0, initial=0)
@@ -39,6 +41,14 @@ def pearson_by_gene(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     r[p_flat] = 0.0
     r[t_flat] = np.nan
     return r
+
+
+def _centred(values: np.ndarray, folds: np.ndarray | None) -> np.ndarray:
+    """Values minus their mean, of each fold if there are any."""
+    if folds is None:
+        return values - values.mean(axis=0)
+    codes, fold = np.unique(folds, return_inverse=True)
+    return values - np.stack([values[fold == k].mean(axis=0) for k in range(len(codes))])[fold]
 
 
 def pearson_by_spot(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -90,19 +100,13 @@ def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray
     >>> predictable_genes(predicted, true, np.arange(100) % 5)
     array([ True, False])
     """
-    codes, fold = np.unique(folds, return_inverse=True)
-    n_of = np.bincount(fold)[:, None]
-
-    def centred(values: np.ndarray) -> np.ndarray:
-        sums = np.zeros((len(codes), values.shape[1]))
-        np.add.at(sums, fold, values)
-        return values - (sums / n_of)[fold]
-
-    r = np.nan_to_num(pearson_by_gene(centred(predicted), centred(true)))
-    return r > 2 / np.sqrt(max(len(folds) - len(codes), 1))
+    r = np.nan_to_num(pearson_by_gene(predicted, true, folds))
+    return r > 2 / np.sqrt(max(len(folds) - len(np.unique(folds)), 1))
 
 
-def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray) -> dict[str, float]:
+def summarise(
+    predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray, folds: np.ndarray | None = None
+) -> dict[str, float]:
     """Scores of one set of spots; see :func:`spatial_impute.metrics.evaluate` for their names.
 
     Parameters
@@ -113,9 +117,11 @@ def summarise(predicted: np.ndarray, true: np.ndarray, reference_profile: np.nda
         (n_spots, n_genes) measurement.
     reference_profile
         (n_genes,) or (n_spots, n_genes) mean of the measured spots: the prediction without spatial information.
+    folds
+        (n_spots,) fold of each spot, if spots were predicted from different training spots; see :func:`pearson_by_gene`.
     """
     p, t = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
-    r = pearson_by_gene(p, t)
+    r = pearson_by_gene(p, t, folds)
     scored = r[np.isfinite(r)]
     by_spot = pearson_by_spot(p, t)
     mse = float(np.mean((p - t) ** 2))

@@ -11,8 +11,8 @@ import sys
 import torch
 from torch import distributed
 from spatial_impute.models import AsignParams
-from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
-from spatial_impute.models.asign._training import Episode, train
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, N_EDGE_TYPES, Edges, GraphInputs, LabelInputs, MSAGNet
+from spatial_impute.models.asign._training import Batch, train
 
 N, D, G = 10, 4, 3
 
@@ -26,17 +26,17 @@ def build():
     torch.nn.init.normal_(net.correction.weight, std=0.5)
     return net
 
-def episode(k):
+def batch(k):
     torch.manual_seed(k)
-    ring = torch.arange(N)
-    x = GraphInputs(
-        torch.randn(N, D), torch.randn(N, 2, D), torch.randn(N, 2, D), torch.randn(N, G), torch.randn(N, G),
-        torch.rand(N, 1), torch.stack([ring, ring.roll(1)]), torch.rand(N, N_EDGE_FEATURES),
-    )
-    return Episode(x, torch.arange(4 + 2 * k), torch.randn(4 + 2 * k, G), torch.ones(4 + 2 * k))
+    ring, rows = torch.arange(N), torch.arange(4 + 2 * k)
+    m = len(rows)
+    edges = Edges(torch.stack([ring, ring.roll(1)]), torch.rand(N, N_EDGE_FEATURES))
+    x = GraphInputs(torch.randn(N, D), torch.randn(N, 2, D), torch.randn(N, 2, D), (edges,) * N_EDGE_TYPES)
+    labels = LabelInputs(torch.randn(m, G), torch.randn(m, G), torch.rand(m, 1))
+    return Batch(x, rows, labels, torch.randn(m, G), torch.ones(m))
 
 def run():
-    return train(build, [episode(0), episode(1)], [episode(2)], PARAMS, seed=0).states[-1]
+    return train(build, [batch(0), batch(1)], [], PARAMS, seed=0, stop=1).state
 
 if __name__ == "__main__":
     from spatial_impute.models.asign._training import correlation_loss
@@ -45,8 +45,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     net = build()
     for k in (0, 1):
-        e = episode(k)
-        p = net(e.inputs)[e.rows]
+        e = batch(k)
+        p = e.predict(net)
         ((p - e.expression).square().mean() + 0.5 * correlation_loss(p, e.expression)).div(2).backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0).step()

@@ -159,15 +159,17 @@ def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.
     return np.isin(index.to_numpy().astype(str), table.obs[instance_key].to_numpy().astype(str))
 
 
-def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
+def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED, allow_none: bool = False) -> np.ndarray:
     """(n,) bool: rows whose expression may be used. Only ``obs["measured"]`` decides; values of other rows have no effect.
+
+    With `allow_none`, there may be no measured spot.
 
     Raises
     ------
     KeyError
         If the layer is missing.
     ValueError
-        If no spot is measured, or a measured row is not finite. NaN is allowed for genes that a section did not measure.
+        If no spot is measured, unless this is allowed, or a measured row is not finite. NaN is allowed for genes that a section did not measure.
     """
     require_key(
         layer,
@@ -184,6 +186,8 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED) -> np.ndarray:
         raise ValueError(msg)
     measured = flags.to_numpy()
     if not measured.any():
+        if allow_none:
+            return measured
         msg = (
             f"No measured section: `obs[{Keys.MEASURED!r}]` is False for all {table.n_obs} spots. Imputation needs "
             "at least one section with expression; pass its SpatialData (with a table) to `si.pp.assemble_stack`."

@@ -18,8 +18,7 @@ Repeats = Annotated[Whole, Field(ge=1, le=2**31)]
 class AsignParams:
     """Advanced settings of :func:`~spatial_impute.tl.fit_asign`.
 
-    The defaults suit the few hundred measured spots of one or a few sections; :meth:`paper` gives the size of the
-    published network.
+    The defaults suit the measured spots of one or a few sections; :meth:`paper` gives the published network.
 
     Examples
     --------
@@ -31,22 +30,38 @@ class AsignParams:
     """Width of the network."""
     n_heads: Size = 4
     """Attention heads."""
-    n_neighs: Repeats = 12
-    """Number of strongest edges into a spot that the network uses; 12 as published. Propagation uses all edges."""
+    n_neighs: Repeats = 8
+    """Number of strongest edges into a spot that the network uses of each type: in the section, across sections, and
+    between similar images. Propagation uses all edges."""
     n_graph_layers: Size = 2
     """Layers of attention over the 3D graph."""
+    level_graph: Flag = False
+    """Attention over the 3D graph also for the larger fields of view of the spots, as published."""
     n_level_layers: Size = 1
     """Layers of the transformer over the levels of a spot."""
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.5
-    """Share of activations that are dropped in training."""
+    base: Literal["auto", "mean", "propagation", "cokriging", "cokriging-two-views", "none"] = "auto"
+    """Prediction to which the network adds its correction: ``"auto"`` takes the one with the lowest error on hidden blocks.
+    ``"cokriging-two-views"`` is the mean of co-kriging with all image features, and with those that sections share.
+    ``"none"`` is the network as published, without a base."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Share of activations that are dropped in training. This and the next three settings are chosen together by the error
+    on hidden blocks, from cautious to free; a value that is given is not changed."""
+    weight_decay: Rate | None = None
+    """Weight decay of AdamW."""
+    auxiliary_weight: Rate = 0.0
+    """Weight in the loss of what the larger fields of view predict for the mean of the measured spots inside them."""
+    consistency_weight: Rate = 0.0
+    """Weight in the loss of what the larger fields of view predict for the spot itself."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``"adamw"``, or ``"sgd"`` with momentum 0.9 as published."""
+    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] | None = None
+    """Step size at the start; it decays to zero, along a cosine or, for ``"sgd"``, nearly linearly."""
+    n_steps: Repeats | None = None
+    """Largest number of steps of training."""
+    patience: Count = 6
+    """Training stops after this number of checks of the hidden block without a lower error. There are about 20 checks."""
     correlation_weight: Rate = 0.5
     """Weight of 1 - Pearson correlation in the loss, added to the squared error of standardised expression."""
-    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] = 1e-3
-    """Step size of AdamW at the start; it decays to zero along a cosine."""
-    weight_decay: Rate = 0.5
-    """Weight decay of AdamW."""
-    n_steps: Repeats = 150
-    """Steps of training, each on one masked block. The step with the best held-out blocks is kept."""
     n_folds: Annotated[Whole, Field(ge=2)] = 5
     """Folds of the cross-validation within one measured section."""
     block_spacings: Positive = 2.0
@@ -62,8 +77,29 @@ class AsignParams:
 
     @classmethod
     def paper(cls) -> AsignParams:
-        """Settings of the publication: three graph layers, eight heads, width 1024."""
-        return cls(width=1024, n_heads=8, n_graph_layers=3, n_level_layers=3, dropout=0.1)
+        """Settings of the publication: no base, three graph layers, eight heads, width 1024, SGD, losses of all levels.
+
+        One step sees all measured spots, so that the 51 epochs of the publication are as many steps. Here correlations in
+        the losses are per gene across spots, and not per spot across genes: the mean profile alone reaches those.
+        """
+        return cls(
+            base="none",
+            width=1024,
+            n_heads=8,
+            n_graph_layers=3,
+            n_level_layers=3,
+            level_graph=True,
+            n_neighs=12,
+            dropout=0.1,
+            correlation_weight=1 / 3,
+            auxiliary_weight=1 / 6,
+            consistency_weight=1 / 6,
+            optimizer="sgd",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            n_steps=51,
+            patience=20,
+        )
 
 
 @settings_class

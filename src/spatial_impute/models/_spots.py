@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from scipy import sparse
 
 from spatial_impute._geometry import plane_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _N_REGIONS = 8  # of a large tissue to learn from: enough to cover its different parts
 _T = TypeVar("_T")
@@ -34,10 +37,12 @@ class Spots:
     expression: np.ndarray  # (n_known, n_genes) log-normalised, rows in the order of the known spots
     spacing: float  # Typical distance to the nearest spot of the section, um
     features: np.ndarray | None = None  # (n, d) image features, standardised within sections
+    image_profile: np.ndarray | None = None  # (2, d) mean and spread of the features before they were standardised
     components: np.ndarray | None = None  # (n, k) components of `features` that registered sections share
     graph: sparse.csr_matrix | None = None  # (n, n) weights of the 3D graph
     tokens: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     """Spot, region and global tokens, (n, t, d) each, standardised within sections."""
+    field_um: tuple[float, float] = (0.0, 0.0)  # edges of the regions and of the global fields of view
     edge_features: np.ndarray | None = None  # (nnz, n_edge_features), in the order of the entries of `graph`
     bases: dict[str, np.ndarray] | None = None
     """(n, n_genes) predictions of other models; those of a known spot are made without its fold."""
@@ -89,6 +94,24 @@ class Spots:
             edge_features=edge_features,
             total_counts=None if self.total_counts is None else self.total_counts[kept],
         )
+
+
+def concatenate(stacks: Sequence[Spots]) -> Spots:
+    """Spots of several stacks as one, for methods that use the image alone."""
+    if len(stacks) == 1:
+        return stacks[0]
+    first = np.cumsum([0, *(int(s.section.max()) + 1 for s in stacks[:-1])])
+    features = [s.features for s in stacks if s.features is not None]
+    totals = [s.total_counts for s in stacks if s.total_counts is not None]
+    return Spots(
+        xyz=np.concatenate([s.xyz for s in stacks]),
+        section=np.concatenate([s.section + n for s, n in zip(stacks, first, strict=True)]),
+        known=np.concatenate([s.known for s in stacks]),
+        expression=np.concatenate([s.expression for s in stacks]),
+        spacing=float(np.median([s.spacing for s in stacks])),
+        features=np.concatenate(features) if len(features) == len(stacks) else None,
+        total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
+    )
 
 
 def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:

@@ -92,10 +92,11 @@ def select_genes(
     record = load_record(sdata)
     table = stack_table(sdata)
     measured = [section for section in record.sections if section.counts is not None]
-    if not measured:
+    if not measured and genes is None:
         msg = (
             f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
-            "measured section (image, spots and table) to `si.pp.assemble_stack`."
+            "measured section (image, spots and table) to `si.pp.assemble_stack`. To predict this stack with a model of "
+            "other stacks, name its genes: `genes=model.var_names`."
         )
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
@@ -227,7 +228,7 @@ def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str
                 "or pass `join='outer'` if sections were measured with different panels."
             )
             raise KeyError(msg)
-    lacking = [gene for gene in wanted if not any(gene in names for names in var_names.values())]
+    lacking = [gene for gene in wanted if var_names and not any(gene in names for names in var_names.values())]
     if lacking:
         msg = f"{len(lacking)} of `genes` are not measured on any section, e.g. {lacking[:5]}."
         raise KeyError(msg)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import Section
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models._spots import Spots
+    from spatial_impute.models.asign._ensemble import FitSettings
 
 _OVERLAP = 0.98  # of the sum of two radii: spots that touch do not overlap, except for rounding
 
@@ -71,7 +72,8 @@ def cross_validate(
     ----------
     sdata
         Registered stack, with features and graph if the methods need them. Also several stacks (patients) with the same
-        genes; then only methods that use the image alone are allowed.
+        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks, at
+        least two, and predicts a stack that is held out without any measured spot.
     methods
         Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
         ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
@@ -79,7 +81,7 @@ def cross_validate(
         structure) and ``"pixnet"``. ASIGN uses no base layers here.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
-        ``"group"``: each group. By default groups if there are any, else sections if at least two are measured, else
+        ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections if at least two are measured, else
         blocks.
     groups
         Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks is
@@ -139,8 +141,9 @@ def cross_validate(
     >>> si.settings.show_progress_bar = True
     """
     from spatial_impute.models._params import AsignParams, PixNetParams
+    from spatial_impute.models._spots import concatenate
     from spatial_impute.models.asign._baselines import NEEDS_GRAPH
-    from spatial_impute.models.asign._fit import ASIGN, concatenate, needs_features
+    from spatial_impute.models.asign._fit import ASIGN, needs_features
 
     params, pixnet = resolve_params(model_params, AsignParams), resolve_params(pixnet_params, PixNetParams)
     stacks = stack_list(sdata)
@@ -168,7 +171,9 @@ def cross_validate(
         raise ValueError(msg)
     spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    data = HeldOut(stacks, tables, spots, folds)
+    data = HeldOut(stacks, tables, read, spots, folds)
+    if ASIGN in names and len(stacks) > 1:
+        _require_stacks_to_learn_from(data)
     if group is not None:
         _warn_of_shared_groups(data, group)
     _warn_of_overlapping_spots(data)
@@ -185,8 +190,15 @@ class HeldOut:
 
     stacks: list[SpatialData]
     tables: list[AnnData]
+    by_stack: list[Spots]
     spots: Spots
+    """Of all stacks, as the methods need them that use the image alone."""
     folds: list[np.ndarray]
+
+    def without(self, fold: np.ndarray) -> list[Spots]:
+        """Stacks whose spots of the fold are hidden."""
+        ends = np.cumsum([len(spots.known) for spots in self.by_stack])[:-1]
+        return [spots.hide(own) for spots, own in zip(self.by_stack, np.split(fold, ends), strict=True)]
 
     @property
     def genes(self) -> list[str]:
@@ -234,7 +246,7 @@ def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     from spatial_impute.models.asign._baselines import METHODS
     from spatial_impute.models.asign._fit import ASIGN, COLOR, FROM_IMAGE, IMAGE_KNN, PIXNET
 
-    allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else list(FROM_IMAGE)
+    allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else [*FROM_IMAGE, ASIGN]
     if methods is None:
         return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
     names = name_list(methods, name="methods")
@@ -271,9 +283,12 @@ def _folds(
     if split is None and group is None:
         return spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     split = "group" if split is None else split
-    require_one_of(split, ("block", "section", "group"), name="split")
+    require_one_of(split, ("block", "section", "group", "stack"), name="split")
     if split == "block":
         return block_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
+    if split == "stack" and (group is None or group.name != "stack"):
+        msg = '`split="stack"` holds out one stack at a time: pass several stacks, and no `groups`.'
+        raise ValueError(msg)
     if split == "group" and group is None:
         msg = '`split="group"` needs `groups=`, a column of the stack table\'s `obs` (e.g. the patient).'
         raise ValueError(msg)
@@ -288,8 +303,8 @@ def _folds(
 
 def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
-    from spatial_impute.models.asign._fit import COLOR, PIXNET, predict_held_out
-    from spatial_impute.models.asign._training import FitSettings
+    from spatial_impute.models.asign._ensemble import FitSettings
+    from spatial_impute.models.asign._fit import ASIGN, COLOR, PIXNET, predict_held_out
 
     settings = FitSettings(options.params, options.seed, options.device)
     found: dict[str, np.ndarray] = {}
@@ -298,11 +313,41 @@ def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callab
             values = _predict_pixnet(data, options, on_fold)
             found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
             continue
+        if name == ASIGN and len(data.stacks) > 1:
+            found[name] = _predict_stacks(data, settings, on_fold)
+            continue
         spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
         found[name] = predict_held_out(
             spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
         )
     return found
+
+
+def _require_stacks_to_learn_from(data: HeldOut) -> None:
+    """Raise unless ASIGN can learn to predict a stack without a measured spot wherever it has to."""
+    for fold in data.folds:
+        measured = [bool(spots.known.any()) for spots in data.without(fold)]
+        if not all(measured) and sum(measured) < 2:
+            msg = (
+                "ASIGN predicts a stack without a measured spot only if it learned from at least two others; "
+                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or leave "
+                'out "asign".'
+            )
+            raise ValueError(msg)
+
+
+def _predict_stacks(data: HeldOut, settings: FitSettings, on_fold: Callable[[], None]) -> np.ndarray:
+    """(n, n_genes) predictions by ASIGN, fitted on all stacks that have measured spots outside of a fold."""
+    from spatial_impute.models.asign._fit import fit
+
+    result = np.full((len(data.spots.known), data.spots.expression.shape[1]), np.nan)
+    for fold in data.folds:
+        stacks = data.without(fold)
+        model = fit([spots for spots in stacks if spots.known.any()], data.genes, settings)
+        found = [model._impute(spots, device=settings.device).expression for spots in stacks]
+        result[fold] = np.concatenate(found)[fold]
+        on_fold()
+    return result
 
 
 def _predict_pixnet(data: HeldOut, options: _Options, on_fold: Callable[[], None]) -> np.ndarray:

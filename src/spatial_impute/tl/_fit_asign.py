@@ -108,9 +108,9 @@ def fit_asign(
     >>> si.settings.show_progress_bar = True
     """
     from spatial_impute.models._params import AsignParams
+    from spatial_impute.models.asign._ensemble import FitSettings
     from spatial_impute.models.asign._fit import fit
     from spatial_impute.models.asign._panels import AsignPanels
-    from spatial_impute.models.asign._training import FitSettings
 
     params = resolve_params(model_params, AsignParams)
     seed, device = require_count(seed, name="seed", least=0), require_device(device)

@@ -38,6 +38,7 @@ def impute_3d(
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
     depth: float | str | None = None,
+    parts: bool = False,
     device: str | None = None,
     key_added: str = Keys.ASIGN,
     inplace: bool = True,
@@ -47,7 +48,9 @@ def impute_3d(
     Parameters
     ----------
     sdata
-        Registered stack with features and graph and at least one measured section.
+        Registered stack with features and graph and at least one measured section. A model of several stacks also
+        predicts a stack without one, from the image and the graph alone: expect much less there, as
+        ``model.cohort.cross_validation`` shows. Features are standardised within each section.
     model
         Model of :func:`~spatial_impute.tl.fit_asign`.
     table_key
@@ -60,6 +63,9 @@ def impute_3d(
         Total counts (all genes) of the measurement that ``layers['asign_sd']`` describes: a number, or a column of
         ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the measured
         spots. The imputed values do not depend on it.
+    parts
+        Also write what the parts of the model predict, to compare them with
+        :func:`~spatial_impute.metrics.evaluate`: the base, the networks alone, and the blend without the networks.
     device
         Torch device; ``settings.device`` by default.
     key_added
@@ -78,6 +84,8 @@ def impute_3d(
         deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at measured
         spots. On sections with another depth or stain than the measured ones they cover less; no held-out block can show
         that.
+    `.layers['asign_base']`, `.layers['asign_network_alone']`, `.layers['asign_without_network']` : (``float32``)
+        (n_spots, n_genes) with ``parts=True``.
     `.obs['imputation_depth']` : (``float32``)
         Total counts of the measurement that ``asign_sd`` describes; NaN if ``obs['total_counts']`` is not known.
     `.obs['imputation_support']` : (``float32``)
@@ -112,12 +120,17 @@ def impute_3d(
     require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
     device = require_device(device)
     record = load_record(sdata)
-    table, spots = read_spots(sdata, table_key=table_key, layer=layer, graph_key=graph_key)
+    cohort = getattr(model, "cohort", None)
+    table, spots = read_spots(
+        sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
+    )
+    if cohort is not None and not spots.known.any():
+        model = cohort
     _require_fit(table, model)
     _warn_of_known_sections(table, spots.known, model)
     spots = replace(spots, bases=read_base_layers(table, model.config.get("base_layers", ())))
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
-    found = model._impute(spots, depth=wanted, device=device)
+    found = model._impute(spots, depth=wanted, device=device, parts=parts)
     sources = np.where(spots.known, 0, np.where(found.support > 0, 1, 2))
     result = ImputedLayer(
         key_added,
@@ -131,7 +144,13 @@ def impute_3d(
             "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
             "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
         },
-        layers={Keys.sd(key_added): found.sd},
+        layers={
+            Keys.sd(key_added): found.sd,
+            **{
+                Keys.part(key_added, name.replace(" ", "_")): values.astype(np.float32)
+                for name, values in found.parts.items()
+            },
+        },
         obs={
             Keys.SUPPORT: found.support,
             Keys.SOURCE: pd.Categorical.from_codes(sources, ["measured", "labels and image", "image"]),

@@ -57,8 +57,11 @@ def read_spots(
     graph_key: str = Keys.SPATIAL_3D,
     features: bool = True,
     graph: bool = True,
+    allow_unmeasured: bool = False,
 ) -> tuple[AnnData, Spots]:
     """Read the stack table, with image features and graph if they are needed.
+
+    With `allow_unmeasured`, there may be no measured spot.
 
     Raises
     ------
@@ -69,7 +72,7 @@ def read_spots(
     """
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
-    known = measured_mask(table, layer=layer)
+    known = measured_mask(table, layer=layer, allow_none=allow_unmeasured)
     expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
     xyz = registered_spots(table, table_key)
@@ -83,12 +86,26 @@ def read_spots(
         expression=expression,
         spacing=typical_spacing(xyz, section),
         features=None if tokens is None else _centred_features(table, tokens),
+        image_profile=_image_profile(table) if features else None,
         graph=weights,
         tokens=tokens,
+        field_um=_field_um(table),
         edge_features=edge_features,
         total_counts=_read_totals(table, known, where),
     )
     return table, spots
+
+
+def _field_um(table: AnnData) -> tuple[float, float]:
+    """Edges of the regions and global fields of view; 0 if nothing says how large they are."""
+    sizes = table.uns.get(Keys.FEATURES, {}).get("field_um", {})
+    return float(sizes.get(Keys.X_REGION, 0.0)), float(sizes.get(Keys.X_GLOBAL, 0.0))
+
+
+def _image_profile(table: AnnData) -> np.ndarray:
+    """(2, d) mean and spread of the features of the spots over all sections, as the encoder gives them."""
+    values = np.asarray(table.obsm[Keys.X_SPOT])
+    return np.stack([values.mean(axis=0, dtype=float), values.std(axis=0, dtype=float)])
 
 
 def _read_totals(table: AnnData, known: np.ndarray, where: str) -> np.ndarray | None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spatial_impute.models.asign import _fit
-from spatial_impute.models.asign._fit import blend_weights
+from spatial_impute.models.asign import _blend
+from spatial_impute.models.asign._blend import blend_weights
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_blend_shares_weights_where_genes_are_too_noisy_for_their_own():
 
 def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
     """The blend of a fold must not change with the truth of that fold (the strength of sharing sees all folds)."""
-    monkeypatch.setattr(_fit, "_STRENGTHS", (1.0,))
+    monkeypatch.setattr(_blend, "_STRENGTHS", (1.0,))
     predictions, truth, folds = data
     _, before = blend_weights(predictions, truth, folds)
     changed = truth.copy()

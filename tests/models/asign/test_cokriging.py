@@ -102,15 +102,16 @@ def test_cokriging_of_more_known_spots_than_it_can_solve_agrees_with_exact(monke
     np.testing.assert_array_equal(part, cokriging(spots))
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_cokriging_fits_to_some_of_many_known_spots(monkeypatch, leave_one_out):
+@pytest.mark.parametrize("left_out", [False, True])
+def test_cokriging_fits_to_some_of_many_known_spots(monkeypatch, left_out):
     """Parameters come from some of the known spots, and all are solved for."""
     spots, true = field_spots(features=True)
-    exact = cokriging(spots, leave_one_out=leave_one_out)
+    groups = np.arange(spots.known.sum()) if left_out else None
+    exact = cokriging(spots, left_out=groups)
     for name, size in {"_MAX_FIT": 60, "_MAX_EXACT": 120, "_TILE_KNOWN": 40, "_TILE_NEAR": 90}.items():
         monkeypatch.setattr(_cokriging, name, size)
-        part = cokriging(spots, leave_one_out=leave_one_out)
-        rows = spots.known if leave_one_out else ~spots.known
+        part = cokriging(spots, left_out=groups)
+        rows = spots.known if left_out else ~spots.known
         assert not np.array_equal(part, exact)
         assert error(part, true, rows) < 2.5 * error(exact, true, rows) + 0.02
 
@@ -157,15 +158,41 @@ def test_cokriging_trusts_spots_with_many_counts():
     assert known_depth < 0.8 * error(cokriging(noisy), true, ~spots.known)
 
 
-def test_leave_one_out_does_not_see_the_own_label():
+@pytest.mark.parametrize("n_groups", [5, None])
+def test_left_out_groups_do_not_see_their_own_labels(n_groups):
     spots, _ = field_spots()
+    n = int(spots.known.sum())
+    groups = np.arange(n) if n_groups is None else np.arange(n) * n_groups // n
     changed = spots.expression.copy()
-    changed[0] += 5.0
+    changed[groups == groups[0]] += 5.0
     before, after = (
-        cokriging(replace(spots, expression=values), leave_one_out=True) for values in (spots.expression, changed)
+        cokriging(replace(spots, expression=values), left_out=groups) for values in (spots.expression, changed)
     )
     moved = np.abs(after - before)[spots.known].max(axis=1)
-    assert moved[0] < 0.2 < moved[1:].max()
+    own = groups == groups[0]
+    if n_groups is None:
+        assert moved[own].max() < 0.2 < moved[~own].max()
+    else:  # a fifth of all labels also changes what is fitted to them
+        assert moved[own].mean() < 0.7 * moved[~own].max()
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_left_out_groups_are_predicted_as_if_they_were_not_known(tiles, monkeypatch):
+    """With the same components and parameters; only the unit of image distance is another."""
+    spots, _ = field_spots(features=True)
+    groups = np.arange(spots.known.sum()) % 4
+    if tiles:
+        for name, size in {"_MAX_EXACT": 120, "_TILE_KNOWN": 40, "_TILE_NEAR": 400, "_TILE_ANYWHERE": 0}.items():
+            monkeypatch.setattr(_cokriging, name, size)
+    fitted = []
+    original = _cokriging._fit_components
+    monkeypatch.setattr(_cokriging, "_fit_components", lambda *a: fitted.append(original(*a)) or fitted[0])
+    found = cokriging(spots, left_out=groups)
+    for group in range(4):
+        hidden = np.zeros(len(spots.known), dtype=bool)
+        hidden[np.flatnonzero(spots.known)[groups == group]] = True
+        expected = cokriging(spots.hide(hidden))
+        np.testing.assert_allclose(found[hidden], expected[hidden], atol=0.02)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e3])

@@ -10,8 +10,8 @@ from scipy import sparse
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _graph_inputs
-from spatial_impute.models.asign._graph_inputs import GeneScale, graph_inputs, shared_components, with_components
-from spatial_impute.models.asign._network import MSAGNet
+from spatial_impute.models.asign._graph_inputs import graph_inputs, shared_components, with_components
+from spatial_impute.models.asign._network import LabelInputs, MSAGNet
 
 N, N_GENES, N_FEATURES = 60, 5, 4
 
@@ -38,14 +38,23 @@ def spots() -> Spots:
         features=tokens[0][:, 0],
         graph=graph,
         tokens=tokens,
-        edge_features=rng.random((graph.nnz, 6)),
+        edge_features=edge_features(graph, section, rng),
     )
     return with_components(spots)
 
 
-@pytest.fixture(scope="module")
-def genes() -> GeneScale:
-    return GeneScale(torch.zeros(N_GENES), torch.ones(N_GENES))
+def edge_features(graph: sparse.csr_matrix, section: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A third of the edges between sections are of similar images."""
+    coo = graph.tocoo()
+    within = section[coo.row] == section[coo.col]
+    similar = ~within & ((coo.row + coo.col) % 3 == 0)
+    random = rng.random((graph.nnz, 3))
+    return np.column_stack([random[:, :2], 0.0 * within, similar * random[:, 2], within, ~within])
+
+
+def labels(n: int) -> LabelInputs:
+    torch.manual_seed(5)
+    return LabelInputs(torch.randn(N, N_GENES)[:n], torch.randn(N, N_GENES)[:n], torch.rand(N, 1)[:n])
 
 
 def network_of(params: AsignParams) -> MSAGNet:
@@ -57,27 +66,27 @@ def network_of(params: AsignParams) -> MSAGNet:
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, genes, n_layers):
+def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, n_layers):
     params = AsignParams(width=16, n_graph_layers=n_layers, n_neighs=3)
     targets = np.isin(np.arange(N), [7, 8, 40])
-    whole, everything = graph_inputs(spots, genes, params)
-    part, rows = graph_inputs(spots, genes, params, targets=targets)
+    whole, everything = graph_inputs(spots, params)
+    part, rows = graph_inputs(spots, params, targets=targets)
     assert len(everything) == N
     assert len(rows) < N
-    assert part.edge_index.shape[1] < whole.edge_index.shape[1]
+    assert sum(e.index.shape[1] for e in part.edges) < sum(e.index.shape[1] for e in whole.edges)
     torch.manual_seed(0)
     network = network_of(params)
     with torch.inference_mode():
-        expected = network(whole)[np.flatnonzero(targets)]
-        found = network(part)[np.flatnonzero(targets[rows])]
+        expected = network(whole, labels(3), torch.from_numpy(np.flatnonzero(targets)))
+        found = network(part, labels(3), torch.from_numpy(np.flatnonzero(targets[rows])))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_receptive_field_is_no_smaller_than_it_must_be(spots, genes):
+def test_receptive_field_is_no_smaller_than_it_must_be(spots):
     """A spot at its rim changes the prediction of the targets."""
     params = AsignParams(width=16, n_graph_layers=2, n_neighs=3)
     targets = np.arange(N) == 40
-    _, rows = graph_inputs(spots, genes, params, targets=targets)
+    _, rows = graph_inputs(spots, params, targets=targets)
     torch.manual_seed(1)
     network = network_of(params)
 
@@ -85,25 +94,26 @@ def test_receptive_field_is_no_smaller_than_it_must_be(spots, genes):
         spot_tokens = spots.tokens[0].copy()
         if changed is not None:
             spot_tokens[changed] += 3.0
-        own = replace(spots, tokens=(spot_tokens, *spots.tokens[1:]))
-        inputs, _ = graph_inputs(own, genes, params)
+        inputs, _ = graph_inputs(replace(spots, tokens=(spot_tokens, *spots.tokens[1:])), params)
         with torch.inference_mode():
-            return network(inputs)[40]
+            return network(inputs, labels(1), torch.tensor([40]))
 
     before = predict(None)
     reacts = {i for i in range(N) if not torch.allclose(predict(i), before, atol=1e-6)}
     assert reacts == set(rows.tolist())
 
 
-def test_only_spots_that_are_seen_are_predicted_by_the_base(spots, genes, monkeypatch):
-    targets = np.arange(N) == 40
-    wanted = []
-    original = _graph_inputs.cokriging
-    monkeypatch.setattr(_graph_inputs, "cokriging", lambda s, **k: wanted.append(k["wanted"]) or original(s, **k))
-    _, rows = graph_inputs(spots, genes, AsignParams(width=16, n_neighs=3), targets=targets)
-    assert len(wanted) == 2
-    for chosen in wanted:
-        np.testing.assert_array_equal(np.flatnonzero(chosen), rows)
+def test_each_type_of_edge_has_its_own_share(spots):
+    """The strongest edges of each type, although others may be stronger."""
+    inputs, _ = graph_inputs(spots, AsignParams(width=16, n_neighs=1))
+    graph, (overlap, similarity, within) = spots.graph.tocoo(), spots.edge_features.T[2:5]
+    kinds = [within > 0, (within == 0) & ((similarity == 0) | (overlap > 0)), similarity > 0]
+    for edges, kind in zip(inputs.edges, kinds, strict=True):
+        source, target = edges.index.numpy()
+        assert len(np.unique(target)) == len(target) == len(np.unique(graph.row[kind]))
+        for j, i in zip(source, target, strict=True):
+            own = kind & (graph.row == i)
+            assert spots.graph[i, j] == graph.data[own].max()
 
 
 # Shared components

@@ -9,28 +9,33 @@ import torch
 
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models.asign import _network
-from spatial_impute.models.asign._network import N_EDGE_FEATURES, GraphInputs, MSAGNet
+from spatial_impute.models.asign._network import N_EDGE_FEATURES, N_EDGE_TYPES, Edges, GraphInputs, LabelInputs, MSAGNet
 from spatial_impute.models.asign._training import correlation_loss
 
 N, T, D, G = 12, 5, 7, 6
 
 
+EVERY = torch.arange(N)
+
+
 @pytest.fixture
 def inputs() -> GraphInputs:
-    """Ring of 11 spots and one without neighbours."""
+    """Ring of 11 spots and one without neighbours; every edge is there in each type."""
     torch.manual_seed(0)
     ring = torch.arange(N - 1)
-    edges = torch.stack([torch.cat([ring, ring.roll(-1)]), torch.cat([ring.roll(-1), ring])])
+    index = torch.stack([torch.cat([ring, ring.roll(-1)]), torch.cat([ring.roll(-1), ring])])
     return GraphInputs(
         spot=torch.randn(N, D),
         region=torch.randn(N, T, D),
         surroundings=torch.randn(N, T, D),
-        base=torch.randn(N, G),
-        propagated=torch.randn(N, G),
-        support=torch.rand(N, 1),
-        edge_index=edges,
-        edge_features=torch.rand(edges.shape[1], N_EDGE_FEATURES),
+        edges=tuple(Edges(index, torch.rand(index.shape[1], N_EDGE_FEATURES)) for _ in range(N_EDGE_TYPES)),
     )
+
+
+@pytest.fixture
+def labels() -> LabelInputs:
+    torch.manual_seed(3)
+    return LabelInputs(base=torch.randn(N, G), propagated=torch.randn(N, G), support=torch.rand(N, 1))
 
 
 def network(**kwargs) -> MSAGNet:
@@ -43,96 +48,121 @@ def network(**kwargs) -> MSAGNet:
     return net.eval()
 
 
-def test_network_starts_exactly_at_the_base(inputs):
+def test_network_starts_exactly_at_the_base(inputs, labels):
     net = network()
-    net.reset_parameters()
-    assert torch.equal(net(inputs), inputs.base)
+    net.return_to_base()
+    assert torch.equal(net(inputs, labels, EVERY), labels.base)
+    untrained = MSAGNet(D, torch.arange(G) % 2, AsignParams(width=16, n_heads=2))
+    assert torch.equal(untrained.eval()(inputs, labels, EVERY), labels.base)
+
+
+def test_rows_choose_what_is_predicted(inputs, labels):
+    rows = torch.tensor([2, 7, 11])
+    expected = network()(inputs, labels, EVERY)[rows]
+    torch.testing.assert_close(network()(inputs, labels.part(rows), rows), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", range(N_EDGE_TYPES))
+def test_many_neighbours_of_one_type_do_not_displace_another(inputs, labels, kind):
+    """A spot that gets a hundred more edges of one type attends to those of another type as before."""
+    layer = network().graph[0]
+    nodes = torch.randn(N, 16)
+    other = (kind + 1) % N_EDGE_TYPES
+    edges = list(inputs.edges)
+    more = torch.stack([torch.randint(N, (100,)), torch.zeros(100, dtype=torch.long)])
+    edges[kind] = Edges(torch.cat([edges[kind].index, more], 1), torch.cat([edges[kind].features, torch.rand(100, 6)]))
+    before, after = [], []
+    layer.attention[other].register_forward_hook(lambda _m, _i, found: after.append(found))
+    layer(nodes, inputs.edges)
+    before.append(after.pop())
+    layer(nodes, edges)
+    assert torch.equal(before[0], after[0])
 
 
 @pytest.mark.parametrize("level", ["spot", "region", "surroundings"])
-def test_network_sees_the_image_of_the_spot(inputs, level):
+def test_network_sees_the_image_of_the_spot(inputs, labels, level):
     changed = getattr(inputs, level).clone()
     changed[3] += 1.0
-    difference = (network()(replace(inputs, **{level: changed})) - network()(inputs)).abs().amax(dim=1)
+    found = network()(replace(inputs, **{level: changed}), labels, EVERY)
+    difference = (found - network()(inputs, labels, EVERY)).abs().amax(dim=1)
     assert difference[3] > 1e-3
     assert difference[N - 1] == 0  # no path leads from spot 3 to the isolated one
 
 
-def test_network_sees_neighbours_within_its_layers_only(inputs):
+def test_network_sees_neighbours_within_its_layers_only(inputs, labels):
     changed = inputs.spot.clone()
     changed[0] += 1.0
-    difference = (network()(replace(inputs, spot=changed)) - network()(inputs)).abs().amax(dim=1)
+    found = network()(replace(inputs, spot=changed), labels, EVERY)
+    difference = (found - network()(inputs, labels, EVERY)).abs().amax(dim=1)
     assert (difference[[1, 2, 9, 10]] > 1e-6).all()
     assert (difference[[3, 4, 5, 6, 7, 8, 11]] == 0).all()
 
 
-def test_permuting_spots_permutes_predictions(inputs):
+def test_permuting_spots_permutes_predictions(inputs, labels):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     position = torch.argsort(order)
-    permuted = GraphInputs(
-        spot=inputs.spot[order],
-        region=inputs.region[order],
-        surroundings=inputs.surroundings[order],
-        base=inputs.base[order],
-        propagated=inputs.propagated[order],
-        support=inputs.support[order],
-        edge_index=position[inputs.edge_index],
-        edge_features=inputs.edge_features,
-    )
-    torch.testing.assert_close(network()(permuted), network()(inputs)[order], rtol=0, atol=1e-5)
+    permuted = replace(inputs.part(order), edges=tuple(Edges(position[e.index], e.features) for e in inputs.edges))
+    expected = network()(inputs, labels, EVERY)[order]
+    torch.testing.assert_close(network()(permuted, labels.part(order), EVERY), expected, rtol=0, atol=1e-5)
 
 
-def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs):
-    before = [tensor.clone() for tensor in vars(inputs).values()]
+def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs, labels):
+    before = [inputs.spot.clone(), labels.base.clone(), inputs.edges[0].features.clone()]
     net = network()
-    assert torch.equal(net(inputs), net(inputs))
-    assert all(torch.equal(a, b) for a, b in zip(before, vars(inputs).values(), strict=True))
+    assert torch.equal(net(inputs, labels, EVERY), net(inputs, labels, EVERY))
+    after = [inputs.spot, labels.base, inputs.edges[0].features]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 11])
-def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, size, monkeypatch):
-    shuffled = torch.randperm(inputs.edge_index.shape[1], generator=torch.Generator().manual_seed(0))
-    mixed = replace(inputs, edge_index=inputs.edge_index[:, shuffled], edge_features=inputs.edge_features[shuffled])
+def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, labels, size, monkeypatch):
+    mixed = []
+    for seed, edges in enumerate(inputs.edges):
+        shuffled = torch.randperm(edges.index.shape[1], generator=torch.Generator().manual_seed(seed))
+        mixed.append(Edges(edges.index[:, shuffled], edges.features[shuffled]))
     monkeypatch.setattr(_network, "_SPOTS_AT_A_TIME", size)
-    found = _network.predict(network(), mixed, device="cpu")
-    torch.testing.assert_close(found, network()(inputs), rtol=0, atol=1e-5)
+    found = _network.predict(network(), replace(inputs, edges=tuple(mixed)), labels, device="cpu")
+    torch.testing.assert_close(found, network()(inputs, labels, EVERY), rtol=0, atol=1e-5)
 
 
-def test_isolated_spot_is_finite(inputs):
-    assert torch.isfinite(network()(inputs)[N - 1]).all()
+def test_isolated_spot_is_finite(inputs, labels):
+    assert torch.isfinite(network()(inputs, labels, EVERY)[N - 1]).all()
 
 
 def test_attention_weights_sum_to_one_and_react_to_edge_features(inputs):
     layer = network().graph[0]
     nodes = torch.randn(N, 16)
 
+    edges = inputs.edges[0]
+
     def weights(features):
-        _, (index, alpha) = layer.attention(nodes, inputs.edge_index, features, return_attention_weights=True)
+        _, (index, alpha) = layer.attention[0](nodes, edges.index, features, return_attention_weights=True)
         return index, alpha.detach()
 
-    index, alpha = weights(inputs.edge_features)
+    index, alpha = weights(edges.features)
     totals = torch.zeros(N, alpha.shape[1]).index_add_(0, index[1], alpha)
-    torch.testing.assert_close(totals, torch.ones_like(totals))
-    changed = inputs.edge_features.clone()
+    torch.testing.assert_close(totals[:-1], torch.ones_like(totals[:-1]))  # the last one has no neighbours
+    changed = edges.features.clone()
     changed[0] += 1.0
     assert (weights(changed)[1] - alpha).abs().max() > 1e-4
 
 
-def test_every_parameter_receives_a_gradient(inputs):
+def test_every_parameter_receives_a_gradient(inputs, labels):
     net = network()
     net.train()
-    (net(inputs) ** 2).mean().backward()
+    (net(inputs, labels, EVERY) ** 2).mean().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert idle == []
 
 
-def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs):
+def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs, labels):
     net = network()
     torch.nn.init.zeros_(net.merge.weight)
     torch.nn.init.constant_(net.merge.bias, 20.0)  # tanh saturates at 1
-    torch.testing.assert_close(net(inputs), inputs.propagated)
+    torch.testing.assert_close(net(inputs, labels, EVERY), labels.propagated)
     torch.nn.init.zeros_(net.merge.bias)
-    assert torch.equal(net(inputs), net(replace(inputs, propagated=inputs.propagated + 1.0)))
+    other = replace(labels, propagated=labels.propagated + 1.0)
+    assert torch.equal(net(inputs, labels, EVERY), net(inputs, other, EVERY))
 
 
 def test_correlation_loss_is_one_minus_pearson():

@@ -68,13 +68,22 @@ def propagation(spots: Spots) -> np.ndarray:
 
 def ridge(spots: Spots) -> np.ndarray:
     """Ridge regression on image features; penalty by leave-one-out on the known spots."""
+    return apply_linear(given(spots.features), *fit_ridge(spots))
+
+
+def apply_linear(features: np.ndarray, slope: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """(n, g) prediction of a linear model with (d, g) slope and (g,) offset."""
+    return features @ slope + offset
+
+
+def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
+    """Slope (d, g) and offset (g,) of the ridge regression on the image features of the known spots."""
     rows, expression = np.flatnonzero(spots.known), spots.expression
     if len(rows) > _MAX_RIDGE:
         part = np.linspace(0, len(rows) - 1, _MAX_RIDGE).astype(int)
         rows, expression = rows[part], expression[part]
     centre = expression.mean(axis=0)
-    features = given(spots.features)
-    known = features[rows].astype(float)
+    known = given(spots.features)[rows].astype(float)
     offset = known.mean(axis=0)
     u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
     target = u.T @ (expression - centre)
@@ -86,8 +95,8 @@ def ridge(spots: Spots) -> np.ndarray:
         residual = (expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
         errors.append(float(np.mean(residual**2)))
         shrinkages.append(shrink / np.where(s > 0, s, 1.0))
-    weights = vt.T @ (shrinkages[int(np.argmin(errors))][:, None] * target)
-    return features @ weights + (centre - offset @ weights)
+    slope = vt.T @ (shrinkages[int(np.argmin(errors))][:, None] * target)
+    return slope, centre - offset @ slope
 
 
 def transfer_ridge(spots: Spots) -> np.ndarray:

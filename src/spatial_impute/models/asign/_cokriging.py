@@ -56,17 +56,30 @@ class _AllInputs:
         return _Inputs((place - origin).astype(np.float32), image.astype(np.float32))
 
 
+@dataclass(frozen=True)
+class Kriging:
+    """Prediction of :func:`krige` by component: ``centre + scores @ effects``."""
+
+    centre: np.ndarray  # (g,) mean profile
+    scores: np.ndarray  # (n, k) expected components
+    effects: np.ndarray  # (k, g) expression of a component
+
+    def expression(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(m, g) of some spots, of all by default."""
+        found = self.scores[rows] @ self.effects
+        found += self.centre
+        return found
+
+
+def cokriging(spots: Spots, *, left_out: np.ndarray | None = None) -> np.ndarray:
+    """(n, g) expected expression by :func:`krige`; in single precision if there are more than 2000 known spots."""
+    return krige(spots, left_out=left_out).expression()
+
+
 # On matrices of this size, threads of BLAS wait for each other longer than they compute. On a shared machine they made
 # it 25 times slower.
 @threadpool_limits.wrap(limits=1, user_api="blas")
-def cokriging(
-    spots: Spots,
-    *,
-    max_components: int = 20,
-    leave_one_out: bool = False,
-    wanted: np.ndarray | None = None,
-    seed: int = 0,
-) -> np.ndarray:
+def krige(spots: Spots, *, max_components: int = 20, left_out: np.ndarray | None = None, seed: int = 0) -> Kriging:
     """Predict expression from place and image by Gaussian processes on its principal components.
 
     The kernel of each component is the sum of a Gaussian of the registered distance, a linear and a Gaussian kernel of
@@ -80,16 +93,11 @@ def cokriging(
         Spots of one stack; without features only their place is used.
     max_components
         Largest number of components of expression.
-    leave_one_out
-        Predict each known spot from the other known ones instead of from all.
-    wanted
-        (n,) bool, spots to predict; the others get the mean profile, which saves time. All by default.
+    left_out
+        (n_known,) group of each known spot. Each is then predicted from the known spots of the other groups; components
+        and parameters still come from all of them.
     seed
         Seed of the choice of known spots if there are more than 2000.
-
-    Returns
-    -------
-    (n, g) expected expression; in single precision if there are more than 2000 known spots.
     """
     inputs = _AllInputs(spots)
     rows = np.flatnonzero(spots.known)
@@ -98,37 +106,30 @@ def cokriging(
     centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep], max_components)
     # Single precision halves the time and the memory of the result, and is enough within a tile.
     in_tiles = len(rows) > _MAX_EXACT
-    result = np.tile(centre.astype(np.float32) if in_tiles else centre, (len(spots.known), 1))
-    if not components:
-        return result
-    loadings = np.stack([c.loading / c.spread for c in components], axis=1)
-    effects = np.stack([c.loading * (c.spread * c.skill) for c in components])
-    thetas = [c.theta for c in components]
+    precision = np.float32 if in_tiles else np.float64
+    n, n_genes = len(spots.known), len(centre)
+    loadings = np.stack([c.loading / c.spread for c in components], axis=1) if components else np.empty((n_genes, 0))
+    effects = np.reshape([c.loading * (c.spread * c.skill) for c in components], (len(components), n_genes))
+    scores = np.zeros((n, len(components)), precision)
     kernels = _Kernels(sample)
-    for inside, others, own in _tiles(inputs.place, rows, seed):
+    for inside, others, own in _tiles(inputs.place, rows, seed) if components else ():
         near = np.concatenate([others, own])
         origin = inputs.place[rows[own]].mean(axis=0) if in_tiles else None
         known, counting = kernels.around(inputs.of(rows[near], origin)), spots.counting_noise[near]
         targets = (spots.expression[near] - centre) @ loadings
-        covariances = known.distances(known.known)
-        duals, left_out = zip(
-            *(
-                _solve(
-                    known.covariance(*covariances, c.theta), target, _noise_variance(c.theta, counting), n_left=len(own)
-                )
-                for c, target in zip(components, targets.T, strict=True)
-            ),
-            strict=True,
-        )
-        if wanted is not None:
-            inside = inside[wanted[inside]]
+        distances = known.distances(known.known)
+        groups = None if left_out is None else left_out[near]
+        solved = [
+            _solve(known.covariance(*distances, c.theta), target, _noise_variance(c.theta, counting), groups)
+            for c, target in zip(components, targets.T, strict=True)
+        ]
+        duals = np.stack([dual for dual, _ in solved], axis=1)
         for start in range(0, len(inside), _ROWS_AT_A_TIME):
             part = inside[start : start + _ROWS_AT_A_TIME]
-            scores = known.predict(inputs.of(part, origin), thetas, np.stack(duals, axis=1))
-            result[part] = centre + scores @ effects
-        if leave_one_out:
-            result[rows[own]] = centre + np.stack(left_out, axis=1) @ effects
-    return result
+            scores[part] = known.predict(inputs.of(part, origin), [c.theta for c in components], duals)
+        if left_out is not None:
+            scores[rows[own]] = np.stack([found[len(others) :] for _, found in solved], axis=1)
+    return Kriging(centre.astype(precision), scores, effects.astype(precision))
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _fit_components(
         spread = float(np.sqrt(np.average(target**2, weights=weight)))
         theta = _fit(known, target / spread, counting)
         noise = _noise_variance(theta, counting)
-        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, n_left=len(target))
+        alone = np.arange(len(target))
+        _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, alone)
         skill = _skill(target / spread, left_out, noise)
         if skill > 0:
             components.append(_Component(loading, spread, theta, skill))
@@ -306,21 +308,28 @@ def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray
 
 
 def _solve(
-    covariance: np.ndarray, target: np.ndarray, noise: np.ndarray, *, n_left: int
+    covariance: np.ndarray, target: np.ndarray, noise: np.ndarray, groups: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the known spots, and the leave-one-out prediction of the last `n_left` of them.
+    """Weights of the known spots, and the prediction of each from those of other groups, (n,) each.
 
-    The covariance is overwritten.
+    The covariance is overwritten. Without groups the second array is empty.
     """
     covariance[np.diag_indices_from(covariance)] += noise
     triangle = cholesky(covariance, lower=True, overwrite_a=True)
     dual = cho_solve((triangle, True), target.astype(triangle.dtype))
-    # The diagonal of the inverse from the inverse of the triangle, a sixth of the work of the whole inverse. Its last
-    # entries only need the last rows of the triangle.
-    corner = triangle[-n_left:, -n_left:]
+    if groups is None:
+        return dual, np.empty(0)
     (trtri,) = get_lapack_funcs(("trtri",), (triangle,))
-    inverse, _ = trtri(corner, lower=1)
-    return dual, target[-n_left:] - dual[-n_left:] / np.einsum("ij,ij->j", inverse, inverse)
+    inverse, _ = trtri(triangle, lower=1)
+    codes, group = np.unique(groups, return_inverse=True)
+    if len(codes) == len(target):  # each spot alone: only the diagonal of the inverse covariance
+        return dual, target - dual / np.einsum("ij,ij->j", inverse, inverse)
+    left_out = np.empty(len(target))
+    for k in range(len(codes)):
+        own = np.flatnonzero(group == k)
+        columns = inverse[own[0] :, own]  # above them the triangle is empty
+        left_out[own] = target[own] - np.linalg.solve(columns.T @ columns, dual[own])
+    return dual, left_out
 
 
 def _skill(target: np.ndarray, left_out: np.ndarray, noise: np.ndarray) -> float:

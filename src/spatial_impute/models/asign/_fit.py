@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.linalg import cholesky, solve_triangular
-from scipy.optimize import nnls
 
-from spatial_impute._scores import pearson_by_gene, predictable_genes, summarise
+from spatial_impute._scores import pearson_by_gene, predictable_genes
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, available_methods, knn, ridge
+from spatial_impute.models.asign._blend import KnownTruth, cross_validation_table
+from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
-from spatial_impute.models.asign._graph_inputs import GeneScale
+from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
+from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import (
     held_out_noise,
     held_out_spread,
@@ -25,8 +26,8 @@ from spatial_impute.models.asign._intervals import (
     relative_noise,
     spot_scale,
 )
-from spatial_impute.models.asign._model import NETWORK, AsignModel
-from spatial_impute.models.asign._training import FitSettings, NetworkFit, TrainingSet
+from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
+from spatial_impute.models.asign._training import regimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
-    from spatial_impute.models.asign._training import FitSettings
+    from spatial_impute.models.asign._cokriging import Kriging
+    from spatial_impute.models.asign._ensemble import Runs
 
 # The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
 
-# From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
-_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
-_NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run for it
+# What the network can add its correction to; the one with the lowest error on hidden folds by default.
+BASES = ("mean", "propagation", "cokriging", TWO_VIEWS)
 
 
 def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> AsignModel:
@@ -50,54 +51,145 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     if settings.checkpoint is not None:
         fingerprint = _fingerprint(stacks, var_names, settings)
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
-    methods = available_methods(data.stacks[0])
-    n_steps = len(methods) * sum(len(folds) for folds in data.folds) + data.n_folds * params.n_steps
-    on_step = settings.progress(n_steps)
+    truth, folds = data.truth, data.fold_of_spot
+    methods = [name for name in available_methods(data.stacks[0]) if name != "cokriging"]
+    n_folds = sum(map(len, data.folds))
+    on_step = settings.progress((len(methods) + 1) * n_folds + _n_training_steps(data, params))
     held_out = {name: _predict_held_out(data, METHODS[name], on_step) for name in methods}
+    kriged = _krige_folds(data, on_step)
+    held_out |= _held_out_kriging(data, kriged)
+    error = {name: float(np.mean((found - truth) ** 2)) for name, found in held_out.items()}
     for name in data.stacks[0].bases or {}:
         held_out[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
 
-    truth = data.truth
-    best = min(methods, key=lambda name: np.mean((held_out[name] - truth) ** 2))
+    best = held_out[min(error, key=error.__getitem__)]
     # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
-    weight = counting_weights(held_out[best] - truth, np.concatenate([s.counting_noise for s in data.stacks]))
-    centre, scale = truth.mean(axis=0), np.maximum(truth.std(axis=0), 1e-3)
-    networks = NetworkFit(
-        data=data,
-        weights=data.by_stack(weight),
-        genes=GeneScale(torch.tensor(centre, dtype=torch.float32), torch.tensor(scale, dtype=torch.float32)),
-        group=torch.from_numpy(_gene_groups(pearson_by_gene(held_out[best], truth), params.n_gene_groups)),
-        settings=settings,
-        fingerprint=fingerprint,
-        on_step=on_step,
-    )
-    states, held_out[NETWORK], history = networks.run()
+    weight = counting_weights(best - truth, np.concatenate([s.counting_noise for s in data.stacks]))
+    support = data.per_stack(held_out_support)
+    group = torch.from_numpy(_gene_groups(pearson_by_gene(best, truth), params.n_gene_groups))
+    known = KnownTruth(truth, folds, weight)
 
-    experts = [name for name in held_out if name not in _NOT_BLENDED]
-    deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-    weights, blended = blend_weights(deviations, (truth - centre) / scale, data.fold_of_spot, weight)
-    held_out["asign"] = centre + blended * scale
-    scores = {name: summarise(predicted, truth, held_out["mean"]) for name, predicted in held_out.items()}
-    predictable = predictable_genes(held_out["asign"], truth, data.fold_of_spot)
+    def network_fit(base: str) -> NetworkFit:
+        parts = held_out["mean" if base == "none" else base], held_out["propagation"], support
+        views = {"cokriging": 1, TWO_VIEWS: 2}.get(base, 0)
+
+        def nested(i: int, k: int) -> LabelPredictions:
+            k = min(k, len(data.folds[i]) - 1)
+            return nested_predictions(*data.rest(i, k), base, kriged[i][k][:views])
+
+        return NetworkFit(
+            name=base,
+            data=data,
+            single=[_at_known(*part) for part in zip(data.stacks, *map(data.by_stack, parts), strict=True)],
+            nested=nested,
+            weights=data.by_stack(weight),
+            group=group,
+            settings=settings,
+            fingerprint=fingerprint,
+            on_step=on_step,
+        )
+
+    without = [name for name in held_out if name not in _NOT_BLENDED]
+    tried = {name: (found, found.try_regimes()) for name in _bases(params, error) for found in [network_fit(name)]}
+    base = min(tried, key=lambda name: _trial_error(*tried[name], known, held_out, without) if len(tried) > 1 else 0.0)
+    networks = tried[base][0].run(tried[base][1])
+    held_out[NETWORK] = networks.held_out
+    experts = [*without, NETWORK]
+    weights, held_out["asign"] = known.blend(held_out, experts)
+    weights_without, held_out[WITHOUT] = known.blend(held_out, without)
+    held_out[BASE] = held_out["mean" if base == "none" else base]
+    predictable = predictable_genes(held_out["asign"], truth, folds)
+    names = list(var_names)
     return AsignModel(
         params=params,
         var_names=var_names,
         experts=experts,
+        base=base,
         n_features=data.n_features,
-        networks=states,
+        networks=networks.states,
         tensors={
-            "centre": networks.genes.centre,
-            "scale": networks.genes.scale,
-            "group": networks.group,
+            "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
+            "network_centre": torch.stack([genes.centre for genes in networks.scales]),
+            "network_scale": torch.stack([genes.scale for genes in networks.scales]),
+            "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
-            **_interval_tensors(data, held_out["asign"] - truth, held_out["mean"] - truth, params),
+            "weights_without": torch.tensor(weights_without, dtype=torch.float32),
+            **_interval_tensors(data, held_out["asign"] - truth, held_out["mean"] - truth, support, params),
         },
-        cross_validation=pd.DataFrame(scores).T.rename_axis("method"),
-        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth), index=list(var_names)),
-        predictable=pd.Series(predictable, index=list(var_names)),
-        history=history,
-        config=settings.config | {"seed": settings.seed},
+        cross_validation=cross_validation_table(held_out, truth, folds),
+        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth, folds), index=names),
+        predictable=pd.Series(predictable, index=names),
+        history=networks.history,
+        config=settings.config | {"seed": settings.seed, "regime": networks.regime},
+        cohort=fit_cohort(stacks, var_names, settings) if len(stacks) > 1 else None,
     )
+
+
+def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
+    """Bases to try: the best one, and the mean, from which a network learns most that the others do not know."""
+    if params.base != "auto":
+        return [params.base if params.base in error or params.base == "none" else "cokriging"]
+    return list(dict.fromkeys([min((name for name in BASES if name in error), key=error.__getitem__), "mean"]))
+
+
+def _trial_error(
+    networks: NetworkFit, runs: Runs, known: KnownTruth, held_out: dict[str, np.ndarray], others: list[str]
+) -> float:
+    """Squared error of the blend of the networks with other methods on the trial folds."""
+    found = networks.held_out(runs, networks.trials)
+    rows = np.isfinite(found).all(axis=1)
+    part = KnownTruth(known.values[rows], known.folds[rows], known.weight[rows])
+    _, blended = part.blend(
+        {name: held_out[name][rows] for name in others} | {NETWORK: found[rows]}, [*others, NETWORK]
+    )
+    return float(np.mean(part.weight[:, None] * (blended - part.values) ** 2))
+
+
+def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Kriging]]]:
+    """Per stack and hidden fold: co-kriging with all image features and, of several sections, with those they share."""
+    result = []
+    for i, (spots, folds) in enumerate(zip(data.stacks, data.folds, strict=True)):
+        base = TWO_VIEWS if len(np.unique(spots.section)) > 1 else "cokriging"
+        parts = []
+        for k in range(len(folds)):
+            rest, groups = data.rest(i, k)
+            parts.append(krige_for(rest, base, left_out=groups))
+            on_fold()
+        result.append(parts)
+    return result
+
+
+def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> dict[str, np.ndarray]:
+    """(n_known, g) held-out predictions by co-kriging, and by both views of it where all stacks have them."""
+    n_views = min(len(views) for parts in kriged for views in parts)
+    names = ["cokriging", TWO_VIEWS][:n_views]
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for spots, folds, parts in zip(data.stacks, data.folds, kriged, strict=True):
+        values = [np.empty((len(spots.known), spots.expression.shape[1])) for _ in names]
+        for fold, views in zip(folds, parts, strict=True):
+            total = np.zeros((), float)
+            for n, (own, view) in enumerate(zip(values, views, strict=False), start=1):
+                total = total + view.expression(fold)
+                own[fold] = total / n
+        for name, own in zip(names, values, strict=True):
+            found[name].append(own[spots.known])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _n_training_steps(data: TrainingSet, params: AsignParams) -> int:
+    steps = [given(regime.n_steps) for regime in regimes(params)]
+    return data.n_folds * max(steps) + 4 * sum(steps)
+
+
+def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
+    """Predictions of the known spots at their positions among all; 0 elsewhere."""
+
+    def spread(values: np.ndarray, dtype: type) -> np.ndarray:
+        result = np.zeros((len(spots.known), *values.shape[1:]), dtype)
+        result[spots.known] = values
+        return result
+
+    return LabelPredictions(spread(base, np.float32), spread(propagated, np.float32), spread(support, np.float64))
 
 
 def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> dict[str, Any]:
@@ -144,10 +236,13 @@ def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
 
 
 def _interval_tensors(
-    data: TrainingSet, residuals: np.ndarray, residuals_of_mean: np.ndarray, params: AsignParams
+    data: TrainingSet,
+    residuals: np.ndarray,
+    residuals_of_mean: np.ndarray,
+    support: np.ndarray,
+    params: AsignParams,
 ) -> dict[str, Tensor]:
     """Tensors of a model from which the standard deviations of imputed values are computed."""
-    support = data.per_stack(held_out_support)
     noise = data.per_stack(held_out_noise)
     usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
     # The error of a spot depends on its depth, so residuals are divided by this effect before they are compared.
@@ -162,76 +257,6 @@ def _interval_tensors(
         "usual_support": torch.tensor([float(np.median(support))], dtype=torch.float32),
         "whole_sections": torch.tensor([all(len(np.unique(s.section[s.known])) > 1 for s in data.stacks)]),
     }
-
-
-def blend_weights(
-    predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Non-negative weights of several predictions for every gene, (g, k), and the blend with weights of the other folds.
-
-    The weights of each gene are shrunk to weights common to all genes. The strength is the best one for held-out folds.
-    If a single prediction is better than the best blend there, it is used alone. The sum of weights need not be one: a sum
-    below one shrinks to the mean.
-
-    Parameters
-    ----------
-    predictions, truth
-        (k, n, g) and (n, g) as deviations from the mean profile, in units comparable between genes.
-    folds, spot_weights
-        (n,) fold of each spot, and weight of its squared error (1 by default).
-    """
-    codes = np.unique(folds)
-    w = np.ones(len(truth)) if spot_weights is None else spot_weights
-    # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
-    gram = np.stack(
-        [
-            np.einsum("n,kng,lng->gkl", w[folds == c], p, p, optimize=True)
-            for c, p in ((c, predictions[:, folds == c]) for c in codes)
-        ]
-    )
-    moment = np.stack(
-        [
-            np.einsum("n,kng,ng->gk", w[folds == c], predictions[:, folds == c], truth[folds == c], optimize=True)
-            for c in codes
-        ]
-    )
-
-    def error(predicted: np.ndarray) -> float:
-        return float(np.mean(w[:, None] * (predicted - truth) ** 2))
-
-    candidates = {}
-    for strength in _STRENGTHS:
-        blended = np.empty(truth.shape)
-        for i, code in enumerate(codes):
-            weights = _gene_weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
-            blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
-        candidates[strength] = blended
-    strength = min(candidates, key=lambda s: error(candidates[s]))
-    best = int(np.argmin([error(p) for p in predictions]))
-    if error(candidates[strength]) >= error(predictions[best]):
-        return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
-    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
-
-
-def _gene_weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
-    """(g, k) weights from the sums of products of each gene, shrunk to the weights for all genes together."""
-    common = _solve_nonnegative(gram.sum(axis=0), moment.sum(axis=0))
-    k = gram.shape[1]
-    ridge = strength * np.trace(gram.mean(axis=0)) / k
-    found = np.stack(
-        [_solve_nonnegative(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)]
-    )
-    return np.where(found > _NEGLIGIBLE, found, 0.0)
-
-
-def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """Non-negative least squares from sums of products."""
-    size = np.trace(gram)
-    if size <= 0:
-        return np.zeros(len(moment))
-    # A small ridge, because the matrix is singular if two predictions are equal.
-    factor = cholesky(gram + 1e-10 * size * np.eye(len(gram)), lower=False)
-    return nnls(factor, solve_triangular(factor, moment, trans="T"))[0]
 
 
 ASIGN = "asign"
@@ -277,21 +302,3 @@ def predict_held_out(
         result[fold] = found[fold]
         on_fold()
     return result
-
-
-def concatenate(stacks: Sequence[Spots]) -> Spots:
-    """Spots of several stacks as one, for methods of :data:`FROM_IMAGE`, which use no coordinates and no graph."""
-    if len(stacks) == 1:
-        return stacks[0]
-    first = np.cumsum([0, *(int(s.section.max()) + 1 for s in stacks[:-1])])
-    features = [s.features for s in stacks if s.features is not None]
-    totals = [s.total_counts for s in stacks if s.total_counts is not None]
-    return Spots(
-        xyz=np.concatenate([s.xyz for s in stacks]),
-        section=np.concatenate([s.section + n for s, n in zip(stacks, first, strict=True)]),
-        known=np.concatenate([s.known for s in stacks]),
-        expression=np.concatenate([s.expression for s in stacks]),
-        spacing=float(np.median([s.spacing for s in stacks])),
-        features=np.concatenate(features) if len(features) == len(stacks) else None,
-        total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
-    )

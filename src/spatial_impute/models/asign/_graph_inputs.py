@@ -7,21 +7,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
-from spatial_impute.models.asign._cokriging import cokriging
-from spatial_impute.models.asign._network import GraphInputs
+from spatial_impute.models.asign._baselines import section_mean
+from spatial_impute.models.asign._cokriging import krige
+from spatial_impute.models.asign._network import Edges, GraphInputs, LabelInputs
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
-    from scipy import sparse
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models._spots import Spots
+    from spatial_impute.models.asign._cokriging import Kriging
+
+TWO_VIEWS = "cokriging-two-views"
+"""Mean of co-kriging with all image features, and with those that sections share."""
 
 _MAX_COMPONENTS = 64  # more than some hundred measured spots can resolve
 _MAX_FITTED = 20_000  # spots that the principal components are fitted to
+_LEAST_SCALE = 1e-3  # genes that do not vary are not divided by zero
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,15 @@ class GeneScale:
     centre: Tensor  # (g,) mean
     scale: Tensor  # (g,) standard deviation
 
+    @classmethod
+    def of(cls, expression: np.ndarray) -> GeneScale:
+        """Mean and standard deviation of the (n, g) expression of training spots."""
+        scale = np.maximum(expression.std(axis=0), _LEAST_SCALE)
+        return cls(torch.tensor(expression.mean(axis=0), dtype=torch.float32), torch.tensor(scale, dtype=torch.float32))
+
     def standardise(self, expression: np.ndarray) -> Tensor:
-        """Standard deviations around the mean, float32. Float32 input is changed in place."""
-        values = torch.from_numpy(expression.astype(np.float32, copy=False))
-        return values.sub_(self.centre).div_(self.scale)
+        """Standard deviations around the mean, float32."""
+        return torch.from_numpy(expression.astype(np.float32)).sub_(self.centre).div_(self.scale)
 
     def restore(self, standardised: Tensor) -> np.ndarray:
         """Expression from standardised values."""
@@ -42,83 +56,157 @@ class GeneScale:
 
 
 def graph_inputs(
-    spots: Spots,
-    genes: GeneScale,
-    params: AsignParams,
-    *,
-    targets: np.ndarray | None = None,
-    features_cokriging: np.ndarray | None = None,
+    spots: Spots, params: AsignParams, *, targets: np.ndarray | None = None
 ) -> tuple[GraphInputs, np.ndarray]:
-    """Tensors of one stack, and the (m,) ascending positions of the spots in them.
+    """Images and graph of one stack as tensors, and the (m,) ascending positions of the spots in them.
 
-    Parameters
-    ----------
-    spots, genes, params
-        Spots with features, components, tokens and graph; standardisation of the genes; settings of the network.
-    targets
-        (n,) bool, spots to predict. Spots outside of their receptive field are left out. All by default.
-    features_cokriging
-        (n, g) leave-one-out co-kriging with all features, if it has been computed before.
+    With `targets` (n,) bool, spots are left out that have no path to these through the layers of the network.
     """
     graph = given(spots.graph)
-    coo = graph.tocoo()
-    edges = _strongest_edges(graph, params.n_neighs)
+    coo, features = graph.tocoo(), given(spots.edge_features)
+    edges = [_strongest_edges(graph, kind, params.n_neighs) for kind in _edge_types(features)]
     seen = np.ones(len(spots.known), dtype=bool)
     if targets is not None:
-        seen, into = _receptive_field(coo.row[edges], coo.col[edges], targets, params.n_graph_layers)
-        edges = edges[into]
+        seen = _receptive_field(coo.row, coo.col, edges, targets, params.n_graph_layers)
+        edges = [positions[seen[coo.row[positions]] & seen[coo.col[positions]]] for positions in edges]
     rows = np.flatnonzero(seen)
-
-    def standardised(expression: np.ndarray) -> Tensor:
-        # In place, here and below: each of these tables takes a gigabyte for a million spots.
-        return genes.standardise(expression if seen.all() else expression[rows])
-
-    values, support = propagate(graph, spots.known, spots.expression, dtype=np.float32)
-    propagated = standardised(values)
-    # The base of known spots must not contain their own labels. Otherwise the unknown spots right above them would see
-    # neighbours with much less noise than those in training, whose labels are hidden. Two predictions with different
-    # errors are averaged: from all image features, and from the components that sections share.
-    base = cokriging(replace(spots, features=spots.components), leave_one_out=True, wanted=seen)
-    base += cokriging(spots, leave_one_out=True, wanted=seen) if features_cokriging is None else features_cokriging
-    base *= 0.5
-    base = standardised(base)
-    np.copyto(propagated.numpy(), base.numpy(), where=~np.isfinite(propagated.numpy()))  # not reached by any label
-    tokens = [t if targets is None else t[rows] for t in given(spots.tokens)]
-    spot, region, surroundings = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tokens)
-    # Messages flow from column to row.
+    tokens = [np.ascontiguousarray(t if targets is None else t[rows], np.float32) for t in given(spots.tokens)]
+    spot, region, surroundings = (torch.from_numpy(t) for t in tokens)
     position = np.cumsum(seen) - 1
     inputs = GraphInputs(
         spot=spot[:, 0],
         region=region,
         surroundings=surroundings,
-        base=base,
-        propagated=propagated,
-        support=torch.from_numpy(support[rows].astype(np.float32))[:, None],
-        edge_index=torch.from_numpy(position[np.stack([coo.col[edges], coo.row[edges]])]),
-        edge_features=torch.from_numpy(given(spots.edge_features)[edges].astype(np.float32)),
+        # Messages flow from column to row.
+        edges=tuple(
+            Edges(
+                torch.from_numpy(position[np.stack([coo.col[positions], coo.row[positions]])]),
+                torch.from_numpy(features[positions].astype(np.float32)),
+            )
+            for positions in edges
+        ),
     )
     return inputs, rows
 
 
-def _strongest_edges(graph: sparse.csr_matrix, k: int) -> np.ndarray:
-    """Positions of the k largest entries of every row."""
-    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))
-    order = np.lexsort((graph.indices, -graph.data, row))
-    rank = np.arange(len(row)) - graph.indptr[row[order]]
-    return np.sort(order[rank < k])
+@dataclass(frozen=True)
+class LabelPredictions:
+    """Expression of spots as the labels of other spots predict it: base, and propagation over the 3D graph."""
+
+    base: np.ndarray  # (n, g)
+    propagated: np.ndarray  # (n, g)
+    support: np.ndarray  # (n,) mass of the propagation, 0-1
+
+    def inputs(self, genes: GeneScale, rows: np.ndarray | slice = slice(None)) -> LabelInputs:
+        """Tensors for some spots."""
+        support = torch.from_numpy(self.support[rows].astype(np.float32))[:, None]
+        return LabelInputs(genes.standardise(self.base[rows]), genes.standardise(self.propagated[rows]), support)
+
+
+def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Kriging]) -> LabelPredictions:
+    """Predict all spots from the known ones.
+
+    `kriged` are the predictions by co-kriging that the base is made of; see :func:`krige_for`.
+    """
+    propagated, support = propagate(given(spots.graph), spots.known, spots.expression, dtype=np.float32)
+    found = base_prediction(base, kriged, propagated, section_mean(spots))
+    # Where no label arrives, the base takes the place of propagated labels.
+    np.copyto(propagated, found, where=~np.isfinite(propagated))
+    return LabelPredictions(found, propagated, support)
+
+
+def nested_predictions(rest: Spots, groups: np.ndarray, base: str, kriged: Sequence[Kriging]) -> LabelPredictions:
+    """Predict the known spots, each of them without its group; 0 for all others.
+
+    `groups` (n_known,) are those that `kriged` has left out.
+    """
+    n, n_genes = len(rest.known), rest.expression.shape[1]
+    propagated, support = np.zeros((n, n_genes), np.float32), np.zeros(n)
+    for code in np.unique(groups):
+        hidden = np.zeros(n, dtype=bool)
+        hidden[np.flatnonzero(rest.known)[groups == code]] = True
+        part = rest.hide(hidden)
+        values, mass = propagate(given(part.graph), part.known, part.expression, dtype=np.float32)
+        propagated[hidden], support[hidden] = values[hidden], mass[hidden]
+    found = base_prediction(base, kriged, propagated, section_mean(rest)).astype(np.float32)
+    np.copyto(propagated, found, where=~np.isfinite(propagated))
+    return LabelPredictions(found, propagated, support)
+
+
+def krige_for(spots: Spots, base: str, *, left_out: np.ndarray | None = None) -> list[Kriging]:
+    """Co-krigings that a base is the mean of; see ``AsignParams.base``."""
+    views = [spots]
+    if base == TWO_VIEWS:  # with different errors: all image features, and the components that sections share
+        views.append(replace(spots, features=spots.components))
+    return [krige(view, left_out=left_out) for view in views] if base.startswith("cokriging") else []
+
+
+def base_prediction(base: str, kriged: Sequence[Kriging], propagated: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(n, g) prediction to which the network adds its correction."""
+    if base == "propagation":
+        return np.where(np.isfinite(propagated), propagated, mean)
+    if base in ("mean", "none"):
+        return mean
+    return mean_of(kriged)
+
+
+def mean_of(kriged: Sequence[Kriging]) -> np.ndarray:
+    """(n, g) mean of several co-krigings."""
+    found = kriged[0].expression()
+    for part in kriged[1:]:
+        found += part.expression()
+    found /= len(kriged)
+    return found
+
+
+def _edge_types(features: np.ndarray) -> list[np.ndarray]:
+    """(e,) bool for each type of edge: within the section, across sections by place, and by similar images."""
+    _, _, overlap, similarity, within, _ = features.T
+    return [within > 0, (within == 0) & ((similarity == 0) | (overlap > 0)), similarity > 0]
+
+
+def _strongest_edges(graph: sparse.csr_matrix, kind: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k largest entries of every row among the edges of one type, ascending."""
+    positions = np.flatnonzero(kind)
+    row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))[positions]
+    order = np.lexsort((graph.indices[positions], -graph.data[positions], row))
+    first = np.searchsorted(row, row)  # rows ascend, before and after the sort
+    rank = np.arange(len(row)) - first
+    return np.sort(positions[order[rank < k]])
 
 
 def _receptive_field(
-    row: np.ndarray, col: np.ndarray, targets: np.ndarray, n_layers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Spots within `n_layers` edges of the targets, and the edges (from `col` to `row`) on the paths to them."""
+    row: np.ndarray, col: np.ndarray, edges: list[np.ndarray], targets: np.ndarray, n_layers: int
+) -> np.ndarray:
+    """(n,) bool, spots within `n_layers` edges (from `col` to `row`) of the targets."""
+    used = np.concatenate(edges)
     seen = targets
-    into = np.zeros(len(row), dtype=bool)
     for _ in range(n_layers):
-        into = seen[row]
+        into = used[seen[row[used]]]
         seen = seen.copy()
         seen[col[into]] = True
-    return seen, into
+    return seen
+
+
+def field_means(spots: Spots, values: np.ndarray, rows: np.ndarray, seen: np.ndarray, edge: float) -> np.ndarray:
+    """(m, g) mean of (n_known, g) values over the `seen` spots of the section in a square around each of some rows.
+
+    `edge` is that of the square in um; `seen` (n,) is a mask of known spots.
+    """
+    result = np.zeros((len(rows), values.shape[1]), np.float32)
+    of_known = np.cumsum(spots.known) - 1
+    for code in np.unique(spots.section[rows]):
+        own = np.flatnonzero(spots.section[rows] == code)
+        inside = np.flatnonzero(seen & (spots.section == code))
+        tree = cKDTree(spots.xyz[inside, :2])
+        near = tree.query_ball_point(spots.xyz[rows[own], :2], max(edge, 1e-9) / 2, p=np.inf)
+        lengths = np.array([len(found) for found in near])
+        columns = np.concatenate([np.asarray(found, dtype=int) for found in near])
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        weights = np.repeat(1 / np.maximum(lengths, 1), lengths)
+        mean = sparse.csr_matrix((weights, columns, starts), shape=(len(own), len(inside)))
+        result[own] = mean @ values[of_known[inside]]
+    return result
 
 
 def with_components(spots: Spots) -> Spots:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models._params import AsignParams
@@ -24,22 +24,32 @@ from spatial_impute.models._storage import (
     tensors_below,
 )
 from spatial_impute.models.asign._baselines import METHODS
-from spatial_impute.models.asign._cokriging import cokriging
-from spatial_impute.models.asign._graph_inputs import GeneScale, graph_inputs, with_components
+from spatial_impute.models.asign._graph_inputs import (
+    TWO_VIEWS,
+    GeneScale,
+    graph_inputs,
+    krige_for,
+    mean_of,
+    predict_from_labels,
+    with_components,
+)
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._network import MSAGNet, predict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from spatial_impute.models._spots import Spots
     from spatial_impute.models._storage import ModelConfig
-    from spatial_impute.models.asign._network import GraphInputs
+    from spatial_impute.models.asign._cokriging import Kriging
+    from spatial_impute.models.asign._graph_inputs import LabelPredictions
 
-NETWORK = "network"  # Name of the mean over the networks among the blended methods
+NETWORK = "network alone"  # Mean over the networks, one of the blended methods
+BASE = "base"  # What the networks add their correction to
+_COHORT = "cohort"  # folder within that of a model
+WITHOUT = "without network"  # Blend of all other methods
 
 
 @dataclass
@@ -50,6 +60,7 @@ class Imputation:
     sd: np.ndarray  # (n, g) standard deviation of a measurement around the imputed value; 0 at measured spots
     support: np.ndarray  # (n,) 0-1: weight of the measured spots in the propagated labels of a spot
     depth: np.ndarray  # (n,) total counts of the measurement that `sd` refers to; NaN if no counts are known
+    parts: dict[str, np.ndarray]  # (n, g) predictions of the parts of the model, if they are wanted
 
 
 class AsignModel:
@@ -59,11 +70,15 @@ class AsignModel:
     ----------
     params
         Settings.
+    base
+        Method to whose prediction the networks add their correction; see ``AsignParams.base``.
     var_names
         Genes.
     cross_validation
-        Scores on held-out blocks of the measured sections, one row per method: all baselines, ``"network"`` (the mean of
-        the networks), and ``"asign"`` (the blend; the weights for a block come from the other blocks).
+        Scores on held-out blocks of the measured sections, one row per method: all baselines; ``"base"``, to which the
+        networks add their correction; ``"network alone"``, their mean; ``"without network"``, the blend of all other
+        methods; and ``"asign"``, the blend with the networks. The weights for a block come from the other blocks.
+        ``gain`` is the correlation that ``"asign"`` has over the method of the row, with its 95 % interval over genes.
     predictability
         Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``.
     predictable
@@ -71,7 +86,10 @@ class AsignModel:
     history
         Loss and held-out error of each network by step; ``kept`` marks the step of the model.
     config
-        Encoder, normalisation and provenance of the training data.
+        Encoder, normalisation and provenance of the training data, and the settings of the optimizer that were chosen.
+    cohort
+        Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
+        scores on stacks that were held out. Else None.
 
     Examples
     --------
@@ -88,6 +106,7 @@ class AsignModel:
         params: AsignParams,
         var_names: Sequence[str],
         experts: Sequence[str],
+        base: str,
         n_features: int,
         networks: list[dict[str, Tensor]],
         tensors: dict[str, Tensor],
@@ -96,6 +115,7 @@ class AsignModel:
         predictable: pd.Series,
         history: pd.DataFrame,
         config: dict[str, Any],
+        cohort: AsignModel | None = None,
     ) -> None:
         self.params = params
         self.var_names = list(var_names)
@@ -104,6 +124,8 @@ class AsignModel:
         self.predictable = predictable
         self.history = history
         self.config = config
+        self.cohort = cohort
+        self.base = base
         self._experts = list(experts)
         self._n_features = n_features
         self._networks = networks
@@ -128,8 +150,12 @@ class AsignModel:
         """Weight of each blended method (columns) in the prediction of each gene (rows)."""
         return pd.DataFrame(self._tensors["weights"].numpy(), index=self.var_names, columns=self._experts)
 
-    def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
+    def _impute(
+        self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu", parts: bool = False
+    ) -> Imputation:
         """Impute the unknown spots of one stack. `depth` (n,) is the total counts that the intervals refer to."""
+        if not spots.known.any() and self.cohort is not None:
+            return self.cohort._impute(spots, depth=depth, device=device, parts=parts)
         n_features = given(spots.tokens)[0].shape[2]
         if n_features != self._n_features:
             msg = (
@@ -137,41 +163,58 @@ class AsignModel:
                 "Run `si.pp.extract_features` as for the training data."
             )
             raise ValueError(msg)
-        centre, scale = self._tensors["centre"].numpy(), self._tensors["scale"].numpy()
-        weights = dict(zip(self._experts, self._tensors["weights"].numpy().T, strict=True))
-
-        def weighted(found: np.ndarray, name: str) -> np.ndarray:
-            found -= centre
-            found /= scale
-            found *= weights[name]
-            return found
-
+        spots = with_components(spots)
         # For the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
-        kriged = cokriging(spots, leave_one_out=True)
-        genes = GeneScale(self._tensors["centre"], self._tensors["scale"])
-        inputs, _ = graph_inputs(with_components(spots), genes, self.params, features_cokriging=kriged)
-        # Leave-one-out only changes the known spots, which keep their measurement in the end.
-        expression = weighted(kriged.astype(np.float32, copy=False), "cokriging")
-        network = self._network_prediction(inputs, device)
-        network *= weights[NETWORK]
-        expression += network
-        support = inputs.support[:, 0].numpy()
-        del kriged, network, inputs
-        bases = spots.bases or {}
-        for name in self._experts:
-            if name not in (NETWORK, "cokriging") and weights[name].any():
-                expression += weighted(bases[name].copy() if name in bases else METHODS[name](spots), name)
-        expression *= scale
-        expression += centre
+        labels, views = self._labels(spots)
+        support = labels.support
+        network = self._network_prediction(spots, labels, device)
+        expression = self._blend(spots, {self.base: labels.base, NETWORK: network}, views, "weights")
+        shown = {}
+        if parts:
+            without = self._blend(spots, {self.base: labels.base}, views, "weights_without")
+            shown = {BASE: labels.base, NETWORK: network, WITHOUT: without}
+            for values in shown.values():
+                values[spots.known] = spots.expression
+        del views, labels, network
         expression[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
-        sd = spread_by_support(support, float(usual[0]), *spreads)
+        sd = spread_by_support(support, float(usual[0]), *spreads) * self._widening(spots)
         noise = self._expected_noise(spots) if depth is None else 1.0 / depth
         if spots.total_counts is not None:
             noise[spots.known] = 1.0 / spots.total_counts
         sd *= spot_scale(noise, self._tensors["noise"].numpy())[:, None].astype(np.float32)
         sd[spots.known] = 0.0
-        return Imputation(expression, sd, support, 1.0 / noise)
+        return Imputation(expression, sd, support, 1.0 / noise, shown)
+
+    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
+        """Predictions from the known spots, and the co-krigings among them."""
+        views = krige_for(spots, self.base if self.base.startswith("cokriging") else "cokriging")
+        return predict_from_labels(spots, self.base, views), views
+
+    def _widening(self, _spots: Spots) -> float:
+        """Factor on the intervals of a stack."""
+        return 1.0
+
+    def _blend(self, spots: Spots, found: dict[str, np.ndarray], views: list[Kriging], weights: str) -> np.ndarray:
+        """(n, g) weighted sum of the predictions; those that are not in `found` are made."""
+        centre = self._tensors["centre"].numpy()
+        total = np.zeros((len(spots.known), len(centre)), np.float32)
+        # The network comes last, and is absent from the blend without it.
+        for name, weight in zip(self._experts, self._tensors[weights].numpy().T, strict=False):
+            if weight.any():
+                part = (found[name] if name in found else self._expert(spots, name, views)).astype(np.float32)
+                part -= centre
+                part *= weight
+                total += part
+        return total + centre
+
+    def _expert(self, spots: Spots, name: str, views: list[Kriging]) -> np.ndarray:
+        bases = spots.bases or {}
+        if name == "cokriging":
+            return views[0].expression()
+        if name == TWO_VIEWS:
+            return mean_of(views if len(views) > 1 else krige_for(spots, name))
+        return bases[name] if name in bases else METHODS[name](spots)
 
     def _expected_noise(self, spots: Spots) -> np.ndarray:
         """(n,) expected counting noise of a measurement of each spot."""
@@ -180,15 +223,22 @@ class AsignModel:
             return noise
         return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
 
-    def _network_prediction(self, inputs: GraphInputs, device: str) -> np.ndarray:
-        """(n, g) mean over the networks, standardised."""
-        total = torch.zeros_like(inputs.base)
-        with suitable_threads(len(inputs.spot), self.params.width):
-            for state in self._networks:
+    def _network_prediction(self, spots: Spots, labels: LabelPredictions, device: str) -> np.ndarray:
+        """(n, g) mean over the networks."""
+        inputs, _ = graph_inputs(spots, self.params)
+        total = np.zeros(labels.base.shape, np.float32)
+        with suitable_threads(len(spots.known), self.params.width):
+            for genes, state in zip(self._scales, self._networks, strict=True):
                 network = MSAGNet(self._n_features, self._tensors["group"], self.params)
                 network.load_state_dict(state)
-                total += predict(network, inputs, device=device)
-        return (total / len(self._networks)).numpy()
+                total += genes.restore(predict(network, inputs, labels.inputs(genes), device=device))
+        return total / len(self._networks)
+
+    @property
+    def _scales(self) -> list[GeneScale]:
+        """Scale of the genes of each network."""
+        pairs = zip(self._tensors["network_centre"], self._tensors["network_scale"], strict=True)
+        return [GeneScale(centre, scale) for centre, scale in pairs]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory.
@@ -205,15 +255,19 @@ class AsignModel:
             "params": asdict(self.params),
             "var_names": self.var_names,
             "experts": self._experts,
+            "base": self.base,
             "n_features": self._n_features,
             "n_networks": len(self._networks),
-            "cross_validation": self.cross_validation.reset_index().to_dict(orient="list"),
+            "cross_validation": json_columns(self.cross_validation.reset_index()),
             "predictability": [None if np.isnan(r) else float(r) for r in self.predictability],
             "predictable": [bool(p) for p in self.predictable],
             "history": json_columns(self.history),
             "config": self.config,
+            "has_cohort": self.cohort is not None,
         }
         save_model(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
+        if self.cohort is not None:
+            self.cohort.save(Path(path) / _COHORT, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> AsignModel:
@@ -228,15 +282,22 @@ class AsignModel:
         """
         config, tensors = load_model(path, kind=cls.__name__)
         with config_errors(path):
-            return cls._from_config(path, config, tensors)
+            model = cls._from_config(path, config, tensors)
+        if config["has_cohort"]:
+            from spatial_impute.models.asign._cohort import CohortModel
+
+            model.cohort = CohortModel.load(Path(path) / _COHORT)
+        return model
 
     @classmethod
     def _from_config(cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor]) -> AsignModel:
         own = tensors_below("model.", tensors)
         params = AsignParams(**config["params"])
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
-        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
+        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "group": (n_genes,)}
+        shapes |= dict.fromkeys(("network_centre", "network_scale"), (n_networks, n_genes))
         shapes["weights"] = (n_genes, len(config["experts"]))
+        shapes["weights_without"] = (n_genes, len(config["experts"]) - 1)
         shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
         shapes |= {"noise": (3,), "usual_support": (1,), "whole_sections": (1,)}
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
@@ -252,10 +313,11 @@ class AsignModel:
             params=params,
             var_names=config["var_names"],
             experts=config["experts"],
+            base=config["base"],
             n_features=config["n_features"],
             networks=networks,
             tensors=own,
-            cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method"),
+            cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method").astype(float),
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),
             history=pd.DataFrame(config["history"]),

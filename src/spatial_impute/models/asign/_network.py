@@ -7,40 +7,66 @@ base prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spatial_impute.models._params import AsignParams
 
 N_EDGE_FEATURES = 6  # Nearness, length, overlap, similarity, 1 within a section, number of sections apart
+N_EDGE_TYPES = 3  # Neighbours of the section, spots over or under it, spots of other sections that look alike
 N_LEVELS = 3
-_SPOTS_AT_A_TIME = 50_000  # some 300 MB at the default width and 12 edges per spot
+_SPOTS_AT_A_TIME = 50_000  # some 300 MB at the default width and 18 edges per spot
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges of one type, both directions of each; messages flow from the first row of `index` to the second."""
+
+    index: Tensor  # (2, e)
+    features: Tensor  # (e, 6)
+
+    def to(self, device: str) -> Edges:
+        return Edges(self.index.to(device), self.features.to(device))
 
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Tensors of one stack."""
+    """Images and graph of one stack; no expression."""
 
     spot: Tensor  # (n, d) tokens of the spots
     region: Tensor  # (n, t, d) tokens of the regions
     surroundings: Tensor  # (n, t, d) tokens of the global fields
-    base: Tensor  # (n, g) base prediction, standardised; that of a known spot is made without its own label
-    propagated: Tensor  # (n, g) labels propagated over the 3D graph, standardised; known spots have their labels
-    support: Tensor  # (n, 1) mass of the propagation, 0-1
-    edge_index: Tensor  # (2, e) both directions of every edge
-    edge_features: Tensor  # (e, 6)
+    edges: tuple[Edges, ...]  # one per type
 
     def to(self, device: str) -> GraphInputs:
-        return GraphInputs(**{key: value.to(device) for key, value in vars(self).items()})
+        tokens = (part.to(device) for part in (self.spot, self.region, self.surroundings))
+        return GraphInputs(*tokens, tuple(part.to(device) for part in self.edges))
 
-    def part(self, rows: slice) -> GraphInputs:
-        """Some of the spots, without edges."""
-        own = {key: value[rows] for key, value in vars(self).items() if not key.startswith("edge_")}
-        return GraphInputs(**own, edge_index=self.edge_index[:, :0], edge_features=self.edge_features[:0])
+    def part(self, rows: slice | Tensor) -> GraphInputs:
+        """Tokens of some of the spots, without edges."""
+        return GraphInputs(self.spot[rows], self.region[rows], self.surroundings[rows], ())
+
+
+@dataclass(frozen=True)
+class LabelInputs:
+    """Predictions of some spots from the labels of others, standardised; a spot's own label is never part of them."""
+
+    base: Tensor  # (m, g) base prediction, to which the network adds its correction
+    propagated: Tensor  # (m, g) labels propagated over the 3D graph
+    support: Tensor  # (m, 1) mass of the propagation, 0-1
+
+    def to(self, device: str) -> LabelInputs:
+        return LabelInputs(self.base.to(device), self.propagated.to(device), self.support.to(device))
+
+    def part(self, rows: slice | Tensor) -> LabelInputs:
+        """Those of some of the spots."""
+        return LabelInputs(self.base[rows], self.propagated[rows], self.support[rows])
 
 
 class LevelAttention(nn.Module):
@@ -59,24 +85,38 @@ class LevelAttention(nn.Module):
 
 
 class GraphLayer(nn.Module):
-    """Edge-softmax attention over the 3D graph with edge features and self-loops, with residual."""
+    """Attention over the 3D graph, one per type of edge, and a layer that combines its results with the spot.
+
+    A spot attends to its neighbours of each type separately, so that many neighbours of one type do not take the place of
+    the few of another. The combination is not linear: it can learn how a spot and its neighbours act together.
+    """
 
     def __init__(self, width: int, n_heads: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = GATv2Conv(
-            width,
-            width // n_heads,
-            heads=n_heads,
-            edge_dim=N_EDGE_FEATURES,
-            add_self_loops=True,
-            fill_value=0.0,
-            dropout=dropout,
+        self.attention = nn.ModuleList(
+            [
+                GATv2Conv(
+                    width,
+                    width // n_heads,
+                    heads=n_heads,
+                    edge_dim=N_EDGE_FEATURES,
+                    add_self_loops=False,  # the combination has the spot itself
+                    dropout=dropout,
+                )
+                for _ in range(N_EDGE_TYPES)
+            ]
+        )
+        self.combine = nn.Sequential(
+            nn.Linear((1 + N_EDGE_TYPES) * width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
         )
 
-    def forward(self, nodes: Tensor, edge_index: Tensor, edge_features: Tensor) -> Tensor:
-        """Shapes: nodes (n, w), edge_index (2, e), edge_features (e, 6) -> (n, w)."""
-        return nodes + torch.nn.functional.elu(self.attention(self.norm(nodes), edge_index, edge_features))
+    def forward(self, nodes: Tensor, edges: Sequence[Edges]) -> Tensor:
+        """Shapes: nodes (n, w) -> (n, w)."""
+        found = [attend(nodes, e.index, e.features) for attend, e in zip(self.attention, edges, strict=True)]
+        return nodes + self.combine(torch.cat([nodes, *found], dim=1))
 
 
 class MSAGNet(nn.Module):
@@ -90,93 +130,121 @@ class MSAGNet(nn.Module):
 
     def __init__(self, n_features: int, group: Tensor, params: AsignParams) -> None:
         super().__init__()
-        n_genes, width, n_heads, dropout = len(group), params.width, params.n_heads, params.dropout
+        n_genes, width, n_heads, dropout = len(group), params.width, params.n_heads, params.dropout or 0.0
         self.embed = nn.ModuleList([nn.Linear(n_features, width) for _ in range(N_LEVELS)])
         self.place = nn.Parameter(torch.zeros(N_LEVELS, width))  # embedding of the level
         self.embed_base = nn.Linear(n_genes, width)
         self.to_region = LevelAttention(width, n_heads, dropout)
         self.to_surroundings = LevelAttention(width, n_heads, dropout)
         self.graph = nn.ModuleList([GraphLayer(width, n_heads, dropout) for _ in range(params.n_graph_layers)])
+        self.level_graph = nn.ModuleList(
+            [
+                nn.ModuleList([GraphLayer(width, n_heads, dropout) for _ in self.graph])
+                for _ in range(N_LEVELS - 1 if params.level_graph else 0)
+            ]
+        )
         layer = nn.TransformerEncoderLayer(
             width, n_heads, 2 * width, dropout, batch_first=True, norm_first=True, activation="gelu"
         )
         self.levels = nn.TransformerEncoder(layer, params.n_level_layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.correction = nn.Linear(width, n_genes)
         self.merge = nn.Linear(width + 1, int(group.max()) + 1)
         self.register_buffer("group", group)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set both heads to zero, so that the network returns the base."""
         nn.init.normal_(self.place, std=0.02)
+        if params.base != "none":
+            self.return_to_base()
+
+    def return_to_base(self) -> None:
+        """Set both heads to zero, so that the network returns the base."""
         for head in (self.correction, self.merge):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x: GraphInputs) -> Tensor:
-        """Predict (n, g).
+    def forward(self, x: GraphInputs, labels: LabelInputs, rows: Tensor, *, levels: bool = False) -> Tensor:
+        """Predict some spots: `rows` (m,) of the graph, with `labels` of these -> (m, g).
 
         The result is ``a * propagated + (1 - a) * (base + correction)``. The merge weight ``a`` depends on the spot, its
-        support, and the gene group; 0 is the network, 1 the propagated labels.
+        support, and the gene group; 0 is the network, 1 the propagated labels. With `levels` the result is (3, m, g): also
+        the corrections that region and global field predict with the same head.
         """
-        nodes, fields = self.encode(x)
-        for layer in self.graph:
-            nodes = layer(nodes, x.edge_index, x.edge_features)
-        return self.decode(nodes, fields, x)
+        states = [self._graph_states(layers, state, x.edges) for layers, state in self.branches(*self.encode(x))]
+        predicted, sequence = self.decode(torch.stack([state[rows] for state in states], dim=1), labels)
+        if not levels:
+            return predicted
+        return torch.cat([predicted[None], self.correction(sequence[:, 1:]).transpose(0, 1)])
+
+    def branches(self, nodes: Tensor, fields: Tensor) -> list[tuple[Sequence[nn.Module], Tensor]]:
+        """Graph layers and (n, w) state of each level; no layers for levels that do not take part in the graph."""
+        layers = [self.graph, *(self.level_graph if len(self.level_graph) else [()] * (N_LEVELS - 1))]
+        return list(zip(layers, (nodes, *fields.unbind(dim=1)), strict=True))
+
+    @staticmethod
+    def _graph_states(layers: Sequence[nn.Module], state: Tensor, edges: Sequence[Edges]) -> Tensor:
+        for layer in layers:
+            state = layer(state, edges)
+        return state
 
     def encode(self, x: GraphInputs) -> tuple[Tensor, Tensor]:
         """State of each spot before the graph, (n, w), and of its larger fields of view, (n, 2, w)."""
-        spot = self.embed[0](x.spot) + self.embed_base(x.base)
         region = self.embed[1](x.region)  # (n, t, w)
         surroundings = self.embed[2](x.surroundings)
-        nodes = self.to_surroundings(self.to_region(spot, region), surroundings)
+        nodes = self.to_surroundings(self.to_region(self.embed[0](x.spot), region), surroundings)
         return nodes, torch.stack([region.mean(dim=1), surroundings.mean(dim=1)], dim=1)
 
-    def decode(self, nodes: Tensor, fields: Tensor, x: GraphInputs) -> Tensor:
-        """Prediction (n, g) from the state of each spot after the graph, (n, w), and of its fields of view, (n, 2, w)."""
-        # Attention between the levels of the same spot: (n, 3, w).
-        sequence = torch.cat([nodes[:, None], fields], dim=1) + self.place
-        state = self.dropout(self.norm(self.levels(sequence).mean(dim=1)))
-        merge = torch.tanh(self.merge(torch.cat([state, x.support], dim=1)))[:, self.group]  # (n, g)
-        return torch.lerp(x.base + self.correction(state), x.propagated, merge)
+    def decode(self, states: Tensor, labels: LabelInputs) -> tuple[Tensor, Tensor]:
+        """Prediction (m, g) from the state of each spot and of its larger fields of view after the graph, (m, 3, w).
+
+        Also returns these states after the attention between the levels of the same spot.
+        """
+        own = states[:, 0] + self.embed_base(labels.base)
+        sequence = self.levels(torch.cat([own[:, None], states[:, 1:]], dim=1) + self.place)
+        state = self.dropout(sequence.mean(dim=1))
+        merge = torch.tanh(self.merge(torch.cat([state, labels.support], dim=1)))[:, self.group]  # (m, g)
+        return torch.lerp(labels.base + self.correction(state), labels.propagated, merge), sequence
 
 
-def predict(network: MSAGNet, x: GraphInputs, *, device: str) -> Tensor:
-    """(n, g) prediction on the CPU, equal to ``network(x)``.
+def predict(network: MSAGNet, x: GraphInputs, labels: LabelInputs, *, device: str) -> Tensor:
+    """(n, g) prediction of all spots on the CPU.
 
     Spots are processed in parts, so that memory does not grow with the edges of a large stack.
     """
     network = network.eval().to(device)
     n = len(x.spot)
-    starts = range(0, max(n, 1), _SPOTS_AT_A_TIME)
-    parts = [slice(start, min(start + _SPOTS_AT_A_TIME, n)) for start in starts]
+    parts = [slice(start, min(start + _SPOTS_AT_A_TIME, n)) for start in range(0, n, _SPOTS_AT_A_TIME)]
     with torch.inference_mode():
-        if len(parts) == 1:
-            return network(x.to(device)).cpu()
         encoded = [network.encode(x.part(rows).to(device)) for rows in parts]
         nodes, fields = (torch.cat(tensors) for tensors in zip(*encoded, strict=True))
         del encoded
-        # Edges in the order of their targets.
-        order = torch.argsort(x.edge_index[1], stable=True)
-        edge_index, edge_features = x.edge_index[:, order], x.edge_features[order]
-        for layer in network.graph:
-            graph_layer = cast("GraphLayer", layer)
-            nodes = torch.cat([_attend(graph_layer, nodes, edge_index, edge_features, rows) for rows in parts])
-        result = torch.empty_like(x.base)
+        edges = [_by_target(part) for part in x.edges]
+        states = []
+        for layers, state in network.branches(nodes, fields):
+            for layer in layers:
+                state = torch.cat([_attend(layer, state, edges, rows) for rows in parts])
+            states.append(state)
+        result = torch.empty_like(labels.base)
         for rows in parts:
-            result[rows] = network.decode(nodes[rows], fields[rows], x.part(rows).to(device)).cpu()
+            sequence = torch.stack([state[rows] for state in states], dim=1)
+            result[rows] = network.decode(sequence, labels.part(rows).to(device))[0].cpu()
     return result
 
 
-def _attend(layer: GraphLayer, nodes: Tensor, edge_index: Tensor, edge_features: Tensor, rows: slice) -> Tensor:
+def _by_target(edges: Edges) -> Edges:
+    order = torch.argsort(edges.index[1], stable=True)
+    return Edges(edges.index[:, order].contiguous(), edges.features[order])
+
+
+def _attend(layer: nn.Module, nodes: Tensor, edges: list[Edges], rows: slice) -> Tensor:
     """Apply the layer to some spots; only these and their neighbours are gathered."""
-    first, last = torch.searchsorted(edge_index[1].contiguous(), torch.tensor([rows.start, rows.stop]))
-    source, target = edge_index[:, first:last]
+    bounds = torch.tensor([rows.start, rows.stop])
+    parts = [slice(*torch.searchsorted(part.index[1], bounds).tolist()) for part in edges]
+    into = [(part.index[:, own], part.features[own]) for part, own in zip(edges, parts, strict=True)]
     own = torch.arange(rows.start, rows.stop)
-    gathered = torch.unique(torch.cat([own, source]))  # sorted
-    local = torch.stack([torch.searchsorted(gathered, source), torch.searchsorted(gathered, target)])
+    gathered = torch.unique(torch.cat([own, *(index[0] for index, _ in into)]))  # sorted
     device = nodes.device
-    found = layer(nodes[gathered.to(device)], local.to(device), edge_features[first:last].to(device))
+    local = [
+        Edges(torch.searchsorted(gathered, index.contiguous()).to(device), features.to(device))
+        for index, features in into
+    ]
+    found = layer(nodes[gathered.to(device)], local)
     return found[torch.searchsorted(gathered, own).to(device)]

@@ -119,20 +119,25 @@ class AsignPanels:
         parts = [model.history.assign(panel=k) for k, model in enumerate(self.models)]
         return pd.concat(parts, ignore_index=True)
 
-    def _impute(self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu") -> Imputation:
+    def _impute(
+        self, spots: Spots, *, depth: np.ndarray | None = None, device: str = "cpu", parts: bool = False
+    ) -> Imputation:
         """Impute the unknown spots of one stack, and the genes that were not measured at a known spot."""
         shape = (len(spots.known), len(self.var_names))
         expression, sd = np.empty(shape, np.float32), np.empty(shape, np.float32)
         support, expected = np.zeros(shape[0]), np.zeros(shape[0])
         column_of = pd.Index(self.var_names)
+        shown: dict[str, np.ndarray] = {}
         for model in self.models:
             columns = column_of.get_indexer(model.var_names)
             measured = np.isfinite(spots.expression[:, columns]).all(axis=1)
-            found = model._impute(_with_genes(spots, columns, measured), depth=depth, device=device)
+            found = model._impute(_with_genes(spots, columns, measured), depth=depth, device=device, parts=parts)
             expression[:, columns], sd[:, columns] = found.expression, found.sd
+            for name, values in found.parts.items():
+                shown.setdefault(name, np.empty(shape, np.float32))[:, columns] = values
             support += found.support * len(columns) / shape[1]
             expected += found.depth * len(columns) / shape[1]
-        return Imputation(expression, sd, support, expected)
+        return Imputation(expression, sd, support, expected, shown)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write one directory per panel, and the order of the genes.

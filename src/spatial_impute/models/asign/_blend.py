@@ -1,0 +1,118 @@
+"""Non-negative blend of several predictions by their errors on held-out spots, and the scores of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import cholesky, solve_triangular
+from scipy.optimize import nnls
+
+from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
+
+# From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
+_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
+_NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run for it
+
+
+@dataclass(frozen=True)
+class KnownTruth:
+    """Expression of the known spots, with the mean and spread of each gene outside of the fold of each spot."""
+
+    values: np.ndarray  # (n_known, g)
+    folds: np.ndarray  # (n_known,)
+    weight: np.ndarray  # (n_known,) of each spot
+
+    def blend(self, held_out: dict[str, np.ndarray], experts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(g, k) weights of the experts, and the blend of their held-out predictions with the weights of other folds."""
+        centre, scale = np.empty(self.values.shape), np.empty(self.values.shape)
+        for code in np.unique(self.folds):
+            own = self.folds == code
+            centre[own] = self.values[~own].mean(axis=0)
+            scale[own] = np.maximum(self.values[~own].std(axis=0), 1e-3)
+        deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
+        weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight)
+        return weights, centre + blended * scale
+
+
+def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, folds: np.ndarray) -> pd.DataFrame:
+    """Scores of every method, and the gain of the blend over it with its 95 % interval over genes."""
+    reached = pearson_by_gene(held_out["asign"], truth, folds)
+    rows = {}
+    for name, predicted in held_out.items():
+        rows[name] = summarise(predicted, truth, held_out["mean"], folds)
+        gain = reached - np.nan_to_num(pearson_by_gene(predicted, truth, folds))
+        low, high = bootstrap_interval(gain)
+        rows[name] |= {"gain": float(np.nanmean(gain)), "gain_low": low, "gain_high": high}
+    return pd.DataFrame(rows).T.rename_axis("method")
+
+
+def blend_weights(
+    predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Non-negative weights of several predictions for every gene, (g, k), and the blend with weights of the other folds.
+
+    The weights of each gene are shrunk to weights common to all genes. The strength is the best one for held-out folds.
+    If a single prediction is better than the best blend there, it is used alone. The sum of weights need not be one: a sum
+    below one shrinks to the mean.
+
+    Parameters
+    ----------
+    predictions, truth
+        (k, n, g) and (n, g) as deviations from the mean profile, in units comparable between genes.
+    folds, spot_weights
+        (n,) fold of each spot, and weight of its squared error (1 by default).
+    """
+    codes = np.unique(folds)
+    w = np.ones(len(truth)) if spot_weights is None else spot_weights
+    # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
+    gram = np.stack(
+        [
+            np.einsum("n,kng,lng->gkl", w[folds == c], p, p, optimize=True)
+            for c, p in ((c, predictions[:, folds == c]) for c in codes)
+        ]
+    )
+    moment = np.stack(
+        [
+            np.einsum("n,kng,ng->gk", w[folds == c], predictions[:, folds == c], truth[folds == c], optimize=True)
+            for c in codes
+        ]
+    )
+
+    def error(predicted: np.ndarray) -> float:
+        return float(np.mean(w[:, None] * (predicted - truth) ** 2))
+
+    candidates = {}
+    for strength in _STRENGTHS:
+        blended = np.empty(truth.shape)
+        for i, code in enumerate(codes):
+            weights = _gene_weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
+            blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
+        candidates[strength] = blended
+    strength = min(candidates, key=lambda s: error(candidates[s]))
+    best = int(np.argmin([error(p) for p in predictions]))
+    if error(candidates[strength]) >= error(predictions[best]):
+        return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
+    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
+
+
+def _gene_weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
+    """(g, k) weights from the sums of products of each gene, shrunk to the weights for all genes together."""
+    common = _solve_nonnegative(gram.sum(axis=0), moment.sum(axis=0))
+    k = gram.shape[1]
+    ridge = strength * np.trace(gram.mean(axis=0)) / k
+    found = np.stack(
+        [_solve_nonnegative(g + ridge * np.eye(k), m + ridge * common) for g, m in zip(gram, moment, strict=True)]
+    )
+    return np.where(found > _NEGLIGIBLE, found, 0.0)
+
+
+def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """Non-negative least squares from sums of products."""
+    size = np.trace(gram)
+    if size <= 0:
+        return np.zeros(len(moment))
+    # A small ridge, because the matrix is singular if two predictions are equal.
+    factor = cholesky(gram + 1e-10 * size * np.eye(len(gram)), lower=False)
+    return nnls(factor, solve_triangular(factor, moment, trans="T"))[0]

@@ -1,0 +1,355 @@
+"""The networks of a fit: one per fold to choose how to train and to measure the result, and those that predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spatial_impute._geometry import plane_tiles
+from spatial_impute._io.workers import suitable_threads
+from spatial_impute.models._spots import Spots, block_folds, given, spatial_folds, training_rows
+from spatial_impute.models._storage import load_checkpoint, save_checkpoint
+from spatial_impute.models.asign._graph_inputs import (
+    GeneScale,
+    LabelPredictions,
+    field_means,
+    graph_inputs,
+    with_components,
+)
+from spatial_impute.models.asign._network import MSAGNet
+from spatial_impute.models.asign._training import REGIME_SETTINGS, Batch, TrainingRun, regimes, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from spatial_impute.models._params import AsignParams
+
+_MAX_KNOWN = 5000  # known spots to learn from, a section of Visium; all are used to impute
+_BATCH = 2000  # spots to predict in one step
+_N_TRIALS = 2  # folds on which all regimes are tried
+_N_NETWORKS = 5  # that predict together; one per fold, or with fewer folds networks trained on all spots
+_N_REFITS = 4
+_FEW = 150  # known spots, below which the choice between regimes would be chance
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of a fit."""
+
+    params: AsignParams
+    seed: int
+    device: str
+    config: dict[str, Any] = field(default_factory=dict)  # Provenance to store in the model
+    progress: Callable[[int], Callable[[], None]] = lambda _total: lambda: None
+    """Takes the number of steps; returns the function to call after each."""
+    checkpoint: Path | None = None  # Folder for finished networks
+    start: Sequence[dict[str, Tensor]] = ()  # Weights of networks to start from instead of the base
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Known spots of one or several stacks, and their folds. All stacks have the same genes and features."""
+
+    stacks: list[Spots]
+    folds: list[list[np.ndarray]]  # Per stack and fold (n,) bool, the held-out spots
+    params: AsignParams
+    seed: int
+
+    @classmethod
+    def from_stacks(cls, stacks: Sequence[Spots], params: AsignParams, seed: int) -> TrainingSet:
+        """Spots to learn from, with components, and their folds."""
+        parts = [_training_part(spots, params, seed) for spots in stacks]
+        return cls([with_components(spots) for spots, _ in parts], [folds for _, folds in parts], params, seed)
+
+    @cached_property
+    def truth(self) -> np.ndarray:
+        """(n_known, g) expression of the known spots of all stacks."""
+        return np.concatenate([spots.expression for spots in self.stacks])
+
+    @cached_property
+    def n_features(self) -> int:
+        """Features of a token."""
+        return given(self.stacks[0].tokens)[0].shape[2]
+
+    @cached_property
+    def n_folds(self) -> int:
+        """Number of networks to train; a stack with fewer folds uses its last fold again."""
+        return max(len(folds) for folds in self.folds)
+
+    @cached_property
+    def fold_of_spot(self) -> np.ndarray:
+        """(n_known,) fold of each known spot, numbered over all stacks."""
+        result, n_before = [], 0
+        for spots, folds in zip(self.stacks, self.folds, strict=True):
+            result.append(n_before + np.argmax(np.stack(folds)[:, spots.known], axis=0))
+            n_before += len(folds)
+        return np.concatenate(result)
+
+    def fold(self, k: int) -> list[np.ndarray]:
+        """(n,) bool per stack, the spots that network `k` does not see."""
+        return [folds[min(k, len(folds) - 1)] for folds in self.folds]
+
+    def scale(self, k: int | None = None) -> GeneScale:
+        """Scale of the genes on the known spots outside of a fold; on all of them by default."""
+        if k is None:
+            return GeneScale.of(self.truth)
+        hidden = [fold[spots.known] for spots, fold in zip(self.stacks, self.fold(k), strict=True)]
+        return GeneScale.of(self.truth[~np.concatenate(hidden)])
+
+    def rest(self, i: int, k: int) -> tuple[Spots, np.ndarray]:
+        """Stack without one of its folds, and the (n_known,) group of each known spot that is left.
+
+        The groups are the other folds; if there is only one, its blocks.
+        """
+        spots, folds = self.stacks[i], self.folds[i]
+        rest = spots.hide(folds[k])
+        others = [fold for j, fold in enumerate(folds) if j != k]
+        if len(others) < 2:
+            others = block_folds(rest, **_blocks(self.params, self.seed))
+        return rest, np.argmax(np.stack(others)[:, rest.known], axis=0)
+
+    def by_stack(self, values: np.ndarray) -> list[np.ndarray]:
+        """Split values of all known spots by stack."""
+        return np.split(values, np.cumsum([int(spots.known.sum()) for spots in self.stacks])[:-1])
+
+    def per_stack(self, function: Callable[[Spots, list[np.ndarray]], np.ndarray]) -> np.ndarray:
+        """Values of all known spots from a function of each stack and its folds."""
+        return np.concatenate([function(s, f) for s, f in zip(self.stacks, self.folds, strict=True)])
+
+
+def _blocks(params: AsignParams, seed: int) -> dict[str, Any]:
+    """Settings of the folds."""
+    return {"n_folds": params.n_folds, "block_spacings": params.block_spacings, "seed": seed}
+
+
+def _training_part(spots: Spots, params: AsignParams, seed: int) -> tuple[Spots, list[np.ndarray]]:
+    """Spots to learn from, and their folds: those of the whole stack, because base layers were made without these."""
+    folds = spatial_folds(spots, **_blocks(params, seed))
+    rows = training_rows(spots, max_known=_MAX_KNOWN, seed=seed)
+    within = [fold[rows] for fold in folds if fold[rows].any()]
+    if len(rows) == len(spots.known) or len(within) < 2:  # regions smaller than the blocks of a fold
+        return spots, folds
+    return spots.take(rows), within
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Result of :meth:`NetworkFit.run`."""
+
+    states: list[dict[str, Tensor]]  # weights of the networks that predict
+    scales: list[GeneScale]  # of each of them
+    held_out: (
+        np.ndarray
+    )  # (n_known, g) prediction of each known spot by networks, and choices, that did not see its fold
+    history: pd.DataFrame
+
+
+Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
+"""Training by regime and hidden fold."""
+
+
+@dataclass(frozen=True)
+class NetworkFit:
+    """Training of the networks.
+
+    Each fold is hidden from one network. The regime (see :func:`regimes`) and the step to stop at are chosen by the error
+    on hidden folds. The prediction of a fold that is scored comes from the choice that the other folds make.
+    """
+
+    name: str  # for the files of a checkpoint
+    data: TrainingSet
+    single: list[LabelPredictions]  # per stack, all spots: each known spot predicted with its fold hidden
+    nested: Callable[[int, int], LabelPredictions]
+    """The same for a stack and a fold that is hidden from all predictions: those of the spots outside of it."""
+    weights: list[np.ndarray]  # Per stack (n_known,) weight of each known spot in the loss
+    group: Tensor  # (g,) group of each gene
+    settings: FitSettings
+    fingerprint: dict[str, Any]  # Content that a checkpoint must have been made from
+    on_step: Callable[[], None]
+
+    @property
+    def trials(self) -> range:
+        """Folds on which everything is tried."""
+        return range(min(_N_TRIALS, self.data.n_folds))
+
+    def try_regimes(self) -> Runs:
+        """Train a network with every regime on the trial folds, until a freer one is worse."""
+        runs: Runs = {}
+        parts = {k: (self._batches(k), self._held_out(k)) for k in self.trials}
+        for r, candidate in enumerate(self.regimes):
+            if r > 1 and self._best_regime(runs, self.trials) < r - 1:
+                break
+            for k in self.trials:
+                runs[r, k] = self._train_or_load(f"network{k}-{r}", k, candidate, *parts[k])
+        return runs
+
+    def run(self, runs: Runs) -> Ensemble:
+        """Train all networks with the best regime of the trials, and predict the hidden folds."""
+        chosen, folds = self._best_regime(runs, self.trials), range(self.data.n_folds)
+        params, runs = self.regimes[chosen], dict(runs)
+        for k in folds:
+            if (chosen, k) not in runs:
+                batches = self._batches(k), self._held_out(k)
+                runs[chosen, k] = self._train_or_load(f"network{k}-{chosen}", k, params, *batches)
+        check = _best_check([runs[chosen, k] for k in folds])
+        history = [
+            pd.DataFrame(run.history).assign(network=k, kept=[i == check for i in range(len(run.history))])
+            for k, run in ((k, runs[chosen, k]) for k in folds)
+        ]
+        states, scales = self._final([runs[chosen, k] for k in folds], params, check)
+        regime = {name: getattr(params, name) for name in REGIME_SETTINGS}
+        return Ensemble(states, scales, self.held_out(runs, folds), pd.concat(history, ignore_index=True), regime)
+
+    def held_out(self, runs: Runs, folds: Iterable[int]) -> np.ndarray:
+        """(n_known, g) prediction of the spots of some folds, with the choices of the others; NaN elsewhere."""
+        predicted = [np.full((len(s.known), s.expression.shape[1]), np.nan) for s in self.data.stacks]
+        for k in folds:
+            regime = self._best_regime(runs, [t for t in self.trials if t != k] or self.trials)
+            if (regime, k) not in runs:
+                regime = self._best_regime(runs, self.trials)
+            others = [run for (r, j), run in runs.items() if r == regime and j != k]
+            check = _best_check(others or [runs[regime, k]])
+            found, scale = runs[regime, k].predictions, self.data.scale(k)
+            seen = [i for i, fold in enumerate(self.data.fold(k)) if fold.any()]
+            for i, part in zip(seen, found[min(check, len(found) - 1)], strict=True):
+                if k < len(self.data.folds[i]):  # else its last fold, which another network predicts
+                    predicted[i][self.data.folds[i][k]] = scale.restore(part)
+        return np.concatenate([v[s.known] for v, s in zip(predicted, self.data.stacks, strict=True)])
+
+    @cached_property
+    def regimes(self) -> list[AsignParams]:
+        """Candidates; with few spots to learn from only the most cautious one."""
+        found = regimes(self.settings.params)
+        return found if len(self.data.truth) >= _FEW else found[:1]
+
+    def _best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
+        errors = [
+            min(_mean_curve([runs[r, k] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
+            for r in range(len(self.regimes))
+        ]
+        return int(np.argmin(errors))
+
+    def _final(
+        self, runs: list[TrainingRun], params: AsignParams, check: int
+    ) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
+        """Networks that predict, and the scale of their genes."""
+        if check == 0:  # nothing was learned that helps on hidden folds
+            network = MSAGNet(self.data.n_features, self.group, params)
+            network.load_state_dict(runs[0].state)
+            network.return_to_base()
+            return [network.state_dict()], [self.data.scale()]
+        if len(runs) >= _N_NETWORKS:
+            return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
+        step = max((run.history for run in runs), key=len)[check]["step"]
+        batches = self._batches(None)
+        refits = [
+            self._train_or_load(f"refit{j}", j, params, batches, [], stop=step, n_before=len(runs))
+            for j in range(_N_REFITS)
+        ]
+        return [run.state for run in refits], [self.data.scale()] * len(refits)
+
+    def _train_or_load(
+        self,
+        name: str,
+        k: int,
+        params: AsignParams,
+        batches: list[Batch],
+        held_out: list[Batch],
+        *,
+        stop: int | None = None,
+        n_before: int = 0,
+    ) -> TrainingRun:
+        """Result of a network, from the checkpoint folder if it was trained before."""
+        folder = self.settings.checkpoint
+        path = None if folder is None else folder / f"{self.name}-{name}.safetensors"
+        found = None if path is None else load_checkpoint(path, self.fingerprint)
+        if found is not None:
+            for _ in range(given(params.n_steps)):
+                self.on_step()
+            return TrainingRun.from_checkpoint(found)
+        n_spots = max(len(spots.known) for spots in self.data.stacks)
+        with suitable_threads(n_spots, params.width):
+            run = train(
+                lambda: self._build(k, params),
+                batches,
+                held_out,
+                params,
+                seed=self.settings.seed + n_before + k,
+                device=self.settings.device,
+                stop=stop,
+                on_step=self.on_step,
+            )
+        if path is not None:
+            save_checkpoint(path, run.to_checkpoint(), self.fingerprint)
+        return run
+
+    def _build(self, k: int, params: AsignParams) -> MSAGNet:
+        network = MSAGNet(self.data.n_features, self.group, params)
+        if start := self.settings.start:
+            # The groups of genes are those of the new data.
+            network.load_state_dict(start[k % len(start)] | {"group": self.group})
+        return network
+
+    def _batches(self, k: int | None) -> list[Batch]:
+        """Batches of all spots that network `k` sees; of all known ones for None."""
+        genes = self.data.scale(k)
+        result = []
+        for i, spots in enumerate(self.data.stacks):
+            hidden = np.zeros(len(spots.known), dtype=bool) if k is None else self.data.fold(k)[i]
+            targets = np.flatnonzero(spots.known & ~hidden)
+            if not len(targets):
+                continue
+            labels = self.single[i] if k is None else self.nested(i, k)
+            plane = spots.xyz[targets, :2]
+            parts = [np.sort(targets[own]) for _, own in plane_tiles(plane, plane, size=_BATCH)]
+            result += [self._batch(i, rows, labels, genes, spots.known & ~hidden) for rows in parts]
+        return result
+
+    def _held_out(self, k: int) -> list[Batch]:
+        """The spots that network `k` does not see, one batch for each stack that has any."""
+        genes = self.data.scale(k)
+        folds = [np.flatnonzero(fold) for fold in self.data.fold(k)]
+        return [self._batch(i, rows, self.single[i], genes) for i, rows in enumerate(folds) if len(rows)]
+
+    def _batch(
+        self, i: int, rows: np.ndarray, labels: LabelPredictions, genes: GeneScale, seen: np.ndarray | None = None
+    ) -> Batch:
+        """Some spots of a stack. The (n,) `seen` spots give the labels of the larger fields of view in training."""
+        spots = self.data.stacks[i]
+        targets = np.zeros(len(spots.known), dtype=bool)
+        targets[rows] = True
+        params = self.settings.params
+        inputs, positions = graph_inputs(spots, params, targets=targets)
+        of_known = targets[spots.known]
+        fields = None
+        if seen is not None and (params.auxiliary_weight or params.consistency_weight):
+            lacking = (genes.standardise(spots.expression) - genes.standardise(labels.base[spots.known])).numpy()
+            means = [field_means(spots, lacking, rows, seen, edge) for edge in spots.field_um]
+            fields = torch.from_numpy(np.stack(means))
+        return Batch(
+            inputs=inputs,
+            rows=torch.from_numpy(np.searchsorted(positions, rows)),
+            fields=fields,
+            labels=labels.inputs(genes, rows),
+            expression=genes.standardise(spots.expression[of_known]),
+            weight=torch.from_numpy(self.weights[i][of_known].astype(np.float32)),
+        )
+
+
+def _mean_curve(runs: list[TrainingRun]) -> np.ndarray:
+    """Held-out error by check, mean over the runs; a run that stopped keeps its last error."""
+    curves = [[row["held_out_mse"] for row in run.history] for run in runs]
+    longest = max(len(curve) for curve in curves)
+    return np.mean([curve + curve[-1:] * (longest - len(curve)) for curve in curves], axis=0)
+
+
+def _best_check(runs: list[TrainingRun]) -> int:
+    return int(np.argmin(_mean_curve(runs)))
