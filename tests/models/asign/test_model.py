@@ -84,10 +84,10 @@ def test_regime_is_chosen_by_the_error_on_hidden_folds(spots):
     monotone, early, flat = run_of([1.0, 0.9, 0.8]), run_of([1.0, 0.7, 1.1]), run_of([1.0])
     assert len(regimes(fit.settings.params)) == 3
     object.__setattr__(fit, "__dict__", fit.__dict__ | {"regimes": regimes(fit.settings.params)})
-    assert fit._best_regime({(0, 0): monotone, (1, 0): early, (2, 0): flat}, [0]) == 1
+    assert fit.best_regime({(0, 0): monotone, (1, 0): early, (2, 0): flat}, [0]) == 1
     # A run that has stopped keeps its last error: the mean of (1, .9, .8) and (1, 1, 1) beats that of .7 with 1.3.
     runs = {(0, 0): monotone, (0, 1): flat, (1, 0): early, (1, 1): run_of([1.0, 1.3, 1.3])}
-    assert fit._best_regime(runs, [0, 1]) == 0
+    assert fit.best_regime(runs, [0, 1]) == 0
 
 
 def test_settings_that_are_given_hold_for_all_regimes():
@@ -284,7 +284,9 @@ def test_checkpoint_takes_up_what_was_trained(small_prepared, model, tmp_path, m
         si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     again = si.tl.fit_asign(small_prepared, model_params=SMALL, checkpoint=tmp_path)
-    assert len(calls[3:]) == len(list(tmp_path.glob("*.safetensors"))) - 2  # those that were trained are not trained again
+    assert (
+        len(calls[3:]) == len(list(tmp_path.glob("*.safetensors"))) - 2
+    )  # those that were trained are not trained again
     pd.testing.assert_frame_equal(again.cross_validation, model.cross_validation)
 
     def same(a, b) -> bool:

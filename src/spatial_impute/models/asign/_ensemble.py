@@ -180,12 +180,14 @@ class NetworkFit:
         """Folds on which everything is tried."""
         return range(min(_N_TRIALS, self.data.n_folds))
 
-    def try_regimes(self) -> Runs:
-        """Train a network with every regime on the trial folds, until a freer one is worse."""
+    def try_regimes(self, only: int | None = None) -> Runs:
+        """Train a network with every regime on the trial folds, until a freer one is worse; or with one of them only."""
         runs: Runs = {}
         parts = {k: (self._batches(k), self._held_out(k)) for k in self.trials}
         for r, candidate in enumerate(self.regimes):
-            if r > 1 and self._best_regime(runs, self.trials) < r - 1:
+            if only not in (None, r):
+                continue
+            if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
                 break
             for k in self.trials:
                 runs[r, k] = self._train_or_load(f"network{k}-{r}", k, candidate, *parts[k])
@@ -193,7 +195,7 @@ class NetworkFit:
 
     def run(self, runs: Runs) -> Ensemble:
         """Train all networks with the best regime of the trials, and predict the hidden folds."""
-        chosen, folds = self._best_regime(runs, self.trials), range(self.data.n_folds)
+        chosen, folds = self.best_regime(runs, self.trials), range(self.data.n_folds)
         params, runs = self.regimes[chosen], dict(runs)
         for k in folds:
             if (chosen, k) not in runs:
@@ -212,9 +214,9 @@ class NetworkFit:
         """(n_known, g) prediction of the spots of some folds, with the choices of the others; NaN elsewhere."""
         predicted = [np.full((len(s.known), s.expression.shape[1]), np.nan) for s in self.data.stacks]
         for k in folds:
-            regime = self._best_regime(runs, [t for t in self.trials if t != k] or self.trials)
+            regime = self.best_regime(runs, [t for t in self.trials if t != k] or self.trials)
             if (regime, k) not in runs:
-                regime = self._best_regime(runs, self.trials)
+                regime = self.best_regime(runs, self.trials)
             others = [run for (r, j), run in runs.items() if r == regime and j != k]
             check = _best_check(others or [runs[regime, k]])
             found, scale = runs[regime, k].predictions, self.data.scale(k)
@@ -230,7 +232,8 @@ class NetworkFit:
         found = regimes(self.settings.params)
         return found if len(self.data.truth) >= _FEW else found[:1]
 
-    def _best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
+    def best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
+        """Position of the regime with the lowest error on some of the trial folds."""
         errors = [
             min(_mean_curve([runs[r, k] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
             for r in range(len(self.regimes))

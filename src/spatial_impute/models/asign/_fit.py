@@ -90,7 +90,12 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         )
 
     without = [name for name in held_out if name not in _NOT_BLENDED]
-    tried = {name: (found, found.try_regimes()) for name in _bases(params, error) for found in [network_fit(name)]}
+    tried: dict[str, tuple[NetworkFit, Runs]] = {}
+    regime = None
+    for name in _bases(params, error):
+        fit_of = network_fit(name)
+        tried[name] = fit_of, fit_of.try_regimes(regime)
+        regime = fit_of.best_regime(tried[name][1], fit_of.trials)  # the first base chooses for the other
     base = min(tried, key=lambda name: _trial_error(*tried[name], known, held_out, without) if len(tried) > 1 else 0.0)
     networks = tried[base][0].run(tried[base][1])
     held_out[NETWORK] = networks.held_out
@@ -126,10 +131,10 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
 
 
 def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
-    """Bases to try: the best one, and the mean, from which a network learns most that the others do not know."""
+    """Bases to try: the mean, from which a network learns most that the baselines do not know, and the best of these."""
     if params.base != "auto":
         return [params.base if params.base in error or params.base == "none" else "cokriging"]
-    return list(dict.fromkeys([min((name for name in BASES if name in error), key=error.__getitem__), "mean"]))
+    return list(dict.fromkeys(["mean", min((name for name in BASES if name in error), key=error.__getitem__)]))
 
 
 def _trial_error(
