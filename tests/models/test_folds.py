@@ -43,6 +43,37 @@ def test_spatial_folds_hold_out_whole_blocks():
         assert not held & rest
 
 
+@pytest.mark.parametrize("depth", [False, True])
+@pytest.mark.parametrize("motion", ["moved", "turned", "mirrored", "reordered"])
+def test_folds_belong_to_the_tissue_and_not_to_the_frame(motion, depth):
+    """By the outline of the tissue, or by the depth of its spots where all ends are the same."""
+    spots = spots_of()
+    outline = spots.known & (spots.xyz[:, :2].sum(axis=1) <= (1e9 if depth else 900.0))
+    totals = np.random.default_rng(0).gamma(2.0, size=int(outline.sum())) if depth else None
+    spots = replace(spots, known=outline, expression=np.zeros((int(outline.sum()), 1)), total_counts=totals)
+    before = np.stack(spatial_folds(spots, n_folds=4, block_spacings=2.0, seed=0))
+    plane = spots.xyz[:, :2]
+    turn = np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
+    moved = {
+        "moved": plane + np.array([37.0, -11.0]),
+        "turned": plane @ turn,
+        "mirrored": plane * np.array([-1, 1]),
+        "reordered": plane,
+    }
+    order = np.arange(len(plane))
+    if motion == "reordered":
+        order = np.random.default_rng(1).permutation(len(plane))
+    other = replace(
+        spots,
+        xyz=np.column_stack([moved[motion], spots.xyz[:, 2]])[order],
+        section=spots.section[order],
+        known=spots.known[order],
+        total_counts=None if totals is None else totals[(np.cumsum(outline) - 1)[order[outline[order]]]],
+    )
+    after = np.stack(spatial_folds(other, n_folds=4, block_spacings=2.0, seed=0))
+    np.testing.assert_array_equal(after, before[:, order])
+
+
 def test_spatial_folds_take_known_sections_as_folds():
     spots = spots_of(n_sections=4, known_sections=(0, 2, 3))
     folds = spatial_folds(spots, n_folds=5, block_spacings=2.0, seed=0)

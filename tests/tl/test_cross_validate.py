@@ -8,7 +8,7 @@ import pytest
 from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute.models._spots import block_folds
+from spatial_impute.models._spots import block_folds, blocks
 from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3}
@@ -61,9 +61,9 @@ def test_block_folds_hide_the_same_place_on_all_sections(small_prepared):
     both = spots.known | (spots.section == 0)
     two = replace(spots, known=both, expression=np.zeros((int(both.sum()), 1)), total_counts=None)
     for fold in block_folds(two, n_folds=3, block_spacings=2.0, seed=0):
-        cell = np.floor(spots.xyz[:, :2] / (2.0 * spots.spacing)).astype(int)
-        hidden = {tuple(c) for c in cell[fold]}
-        assert not any(tuple(c) in hidden for c in cell[both & ~fold])
+        block = blocks(two, 2.0)
+        assert not set(block[fold[both]]) & set(block[~fold[both]])
+        assert len(np.unique(spots.section[fold])) == 2
 
 
 @pytest.fixture(scope="module")

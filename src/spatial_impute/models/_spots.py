@@ -163,7 +163,31 @@ def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int)
 
 
 def blocks(spots: Spots, block_spacings: float) -> np.ndarray:
-    """(n_known,) number of the square block of the registered frame that each known spot lies in."""
+    """(n_known,) number of the square block that each known spot lies in.
+
+    The grid of blocks belongs to the measured tissue, so that it moves, turns and flips with the frame.
+    """
     with np.errstate(over="ignore"):  # spacing 0: all spots are in one block then
-        cell = np.floor(spots.xyz[spots.known, :2] / max(block_spacings * spots.spacing, np.finfo(float).tiny))
+        cell = np.floor(_in_own_frame(spots) / max(block_spacings * spots.spacing, np.finfo(float).tiny))
     return np.unique(cell, axis=0, return_inverse=True)[1].ravel()
+
+
+def _in_own_frame(spots: Spots) -> np.ndarray:
+    """(n_known, 2) places of the known spots along two axes of their own: the first points to the longer end of the tissue.
+
+    For tissue that is the same at all ends, the axes come from the depth of the spots, and else from the frame.
+    """
+    plane = spots.xyz[spots.known, :2]
+    plane = plane - plane.mean(axis=0)
+    size = np.linalg.norm(plane, axis=1)
+    depth = np.zeros(len(plane)) if spots.total_counts is None else spots.total_counts / spots.total_counts.mean() - 1
+    for weight in ((size / max(size.mean(), 1e-300)) ** 2, depth):
+        first = (weight[:, None] * plane).mean(axis=0)
+        length = np.linalg.norm(first)
+        if length <= 1e-3 * size.mean():
+            continue
+        along = plane @ (first / length)
+        across = plane @ (np.array([-first[1], first[0]]) / length)
+        # The side with more weight along the first axis is the positive one, also in a mirrored frame.
+        return np.column_stack([along, across * (1 if (weight * along * across).sum() >= 0 else -1)])
+    return plane - plane.min(axis=0)

@@ -146,10 +146,9 @@ class Ensemble:
 
     states: list[dict[str, Tensor]]  # weights of the networks that predict
     scales: list[GeneScale]  # of each of them
-    held_out: (
-        np.ndarray
-    )  # (n_known, g) prediction of each known spot by networks, and choices, that did not see its fold
+    held_out: np.ndarray  # (n_known, g) prediction of each known spot without its fold, choices included
     history: pd.DataFrame
+    regime: dict[str, Any]  # settings of the optimizer that were chosen
 
 
 Runs: TypeAlias = dict[tuple[int, int], TrainingRun]

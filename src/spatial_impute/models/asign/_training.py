@@ -23,8 +23,8 @@ _N_CHECKS = 20  # of the held-out spots during a training
 # From cautious, for spots that show little beyond the base, to free: dropout, weight decay, learning rate, steps.
 _REGIMES: dict[str, dict[str, Any]] = {
     "cautious": {"dropout": 0.5, "weight_decay": 0.5, "learning_rate": 1e-3, "n_steps": 120},
-    "moderate": {"dropout": 0.35, "weight_decay": 0.1, "learning_rate": 2e-3, "n_steps": 160},
-    "free": {"dropout": 0.2, "weight_decay": 0.01, "learning_rate": 3e-3, "n_steps": 200},
+    "moderate": {"dropout": 0.3, "weight_decay": 0.1, "learning_rate": 3e-3, "n_steps": 200},
+    "free": {"dropout": 0.2, "weight_decay": 0.01, "learning_rate": 3e-3, "n_steps": 300},
 }
 REGIME_SETTINGS = tuple(_REGIMES["free"])
 
