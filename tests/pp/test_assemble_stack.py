@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 import json
 from dataclasses import asdict
 
@@ -471,19 +472,27 @@ def test_assemble_stack_says_that_there_is_no_image():
         si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
 
 
-def test_assemble_stack_numbers_repeated_genes():
+def test_genes_that_share_a_name_are_named_by_id_whatever_their_order():
     source = visium_like()
     source.tables["table"].var_names = ["g", "g", "h"]
+    with pytest.raises(ValueError, match=r"the gene name 'g' occurs more than once, and `var` has no column of stable ids"):
+        si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
+    source.tables["table"].var["gene_ids"] = ["E1", "E2", "E3"]
     sdata = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
-    assert list(sdata.tables["m_counts"].var_names) == ["g", "g-1", "h"]
+    assert list(sdata.tables["m_counts"].var_names) == ["E1", "E2", "h"]
     assert list(source.tables["table"].var_names) == ["g", "g", "h"]
 
 
-@pytest.mark.parametrize(("mpp", "says"), [(500.0, True), (0.0005, True), (0.25, False), (30.0, False)])
-def test_assemble_stack_says_that_a_pixel_size_is_in_other_units(mpp, says, caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)
-    si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
-    assert ("pixels of scans and overviews measure 0.1 to 50 um, found" in caplog.text) is says
+@pytest.mark.parametrize(("mpp", "right"), [(500.0, False), (0.0005, False), (0.25, True), (30.0, True)])
+def test_assemble_stack_refuses_a_pixel_size_in_other_units(mpp, right):
+    with nullcontext() if right else pytest.raises(ValueError, match="pixels of scans and overviews measure 0.05 to 50 um"):
+        si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
+
+
+@pytest.mark.parametrize("sections", [[np.zeros((9, 9, 3), np.uint8)] * 2, ["a.tif", "b.tif"], "a.tif", (1, 2, 3)])
+def test_assemble_stack_wants_names(sections):
+    with pytest.raises(ValueError, match="`sections` needs a name for each input"):
+        si.pp.assemble_stack(sections, mpp=1.0, section_spacing=5)
 
 
 def test_assemble_stack_takes_a_table_whose_index_is_named_as_a_column(tmp_path):

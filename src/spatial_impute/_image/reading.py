@@ -81,6 +81,27 @@ def open_image(path: str | Path) -> ImageFile:
     raise ValueError(msg)
 
 
+def open_slide(slide: Any) -> ImageFile:
+    """Open the image of a ``wsidata.WSIData``, in RGB, through its reader: OpenSlide and others read more formats."""
+    import dask.array as da
+
+    properties = slide.properties
+
+    def read(level: int, block_info: dict[int, Any] | None = None) -> np.ndarray:
+        (_, _), (y0, y1), (x0, x1) = block_info[None]["array-location"]  # type: ignore[index]
+        factor = properties.level_downsample[level]
+        region = slide.reader.get_region(round(x0 * factor), round(y0 * factor), x1 - x0, y1 - y0, level=level)
+        return np.moveaxis(np.asarray(region)[..., :3], -1, 0)
+
+    levels = []
+    for level in range(properties.n_level):
+        height, width = (int(n) for n in properties.level_shape[level])
+        chunks = ((3,), *(da.core.normalize_chunks(_CHUNK, (n,))[0] for n in (height, width)))
+        levels.append(da.map_blocks(read, level=level, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)))
+    mpp = properties.mpp
+    return ImageFile(levels, None if mpp is None else (float(mpp), float(mpp)))
+
+
 def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
     """Open a file, or name the file that is damaged: messages of the libraries do not."""
     try:

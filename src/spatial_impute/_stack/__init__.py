@@ -4,6 +4,7 @@ from spatial_impute._stack.elements import (
     displacement_elements,
     element_affine,
     image_element,
+    in_rgb_order,
     load_transform,
     plane_affine,
     registered_radius,

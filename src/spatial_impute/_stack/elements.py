@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
+from spatial_impute._image.brightfield import rgb_order
 from spatial_impute._image.levels import Level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._validation import require_finite, require_key
@@ -152,6 +153,27 @@ def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]
     if len(elements) == 1:
         return elements[0]
     return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
+
+
+def in_rgb_order(element: Any) -> Any:
+    """Image element with its channels as red, green, blue (and alpha), or one of grey, by their names.
+
+    Raises a ``ValueError`` for channels of other names, such as dyes, and for other numbers of channels.
+    """
+    import xarray as xr
+
+    if hasattr(element, "children"):
+        arrays = {key: next(iter(child.ds.data_vars.values())) for key, child in element.children.items()}
+        ordered = {key: in_rgb_order(array) for key, array in arrays.items()}
+        if all(ordered[key] is array for key, array in arrays.items()):
+            return element
+        return xr.DataTree.from_dict({key: xr.Dataset({"image": array}) for key, array in ordered.items()})
+    names = element.coords["c"].to_numpy().tolist() if "c" in element.coords else None
+    order = rgb_order(names, element.sizes["c"])
+    if element.dtype.kind not in "buif":
+        msg = f"Pixels must be numbers of type integer or float, found {element.dtype}."
+        raise ValueError(msg)
+    return element if order == sorted(order) else element.isel(c=order)
 
 
 def section_object(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._image.pixel_size import RANGE
+from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
+from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record, section_levels, spots_by_section
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from spatial_impute.pp._read_section import SectionInput, SectionParts
 
 
-_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm in place of um are wrong by a factor of a thousand
+_FEW_SPOTS = 20
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -151,14 +153,37 @@ def assemble_stack(
     record = StackRecord(tuple(records), reference=reference, version=version("spatial-impute"))
     save_record(sdata, record)
     build_stack_table(sdata, record)
+    _check_spots(sdata, record)
     return sdata
 
 
+def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
+    """Warn of measured spots that do not lie on the tissue of their own image, and name the placement that fits."""
+    if Keys.STACK_TABLE not in sdata.tables:
+        return
+    table = sdata.tables[Keys.STACK_TABLE]
+    flags = table.obs[Keys.MEASURED].to_numpy(bool)
+    for section, centers, _, rows in spots_by_section(sdata, record, table):
+        measured = centers[flags[rows]]
+        if not len(measured):
+            continue
+        if len(measured) < _FEW_SPOTS:
+            logger.warning("Section %s: only %d spots are measured; results from so few are chance", section.name, len(measured))
+        placement = place_spots(section_levels(sdata, section), measured)
+        if placement is not None and (sentence := placement.sentence) is not None:
+            logger.warning(
+                "Section %s: %s; check the positions of the spots, the image and `mpp`", section.name, sentence
+            )
+
+
 def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:
-    if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
-        logger.warning(
-            "Section %s: pixels of scans and overviews measure 0.1 to 50 um, found %g um; check `mpp`", name, parts.mpp
+    low, high = RANGE
+    if not low <= parts.mpp <= high:
+        msg = (
+            f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um (from "
+            f"{parts.mpp_source}). Pass `mpp` in um per pixel, not in nm or mm."
         )
+        raise ValueError(msg)
     section = Section(
         name=name,
         z=z,
@@ -181,6 +206,12 @@ def _named_inputs(
 ) -> dict[str, Any]:
     """Inputs by checked names; names and inputs must differ, but `choices` may take different parts of one object."""
     pairs = list(sections.items() if isinstance(sections, Mapping) else sections)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        msg = (
+            "`sections` needs a name for each input, e.g. `{'s0': ..., 's1': ...}`; found a "
+            f"{type(sections).__name__} without names."
+        )
+        raise ValueError(msg)
     if not pairs:
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
         raise ValueError(msg)

@@ -440,12 +440,12 @@ GENES = [
         lambda w: expected(),
         lambda w, v: all(same(v, k) for k in _kinds()),
     ),
-    answers(
-        "pp.select_genes",
-        "repeated gene names",
-        "are numbered with a warning",
-        lambda w: _repeated(),
-        lambda w, v: v.tables["stack"].var_names.is_unique,
+    refuses(
+        "pp.assemble_stack",
+        "repeated gene names without ids",
+        ValueError,
+        "the gene name 'g0' occurs more than once",
+        lambda w: one(visium(genes=("g0", "g0", "g1"))),
     ),
 ]
 
@@ -467,12 +467,6 @@ def _kinds():
         sparse.csr_array(values),
         da.from_array(values, chunks=2),
     ]
-
-
-def _repeated():
-    sdata = one(visium(genes=("g0", "g0", "g1")))
-    si.pp.select_genes(sdata)
-    return sdata
 
 
 CASES = [*NAMES, *ARRAYS, *FILES, *OBJECTS, *GENES]
