@@ -11,7 +11,9 @@ from scipy import sparse
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_IDS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "feature_id", "feature_ids", "gene_ids-0")
+GENE_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "feature_id", "feature_ids", "gene_ids-0", "feature_types")
+"""Columns of ``var`` that say what a gene is."""
+_IDS = GENE_COLUMNS[:-1]
 
 
 def gene_ids(table: AnnData) -> pd.Index | None:

@@ -21,6 +21,7 @@ from spatial_impute._stack.record import (
     Section,
     StackRecord,
     load_record,
+    require_section_names,
     require_spatialdata,
     resolve_sections,
     save_record,

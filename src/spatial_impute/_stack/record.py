@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spatialdata import SpatialData
+
+
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,26 @@ class StackRecord:
             "version": self.version,
             "registration": self.registration,
         }
+
+
+def require_section_names(names: Sequence[object]) -> None:
+    """Raise a ``ValueError`` unless all names can be names of sections, and of elements of a SpatialData object."""
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
+            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
+            msg = (
+                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
+                f"{name!r}. Use {legal!r}, for example."
+            )
+            raise ValueError(msg)
+        if name == Keys.ALIGNED:
+            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
+            raise ValueError(msg)
+        if name.lower() in seen:
+            msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
+            raise ValueError(msg)
+        seen.add(name.lower())
 
 
 def require_spatialdata(value: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ from spatial_impute._image.pixel_size import RANGE
 from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record, section_levels, spots_by_section
+from spatial_impute._stack import Section, StackRecord, build_stack_table, require_section_names, save_record, section_levels, spots_by_section
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 
 _FEW_SPOTS = 20
-_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def assemble_stack(
@@ -215,23 +213,9 @@ def _named_inputs(
     if not pairs:
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
         raise ValueError(msg)
-    seen_names: set[str] = set()
+    require_section_names([name for name, _ in pairs])
     seen_inputs: dict[object, str] = {}
     for name, value in pairs:
-        if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
-            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
-            msg = (
-                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
-                f"{name!r}. Use {legal!r}, for example."
-            )
-            raise ValueError(msg)
-        if name == Keys.ALIGNED:
-            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
-            raise ValueError(msg)
-        if name.lower() in seen_names:
-            msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
-            raise ValueError(msg)
-        seen_names.add(name.lower())
         identity: Any = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
         if is_spatialdata(value):
             identity = (identity, *(_for_section(choice, name) for choice in choices))
