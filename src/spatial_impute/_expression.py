@@ -11,7 +11,16 @@ from scipy import sparse
 if TYPE_CHECKING:
     from anndata import AnnData
 
-GENE_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl", "feature_id", "feature_ids", "gene_ids-0", "feature_types")
+GENE_COLUMNS = (
+    "gene_ids",
+    "gene_id",
+    "ensembl_id",
+    "ensembl",
+    "feature_id",
+    "feature_ids",
+    "gene_ids-0",
+    "feature_types",
+)
 """Columns of ``var`` that say what a gene is."""
 _IDS = GENE_COLUMNS[:-1]
 

@@ -121,8 +121,11 @@ def _logged_bar() -> Any:
     from tqdm import tqdm
 
     class LoggedBar(tqdm):
+        shown = 0
+
         def display(self, *_: Any, **__: Any) -> None:
-            if self.n and self.format_dict["elapsed"] >= _LOG_EVERY:
+            if self.n > self.shown and self.format_dict["elapsed"] >= _LOG_EVERY:
+                self.shown = self.n
                 total = f" of {self.total}" if self.total else ""
                 logger.info("%s: %d%s after %.0f s", self.desc.rstrip(": "), self.n, total, self.format_dict["elapsed"])
 

@@ -54,7 +54,16 @@ _SOURCES = ("image", "spaceranger", "spatialdata")
 _TAKES = {
     "image": {"mpp", "z", "counts", "spot_diameter", "counts_layer"},
     "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
-    "spatialdata": {"mpp", "z", "spot_pitch", "image_key", "shapes_key", "table_key", "coordinate_system", "counts_layer"},
+    "spatialdata": {
+        "mpp",
+        "z",
+        "spot_pitch",
+        "image_key",
+        "shapes_key",
+        "table_key",
+        "coordinate_system",
+        "counts_layer",
+    },
 }
 # Keys whose values are text, also where YAML would read a number, a date, or true and false.
 _TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
@@ -383,7 +392,15 @@ def in_words_of_file(error: Exception, config: RunConfig) -> str:
     """Message of the package in terms of the file of a run: keys for arguments, and no Python calls."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r"`?sections\['([^']+)'\]`?", r"`sections.\1`", text)
-    name = next((name for name in config.sections if re.search(rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b", text)), None)
+    text = re.sub(r"[Ss]ection '([^']+)'", r"`sections.\1`", text)
+    name = next(
+        (
+            name
+            for name in config.sections
+            if re.search(rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b", text)
+        ),
+        None,
+    )
     where = "sections.*" if name is None else f"sections.{name}"
     text = re.sub(r",? e\.g\. `\w+=[^`]*`", "", text)
     for key in SectionConfig.__dataclass_fields__:

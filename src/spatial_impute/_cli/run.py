@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 _N_PLOT_GENES = 2
 _OF_SECTIONS = (
-    "mpp", "spot_pitch", "fullres_image", "bin_size", "image_key", "shapes_key", "table_key", "coordinate_system"
+    "mpp",
+    "spot_pitch",
+    "fullres_image",
+    "bin_size",
+    "image_key",
+    "shapes_key",
+    "table_key",
+    "coordinate_system",
 )
 
 
@@ -123,13 +130,12 @@ def _open_sections(config: RunConfig) -> SpatialData:
     sdata = si.pp.assemble_stack(
         inputs, reference=config.reference, **heights, **{key: value or None for key, value in arguments.items()}
     )
-    for section in load_record(sdata).sections:
-        if section.counts is not None:
-            chosen = given[section.name]
-            key = "counts" if chosen.counts is not None else chosen.source
-            counts = _counts(sdata.tables[section.counts], chosen.counts_layer, f"sections.{section.name}", key)
-            sdata.tables[section.counts] = counts
-    if not any(section.counts is not None for section in load_record(sdata).sections):
+    for found in load_record(sdata).sections:
+        chosen = given[found.name]
+        if found.counts is not None and chosen.counts is None:  # others were checked when they were read
+            where = f"sections.{found.name}"
+            sdata.tables[found.counts] = _counts(sdata.tables[found.counts], chosen.counts_layer, where, chosen.source)
+    if not any(found.counts is not None for found in load_record(sdata).sections):
         msg = f"`sections`: none of {list(given)} holds expression; imputation needs a section with counts."
         raise ConfigError(msg)
     _drop_empty_spots(sdata)
@@ -157,10 +163,18 @@ def _counts(table: AnnData, layer: str | None, where: str, key: str) -> AnnData:
     values = table.X
     sample = None if values is None else values.data if hasattr(values, "tocsr") else np.asarray(values)
     if sample is None or not sample.size or not looks_like_counts(sample):
-        what = "is empty" if sample is None or not sample.size else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
+        what = (
+            "is empty"
+            if sample is None or not sample.size
+            else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
+        )
         slot = "X" if layer is None else f"layer {layer!r}"
         others = [name for name in found if name != layer]
-        hint = f"If one of {others} holds them, add `{where}.counts_layer: {others[0]}`." if others else "Give a file with raw counts."
+        hint = (
+            f"If one of {others} holds them, add `{where}.counts_layer: {others[0]}`."
+            if others
+            else "Give a file with raw counts."
+        )
         msg = f"`{where}.{key}`: raw counts are needed (whole numbers from 0), but {slot} {what}. {hint}"
         raise ConfigError(msg)
     return table
@@ -208,7 +222,11 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     except Exception as error:
         msg = f"`sections.{name}.counts`: '{section.counts}' cannot be read as h5ad: {error}"
         raise ConfigError(msg) from error
-    if Keys.SPATIAL not in table.obsm or np.ndim(table.obsm[Keys.SPATIAL]) != 2 or np.shape(table.obsm[Keys.SPATIAL])[1] < 2:
+    if (
+        Keys.SPATIAL not in table.obsm
+        or np.ndim(table.obsm[Keys.SPATIAL]) != 2
+        or np.shape(table.obsm[Keys.SPATIAL])[1] < 2
+    ):
         msg = f"`sections.{name}.counts`: '{section.counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
         raise ConfigError(msg)
     if not table.obs_names.is_unique:

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     import dask.array as da
 
-_N_COLORS = {"grey": 1, "white-is-zero grey": 1, "palette": 1, "RGB": 3, "YCbCr": 3, "CIELab": 3, "ICCLab": 3, "CMYK": 4}
+_N_COLORS = {
+    "grey": 1,
+    "white-is-zero grey": 1,
+    "palette": 1,
+    "RGB": 3,
+    "YCbCr": 3,
+    "CIELab": 3,
+    "ICCLab": 3,
+    "CMYK": 4,
+}
 _COLORS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 _UNNAMED = re.compile(r"(image|channel|chan|ch|c|s|band)?[\s_:.#-]*\d*([\s_:.-]*\d+)*", re.IGNORECASE)
 _DYES = re.compile(

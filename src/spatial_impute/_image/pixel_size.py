@@ -46,7 +46,9 @@ def tiff_pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[f
     if found := re.search(r"\bMPP\s*=\s*([0-9.,]+)", text):
         size = float(found.group(1).replace(",", "."))
         return (size, size) if size > 0 else None
-    if tiff.is_philips and (found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', _unquoted(text))):
+    if tiff.is_philips and (
+        found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', _unquoted(text))
+    ):
         y, x = (1e3 * float(value) for value in found.groups())
         return x, y
     unit = page.tags.get("ResolutionUnit")
@@ -127,7 +129,12 @@ def zarr_pixel_size(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[f
         axis = axes.get(name)
         um = um_per_unit(axis.get("unit")) if isinstance(axis, dict) else None
         holders = (multiscale["datasets"][0], multiscale)
-        scales = [t["scale"] for holder in holders for t in holder.get("coordinateTransformations", ()) if t.get("type") == "scale"]
+        scales = [
+            t["scale"]
+            for holder in holders
+            for t in holder.get("coordinateTransformations", ())
+            if t.get("type") == "scale"
+        ]
         if um is None or not scales:
             return None
         place = list(axes).index(name)

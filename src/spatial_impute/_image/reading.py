@@ -26,9 +26,39 @@ if TYPE_CHECKING:
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
-_MAGIC = {b"II*\0": "tiff", b"MM\0*": "tiff", b"II+\0": "tiff", b"MM\0+": "tiff", b"\x89PNG": "plain", b"\xff\xd8\xff": "plain"}
+_MAGIC = {
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"II+\0": "tiff",
+    b"MM\0+": "tiff",
+    b"\x89PNG": "plain",
+    b"\xff\xd8\xff": "plain",
+}
 # Of these, the file that is named holds an overview, or a format of its own.
-_VENDORS = set(".mrxs .vsi .ets .czi .dcm .dicom .isyntax .i2syntax .svslide .vms .vmu .zvi .lif .nd2 .oir .oib .kfb .sdpc .mds .tron".split())
+_VENDORS = set(
+    [
+        ".mrxs",
+        ".vsi",
+        ".ets",
+        ".czi",
+        ".dcm",
+        ".dicom",
+        ".isyntax",
+        ".i2syntax",
+        ".svslide",
+        ".vms",
+        ".vmu",
+        ".zvi",
+        ".lif",
+        ".nd2",
+        ".oir",
+        ".oib",
+        ".kfb",
+        ".sdpc",
+        ".mds",
+        ".tron",
+    ]
+)
 _EXIF_ORIENTATION = 0x0112
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
@@ -97,7 +127,9 @@ def open_slide(slide: Any) -> ImageFile:
     for level in range(properties.n_level):
         height, width = (int(n) for n in properties.level_shape[level])
         chunks = ((3,), *(da.core.normalize_chunks(_CHUNK, (n,))[0] for n in (height, width)))
-        levels.append(da.map_blocks(read, level=level, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)))
+        levels.append(
+            da.map_blocks(read, level=level, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+        )
     mpp = properties.mpp
     return ImageFile(levels, None if mpp is None else (float(mpp), float(mpp)))
 
@@ -254,7 +286,9 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
         inside = sorted(name for name, _ in group.groups())
         if "bioformats2raw.layout" in found:
-            msg += f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
+            msg += (
+                f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
+            )
         elif "plate" in found or "well" in found:
             msg += f" It is a plate with several images; give one of them, below {inside}."
         raise ValueError(msg)

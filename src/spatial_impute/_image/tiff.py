@@ -187,13 +187,16 @@ def _kind(page: Any, path: Path) -> str:
     kind, codec = _KINDS.get(int(page.photometric)), int(page.compression)
     if codec == _JPEG2000_YCBCR:
         return "YCbCr"
-    if kind == "YCbCr" and codec in tifffile.TIFF.IMAGE_COMPRESSIONS and codec not in _JPEG2000:
-        # Other decoders of images return RGB; that of JPEG only for samples that stand together.
-        if codec not in _JPEG or (int(page.planarconfig) == _CONTIGUOUS and not page.extrasamples):
-            return "RGB"
+    # Decoders of images return RGB, but for JPEG 2000, and for JPEG whose samples do not stand together.
+    decoded = codec in tifffile.TIFF.IMAGE_COMPRESSIONS and codec not in _JPEG2000
+    decoded &= codec not in _JPEG or (int(page.planarconfig) == _CONTIGUOUS and not page.extrasamples)
+    if kind == "YCbCr" and decoded:
+        return "RGB"
     unknown = kind is None or page.tags.valueof("InkSet", 1) != 1
     if kind not in ("grey", "RGB"):
-        unknown |= page.dtype.kind not in "ub" or (kind not in ("palette", "white-is-zero grey", "CMYK") and page.bitspersample not in (8, 16))
+        unknown |= page.dtype.kind not in "ub" or (
+            kind not in ("palette", "white-is-zero grey", "CMYK") and page.bitspersample not in (8, 16)
+        )
     if unknown:
         name = getattr(page.photometric, "name", page.photometric)
         msg = (
@@ -249,7 +252,9 @@ def _channel_names(tiff: tifffile.TiffFile, pixels: Any) -> list[str] | None:
     found = tiff.imagej_metadata or {}
     # A color image of ImageJ is stored as RGB; its channels are something else, unless their labels say so.
     n = int(found.get("channels", 1))
-    return [str(label) for label in found.get("Labels", ())][:n] or ([f"ImageJ channel {i}" for i in range(n)] if n > 1 else None)
+    return [str(label) for label in found.get("Labels", ())][:n] or (
+        [f"ImageJ channel {i}" for i in range(n)] if n > 1 else None
+    )
 
 
 def require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:

@@ -242,7 +242,9 @@ def require_encoder_name(name: str) -> None:
     library, _, model = name.partition(":")
     if name in _NAMES or (library in ("timm", "transformers") and model):
         return
-    hint = f" Did you mean 'timm:hf-hub:{name}' or 'transformers:{name}'?" if "/" in name else did_you_mean(name, _NAMES)
+    hint = (
+        f" Did you mean 'timm:hf-hub:{name}' or 'transformers:{name}'?" if "/" in name else did_you_mean(name, _NAMES)
+    )
     msg = (
         f"Unknown encoder {name!r}; available by name: {list(_NAMES)}, and 'timm:NAME' and 'transformers:NAME'.{hint} Or pass a "
         "callable or nn.Module."

@@ -13,7 +13,15 @@ from spatial_impute._image.pixel_size import RANGE
 from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import Section, StackRecord, build_stack_table, require_section_names, save_record, section_levels, spots_by_section
+from spatial_impute._stack import (
+    Section,
+    StackRecord,
+    build_stack_table,
+    require_section_names,
+    save_record,
+    section_levels,
+    spots_by_section,
+)
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
@@ -166,7 +174,9 @@ def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
         if not len(measured):
             continue
         if len(measured) < _FEW_SPOTS:
-            logger.warning("Section %s: only %d spots are measured; results from so few are chance", section.name, len(measured))
+            logger.warning(
+                "Section %s: only %d spots are measured; results from so few are chance", section.name, len(measured)
+            )
         placement = place_spots(section_levels(sdata, section), measured)
         if placement is not None and (sentence := placement.sentence) is not None:
             logger.warning(

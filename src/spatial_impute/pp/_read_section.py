@@ -17,7 +17,13 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, in_rgb_order
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._read_spaceranger import SCALEFACTORS, find_spaceranger, mpp_from_pitch, read_legacy, read_spaceranger
+from spatial_impute.pp._read_spaceranger import (
+    SCALEFACTORS,
+    find_spaceranger,
+    mpp_from_pitch,
+    read_legacy,
+    read_spaceranger,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -89,7 +89,9 @@ def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -
     return _section(_Sample(str(folder), factors, _read_positions(folder), _read_counts(folder), images), fullres_image)
 
 
-def read_legacy(table: AnnData, where: str, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
+def read_legacy(
+    table: AnnData, where: str, *, fullres_image: str | Path | None = None
+) -> tuple[SpatialData, float, str]:
     """Read what ``scanpy.read_visium`` and ``squidpy.read.visium`` return; see :func:`read_spaceranger`.
 
     Raises a ``ValueError`` if the table does not hold the images and the lattice of one Visium sample.
@@ -160,7 +162,9 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     positions = positions[positions["in_tissue"].to_numpy(bool)]
     kept = counts.obs_names.isin(positions.index)
     if not kept.any():
-        msg = f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all of them is 0 in its positions."
+        msg = (
+            f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all of them is 0 in its positions."
+        )
         raise ValueError(msg)
     if (known & ~kept).any():
         logger.warning(
@@ -175,7 +179,9 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
 
 def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
     """Barcodes without the "-1" of Space Ranger, which other programs drop, if they are unique then."""
-    names, spots = (pd.Index(index).str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index))
+    names, spots = (
+        pd.Index(index).str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index)
+    )
     if not names.is_unique or not spots.is_unique:
         return positions, counts
     counts = counts.copy()
@@ -271,9 +277,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
-        msg = (
-            f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
-        )
+        msg = f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
         raise ValueError(msg)
     matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
     mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
@@ -316,7 +320,10 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
 def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
     small = {
-        kind: (_levels(image), 1 / require_positive(sample.factors[f"tissue_{kind}_scalef"], name=f"tissue_{kind}_scalef"))
+        kind: (
+            _levels(image),
+            1 / require_positive(sample.factors[f"tissue_{kind}_scalef"], name=f"tissue_{kind}_scalef"),
+        )
         for kind, _ in _IMAGES
         if (image := sample.images.get(kind)) is not None and f"tissue_{kind}_scalef" in sample.factors
     }
@@ -359,7 +366,9 @@ def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] |
     Raises a ``ValueError`` if the given scan is turned, mirrored, or another image.
     """
     if small is None:
-        logger.warning("%s: no small image of Space Ranger to compare `fullres_image` with; it is taken as it is", where)
+        logger.warning(
+            "%s: no small image of Space Ranger to compare `fullres_image` with; it is taken as it is", where
+        )
         return 1.0
     levels, pixel = small
     wanted = np.array(levels[0].shape[1:]) * pixel

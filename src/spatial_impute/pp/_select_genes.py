@@ -217,12 +217,14 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
 def _gene_names(tables: dict[str, _Counts]) -> dict[str, pd.Index]:
     """Names of the genes of each section, joined by stable id where there is one."""
     names = names_by_id({name: counts.table for name, counts in tables.items()})
-    changed = {}
+    changed: dict[str, str] = {}
     for name, counts in tables.items():
         differ = np.flatnonzero(names[name] != counts.table.var_names)
         changed |= {counts.table.var_names[i]: names[name][i] for i in differ[:3]}
     if changed:
-        logger.warning("Genes are joined by their ids in `var`, so some have other names than in a table, e.g. %s", changed)
+        logger.warning(
+            "Genes are joined by their ids in `var`, so some have other names than in a table, e.g. %s", changed
+        )
     return names
 
 
