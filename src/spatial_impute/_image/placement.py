@@ -62,7 +62,7 @@ def turned_points(points: np.ndarray, turn: str, size: tuple[float, float]) -> n
 
 def turned_picture(picture: np.ndarray, turn: str) -> np.ndarray:
     """Picture (y, x, ...) after a turn."""
-    (from_x, from_y), _, shift = _TURNS[turn]
+    (from_x, _from_y), _, shift = _TURNS[turn]
     picture = picture if from_x else picture.swapaxes(0, 1)
     axes = [axis for axis, flip in zip((1, 0), shift, strict=True) if flip]
     return np.flip(picture, axes) if axes else picture

@@ -35,8 +35,7 @@ _MAGIC = {
     b"\xff\xd8\xff": "plain",
 }
 # Of these, the file that is named holds an overview, or a format of its own.
-_VENDORS = set(
-    [
+_VENDORS = {
         ".mrxs",
         ".vsi",
         ".ets",
@@ -57,8 +56,7 @@ _VENDORS = set(
         ".sdpc",
         ".mds",
         ".tron",
-    ]
-)
+    }
 _EXIF_ORIENTATION = 0x0112
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
