@@ -403,12 +403,12 @@ def test_assemble_stack_spot_pitch_is_not_biased_by_whole_pixels(keep):
 
 def test_assemble_stack_spot_pitch_needs_a_lattice():
     centers = np.random.default_rng(0).uniform(0, 300, (60, 2))
-    with pytest.raises(ValueError, match=r"regular lattice; the nearest neighbours of 60 spots are .* Pass `mpp=`"):
+    with pytest.raises(ValueError, match=r"regular lattice, at least two; the 60 spots have no .* Pass `mpp=`"):
         si.pp.assemble_stack({"m": with_spots(centers)}, spot_pitch=100, z=[0])
 
 
 def test_assemble_stack_spot_pitch_needs_two_spots():
-    with pytest.raises(ValueError, match="`spot_pitch` needs at least two spots"):
+    with pytest.raises(ValueError, match="needs spots on a regular lattice, at least two; the 1 spots"):
         si.pp.assemble_stack({"m": visium_like(ids=("a",), with_table=False)}, spot_pitch=100, z=[0])
 
 

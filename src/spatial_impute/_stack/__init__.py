@@ -1,6 +1,7 @@
 """The stack inside a SpatialData object: its record, the elements of its sections, its table, its registration."""
 
 from spatial_impute._stack.elements import (
+    as_circles,
     displacement_elements,
     element_affine,
     image_element,
@@ -15,6 +16,7 @@ from spatial_impute._stack.elements import (
     section_object,
     spot_geometry,
     spots_by_section,
+    square_edge,
     to_frames,
 )
 from spatial_impute._stack.record import (

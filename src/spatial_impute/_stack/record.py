@@ -109,6 +109,12 @@ def load_record(sdata: SpatialData) -> StackRecord:
             f"No stack in `sdata.attrs[{Keys.ATTRS!r}]`; attrs hold {sorted(map(str, sdata.attrs))}. "
             "Make one with `si.pp.assemble_stack({...})` or `si.datasets.her2st(...)`."
         )
+        if any(Keys.image("") in key for key in sdata.images):
+            msg += (
+                " If this object was made by `spatialdata.concatenate`, which drops attrs, assemble it again: "
+                "`si.pp.assemble_stack({name: sdata for name in names}, coordinate_system={name: name for name in names}, "
+                "mpp=1.0, z=...)`, where `names` are coordinate systems of its sections in the order of the block."
+            )
         raise KeyError(msg)
     sections = [Section(**section) for section in found["sections"]]
     # `filter_by_coordinate_system` and `subset` remove sections from an object and do not change its attrs.

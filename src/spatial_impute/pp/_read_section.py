@@ -15,7 +15,7 @@ from spatial_impute._geometry import linear_scale
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, image_element, in_rgb_order
+from spatial_impute._stack import as_circles, element_affine, image_element, in_rgb_order, square_edge
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import (
     SCALEFACTORS,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 
 _SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
-_SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
     image_key = _choose_image(source, options.image_key, system, where)
     image = _rgb(source.images[image_key], f"{name}, image {image_key}")
     shapes_key = _choose_spots(source, options.shapes_key, system, where)
-    circles = None if shapes_key is None else _as_circles(source.shapes[shapes_key], shapes_key, where)
+    circles = None if shapes_key is None else as_circles(source.shapes[shapes_key], shapes_key, where)
     if options.mpp is not None:
         mpp, mpp_source = options.mpp, "argument"
     elif options.spot_pitch is not None and circles is not None:
@@ -247,7 +246,7 @@ def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, cho
     """
     lost = {
         key: _regions(table)
-        for key, table in source.tables.items()
+        for key, table in _count_tables(source).items()
         if table.n_obs and not _is_of_another_section(source, _regions(table), system)
     }
     if not lost:
@@ -333,7 +332,7 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
     here = [key for key, shape in source.shapes.items() if _in_system(shape, system)]
     circles = [key for key in here if "radius" in source.shapes[key]]
     annotated = {key for table in source.tables.values() for key in _regions(table)}
-    keys = circles or [key for key in here if key in annotated and _square_edge(source.shapes[key]) is not None]
+    keys = circles or [key for key in here if key in annotated and square_edge(source.shapes[key]) is not None]
     if len(keys) > 1:
         kind = "circle" if circles else "bin"
         msg = f"{where} has several {kind} elements {sorted(keys)}; choose the spots with `shapes_key=`."
@@ -341,40 +340,15 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
     return keys[0] if keys else None
 
 
+def _count_tables(source: SpatialData) -> dict[str, AnnData]:
+    """Tables that may hold counts: the table of an earlier stack holds what was made of them."""
+    ours = {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE}
+    return {key: table for key, table in source.tables.items() if not ours <= set(table.obs)}
+
+
 def _regions(table: AnnData) -> list[str]:
     regions = table.uns.get("spatialdata_attrs", {}).get("region")
     return [regions] if isinstance(regions, str) else list(regions or [])
-
-
-def _square_edge(shapes: GeoDataFrame) -> float | None:
-    """Edge of squares of one size; None for other shapes."""
-    if not len(shapes) or not (shapes.geom_type == "Polygon").all():
-        return None
-    area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
-    edge = float(np.sqrt(np.median(area)))
-    # Of all shapes with four corners only a square has this ratio of area and circumference.
-    same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
-    square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
-    return edge if same.all() and square.all() else None
-
-
-def _as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
-    """Spots as circles: squares become the circles inscribed in them."""
-    import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import get_transformation
-
-    if "radius" in shapes:
-        return shapes
-    edge = _square_edge(shapes)
-    if edge is None:
-        msg = (
-            f"{where}.shapes[{key!r}] holds neither circles nor squares of one size; make circles of it with "
-            "`spatialdata.to_circles`, or choose others with `shapes_key=`."
-        )
-        raise ValueError(msg)
-    circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
-    return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
 
 
 def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
@@ -420,7 +394,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     """Copy of the table rows that annotate the spots, with the region and ids of the stack."""
     from spatialdata.models import TableModel
 
-    annotating = {key: table for key, table in source.tables.items() if shapes_key in _regions(table)}
+    annotating = {key: table for key, table in _count_tables(source).items() if shapes_key in _regions(table)}
     if table_key is not None:
         require_key(table_key, source.tables, where=f"{where}.tables")
         require_key(table_key, annotating, where=f"tables of {where} that annotate {shapes_key!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._geometry import lattice_of, linear_scale, scaling
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import open_image
@@ -33,7 +33,6 @@ _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.png"))
 # Spots of one row of a Visium array are 100 um apart, two steps of array_col; rows are 100 * sin(60 degrees) apart.
 _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
-_SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _LATTICE_TOLERANCE = 15.0  # um; positions are whole pixels of the scan, which may be coarse
 _SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 _OTHER_PICTURE = 0.3  # correlation of the scan with the small image of the folder
@@ -294,27 +293,16 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
 
 
 def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
-    """Micrometres per unit of the coordinate system, from the mean distance of neighbours on the lattice.
-
-    Positions are whole pixels, so the nearest of six neighbours alone is too near, by up to 0.7 % on Visium.
-    """
-    from scipy.spatial import cKDTree
-
+    """Micrometres per unit of the coordinate system, from the distance of neighbours on the lattice."""
     pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
-    if len(circles) < 2:
-        msg = f"`spot_pitch` needs at least two spots to compare with, found {len(circles)}; pass `mpp=`."
-        raise ValueError(msg)
-    centers = np.column_stack([circles.geometry.x, circles.geometry.y])
-    distance = cKDTree(centers).query(centers, k=min(7, len(centers)))[0][:, 1:]
-    near = np.abs(distance / np.median(distance[:, 0]) - 1) < _SAME_STEP
-    if near[:, 0].mean() < 0.5:
-        low, high = np.quantile(distance[:, 0], [0.1, 0.9])
+    found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
+    if found is None:
         msg = (
-            f"`spot_pitch` needs spots on a regular lattice; the nearest neighbours of {len(circles)} spots are "
-            f"{low:.3g} to {high:.3g} away (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common distance of "
+            f"neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
         )
         raise ValueError(msg)
-    return pitch / (float(distance[near].mean()) * linear_scale(element_affine(circles, system)))
+    return pitch / (found[0] * linear_scale(element_affine(circles, system)))
 
 
 def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -> Any:
