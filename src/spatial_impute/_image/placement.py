@@ -28,7 +28,7 @@ _TURNS = {
     "turned by 90 degrees counterclockwise": ((0, 1), (-1, 0), (0, 1)),
     "with x and y exchanged, then turned by 180 degrees": ((0, -1), (-1, 0), (1, 1)),
 }
-_FINEST, _MOST_PX = 8.0, 1024  # um per pixel and px along the longer side of the mask: spots are far larger
+_FINEST, _MOST_PX = 16.0, 512  # um per pixel and px along the longer side of the mask: spots are far larger
 _MOST_DECODED = 2**30  # px; more of them take minutes to decode
 _FEWEST = 10  # spots; fewer lie anywhere by chance
 _SMALL = 96  # px along the longer side of two pictures that are compared
