@@ -627,3 +627,118 @@ def test_columns_with_names_of_the_stack_are_kept_under_another_name(column):
     counts = sdata.tables["a_counts"]
     assert (counts.obs[f"{column}_original"] == "cortex").all()
     assert sdata.tables["stack"].obs["measured"].all()
+
+
+def with_tissue(turn=lambda xy: xy, names=("r", "g", "b"), n_apart=12):
+    """Object with tissue in a corner of its image and measured spots on it, and a turn of the spots."""
+    pixels = np.full((200, 260, 3), 240, np.uint8)
+    pixels[20:120, 20:90] = (180, 100, 170)
+    pixels[20:60, 90:170] = (150, 60, 150)
+    y, x = (v.ravel() for v in np.mgrid[26:118:n_apart, 26:165:n_apart])
+    on = pixels[y, x, 1] < 200
+    ids = [f"b{i}" for i in range(on.sum())]
+    place = turn(np.column_stack([x, y])[on].astype(float))
+    spots = gpd.GeoDataFrame({"radius": 4.0}, geometry=gpd.points_from_xy(*place.T), index=ids)
+    obs = pd.DataFrame({"region": "spots", "instance": ids}, index=ids)
+    table = TableModel.parse(
+        AnnData(np.ones((len(ids), 2), np.float32), obs=obs), region="spots", region_key="region", instance_key="instance"
+    )
+    image = Image2DModel.parse(np.moveaxis(pixels, -1, 0), dims=("c", "y", "x"), c_coords=list(names))
+    return SpatialData(images={"he": image}, shapes={"spots": ShapesModel.parse(spots)}, tables={"t": table})
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        (lambda xy: xy, None),
+        (lambda xy: xy[:, ::-1], "with x and y exchanged"),
+        (lambda xy: [260, 0] + xy * [-1, 1], "mirrored left to right"),
+        (lambda xy: [0, 200] + xy * [1, -1], "mirrored top to bottom"),
+        (lambda xy: [260, 200] - xy, "turned by 180 degrees"),
+        (lambda xy: xy * 0.2, "no turn or mirror places them much better"),
+        (lambda xy: xy * 5, "no turn or mirror places them much better"),
+    ],
+)
+def test_measured_spots_off_the_tissue_are_told_what_fits(turn, says, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"m": with_tissue(turn)}, mpp=10.0, z=[0])
+    found = {record.getMessage() for record in caplog.records if "lie on tissue" in record.getMessage()}
+    assert len(found) == (says is not None)
+    assert says is None or says in found.pop()
+
+
+def test_few_measured_spots_are_said(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"m": with_tissue(n_apart=30)}, mpp=10.0, z=[0])
+    assert "Section m: only 16 spots are measured" in caplog.text
+    caplog.clear()
+    si.pp.assemble_stack({"m": with_tissue()}, mpp=10.0, z=[0])
+    assert "spots are measured" not in caplog.text
+
+
+def test_channels_of_objects_and_arrays_are_read_by_name():
+    expected = np.asarray(with_tissue().images["he"].data)
+    for kind in ("object", "multi-scale object", "array"):
+        source = with_tissue(names=("blue", "green", "red"))
+        value = source
+        if kind == "array":
+            value = source.images["he"]
+        elif kind == "multi-scale object":
+            source.images["he"] = Image2DModel.parse(
+                source.images["he"], c_coords=["blue", "green", "red"], scale_factors=[2]
+            )
+        sdata = si.pp.assemble_stack({"m": value}, mpp=10.0, z=[0])
+        found = sdata.images["m_image"]
+        found = found["scale0"]["image"] if hasattr(found, "children") else found
+        np.testing.assert_array_equal(found.data, expected[::-1])
+        assert "m" in get_transformation(sdata.images["m_image"], get_all=True)
+    for value in (with_tissue(names=("DAPI", "FITC", "Cy5")), with_tissue(names=("DAPI", "FITC", "Cy5")).images["he"]):
+        with pytest.raises(ValueError, match="Section 'm.*look like fluorescence.*Give the H&E image"):
+            si.pp.assemble_stack({"m": value}, mpp=10.0, z=[0])
+
+
+def test_the_color_image_is_chosen_and_not_fluorescence_of_three_channels():
+    source = with_tissue()
+    fine = Image2DModel.parse(
+        np.zeros((3, 400, 520), np.uint8), c_coords=["DAPI", "CD3", "CD8"], transformations={"global": Scale([0.5, 0.5], axes=("x", "y"))}
+    )
+    source.images["if"] = fine
+    sdata = si.pp.assemble_stack({"m": source}, mpp=10.0, z=[0])
+    assert sdata.images["m_image"].shape == (3, 200, 260)
+
+
+def test_stacks_that_were_concatenated_say_how_to_restore_them():
+    one, two = (si.pp.assemble_stack({name: with_tissue()}, mpp=10.0, z=[0]) for name in "ab")
+    si.pp.select_genes(one)
+    merged = sd.concatenate({"p": one, "q": two})
+    with pytest.raises(KeyError, match=r"spatialdata\.concatenate.*assemble it again.*coordinate_system"):
+        si.pp.select_genes(merged)
+    names = ["a-p", "b-q"]
+    restored = si.pp.assemble_stack(
+        dict.fromkeys(names, merged), coordinate_system={n: n for n in names}, mpp=1.0, z=[0, 10]
+    )
+    assert [s.counts is not None for s in load_record(restored).sections] == [True, True]
+    assert [s.mpp for s in load_record(restored).sections] == pytest.approx([10.0, 10.0])
+    np.testing.assert_allclose(
+        restored.tables["stack"].obsm["spatial"][: one.tables["stack"].n_obs], one.tables["stack"].obsm["spatial"]
+    )
+
+
+class SlideData(SpatialData):
+    """What `wsidata.open_wsi` returns: a thumbnail among the images, and a reader of the slide."""
+
+    class properties:  # noqa: N801
+        n_level, level_shape, level_downsample, mpp = 1, [[200, 260]], [1.0], 0.5
+
+    class reader:  # noqa: N801
+        @staticmethod
+        def get_region(x, y, width, height, level=0):
+            return np.full((height, width, 3), 200, np.uint8)
+
+
+def test_slides_of_wsidata_are_sections():
+    thumbnail = Image2DModel.parse(np.zeros((3, 20, 26), np.uint8))
+    slides = {name: SlideData(images={"wsi_thumbnail": thumbnail}) for name in "ab"}
+    sdata = si.pp.assemble_stack(slides, section_spacing=5)
+    assert sdata.images["a_image"].shape == (3, 200, 260)
+    assert [s.mpp for s in load_record(sdata).sections] == [0.5, 0.5]
