@@ -39,7 +39,9 @@ def ycbcr(rgb: np.ndarray) -> np.ndarray:
 def write_jpeg2000(path):
     """As Aperio writes it (compression 33003): Y, Cb, Cr in a bare codestream, whatever the photometric tag says."""
     data = imagecodecs.jpeg2k_encode(ycbcr(slide()), level=0, codecformat="j2k", mct=False)
-    tifffile.imwrite(path, iter([data]), shape=(40, 60, 3), dtype=np.uint8, photometric="rgb", compression=33003, rowsperstrip=40)
+    tifffile.imwrite(
+        path, iter([data]), shape=(40, 60, 3), dtype=np.uint8, photometric="rgb", compression=33003, rowsperstrip=40
+    )
 
 
 def write_planar_ycbcr(path):
@@ -67,7 +69,17 @@ def write_icclab(path):
         write_planar_ycbcr,
         write_icclab,
     ],
-    ids=["jpeg", "jpeg of PIL", "deflated YCbCr", "LZW CMYK", "16 bits", "palette", "JPEG 2000", "planar YCbCr", "ICCLab"],
+    ids=[
+        "jpeg",
+        "jpeg of PIL",
+        "deflated YCbCr",
+        "LZW CMYK",
+        "16 bits",
+        "palette",
+        "JPEG 2000",
+        "planar YCbCr",
+        "ICCLab",
+    ],
 )
 def test_colors_are_those_that_the_tags_say(tmp_path, write):
     write(tmp_path / "a.tif")
@@ -97,7 +109,9 @@ def test_transparent_glass_of_png_is_white(tmp_path, mode):
     alpha = np.where((rgb == TISSUE).all(axis=2), 255, 0).astype(np.uint8)
     rgba = Image.fromarray(np.dstack([np.where(alpha[..., None], rgb, 0), alpha]).astype(np.uint8))
     if mode == "colour key":
-        Image.fromarray(np.where(alpha[..., None], rgb, 7).astype(np.uint8)).save(tmp_path / "a.png", transparency=(7, 7, 7))
+        Image.fromarray(np.where(alpha[..., None], rgb, 7).astype(np.uint8)).save(
+            tmp_path / "a.png", transparency=(7, 7, 7)
+        )
     else:
         (rgba.quantize(8) if mode == "P" else rgba.convert(mode)).save(tmp_path / "a.png")
     found = seen(tmp_path / "a.png")
@@ -173,7 +187,8 @@ def test_order_of_channels(names, order):
 
 
 @pytest.mark.parametrize(
-    "names", [["DAPI", "FITC", "Cy5"], ["r", "g", "DAPI"], ["DAPI"], ["Hoechst 33342"], ["r", "r", "b"], ["r", "g", "b", "nir"]]
+    "names",
+    [["DAPI", "FITC", "Cy5"], ["r", "g", "DAPI"], ["DAPI"], ["Hoechst 33342"], ["r", "r", "b"], ["r", "g", "b", "nir"]],
 )
 def test_dyes_are_no_colors(names):
     with pytest.raises(ValueError, match="look like fluorescence"):
@@ -195,7 +210,7 @@ def test_channels_of_ome_tiff_are_read_by_name(tmp_path):
 
 def test_composites_of_imagej_are_no_rgb(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(slide(), -1, 0), imagej=True, metadata={"axes": "CYX"})
-    with pytest.raises(ValueError, match="ImageJ channel 0.*fluorescence"):
+    with pytest.raises(ValueError, match=r"ImageJ channel 0.*fluorescence"):
         open_image(tmp_path / "a.tif")
 
 
@@ -235,7 +250,18 @@ def test_channels_of_ome_zarr_are_read_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("unit", "um"),
-    [("µm", 1), ("μm", 1), ("micron", 1), ("Å", 1e-4), ("nm", 1e-3), ("Mm", None), ("inch", 25400), ("pixel", None), ("m", 1e6), (None, None)],
+    [
+        ("µm", 1),
+        ("μm", 1),
+        ("micron", 1),
+        ("Å", 1e-4),
+        ("nm", 1e-3),
+        ("Mm", None),
+        ("inch", 25400),
+        ("pixel", None),
+        ("m", 1e6),
+        (None, None),
+    ],
 )
 def test_units(unit, um):
     assert um_per_unit(unit) == um
@@ -278,7 +304,10 @@ def test_a_resolution_that_makes_the_image_larger_than_a_slide_is_none(tmp_path)
         ({"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5}, (0.5, 0.5)),
         ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 600, "PhysicalSizeYUnit": "nm"}, (0.5, 0.6)),
         ({"PhysicalSizeY": 0.25}, (0.25, 0.25)),
-        ({"PhysicalSizeX": 5000, "PhysicalSizeXUnit": "Å", "PhysicalSizeY": 5000, "PhysicalSizeYUnit": "Å"}, (0.5, 0.5)),
+        (
+            {"PhysicalSizeX": 5000, "PhysicalSizeXUnit": "Å", "PhysicalSizeY": 5000, "PhysicalSizeYUnit": "Å"},
+            (0.5, 0.5),
+        ),
         ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "mm"}, None),
     ],
 )
@@ -294,8 +323,13 @@ def test_pixel_size_of_philips(tmp_path):
         'Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">"0.00025" "0.0005"</Attribute></DataObject>'
     )
     tifffile.imwrite(
-        tmp_path / "a.tiff", np.zeros((256, 256, 3), np.uint8), photometric="rgb", tile=(256, 256), description=text,
-        software="Philips DP v1.0", metadata=None,
+        tmp_path / "a.tiff",
+        np.zeros((256, 256, 3), np.uint8),
+        photometric="rgb",
+        tile=(256, 256),
+        description=text,
+        software="Philips DP v1.0",
+        metadata=None,
     )
     assert open_image(tmp_path / "a.tiff").pixel_size == pytest.approx((0.5, 0.25))
 
@@ -320,11 +354,17 @@ def test_first_bytes_tell_the_format(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("axes", "shape", "says"),
-    [("ZYXS", (3, 40, 60, 3), "3 focal planes"), ("TYXS", (2, 40, 60, 3), "2 points in time"), ("ZCYX", (4, 3, 40, 60), "4 focal planes")],
+    [
+        ("ZYXS", (3, 40, 60, 3), "3 focal planes"),
+        ("TYXS", (2, 40, 60, 3), "2 points in time"),
+        ("ZCYX", (4, 3, 40, 60), "4 focal planes"),
+    ],
 )
 def test_stacks_of_planes_say_how_to_take_one(tmp_path, axes, shape, says):
     photometric = "rgb" if axes.endswith("S") else "minisblack"
-    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros(shape, np.uint8), photometric=photometric, metadata={"axes": axes})
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", np.zeros(shape, np.uint8), photometric=photometric, metadata={"axes": axes}
+    )
     with pytest.raises(ValueError, match=rf"holds {says}.*Save one plane of it.*bfconvert -z"):
         open_image(tmp_path / "a.ome.tif")
 
@@ -348,10 +388,10 @@ def test_a_file_is_found_after_the_working_directory_changed(tmp_path, monkeypat
 class Slide:
     """What `wsidata.open_wsi` returns: a reader, and the sizes of its levels."""
 
-    class properties:  # noqa: N801
+    class properties:
         n_level, level_shape, level_downsample, mpp = 2, [[40, 60], [20, 30]], [1.0, 2.0], 0.5
 
-    class reader:  # noqa: N801
+    class reader:
         @staticmethod
         def get_region(x, y, width, height, level=0):
             step = 2**level

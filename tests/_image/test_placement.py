@@ -76,7 +76,9 @@ def test_images_without_glass_or_tissue_say_nothing(mask):
 def test_pictures_are_compared_in_all_turns(turn, size):
     """The best turn is the one that undoes what was done; of oblong pictures only half of the turns fit."""
     picture = np.random.default_rng(1).random((10, 13)).repeat(12, 0).repeat(12, 1)[: size[0], : size[1]]
-    undone = next(t for t in placement._TURNS if np.array_equal(turned_picture(turned_picture(picture, turn), t), picture))
+    undone = next(
+        t for t in placement._TURNS if np.array_equal(turned_picture(turned_picture(picture, turn), t), picture)
+    )
     found = compare_pictures(turned_picture(picture, turn), picture[::2, ::2])
     assert max(found, key=lambda t: found[t]) == undone
     assert len(found) == (8 if abs(size[0] - size[1]) <= 1 else 4)

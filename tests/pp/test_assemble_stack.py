@@ -487,11 +487,7 @@ def test_genes_that_share_a_name_are_named_by_id_whatever_their_order():
 
 @pytest.mark.parametrize(("mpp", "right"), [(500.0, False), (0.0005, False), (0.25, True), (30.0, True)])
 def test_assemble_stack_refuses_a_pixel_size_in_other_units(mpp, right):
-    with (
-        nullcontext()
-        if right
-        else pytest.raises(ValueError, match=r"overviews measure 0\.05 to 50 um")
-    ):
+    with nullcontext() if right else pytest.raises(ValueError, match=r"overviews measure 0\.05 to 50 um"):
         si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
 
 
@@ -641,7 +637,10 @@ def with_tissue(turn=lambda xy: xy, names=("r", "g", "b"), n_apart=12):
     spots = gpd.GeoDataFrame({"radius": 4.0}, geometry=gpd.points_from_xy(*place.T), index=ids)
     obs = pd.DataFrame({"region": "spots", "instance": ids}, index=ids)
     table = TableModel.parse(
-        AnnData(np.ones((len(ids), 2), np.float32), obs=obs), region="spots", region_key="region", instance_key="instance"
+        AnnData(np.ones((len(ids), 2), np.float32), obs=obs),
+        region="spots",
+        region_key="region",
+        instance_key="instance",
     )
     image = Image2DModel.parse(np.moveaxis(pixels, -1, 0), dims=("c", "y", "x"), c_coords=list(names))
     return SpatialData(images={"he": image}, shapes={"spots": ShapesModel.parse(spots)}, tables={"t": table})
@@ -693,14 +692,16 @@ def test_channels_of_objects_and_arrays_are_read_by_name():
         np.testing.assert_array_equal(found.data, expected[::-1])
         assert "m" in get_transformation(sdata.images["m_image"], get_all=True)
     for value in (with_tissue(names=("DAPI", "FITC", "Cy5")), with_tissue(names=("DAPI", "FITC", "Cy5")).images["he"]):
-        with pytest.raises(ValueError, match="Section 'm.*look like fluorescence.*Give the H&E image"):
+        with pytest.raises(ValueError, match=r"Section 'm.*look like fluorescence.*Give the H&E image"):
             si.pp.assemble_stack({"m": value}, mpp=10.0, z=[0])
 
 
 def test_the_color_image_is_chosen_and_not_fluorescence_of_three_channels():
     source = with_tissue()
     fine = Image2DModel.parse(
-        np.zeros((3, 400, 520), np.uint8), c_coords=["DAPI", "CD3", "CD8"], transformations={"global": Scale([0.5, 0.5], axes=("x", "y"))}
+        np.zeros((3, 400, 520), np.uint8),
+        c_coords=["DAPI", "CD3", "CD8"],
+        transformations={"global": Scale([0.5, 0.5], axes=("x", "y"))},
     )
     source.images["if"] = fine
     sdata = si.pp.assemble_stack({"m": source}, mpp=10.0, z=[0])
@@ -727,10 +728,10 @@ def test_stacks_that_were_concatenated_say_how_to_restore_them():
 class SlideData(SpatialData):
     """What `wsidata.open_wsi` returns: a thumbnail among the images, and a reader of the slide."""
 
-    class properties:  # noqa: N801
+    class properties:
         n_level, level_shape, level_downsample, mpp = 1, [[200, 260]], [1.0], 0.5
 
-    class reader:  # noqa: N801
+    class reader:
         @staticmethod
         def get_region(x, y, width, height, level=0):
             return np.full((height, width, 3), 200, np.uint8)

@@ -310,7 +310,10 @@ def test_barcode_may_be_the_index_of_a_parquet_file(tmp_path, sample):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"array_row": "pxl_row_in_fullres", "pxl_row_in_fullres": "array_row"}, "do not lie where a Visium array has them"),
+        (
+            {"array_row": "pxl_row_in_fullres", "pxl_row_in_fullres": "array_row"},
+            "do not lie where a Visium array has them",
+        ),
         ({"array_row": "array_col", "array_col": "array_row"}, "do not lie where a Visium array has them"),
         ({"in_tissue": "array_row", "array_row": "in_tissue"}, "column 'in_tissue' must hold 0 or 1"),
         ({"barcode": "in_tissue", "in_tissue": "barcode"}, "column 'in_tissue' must hold 0 or 1"),
@@ -332,7 +335,11 @@ def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, m
     path = folder / "spatial" / "tissue_positions_list.csv"
     table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
     inside = table["array_col"] < 12
-    table["in_tissue"] = inside.map({True: "True", False: "False"}) if kind == "words" else inside.astype(float if kind == "floats" else int)
+    table["in_tissue"] = (
+        inside.map({True: "True", False: "False"})
+        if kind == "words"
+        else inside.astype(float if kind == "floats" else int)
+    )
     path.unlink()
     table.to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
     counts = folder / "filtered_feature_bc_matrix.h5"
@@ -342,7 +349,9 @@ def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, m
         (mtx / "barcodes.tsv").write_text("\n".join(table["barcode"]))
         (mtx / "genes.tsv").write_text("E1\tA\n")
         ones = "\n".join(f"1 {i + 1} 1" for i in range(len(table)))
-        (mtx / "matrix.mtx").write_text(f"%%MatrixMarket matrix coordinate integer general\n1 {len(table)} {len(table)}\n{ones}\n")
+        (mtx / "matrix.mtx").write_text(
+            f"%%MatrixMarket matrix coordinate integer general\n1 {len(table)} {len(table)}\n{ones}\n"
+        )
         counts.unlink()
     else:
         counts.rename(folder / "raw_feature_bc_matrix.h5")
@@ -364,7 +373,7 @@ def test_folders_of_two_samples_and_of_cells_are_refused(tmp_path, sample):
         si.pp.assemble_stack({"s": folder}, section_spacing=10)
     folder = sample(tmp_path / "b")
     (folder / "graphclust_annotated_cell_segmentations.geojson").touch()
-    with pytest.raises(ValueError, match="holds the cells that Space Ranger 4 segmented.*binned_outputs"):
+    with pytest.raises(ValueError, match=r"holds the cells that Space Ranger 4 segmented.*binned_outputs"):
         si.pp.assemble_stack({"s": folder}, section_spacing=10)
 
 
@@ -402,7 +411,9 @@ TURNS = {
 def test_a_turned_scan_is_refused_with_the_turn_that_fits(turn, scan, tmp_path):
     folder, image = scan
     image.transpose(TURNS[turn]).save(tmp_path / "scan.png")
-    with pytest.raises(ValueError, match=rf"does not fit the scan .* of about 800 x 800 px, but would if it were {turn}\."):
+    with pytest.raises(
+        ValueError, match=rf"does not fit the scan .* of about 800 x 800 px, but would if it were {turn}\."
+    ):
         si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / "scan.png"})
 
 
@@ -420,7 +431,10 @@ def test_a_scan_of_another_size_is_placed_by_its_size(factor, scan, tmp_path, ca
     records = [load_record(sdata)["s"] for sdata in stacks]
     assert records[1].mpp * factor == pytest.approx(records[0].mpp)
     np.testing.assert_allclose(stacks[1].tables["stack"].obsm["spatial"], stacks[0].tables["stack"].obsm["spatial"])
-    extents = [section_levels(s, r)[0].pixel_size * section_levels(s, r)[0].shape[1] for s, r in zip(stacks, records, strict=True)]
+    extents = [
+        section_levels(s, r)[0].pixel_size * section_levels(s, r)[0].shape[1]
+        for s, r in zip(stacks, records, strict=True)
+    ]
     assert extents[1] == pytest.approx(extents[0])
 
 

@@ -339,7 +339,9 @@ def test_genes_are_joined_by_id(first, second, genes):
             column = [i.split(".")[0] for i in second.values()].index(first[name].split(".")[0])
         raw = counts.X.toarray()
         expected = np.log1p(raw[:, column] / raw.sum(axis=1) * 1e4)
-        np.testing.assert_allclose(table[table.obs["section"] == "b", name].layers["measured"].ravel(), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            table[table.obs["section"] == "b", name].layers["measured"].ravel(), expected, rtol=1e-5
+        )
 
 
 def test_genes_without_ids_are_joined_by_name():

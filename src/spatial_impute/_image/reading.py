@@ -36,27 +36,27 @@ _MAGIC = {
 }
 # Of these, the file that is named holds an overview, or a format of its own.
 _VENDORS = {
-        ".mrxs",
-        ".vsi",
-        ".ets",
-        ".czi",
-        ".dcm",
-        ".dicom",
-        ".isyntax",
-        ".i2syntax",
-        ".svslide",
-        ".vms",
-        ".vmu",
-        ".zvi",
-        ".lif",
-        ".nd2",
-        ".oir",
-        ".oib",
-        ".kfb",
-        ".sdpc",
-        ".mds",
-        ".tron",
-    }
+    ".mrxs",
+    ".vsi",
+    ".ets",
+    ".czi",
+    ".dcm",
+    ".dicom",
+    ".isyntax",
+    ".i2syntax",
+    ".svslide",
+    ".vms",
+    ".vmu",
+    ".zvi",
+    ".lif",
+    ".nd2",
+    ".oir",
+    ".oib",
+    ".kfb",
+    ".sdpc",
+    ".mds",
+    ".tron",
+}
 _EXIF_ORIENTATION = 0x0112
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 

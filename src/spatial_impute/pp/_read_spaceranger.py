@@ -14,6 +14,7 @@ from spatial_impute._geometry import lattice_of, linear_scale, scaling
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import open_image
+from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
@@ -95,8 +96,8 @@ def read_legacy(
 
     Raises a ``ValueError`` if the table does not hold the images and the lattice of one Visium sample.
     """
-    libraries = table.uns.get("spatial", {})
-    centers = table.obsm.get("spatial")
+    libraries = table.uns.get(Keys.SPATIAL, {})
+    centers = table.obsm.get(Keys.SPATIAL)
     lacks = [column for column in _COLUMNS[2:4] if column not in table.obs]
     if len(libraries) != 1 or centers is None or lacks:
         found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
@@ -114,7 +115,7 @@ def read_legacy(
         pxl_col_in_fullres=np.asarray(centers)[:, 0],
     )
     counts = table.copy()
-    del counts.uns["spatial"], counts.obsm["spatial"]
+    del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
     images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
