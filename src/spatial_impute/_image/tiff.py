@@ -13,6 +13,7 @@ import numpy as np
 
 from spatial_impute._image.brightfield import Samples, rgb_order
 from spatial_impute._image.pixel_size import ome_pixels, tiff_pixel_size
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,6 +160,12 @@ def _samples(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Pat
     order = list(range(n_channels)) if n_samples > 1 else rgb_order(_channel_names(tiff, pixels), n_channels)
     kind = _kind(page, path)
     if kind == "grey" and n_channels > 1:  # each color is an image of its own
+        logger.info(
+            "%s: its %d channels are taken as red, green, blue%s",
+            path.name,
+            n_channels,
+            " and alpha" if n_channels == 4 else "",
+        )
         return Samples("RGB", 3 if n_channels == 4 else None, bits=bits, orientation=orientation), order
     extra = [int(e) for e in page.extrasamples]
     n_colors = Samples(kind).n_colors
@@ -169,6 +176,8 @@ def _samples(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Pat
         )
         raise ValueError(msg)
     with_alpha = extra in ([_STRAIGHT], [_PREMULTIPLIED])
+    if extra and not with_alpha:
+        logger.info("%s: the extra sample is no alpha by its tag, and is left out", path.name)
     tags: dict[str, Any] = {"palette": _palette(page)} if kind == "palette" else _ycbcr_tags(page)
     return Samples(
         kind,

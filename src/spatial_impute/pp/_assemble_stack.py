@@ -58,8 +58,9 @@ def assemble_stack(
     ----------
     sections
         Section names in their order in the block, with their inputs. An input is an image file (TIFF, OME-TIFF, SVS,
-        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree; a folder of
-        Space Ranger (Visium, CytAssist, Visium HD); or a SpatialData object such as ``spatialdata_io.visium``,
+        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree, or a
+        ``wsidata.WSIData``; a folder of Space Ranger (Visium, CytAssist, Visium HD), or the AnnData that
+        ``scanpy.read_visium`` makes of it, or its h5ad; or a SpatialData object such as ``spatialdata_io.visium``,
         ``visium_hd`` or ``xenium`` return, or its path. Give an object that holds several sections once for each of
         them, with their `coordinate_system` or `image_key`.
     mpp
@@ -88,8 +89,8 @@ def assemble_stack(
         Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
         the spots.
     fullres_image
-        For folders of Space Ranger: the scan that Space Ranger was given, per section. Without it the best image of the
-        folder is used, and a warning gives its pixel size.
+        For output of Space Ranger: the scan that Space Ranger was given, per section; it is compared with the small image
+        that Space Ranger made of it. Without it the best image there is used, and a warning gives its pixel size.
     bin_size
         For folders of Visium HD: edge of the bins in um, one or one per section; 8 by default.
 
@@ -112,8 +113,8 @@ def assemble_stack(
     Raises
     ------
     ValueError
-        For missing pixel sizes or heights, repeated or illegal names, an input given twice, or several possible
-        elements.
+        For missing or impossible pixel sizes, missing heights, repeated or illegal names, an input given twice, several
+        possible elements, pixels that are no brightfield image, or a scan that is turned.
     KeyError
         For elements, coordinate systems or bin sizes that do not exist.
     FileNotFoundError

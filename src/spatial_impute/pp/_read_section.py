@@ -79,7 +79,9 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
     if _is_slide(value):
         return _from_image(name, value, options.mpp)
     if is_spatialdata(value):
-        return _from_spatialdata(name, value if isinstance(value, SpatialData) else SpatialData.read(value), options)
+        return _from_spatialdata(
+            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(value).resolve()), options
+        )
     return _from_image(name, value, options.mpp)
 
 
