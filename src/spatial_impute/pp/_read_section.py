@@ -80,7 +80,7 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
         return _from_image(name, value, options.mpp)
     if is_spatialdata(value):
         return _from_spatialdata(
-            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(value).resolve()), options
+            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve()), options
         )
     return _from_image(name, value, options.mpp)
 

@@ -243,8 +243,11 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if set(_COLUMNS) & {field.strip().strip('"') for field in first.split(",")}:
         return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
     table = pd.read_csv(path, encoding="utf-8-sig", header=None)
-    if table.shape[1] != len(_COLUMNS):
-        msg = f"{path} has {table.shape[1]} columns and no header; expected the {len(_COLUMNS)} columns {_COLUMNS}."
+    if table.shape[1] != len(_COLUMNS) or table[0].dtype.kind in "iuf":
+        msg = (
+            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].iloc[0]!r}; expected the "
+            f"{len(_COLUMNS)} columns {_COLUMNS}."
+        )
         raise ValueError(msg)
     return table.set_axis(_COLUMNS, axis=1)
 

@@ -280,7 +280,7 @@ FILES = [
     refused(
         "a folder of Space Ranger whose positions are no table of spots",
         ValueError,
-        "has 2 columns and no header; expected the 6 columns",
+        "has 2 columns and no header, the first like 'a'; expected the 6 columns",
         lambda w: one(_spaceranger(w, "{}", "a,b\n1,2\n")),
     ),
     refused(
