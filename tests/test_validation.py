@@ -9,6 +9,7 @@ from spatial_impute._expression import looks_like_counts, require_log_values
 from spatial_impute._params import resolve_params, settings_class
 from spatial_impute._registration import RegistrationParams
 from spatial_impute._validation import require_finite, require_key, require_one_of, require_positive
+from spatial_impute.encoders._encoder import require_encoder_name
 from spatial_impute.models import AsignParams, PixNetParams
 
 
@@ -115,3 +116,26 @@ def test_settings_take_numbers_from_files(cls):
         for wrong in ("much", True):
             with pytest.raises(ValueError, match=rf"`{field.name}` must be a .*number.*, found \w+ {wrong!r}"):
                 cls(**{field.name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: require_key("S1", ["s0", "s1"], where="x"), "Did you mean 's1'?"),
+        (lambda: require_key("erbb2", ["ERBB2", "MDK"], where="x"), "Did you mean 'ERBB2'?"),
+        (lambda: require_one_of("SyN", ("rigid", "affine", "syn"), name="method"), "Did you mean 'syn'?"),
+        (lambda: require_one_of("asing", ("asign", "mean"), name="method"), "Did you mean 'asign'?"),
+        (lambda: require_encoder_name("resnet-18"), "Did you mean 'resnet18'?"),
+        (lambda: require_encoder_name("MahmoodLab/UNI2-h"), "Did you mean 'timm:hf-hub:MahmoodLab/UNI2-h' or"),
+    ],
+)
+def test_messages_name_what_was_meant(call, hint):
+    with pytest.raises((KeyError, ValueError)) as error:
+        call()
+    assert hint in str(error.value)
+
+
+def test_messages_guess_nothing_where_nothing_is_close():
+    with pytest.raises(KeyError) as error:
+        require_key("liver", ["s0", "s1"], where="x")
+    assert "Did you mean" not in str(error.value)

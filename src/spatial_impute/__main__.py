@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="impute your own sections, described by a YAML or TOML file")
     run.add_argument("config", type=Path, nargs="?", help="the file; --example prints one")
     run.add_argument("--output", type=Path, help="folder to write to, instead of that of the file")
-    run.add_argument("--check", action="store_true", help="check the file and that its inputs exist, then stop")
+    run.add_argument("--check", action="store_true", help="open all inputs as a run does, then stop")
     run.add_argument("--example", action="store_true", help="print a file to start from")
     commands.add_parser("info", help="print versions, devices, caches and data")
     options = parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from spatial_impute._cli.config import EXAMPLE, ConfigError, read_config
+    from spatial_impute._cli.config import EXAMPLE, ConfigError, in_words_of_file, read_config
 
     if options.example:
         print(EXAMPLE, end="")
@@ -66,23 +66,42 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.error("name the file of the run, or print one with --example")
     try:
         config = read_config(options.config)
-        if options.output is not None:
-            config = replace(config, output=options.output)
-        if options.check:
-            print(f"{options.config}: {len(config.sections)} sections, output to {config.output}")
-            return 0
-        from spatial_impute._cli.run import run
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.output is not None:
+        config = replace(config, output=options.output)
+    from spatial_impute._cli.run import check, run
 
-        before = settings.show_progress_bar
-        settings.show_progress_bar = before and sys.stderr.isatty()  # a bar fills the log of a batch job
-        try:
+    before = settings._log_progress
+    settings._log_progress = settings.show_progress_bar and not sys.stderr.isatty()
+    try:
+        if options.check:
+            check(config)
+            print(f"{options.config}: {len(config.sections)} sections, output to {config.output}")
+        else:
             print(run(config))
-        finally:
-            settings.show_progress_bar = before
     except (ConfigError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not _is_about_inputs(error):
+            raise
+        print(f"error: {in_words_of_file(error, config)}", file=sys.stderr)
+        return 2
+    finally:
+        settings._log_progress = before
     return 0
+
+
+def _is_about_inputs(error: Exception) -> bool:
+    """True for errors of the operating system, and for those that the package raises on purpose."""
+    import traceback
+
+    if isinstance(error, OSError | MemoryError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(str(Path(__file__).parent)) and str(last.line).startswith("raise ")
 
 
 def info() -> str:

@@ -2,8 +2,80 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import pandas as pd
 from scipy import sparse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+GENE_COLUMNS = (
+    "gene_ids",
+    "gene_id",
+    "ensembl_id",
+    "ensembl",
+    "feature_id",
+    "feature_ids",
+    "gene_ids-0",
+    "feature_types",
+)
+"""Columns of ``var`` that say what a gene is."""
+_IDS = GENE_COLUMNS[:-1]
+
+
+def gene_ids(table: AnnData) -> pd.Index | None:
+    """Stable ids of the genes (Ensembl, without version), from ``var`` or the names; None if there are none, or not unique."""
+    column = next((column for column in _IDS if column in table.var), None)
+    ids = pd.Index(table.var_names if column is None else table.var[column].astype(str))
+    ids = ids.str.replace(r"^(ENS\w+)\.\d+$", r"\1", regex=True)
+    if column is None and not ids.str.fullmatch(r"ENS[A-Z]*G\d+").all():
+        return None
+    return ids if ids.is_unique else None
+
+
+def names_by_id(tables: dict[str, AnnData]) -> dict[str, pd.Index]:
+    """Names of the genes of several tables, such that equal names are equal genes.
+
+    Where all tables have stable ids, a gene has the name of the first table that holds it, and genes that share a name
+    have their ids as names. Other tables keep their names.
+    """
+    ids = {key: gene_ids(table) for key, table in tables.items()}
+    if len(tables) < 2 or any(found is None for found in ids.values()):
+        return {key: table.var_names for key, table in tables.items()}
+    names: dict[str, str] = {}
+    for key, table in tables.items():
+        for gene, name in zip(ids[key], table.var_names, strict=True):  # type: ignore[arg-type]
+            names.setdefault(gene, name)
+    named = pd.Series(names)
+    named[named.duplicated(keep=False)] = named.index[named.duplicated(keep=False)]
+    return {key: pd.Index(named[found].to_numpy()) for key, found in ids.items()}
+
+
+def look_normalized(totals: np.ndarray) -> bool:
+    """Return True if totals of raw counts are more alike than chance allows: they were scaled to one total and rounded."""
+    return len(totals) >= 10 and float(np.var(totals)) < 0.5 * float(np.mean(totals))
+
+
+def require_unique_genes(table: AnnData, where: str) -> dict[str, str]:
+    """Give genes that share a name their stable id as name; the new names. A number would depend on their order.
+
+    Raises a ``ValueError`` if names are repeated and there are no ids.
+    """
+    repeated = table.var_names.duplicated(keep=False)
+    if not repeated.any():
+        return {}
+    ids = gene_ids(table)
+    if ids is None or pd.Index(np.where(repeated, ids, table.var_names)).has_duplicates:
+        msg = (
+            f"{where}: the gene name {table.var_names[repeated][0]!r} occurs more than once, and `var` has no column of stable "
+            f"ids ({list(_IDS[:4])}) to tell the genes apart. Add one, or sum or rename these genes first."
+        )
+        raise ValueError(msg)
+    renamed = dict(zip(ids[repeated], table.var_names[repeated].astype(str), strict=True))
+    table.var_names = np.where(repeated, ids, table.var_names)
+    return renamed
 
 
 def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np.ndarray | sparse.csr_matrix:

@@ -28,6 +28,7 @@ def log_added(slot: str) -> None:
     logger.info("Adding `sdata.%s`", slot)
 
 
+_LOG_EVERY = 10.0  # s
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
 
@@ -46,6 +47,7 @@ class Settings:
     def __init__(self) -> None:
         self.show_progress_bar: bool = True
         """Draw progress bars in functions that take long."""
+        self._log_progress = False  # lines in the log instead of bars, for the command line
         self._device: str | None = None
         self._data_dir: Path | None = None
 
@@ -108,8 +110,26 @@ def progress(items: Iterable[Any] | None, label: str, *, show: bool | None = Non
     """Wrap an iterable in a progress bar; `show` overrides ``settings.show_progress_bar``."""
     from tqdm.auto import tqdm
 
+    if settings._log_progress and show is None:
+        return _logged_bar()(items, desc=label, total=total, mininterval=_LOG_EVERY)
     hidden = not (settings.show_progress_bar if show is None else show)
     return tqdm(items, desc=label, total=total, disable=hidden)
+
+
+def _logged_bar() -> Any:
+    """Progress bar that writes a line to the log from time to time: a bar fills the log of a batch job."""
+    from tqdm import tqdm
+
+    class LoggedBar(tqdm):
+        shown = 0
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.n > self.shown and self.format_dict["elapsed"] >= _LOG_EVERY:
+                self.shown = self.n
+                total = f" of {self.total}" if self.total else ""
+                logger.info("%s: %d%s after %.0f s", self.desc.rstrip(": "), self.n, total, self.format_dict["elapsed"])
+
+    return LoggedBar
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ import numpy as np
 
 _MOST = 2**32 - 1  # largest seed of NumPy and torch
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Sentence that names the closest of `names`, with a space before it; empty if none is close."""
+    by_lower = {str(other).lower(): str(other) for other in names}
+    close = get_close_matches(str(name).lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def require_key(key: str, available: Iterable[str], *, where: str, then: str | None = None) -> None:
@@ -22,14 +30,14 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
     if key in names:
         return
     shown = f"{names}" if len(names) <= _MAX_SHOWN else f"{names[:_MAX_SHOWN]} and {len(names) - _MAX_SHOWN} more"
-    msg = f"{key!r} not found in `{where}`; available: {shown}."
+    msg = f"{key!r} not found in `{where}`; available: {shown}.{did_you_mean(key, names)}"
     raise KeyError(f"{msg} {then}" if then else msg)
 
 
 def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
     """Raise a ``ValueError`` unless `value` is one of `options`."""
     if not isinstance(value, str) or value not in options:
-        msg = f"`{name}` must be one of {sorted(options)}, found {value!r}."
+        msg = f"`{name}` must be one of {sorted(options)}, found {value!r}.{did_you_mean(value, options)}"
         raise ValueError(msg)
 
 

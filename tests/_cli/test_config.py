@@ -69,7 +69,7 @@ def test_good_config_has_defaults_and_absolute_paths(folder):
         ("section_spacing", 0, "`section_spacing` must be a positive number"),
         ("sections.s1", {"image": "s1.h5ad"}, "none of them is measured"),
         ("reference", "s7", "`reference` must be one of"),
-        ("genes", [], "`genes` must be .* or a list of names, found list"),
+        ("genes", [], "`genes` must be .* or a list of names .*, found list"),
         ("genes", 0, "`genes` must be a positive whole number or .*, found int 0"),
         ("registration", "rigidd", "`registration` must be one of"),
         ("methods", ["asign", "magic"], "`methods` must be one of .*'magic'"),
@@ -132,6 +132,81 @@ def test_unreadable_files(tmp_path, name, text, message):
         read_config(tmp_path / name)
 
 
+NAMES = """
+sections:
+  01: {{image: s0.tif, mpp: 0.5}}
+  {name}: s0.tif
+  outs: {{spaceranger: outs}}
+section_spacing: 10
+reference: {name}
+genes: [NO, 1e3, 2021-03-01, MARCH1]
+plot_genes: on
+output: 2021
+"""
+
+
+@pytest.mark.parametrize("name", ["on", "no", "1e3", "007", "2020-01-01", "0x1F", "1_000", "1.10"])
+def test_names_are_text_as_they_are_written(folder, name):
+    (folder / "run.yaml").write_text(NAMES.format(name=name))
+    config = read_config(folder / "run.yaml")
+    assert list(config.sections) == ["01", name, "outs"]
+    assert config.reference == name
+    assert config.genes == ["NO", "1e3", "2021-03-01", "MARCH1"]
+    assert config.plot_genes == ["on"]
+    assert config.output == folder / "2021"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ("aligned: s0.tif", "'aligned' is the name of the frame"),
+        ("'a b': s0.tif", "Use 'a_b', for example"),
+        ("A: s0.tif\n  a: s0.tif", "without regard to case"),
+    ],
+)
+def test_names_that_a_run_would_refuse_are_refused_by_the_check(folder, sections, message):
+    (folder / "run.yaml").write_text(
+        f"sections:\n  {sections}\n  outs: {{spaceranger: outs}}\nsection_spacing: 1\noutput: x\n"
+    )
+    with pytest.raises(ConfigError, match=message):
+        read_config(folder / "run.yaml")
+
+
+def test_aliases_save_writing(folder):
+    text = "sections:\n  a: &one {image: s0.tif, mpp: 0.5}\n  b: {<<: *one, mpp: 0.25}\n  c: {spaceranger: outs}\nsection_spacing: 1\noutput: x\n"
+    (folder / "run.yaml").write_text(text)
+    assert [section.mpp for section in read_config(folder / "run.yaml").sections.values()] == [0.5, 0.25, None]
+
+
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 9) + "]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB.encode(), "aliases of the file stand for more than"),
+        (b"sections: &a [*a]\n", "contains itself"),
+        (b"sections: &a {b: {c: *a}}\n", "contains itself"),
+        ("# µm\nsections: {}\n".encode("latin-1"), "no text in UTF-8"),
+        ("sections: {}\n".encode("utf-16"), "no text in UTF-8"),
+        (b"[" * 5000, "no valid YAML"),
+        (b"z: 2020-13-45\n", "no valid YAML"),
+        (b"", "must hold keys"),
+    ],
+)
+def test_files_that_hang_or_break_other_readers(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_a_byte_order_mark_is_no_key(folder):
+    (folder / "run.yaml").write_text(
+        "sections: {a: s0.tif, b: {spaceranger: outs}}\nsection_spacing: 1\noutput: x\n", encoding="utf-8-sig"
+    )
+    assert list(read_config(folder / "run.yaml").sections) == ["a", "b"]
+
+
 def test_command_line_reports_errors_without_a_traceback(tmp_path, capsys):
     assert main(["run", str(tmp_path / "none.yaml")]) == 2
     assert "error: No file at" in capsys.readouterr().err
@@ -140,15 +215,6 @@ def test_command_line_reports_errors_without_a_traceback(tmp_path, capsys):
 def test_command_line_prints_the_example(capsys):
     assert main(["run", "--example"]) == 0
     assert capsys.readouterr().out == EXAMPLE
-
-
-def test_command_line_checks_without_running(folder, capsys):
-    (folder / "run.yaml").write_text(
-        "sections: {s0: {image: s0.tif}, s1: {spaceranger: outs}}\nsection_spacing: 10\noutput: out\n"
-    )
-    assert main(["run", str(folder / "run.yaml"), "--check"]) == 0
-    assert "2 sections, output to" in capsys.readouterr().out
-    assert not (folder / "out").exists()
 
 
 def test_command_line_needs_a_file(capsys):

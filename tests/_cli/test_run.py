@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import anndata as ad
 import numpy as np
@@ -142,6 +143,88 @@ def test_counts_must_lie_on_the_image(inputs, tmp_path, change, message):
     (inputs / "wrong.yaml").write_text(RUN.replace("middle.h5ad", str(tmp_path / "wrong.h5ad")))
     with pytest.raises(ConfigError, match=message):
         assemble(read_config(inputs / "wrong.yaml"))
+
+
+@pytest.mark.parametrize("place", ["layer", "raw", "spatialdata"])
+def test_counts_may_lie_in_a_layer_or_in_raw(inputs, tmp_path, place):
+    expected = assemble(read_config(inputs / "run.yaml")).tables["stack"].layers["measured"]
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    logged = ad.AnnData(np.log1p(table.X.toarray()), obs=table.obs, var=table.var, obsm=table.obsm)
+    logged.layers["umi"], logged.raw = table.X, table
+    logged.write_h5ad(tmp_path / "log.h5ad")
+    key = "umi" if place == "layer" else "raw"
+    text = RUN.replace("middle.h5ad", str(tmp_path / "log.h5ad")).replace(
+        "spot_diameter", f"counts_layer: {key}, spot_diameter"
+    )
+    if place == "spatialdata":
+        source = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9)
+        counts = source.tables["s1_counts"]
+        counts.layers["umi"], counts.X = counts.X.copy(), counts.X.log1p()
+        one = sd.SpatialData(
+            images={"he": source.images["s1_image"]},
+            shapes={"s1_spots": source.shapes["s1_spots"]},
+            tables={"t": counts},
+        )
+        one.write(tmp_path / "one.zarr")
+        text = re.sub(
+            "middle: .*",
+            f"middle: {{spatialdata: {tmp_path}/one.zarr, coordinate_system: s1, mpp: 1.0, counts_layer: umi}}",
+            RUN,
+        )
+    (inputs / f"{place}.yaml").write_text(text)
+    found = assemble(read_config(inputs / f"{place}.yaml")).tables["stack"]
+    np.testing.assert_allclose(found.layers["measured"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bottom.png, mpp: 4.0", "bottom.png", r"Pass `sections\.bottom\.mpp` \(um per pixel\)"),
+        ("bottom.png, mpp: 4.0", "bottom.png, mpp: 4000.0", r"`sections\.bottom`: .*found 4000 um"),
+        ("image: bottom.png", "image: bad.png", r"bad\.png.*neither PNG nor JPEG"),
+        ("image: bottom.png", "image: bad.czi", r"bad\.czi.*bfconvert"),
+        ("texture_3, texture_4", "texture_3, nope", r"1 of `genes` are not measured on section 'middle'"),
+        ("registration: rigid", "encoder: MahmoodLab/UNI2-h", r"'timm:hf-hub:MahmoodLab/UNI2-h'"),
+        ("registration: rigid", "encoder: Texture", r"Did you mean 'texture'"),
+        ("registration: rigid", "device: cuda:99", r"cuda:99' cannot be used here"),
+        ("counts: middle.h5ad", "counts: bad.png", r"`sections\.middle\.counts`: .* cannot be read as h5ad"),
+        (
+            "spot_diameter",
+            "counts_layer: umi, spot_diameter",
+            r"`sections\.middle\.counts_layer`: there is no layer 'umi'",
+        ),
+        ("output: out", "output: bad.png", r"bad\.png' is a file; give a folder"),
+    ],
+)
+def test_what_the_check_passes_starts_and_messages_speak_of_the_file(inputs, capsys, old, new, message):
+    for name in ("bad.png", "bad.czi"):
+        (inputs / name).write_bytes(b"x")
+    (inputs / "check.yaml").write_text(RUN.replace(old, new))
+    assert main(["run", str(inputs / "check.yaml"), "--check"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, said), said
+    assert not re.search(r"\bsi\.|sdata|`\w+=`|Traceback", said), said
+
+
+def test_the_check_writes_nothing(inputs, capsys):
+    (inputs / "ok.yaml").write_text(RUN.replace("output: out", "output: nowhere"))
+    assert main(["run", str(inputs / "ok.yaml"), "--check"]) == 0
+    assert "3 sections, output to" in capsys.readouterr().out
+    assert not (inputs / "nowhere").exists()
+
+
+def test_long_steps_write_lines_to_the_log(monkeypatch, caplog):
+    from spatial_impute import _settings
+
+    monkeypatch.setattr(_settings, "_LOG_EVERY", 0.05)
+    monkeypatch.setattr(_settings.logger, "propagate", True)
+    monkeypatch.setattr(si.settings, "_log_progress", True)
+    caplog.set_level("INFO", "spatial_impute")
+    for _ in _settings.progress(range(8), "Patches"):
+        time.sleep(0.02)
+    assert re.search("Patches: [345] of 8 after", caplog.text)
+    assert "Patches: 8 of 8 after" in caplog.text
+    assert "\r" not in caplog.text
 
 
 def test_run_refuses_a_folder_of_others(inputs, tmp_path, capsys):

@@ -55,11 +55,17 @@ def test_best_level_is_the_coarsest_that_is_fine_enough(wanted, expected, ramp):
     assert best_level(levels, wanted).pixel_size == pytest.approx(expected)
 
 
-def test_to_rgb_repeats_grey_and_drops_alpha():
+def as_rgb(array: np.ndarray, white: float = 255.0, opaque: float = 255.0) -> np.ndarray:
+    return to_rgb(array, levels.Level(xr.DataArray(array, dims=("c", "y", "x")), scaling(1.0), white, opaque))
+
+
+def test_to_rgb_repeats_grey_and_lays_half_transparent_pixels_on_glass():
     grey = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
-    np.testing.assert_array_equal(to_rgb(grey, 255.0), np.repeat(grey[0][..., None], 3, axis=2))
-    rgba = np.stack([np.full((2, 2), v, np.uint8) for v in (1, 2, 3, 200)])
-    np.testing.assert_array_equal(to_rgb(rgba, 255.0), np.broadcast_to([1, 2, 3], (2, 2, 3)))
+    np.testing.assert_array_equal(as_rgb(grey), np.repeat(grey[0][..., None], 3, axis=2))
+    rgba = np.stack([np.full((2, 2), v, np.uint8) for v in (0, 100, 255, 102)])
+    np.testing.assert_array_equal(as_rgb(rgba), np.broadcast_to([153, 193, 255], (2, 2, 3)))
+    rgba[3] = 255
+    np.testing.assert_array_equal(as_rgb(rgba), np.broadcast_to([0, 100, 255], (2, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_to_rgb_repeats_grey_and_drops_alpha():
 )
 def test_to_rgb_brings_every_depth_to_255(dtype, white):
     array = np.array([0, 0.5 * white, white], dtype=dtype).reshape(1, 1, 3)
-    result = to_rgb(array, white)
+    result = as_rgb(array, white)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result[0, :, 0], [0, 127.5, 255], atol=0.51)
 
@@ -78,7 +84,8 @@ def test_wholly_transparent_pixels_are_white(dtype):
     """Glass that was erased in an image editor is transparent, with black beneath."""
     rgba = np.full((4, 2, 2), 9, dtype)
     rgba[:, 0] = 0
-    result = to_rgb(rgba, 255.0)
+    rgba[3, 1] = 255
+    result = as_rgb(rgba)
     np.testing.assert_array_equal(result[0], 255)
     np.testing.assert_array_equal(result[1], 9)
 
@@ -87,7 +94,7 @@ def test_pixels_of_nan_are_white():
     """What lies beyond a warped image."""
     rgb = np.full((3, 2, 2), 0.5, np.float32)
     rgb[1, 0, 0] = np.nan
-    result = to_rgb(rgb, 1.0)
+    result = as_rgb(rgb, 1.0)
     np.testing.assert_array_equal(result[0, 0], 255)
     np.testing.assert_array_equal(result[1], 127.5)
 
@@ -101,6 +108,25 @@ def test_white_is_that_of_the_bits_in_use(dtype, white):
     assert level.white == white
 
 
+@pytest.mark.parametrize("spoilt", ["hot pixel", "padding", "alpha of 16 bits", "warm pixels below the maximum"])
+@pytest.mark.parametrize("white", [255, 4095])
+def test_white_is_not_that_of_padding_hot_pixels_and_alpha(white, spoilt):
+    image = (np.linspace(0.2, 0.97, 3 * 64 * 64).reshape(3, 64, 64) * white).astype(np.uint16)
+    match spoilt:
+        case "hot pixel":
+            image[1, 5, 5] = 65535
+        case "padding":
+            image[:, :, :20] = 65535
+        case "warm pixels below the maximum":
+            image[0, 7, [3, 9]] = 60000
+        case _:
+            image = np.concatenate([image, np.full((1, 64, 64), 65535, np.uint16)])
+    (level,) = image_levels(Image2DModel.parse(image, dims=("c", "y", "x")), scaling(1.0))
+    assert level.white == white
+    assert read_window(level, 0, 64, 0, 64).max() <= 255
+    np.testing.assert_allclose(read_window(level, 30, 31, 30, 31).ravel(), image[:3, 30, 30] * (255 / white), atol=0.01)
+
+
 @pytest.mark.parametrize(("most", "white"), [(1.02, 1.0), (258.0, 255.0)])
 def test_white_of_floats_allows_for_resampling(most, white):
     image = np.full((3, 8, 8), most, np.float32)
@@ -111,7 +137,7 @@ def test_white_of_floats_allows_for_resampling(most, white):
 @pytest.mark.parametrize("channels", [2, 5, 16])
 def test_to_rgb_rejects_other_numbers_of_channels(channels):
     with pytest.raises(ValueError, match=f"1, 3 or 4 channels, found {channels}"):
-        to_rgb(np.zeros((channels, 2, 2), np.uint8), 255.0)
+        as_rgb(np.zeros((channels, 2, 2), np.uint8))
 
 
 def test_read_window_of_float_image_does_not_depend_on_what_else_is_read(ramp):

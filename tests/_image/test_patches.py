@@ -47,7 +47,7 @@ def test_iter_patches_of_whole_pixels_are_the_pixels(ramp):
 def test_iter_patches_shows_transparent_pixels_as_glass(ramp):
     """And averages them as such where the level is far too fine."""
     array = np.zeros((4, 40, 50), dtype=np.uint8)
-    array[:, :, 20:] = 100
+    array[:, :, 20:] = np.array([100, 100, 100, 255])[:, None, None]
     for n_px in (8, 2):
         found = read_patches([ramp.level(array)], np.array([[20.0, 12.0]]), 8.0, n_px)
         np.testing.assert_array_equal(found[0, :, : n_px // 2], 255)

@@ -207,3 +207,14 @@ def test_evaluate_refuses_a_layer_that_holds_the_measurement_of_a_scored_section
     pd.testing.assert_frame_equal(
         si.metrics.evaluate(prepared_stack, truth, layers="baseline_knn", sections="s0"), before
     )
+
+
+@pytest.mark.parametrize("index", ["ids", "numbers"])
+def test_a_truth_with_other_names_of_spots_says_how_they_are_named(scored, truth, index):
+    table = scored.tables["stack"]
+    truth = truth[table.obs_names].copy()
+    truth.obs_names = table.obs["instance_id"] + "" if index == "ids" else [f"row{i}" for i in range(truth.n_obs)]
+    truth = truth[~truth.obs_names.duplicated()].copy()
+    with pytest.raises(KeyError, match=r"named `\{section\}_\{id\}`, like \['s0_") as error:
+        si.metrics.evaluate(scored, truth)
+    assert ("These are the ids: set `truth.obs_names = [f's0_{i}'" in str(error.value)) is (index == "ids")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import dask.array as da
@@ -402,12 +403,12 @@ def test_assemble_stack_spot_pitch_is_not_biased_by_whole_pixels(keep):
 
 def test_assemble_stack_spot_pitch_needs_a_lattice():
     centers = np.random.default_rng(0).uniform(0, 300, (60, 2))
-    with pytest.raises(ValueError, match=r"regular lattice; the nearest neighbours of 60 spots are .* Pass `mpp=`"):
+    with pytest.raises(ValueError, match=r"regular lattice, at least two; the 60 spots have no .* Pass `mpp=`"):
         si.pp.assemble_stack({"m": with_spots(centers)}, spot_pitch=100, z=[0])
 
 
 def test_assemble_stack_spot_pitch_needs_two_spots():
-    with pytest.raises(ValueError, match="`spot_pitch` needs at least two spots"):
+    with pytest.raises(ValueError, match="needs spots on a regular lattice, at least two; the 1 spots"):
         si.pp.assemble_stack({"m": visium_like(ids=("a",), with_table=False)}, spot_pitch=100, z=[0])
 
 
@@ -471,19 +472,29 @@ def test_assemble_stack_says_that_there_is_no_image():
         si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
 
 
-def test_assemble_stack_numbers_repeated_genes():
+def test_genes_that_share_a_name_are_named_by_id_whatever_their_order():
     source = visium_like()
     source.tables["table"].var_names = ["g", "g", "h"]
+    with pytest.raises(
+        ValueError, match=r"the gene name 'g' occurs more than once, and `var` has no column of stable ids"
+    ):
+        si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
+    source.tables["table"].var["gene_ids"] = ["E1", "E2", "E3"]
     sdata = si.pp.assemble_stack({"m": source}, mpp=0.5, z=[0])
-    assert list(sdata.tables["m_counts"].var_names) == ["g", "g-1", "h"]
+    assert list(sdata.tables["m_counts"].var_names) == ["E1", "E2", "h"]
     assert list(source.tables["table"].var_names) == ["g", "g", "h"]
 
 
-@pytest.mark.parametrize(("mpp", "says"), [(500.0, True), (0.0005, True), (0.25, False), (30.0, False)])
-def test_assemble_stack_says_that_a_pixel_size_is_in_other_units(mpp, says, caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)
-    si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
-    assert ("pixels of scans and overviews measure 0.1 to 50 um, found" in caplog.text) is says
+@pytest.mark.parametrize(("mpp", "right"), [(500.0, False), (0.0005, False), (0.25, True), (30.0, True)])
+def test_assemble_stack_refuses_a_pixel_size_in_other_units(mpp, right):
+    with nullcontext() if right else pytest.raises(ValueError, match=r"overviews measure 0\.05 to 50 um"):
+        si.pp.assemble_stack({"s": image()}, mpp=mpp, z=[0])
+
+
+@pytest.mark.parametrize("sections", [[np.zeros((9, 9, 3), np.uint8)] * 2, ["a.tif", "b.tif"], "a.tif", (1, 2, 3)])
+def test_assemble_stack_wants_names(sections):
+    with pytest.raises(ValueError, match="`sections` needs a name for each input"):
+        si.pp.assemble_stack(sections, mpp=1.0, section_spacing=5)
 
 
 def test_assemble_stack_takes_a_table_whose_index_is_named_as_a_column(tmp_path):
@@ -612,3 +623,123 @@ def test_columns_with_names_of_the_stack_are_kept_under_another_name(column):
     counts = sdata.tables["a_counts"]
     assert (counts.obs[f"{column}_original"] == "cortex").all()
     assert sdata.tables["stack"].obs["measured"].all()
+
+
+def with_tissue(turn=lambda xy: xy, names=("r", "g", "b"), n_apart=12):
+    """Object with tissue in a corner of its image and measured spots on it, and a turn of the spots."""
+    pixels = np.full((200, 260, 3), 240, np.uint8)
+    pixels[20:120, 20:90] = (180, 100, 170)
+    pixels[20:60, 90:170] = (150, 60, 150)
+    y, x = (v.ravel() for v in np.mgrid[26:118:n_apart, 26:165:n_apart])
+    on = pixels[y, x, 1] < 200
+    ids = [f"b{i}" for i in range(on.sum())]
+    place = turn(np.column_stack([x, y])[on].astype(float))
+    spots = gpd.GeoDataFrame({"radius": 4.0}, geometry=gpd.points_from_xy(*place.T), index=ids)
+    obs = pd.DataFrame({"region": "spots", "instance": ids}, index=ids)
+    table = TableModel.parse(
+        AnnData(np.ones((len(ids), 2), np.float32), obs=obs),
+        region="spots",
+        region_key="region",
+        instance_key="instance",
+    )
+    image = Image2DModel.parse(np.moveaxis(pixels, -1, 0), dims=("c", "y", "x"), c_coords=list(names))
+    return SpatialData(images={"he": image}, shapes={"spots": ShapesModel.parse(spots)}, tables={"t": table})
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        (lambda xy: xy, None),
+        (lambda xy: xy[:, ::-1], "with x and y exchanged"),
+        (lambda xy: [260, 0] + xy * [-1, 1], "mirrored left to right"),
+        (lambda xy: [0, 200] + xy * [1, -1], "mirrored top to bottom"),
+        (lambda xy: [260, 200] - xy, "turned by 180 degrees"),
+        (lambda xy: xy * 0.2, "no turn or mirror places them much better"),
+        (lambda xy: xy * 5, "no turn or mirror places them much better"),
+    ],
+)
+def test_measured_spots_off_the_tissue_are_told_what_fits(turn, says, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"m": with_tissue(turn)}, mpp=10.0, z=[0])
+    found = {record.getMessage() for record in caplog.records if "lie on tissue" in record.getMessage()}
+    assert len(found) == (says is not None)
+    assert says is None or says in found.pop()
+
+
+def test_few_measured_spots_are_said(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    si.pp.assemble_stack({"m": with_tissue(n_apart=30)}, mpp=10.0, z=[0])
+    assert "Section m: only 16 spots are measured" in caplog.text
+    caplog.clear()
+    si.pp.assemble_stack({"m": with_tissue()}, mpp=10.0, z=[0])
+    assert "spots are measured" not in caplog.text
+
+
+def test_channels_of_objects_and_arrays_are_read_by_name():
+    expected = np.asarray(with_tissue().images["he"].data)
+    for kind in ("object", "multi-scale object", "array"):
+        source = with_tissue(names=("blue", "green", "red"))
+        value = source
+        if kind == "array":
+            value = source.images["he"]
+        elif kind == "multi-scale object":
+            source.images["he"] = Image2DModel.parse(
+                source.images["he"], c_coords=["blue", "green", "red"], scale_factors=[2]
+            )
+        sdata = si.pp.assemble_stack({"m": value}, mpp=10.0, z=[0])
+        found = sdata.images["m_image"]
+        found = found["scale0"]["image"] if hasattr(found, "children") else found
+        np.testing.assert_array_equal(found.data, expected[::-1])
+        assert "m" in get_transformation(sdata.images["m_image"], get_all=True)
+    for value in (with_tissue(names=("DAPI", "FITC", "Cy5")), with_tissue(names=("DAPI", "FITC", "Cy5")).images["he"]):
+        with pytest.raises(ValueError, match=r"Section 'm.*look like fluorescence.*Give the H&E image"):
+            si.pp.assemble_stack({"m": value}, mpp=10.0, z=[0])
+
+
+def test_the_color_image_is_chosen_and_not_fluorescence_of_three_channels():
+    source = with_tissue()
+    fine = Image2DModel.parse(
+        np.zeros((3, 400, 520), np.uint8),
+        c_coords=["DAPI", "CD3", "CD8"],
+        transformations={"global": Scale([0.5, 0.5], axes=("x", "y"))},
+    )
+    source.images["if"] = fine
+    sdata = si.pp.assemble_stack({"m": source}, mpp=10.0, z=[0])
+    assert sdata.images["m_image"].shape == (3, 200, 260)
+
+
+def test_stacks_that_were_concatenated_say_how_to_restore_them():
+    one, two = (si.pp.assemble_stack({name: with_tissue()}, mpp=10.0, z=[0]) for name in "ab")
+    si.pp.select_genes(one)
+    merged = sd.concatenate({"p": one, "q": two})
+    with pytest.raises(KeyError, match=r"spatialdata\.concatenate.*assemble it again.*coordinate_system"):
+        si.pp.select_genes(merged)
+    names = ["a-p", "b-q"]
+    restored = si.pp.assemble_stack(
+        dict.fromkeys(names, merged), coordinate_system={n: n for n in names}, mpp=1.0, z=[0, 10]
+    )
+    assert [s.counts is not None for s in load_record(restored).sections] == [True, True]
+    assert [s.mpp for s in load_record(restored).sections] == pytest.approx([10.0, 10.0])
+    np.testing.assert_allclose(
+        restored.tables["stack"].obsm["spatial"][: one.tables["stack"].n_obs], one.tables["stack"].obsm["spatial"]
+    )
+
+
+class SlideData(SpatialData):
+    """What `wsidata.open_wsi` returns: a thumbnail among the images, and a reader of the slide."""
+
+    class properties:
+        n_level, level_shape, level_downsample, mpp = 1, [[200, 260]], [1.0], 0.5
+
+    class reader:
+        @staticmethod
+        def get_region(x, y, width, height, level=0):
+            return np.full((height, width, 3), 200, np.uint8)
+
+
+def test_slides_of_wsidata_are_sections():
+    thumbnail = Image2DModel.parse(np.zeros((3, 20, 26), np.uint8))
+    slides = {name: SlideData(images={"wsi_thumbnail": thumbnail}) for name in "ab"}
+    sdata = si.pp.assemble_stack(slides, section_spacing=5)
+    assert sdata.images["a_image"].shape == (3, 200, 260)
+    assert [s.mpp for s in load_record(sdata).sections] == [0.5, 0.5]

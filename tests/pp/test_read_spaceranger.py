@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import geopandas as gpd
 import h5py
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
+import tifffile
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
@@ -303,3 +305,206 @@ def test_barcode_may_be_the_index_of_a_parquet_file(tmp_path, sample):
     table.to_parquet(path.with_name("tissue_positions.parquet"))
     found = si.pp.assemble_stack({"s": tmp_path / "b"}, section_spacing=10).tables["stack"].obsm["spatial"]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"array_row": "pxl_row_in_fullres", "pxl_row_in_fullres": "array_row"},
+            "do not lie where a Visium array has them",
+        ),
+        ({"array_row": "array_col", "array_col": "array_row"}, "do not lie where a Visium array has them"),
+        ({"in_tissue": "array_row", "array_row": "in_tissue"}, "column 'in_tissue' must hold 0 or 1"),
+        ({"barcode": "in_tissue", "in_tissue": "barcode"}, "column 'in_tissue' must hold 0 or 1"),
+        ({"barcode": "array_row", "array_row": "barcode"}, "column 'array_row' must hold finite numbers"),
+    ],
+)
+def test_columns_in_another_order_without_a_header_are_refused(change, message, tmp_path, sample):
+    path = sample(tmp_path / "a") / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+    table[[change.get(column, column) for column in ORDER]].to_csv(path, header=False, index=False)
+    with pytest.raises(ValueError, match=message):
+        si.pp.assemble_stack({"s": tmp_path / "a"}, section_spacing=10)
+
+
+@pytest.mark.parametrize("kind", ["raw h5", "raw mtx", "words", "floats"])
+def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = sample(tmp_path / "a")
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+    inside = table["array_col"] < 12
+    table["in_tissue"] = (
+        inside.map({True: "True", False: "False"})
+        if kind == "words"
+        else inside.astype(float if kind == "floats" else int)
+    )
+    path.unlink()
+    table.to_csv(folder / "spatial" / "tissue_positions.csv", index=False)
+    counts = folder / "filtered_feature_bc_matrix.h5"
+    if kind == "raw mtx":
+        mtx = folder / "raw_feature_bc_matrix"
+        mtx.mkdir()
+        (mtx / "barcodes.tsv").write_text("\n".join(table["barcode"]))
+        (mtx / "genes.tsv").write_text("E1\tA\n")
+        ones = "\n".join(f"1 {i + 1} 1" for i in range(len(table)))
+        (mtx / "matrix.mtx").write_text(
+            f"%%MatrixMarket matrix coordinate integer general\n1 {len(table)} {len(table)}\n{ones}\n"
+        )
+        counts.unlink()
+    else:
+        counts.rename(folder / "raw_feature_bc_matrix.h5")
+    obs = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["stack"].obs
+    assert obs["measured"].sum() == len(obs) == inside.sum() < len(table)
+    assert f"{(~inside).sum()} of {len(table)} spots with counts lie off the tissue" in caplog.text
+
+
+def test_barcodes_may_have_lost_their_suffix(tmp_path, sample):
+    path = sample(tmp_path / "a") / "spatial" / "tissue_positions_list.csv"
+    path.write_text(path.read_text().replace("-1,", ","))
+    assert si.pp.assemble_stack({"s": tmp_path / "a"}, section_spacing=10).tables["stack"].obs["measured"].all()
+
+
+def test_folders_of_two_samples_and_of_cells_are_refused(tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    shutil.copy(folder / "filtered_feature_bc_matrix.h5", folder / "B_filtered_feature_bc_matrix.h5")
+    with pytest.raises(ValueError, match="counts of several samples"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    folder = sample(tmp_path / "b")
+    (folder / "graphclust_annotated_cell_segmentations.geojson").touch()
+    with pytest.raises(ValueError, match=r"holds the cells that Space Ranger 4 segmented.*binned_outputs"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+def test_bins_are_found_beside_a_folder_of_images(data_dir, tmp_path):
+    shutil.copytree(data_dir / "visium/tiny/seurat/visium_hd", tmp_path / "hd", copy_function=shutil.copyfile)
+    (tmp_path / "hd" / "spatial").mkdir()
+    (tmp_path / "hd" / "spatial" / "scalefactors_json.json").write_text("{}")
+    assert load_record(si.pp.assemble_stack({"m": tmp_path / "hd"}, z=[0]))["m"].mpp_source == "metadata"
+
+
+@pytest.fixture
+def scan(sample, tmp_path):
+    """Folder whose small image shows a scan of 800 x 800 px, and that scan."""
+    folder = sample(tmp_path / "outs")
+    pixels = np.full((800, 800, 3), 240, np.uint8)
+    pixels[150:560, 60:620] = (180, 100, 170)
+    pixels[150:300, 60:200] = (90, 40, 120)
+    image = Image.fromarray(pixels)
+    image.resize((200, 200), Image.BOX).save(folder / "spatial" / "tissue_hires_image.png")
+    return folder, image
+
+
+TURNS = {
+    "with x and y exchanged": Image.TRANSPOSE,
+    "turned by 90 degrees clockwise": Image.ROTATE_90,  # PIL turns counterclockwise
+    "turned by 90 degrees counterclockwise": Image.ROTATE_270,
+    "turned by 180 degrees": Image.ROTATE_180,
+    "mirrored left to right": Image.FLIP_LEFT_RIGHT,
+    "mirrored top to bottom": Image.FLIP_TOP_BOTTOM,
+    "with x and y exchanged, then turned by 180 degrees": Image.TRANSVERSE,
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_turned_scan_is_refused_with_the_turn_that_fits(turn, scan, tmp_path):
+    folder, image = scan
+    image.transpose(TURNS[turn]).save(tmp_path / "scan.png")
+    with pytest.raises(
+        ValueError, match=rf"does not fit the scan .* of about 800 x 800 px, but would if it were {turn}\."
+    ):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / "scan.png"})
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8, 2.0])
+def test_a_scan_of_another_size_is_placed_by_its_size(factor, scan, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder, image = scan
+    image.save(tmp_path / "scan.png")
+    image.resize((round(800 * factor),) * 2, Image.BOX).save(tmp_path / "other.png")
+    stacks = [
+        si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / name})
+        for name in ("scan.png", "other.png")
+    ]
+    assert f"is {factor:g} times as large as the scan" in caplog.text
+    records = [load_record(sdata)["s"] for sdata in stacks]
+    assert records[1].mpp * factor == pytest.approx(records[0].mpp)
+    np.testing.assert_allclose(stacks[1].tables["stack"].obsm["spatial"], stacks[0].tables["stack"].obsm["spatial"])
+    extents = [
+        section_levels(s, r)[0].pixel_size * section_levels(s, r)[0].shape[1]
+        for s, r in zip(stacks, records, strict=True)
+    ]
+    assert extents[1] == pytest.approx(extents[0])
+
+
+def test_other_pictures_and_pixel_sizes_are_said(scan, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder, image = scan
+    noise = np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / "noise.png"})
+    assert "shows another picture" in caplog.text
+    caplog.clear()
+    resolution = {"resolution": (1e4 / 0.5, 1e4 / 0.5), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "scan.tif", np.asarray(image), photometric="rgb", **resolution)
+    si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / "scan.tif"})
+    assert "the metadata of `fullres_image` give 0.5 um per pixel, the spots give 2; the latter is used" in caplog.text
+    image.crop((0, 0, 800, 500)).save(tmp_path / "part.png")
+    with pytest.raises(ValueError, match="of 800 x 500 px has other proportions than the scan"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10, fullres_image={"s": tmp_path / "part.png"})
+
+
+def legacy(folder):
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sc.read_visium(folder, library_id="lib")
+
+
+@pytest.mark.parametrize("kind", ["AnnData", "h5ad", "lowres only"])
+def test_what_scanpy_reads_is_the_same_section(kind, scan, tmp_path):
+    folder, image = scan
+    factors = json.loads((folder / "spatial" / "scalefactors_json.json").read_text())
+    factors |= {"tissue_lowres_scalef": 0.125, "fiducial_diameter_fullres": 45}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(factors))
+    image.resize((100, 100), Image.BOX).save(folder / "spatial" / "tissue_lowres_image.png")
+    table = legacy(folder)
+    if kind == "lowres only":
+        del table.uns["spatial"][next(iter(table.uns["spatial"]))]["images"]["hires"]
+    if kind == "h5ad":
+        table.write_h5ad(tmp_path / "a.h5ad")
+    found = si.pp.assemble_stack({"s": tmp_path / "a.h5ad" if kind == "h5ad" else table}, section_spacing=10)
+    expected = si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    np.testing.assert_allclose(found.tables["stack"].obsm["spatial"], expected.tables["stack"].obsm["spatial"])
+    np.testing.assert_array_equal(found.tables["s_counts"].X.toarray(), expected.tables["s_counts"].X.toarray())
+    mpp = load_record(expected)["s"].mpp
+    assert load_record(found)["s"].mpp == pytest.approx(2 * mpp if kind == "lowres only" else mpp)
+    assert load_record(found)["s"].mpp_source == "spot pitch"
+    image.save(tmp_path / "scan.png")
+    fine = si.pp.assemble_stack({"s": table}, section_spacing=10, fullres_image={"s": tmp_path / "scan.png"})
+    assert load_record(fine)["s"].mpp == pytest.approx(mpp / 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.uns.pop("spatial"), "no uns.'spatial'.*folder of Space Ranger.*from_legacy_anndata"),
+        (lambda t: t.obsm.pop("spatial"), "no obsm.'spatial'"),
+        (lambda t: t.obs.drop(columns="array_row", inplace=True), r"without the obs columns \['array_row'\]"),
+        (lambda t: t.uns["spatial"].__setitem__("other", {}), "split several samples first"),
+        (lambda t: next(iter(t.uns["spatial"].values()))["images"].clear(), "has no image"),
+    ],
+)
+def test_anndata_without_a_sample_says_what_to_give(change, message, scan):
+    table = legacy_with_lowres(scan)
+    change(table)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        si.pp.assemble_stack({"s": table}, section_spacing=10)
+
+
+def legacy_with_lowres(scan):
+    folder, image = scan
+    image.resize((100, 100), Image.BOX).save(folder / "spatial" / "tissue_lowres_image.png")
+    return legacy(folder)

@@ -303,3 +303,69 @@ def test_select_genes_says_that_some_features_are_no_genes(kinds, says, caplog, 
     sdata.tables["m_counts"].var["feature_types"] = ["Gene Expression"] * 4 + kinds
     si.pp.select_genes(sdata)
     assert ("'Antibody Capture': 1" in caplog.text) is says
+
+
+def two_panels(first: dict, second: dict, *, column: str = "gene_ids"):
+    """Two measured sections whose genes have these names and ids."""
+    from bad_inputs._make import visium
+
+    sources = {}
+    for name, genes in {"a": first, "b": second}.items():
+        sources[name] = visium(genes=list(genes))
+        if column:
+            sources[name].tables["table"].var[column] = list(genes.values())
+    return si.pp.assemble_stack(sources, mpp=1.0, section_spacing=5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "genes"),
+    [
+        ({"A": "E1", "B": "E2"}, {"A2": "E1", "B": "E2"}, {"A", "B"}),  # renamed
+        ({"A": "E1", "B": "E2"}, {"B": "E1", "A": "E2"}, {"A", "B"}),  # names exchanged
+        ({"A": "E1", "B": "E2"}, {"E1": "E1", "E2": "E2"}, {"A", "B"}),  # ids as names
+        ({"A": "ENSG1.4", "B": "ENSG2.1"}, {"A": "ENSG1.7", "B": "ENSG2.2"}, {"A", "B"}),  # versions
+        ({"A": "E1", "B": "E2"}, {"A": "E3", "B": "E2"}, {"B"}),  # one name, two genes
+    ],
+)
+def test_genes_are_joined_by_id(first, second, genes):
+    sdata = two_panels(first, second)
+    si.pp.select_genes(sdata)
+    table = sdata.tables["stack"]
+    assert set(table.var_names) == genes
+    counts = sdata.tables["b_counts"]
+    for name in genes:
+        column = list(second.values()).index(first[name]) if first[name] in second.values() else None
+        if column is None:  # the same gene in another version
+            column = [i.split(".")[0] for i in second.values()].index(first[name].split(".")[0])
+        raw = counts.X.toarray()
+        expected = np.log1p(raw[:, column] / raw.sum(axis=1) * 1e4)
+        np.testing.assert_allclose(
+            table[table.obs["section"] == "b", name].layers["measured"].ravel(), expected, rtol=1e-5
+        )
+
+
+def test_genes_without_ids_are_joined_by_name():
+    sdata = two_panels({"A": "", "B": ""}, {"B": "", "C": ""}, column="")
+    si.pp.select_genes(sdata)
+    assert list(sdata.tables["stack"].var_names) == ["B"]
+
+
+@pytest.mark.parametrize("kind", ["counts", "rounded CPM", "rounded counts per 10,000", "z-scores", "log values"])
+def test_values_that_were_changed_are_said(kind, caplog, monkeypatch, small_stack):
+    monkeypatch.setattr(logger, "propagate", True)
+    table = small_stack.tables[next(key for key in small_stack.tables if key.endswith("_counts"))]
+    rng = np.random.default_rng(0)
+    rate = rng.gamma(2.0, 20.0, (table.n_obs, table.n_vars))
+    raw = rng.poisson(rate).astype(float)
+    share = raw / raw.sum(axis=1, keepdims=True)
+    log = np.log1p(1e4 * share)
+    table.X = {
+        "counts": raw,
+        "rounded CPM": np.round(1e6 * share),
+        "rounded counts per 10,000": np.round(1e4 * share),
+        "z-scores": (log - log.mean(axis=0)) / log.std(axis=0),
+        "log values": log,
+    }[kind]
+    si.pp.select_genes(small_stack, log_normalized=kind in ("z-scores", "log values"))
+    assert ("rounded CPM and no counts" in caplog.text) is kind.startswith("rounded")
+    assert ("z-scores or residuals" in caplog.text) is (kind == "z-scores")

@@ -201,3 +201,32 @@ def test_tile_spots_lays_others_once_the_first_are_deleted():
     del sdata.shapes["u_spots"]
     si.pp.tile_spots(sdata, spot_diameter=55, spacing=200)
     assert len(sdata.shapes["u_spots"]) == sdata.tables["stack"].n_obs < n / 2
+
+
+@pytest.mark.parametrize("jitter", [0.0, 4.0])
+@pytest.mark.parametrize("kind", ["square", "hex", "narrow hex", "square with gaps", "turned square"])
+def test_virtual_spots_copy_the_lattice_of_the_array(kind, jitter):
+    """Pitch and layout; the nearest neighbour alone would give a pitch that is too small where spots are printed unevenly."""
+    from spatial_impute._geometry import grid_in_box, lattice_of
+
+    rng = np.random.default_rng(0)
+    layout = "hex" if "hex" in kind else "square"
+    points = grid_in_box(0, 0, 600 if "narrow" in kind else 4000, 3000, spacing=200.0, layout=layout)
+    if "gaps" in kind:
+        points = points[rng.random(len(points)) < 0.7]
+    if "turned" in kind:
+        points = points @ np.array([[0.8, -0.6], [0.6, 0.8]])
+    pitch, found = lattice_of(points + rng.normal(0, jitter, points.shape))
+    assert found == layout
+    assert pitch == pytest.approx(200.0, rel=0.01)
+
+
+def test_tile_spots_makes_as_many_spots_as_the_array_has():
+    source = measured([f"b{i}" for i in range(16)])
+    sdata = si.pp.assemble_stack({"m": source, "bare": slide()}, mpp=MPP, section_spacing=10)
+    si.pp.segment_tissue(sdata, sections=["bare"])
+    si.pp.tile_spots(sdata)
+    centers = spot_geometry(sdata, load_record(sdata)["bare"])[0]
+    assert len(np.unique(centers[:, 0].round(3))) * len(np.unique(centers[:, 1].round(3))) == len(centers)  # squares
+    np.testing.assert_allclose(np.diff(np.unique(centers[:, 0].round(3))), 110.0, atol=0.1)
+    assert len(centers) == 8 * 8  # on 800 x 800 um

@@ -258,3 +258,23 @@ def test_parallel_equals_serial(sdata, affine):
             result = si.tl.register_stack(sdata, registration_params=QUICK, inplace=False)
     for name, matrix in result.matrices.items():
         np.testing.assert_allclose(matrix, rows(affine)[name]["matrix"], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scales", "says"),
+    [
+        ({"a": 1.0, "b": 2.0, "c": 2.03}, "scaled by about 2.0"),
+        ({"a": 1.0, "b": 0.5, "c": 0.49, "d": 0.5}, "scaled by about 0.5"),
+        ({"a": 1.0, "b": 1.2, "c": 1.22}, "scaled by about 1.2"),
+        ({"a": 1.0, "b": 1.05, "c": 1.04}, None),
+        ({"a": 1.0, "b": 2.0, "c": 1.0}, None),  # one section alone may have torn
+        ({"a": 1.0, "b": 1.3, "c": 0.8}, None),
+    ],
+)
+def test_sections_that_all_want_one_scale_make_the_pixel_size_suspect(scales, says, caplog, monkeypatch):
+    from spatial_impute._settings import logger
+    from spatial_impute.tl._register_stack import _warn_of_pixel_size
+
+    monkeypatch.setattr(logger, "propagate", True)
+    _warn_of_pixel_size(scales)
+    assert (f"{says}" in caplog.text and "check the pixel size" in caplog.text) if says else not caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,10 +52,23 @@ seed: 0
 
 _SOURCES = ("image", "spaceranger", "spatialdata")
 _TAKES = {
-    "image": {"mpp", "z", "counts", "spot_diameter"},
+    "image": {"mpp", "z", "counts", "spot_diameter", "counts_layer"},
     "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
-    "spatialdata": {"mpp", "z", "image_key", "shapes_key", "table_key", "coordinate_system"},
+    "spatialdata": {
+        "mpp",
+        "z",
+        "spot_pitch",
+        "image_key",
+        "shapes_key",
+        "table_key",
+        "coordinate_system",
+        "counts_layer",
+    },
 }
+# Keys whose values are text, also where YAML would read a number, a date, or true and false.
+_TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
+_TEXT |= {"counts_layer", "image_key", "shapes_key", "table_key", "coordinate_system"}
+_MOST_NODES = 100_000  # of a file, with aliases written out
 
 
 class ConfigError(ValueError):
@@ -115,6 +129,13 @@ def _section_names(found: Any) -> Any:
     return {str(name): value for name, value in found.items()}
 
 
+def _legal_sections(sections: dict[str, Any]) -> dict[str, Any]:
+    from spatial_impute._stack import require_section_names
+
+    require_section_names(list(sections))
+    return sections
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -140,7 +161,9 @@ class SectionConfig:
     fullres_image: Input | None = None
     bin_size: Length | None = None
     counts: Input | None = None
+    counts_layer: Name | None = None
     spot_diameter: Length | None = None
+    spot_pitch: Length | None = None
     image_key: Name | None = None
     shapes_key: Name | None = None
     table_key: Name | None = None
@@ -161,6 +184,9 @@ class SectionConfig:
         others.remove(self.source)
         if others:
             msg = f"with `{self.source}` does not take `{others[0]}`; it takes {sorted(takes)}."
+            raise ValueError(msg)
+        if self.counts_layer is not None and self.source == "image" and self.counts is None:
+            msg = "takes `counts_layer` only together with `counts`."
             raise ValueError(msg)
         if (self.counts is None) != (self.spot_diameter is None):
             msg = "needs `counts` and `spot_diameter` (um) together, found only one of them."
@@ -189,13 +215,15 @@ class RunConfig:
     sections: Annotated[
         dict[str, SectionConfig],
         BeforeValidator(_section_names),
+        AfterValidator(_legal_sections),
         Field(min_length=2, description="two or more sections by name, each with its files"),
     ]
     output: Output
     section_spacing: Length | None = None
     reference: str | None = None
     genes: Annotated[
-        Annotated[Whole, Field(gt=0)] | Names, Field(description="a positive whole number or a list of names")
+        Annotated[Whole, Field(gt=0)] | Names,
+        Field(description="a positive whole number or a list of names (in quotes, if they look like numbers)"),
     ] = 250
     encoder: Name = "texture"
     registration: Literal["rigid", "affine", "syn"] = "affine"
@@ -262,33 +290,83 @@ def _parse(path: Path) -> object:
     import yaml
 
     suffix = path.suffix.lower()
+    if suffix not in {".toml", ".yaml", ".yml"}:
+        msg = f"The file of a run ends in .yaml, .yml or .toml, found '{path.name}'."
+        raise ConfigError(msg)
     try:
-        if suffix == ".toml":
-            return tomllib.loads(path.read_text())
-        if suffix in {".yaml", ".yml"}:
-            _refuse_duplicates(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
-            return yaml.safe_load(path.read_text())
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        msg = f"'{path}' is no valid {'TOML' if suffix == '.toml' else 'YAML'}: {error}"
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"'{path}' is no text in UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8 in your editor."
         raise ConfigError(msg) from error
-    msg = f"The file of a run ends in .yaml, .yml or .toml, found '{path.name}'."
-    raise ConfigError(msg)
+    try:
+        return tomllib.loads(text) if suffix == ".toml" else _parse_yaml(text)
+    except ConfigError:
+        raise
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        msg = f"'{path}' is no valid {'TOML' if suffix == '.toml' else 'YAML'}: {what}"
+        raise ConfigError(msg) from error
 
 
-def _refuse_duplicates(node: Any, prefix: str = "") -> None:
-    """Refuse two equal keys: YAML keeps the last of them, and a section would be lost without a word."""
-    from yaml import MappingNode
+def _parse_yaml(text: str) -> object:
+    """Content of a YAML file, with keys and names as they are written: YAML reads `on`, `01` and `1e3` as other things."""
+    import yaml
 
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        _keep_text(node, "", set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: Any, known: dict[int, int]) -> int:
+    """Nodes below this one with aliases written out; an error if they are too many, or contain themselves."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            msg = f"The alias in line {node.start_mark.line + 1} contains itself; write its content out."
+            raise ConfigError(msg)
+        return known[id(node)]
+    known[id(node)] = 0  # begun
+    inside = node.value if isinstance(node.value, list) else []
+    inside = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+    known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inside)
+    if known[id(node)] > _MOST_NODES:
+        msg = f"The aliases of the file stand for more than {_MOST_NODES} values, see line {node.start_mark.line + 1}; write less out."
+        raise ConfigError(msg)
+    return known[id(node)]
+
+
+def _keep_text(node: Any, key: str, done: set[int]) -> None:
+    """Make names text, and refuse two equal keys: YAML keeps the last of them, and a section would be lost without a word."""
+    from yaml import MappingNode, ScalarNode, SequenceNode
+
+    if isinstance(node, ScalarNode) and key.rpartition(".")[2] in _TEXT and not node.tag.endswith(":null"):
+        node.tag = "tag:yaml.org,2002:str"
+    if id(node) in done:
+        return
+    done.add(id(node))
+    if isinstance(node, SequenceNode):
+        for item in node.value:
+            # Genes are many or named: only in a list they are names.
+            _keep_text(item, "plot_genes" if key == "genes" else key, done)
     if not isinstance(node, MappingNode):
         return
     seen = set()
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name in seen:
-            msg = f"The key `{name}` stands twice, the second time in line {key.start_mark.line + 1}."
+    for name, value in node.value:
+        full = f"{key}.{name.value}" if key else str(name.value)
+        if full in seen:
+            msg = f"The key `{full}` stands twice, the second time in line {name.start_mark.line + 1}."
             raise ConfigError(msg)
-        seen.add(name)
-        _refuse_duplicates(value, f"{name}.")
+        seen.add(full)
+        if isinstance(name, ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
+            name.tag = "tag:yaml.org,2002:str"
+        shorthand = key == "sections" and isinstance(value, ScalarNode)  # the path of an image
+        _keep_text(value, f"{full}.image" if shorthand else full, done)
 
 
 def check_config(found: object, *, folder: Path) -> RunConfig:
@@ -308,3 +386,27 @@ def check_config(found: object, *, folder: Path) -> RunConfig:
         return TypeAdapter(RunConfig).validate_python(found, context=folder)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from error
+
+
+def in_words_of_file(error: Exception, config: RunConfig) -> str:
+    """Message of the package in terms of the file of a run: keys for arguments, and no Python calls."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = re.sub(r"`?sections\['([^']+)'\]`?", r"`sections.\1`", text)
+    text = re.sub(r"[Ss]ection '([^']+)'", r"`sections.\1`", text)
+    name = next(
+        (
+            name
+            for name in config.sections
+            if re.search(rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b", text)
+        ),
+        None,
+    )
+    where = "sections.*" if name is None else f"sections.{name}"
+    text = re.sub(r",? e\.g\. `\w+=[^`]*`", "", text)
+    for key in SectionConfig.__dataclass_fields__:
+        text = re.sub(rf"`{key}=?(\{{[^`]*)?`", f"`{where}.{key}`", text)
+    text = text.replace("`fullres_image`", f"`{where}.fullres_image`")
+    calls = re.compile(r"`[^`]*(\bsi\.|\bsdata|spatialdata\.|=|\()[^`]*`|`layer`|Python|SpatialData object")
+    said = [part for part in re.split(r"(?<=[.;])\s+(?=[A-Z`'])", text) if not calls.search(part)]
+    text = " ".join(said) or text
+    return text if name is None or f"sections.{name}" in text else f"`sections.{name}`: {text}"

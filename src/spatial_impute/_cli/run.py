@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 import spatial_impute as si
+from spatial_impute._cli.config import ConfigError
 from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
+from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
@@ -19,11 +22,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute._cli.config import RunConfig, SectionConfig
 
 _N_PLOT_GENES = 2
+_OF_SECTIONS = (
+    "mpp",
+    "spot_pitch",
+    "fullres_image",
+    "bin_size",
+    "image_key",
+    "shapes_key",
+    "table_key",
+    "coordinate_system",
+)
+
+
+def check(config: RunConfig) -> None:
+    """Open all inputs and choose the genes, as a run does, and write nothing.
+
+    Raises an error that the run would raise when it starts.
+    """
+    from spatial_impute._validation import require_device
+    from spatial_impute.encoders._encoder import require_encoder_name
+
+    _require_own_folder(config.output)
+    require_encoder_name(config.encoder)
+    require_device(config.device)
+    _choose_genes(_open_sections(config), config)
 
 
 def run(config: RunConfig) -> Path:
@@ -75,10 +103,21 @@ def run(config: RunConfig) -> Path:
 
 def assemble(config: RunConfig) -> SpatialData:
     """Stack with spots on every section and genes chosen."""
+    sdata = _open_sections(config)
+    bare = [section.name for section in load_record(sdata).sections if section.spots is None]
+    if bare:
+        si.pp.segment_tissue(sdata, sections=bare)
+        si.pp.tile_spots(sdata, sections=bare)
+    _choose_genes(sdata, config)
+    return sdata
+
+
+def _open_sections(config: RunConfig) -> SpatialData:
+    """Stack of the sections as they are in the files, with counts in ``X``."""
     given = config.sections
     arguments: dict[str, Any] = {
-        name: {key: getattr(section, name) for key, section in given.items() if getattr(section, name) is not None}
-        for name in ("mpp", "fullres_image", "bin_size", "image_key", "shapes_key", "table_key", "coordinate_system")
+        key: {name: getattr(section, key) for name, section in given.items() if getattr(section, key) is not None}
+        for key in _OF_SECTIONS
     }
     inputs: dict[str, Any] = {}
     for name, section in given.items():
@@ -91,14 +130,54 @@ def assemble(config: RunConfig) -> SpatialData:
     sdata = si.pp.assemble_stack(
         inputs, reference=config.reference, **heights, **{key: value or None for key, value in arguments.items()}
     )
-    bare = [section.name for section in load_record(sdata).sections if section.spots is None]
-    if bare:
-        si.pp.segment_tissue(sdata, sections=bare)
-        si.pp.tile_spots(sdata, sections=bare)
+    for found in load_record(sdata).sections:
+        chosen = given[found.name]
+        if found.counts is not None and chosen.counts is None:  # others were checked when they were read
+            where = f"sections.{found.name}"
+            sdata.tables[found.counts] = _counts(sdata.tables[found.counts], chosen.counts_layer, where, chosen.source)
+    if not any(found.counts is not None for found in load_record(sdata).sections):
+        msg = f"`sections`: none of {list(given)} holds expression; imputation needs a section with counts."
+        raise ConfigError(msg)
     _drop_empty_spots(sdata)
+    return sdata
+
+
+def _choose_genes(sdata: SpatialData, config: RunConfig) -> None:
     chosen = {"genes": config.genes} if isinstance(config.genes, list) else {"n_top_genes": config.genes}
     si.pp.select_genes(sdata, **chosen)
-    return sdata
+
+
+def _counts(table: AnnData, layer: str | None, where: str, key: str) -> AnnData:
+    """Table with the counts of a layer, or of ``raw``, in ``X``; else an error in terms of the file of the run."""
+    found = sorted(map(str, table.layers)) + (["raw"] if table.raw is not None else [])
+    if layer is not None and layer not in found:
+        msg = f"`{where}.counts_layer`: there is no layer {layer!r}; found {found or 'none'}."
+        raise ConfigError(msg)
+    if layer == "raw" and "raw" not in table.layers:
+        uns = table.uns
+        table = table.raw.to_adata()
+        table.uns = uns
+    elif layer is not None:
+        table = table.copy()
+        table.X = table.layers[layer]
+    values = table.X
+    sample = None if values is None else values.data if hasattr(values, "tocsr") else np.asarray(values)
+    if sample is None or not sample.size or not looks_like_counts(sample):
+        what = (
+            "is empty"
+            if sample is None or not sample.size
+            else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
+        )
+        slot = "X" if layer is None else f"layer {layer!r}"
+        others = [name for name in found if name != layer]
+        hint = (
+            f"If one of {others} holds them, add `{where}.counts_layer: {others[0]}`."
+            if others
+            else "Give a file with raw counts."
+        )
+        msg = f"`{where}.{key}`: raw counts are needed (whole numbers from 0), but {slot} {what}. {hint}"
+        raise ConfigError(msg)
+    return table
 
 
 def _read(name: str, section: SectionConfig) -> tuple[Any, float | None]:
@@ -130,7 +209,6 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     """Image file and AnnData with pixel coordinates as one object, and um per pixel."""
     import anndata as ad
 
-    from spatial_impute._cli.config import ConfigError
     from spatial_impute._image.reading import open_image
     from spatial_impute._stack import image_element, section_object
 
@@ -139,10 +217,23 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     if mpp is None:
         msg = f"`sections.{name}.mpp` is missing, and '{section.path}' does not say how large its pixels are."
         raise ConfigError(msg)
-    table = ad.read_h5ad(section.counts)
-    if Keys.SPATIAL not in table.obsm:
+    try:
+        table = ad.read_h5ad(section.counts)
+    except Exception as error:
+        msg = f"`sections.{name}.counts`: '{section.counts}' cannot be read as h5ad: {error}"
+        raise ConfigError(msg) from error
+    if (
+        Keys.SPATIAL not in table.obsm
+        or np.ndim(table.obsm[Keys.SPATIAL]) != 2
+        or np.shape(table.obsm[Keys.SPATIAL])[1] < 2
+    ):
         msg = f"`sections.{name}.counts`: '{section.counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
         raise ConfigError(msg)
+    if not table.obs_names.is_unique:
+        repeated = table.obs_names[table.obs_names.duplicated()][0]
+        msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
+        raise ConfigError(msg)
+    table = _counts(table, section.counts_layer, f"sections.{name}", "counts")
     centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)
@@ -158,21 +249,33 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         centers=centers,
         radius=cast("float", section.spot_diameter) / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
-        table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=table.var[[]].copy()),
+        table=ad.AnnData(
+            X=table.X, obs=table.obs[[]].copy(), var=table.var[[c for c in GENE_COLUMNS if c in table.var]].copy()
+        ),
     )
     return found, float(mpp)
 
 
 def _prepare(output: Path) -> Path:
     """Make the folder of figures; only the files of an earlier run are replaced."""
-    mark = output / "run.json"
-    if output.exists() and any(output.iterdir()) and not mark.exists():
-        msg = f"'{output}' holds files that no run has written. Give another `output`, or empty the folder."
-        raise FileExistsError(msg)
+    _require_own_folder(output)
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    (output / "run.json").touch()
     return figures
+
+
+def _require_own_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        msg = f"`output`: '{output}' is a file; give a folder."
+        raise ConfigError(msg)
+    if output.exists() and any(output.iterdir()) and not (output / "run.json").exists():
+        msg = f"'{output}' holds files that no run has written. Give another `output`, or empty the folder."
+        raise FileExistsError(msg)
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        msg = f"`output`: '{output}' cannot be written, because '{there}' is no folder that you may write to."
+        raise ConfigError(msg)
 
 
 def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:

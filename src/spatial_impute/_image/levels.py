@@ -22,6 +22,7 @@ _MAX_THUMBNAIL = 2**28  # px that are held in memory at once: 3 GiB as float32 R
 _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
 _DEPTHS = tuple(float(2**bits - 1) for bits in (8, 10, 12, 14, 16, 32))
 _OVERSHOOT = 1.1  # resampled images pass full brightness a little
+_FEW = 0.001  # share of the pixels; hot pixels and dust are fewer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Level:
     """(3, 3) affine from pixel corners (x, y) to the section frame (um)."""
     white: float = 255.0
     """Value of full brightness."""
+    opaque: float = 255.0
+    """Value of alpha where nothing shines through."""
 
     @property
     def pixel_size(self) -> float:
@@ -52,36 +55,49 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
     """
     if not hasattr(element, "children"):
         array = cast("DataArray", element)
-        return [Level(array, to_um, _white(array))]
+        return [Level(array, to_um, *_full(array))]
     arrays = [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
     height, width = arrays[0].sizes["y"], arrays[0].sizes["x"]
     levels = []
-    white = _white(arrays[-1])
+    full = _full(arrays[-1])
     for array in arrays:
         # Pyramids halve and trim odd sizes, so that the quotient of the sizes is slightly off the true factor.
         factor_x, factor_y = width / array.sizes["x"], height / array.sizes["y"]
         if round(factor_x) == round(factor_y) and abs(factor_x - round(factor_x)) * array.sizes["x"] <= round(factor_x):
             factor_x = factor_y = float(round(factor_x))
-        levels.append(Level(array, to_um @ scaling(factor_x, factor_y), white))
+        levels.append(Level(array, to_um @ scaling(factor_x, factor_y), *full))
     return levels
 
 
-def _white(array: DataArray) -> float:
-    """Value of full brightness for the bits in use: arrays of 8 or 12 bits come in wider types and as floats.
+def _full(array: DataArray) -> tuple[float, float]:
+    """Values of full brightness and of opaque alpha for the bits in use: 8 or 12 bits come in wider types and as floats.
 
-    Glass is bright. So an image that stays below a quarter of a range was not scanned in that range.
+    Glass is bright. So an image that stays below a quarter of a range was not scanned in that range. Padding and hot
+    pixels pass it: they are few, or they all have the largest value of the type.
     """
     whole = np.issubdtype(array.dtype, np.integer)
     most = float(np.iinfo(array.dtype).max) if whole else np.inf
     if most <= _DEPTHS[0]:
-        return most
+        return most, most
     # Decided once for the whole image, on a sample of its pixels: a single window may be dark.
     step = max(1, max(array.sizes["y"], array.sizes["x"]) // 256)
     sample = decode(array.isel(y=slice(None, None, step), x=slice(None, None, step)).data)
-    brightest = float(np.nanmax(sample, initial=0.0)) / _OVERSHOOT
-    if not whole and brightest <= 1.0:
+    opaque = 1.0
+    if len(sample) == 4:
+        opaque = _depth(float(np.nanmax(sample[3], initial=0.0)), most)
+        sample = sample[:3, sample[3] > 0]
+    values = sample[np.isfinite(sample) & (sample > 0)]
+    scanned = values[values < most]
+    if scanned.size <= _FEW * values.size:  # all of it is black, or as bright as can be
+        return (most if whole else 1.0), opaque
+    return _depth(float(np.quantile(scanned.astype(np.float64), 1 - _FEW)) / _OVERSHOOT, most), opaque
+
+
+def _depth(brightest: float, most: float) -> float:
+    """Largest value of the narrowest range that `brightest` fits into."""
+    if most == np.inf and brightest <= 1.0:
         return 1.0
-    return next((depth for depth in _DEPTHS if brightest <= depth < most), most if whole else brightest)
+    return next((depth for depth in _DEPTHS if brightest <= depth < most), brightest if most == np.inf else most)
 
 
 def best_level(levels: Sequence[Level], pixel_size: float) -> Level:
@@ -90,8 +106,8 @@ def best_level(levels: Sequence[Level], pixel_size: float) -> Level:
     return fine_enough[-1] if fine_enough else levels[0]
 
 
-def require_colors(array: np.ndarray, white: float) -> np.ndarray:
-    """Color channels of (c, y, x); transparent and NaN pixels become `white`, other alpha is dropped.
+def require_colors(array: np.ndarray, level: Level) -> np.ndarray:
+    """Color channels of (c, y, x) in front of white glass, at most white; alpha is straight.
 
     Glass that was erased in an image editor is transparent, and usually black below. Pixels beyond a warped image are
     NaN. Raises a ``ValueError`` for 2 or more than 4 channels: such an image is no H&E scan.
@@ -99,20 +115,26 @@ def require_colors(array: np.ndarray, white: float) -> np.ndarray:
     if array.shape[0] not in (1, 3, 4):
         msg = f"An H&E image has 1, 3 or 4 channels, found {array.shape[0]}. Select three channels before assembling."
         raise ValueError(msg)
-    colors, absent = array[:3], None
-    if array.shape[0] == 4 and not array[3].all():
-        absent = array[3] == 0
+    colors, white = array[:3], array.dtype.type(level.white)
+    if level.white < (np.iinfo(array.dtype).max if array.dtype.kind in "iu" else np.inf):
+        colors = np.minimum(colors, white)  # hot pixels and padding of other bits
+    if array.shape[0] == 4 and (array[3] < level.opaque).any():
+        share = np.clip(array[3] / np.float32(level.opaque), 0, 1)
+        mixed = level.white + (colors - np.float32(level.white)) * share
+        colors = (np.rint(mixed) if array.dtype.kind in "iu" else mixed).astype(array.dtype)
+        if array.dtype.kind == "f":
+            colors = np.where(array[3] > 0, colors, white)  # NaN may stand below
     if array.dtype.kind == "f" and np.isnan(colors).any():
-        absent = np.isnan(colors).any(axis=0) | (False if absent is None else absent)
-    return colors if absent is None else np.where(absent, array.dtype.type(white), colors)
+        colors = np.where(np.isnan(colors).any(axis=0), white, colors)
+    return colors
 
 
-def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
-    """Convert (c, y, x) to (y, x, 3) float32 in 0-255; grey is repeated, `white` and transparent pixels become 255."""
-    colors = require_colors(array, white)
+def to_rgb(array: np.ndarray, level: Level) -> np.ndarray:
+    """Convert (c, y, x) to (y, x, 3) float32 in 0-255; grey is repeated, white and transparent pixels become 255."""
+    colors = require_colors(array, level)
     rgb = np.repeat(colors, 3, axis=0) if len(colors) == 1 else colors
     rgb = np.moveaxis(rgb, 0, -1).astype(np.float32)
-    return rgb if white == 255.0 else rgb * np.float32(255.0 / white)
+    return rgb if level.white == 255.0 else rgb * np.float32(255.0 / level.white)
 
 
 def decode(data: Any) -> np.ndarray:
@@ -131,7 +153,7 @@ def stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarra
 
 def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
     """Pixels [y0, y1) x [x0, x1) of a level as (y, x, 3) float32 in 0-255."""
-    return to_rgb(stored_pixels(level, y0, y1, x0, x1), level.white)
+    return to_rgb(stored_pixels(level, y0, y1, x0, x1), level)
 
 
 def whole_factor(level: Level, pixel_size: float) -> int:
@@ -168,7 +190,7 @@ def read_thumbnail(levels: Sequence[Level], pixel_size: float) -> tuple[np.ndarr
         # As floats a strip takes several times its size, so it is reduced part by part.
         edges = range(0, columns * factor, max(1, _TILE // factor) * factor)
         parts = (stored[:, :, x0 : x0 + edges.step] for x0 in edges)
-        strips.append(np.concatenate([area_means(to_rgb(part, level.white), factor, factor) for part in parts], axis=1))
+        strips.append(np.concatenate([area_means(to_rgb(part, level), factor, factor) for part in parts], axis=1))
     return np.concatenate(strips), level.to_um @ scaling(float(factor))
 
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from spatial_impute._image.tiff import require_plausible, tiff_levels
+from spatial_impute._image.brightfield import Samples, brightfield, rgb_order, upright
+from spatial_impute._image.pixel_size import zarr_pixel_size
+from spatial_impute._image.tiff import how_to_convert, open_tiff, require_plausible
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +26,38 @@ if TYPE_CHECKING:
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
-_UM_PER_ZARR_UNIT = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3}
+_MAGIC = {
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"II+\0": "tiff",
+    b"MM\0+": "tiff",
+    b"\x89PNG": "plain",
+    b"\xff\xd8\xff": "plain",
+}
+# Of these, the file that is named holds an overview, or a format of its own.
+_VENDORS = {
+    ".mrxs",
+    ".vsi",
+    ".ets",
+    ".czi",
+    ".dcm",
+    ".dicom",
+    ".isyntax",
+    ".i2syntax",
+    ".svslide",
+    ".vms",
+    ".vmu",
+    ".zvi",
+    ".lif",
+    ".nd2",
+    ".oir",
+    ".oib",
+    ".kfb",
+    ".sdpc",
+    ".mds",
+    ".tron",
+}
+_EXIF_ORIENTATION = 0x0112
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
 
@@ -42,23 +76,60 @@ class ImageFile:
 
 
 def open_image(path: str | Path) -> ImageFile:
-    """Open TIFF, OME-TIFF, SVS, PNG, JPEG or OME-Zarr without reading its pixels.
+    """Open TIFF, OME-TIFF, SVS, PNG, JPEG or OME-Zarr without reading its pixels; the first bytes tell the format.
 
-    Raises a ``FileNotFoundError`` for a missing file, a ``ValueError`` for another format or a damaged file.
+    The image is upright, and grey, RGB, or RGB with straight alpha. Raises a ``FileNotFoundError`` for a missing file, a
+    ``ValueError`` for another format, for pixels that are no brightfield image, or a damaged file.
     """
     path = Path(path)
     if not path.exists():
         msg = f"No image at {str(path)!r}."
         raise FileNotFoundError(msg)
+    path = path.resolve()  # it is read later, when the working directory may be another one
     suffix = path.suffix.lower()
-    if suffix in _TIFF:
+    if suffix in _VENDORS:
+        msg = f"Cannot read {path.name!r}: {suffix} is a format of its own. {how_to_convert(path)}"
+        raise ValueError(msg)
+    if path.is_dir():
+        if suffix == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists():
+            return _readable(_open_ome_zarr, path)
+        msg = f"Cannot read {path.name!r}: it is a folder, and no OME-Zarr."
+        raise ValueError(msg)
+    with path.open("rb") as file:
+        start = file.read(4)
+    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+    if kind == "tiff" or (kind is None and suffix in _TIFF):
         return _readable(_open_tiff, path)
-    if suffix in _PLAIN:
+    if kind == "plain" or suffix in _PLAIN:
         return _readable(_open_plain, path)
-    if suffix == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists():
-        return _readable(_open_ome_zarr, path)
-    msg = f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}."
+    msg = (
+        f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "
+        f"{how_to_convert(path)}"
+    )
     raise ValueError(msg)
+
+
+def open_slide(slide: Any) -> ImageFile:
+    """Open the image of a ``wsidata.WSIData``, in RGB, through its reader: OpenSlide and others read more formats."""
+    import dask.array as da
+
+    properties = slide.properties
+
+    def read(level: int, block_info: dict[int, Any] | None = None) -> np.ndarray:
+        (_, _), (y0, y1), (x0, x1) = block_info[None]["array-location"]  # type: ignore[index]
+        factor = properties.level_downsample[level]
+        region = slide.reader.get_region(round(x0 * factor), round(y0 * factor), x1 - x0, y1 - y0, level=level)
+        return np.moveaxis(np.asarray(region)[..., :3], -1, 0)
+
+    levels = []
+    for level in range(properties.n_level):
+        height, width = (int(n) for n in properties.level_shape[level])
+        chunks = ((3,), *(da.core.normalize_chunks(_CHUNK, (n,))[0] for n in (height, width)))
+        levels.append(
+            da.map_blocks(read, level=level, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+        )
+    mpp = properties.mpp
+    return ImageFile(levels, None if mpp is None else (float(mpp), float(mpp)))
 
 
 def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
@@ -76,8 +147,16 @@ def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
 
 
 def _open_tiff(path: Path) -> ImageFile:
-    levels, axes, pixel_size = tiff_levels(path)
-    return ImageFile([_channels_first(_lazy(level, axes, level.token), axes) for level in levels], pixel_size)
+    image = open_tiff(path)
+    if image.samples.kind != "RGB" or image.samples.premultiplied or image.samples.orientation != 1:
+        logger.info("%s: %s", path.name, image.samples.describe())
+    levels = []
+    for level in image.levels:
+        array = _channels_first(_lazy(level, image.axes, level.token), image.axes)
+        array = array if image.order == sorted(image.order) else array[image.order]
+        levels.append(brightfield(array, image.samples))
+    size = image.pixel_size
+    return ImageFile(levels, size[::-1] if size is not None and image.samples.orientation >= 5 else size)
 
 
 def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> da.Array:
@@ -100,7 +179,7 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
     for axis in [a for a in axes if a not in "CYX"]:
         position = axes.index(axis)
         if array.shape[position] != 1:
-            msg = f"Expected a 2D color image, found axes {axes} of shape {array.shape}."
+            msg = f"Expected a 2D color image, found axes {axes} of shape {array.shape}; save one plane of it, the one in focus."
             raise ValueError(msg)
         array, axes = array.squeeze(position), axes.replace(axis, "")
     if "C" not in axes:
@@ -113,13 +192,14 @@ def _open_plain(path: Path) -> ImageFile:
     import dask
     import dask.array as da
 
-    width, height, bands, dtype, fractions = _plain_shape(path)
+    shape, dtype, fractions, orientation = _plain_shape(path)
     levels = []
     for fraction in fractions:
-        shape = (bands, -(-height // fraction), -(-width // fraction))
+        size = (shape[0], *(-(-n // fraction) for n in shape[1:]))
         decoded = dask.delayed(_decode_plain, pure=True)(str(path), fraction, path.stat().st_mtime_ns)
         # Chunks of a usual size, so that the image can be written to zarr as it is.
-        levels.append(da.from_delayed(decoded, shape, dtype=dtype).rechunk((bands, _CHUNK, _CHUNK)))
+        array = da.from_delayed(decoded, size, dtype=dtype).rechunk((shape[0], _CHUNK, _CHUNK))
+        levels.append(upright(array, orientation))
     return ImageFile(levels, None)
 
 
@@ -152,14 +232,24 @@ def _pil_open(path: str | Path) -> Image.Image:
     return image
 
 
-def _plain_shape(path: Path) -> tuple[int, int, int, type, tuple[int, ...]]:
-    """Width, height, bands, type, and the fractions of the size at which the file can be decoded."""
+def _plain_shape(path: Path) -> tuple[tuple[int, int, int], type, tuple[int, ...], int]:
+    """Shape (c, y, x), type, the fractions of the size at which the file can be decoded, and the orientation of EXIF."""
+    from PIL import Image
+
     with _pil_open(path) as image:
-        bands = 1 if image.mode in {"1", "L", "I;16"} else 3
-        dtype = np.uint16 if image.mode == "I;16" else np.uint8
+        mode = _plain_mode(image)
+        dtype = np.uint16 if mode == "I;16" else np.uint8
         # libjpeg scales by powers of two while decoding.
         fractions = (1, 2, 4, 8) if image.format == "JPEG" and min(image.size) >= 1024 else (1,)
-        return image.width, image.height, bands, dtype, fractions
+        orientation = int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))  # that of PNG would decode the image
+        return (len(mode) if mode != "I;16" else 1, image.height, image.width), dtype, fractions, orientation
+
+
+def _plain_mode(image: Image.Image) -> str:
+    """Mode to convert to: alpha is kept, and palettes, CMYK and bits become RGB or grey."""
+    if image.has_transparency_data:
+        return "RGBA"
+    return {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, "RGB")
 
 
 @lru_cache(maxsize=2)
@@ -173,7 +263,7 @@ def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
-        mode = {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, "RGB")
+        mode = _plain_mode(image)
         try:
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         except (OSError, SyntaxError) as error:
@@ -188,9 +278,17 @@ def _open_ome_zarr(path: Path) -> ImageFile:
 
     group = zarr.open_group(path, mode="r")
     attrs: dict[str, Any] = dict(group.attrs)
-    multiscales = attrs.get("ome", attrs).get("multiscales")
+    found = attrs.get("ome", attrs)
+    multiscales = found.get("multiscales")
     if not multiscales:
         msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
+        inside = sorted(name for name, _ in group.groups())
+        if "bioformats2raw.layout" in found:
+            msg += (
+                f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
+            )
+        elif "plate" in found or "well" in found:
+            msg += f" It is a plate with several images; give one of them, below {inside}."
         raise ValueError(msg)
     first = multiscales[0]
     # Version 0.3 names the axes by strings, later versions by mappings.
@@ -199,17 +297,10 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     arrays = [cast("zarr.Array", group[dataset["path"]]) for dataset in first["datasets"]]
     for array in arrays:
         require_plausible(array, path)
+    labels = [channel.get("label") or "" for channel in found.get("omero", {}).get("channels", ())]
     levels = [_channels_first(_lazy(array, names), names) for array in arrays]
-    return ImageFile(levels, _ome_zarr_pixel_size(axes, first["datasets"][0]))
-
-
-def _ome_zarr_pixel_size(axes: dict[str, Any], finest: dict[str, Any]) -> tuple[float, float] | None:
-    """From the units of the axes and the scale of the finest level."""
-    units = [axes[name].get("unit") for name in "xy" if isinstance(axes.get(name), dict)]
-    factors = [_UM_PER_ZARR_UNIT[unit] for unit in units if unit in _UM_PER_ZARR_UNIT]
-    scales = [t["scale"] for t in finest.get("coordinateTransformations", []) if t.get("type") == "scale"]
-    if not scales or len(factors) < 2:
-        return None
-    places = list(axes)
-    x, y = (float(scales[0][places.index(name)]) * factor for name, factor in zip("xy", factors, strict=True))
-    return x, y
+    order = rgb_order(labels, levels[0].shape[0])
+    if order != sorted(order):
+        levels = [level[order] for level in levels]
+    samples = Samples("grey" if len(order) == 1 else "RGB", 3 if len(order) == 4 else None)
+    return ImageFile([brightfield(level, samples) for level in levels], zarr_pixel_size(axes, first))

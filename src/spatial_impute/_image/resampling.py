@@ -77,7 +77,7 @@ class ChunkCache:
                 out[:, top - y0 : bottom - y0, left - x0 : right - x0] = chunk[
                     :, top - edges_y[i] : bottom - edges_y[i], left - edges_x[j] : right - edges_x[j]
                 ]
-        return to_rgb(out, level.white)
+        return to_rgb(out, level)
 
     def _chunk(self, level: Level, i: int, j: int) -> np.ndarray:
         with self._lock:  # two threads must not decode the same chunk
@@ -343,7 +343,7 @@ class _Tiles:
         f = self._factor
         y0, x0 = row * self.edge, column * self.edge
         y1, x1 = min(y0 + self.edge, self.height), min(x0 + self.edge, self.width)
-        data = require_colors(stored_pixels(self._level, y0 * f, y1 * f, x0 * f, x1 * f), self.white)
+        data = require_colors(stored_pixels(self._level, y0 * f, y1 * f, x0 * f, x1 * f), self._level)
         if f == 1:
             return np.ascontiguousarray(data)
         averaged = np.empty((len(data), y1 - y0, x1 - x0), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Levels of a TIFF as arrays that can be sliced, its pixel size, and checks of its size."""
+"""Levels of a TIFF as arrays that can be sliced, what the file says about its samples, and checks of its size."""
 
 from __future__ import annotations
 
@@ -6,22 +6,37 @@ import math
 import re
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
+
+from spatial_impute._image.brightfield import Samples, rgb_order
+from spatial_impute._image.pixel_size import ome_pixels, tiff_pixel_size
+from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import tifffile
 
-_UM_PER_OME_UNIT = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
-_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF ResolutionUnit: inch, centimetre
 # A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
 _MAX_CHUNKS = 2**22
 _MAX_CHUNK_BYTES = 2**32
-_SCREEN = 80.0  # um; screen resolutions (72-300 dpi) are defaults of image software, not microscopes
+# PhotometricInterpretation; other values have no rule for RGB that all programs share.
+_KINDS = {
+    0: "white-is-zero grey",
+    1: "grey",
+    2: "RGB",
+    3: "palette",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "CIELab",
+    9: "ICCLab",
+}
+_JPEG, _JPEG2000, _JPEG2000_YCBCR = {6, 7, 33007, 34892}, {33003, 33004, 33005, 34712}, 33003
+_STRAIGHT, _PREMULTIPLIED = 2, 1  # ExtraSamples; 0 is no alpha, and is left out
+_CONTIGUOUS = 1  # PlanarConfiguration
 
 
 class TiffLevel:
@@ -67,19 +82,188 @@ class TiffLevel:
         self._forget()
 
 
-def tiff_levels(path: Path) -> tuple[list[TiffLevel], str, tuple[float, float] | None]:
-    """Levels of the largest series of a TIFF (finest first), their axes, and um per pixel (x, y) or None."""
+@dataclass(frozen=True)
+class TiffImage:
+    """Largest image of a TIFF."""
+
+    levels: list[TiffLevel]
+    """Finest first."""
+    axes: str
+    samples: Samples
+    order: list[int]
+    """Channels of the file in the order red, green, blue."""
+    pixel_size: tuple[float, float] | None
+    """um per pixel (x, y) as it is stored, before the orientation."""
+
+
+def open_tiff(path: Path) -> TiffImage:
+    """Levels of the largest image of a TIFF, and what the file says about them.
+
+    Raises a ``ValueError`` for samples that are no brightfield image, and for damaged files.
+    """
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
         series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
         which, n_levels = tiff.series.index(series), len(series.levels)
-        axes, pixel_size = series.axes.replace("S", "C"), _pixel_size(tiff, series.keyframe)
+        page: Any = series.keyframe
+        _require_one_plane(series, path)
         require_whole(tiff, series)
+        samples, order = _samples(tiff, series, path)
+        axes, pixel_size = series.axes.replace("S", "C"), tiff_pixel_size(tiff, page)
+        if tiff.is_bif and re.search(r"Overlap[XY]=.-?[1-9]", _xmp(page)):
+            msg = f"{path.name!r}: the tiles of this Ventana slide overlap, and would not fit together. {how_to_convert(path)}"
+            raise ValueError(msg)
     levels = [TiffLevel(path, which, level) for level in range(n_levels)]
     for level in levels:
         require_plausible(level, path)
-    return levels, axes, pixel_size
+    return TiffImage(levels, axes, samples, order, pixel_size)
+
+
+def how_to_convert(path: Path) -> str:
+    """Say how a file of a format that is not read becomes one that is."""
+    return (
+        f"Convert it to OME-TIFF with QuPath (File > Export images > OME TIFF) or `bfconvert -bigtiff -pyramid-resolutions 5 "
+        f"-pyramid-scale 2 {path.name} {path.stem}.ome.tif`, or to OME-Zarr with `bioformats2raw {path.name} {path.stem}.zarr` "
+        f"and give '{path.stem}.zarr/0'. Where OpenSlide reads it, `wsidata.open_wsi(path)` is taken as it is."
+    )
+
+
+def _xmp(page: Any) -> str:
+    value = page.tags.valueof(700, b"")
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _require_one_plane(series: tifffile.TiffPageSeries, path: Path) -> None:
+    names = {"Z": "focal planes", "T": "points in time"}
+    for axis, size in zip(series.axes, series.shape, strict=True):
+        if axis not in "YXSC" and size > 1:
+            what = names.get(axis, "images")
+            msg = (
+                f"{path.name!r} holds {size} {what}, expected a 2D color image, found axes {series.axes} of shape "
+                f"{series.shape}. Save one plane of it, the one in focus, e.g. with `tifffile.imwrite(path, planes[k], "
+                "photometric='rgb')`, Fiji (Image > Stacks > Make Substack) or `bfconvert -z k`."
+            )
+            raise ValueError(msg)
+
+
+def _samples(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> tuple[Samples, list[int]]:
+    """Meaning of the samples, and the order of channels that were stored as images of their own."""
+    page: Any = series.keyframe
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    n_samples, n_channels = sizes.get("S", 1), sizes.get("C", 1)
+    if n_samples > 1 and n_channels > 1:
+        msg = f"{path.name!r} holds {n_channels} color images in one; save one of them."
+        raise ValueError(msg)
+    pixels = ome_pixels(tiff.ome_metadata, page) if tiff.ome_metadata else None
+    bits, orientation = _bits(page, pixels), int(page.tags.valueof("Orientation", 1))
+    order = list(range(n_channels)) if n_samples > 1 else rgb_order(_channel_names(tiff, pixels), n_channels)
+    kind = _kind(page, path)
+    if kind == "grey" and n_channels > 1:  # each color is an image of its own
+        logger.info(
+            "%s: its %d channels are taken as red, green, blue%s",
+            path.name,
+            n_channels,
+            " and alpha" if n_channels == 4 else "",
+        )
+        return Samples("RGB", 3 if n_channels == 4 else None, bits=bits, orientation=orientation), order
+    extra = [int(e) for e in page.extrasamples]
+    n_colors = Samples(kind).n_colors
+    if n_samples * n_channels not in (n_colors, n_colors + max(len(extra), 1)) or len(extra) > 1:
+        msg = (
+            f"{path.name!r} holds {n_samples * n_channels} samples per pixel, and says that they are {kind}, which has "
+            f"{n_colors}. If they are red, green and blue, save them so: `tifffile.imwrite(path, pixels, photometric='rgb')`."
+        )
+        raise ValueError(msg)
+    with_alpha = extra in ([_STRAIGHT], [_PREMULTIPLIED])
+    if extra and not with_alpha:
+        logger.info("%s: the extra sample is no alpha by its tag, and is left out", path.name)
+    tags: dict[str, Any] = {"palette": _palette(page)} if kind == "palette" else _ycbcr_tags(page)
+    return Samples(
+        kind,
+        alpha=n_colors if with_alpha else None,
+        premultiplied=extra == [_PREMULTIPLIED],
+        bits=bits,
+        orientation=orientation,
+        **tags,
+    ), order
+
+
+def _kind(page: Any, path: Path) -> str:
+    """Color space of the decoded samples; a ``ValueError`` for those without a common rule for RGB."""
+    import tifffile
+
+    kind, codec = _KINDS.get(int(page.photometric)), int(page.compression)
+    if codec == _JPEG2000_YCBCR:
+        return "YCbCr"
+    # Decoders of images return RGB, but for JPEG 2000, and for JPEG whose samples do not stand together.
+    decoded = codec in tifffile.TIFF.IMAGE_COMPRESSIONS and codec not in _JPEG2000
+    decoded &= codec not in _JPEG or (int(page.planarconfig) == _CONTIGUOUS and not page.extrasamples)
+    if kind == "YCbCr" and decoded:
+        return "RGB"
+    unknown = kind is None or page.tags.valueof("InkSet", 1) != 1
+    if kind not in ("grey", "RGB"):
+        unknown |= page.dtype.kind not in "ub" or (
+            kind not in ("palette", "white-is-zero grey", "CMYK") and page.bitspersample not in (8, 16)
+        )
+    if unknown:
+        name = getattr(page.photometric, "name", page.photometric)
+        msg = (
+            f"{path.name!r} stores its colors as {name} of {page.bitspersample} bits ({page.dtype}), for which there is no common rule; convert it to "
+            f"RGB, e.g. with `magick {path.name} -colorspace sRGB {path.stem}_rgb.tif`."
+        )
+        raise ValueError(msg)
+    return str(kind)
+
+
+def _bits(page: Any, pixels: Any) -> int | None:
+    """Bits in use: as stored, or as OME-XML says."""
+    stored = page.bitspersample
+    if pixels is not None and pixels.get("SignificantBits", "").isdigit():
+        return min(int(pixels.get("SignificantBits")), stored)
+    return stored if stored < 8 * page.dtype.itemsize else None
+
+
+def _palette(page: Any) -> np.ndarray:
+    """(n, 3) uint8; the values of the tag have 16 bits, but some programs write 8."""
+    colors = np.asarray(page.colormap)
+    return np.ascontiguousarray((colors >> 8 if colors.max() > 255 else colors).T.astype(np.uint8))
+
+
+def _ycbcr_tags(page: Any) -> dict[str, tuple[float, ...]]:
+    """Weights of the colors, black and white of YCbCr, where the file gives them."""
+    found = {}
+    for argument, tag in {"luma": "YCbCrCoefficients", "reference": "ReferenceBlackWhite"}.items():
+        value = page.tags.valueof(tag)
+        if value is not None and argument == "luma":
+            found[argument] = _rationals(value)
+        elif value is not None and len(value) >= 6:
+            top = 2**page.bitspersample - 1  # counted in stored values
+            found[argument] = tuple(v * 255 / top for v in _rationals(value))
+    return found
+
+
+def _rationals(value: Any) -> tuple[float, ...]:
+    """Numbers of a tag of fractions, which are given as pairs or one after the other."""
+    flat = [float(v) for v in np.ravel(value)]
+    return tuple(flat[i] / flat[i + 1] for i in range(0, len(flat), 2))
+
+
+def _channel_names(tiff: tifffile.TiffFile, pixels: Any) -> list[str] | None:
+    """Names of the channels in OME-XML or ImageJ; what lights up is named by its dye or by its light."""
+    if pixels is not None:
+        names = []
+        for channel in pixels.findall("{*}Channel"):
+            light = channel.get("Fluor") or (channel.get("EmissionWavelength") and "fluorescence")
+            light = light or ("fluorescence" if channel.get("ContrastMethod") == "Fluorescence" else None)
+            names.append(light or channel.get("Name") or "")
+        return names
+    found = tiff.imagej_metadata or {}
+    # A color image of ImageJ is stored as RGB; its channels are something else, unless their labels say so.
+    n = int(found.get("channels", 1))
+    return [str(label) for label in found.get("Labels", ())][:n] or (
+        [f"ImageJ channel {i}" for i in range(n)] if n > 1 else None
+    )
 
 
 def require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
@@ -104,39 +288,3 @@ def require_plausible(array: Any, path: Path) -> None:
             "TIFF or OME-Zarr."
         )
         raise ValueError(msg)
-
-
-def _pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:
-    """From OME-XML, Aperio text or the resolution tags, in this order."""
-    if tiff.ome_metadata:
-        return _ome_pixel_size(tiff.ome_metadata, page)
-    if found := re.search(r"MPP\s*=\s*([0-9.]+)", page.description or ""):
-        return float(found.group(1)), float(found.group(1))
-    unit, tag_x, tag_y = (page.tags.get(key) for key in ("ResolutionUnit", "XResolution", "YResolution"))
-    um = None if unit is None else _UM_PER_UNIT.get(int(unit.value))
-    if um is None or tag_x is None:
-        return None
-    fractions = [tag.value for tag in (tag_x, tag_y or tag_x)]
-    x, y = (um * denominator / numerator if numerator else np.inf for numerator, denominator in fractions)
-    return (x, y) if max(x, y) < _SCREEN else None
-
-
-def _ome_pixel_size(xml: str, page: tifffile.TiffPage) -> tuple[float, float] | None:
-    try:
-        pixels = ET.fromstring(xml).findall(".//{*}Pixels")
-    except ET.ParseError:
-        return None
-    # Labels and overviews are other images in the same file, with other pixel sizes.
-    size = (str(page.imagewidth), str(page.imagelength))
-    own = next((p for p in pixels if (p.get("SizeX"), p.get("SizeY")) == size), None)
-    if own is None:
-        return None
-    found = []
-    for axis in "XY":
-        value = own.get(f"PhysicalSize{axis}", own.get("PhysicalSizeX"))
-        # Micrometres are the default of the format; pixels and reference frames are no lengths.
-        factor = _UM_PER_OME_UNIT.get(own.get(f"PhysicalSize{axis}Unit", own.get("PhysicalSizeXUnit", "um")))
-        if value is None or factor is None:
-            return None
-        found.append(float(value) * factor)
-    return found[0], found[1]

@@ -1,9 +1,11 @@
 """The stack inside a SpatialData object: its record, the elements of its sections, its table, its registration."""
 
 from spatial_impute._stack.elements import (
+    as_circles,
     displacement_elements,
     element_affine,
     image_element,
+    in_rgb_order,
     load_transform,
     plane_affine,
     registered_radius,
@@ -14,12 +16,14 @@ from spatial_impute._stack.elements import (
     section_object,
     spot_geometry,
     spots_by_section,
+    square_edge,
     to_frames,
 )
 from spatial_impute._stack.record import (
     Section,
     StackRecord,
     load_record,
+    require_section_names,
     require_spatialdata,
     resolve_sections,
     save_record,

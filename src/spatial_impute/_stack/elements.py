@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
+from spatial_impute._image.brightfield import rgb_order
 from spatial_impute._image.levels import Level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._validation import require_finite, require_key
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from anndata import AnnData
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
     from spatialdata.transformations import Affine
     from xarray import DataArray, DataTree
 
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack.record import Section, StackRecord
+
+
+_SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
 def element_affine(element: object, coordinate_system: str) -> np.ndarray:
@@ -152,6 +157,58 @@ def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]
     if len(elements) == 1:
         return elements[0]
     return xr.DataTree.from_dict({f"scale{i}": xr.Dataset({"image": e}) for i, e in enumerate(elements)})
+
+
+def in_rgb_order(element: Any) -> Any:
+    """Image element with its channels as red, green, blue (and alpha), or one of grey, by their names.
+
+    Raises a ``ValueError`` for channels of other names, such as dyes, and for other numbers of channels.
+    """
+    import xarray as xr
+
+    if hasattr(element, "children"):
+        arrays = {key: next(iter(child.ds.data_vars.values())) for key, child in element.children.items()}
+        ordered = {key: in_rgb_order(array) for key, array in arrays.items()}
+        if all(ordered[key] is array for key, array in arrays.items()):
+            return element
+        return xr.DataTree.from_dict({key: xr.Dataset({"image": array}) for key, array in ordered.items()})
+    names = element.coords["c"].to_numpy().tolist() if "c" in element.coords else None
+    order = rgb_order(names, element.sizes["c"])
+    if element.dtype.kind not in "buif":
+        msg = f"Pixels must be numbers of type integer or float, found {element.dtype}."
+        raise ValueError(msg)
+    return element if order == sorted(order) else element.isel(c=order)
+
+
+def square_edge(shapes: GeoDataFrame) -> float | None:
+    """Edge of squares of one size; None for other shapes."""
+    if not len(shapes) or not (shapes.geom_type == "Polygon").all():
+        return None
+    area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
+    edge = float(np.sqrt(np.median(area)))
+    # Of all shapes with four corners only a square has this ratio of area and circumference.
+    same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
+    square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
+    return edge if same.all() and square.all() else None
+
+
+def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
+    """Spots as circles: squares become the circles inscribed in them."""
+    import geopandas as gpd
+    from spatialdata.models import ShapesModel
+    from spatialdata.transformations import get_transformation
+
+    if "radius" in shapes:
+        return shapes
+    edge = square_edge(shapes)
+    if edge is None:
+        msg = (
+            f"{where}.shapes[{key!r}] holds neither circles nor squares of one size; make circles of it with "
+            "`spatialdata.to_circles`, or choose others with `shapes_key=`."
+        )
+        raise ValueError(msg)
+    circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
+    return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
 
 
 def section_object(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spatialdata import SpatialData
+
+
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,26 @@ class StackRecord:
         }
 
 
+def require_section_names(names: Sequence[object]) -> None:
+    """Raise a ``ValueError`` unless all names can be names of sections, and of elements of a SpatialData object."""
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
+            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
+            msg = (
+                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
+                f"{name!r}. Use {legal!r}, for example."
+            )
+            raise ValueError(msg)
+        if name == Keys.ALIGNED:
+            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
+            raise ValueError(msg)
+        if name.lower() in seen:
+            msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
+            raise ValueError(msg)
+        seen.add(name.lower())
+
+
 def require_spatialdata(value: object) -> None:
     """Raise a ``TypeError`` unless `value` is a SpatialData object."""
     if not all(hasattr(value, slot) for slot in ("attrs", "images", "shapes", "tables")):
@@ -85,6 +109,12 @@ def load_record(sdata: SpatialData) -> StackRecord:
             f"No stack in `sdata.attrs[{Keys.ATTRS!r}]`; attrs hold {sorted(map(str, sdata.attrs))}. "
             "Make one with `si.pp.assemble_stack({...})` or `si.datasets.her2st(...)`."
         )
+        if any(Keys.image("") in key for key in sdata.images):
+            msg += (
+                " If this object was made by `spatialdata.concatenate`, which drops attrs, assemble it again: "
+                "`si.pp.assemble_stack({name: sdata for name in names}, coordinate_system={name: name for name in names}, "
+                "mpp=1.0, z=...)`, where `names` are coordinate systems of its sections in the order of the block."
+            )
         raise KeyError(msg)
     sections = [Section(**section) for section in found["sections"]]
     # `filter_by_coordinate_system` and `subset` remove sections from an object and do not change its attrs.

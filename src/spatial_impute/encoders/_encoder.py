@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from spatial_impute._validation import require_device, require_one_of, require_positive
+from spatial_impute._validation import did_you_mean, require_device, require_one_of, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_NAMES = ("ciga-resnet18", "resnet18", "resnet50", "tellez-multitask", "texture")
 DEFAULT_PATCH_PX = 224  # networks for photographs, and most pathology networks, were trained on patches of this size
 DEFAULT_MPP = 0.5  # 20x, the usual magnification of pathology encoders
 PRECISIONS = ("float32", "bfloat16")
@@ -215,6 +216,7 @@ def resolve_encoder(
 def _by_name(
     name: str, device: str | None, params: Mapping[str, Any], from_module: Callable[..., ModuleEncoder]
 ) -> Encoder:
+    require_encoder_name(name)
     if name == TextureEncoder.name:
         return TextureEncoder()
     if name == "tellez-multitask":
@@ -232,9 +234,20 @@ def _by_name(
         load = load_timm if library == "timm" else load_transformers
         module, own_px, mean, std = load(model, dict(params))
         return from_module(module, own_px, name=name, mean=mean, std=std)
+    raise AssertionError(name)  # `require_encoder_name` lets none of the others pass
+
+
+def require_encoder_name(name: str) -> None:
+    """Raise a ``ValueError`` unless this is the name of an encoder; nothing is loaded."""
+    library, _, model = name.partition(":")
+    if name in _NAMES or (library in ("timm", "transformers") and model):
+        return
+    hint = (
+        f" Did you mean 'timm:hf-hub:{name}' or 'transformers:{name}'?" if "/" in name else did_you_mean(name, _NAMES)
+    )
     msg = (
-        f"Unknown encoder {name!r}; available by name: ['ciga-resnet18', 'resnet18', 'resnet50', 'tellez-multitask', "
-        "'texture'], and 'timm:NAME' and 'transformers:NAME'. Or pass a callable or nn.Module."
+        f"Unknown encoder {name!r}; available by name: {list(_NAMES)}, and 'timm:NAME' and 'transformers:NAME'.{hint} Or pass a "
+        "callable or nn.Module."
     )
     raise ValueError(msg)
 

@@ -209,7 +209,13 @@ def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, 
     in_section = (table.obs[Keys.SECTION] == section).to_numpy()
     rows = np.flatnonzero(in_section & ~measured & table.obs_names.isin(truth.obs_names))
     if not len(rows):
-        msg = f"`truth` has no unmeasured spot of section {section!r}; its spots have names like {truth.obs_names[:3]}."
+        msg = (
+            f"`truth` has no unmeasured spot of section {section!r}: `truth.obs_names` are like {list(truth.obs_names[:3])}, spots "
+            f"of the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[in_section & ~measured][:3])}."
+        )
+        ids = table.obs[Keys.INSTANCE].astype(str)[in_section & ~measured]
+        if ids.isin(truth.obs_names).any():
+            msg += f" These are the ids: set `truth.obs_names = [f'{section}_{{i}}' for i in truth.obs_names]`."
         raise KeyError(msg)
     names = table.obs_names[rows]
     true = dense_rows(truth[names, genes].X, np.ones(len(rows), dtype=bool))

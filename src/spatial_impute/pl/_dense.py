@@ -139,7 +139,7 @@ def dense(
         panel.set_title(text, fontsize="medium")
     rgb, rgb_to_frame = _read_cells(level.data, level.to_um, window)
     if rgb.size:
-        show_image(axes[0], to_rgb(rgb, level.white), rgb_to_frame)
+        show_image(axes[0], to_rgb(rgb, level), rgb_to_frame)
     colors = resolve_cmap(cmap)
     for panel, cells, low, high in zip(axes[1:], values, *limits, strict=True):
         norm = color_limits(cells, low, high)

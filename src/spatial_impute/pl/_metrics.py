@@ -114,6 +114,11 @@ def metrics(
     >>> [ax.get_xlabel() for ax in axes]
     ['Pearson r per gene, mean', 'mean squared error']
     """
+    if hasattr(sdata, "columns"):
+        msg = (
+            "`sdata` must be the stack, found a table of scores. The stack comes first: `si.pl.metrics(sdata, scores)`."
+        )
+        raise TypeError(msg)
     table = stack_table(sdata, table_key)
     for gene in [] if genes is None else genes:
         require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._image.pixel_size import RANGE
+from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import Section, StackRecord, build_stack_table, save_record
+from spatial_impute._stack import (
+    Section,
+    StackRecord,
+    build_stack_table,
+    require_section_names,
+    save_record,
+    section_levels,
+    spots_by_section,
+)
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
@@ -22,8 +31,7 @@ if TYPE_CHECKING:
     from spatial_impute.pp._read_section import SectionInput, SectionParts
 
 
-_PLAUSIBLE_MPP = (0.02, 200.0)  # um; nm or mm in place of um are wrong by a factor of a thousand
-_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FEW_SPOTS = 20
 
 
 def assemble_stack(
@@ -50,8 +58,9 @@ def assemble_stack(
     ----------
     sections
         Section names in their order in the block, with their inputs. An input is an image file (TIFF, OME-TIFF, SVS,
-        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree; a folder of
-        Space Ranger (Visium, CytAssist, Visium HD); or a SpatialData object such as ``spatialdata_io.visium``,
+        PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree, or a
+        ``wsidata.WSIData``; a folder of Space Ranger (Visium, CytAssist, Visium HD), or the AnnData that
+        ``scanpy.read_visium`` makes of it, or its h5ad; or a SpatialData object such as ``spatialdata_io.visium``,
         ``visium_hd`` or ``xenium`` return, or its path. Give an object that holds several sections once for each of
         them, with their `coordinate_system` or `image_key`.
     mpp
@@ -80,8 +89,8 @@ def assemble_stack(
         Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
         the spots.
     fullres_image
-        For folders of Space Ranger: the scan that Space Ranger was given, per section. Without it the best image of the
-        folder is used, and a warning gives its pixel size.
+        For output of Space Ranger: the scan that Space Ranger was given, per section; it is compared with the small image
+        that Space Ranger made of it. Without it the best image there is used, and a warning gives its pixel size.
     bin_size
         For folders of Visium HD: edge of the bins in um, one or one per section; 8 by default.
 
@@ -104,8 +113,8 @@ def assemble_stack(
     Raises
     ------
     ValueError
-        For missing pixel sizes or heights, repeated or illegal names, an input given twice, or several possible
-        elements.
+        For missing or impossible pixel sizes, missing heights, repeated or illegal names, an input given twice, several
+        possible elements, pixels that are no brightfield image, or a scan that is turned.
     KeyError
         For elements, coordinate systems or bin sizes that do not exist.
     FileNotFoundError
@@ -151,14 +160,39 @@ def assemble_stack(
     record = StackRecord(tuple(records), reference=reference, version=version("spatial-impute"))
     save_record(sdata, record)
     build_stack_table(sdata, record)
+    _check_spots(sdata, record)
     return sdata
 
 
+def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
+    """Warn of measured spots that do not lie on the tissue of their own image, and name the placement that fits."""
+    if Keys.STACK_TABLE not in sdata.tables:
+        return
+    table = sdata.tables[Keys.STACK_TABLE]
+    flags = table.obs[Keys.MEASURED].to_numpy(bool)
+    for section, centers, _, rows in spots_by_section(sdata, record, table):
+        measured = centers[flags[rows]]
+        if not len(measured):
+            continue
+        if len(measured) < _FEW_SPOTS:
+            logger.warning(
+                "Section %s: only %d spots are measured; results from so few are chance", section.name, len(measured)
+            )
+        placement = place_spots(section_levels(sdata, section), measured)
+        if placement is not None and (sentence := placement.sentence) is not None:
+            logger.warning(
+                "Section %s: %s; check the positions of the spots, the image and `mpp`", section.name, sentence
+            )
+
+
 def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:
-    if not _PLAUSIBLE_MPP[0] <= parts.mpp <= _PLAUSIBLE_MPP[1]:
-        logger.warning(
-            "Section %s: pixels of scans and overviews measure 0.1 to 50 um, found %g um; check `mpp`", name, parts.mpp
+    low, high = RANGE
+    if not low <= parts.mpp <= high:
+        msg = (
+            f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um (from "
+            f"{parts.mpp_source}). Pass `mpp` in um per pixel, not in nm or mm."
         )
+        raise ValueError(msg)
     section = Section(
         name=name,
         z=z,
@@ -181,26 +215,18 @@ def _named_inputs(
 ) -> dict[str, Any]:
     """Inputs by checked names; names and inputs must differ, but `choices` may take different parts of one object."""
     pairs = list(sections.items() if isinstance(sections, Mapping) else sections)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        msg = (
+            "`sections` needs a name for each input, e.g. `{'s0': ..., 's1': ...}`; found a "
+            f"{type(sections).__name__} without names."
+        )
+        raise ValueError(msg)
     if not pairs:
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
         raise ValueError(msg)
-    seen_names: set[str] = set()
+    require_section_names([name for name, _ in pairs])
     seen_inputs: dict[object, str] = {}
     for name, value in pairs:
-        if not isinstance(name, str) or not _LEGAL_NAME.fullmatch(name):
-            legal = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name)).strip("_.-") or "s0"
-            msg = (
-                "Section names are letters, digits, '_', '-' and '.', starting with a letter or digit; found "
-                f"{name!r}. Use {legal!r}, for example."
-            )
-            raise ValueError(msg)
-        if name == Keys.ALIGNED:
-            msg = f"{name!r} is the name of the frame that all sections share after registration; rename the section."
-            raise ValueError(msg)
-        if name.lower() in seen_names:
-            msg = f"Duplicate section name {name!r} (SpatialData compares names without regard to case)."
-            raise ValueError(msg)
-        seen_names.add(name.lower())
         identity: Any = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
         if is_spatialdata(value):
             identity = (identity, *(_for_section(choice, name) for choice in choices))

@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from spatial_impute._expression import require_unique_genes
 from spatial_impute._geometry import linear_scale
-from spatial_impute._image.reading import open_image
+from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, image_element
+from spatial_impute._stack import as_circles, element_affine, image_element, in_rgb_order, square_edge
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._read_spaceranger import SCALEFACTORS, find_spaceranger, read_spaceranger
+from spatial_impute.pp._read_spaceranger import (
+    SCALEFACTORS,
+    find_spaceranger,
+    mpp_from_pitch,
+    read_legacy,
+    read_spaceranger,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,12 +31,10 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray, DataTree
 
-    SectionInput: TypeAlias = SpatialData | DataArray | DataTree | np.ndarray | str | Path
+    SectionInput: TypeAlias = SpatialData | AnnData | DataArray | DataTree | np.ndarray | str | Path
 
 
 _SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
-_SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
-_SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corners to pixels
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,50 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
 
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         return _from_spaceranger(name, Path(value), options)
+    if _is_anndata(value):
+        return _from_anndata(name, value, options)
     if options.fullres_image is not None:
-        msg = f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger; found {type(value).__name__}."
+        msg = (
+            f"`fullres_image` of section {name!r} belongs to a folder of Space Ranger, or to what `scanpy.read_visium` "
+            f"returns; found {type(value).__name__}."
+        )
         raise ValueError(msg)
+    if _is_slide(value):
+        return _from_image(name, value, options.mpp)
     if is_spatialdata(value):
-        return _from_spatialdata(name, value if isinstance(value, SpatialData) else SpatialData.read(value), options)
+        return _from_spatialdata(
+            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve()), options
+        )
     return _from_image(name, value, options.mpp)
+
+
+def _is_anndata(value: object) -> bool:
+    from anndata import AnnData
+
+    return isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad")
+
+
+def _is_slide(value: object) -> bool:
+    """Return True for a ``wsidata.WSIData``: its images hold a thumbnail only, its reader has the slide."""
+    return hasattr(value, "reader") and hasattr(value, "properties")
+
+
+def _from_anndata(name: str, value: Any, options: SectionOptions) -> SectionParts:
+    where = f"sections[{name!r}]"
+    if isinstance(value, str | Path):
+        import anndata as ad
+
+        if not Path(value).exists():
+            msg = f"{where}: no file at {str(value)!r}."
+            raise FileNotFoundError(msg)
+        value = ad.read_h5ad(value)
+    return _of_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
 
 
 def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionParts:
     known = None
-    if isinstance(value, str | Path):
-        opened = open_image(value)
+    if isinstance(value, str | Path) or _is_slide(value):
+        opened = open_image(value) if isinstance(value, str | Path) else open_slide(value)
         levels, known = opened.levels, opened.pixel_size
     else:
         levels = _array_levels(name, value)
@@ -111,6 +148,11 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
             raise
         msg = f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
         raise ValueError(msg) from error
+    return _of_sample(name, sdata, mpp, source, options)
+
+
+def _of_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
+    """Section of one sample in ``"global"``, with its own pixel size unless the user gave one."""
     if options.mpp is not None or options.spot_pitch is not None:
         return _from_spatialdata(name, sdata, options)
     return replace(_from_spatialdata(name, sdata, replace(options, mpp=mpp)), mpp_source=source)
@@ -145,29 +187,40 @@ def _array_levels(name: str, value: Any) -> list[Any]:
         scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
         return [level for scale in scales for level in _array_levels(name, scale)]
     if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
-        return [(value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x").data]
+        return [_rgb((value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x"), name).data]
+    is_array = hasattr(value, "astype")  # unlike a tensor of torch
     shape = tuple(getattr(value, "shape", ()))
-    if len(shape) == 2:
+    if len(shape) == 2 and is_array:
         return [value[None]]
-    if len(shape) == 3:
+    if len(shape) == 3 and is_array:
         return [value.transpose(2, 0, 1) if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else value]
     msg = (
         f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
-        f"found {type(value).__name__}{f' of shape {shape}' if hasattr(value, 'shape') else ''}."
+        f"found {type(value).__name__}{f' of shape {shape}' if hasattr(value, 'shape') else ''}. Make a NumPy array of other "
+        "arrays, e.g. `tensor.numpy()`."
     )
     raise ValueError(msg)
+
+
+def _rgb(image: Any, where: str) -> Any:
+    try:
+        return in_rgb_order(image)
+    except ValueError as error:
+        msg = f"Section {where!r}: {error}"
+        raise ValueError(msg) from error
 
 
 def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -> SectionParts:
     where = f"sections[{name!r}]"
     system = _choose_system(source, options.coordinate_system, where)
-    image = source.images[_choose_image(source, options.image_key, system, where)]
+    image_key = _choose_image(source, options.image_key, system, where)
+    image = _rgb(source.images[image_key], f"{name}, image {image_key}")
     shapes_key = _choose_spots(source, options.shapes_key, system, where)
-    circles = None if shapes_key is None else _as_circles(source.shapes[shapes_key], shapes_key, where)
+    circles = None if shapes_key is None else as_circles(source.shapes[shapes_key], shapes_key, where)
     if options.mpp is not None:
         mpp, mpp_source = options.mpp, "argument"
     elif options.spot_pitch is not None and circles is not None:
-        mpp, mpp_source = _mpp_from_pitch(circles, system, options.spot_pitch), "spot pitch"
+        mpp, mpp_source = mpp_from_pitch(circles, system, options.spot_pitch), "spot pitch"
     else:
         msg = (
             f"Pixel size of {where} is unknown. Pass `mpp=` (um per unit of its coordinate system {system!r}) or, for "
@@ -195,7 +248,7 @@ def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, cho
     """
     lost = {
         key: _regions(table)
-        for key, table in source.tables.items()
+        for key, table in _count_tables(source).items()
         if table.n_obs and not _is_of_another_section(source, _regions(table), system)
     }
     if not lost:
@@ -257,16 +310,20 @@ def _choose_image(source: SpatialData, wanted: str | None, system: str, where: s
         msg = f"{where} has no image in the coordinate system {system!r}; images: {sorted(source.images)}."
         raise ValueError(msg)
     # Color images first (fluorescence has other numbers of channels), then the fewest units per pixel.
-    color = [key for key in keys if _n_channels(source.images[key]) == 3] or keys
+    color = [key for key in keys if _is_color(source.images[key])] or keys
     best = min(color, key=lambda key: linear_scale(element_affine(source.images[key], system)))
     if len(keys) > 1:
         logger.info("%s: using the finest image %r of %s", where, best, sorted(keys))
     return best
 
 
-def _n_channels(image: DataArray | DataTree) -> int:
-    array = next(iter(image["scale0"].ds.data_vars.values())) if hasattr(image, "children") else image
-    return int(array.sizes["c"])
+def _is_color(image: DataArray | DataTree) -> bool:
+    try:
+        ordered = in_rgb_order(image)
+    except ValueError:
+        return False
+    array = next(iter(ordered["scale0"].ds.data_vars.values())) if hasattr(ordered, "children") else ordered
+    return int(array.sizes["c"]) >= 3
 
 
 def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: str) -> str | None:
@@ -277,7 +334,7 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
     here = [key for key, shape in source.shapes.items() if _in_system(shape, system)]
     circles = [key for key in here if "radius" in source.shapes[key]]
     annotated = {key for table in source.tables.values() for key in _regions(table)}
-    keys = circles or [key for key in here if key in annotated and _square_edge(source.shapes[key]) is not None]
+    keys = circles or [key for key in here if key in annotated and square_edge(source.shapes[key]) is not None]
     if len(keys) > 1:
         kind = "circle" if circles else "bin"
         msg = f"{where} has several {kind} elements {sorted(keys)}; choose the spots with `shapes_key=`."
@@ -285,64 +342,15 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
     return keys[0] if keys else None
 
 
+def _count_tables(source: SpatialData) -> dict[str, AnnData]:
+    """Tables that may hold counts: the table of an earlier stack holds what was made of them."""
+    ours = {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE}
+    return {key: table for key, table in source.tables.items() if not ours <= set(table.obs)}
+
+
 def _regions(table: AnnData) -> list[str]:
     regions = table.uns.get("spatialdata_attrs", {}).get("region")
     return [regions] if isinstance(regions, str) else list(regions or [])
-
-
-def _square_edge(shapes: GeoDataFrame) -> float | None:
-    """Edge of squares of one size; None for other shapes."""
-    if not len(shapes) or not (shapes.geom_type == "Polygon").all():
-        return None
-    area, length = shapes.area.to_numpy(), shapes.length.to_numpy()
-    edge = float(np.sqrt(np.median(area)))
-    # Of all shapes with four corners only a square has this ratio of area and circumference.
-    same = np.abs(area / edge**2 - 1) < _SQUARE_TOLERANCE
-    square = np.abs(length / (4 * edge) - 1) < _SQUARE_TOLERANCE
-    return edge if same.all() and square.all() else None
-
-
-def _as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
-    """Spots as circles: squares become the circles inscribed in them."""
-    import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import get_transformation
-
-    if "radius" in shapes:
-        return shapes
-    edge = _square_edge(shapes)
-    if edge is None:
-        msg = (
-            f"{where}.shapes[{key!r}] holds neither circles nor squares of one size; make circles of it with "
-            "`spatialdata.to_circles`, or choose others with `shapes_key=`."
-        )
-        raise ValueError(msg)
-    circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
-    return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
-
-
-def _mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
-    """Micrometres per unit of the coordinate system, from the mean distance of neighbours on the lattice.
-
-    Positions are whole pixels, so the nearest of six neighbours alone is too near, by up to 0.7 % on Visium.
-    """
-    from scipy.spatial import cKDTree
-
-    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
-    if len(circles) < 2:
-        msg = f"`spot_pitch` needs at least two spots to compare with, found {len(circles)}; pass `mpp=`."
-        raise ValueError(msg)
-    centers = np.column_stack([circles.geometry.x, circles.geometry.y])
-    distance = cKDTree(centers).query(centers, k=min(7, len(centers)))[0][:, 1:]
-    near = np.abs(distance / np.median(distance[:, 0]) - 1) < _SAME_STEP
-    if near[:, 0].mean() < 0.5:
-        low, high = np.quantile(distance[:, 0], [0.1, 0.9])
-        msg = (
-            f"`spot_pitch` needs spots on a regular lattice; the nearest neighbours of {len(circles)} spots are "
-            f"{low:.3g} to {high:.3g} away (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
-        )
-        raise ValueError(msg)
-    return pitch / (float(distance[near].mean()) * linear_scale(element_affine(circles, system)))
 
 
 def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
@@ -388,7 +396,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     """Copy of the table rows that annotate the spots, with the region and ids of the stack."""
     from spatialdata.models import TableModel
 
-    annotating = {key: table for key, table in source.tables.items() if shapes_key in _regions(table)}
+    annotating = {key: table for key, table in _count_tables(source).items() if shapes_key in _regions(table)}
     if table_key is not None:
         require_key(table_key, source.tables, where=f"{where}.tables")
         require_key(table_key, annotating, where=f"tables of {where} that annotate {shapes_key!r}")
@@ -404,9 +412,8 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     with warnings.catch_warnings():  # logged below
         warnings.filterwarnings("ignore", "Variable names are not unique")
         counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
-    if not counts.var_names.is_unique:
-        logger.warning("%s: gene names are not unique; repeated names get a number", where)
-        counts.var_names_make_unique()
+    if renamed := require_unique_genes(counts, where):
+        logger.warning("%s: genes that share a name are named by their id: %s", where, renamed)
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])

@@ -1,23 +1,29 @@
-"""Folders of Space Ranger (Visium, CytAssist, Visium HD), with or without the full-resolution image."""
+"""Output of Space Ranger (Visium, CytAssist, Visium HD): its folder, or the AnnData that ``scanpy.read_visium`` makes of it."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from spatial_impute._geometry import lattice_of, linear_scale, scaling
+from spatial_impute._image.levels import image_levels, read_thumbnail
+from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import open_image
+from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import image_element, section_object
-from spatial_impute._validation import require_key
+from spatial_impute._stack import element_affine, image_element, section_object
+from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from anndata import AnnData
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
@@ -28,6 +34,10 @@ _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.png"))
 # Spots of one row of a Visium array are 100 um apart, two steps of array_col; rows are 100 * sin(60 degrees) apart.
 _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
+_LATTICE_TOLERANCE = 15.0  # um; positions are whole pixels of the scan, which may be coarse
+_SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
+_OTHER_PICTURE = 0.3  # correlation of the scan with the small image of the folder
+_BETTER = 0.1  # by which a turned scan must fit better: tissue is never so symmetric
 
 
 def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
@@ -37,14 +47,29 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
     Ranger; a ``KeyError`` without bins of that size.
     """
     for folder in (path, path / "outs"):
-        if (folder / "spatial" / SCALEFACTORS).exists():
-            return folder
+        # Beside its bins, Visium HD writes a folder `spatial` without positions.
         bins = {float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_*um") if f.is_dir()}
         if bins:
             wanted = float(bin_size) if bin_size is not None else (8.0 if 8.0 in bins else min(bins))
             require_key(f"{wanted:g}", [f"{size:g}" for size in bins], where=f"bin sizes (um) of {path}")
             return bins[wanted]
+        if (folder / "spatial" / SCALEFACTORS).exists():
+            return folder
     return None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What Space Ranger wrote about a sample."""
+
+    where: str
+    """For messages."""
+    factors: dict[str, Any]
+    positions: pd.DataFrame
+    """One row per spot under the name of its barcode, with the columns of Space Ranger."""
+    counts: AnnData
+    images: dict[str, Any]
+    """Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)."""
 
 
 def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
@@ -54,33 +79,114 @@ def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -
     `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
     """
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
-    positions = _read_positions(folder)
-    counts = _read_counts(folder)
-    shared = counts.obs_names.intersection(positions.index)
-    if not len(shared):
+    images = {kind: folder / "spatial" / name for kind, name in _IMAGES if (folder / "spatial" / name).exists()}
+    if next(folder.glob("*cell_segmentations.geojson"), None) is not None:
         msg = (
-            f"{folder}: counts and positions share no barcode ({counts.obs_names[0]!r} and {positions.index[0]!r}); "
-            "they belong to different samples or bin sizes."
+            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give 'binned_outputs' "
+            "beside it, or read it with `spatialdata_io.visium_hd` and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
-    positions = positions[positions["in_tissue"].astype(bool) | positions.index.isin(shared)]
+    return _section(_Sample(str(folder), factors, _read_positions(folder), _read_counts(folder), images), fullres_image)
+
+
+def read_legacy(
+    table: AnnData, where: str, *, fullres_image: str | Path | None = None
+) -> tuple[SpatialData, float, str]:
+    """Read what ``scanpy.read_visium`` and ``squidpy.read.visium`` return; see :func:`read_spaceranger`.
+
+    Raises a ``ValueError`` if the table does not hold the images and the lattice of one Visium sample.
+    """
+    libraries = table.uns.get(Keys.SPATIAL, {})
+    centers = table.obsm.get(Keys.SPATIAL)
+    lacks = [column for column in _COLUMNS[2:4] if column not in table.obs]
+    if len(libraries) != 1 or centers is None or lacks:
+        found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
+        msg = (
+            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the obs "
+            f"columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, positions "
+            "and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
+            "`spatialdata_io.from_legacy_anndata(adata)` makes one; split several samples first."
+        )
+        raise ValueError(msg)
+    library = next(iter(libraries.values()))
+    positions = table.obs[_COLUMNS[2:4]].assign(
+        in_tissue=table.obs.get("in_tissue", 1),
+        pxl_row_in_fullres=np.asarray(centers)[:, 1],
+        pxl_col_in_fullres=np.asarray(centers)[:, 0],
+    )
+    counts = table.copy()
+    del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
+    images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
+    factors = library.get("scalefactors", {})
+    require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
+    return _section(_Sample(where, factors, _checked_positions(positions, where), counts, images), fullres_image)
+
+
+def _section(sample: _Sample, fullres_image: str | Path | None) -> tuple[SpatialData, float, str]:
+    """See :func:`read_spaceranger`."""
+    factors = sample.factors
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
+        positions, counts = _spots_under_tissue(sample)
     if "microns_per_pixel" in factors:
         mpp, source = float(factors["microns_per_pixel"]), "metadata"
         radius = float(factors["bin_size_um"]) / mpp / 2
     else:
-        mpp, source = _mpp_of_array(folder, positions), "spot pitch"
+        mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
         radius = float(factors["spot_diameter_fullres"]) / 2
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are numbered later
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
         sdata = section_object(
             "sample",
-            _read_image(folder, factors, fullres_image, mpp),
+            _read_image(sample, fullres_image, mpp),
             centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
             radius=radius,
             ids=list(positions.index),
-            table=counts[shared].copy(),
+            table=counts,
         )
     return sdata, mpp, source
+
+
+def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
+    """Positions and counts of the spots under tissue: other spots of a raw matrix hold stray counts."""
+    positions, counts = sample.positions, sample.counts
+    if not counts.obs_names.isin(positions.index).any():
+        positions, counts = _without_suffix(positions, counts)
+    known = counts.obs_names.isin(positions.index)
+    if not known.any():
+        msg = (
+            f"{sample.where}: counts and positions share no barcode ({sample.counts.obs_names[0]!r} and "
+            f"{sample.positions.index[0]!r}); they belong to different samples or bin sizes."
+        )
+        raise ValueError(msg)
+    positions = positions[positions["in_tissue"].to_numpy(bool)]
+    kept = counts.obs_names.isin(positions.index)
+    if not kept.any():
+        msg = (
+            f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all of them is 0 in its positions."
+        )
+        raise ValueError(msg)
+    if (known & ~kept).any():
+        logger.warning(
+            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); they are "
+            "left out",
+            sample.where,
+            int((known & ~kept).sum()),
+            int(known.sum()),
+        )
+    return positions, counts[kept].copy()
+
+
+def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
+    """Barcodes without the "-1" of Space Ranger, which other programs drop, if they are unique then."""
+    names, spots = (
+        pd.Index(index).str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index)
+    )
+    if not names.is_unique or not spots.is_unique:
+        return positions, counts
+    counts = counts.copy()
+    counts.obs_names = names
+    return positions.set_index(spots), counts
 
 
 def _read_positions(folder: Path) -> pd.DataFrame:
@@ -104,7 +210,30 @@ def _read_positions(folder: Path) -> pd.DataFrame:
             f"Ranger does: {_COLUMNS}."
         )
         raise ValueError(msg)
-    return table.set_index(table["barcode"].astype(str))
+    return _checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
+
+
+def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
+    table = table.copy()
+    words = {"true": 1, "false": 0}
+    for column in _COLUMNS[1:]:
+        values = table[column]
+        if column == "in_tissue" and values.dtype.kind not in "buif":
+            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
+        numbers = pd.to_numeric(values, errors="coerce").astype(float)
+        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
+        if bad.any():
+            msg = (
+                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, found "
+                f"{table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {_COLUMNS}."
+            )
+            raise ValueError(msg)
+        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
+    if not table.index.is_unique:
+        msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
+        raise ValueError(msg)
+    return table
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -114,8 +243,11 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if set(_COLUMNS) & {field.strip().strip('"') for field in first.split(",")}:
         return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
     table = pd.read_csv(path, encoding="utf-8-sig", header=None)
-    if table.shape[1] != len(_COLUMNS):
-        msg = f"{path} has {table.shape[1]} columns and no header; expected the {len(_COLUMNS)} columns {_COLUMNS}."
+    if table.shape[1] != len(_COLUMNS) or table[0].dtype.kind in "iuf":
+        msg = (
+            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].iloc[0]!r}; expected the "
+            f"{len(_COLUMNS)} columns {_COLUMNS}."
+        )
         raise ValueError(msg)
     return table.set_axis(_COLUMNS, axis=1)
 
@@ -124,10 +256,14 @@ def _read_counts(folder: Path) -> AnnData:
     import scanpy as sc
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are numbered later
+        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are told apart later
         for pattern in _COUNTS:
-            for path in sorted(folder.glob(pattern)):
-                return sc.read_10x_h5(path)
+            paths = sorted(folder.glob(pattern))
+            if len(paths) > 1:
+                msg = f"{folder} holds the counts of several samples, {[p.name for p in paths]}; keep one of them."
+                raise ValueError(msg)
+            if paths:
+                return sc.read_10x_h5(paths[0])
         for name in _COUNT_FOLDERS:
             if (folder / name).is_dir():
                 return sc.read_10x_mtx(folder / name, make_unique=False)
@@ -138,39 +274,121 @@ def _read_counts(folder: Path) -> AnnData:
     raise FileNotFoundError(msg)
 
 
-def _mpp_of_array(folder: Path, positions: pd.DataFrame) -> float:
+def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     """Micrometres per pixel from the known lattice of the array, by least squares over all spots."""
     place = positions[["array_col", "array_row"]].to_numpy(float) * [_COLUMN_STEP, _ROW_STEP]
     pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
-        msg = (
-            f"{folder}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
-        )
+        msg = f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
         raise ValueError(msg)
     matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
-    return float(1 / np.sqrt(abs(np.linalg.det(matrix))))
+    mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
+    off = float(np.median(np.linalg.norm(pixels - place @ matrix, axis=1))) * mpp
+    stretch = np.linalg.cond(matrix)
+    if stretch > _SAME_MPP or off > _LATTICE_TOLERANCE:
+        msg = (
+            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times between its "
+            f"directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what its name says: "
+            f"{_COLUMNS}."
+        )
+        raise ValueError(msg)
+    return mpp
 
 
-def _read_image(folder: Path, factors: dict, fullres_image: str | Path | None, mpp: float) -> Any:
+def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
+    """Micrometres per unit of the coordinate system, from the distance of neighbours on the lattice."""
+    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
+    found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
+    if found is None:
+        msg = (
+            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common distance of "
+            f"neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+        )
+        raise ValueError(msg)
+    return pitch / (found[0] * linear_scale(element_affine(circles, system)))
+
+
+def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
+    small = {
+        kind: (
+            _levels(image),
+            1 / require_positive(sample.factors[f"tissue_{kind}_scalef"], name=f"tissue_{kind}_scalef"),
+        )
+        for kind, _ in _IMAGES
+        if (image := sample.images.get(kind)) is not None and f"tissue_{kind}_scalef" in sample.factors
+    }
     if fullres_image is not None:
-        return image_element(open_image(fullres_image).levels, "global", 1.0)
-    for kind, name in _IMAGES:
-        path = folder / "spatial" / name
-        if path.exists() and f"tissue_{kind}_scalef" in factors:
-            pixel = 1 / float(factors[f"tissue_{kind}_scalef"])
+        opened = open_image(fullres_image)
+        pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
+        if opened.mpp is not None and not 1 / _SAME_MPP < opened.mpp / (pixel * mpp) < _SAME_MPP:
             logger.warning(
-                "%s: no full-resolution image, using the %s image with %.3g um per pixel; give the scan with "
-                "`fullres_image=`",
-                folder,
-                kind,
+                "%s: the metadata of `fullres_image` give %.3g um per pixel, the spots give %.3g; the latter is used",
+                sample.where,
+                opened.mpp,
                 pixel * mpp,
             )
-            return image_element(open_image(path).levels, "global", pixel)
+        return image_element(opened.levels, "global", pixel)
+    for kind, (levels, pixel) in small.items():
+        logger.warning(
+            "%s: no full-resolution image, using the %s image with %.3g um per pixel; give the scan with "
+            "`fullres_image=`",
+            sample.where,
+            kind,
+            pixel * mpp,
+        )
+        return image_element(levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{folder / 'spatial'} has no image: expected one of {names}. Copy it from the output of Space Ranger, or give "
-        "the scan with `fullres_image=`."
+        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space Ranger, "
+        "or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
+
+
+def _levels(image: Any) -> list[Any]:
+    """(c, y, x) arrays of a path or an array (y, x, c)."""
+    return [np.moveaxis(image, -1, 0)] if isinstance(image, np.ndarray) else open_image(image).levels
+
+
+def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] | None) -> float:
+    """Pixel of the given scan in pixels of the scan that Space Ranger had, by the small image that it made of it.
+
+    Raises a ``ValueError`` if the given scan is turned, mirrored, or another image.
+    """
+    if small is None:
+        logger.warning(
+            "%s: no small image of Space Ranger to compare `fullres_image` with; it is taken as it is", where
+        )
+        return 1.0
+    levels, pixel = small
+    wanted = np.array(levels[0].shape[1:]) * pixel
+    size, name = np.array(scan[0].shape[1:]), f"{where}: `fullres_image` of {scan[0].shape[2]} x {scan[0].shape[1]} px"
+    found = compare_pictures(*(_grey(image) for image in (scan, levels)))
+    best = max(found, key=lambda turn: found[turn], default=None)
+    expected = f"the scan that Space Ranger was given, of about {wanted[1]:.0f} x {wanted[0]:.0f} px"
+    if best not in (None, AS_IT_IS) and found[best] > max(_OTHER_PICTURE, found.get(AS_IT_IS, -1.0) + _BETTER):
+        msg = f"{name} does not fit {expected}, but would if it were {best}. Give it so, or that scan itself."
+        raise ValueError(msg)
+    if AS_IT_IS not in found:
+        msg = f"{name} has other proportions than {expected}. Give that scan, or leave `fullres_image` out."
+        raise ValueError(msg)
+    if found[AS_IT_IS] < _OTHER_PICTURE:
+        logger.warning(
+            "%s shows another picture than the small image of the folder (correlation %.2f); check that it is %s",
+            name,
+            found[AS_IT_IS],
+            expected,
+        )
+    if (np.abs(size - wanted) <= 2 * pixel).all():
+        return 1.0
+    scale = float(np.sqrt(np.prod(size / wanted)))
+    logger.warning("%s is %.3g times as large as %s; spots are placed on it with this factor", name, scale, expected)
+    return 1 / scale
+
+
+def _grey(arrays: list[Any]) -> np.ndarray:
+    """Grey thumbnail (y, x) of levels (c, y, x)."""
+    levels = image_levels(image_element(arrays, "global", 1.0), scaling(1.0))
+    return read_thumbnail(levels, max(1.0, max(arrays[0].shape[1:]) / 512))[0].mean(axis=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._expression import log_normalize, looks_like_counts
+from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import load_record, stack_table
@@ -109,7 +109,7 @@ def select_genes(
         name: _log_values(counts, log_normalized=log_normalized, target_sum=target_sum)
         for name, counts in tables.items()
     }
-    var_names = {name: counts.table.var_names for name, counts in tables.items()}
+    var_names = _gene_names(tables)
     if genes is not None:
         chosen = _given_genes(genes, var_names, join)
     else:
@@ -182,6 +182,13 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
         if counts:
             msg = f"`{where}` holds raw counts (integers up to {data.max():g}), but `log_normalized=True` was given."
             raise ValueError(msg)
+        if data.size and (data < 0).any():
+            logger.warning(
+                "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores or "
+                "residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
+                where,
+                data.min(),
+            )
         return matrix.tocsr() if sparse.issparse(matrix) else np.asarray(matrix)
     if data.size and ((data < 0).any() or (data != np.round(data)).any()):
         msg = (
@@ -198,7 +205,28 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
             f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
+    if look_normalized(totals):
+        logger.warning(
+            "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded CPM and no "
+            "counts; give the raw counts",
+            where,
+            totals.mean(),
+        )
     return log_normalize(matrix, target_sum)
+
+
+def _gene_names(tables: dict[str, _Counts]) -> dict[str, pd.Index]:
+    """Names of the genes of each section, joined by stable id where there is one."""
+    names = names_by_id({name: counts.table for name, counts in tables.items()})
+    changed: dict[str, str] = {}
+    for name, counts in tables.items():
+        differ = np.flatnonzero(names[name] != counts.table.var_names)
+        changed |= {counts.table.var_names[i]: names[name][i] for i in differ[:3]}
+    if changed:
+        logger.warning(
+            "Genes are joined by their ids in `var`, so some have other names than in a table, e.g. %s", changed
+        )
+    return names
 
 
 def _warn_of_other_features(table: AnnData, where: str) -> None:

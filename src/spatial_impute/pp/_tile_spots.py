@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, grid_in_box
+from spatial_impute._geometry import apply_affine, grid_in_box, lattice_of
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
@@ -38,7 +38,7 @@ def tile_spots(
     sections: str | Sequence[str] | None = None,
     spot_diameter: float | None = None,
     spacing: float | None = None,
-    layout: str = "hex",
+    layout: str | None = None,
     min_tissue_fraction: float = 0.5,
 ) -> None:
     """Lay a grid of virtual spots over the tissue of sections without spots.
@@ -54,7 +54,7 @@ def tile_spots(
     spacing
         Centre-to-centre distance of the spots in um. By default that of the first measured section.
     layout
-        ``"hex"`` (Visium) or ``"square"`` (ST arrays, Visium HD).
+        ``"hex"`` (Visium) or ``"square"`` (ST arrays, Visium HD). By default that of the first measured section.
     min_tissue_fraction
         Share of a spot's area that must be tissue.
 
@@ -87,18 +87,18 @@ def tile_spots(
     True
     """
     record = load_record(sdata)
-    require_one_of(layout, {"hex", "square"}, name="layout")
+    if layout is not None:
+        require_one_of(layout, {"hex", "square"}, name="layout")
     if not isinstance(min_tissue_fraction, int | float | np.number) or not 0 <= min_tissue_fraction <= 1:
         msg = f"`min_tissue_fraction` must lie between 0 and 1, found {min_tissue_fraction!r}."
         raise ValueError(msg)
     wanted = _sections_without_spots(sdata, record, sections)
     if not wanted:
         return
-    diameter, spacing = _sizes(sdata, record, spot_diameter, spacing)
-    lattice = _Lattice(spacing, diameter / 2, layout, min_tissue_fraction)
+    lattice = _lattice(sdata, record, (spot_diameter, spacing, layout), min_tissue_fraction)
     centers = {name: _grid_on_tissue(sdata, name, lattice) for name in wanted}
     for name, points in centers.items():
-        record = _write_spots(sdata, record, name, points, diameter)
+        record = _write_spots(sdata, record, name, points, 2 * lattice.radius)
     save_record(sdata, record)
     build_stack_table(sdata, record)
 
@@ -149,28 +149,37 @@ def _write_spots(
     return record.with_section(replace(record[name], spots=Keys.spots(name)))
 
 
-def _sizes(
-    sdata: SpatialData, record: StackRecord, spot_diameter: float | None, spacing: float | None
-) -> tuple[float, float]:
-    """Diameter and spacing in um; by default those of the first measured section."""
-    from scipy.spatial import cKDTree
-
-    if spot_diameter is None or spacing is None:
-        measured = [section for section in record.sections if section.counts is not None]
-        if not measured:
-            msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section with known sizes."
-            raise ValueError(msg)
+def _lattice(
+    sdata: SpatialData, record: StackRecord, given: tuple[float | None, float | None, str | None], min_fraction: float
+) -> _Lattice:
+    """Lattice of the given diameter, spacing and layout; what is None is that of the first measured section."""
+    diameter, spacing, layout = given
+    measured = [section for section in record.sections if section.counts is not None]
+    if not measured and (diameter is None or spacing is None):
+        msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section with known sizes."
+        raise ValueError(msg)
+    if measured and None in given:
         centers, radius, _ = spot_geometry(sdata, measured[0])
-        spot_diameter = 2 * float(np.median(radius)) if spot_diameter is None else spot_diameter
+        diameter = 2 * float(np.median(radius)) if diameter is None else diameter
+        found = lattice_of(centers)
+        layout = found[1] if layout is None and found is not None else layout
         if spacing is None:
             if len(centers) < 2:
                 msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot."
                 raise ValueError(msg)
-            spacing = float(np.median(cKDTree(centers).query(centers, k=2)[0][:, 1]))
-    return (
-        require_positive(spot_diameter, name="spot_diameter", unit="um"),
+            spacing = found[0] if found is not None else float(np.median(_nearest(centers)))
+    return _Lattice(
         require_positive(spacing, name="spacing", unit="um"),
+        require_positive(diameter, name="spot_diameter", unit="um") / 2,
+        layout or "hex",
+        min_fraction,
     )
+
+
+def _nearest(centers: np.ndarray) -> np.ndarray:
+    from scipy.spatial import cKDTree
+
+    return cKDTree(centers).query(centers, k=2)[0][:, 1]
 
 
 def _grid_on_tissue(sdata: SpatialData, name: str, lattice: _Lattice) -> np.ndarray:

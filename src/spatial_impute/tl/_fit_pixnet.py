@@ -319,9 +319,7 @@ def _training_slides(
         height, width = image.shape
         bounds = in_px.bounds
         inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2] <= width) & (bounds[:, 3] <= height)
-        if not inside.any():
-            msg = f"No measured region lies wholly on the image {r.pair.image!r}; check the transformations of both."
-            raise ValueError(msg)
+        _count_regions(bounds, inside, r.pair.image, resolution)
         slide = TrainingSlide(
             image=image,
             stain=match_stain(overviews[r.place], density if params.match_stain else None),
@@ -331,6 +329,26 @@ def _training_slides(
             block=assign_blocks(r.regions.centers, low, high - low),
         )
         slides.append(slide.take(inside))
-        if not inside.all():
-            logger.info("%d regions are not wholly on the image %r and are not used", (~inside).sum(), r.pair.image)
     return slides, density
+
+
+def _count_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resolution: float) -> None:
+    """Say how many regions (bounds in px) cannot be used as they are; a ``ValueError`` if they are most of them."""
+    n, n_off = len(inside), int((~inside).sum())
+    if n_off > n / 2:
+        which = "No measured region lies" if n_off == n else f"Only {n - n_off} of {n} measured regions lie"
+        msg = f"{which} wholly on the image {image_key!r}; check the transformations of both."
+        raise ValueError(msg)
+    if n_off:
+        logger.warning("%d of %d regions are not wholly on the image %r and are not used", n_off, n, image_key)
+    n_small = int(((bounds[:, 2:] - bounds[:, :2]).max(axis=1) < 1.0).sum())
+    if n_small > n / 2:
+        msg = (
+            f"{n_small} of {n} measured regions on the image {image_key!r} are smaller than a pixel of {resolution:g} um; check "
+            "`mpp` and the transformations, or set a finer `resolution` in `model_params`."
+        )
+        raise ValueError(msg)
+    if n_small:
+        logger.warning(
+            "%d of %d regions on the image %r are smaller than a pixel of %g um", n_small, n, image_key, resolution
+        )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def impute_3d(
     sdata: SpatialData,
-    model: AsignModel | AsignPanels,
+    model: AsignModel | AsignPanels = None,  # type: ignore[assignment]  # without one, an error says how to make it
     *,
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import scaling
+from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import StackRecord
     from spatial_impute.tl._given_transforms import Placement
 
+_MOST_SHRINKING = 0.1  # of one section against the next
 # Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.
 _SCAN_PER_TISSUE = 2.2
 
@@ -270,6 +271,7 @@ def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
     """Warn of weak sections; raise or warn for failed sections."""
     for name, result in placed.items():
         logger.info("Section %s: %s (%s, score %.2f)", name, result.verdict, result.route, result.score)
+    _warn_of_pixel_size({name: linear_scale(result.matrix) for name, result in placed.items()})
     for verdict in ("weak", "failed"):
         bad = {name: result.reasons for name, result in placed.items() if result.verdict == verdict}
         if not bad:
@@ -286,6 +288,20 @@ def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
             )
             raise ValueError(msg)
         warnings.warn(msg + ".", UserWarning, stacklevel=3)
+
+
+def _warn_of_pixel_size(scales: dict[str, float]) -> None:
+    """Warn if sections must be scaled by one factor: tissue shrinks by a few per cent, and not equally."""
+    scaled = {name: scale for name, scale in scales.items() if abs(np.log(scale)) > _MOST_SHRINKING}
+    same = len(scaled) > 1 and max(scaled.values()) / min(scaled.values()) < 1 + _MOST_SHRINKING / 2
+    if same and len(scaled) >= len(scales) - 1:
+        factor = float(np.median(list(scaled.values())))
+        logger.warning(
+            "Sections %s all fit the reference when they are scaled by about %.2f; check the pixel size (`mpp`) of the reference "
+            "and of these sections",
+            list(scaled),
+            factor,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import tifffile
+import torch
+import xarray as xr
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
@@ -144,6 +147,25 @@ ARRAYS = [
         "1, 3 or 4 channels",
         lambda w: one(np.zeros((2, 40, 40), np.uint8)),
     ),
+    refused(
+        "inputs without names",
+        ValueError,
+        "`sections` needs a name for each input",
+        lambda w: si.pp.assemble_stack([scan(), scan(seed=1)], mpp=1, section_spacing=5),
+    ),
+    refused(
+        "a tensor of torch",
+        ValueError,
+        "`tensor.numpy()`",
+        lambda w: one(torch.zeros(30, 40, 3)),
+    ),
+    refused(
+        "channels that are named by dyes",
+        ValueError,
+        "look like fluorescence. Give the H&E image",
+        lambda w: one(xr.DataArray(scan(), dims=("y", "x", "c"), coords={"c": ["DAPI", "FITC", "Cy5"]})),
+    ),
+    refused("a pixel size in nm or mm", ValueError, "overviews measure 0.05 to 50 um", lambda w: one(scan(), mpp=500)),
     refused("an image without pixels", ValueError, "at least one pixel", lambda w: one(np.zeros((0, 40, 3), np.uint8))),
     refused(
         "four dimensions",
@@ -183,6 +205,50 @@ ARRAYS = [
 ]
 
 FILES = [
+    refused(
+        "a format of a scanner that is not read",
+        ValueError,
+        "Convert it to OME-TIFF with QuPath",
+        lambda w: one(write(w.tmp / "a.czi", b"ZISRAWFILE")),
+    ),
+    refused(
+        "colors without a rule for RGB",
+        ValueError,
+        "for which there is no common rule; convert it to RGB",
+        lambda w: one(_tiff(w, scan(80, 90), photometric=32844)),
+    ),
+    refused(
+        "a stack of focal planes",
+        ValueError,
+        "holds 3 focal planes",
+        lambda w: one(
+            _tiff(w, np.zeros((3, 8, 9, 3), np.uint8), photometric="rgb", ome=True, metadata={"axes": "ZYXS"})
+        ),
+    ),
+    refused(
+        "a TIFF that knows a print resolution only",
+        ValueError,
+        "its image carries no physical size",
+        lambda w: one(_tiff(w, scan(), photometric="rgb", resolution=(600, 600), resolutionunit="INCH"), mpp=None),
+    ),
+    answered(
+        "TIFF of palettes, CMYK, YCbCr, CIELab and white-is-zero grey, of 1 to 16 bits",
+        "becomes RGB or grey",
+        lambda w: one(_tiff(w, 255 - scan(80, 90), photometric="miniswhite")),
+        lambda w, s: np.array_equal(pixels(s)[0], 255 - _bytes(w)),
+    ),
+    answered(
+        "an orientation in TIFF or EXIF",
+        "is followed",
+        lambda w: one(_tiff(w, scan(80, 90), photometric="minisblack", extratags=[(274, 3, 1, 3, True)])),
+        lambda w, s: np.array_equal(pixels(s)[0], _bytes(w)[::-1, ::-1]),
+    ),
+    refused(
+        "an AnnData, or the path of an h5ad, without image and lattice",
+        ValueError,
+        "`spatialdata_io.from_legacy_anndata(adata)` makes one",
+        lambda w: one(AnnData(np.ones((3, 2), np.float32))),
+    ),
     refused("a path that does not exist", FileNotFoundError, "No image at", lambda w: one(w.tmp / "none.tif")),
     refused("a format that is not read", ValueError, "expected one of", lambda w: one(write(w.tmp / "a.bmp", b"BM"))),
     refused(
@@ -214,7 +280,7 @@ FILES = [
     refused(
         "a folder of Space Ranger whose positions are no table of spots",
         ValueError,
-        "has 2 columns and no header; expected the 6 columns",
+        "has 2 columns and no header, the first like 'a'; expected the 6 columns",
         lambda w: one(_spaceranger(w, "{}", "a,b\n1,2\n")),
     ),
     refused(
@@ -230,6 +296,15 @@ FILES = [
         lambda w: one(scan(), fullres_image={"s": "a.tif"}),
     ),
 ]
+
+
+def _tiff(world, image, **options):
+    tifffile.imwrite(world.tmp / "a.tif", image, **options)
+    return world.tmp / "a.tif"
+
+
+def _bytes(world) -> np.ndarray:
+    return tifffile.imread(world.tmp / "a.tif")
 
 
 def _spaceranger(world, factors: str, positions: str = ""):
@@ -440,12 +515,12 @@ GENES = [
         lambda w: expected(),
         lambda w, v: all(same(v, k) for k in _kinds()),
     ),
-    answers(
-        "pp.select_genes",
-        "repeated gene names",
-        "are numbered with a warning",
-        lambda w: _repeated(),
-        lambda w, v: v.tables["stack"].var_names.is_unique,
+    refuses(
+        "pp.assemble_stack",
+        "repeated gene names without ids",
+        ValueError,
+        "the gene name 'g0' occurs more than once",
+        lambda w: one(visium(genes=("g0", "g0", "g1"))),
     ),
 ]
 
@@ -467,12 +542,6 @@ def _kinds():
         sparse.csr_array(values),
         da.from_array(values, chunks=2),
     ]
-
-
-def _repeated():
-    sdata = one(visium(genes=("g0", "g0", "g1")))
-    si.pp.select_genes(sdata)
-    return sdata
 
 
 CASES = [*NAMES, *ARRAYS, *FILES, *OBJECTS, *GENES]

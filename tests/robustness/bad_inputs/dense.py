@@ -71,6 +71,12 @@ def _far(world):
     set_transformation(world.sdata.shapes["s1_spots"], Scale([1e4, 1e4], axes=("x", "y")), "s1")
 
 
+def _scaled(factor):
+    return lambda world: set_transformation(
+        world.sdata.shapes["s1_spots"], Scale([factor, factor], axes=("x", "y")), "s1"
+    )
+
+
 def _store(world):
     path = world.tmp / "store.zarr"
     small = world.sdata.subset(["s0_image"])
@@ -182,6 +188,22 @@ PIXNET = [
         "No measured region lies wholly on the image 's1_image'",
         fit,
         change=_far,
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "regions that lie off the image for the most part",
+        ValueError,
+        "measured regions lie wholly on the image 's1_image'",
+        fit,
+        change=_scaled(9.0),
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "regions smaller than a pixel",
+        ValueError,
+        "measured regions on the image 's1_image' are smaller than a pixel",
+        fit,
+        change=_scaled(1e-3),
     ),
     refuses(
         "tl.fit_pixnet",

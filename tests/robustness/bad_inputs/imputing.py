@@ -316,6 +316,13 @@ IMPUTING = [
     ),
     refuses(
         "tl.impute_3d",
+        "no model",
+        TypeError,
+        "found NoneType. Make one with `si.tl.fit_asign(sdata)`",
+        lambda w: si.tl.impute_3d(w.sdata),
+    ),
+    refuses(
+        "tl.impute_3d",
         "a model of another class",
         TypeError,
         "`model` must be of class AsignModel or AsignPanels, found PixNetModel",

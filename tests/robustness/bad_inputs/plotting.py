@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 import spatial_impute as si
 from bad_inputs import refuses
@@ -40,6 +41,13 @@ CASES = [
         "the first in row 5 ('s0_5')",
         lambda w: si.pl.imputed(w.sdata, w.table.var_names[:1], layer="measured"),
         change=spoil("obsm", "spatial_3d", 5, np.nan),
+    ),
+    refuses(
+        "pl.metrics",
+        "scores without the stack",
+        TypeError,
+        "The stack comes first: `si.pl.metrics(sdata, scores)`",
+        lambda w: si.pl.metrics(pd.DataFrame({"pearson_gene": [0.1]}, index=["asign"])),
     ),
     refuses(
         "pl.dense",
