@@ -45,8 +45,8 @@ class GraphInputs:
     edges: tuple[Edges, ...]  # one per type
 
     def to(self, device: str) -> GraphInputs:
-        tokens = (part.to(device) for part in (self.spot, self.region, self.surroundings))
-        return GraphInputs(*tokens, tuple(part.to(device) for part in self.edges))
+        spot, region, surroundings = (part.to(device) for part in (self.spot, self.region, self.surroundings))
+        return GraphInputs(spot, region, surroundings, tuple(part.to(device) for part in self.edges))
 
     def part(self, rows: slice | Tensor) -> GraphInputs:
         """Tokens of some of the spots, without edges."""
