@@ -6,6 +6,8 @@ Pixel convention: the centre of pixel i lies at i + 0.5, so coordinates are meas
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +24,10 @@ _MAX_THUMBNAIL = 2**28  # px that are held in memory at once: 3 GiB as float32 R
 _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usual chunk
 _DEPTHS = tuple(float(2**bits - 1) for bits in (8, 10, 12, 14, 16, 32))
 _OVERSHOOT = 1.1  # resampled images pass full brightness a little
+_WHOLE = 2**24  # px; of a larger level a fingerprint takes windows
+_WINDOWS, _WINDOW = 8, 64  # per axis, and their edge in px
+_KEPT = 1000
+_FINGERPRINTS: dict[int, tuple[weakref.ref[Any], bytes]] = {}  # of lazy arrays that were read in this session
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,37 @@ def _white(array: DataArray) -> float:
     if not whole and brightest <= 1.0:
         return 1.0
     return next((depth for depth in _DEPTHS if brightest <= depth < most), most if whole else brightest)
+
+
+def image_fingerprint(levels: Sequence[Level]) -> str:
+    """Short hash that identifies an image by its resolutions, their place, and the pixels of the coarsest one.
+
+    Of a coarsest level with more than 16 million pixels, 64 windows are read. A lazy array is read once per session.
+    """
+    digest = hashlib.sha256()
+    for level in levels:
+        digest.update(repr((level.shape, str(level.data.dtype), level.to_um.round(9).tolist())).encode())
+    graph = getattr(levels[-1].data.data, "dask", None)
+    kept, found = _FINGERPRINTS.get(id(graph), (None, b""))
+    if graph is None or kept is None or kept() is not graph:
+        found = _pixel_hash(levels[-1])
+    if graph is not None:
+        _FINGERPRINTS[id(graph)] = weakref.ref(graph), found
+        if len(_FINGERPRINTS) > _KEPT:
+            del _FINGERPRINTS[next(iter(_FINGERPRINTS))]
+    digest.update(found)
+    return digest.hexdigest()[:16]
+
+
+def _pixel_hash(level: Level) -> bytes:
+    """Hash of the pixels of a level, or of windows spread over it."""
+    height, width = level.shape
+    data = level.data.transpose("c", "y", "x").data
+    if height * width > _WHOLE:
+        starts = ([round(i * (n - _WINDOW) / (_WINDOWS - 1)) for i in range(_WINDOWS)] for n in (height, width))
+        rows, columns = (np.ravel([np.arange(s, s + _WINDOW) for s in of_axis]) for of_axis in starts)
+        data = data[:, rows][:, :, columns]  # one computation: a file in one chunk is decoded once
+    return hashlib.sha256(np.ascontiguousarray(decode(data)).tobytes()).digest()
 
 
 def best_level(levels: Sequence[Level], pixel_size: float) -> Level:

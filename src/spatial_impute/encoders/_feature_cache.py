@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._image.levels import read_window
+from spatial_impute._image.levels import image_fingerprint
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from spatial_impute._image.levels import Level
 
 _FORMAT = 1  # of the files and of the keys
-_STRIP = 2048  # rows hashed at a time
 
 
 def section_key(encoder: str, image: str, geometry: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> str:
@@ -32,24 +31,13 @@ def section_key(encoder: str, image: str, geometry: Mapping[str, Any], arrays: S
 
 
 def image_identity(levels: Sequence[Level], *, across_sessions: bool) -> str:
-    """Hash that identifies an image by its resolutions, finest first, and by its content.
-
-    Across sessions the content is the pixels of the coarsest level, which must be read. Within a session it is the name of
-    the lazy array.
-    """
-    digest = hashlib.sha256()
-    for level in levels:
-        digest.update(repr((level.shape, str(level.data.dtype), level.to_um.round(9).tolist())).encode())
-    data = levels[0].data.data
+    """Hash that identifies an image; within a session also by the name of its lazy array, or by all pixels."""
+    found, data = image_fingerprint(levels), levels[0].data.data
     if across_sessions:
-        height, width = levels[-1].shape
-        for y0 in range(0, height, _STRIP):
-            digest.update(read_window(levels[-1], y0, min(y0 + _STRIP, height), 0, width).tobytes())
-    elif hasattr(data, "name"):
-        digest.update(data.name.encode())  # changes with every operation on the lazy array
-    else:
-        digest.update(np.ascontiguousarray(data).tobytes())
-    return digest.hexdigest()
+        return found
+    if hasattr(data, "name"):
+        return f"{found}{data.name}"  # changes with every operation on the lazy array
+    return found + hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
 
 
 def load_tokens(folder: Path, key: str) -> dict[str, np.ndarray] | None:

@@ -18,7 +18,7 @@ from spatial_impute._scores import (
     structural_similarity,
     summarise,
 )
-from spatial_impute._stack import dense_rows, measured_mask, require_same_measured, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
 from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def evaluate(
     parts = {name: _read_truth(table, truth, genes, name, measured) for name in names}
     profile = np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)[columns]
     for key in keys:
-        require_same_measured(table, key, names)
+        require_not_measured(sdata, table, key, names)
+    warn_if_old(sdata, table, keys)
     read = {key: _read_layer(table, key, columns, parts, f"sdata.tables[{table_key!r}].layers") for key in keys}
     if by == "gene":
         return pd.DataFrame(

@@ -10,7 +10,14 @@ from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._validation import require_count, require_device, require_folder
-from spatial_impute.tl._provenance import encoder, read_base_layers, require_same_folds, units
+from spatial_impute.tl._provenance import (
+    encoder,
+    feature_settings,
+    fitted_state,
+    read_base_layers,
+    require_same_folds,
+    units,
+)
 from spatial_impute.tl._read_spots import read_stacks, stack_list
 
 if TYPE_CHECKING:
@@ -118,6 +125,9 @@ def fit_asign(
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
     data = TrainingSet.from_tables(tables, spots, list(base_layers), params, seed=seed)
+    data.config["stacks"] = [
+        fitted_state(one, table, layer=layer, graph_key=graph_key) for one, table in zip(stacks, tables, strict=True)
+    ]
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
     for k, panel in enumerate(data.panels):
@@ -174,6 +184,7 @@ class TrainingSet:
         config = {
             "base_layers": base_layers,
             "encoder": encoders.pop(),
+            "features": feature_settings(tables[0]),
             "units": units(tables[0]),
             "sections": [sorted(t.obs[Keys.SECTION][s.known].unique()) for t, s in zip(tables, spots, strict=True)],
             "n_measured_spots": [int(s.known.sum()) for s in spots],

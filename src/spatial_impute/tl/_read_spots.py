@@ -10,7 +10,15 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import dense_rows, load_record, measured_mask, registered_spots, section_ranks, stack_table
+from spatial_impute._stack import (
+    dense_rows,
+    load_record,
+    measured_mask,
+    registered_spots,
+    require_current,
+    section_ranks,
+    stack_table,
+)
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 from spatial_impute.tl._provenance import require_same_units, units
@@ -65,15 +73,17 @@ def read_spots(
     KeyError
         If a slot is missing; the message names the function that writes it.
     ValueError
-        If nothing is measured, or if the values are raw counts or not finite.
+        If nothing is measured, if the values are raw counts or not finite, or if a slot does not belong to what it was
+        computed from.
     """
-    table = stack_table(sdata, table_key)
+    record, table = load_record(sdata), stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
     known = measured_mask(table, layer=layer)
     expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
     xyz = registered_spots(table, table_key)
-    section = section_ranks(table, load_record(sdata).names)
+    section = section_ranks(table, record.names)
+    require_current(sdata, record, table, features=features, graph=graph_key if graph else None)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
     spots = Spots(
