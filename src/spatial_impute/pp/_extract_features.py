@@ -215,11 +215,12 @@ def _encode(
     from spatial_impute._io.workers import requested_threads
     from spatial_impute.encoders._tokens import section_tokens
 
-    parts = []
+    parts, widths = [], {level: len(fields) for level, fields in run.layout.items()}
     for encode, key in zip(run.encoders, keys, strict=True):
-        part = load_tokens(run.folder, key) if run.folder is not None and key else None
+        folder = run.folder if key else None
+        part = None if folder is None else load_tokens(folder, key, widths, len(view.centers))
         if part is not None:
-            logger.info("Section %s: features read from %s", name, run.folder)
+            logger.info("Section %s: features read from %s", name, folder)
         else:
             with requested_threads():
                 part = section_tokens(
@@ -231,8 +232,8 @@ def _encode(
                     batch_size=run.batch_size,
                     recolor=stain_map,
                 )
-            if run.folder is not None and key:
-                save_tokens(run.folder, key, part)
+            if folder is not None:
+                save_tokens(folder, key, part)
         parts.append(part)
     return _side_by_side(parts, run.layout)
 

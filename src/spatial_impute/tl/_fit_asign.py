@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from spatial_impute._io.owner import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
@@ -130,14 +131,15 @@ def fit_asign(
     ]
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
-    for k, panel in enumerate(data.panels):
-        label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
-        own_folder = folder
-        if folder is not None and len(data.panels) > 1:
-            own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
-        with progress_steps(label, show=show_progress_bar) as steps:
-            settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
-            models.append(fit(panel.spots, panel.genes, settings))
+    with owned_folder(folder, what="The checkpoint"):
+        for k, panel in enumerate(data.panels):
+            label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
+            own_folder = folder
+            if folder is not None and len(data.panels) > 1:
+                own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
+            with progress_steps(label, show=show_progress_bar) as steps:
+                settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
+                models.append(fit(panel.spots, panel.genes, settings))
     model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model

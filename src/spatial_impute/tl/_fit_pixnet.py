@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from spatial_impute._io.owner import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
@@ -148,8 +149,9 @@ def fit_pixnet(
     setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate)
     expression = ExpressionChoice(layer, genes, target_sum, counts)
     read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
-    with progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
-        model = fit_on_regions(read, setup, steps, None if checkpoint is None else Path(checkpoint))
+    folder = None if checkpoint is None else Path(checkpoint)
+    with owned_folder(folder, what="The checkpoint"), progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
+        model = fit_on_regions(read, setup, steps, folder)
     logger.info("Fitted %r", model)
     return model
 

@@ -216,10 +216,12 @@ def _write(writer: DenseStore, *, show: bool | None) -> DataArray:
     from spatial_impute._io.workers import active_client
 
     try:
-        with progress_steps(f"Predicting {writer.key}", show=show) as steps:
+        with writer, progress_steps(f"Predicting {writer.key}", show=show) as steps:
             tiles = writer.prepare()
             write_tiles(writer, tiles, active_client(), steps(len(tiles)))
             writer.commit()
+    except FileExistsError:  # of another process, or not ours
+        raise
     except OSError as error:
         error.add_note(
             "The store shows no part of the map. When it can be written to, the same call continues from here."

@@ -187,14 +187,14 @@ def _stored_table(
     """Table that is written to a file piece by piece and backed by it."""
     from spatial_impute._io.stores import RegionStore
 
-    writer = RegionStore(store, (len(slots["obs"]), len(slots["var"])))
+    with RegionStore(store, (len(slots["obs"]), len(slots["var"]))) as writer:
 
-    def tile_done() -> None:
-        writer.release()
-        on_tile()
+        def tile_done() -> None:
+            writer.release()
+            on_tile()
 
-    slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values).n_pixels
-    return writer.commit(**slots)
+        slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values).n_pixels
+        return writer.commit(**slots)
 
 
 def _image_of(sdata: SpatialData, shapes_key: str) -> str:

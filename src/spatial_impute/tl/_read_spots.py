@@ -154,7 +154,8 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
     for name in (Keys.connectivities(key), Keys.distances(key), Keys.graph_overlap(key), Keys.graph_similarity(key)):
         require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
     require_key(Keys.neighbors(key), table.uns, where=f"{where}.uns", then=_BUILD)
-    weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64)
+    # A copy: with another type alone the indices would be those of the table, and sorting them would mix up its weights.
+    weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64, copy=True)
     valid = (weights.data >= 0) & np.isfinite(weights.data)
     if not valid.all():
         bad = weights.tocoo().row[~valid][0]

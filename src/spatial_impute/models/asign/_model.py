@@ -235,6 +235,13 @@ class AsignModel:
         own = tensors_below("model.", tensors)
         params = AsignParams(**config["params"])
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
+        experts, bases = config["experts"], config["config"].get("base_layers", [])
+        if sorted(set(experts)) != sorted(experts) or not {"cokriging", NETWORK} <= set(experts) <= {
+            *METHODS,
+            NETWORK,
+            *bases,
+        }:
+            raise does_not_fit(path, f"`experts` must be known methods or base layers, each once; found {experts}.")
         shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "scale": (n_genes,), "group": (n_genes,)}
         shapes["weights"] = (n_genes, len(config["experts"]))
         shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
