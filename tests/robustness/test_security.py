@@ -133,7 +133,7 @@ def test_weights_with_code_in_them_are_refused(trace, tmp_path):
 
 def test_cached_features_with_code_in_them_are_not_read(trace, tmp_path):
     np.savez(tmp_path / "key.npz", X_spot=np.array([Exploit(trace)], dtype=object))
-    assert load_tokens(tmp_path, "key") is None
+    assert load_tokens(tmp_path, "key", {"X_spot": 1}, 1) is None
 
 
 def test_a_pickle_in_place_of_weights_is_refused(trace, asign, tmp_path):

@@ -239,13 +239,19 @@ def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str
             )
 
 
+def from_images(rows: Mapping[str, Any], record: StackRecord) -> list[str]:
+    """Sections whose place comes from their image, not from the user."""
+    return [name for name in record.names if name in rows and rows[name]["route"] != "given"]
+
+
 def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
     """Images that changed after the registration, and sections that are gone."""
     registration = record.registration
     if registration is None:
         return
-    recorded = registration.get(Keys.STATE, {})  # none if all places were given
-    for name in _changed(recorded, section_images(sdata, record) if recorded else {}):
+    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
+    now = section_images(sdata, record, from_images(registration["sections"], record)) if recorded else {}
+    for name in _changed(recorded, now):
         yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
     gone = sorted(set(registration["sections"]) - set(record.names))
     if gone:
@@ -267,10 +273,21 @@ def _registered_problems(sdata: SpatialData, record: StackRecord, table: AnnData
         if Keys.Z in table.obs:
             off |= np.abs(xyz[rows, 2] - table.obs[Keys.Z].to_numpy(float)[rows]) > _MOVED
         if off.any():
+            recorded = record.registration.get(Keys.STATE, {}).get("spots", {})
+            by_hand = recorded.get(name) in (None, spots_state(table, rows))
+            reason = (
+                "they are used as they are" if by_hand else "spots, heights or transformations were changed after it"
+            )
             yield Problem(
                 f"`obsm[{Keys.SPATIAL_3D!r}]` of section {name!r} is not where the registration puts its spots, the first is "
-                f"{table.obs_names[rows[off]][0]!r}: spots, heights or transformations were changed after it. {_REGISTER}"
+                f"{table.obs_names[rows[off]][0]!r}: {reason}. {_REGISTER}",
+                wrong=not by_hand,
             )
+
+
+def spots_state(table: AnnData, rows: np.ndarray) -> str:
+    """Fingerprint of the positions of spots in their section, and of their height."""
+    return fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows], table.obs[Keys.Z].to_numpy(float)[rows])
 
 
 def _changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -331,7 +348,8 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
     if use_rep is not None and use_rep not in table.obsm:
         use_rep = None
     now = graph_state(table, record, use_rep)
-    again = f"Run `si.tl.build_3d_graph(sdata{'' if key == Keys.SPATIAL_3D else f', key_added={key!r}'})` again."
+    call = "build_3d_graph(sdata)" if key == Keys.SPATIAL_3D else f"build_3d_graph(sdata, key_added={key!r})"
+    again = f"After a change of spots, places or features run `si.tl.{call}` again."
     if now["n_spots"] != recorded["n_spots"]:
         yield Problem(
             f"The 3D graph {key!r} was built with {recorded['n_spots']} spots, the table has {now['n_spots']}. {again}",

@@ -28,12 +28,14 @@ from spatial_impute._registration import (
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import (
     displacement_elements,
+    from_images,
     load_record,
     plane_affine,
     save_record,
     section_images,
     section_levels,
     spots_by_section,
+    spots_state,
     write_slots,
 )
 from spatial_impute._validation import (
@@ -368,11 +370,20 @@ def _write(sdata: SpatialData, record: StackRecord, request: _Request, result: _
     if slots:
         write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, {"obsm": slots})
     registration = {**request.settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
-    if result.pairs:  # else no image was used
-        used = [name for name in record.names if name not in request.settings["skipped"]]
-        registration[Keys.STATE] = section_images(sdata, record, used)
+    registration[Keys.STATE] = _state(sdata, record, result)
     save_record(sdata, replace(record, reference=request.reference, registration=registration))
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
+
+
+def _state(sdata: SpatialData, record: StackRecord, result: _Result) -> dict[str, dict[str, str]]:
+    """Fingerprints of the images and spots that were registered."""
+    images = section_images(sdata, record, from_images(result.sections, record)) if result.pairs else {}
+    spots = {}
+    if Keys.STACK_TABLE in sdata.tables:
+        table = sdata.tables[Keys.STACK_TABLE]
+        section = table.obs[Keys.SECTION].astype(str).to_numpy()
+        spots = {name: spots_state(table, section == name) for name in result.sections if (section == name).any()}
+    return {"images": images, "spots": spots}
 
 
 def _write_transformations(
