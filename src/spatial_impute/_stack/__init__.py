@@ -34,6 +34,7 @@ from spatial_impute._stack.state import (
     image_state,
     learned_state,
     map_problems,
+    measurement_problems,
     registration_problems,
     require_current,
     require_not_measured,

@@ -197,7 +197,7 @@ def _slot_problems(
     yield from registration_problems(sdata, record)
     yield from _registered_problems(sdata, record, table)
     if measured:
-        yield from _measurement_problems(sdata, record, table)
+        yield from measurement_problems(sdata, record, table)
     if features:
         yield from _feature_problems(sdata, record, table, circles)
     if graph is not None:
@@ -362,7 +362,7 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
         yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again}")
 
 
-def _measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
+def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
     """Counts that changed after they were normalised."""
     uns = table.uns.get(Keys.NORMALIZATION, {})
     recorded, layer = uns.get(Keys.STATE), str(uns.get("layer", "")) or None

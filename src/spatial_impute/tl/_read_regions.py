@@ -13,7 +13,15 @@ from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_sca
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, fingerprint, image_state, load_record, require_spatialdata
+from spatial_impute._stack import (
+    element_affine,
+    fingerprint,
+    image_state,
+    load_record,
+    measurement_problems,
+    require_spatialdata,
+    warn,
+)
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -222,6 +230,8 @@ def read_measured(
     table, where = sdata.tables[key], f"sdata.tables[{key!r}]"
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
     layer = Keys.MEASURED if is_stack and choice.layer is None else choice.layer
+    if is_stack and layer == Keys.MEASURED and Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}):
+        warn(measurement_problems(sdata, load_record(sdata), table))
     if layer is not None:
         then = "Write it with `si.pp.select_genes(sdata)`." if is_stack else None
         require_key(layer, table.layers, where=f"{where}.layers", then=then)
