@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -80,7 +81,7 @@ def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -
 
 
 def noise_ceiling(
-    counts: np.ndarray | sparse.spmatrix, columns: np.ndarray, *, target_sum: float, n_draws: int = 10, seed: int = 0
+    counts: Any, columns: np.ndarray, *, target_sum: float, n_draws: int = 10, seed: int = 0
 ) -> np.ndarray:
     r"""Highest correlation of each gene that any prediction can expect to have with a measurement of these counts.
 

@@ -153,12 +153,13 @@ def to_rgb(array: np.ndarray, white: float) -> np.ndarray:
 
 
 def decode(data: Any) -> np.ndarray:
-    """Pixels of a lazy array or of one in memory."""
+    """Pixels of a lazy array or of one in memory. Compiled loops know no half precision: it becomes single precision."""
     if hasattr(data, "compute"):
         # Threads of dask inside those of a data loader or a worker can deadlock; one window is too small to gain from
         # them.
         data = data.compute(scheduler="synchronous")
-    return np.asarray(data)
+    found = np.asarray(data)
+    return found.astype(np.float32) if found.dtype == np.float16 else found
 
 
 def stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
