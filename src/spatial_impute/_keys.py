@@ -9,6 +9,7 @@ class Keys:
     # sdata.attrs
     ATTRS = "spatial_impute"
     STACK = "stack"
+    TISSUE = "tissue"  # fingerprints of the images whose tissue was segmented
 
     # tables and their annotation columns
     STACK_TABLE = "stack"

@@ -153,3 +153,83 @@ def test_owner_is_named_and_its_end_frees_the_place(tmp_path):
     file.write_text("{}")  # of a process that was killed
     with owned(file, what="The map"):
         pass
+
+
+def test_second_model_leaves_the_map_of_the_first_alone(sdata, models, tmp_path, monkeypatch):
+    """The second call comes when the first has written some tiles."""
+    from spatial_impute._io import stores
+
+    small = sdata.subset(["s0_image"])
+    small.attrs = sdata.attrs
+    small.write(tmp_path / "map.zarr")
+    expect = expected("map", sdata, models[0])
+    write, count = stores.write_tile, []
+
+    def intruded(*args):
+        count.append(0)
+        if len(count) == 3:
+            monkeypatch.setattr(stores, "write_tile", write)
+            with pytest.raises(FileExistsError, match=r"image .* is being written by process \d+ on host"):
+                racing.write_map(sdata, models[1], tmp_path, 1)
+        return write(*args)
+
+    monkeypatch.setattr(stores, "write_tile", intruded)
+    racing.write_map(sdata, models[0], tmp_path, 0)
+    assert len(count) == 3
+    assert stored("map", sdata, tmp_path).tobytes() == expect.tobytes()
+    with pytest.raises(ValueError, match="already has an image"):
+        racing.write_map(sdata, models[1], tmp_path, 1)
+    assert not (tmp_path / "map.zarr" / ".spatial_impute_staging").exists()
+
+
+def test_a_map_that_lost_files_is_computed_again(sdata, pixnet, tmp_path, caplog):
+    small = sdata.subset(["s0_image"])
+    small.attrs = sdata.attrs
+    small.write(tmp_path / "map.zarr")
+    expect = expected("map", sdata, pixnet)
+    racing.write_map(sdata, pixnet, tmp_path, 0)
+    chunk = next(p for p in (tmp_path / "map.zarr" / "images" / KEY).rglob("c/*/*/*") if p.is_file())
+    chunk.unlink()
+    assert np.isnan(stored("map", sdata, tmp_path)).sum() > np.isnan(expect).sum()
+    with caplog.at_level("WARNING", "spatial_impute"):
+        racing.write_map(sdata, pixnet, tmp_path, 0)
+    assert "missing or damaged" in caplog.text
+    assert stored("map", sdata, tmp_path).tobytes() == expect.tobytes()
+
+
+def test_an_image_of_the_user_is_never_replaced(sdata, pixnet, tmp_path):
+    small = sdata.subset(["s0_image"])
+    small.attrs = sdata.attrs
+    small.write(tmp_path / "map.zarr")
+    with pytest.raises(ValueError, match="no dense map of this package"):
+        si.tl.predict_dense(
+            sdata, "s0_image", pixnet, store=tmp_path / "map.zarr", key_added="s0_image", overwrite=True, inplace=False
+        )
+
+
+@pytest.mark.parametrize("damage", ["other", "rows", "nan"])
+def test_cached_features_are_checked_when_they_are_read(sdata, tmp_path, caplog, damage):
+    racing.write_features(sdata, None, tmp_path, 0)
+    table = sdata.tables["stack"]
+    expect = table.obsm["X_region"].copy()
+    first, second, _ = sorted((tmp_path / "cache").glob("*.npz"))
+    content = dict(np.load(first))
+    if damage == "other":
+        shutil.copy(second, first)
+    else:
+        content["X_spot"] = content["X_spot"][1:] if damage == "rows" else content["X_spot"] * np.nan
+        np.savez(first, **content)
+    with caplog.at_level("WARNING", "spatial_impute"):
+        racing.write_features(sdata, None, tmp_path, 0)
+    assert "is damaged" in caplog.text
+    np.testing.assert_array_equal(table.obsm["X_region"], expect)
+
+
+def test_a_checkpoint_whose_numbers_were_changed_is_refused(sdata, tmp_path):
+    racing.write_checkpoint(sdata, None, tmp_path, 0)
+    file = next((tmp_path / "checkpoint").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: .*numbers were changed"):
+        racing.write_checkpoint(sdata, None, tmp_path, 0)

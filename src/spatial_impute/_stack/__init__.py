@@ -43,6 +43,7 @@ from spatial_impute._stack.state import (
     sections_seen,
     spots_state,
     table_state,
+    tissue_problems,
     warn,
     warn_if_old,
 )

@@ -193,6 +193,7 @@ def _slot_problems(
     sdata: SpatialData, record: StackRecord, table: AnnData, *, features: bool, graph: str | None, measured: bool
 ) -> Iterator[Problem]:
     circles = _circles(sdata, record, table)
+    yield from (Problem(problem.text, wrong=False) for problem in tissue_problems(sdata, record))
     yield from _position_problems(record, table, circles)
     yield from registration_problems(sdata, record)
     yield from _registered_problems(sdata, record, table)
@@ -237,6 +238,18 @@ def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str
                 f"Section {name!r} lies at {height[rows][off][0]:g} um in `obs[{Keys.Z!r}]`, and at {record[name].z:g} um in the "
                 f"record of the stack, `sdata.attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['sections']`. Set both to the same height. {_REGISTER}"
             )
+
+
+def tissue_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
+    """Images that changed after their tissue was segmented."""
+    recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.TISSUE, {})
+    names = [section.name for section in record.sections if Keys.tissue(section.name) in sdata.labels]
+    for name in _changed(recorded, section_images(sdata, record, [n for n in names if n in recorded])):
+        yield Problem(
+            f"The tissue in `sdata.labels[{Keys.tissue(name)!r}]` was found on another image than the present one of section "
+            f"{name!r}. Run `si.pp.segment_tissue(sdata)` again; to lay its spots anew, delete "
+            f"`sdata.shapes[{Keys.spots(name)!r}]` and run `si.pp.tile_spots(sdata)`."
+        )
 
 
 def from_images(rows: Mapping[str, Any], record: StackRecord) -> list[str]:
