@@ -231,5 +231,5 @@ def test_a_checkpoint_whose_numbers_were_changed_is_refused(sdata, tmp_path):
     content = bytearray(file.read_bytes())
     content[-3] ^= 64
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: .*numbers were changed"):
+    with pytest.raises(ValueError, match=r"is damaged: .*numbers were changed"):
         racing.write_checkpoint(sdata, None, tmp_path, 0)

@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_refused(asign, tmp_path):
     other = copy.copy(asign)
     other._tensors = {**asign._tensors, "centre": torch.full_like(asign._tensors["centre"], torch.nan)}
     other.save(tmp_path / "m")
-    with pytest.raises(ValueError, match="'model.centre' has values that are NaN"):
+    with pytest.raises(ValueError, match=r"'model\.centre' has values that are NaN"):
         si.models.AsignModel.load(tmp_path / "m")
 
 
@@ -220,12 +220,12 @@ def test_a_foreign_configuration_is_not_replaced(asign, tmp_path):
 
 def test_compiled_loops_work_without_a_folder_for_their_cache(monkeypatch):
     """A read-only installation and no home: numba finds no place for its cache."""
-    from numba.core.caching import CompileResultCacheImpl
+    from numba.core.caching import CompileResultCacheImpl, _CacheImpl
 
     from spatial_impute._settings import compiled
 
     monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
-    monkeypatch.setattr("numba.core.caching._CacheImpl._locator_classes", [])
+    monkeypatch.setattr(_CacheImpl, "_locator_classes", [])
 
     @compiled()
     def double(x):

@@ -139,8 +139,9 @@ def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), 
         return
     record = load_record(sdata)
     states = {key: table.uns.get(key, {}).get(Keys.STATE, {}) for key in layers}
-    features = any("features" in state for state in states.values())
     used = {*graphs, *(str(state["graph_key"]) for state in states.values() if "graph_key" in state)}
+    features = any("features" in state for state in states.values())
+    features |= any(_rep_of(table, key) in Keys.LEVELS for key in used)
     found = list(_slot_problems(sdata, record, table, features=features, graph=None, measured=True))
     found += [problem for key in sorted(used) for problem in _graph_problems(table, record, key)]
     for key, state in states.items():
@@ -199,7 +200,7 @@ def _slot_problems(
     yield from _registered_problems(sdata, record, table)
     if measured:
         yield from measurement_problems(sdata, record, table)
-    if features:
+    if features or (graph is not None and _rep_of(table, graph) in Keys.LEVELS):
         yield from _feature_problems(sdata, record, table, circles)
     if graph is not None:
         yield from _graph_problems(table, record, graph)
@@ -351,16 +352,19 @@ def graph_state(table: AnnData, record: StackRecord, use_rep: str | None) -> dic
     return {"positions": found["positions"], "features": rep, "n_spots": int(table.n_obs)}
 
 
+def _rep_of(table: AnnData, key: str) -> str | None:
+    """Features in ``obsm`` that a graph was built from."""
+    return str(table.uns.get(Keys.neighbors(key), {}).get("params", {}).get("use_rep", "")) or None
+
+
 def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[Problem]:
     """Positions and features that changed after the graph was built."""
     uns = table.uns.get(Keys.neighbors(key), {})
     recorded = uns.get(Keys.STATE)
     if recorded is None:
         return
-    use_rep = str(uns["params"]["use_rep"]) or None
-    if use_rep is not None and use_rep not in table.obsm:
-        use_rep = None
-    now = graph_state(table, record, use_rep)
+    use_rep = _rep_of(table, key)
+    now = graph_state(table, record, use_rep if use_rep in table.obsm else None)
     call = "build_3d_graph(sdata)" if key == Keys.SPATIAL_3D else f"build_3d_graph(sdata, key_added={key!r})"
     again = f"After a change of spots, places or features run `si.tl.{call}` again."
     if now["n_spots"] != recorded["n_spots"]:
