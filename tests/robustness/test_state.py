@@ -1,6 +1,6 @@
 """Calls and edits in any order: a result is that of the present data, or something is said.
 
-`SEQUENCES=500 pytest tests/robustness/test_state.py -k sequence` runs 500 random sequences.
+`SEQUENCES=500 pytest tests/robustness/test_state.py -k sequence` runs 500 random sequences, with `FIRST=100` from the hundredth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-N_SEQUENCES = int(os.environ.get("SEQUENCES", "20"))
+N_SEQUENCES = int(os.environ.get("SEQUENCES", "12"))
+FIRST = int(os.environ.get("FIRST", "0"))
 LONGEST = 8
 
 
@@ -354,7 +355,7 @@ def pristine(_quiet):
     return small_still_stack(truth=True, measured=["s1"])
 
 
-@pytest.mark.parametrize("seed", range(N_SEQUENCES))
+@pytest.mark.parametrize("seed", range(FIRST, N_SEQUENCES))
 def test_sequence_of_calls_and_edits_gives_present_results_or_says_so(pristine, seed):
     rng = np.random.default_rng(seed)
     bench = Bench(pristine, rng)
