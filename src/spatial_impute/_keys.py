@@ -9,6 +9,7 @@ class Keys:
     # sdata.attrs
     ATTRS = "spatial_impute"
     STACK = "stack"
+    TISSUE = "tissue"  # fingerprints of the images whose tissue was segmented
 
     # tables and their annotation columns
     STACK_TABLE = "stack"
@@ -29,10 +30,13 @@ class Keys:
     X_SPOT = "X_spot"
     X_REGION = "X_region"
     X_GLOBAL = "X_global"
+    FEATURES_AT = "features_spatial"  # x, y and diameter of the spots when their features were computed
 
     # uns
     FEATURES = "features"
     NORMALIZATION = "normalization"
+    SEEN = "seen_sections"  # unmeasured sections whose measurement the model has seen
+    STATE = "state"  # fingerprints of what a slot was computed from
 
     # results
     ASIGN = "asign"

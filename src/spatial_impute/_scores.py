@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
+
+from spatial_impute._expression import log_normalize
 
 INTERVAL_LEVEL = 0.9  # of the intervals that standard deviations stand for
 HALF_WIDTH = NormalDist().inv_cdf(0.5 + INTERVAL_LEVEL / 2)  # of such an interval, in standard deviations
@@ -85,6 +88,42 @@ def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -
     0.75
     """
     return float(np.mean(np.abs(predicted - true) <= HALF_WIDTH * sd))
+
+
+def noise_ceiling(
+    counts: Any, columns: np.ndarray, *, target_sum: float, n_draws: int = 10, seed: int = 0
+) -> np.ndarray:
+    r"""Highest correlation of each gene that any prediction can expect to have with a measurement of these counts.
+
+    Each count is split at random into two halves, as if the spots had been measured twice at half the depth. From the
+    correlation `r` of the log-normalised halves follows the reliability of the whole, :math:`2r / (1 + r)`
+    (Spearman-Brown). The correlation of the noiseless expression with the measurement is its square root.
+
+    Parameters
+    ----------
+    counts
+        (n_spots, n_all_genes) raw counts; totals run over all columns.
+    columns
+        Columns of the genes.
+    target_sum
+        Counts per spot after normalisation.
+    n_draws
+        Number of random splits; the mean of their `r` is used.
+    seed
+        Seed of the splits.
+
+    Returns
+    -------
+    (n_genes,) ceilings in 0-1; NaN for genes that do not vary in a half.
+    """
+    rng, found = np.random.default_rng(seed), []
+    whole = np.asarray(counts.toarray() if sparse.issparse(counts) else counts).astype(np.int64)
+    for _ in range(n_draws):
+        half = rng.binomial(whole, 0.5)
+        first, second = (log_normalize(part, target_sum)[:, columns] for part in (half, whole - half))
+        found.append(np.where(np.ptp(first, axis=0) > 0, pearson_by_gene(first, second), np.nan))
+    r = np.clip(np.mean(found, axis=0), 0.0, 1.0)
+    return np.sqrt(2 * r / (1 + r))
 
 
 def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray) -> np.ndarray:

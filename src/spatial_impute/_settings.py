@@ -106,6 +106,19 @@ class Settings:
 settings = Settings()
 
 
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator like ``numba.njit(**options)`` with a cache on disk; without one if no folder can be written to."""
+    import numba
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # a read-only installation, and no home
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
 def progress(items: Iterable[Any] | None, label: str, *, show: bool | None = None, total: int | None = None) -> Any:
     """Wrap an iterable in a progress bar; `show` overrides ``settings.show_progress_bar``."""
     from tqdm.auto import tqdm

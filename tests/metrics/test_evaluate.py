@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy import sparse
 
 import spatial_impute as si
-from spatial_impute._scores import pearson_by_gene, summarise
+from spatial_impute._scores import noise_ceiling, pearson_by_gene, summarise
 
 
 @pytest.fixture
@@ -218,3 +219,62 @@ def test_a_truth_with_other_names_of_spots_says_how_they_are_named(scored, truth
     with pytest.raises(KeyError, match=r"named `\{section\}_\{id\}`, like \['s0_") as error:
         si.metrics.evaluate(scored, truth)
     assert ("These are the ids: set `truth.obs_names = [f's0_{i}'" in str(error.value)) is (index == "ids")
+
+
+def test_pooled_correlation_stands_beside_the_mean_over_sections(scored, truth):
+    """A layer that knows nothing but the level of each section: no pattern, and yet a pooled correlation."""
+    table = scored.tables["stack"]
+    other = truth.copy()
+    second = (other[table.obs_names].obs["section"] == "s2").to_numpy()
+    values = other[table.obs_names, table.var_names].X.toarray().astype(float) + 5.0 * second[:, None]
+    other = other[table.obs_names, table.var_names].copy()
+    other.X = values
+    table.layers["level"] = np.where(second[:, None], 5.0, 0.0) * np.ones(table.shape, np.float32)
+    scores = si.metrics.evaluate(scored, other, layers=["level"]).loc["level"]
+    assert scores["pearson_gene"] == 0
+    assert scores["pearson_gene_pooled"] > 0.8
+    pooled = si.metrics.evaluate(scored, other, layers=["level"], by="pooled").loc["level", "pearson_gene"]
+    assert scores["pearson_gene_pooled"] == pytest.approx(pooled)
+
+
+def test_noise_ceiling_is_what_the_truth_reaches():
+    """Poisson counts of known rates: the correlation of the rates with a measurement of them."""
+    rng = np.random.default_rng(0)
+    rates = rng.gamma(4.0, 1.0, (400, 12)) * np.linspace(0.3, 6.0, 12)
+    rates = np.column_stack([rates, np.full(400, 3000.0)])  # many other counts: totals tell nothing
+    counts = rng.poisson(rates)
+    measured = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 3000)[:, :12]
+    reached = pearson_by_gene(np.log1p(rates)[:, :12], measured)
+    found = noise_ceiling(sparse.csr_matrix(counts), np.arange(12), target_sum=3000)
+    np.testing.assert_allclose(found, reached, atol=0.12)
+    assert abs(found.mean() - reached.mean()) < 0.03
+    assert found[0] < 0.75 < found[-1]
+
+
+def test_evaluate_with_counts_has_the_noise_ceiling(scored, truth):
+    scores = si.metrics.evaluate(scored, truth, counts_layer="counts")
+    by_gene = si.metrics.evaluate(scored, truth, counts_layer="counts", by="gene")
+    assert ((by_gene["ceiling"] > 0) & (by_gene["ceiling"] <= 1)).all()
+    sections = si.metrics.evaluate(scored, truth, counts_layer="counts", by="section")
+    np.testing.assert_allclose(sections["of_ceiling"], sections["pearson_gene"] / sections["ceiling"], rtol=1e-6)
+    assert scores.loc["flat", "of_ceiling"] == 0
+    with pytest.raises(ValueError, match="must hold raw counts"):
+        si.metrics.evaluate(scored, truth, counts_layer="expected")
+    with pytest.raises(KeyError, match=r"truth\.layers"):
+        si.metrics.evaluate(scored, truth, counts_layer="raw")
+
+
+def test_scores_of_a_section_that_the_model_has_seen_are_announced(small_stack, truth, quick_params, caplog):
+    table = small_stack.tables["stack"]
+    model = si.tl.fit_asign(small_stack, model_params=quick_params)
+    table.obs["measured"] = table.obs["measured"] & (np.arange(table.n_obs) % 2 == 0)  # half of a section is hidden
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.impute_3d(small_stack, model)
+    assert "fitted on measured spots of the sections ['s1'], which are not measured now" in caplog.text
+    caplog.clear()
+    own = AnnData(
+        np.asarray(table.layers["asign"]) + 0.1, obs=table.obs[["section"]], var=pd.DataFrame(index=table.var_names)
+    )
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.metrics.evaluate(small_stack, own, sections=["s1"])
+    assert "so their scores are too high" in caplog.text

@@ -11,7 +11,7 @@ from spatialdata.transformations import Scale
 
 import spatial_impute as si
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_levels, spot_geometry
+from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry
 from spatial_impute.encoders._encoder import TextureEncoder
 
 LEVELS = ("X_spot", "X_region", "X_global")
@@ -292,6 +292,7 @@ def test_extract_features_decodes_every_chunk_at_most_twice(small_stack, name, m
     small_stack.images["s0_image"] = Image2DModel.parse(
         lazy, dims=("c", "y", "x"), transformations={"s0": Scale([2, 2], axes=("x", "y"))}
     )
+    section_images(small_stack, load_record(small_stack))  # fingerprints read a small image once per session
     made.clear()
     encoder, options = (mean_colour, {"patch_px": 16, "mpp": 4.0}) if name == "callable" else (name, {"device": "cpu"})
     if name == "tellez-multitask":

@@ -113,7 +113,7 @@ PROMISES = [
     ),
     Promise(
         "R7",
-        "Nothing is unpickled, every download has a hash, no name leads out of a store, and sizes are checked before memory "
+        "The package itself unpickles nothing, every download of its own has a hash, no name leads out of a store, and sizes are checked before memory "
         "is taken.",
         (
             "robustness/test_security.py::test_source_neither_unpickles_nor_unpacks_nor_starts_programs",
@@ -122,6 +122,22 @@ PROMISES = [
             "robustness/test_security.py::test_zarr_of_absurd_shape_is_refused_before_memory_is_taken",
             "robustness/test_security.py::test_no_name_leads_out_of_a_store",
             "robustness/test_security.py::test_archives_are_not_unpacked",
+        ),
+    ),
+    Promise(
+        "R8",
+        "Whatever is called or edited in whatever order: a result is that of the present data, or an error or a warning says "
+        "what it rests on. Two processes at one place store the result of one of them, and replace nothing that is yours.",
+        (
+            "robustness/test_state.py::test_sequence_of_calls_and_edits_gives_present_results_or_says_so",
+            "robustness/test_state.py::test_what_was_not_edited_is_used_without_a_word",
+            "robustness/test_state.py::test_every_edit_can_be_repaired",
+            "robustness/test_races.py::test_two_processes_at_one_place",
+            "robustness/test_races.py::test_second_model_leaves_the_map_of_the_first_alone",
+            "robustness/test_races.py::test_an_image_of_the_user_is_never_replaced",
+            "robustness/test_races.py::test_cached_features_are_checked_when_they_are_read",
+            "robustness/test_races.py::test_a_checkpoint_whose_numbers_were_changed_is_refused",
+            "robustness/test_security.py::test_a_foreign_configuration_is_not_replaced",
         ),
     ),
 ]

@@ -133,7 +133,7 @@ def test_weights_with_code_in_them_are_refused(trace, tmp_path):
 
 def test_cached_features_with_code_in_them_are_not_read(trace, tmp_path):
     np.savez(tmp_path / "key.npz", X_spot=np.array([Exploit(trace)], dtype=object))
-    assert load_tokens(tmp_path, "key") is None
+    assert load_tokens(tmp_path, "key", {"X_spot": 1}, 1) is None
 
 
 def test_a_pickle_in_place_of_weights_is_refused(trace, asign, tmp_path):
@@ -157,6 +157,81 @@ def test_a_zarr_array_of_objects_is_refused(trace, tmp_path):
     (folder / "0" / "0.0").write_bytes(pickle.dumps(Exploit(trace)))
     with pytest.raises(ValueError, match="cannot be read as an image"):
         si.pp.assemble_stack({"s": folder}, mpp=1, z=[0])
+
+
+# Model directories that were edited
+
+
+def edit_config(asign, path, **changes):
+    asign.save(path)
+    config = json.loads((path / "config.json").read_text())
+    config.update({key: change(config[key]) for key, change in changes.items()})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": lambda found: [*found[:-1], "oracle"]}, "`experts` must be known methods"),
+        ({"experts": lambda found: [*found[:-1], found[0]]}, "`experts` must be known methods"),
+        ({"experts": lambda found: [1, *found[1:]]}, "do not fit their configuration"),
+        ({"var_names": lambda found: [1, *found[1:]]}, "`var_names` .* must be a list of gene names, all different"),
+        ({"var_names": lambda found: [found[1], *found[1:]]}, "all different"),
+        ({"var_names": lambda found: None}, "must be a list of gene names"),
+    ],
+    ids=["unknown", "repeated", "no text", "gene no text", "gene twice", "no genes"],
+)
+def test_edited_configuration_is_refused(asign, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        si.models.AsignModel.load(edit_config(asign, tmp_path / "m", **changes))
+
+
+def test_deep_json_is_refused(asign, tmp_path):
+    asign.save(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        si.models.AsignModel.load(tmp_path / "m")
+
+
+def test_weights_that_are_not_finite_are_refused(asign, tmp_path):
+    import copy
+
+    other = copy.copy(asign)
+    other._tensors = {**asign._tensors, "centre": torch.full_like(asign._tensors["centre"], torch.nan)}
+    other.save(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"'model\.centre' has values that are NaN"):
+        si.models.AsignModel.load(tmp_path / "m")
+
+
+def test_a_foreign_configuration_is_not_replaced(asign, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}')
+    with pytest.raises(FileExistsError, match="files that this package did not write"):
+        asign.save(tmp_path, overwrite=True)
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    (tmp_path / "model.safetensors").write_bytes(b"weights of another tool")
+    with pytest.raises(FileExistsError, match="files that this package did not write"):
+        asign.save(tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights of another tool"
+    (tmp_path / "model.safetensors").unlink()
+    asign.save(tmp_path, overwrite=True)  # a folder with other files of the user
+    assert (tmp_path / "other.json").exists()
+
+
+def test_compiled_loops_work_without_a_folder_for_their_cache(monkeypatch):
+    """A read-only installation and no home: numba finds no place for its cache."""
+    from numba.core.caching import CompileResultCacheImpl, _CacheImpl
+
+    from spatial_impute._settings import compiled
+
+    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(_CacheImpl, "_locator_classes", [])
+
+    @compiled()
+    def double(x):
+        return 2 * x
+
+    assert double(3) == 6
 
 
 # Sizes that are announced

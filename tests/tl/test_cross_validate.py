@@ -157,6 +157,9 @@ def test_leaks_are_told(two_measured, caplog):
     sdata.images["s2_image"] = sdata.images["s0_image"]
     transformation = get_transformation(sdata.images["s0_image"], "s0")
     set_transformation(sdata.images["s2_image"], transformation, "s2")
+    with pytest.raises(ValueError, match="image of section 's2' is not the one that was registered"):
+        si.tl.cross_validate(sdata, ["mean"], split="section")
+    si.tl.register_stack(sdata, method="rigid", on_failure="warn")
     with caplog.at_level("WARNING", "spatial_impute"):
         si.tl.cross_validate(sdata, ["mean"], split="section")
     assert "Sections 's0' and 's2' have the same image" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,10 @@ def _about_support(table: AnnData) -> list[str]:
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
-    return f"{', '.join(names[:_N_NAMED])}{more}"
+    shown = (
+        f"`{' '.join(name.replace('`', chr(39)).split())}`" for name in names[:_N_NAMED]
+    )  # whatever signs they hold
+    return f"{', '.join(shown)}{more}"
 
 
 def sections_table(sdata: SpatialData) -> pd.DataFrame:
@@ -224,6 +228,11 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _plain(text: str) -> str:
+    """Text of a cell without the signs that Markdown reads as markup."""
+    return re.sub(r"([|`$<\\])", r"\\\1", " ".join(text.split()))
+
+
 def to_markdown(blocks: list[Block]) -> str:
     """Report as markdown; figures are linked.
 
@@ -246,7 +255,7 @@ def to_markdown(blocks: list[Block]) -> str:
             parts.append("\n".join(f"- {item}" for item in content))
         elif kind == "table":
             rows = [list(content.columns), ["---"] * content.shape[1], *content.to_numpy(dtype=object).tolist()]
-            parts.append("\n".join(f"| {' | '.join(_cell(value) for value in row)} |" for row in rows))
+            parts.append("\n".join(f"| {' | '.join(_plain(_cell(value)) for value in row)} |" for row in rows))
         elif kind == "figure":
             parts.append(f"![{content[1]}](figures/{content[0]})")
         elif kind == "code":

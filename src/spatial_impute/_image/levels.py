@@ -6,6 +6,8 @@ Pixel convention: the centre of pixel i lies at i + 0.5, so coordinates are meas
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +25,10 @@ _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usu
 _DEPTHS = tuple(float(2**bits - 1) for bits in (8, 10, 12, 14, 16, 32))
 _OVERSHOOT = 1.1  # resampled images pass full brightness a little
 _FEW = 0.001  # share of the pixels; hot pixels and dust are fewer
+_WHOLE = 2**24  # px; of a larger level a fingerprint takes windows
+_WINDOWS, _WINDOW = 8, 64  # per axis, and their edge in px
+_KEPT = 1000
+_FINGERPRINTS: dict[int, tuple[weakref.ref[Any], bytes]] = {}  # of lazy arrays that were read in this session
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,37 @@ def _depth(brightest: float, most: float) -> float:
     return next((depth for depth in _DEPTHS if brightest <= depth < most), brightest if most == np.inf else most)
 
 
+def image_fingerprint(levels: Sequence[Level]) -> str:
+    """Short hash that identifies an image by its resolutions, their place, and the pixels of the coarsest one.
+
+    Of a coarsest level with more than 16 million pixels, 64 windows are read. A lazy array is read once per session.
+    """
+    digest = hashlib.sha256()
+    for level in levels:
+        digest.update(repr((level.shape, str(level.data.dtype), level.to_um.round(9).tolist())).encode())
+    graph = getattr(levels[-1].data.data, "dask", None)
+    kept, found = _FINGERPRINTS.get(id(graph), (None, b""))
+    if graph is None or kept is None or kept() is not graph:
+        found = _pixel_hash(levels[-1])
+    if graph is not None:
+        _FINGERPRINTS[id(graph)] = weakref.ref(graph), found
+        if len(_FINGERPRINTS) > _KEPT:
+            del _FINGERPRINTS[next(iter(_FINGERPRINTS))]
+    digest.update(found)
+    return digest.hexdigest()[:16]
+
+
+def _pixel_hash(level: Level) -> bytes:
+    """Hash of the pixels of a level, or of windows spread over it."""
+    height, width = level.shape
+    data = level.data.transpose("c", "y", "x").data
+    if height * width > _WHOLE:
+        starts = ([round(i * (n - _WINDOW) / (_WINDOWS - 1)) for i in range(_WINDOWS)] for n in (height, width))
+        rows, columns = (np.ravel([np.arange(s, s + _WINDOW) for s in of_axis]) for of_axis in starts)
+        data = data[:, rows][:, :, columns]  # one computation: a file in one chunk is decoded once
+    return hashlib.sha256(np.ascontiguousarray(decode(data)).tobytes()).digest()
+
+
 def best_level(levels: Sequence[Level], pixel_size: float) -> Level:
     """Coarsest level that is at least as fine as `pixel_size` (um), else the finest there is."""
     fine_enough = [level for level in levels if level.pixel_size <= pixel_size * (1 + 1e-6)]
@@ -138,12 +175,13 @@ def to_rgb(array: np.ndarray, level: Level) -> np.ndarray:
 
 
 def decode(data: Any) -> np.ndarray:
-    """Pixels of a lazy array or of one in memory."""
+    """Pixels of a lazy array or of one in memory. Compiled loops know no half precision: it becomes single precision."""
     if hasattr(data, "compute"):
         # Threads of dask inside those of a data loader or a worker can deadlock; one window is too small to gain from
         # them.
         data = data.compute(scheduler="synchronous")
-    return np.asarray(data)
+    found = np.asarray(data)
+    return found.astype(np.float32) if found.dtype == np.float16 else found
 
 
 def stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, scaling
@@ -25,6 +24,7 @@ from spatial_impute._image.levels import (
     whole_factor,
 )
 from spatial_impute._image.tissue import optical_density, tissue_mask
+from spatial_impute._settings import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -351,7 +351,7 @@ class _Tiles:
         return averaged
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _average(image: np.ndarray, out: np.ndarray) -> None:
     """Means of square blocks of (c, y, x); the size of `out` fixes the size of a block."""
     factor = image.shape[1] // out.shape[1]
@@ -368,7 +368,7 @@ def _average(image: np.ndarray, out: np.ndarray) -> None:
                     out[c, i, j] += total * weight
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sample(window: np.ndarray, first: np.ndarray, step: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
     """Bilinear samples of `window` (c, y, x) for patches whose pixel (0, 0) is `first`; beyond `bounds` the rim."""
     n_px = out.shape[1]

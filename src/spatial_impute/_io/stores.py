@@ -1,8 +1,8 @@
 """Results that are written piece by piece: a dense map in a SpatialData store, a table of regions in a zarr store.
 
-A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists. Each
-finished tile leaves a marker there, so that the next run continues an interrupted one. One rename moves the finished
-map into place.
+A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists, one for each
+fingerprint of a map. Each finished tile leaves a marker there, so that the next run continues an interrupted one. One
+rename moves the finished map into place. One process at a time writes to a place (``_io.owner``).
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import mmap
 import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
 from spatial_impute._geometry import scaling
+from spatial_impute._io.owner import owned
 from spatial_impute._io.workers import run_on_workers
 from spatial_impute._settings import logger
 
@@ -33,7 +35,10 @@ _DONE = "done"
 _SKELETON = "skeleton.zarr"
 _IMAGES = "images"
 _FINGERPRINT = "spatial_impute_fingerprint"
+_FILES = "spatial_impute_files"  # number and bytes of the files of the array
+_COMMIT_WAIT = 600.0  # s for which another map of the same store may update its metadata
 _FILE_BYTES = 2**25  # largest file before compression; a tile of 250 genes has 8 or 32 MiB
+_OWNER = "owner.json"
 _OURS = "spatial_impute.partial"  # marks a folder of unfinished work that may be removed
 _ROW_CHUNK_BYTES = 2**25  # chunk of rows in a table of regions
 
@@ -78,7 +83,8 @@ class DenseStore:
     """Writer of the map `job` with the channels `names` as the image element `key` of a SpatialData store.
 
     The element lies in the coordinate system `frame`. With `overwrite` it replaces one of the same name when it is
-    complete. Raises a ``FileNotFoundError`` if there is no store, a ``ValueError`` if another element has that name.
+    complete. Raises a ``FileNotFoundError`` if there is no store, a ``ValueError`` if another element has that name, and
+    in its ``with`` block a ``FileExistsError`` if another process writes the same element.
     """
 
     def __init__(
@@ -92,13 +98,43 @@ class DenseStore:
         self.frame = frame
         self.fingerprint = job.fingerprint(self.names)
         self.target = self.store / _IMAGES / key
-        self.staging = self.store / _STAGING / key
-        if self.staging.parent.is_symlink():  # its content is moved and removed later
-            msg = f"{str(self.staging.parent)!r} is a link to another place. Remove the link."
+        self.room = self.store / _STAGING / key
+        self.staging = self.room / self.fingerprint[:16]
+        for folder in (self.room.parent, self.room, self.staging):
+            if folder.is_symlink():  # its content is moved and removed later
+                msg = f"{str(folder)!r} is a link to another place. Remove the link."
+                raise ValueError(msg)
+        self.overwrite = overwrite
+        self.complete = False
+        self._require_free()
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._held.enter_context(owned(self.room / _OWNER, what=f"The image {self.key!r} of {str(self.store)!r}"))
+        self._require_free()  # it may have been written while this process waited
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+        for folder in (self.room, self.room.parent):
+            with suppress(OSError):  # unfinished work of this or of another map
+                folder.rmdir()
+
+    def _require_free(self) -> None:
+        """Raise a ``ValueError`` if there is an element that must not be replaced; find out whether the map is there."""
+        if not self.target.exists():
+            return
+        found = self._attribute(self.target, _FINGERPRINT)
+        where = f"{str(self.store)!r} already has an image {self.key!r}"
+        if found == self.fingerprint:
+            self.complete = self._attribute(self.target, _FILES) in (None, _size(self.target))
+            if not self.complete:
+                logger.warning("%s, but some of its files are missing or damaged; it is computed again", where)
+        elif found is None and self.overwrite:
+            msg = f"{where} that is no dense map of this package, and is not replaced. Pass another `key_added`."
             raise ValueError(msg)
-        self.complete = self._fingerprint_of(self.target) == self.fingerprint
-        if self.target.exists() and not self.complete and not overwrite:
-            msg = f"{str(self.store)!r} already has an image {key!r}. Pass another `key_added`, or `overwrite=True`."
+        elif not self.overwrite:
+            msg = f"{where}. Pass another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
 
     @property
@@ -106,9 +142,9 @@ class DenseStore:
         """Path of the growing element."""
         return self.staging / _SKELETON / _IMAGES / self.key
 
-    def _fingerprint_of(self, element: Path) -> str | None:
+    def _attribute(self, element: Path, name: str) -> Any:
         try:
-            return json.loads((element / "zarr.json").read_text())["attributes"].get(_FINGERPRINT)
+            return json.loads((element / "zarr.json").read_text())["attributes"].get(name)
         except (OSError, KeyError, json.JSONDecodeError):
             return None
 
@@ -116,9 +152,12 @@ class DenseStore:
         """Lay out the element, or find an unfinished one, and return the missing tiles."""
         if self.complete:
             return []
+        for other in self.room.iterdir():  # rests of other maps of this name; nobody else owns the room
+            if other.is_dir() and other != self.staging:
+                _remove_ours(other)
         plan = self.staging / _PLAN
         if not plan.is_file() or json.loads(plan.read_text()) != self.fingerprint:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            _remove_ours(self.staging)
             self._lay_out()
             # Last: a plan marks a complete layout.
             fresh = plan.with_suffix(".new")
@@ -139,7 +178,9 @@ class DenseStore:
         import zarr
         from spatialdata import SpatialData
 
-        (self.staging / _DONE).mkdir(parents=True)
+        self.staging.mkdir()
+        (self.staging / _OURS).touch()
+        (self.staging / _DONE).mkdir()
         one = xr.DataArray(np.zeros((len(self.names), 1, 1), self.job.dtype), dims=("c", "y", "x"))
         element = as_element(one.data, self.names, self.job, self.frame)
         SpatialData(images={self.key: element}).write(self.staging / _SKELETON)
@@ -176,22 +217,29 @@ class DenseStore:
         """Move the element into place and update the metadata of the store."""
         import zarr
 
-        if not self.complete:
-            images = zarr.open_group(self.store, mode="r+", use_consolidated=False).require_group(_IMAGES)
-            del images
-            if self.element.exists():
-                if self.target.exists():
-                    replaced = self.staging / "replaced"
-                    shutil.rmtree(replaced, ignore_errors=True)
-                    self.target.rename(replaced)
-                self.element.rename(self.target)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        parent = self.staging.parent
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
-        # Last: until now readers of the store see its earlier content. The element carries its fingerprint, so that the
-        # next call completes a call that is interrupted here.
-        zarr.consolidate_metadata(self.store)
+        # Two maps of one store must not list its elements at the same time: one of them would miss the other.
+        with owned(self.room.parent / _OWNER, what=f"The list of elements of {str(self.store)!r}", wait=_COMMIT_WAIT):
+            if not self.complete:
+                images = zarr.open_group(self.store, mode="r+", use_consolidated=False).require_group(_IMAGES)
+                del images
+                self._move_into_place()
+            _remove_ours(self.staging)
+            # Last: until now readers of the store see its earlier content. The element carries its fingerprint, so that
+            # the next call completes a call that is interrupted here.
+            zarr.consolidate_metadata(self.store)
+
+    def _move_into_place(self) -> None:
+        import zarr
+
+        if not self.element.exists():  # it was moved before an interruption
+            return
+        self._require_free()
+        zarr.open_group(self.element, mode="r+").attrs[_FILES] = _size(self.element)
+        if self.target.exists():
+            replaced = self.staging / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.target.rename(replaced)
+        self.element.rename(self.target)
 
     def read(self) -> Any:
         """Lazy element of the store."""
@@ -200,6 +248,22 @@ class DenseStore:
 
         group = zarr.open_group(self.target, mode="r")
         return as_element(da.from_zarr(group[_array_name(group)]), self.names, self.job, self.frame)
+
+
+def _size(element: Path) -> list[int]:
+    """Number and bytes of the files below the group of an element."""
+    sizes = [path.stat().st_size for path in element.rglob("*") if path.is_file() and path.parent != element]
+    return [len(sizes), sum(sizes)]
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove a folder of unfinished work; a ``FileExistsError`` if this package did not make it."""
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / _OURS).is_file():
+        msg = f"{str(folder)!r} is not the rest of an interrupted call. Move it away."
+        raise FileExistsError(msg)
+    shutil.rmtree(folder)
 
 
 def _array_name(group: zarr.Group) -> str:
@@ -262,27 +326,45 @@ class RegionStore:
     """Writer of a table (regions, genes) to an AnnData in zarr.
 
     Values grow in a file beside the store, so that memory holds one tile. The store appears when all values are
-    written. Raises a ``FileExistsError`` if `store` exists.
+    written. Its ``with`` block raises a ``FileExistsError`` if `store` exists, or if another process writes it.
     """
 
     def __init__(self, store: str | Path, shape: tuple[int, int]) -> None:
-        self.store = Path(store)
-        if self.store.exists():
-            msg = f"{str(store)!r} exists. Pass another `store`, or remove it first."
-            raise FileExistsError(msg)
+        self.store, self.shape, self.ndim = Path(store), shape, 2
+        self.dtype = np.dtype(np.float32)
+        self._require_free()
         self.scratch = self.store.with_name(self.store.name + ".partial")
-        if self.scratch.is_symlink() or (self.scratch.exists() and not (self.scratch / _OURS).is_file()):
+        unknown = self.scratch.exists() and not (self.scratch / _OURS).is_file()
+        if self.scratch.is_symlink() or (unknown and not (self.scratch.is_dir() and not any(self.scratch.iterdir()))):
             msg = (
                 f"{str(self.scratch)!r} exists and is not the rest of an interrupted call. The table grows in a folder of that "
                 "name; move it away, or pass another `store`."
             )
             raise FileExistsError(msg)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True)
-        (self.scratch / _OURS).touch()
-        self.values: Any = np.memmap(self.scratch / "values.bin", dtype=np.float32, mode="w+", shape=shape)
+        self.values: Any = None
         """(regions, genes) float32, filled by the caller."""
-        self.shape, self.dtype, self.ndim = self.values.shape, self.values.dtype, self.values.ndim
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        # The owner file also marks the folder as ours, so it stays after an interruption.
+        self._held.enter_context(owned(self.scratch / _OURS, what=f"The table {str(self.store)!r}", keep=True))
+        with self._held.pop_all() as held:
+            self._require_free()
+            for path in self.scratch.iterdir():
+                if path.name != _OURS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.values = np.memmap(self.scratch / "values.bin", dtype=np.float32, mode="w+", shape=self.shape)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.values = None
+        self._held.close()
+
+    def _require_free(self) -> None:
+        if self.store.exists() or self.store.is_symlink():
+            msg = f"{str(self.store)!r} exists. Pass another `store`, or remove it first."
+            raise FileExistsError(msg)
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
         part = np.array(self.values[key])
@@ -308,6 +390,7 @@ class RegionStore:
         zarr.consolidate_metadata(group.store)
         del lazy
         self.values = None  # the file cannot be removed on every system while it is mapped
+        self._require_free()
         (self.scratch / "table.zarr").rename(self.store)
         shutil.rmtree(self.scratch)
         return AnnData(da.from_zarr(zarr.open_group(self.store, mode="r")["X"]), **parts)

@@ -83,9 +83,12 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
     ValueError
         If the spots are not circles, or if their transformation turns circles into ellipses.
     """
+    import shapely
+
     require_key(str(section.spots), sdata.shapes, where="sdata.shapes")
     circles = sdata.shapes[section.spots]
-    if "radius" not in circles or not (circles.geom_type == "Point").all():
+    geometry = np.asarray(circles.geometry.array)  # arrays of shapely: the series of geopandas cost more than the work
+    if "radius" not in circles or not (shapely.get_type_id(geometry) == shapely.GeometryType.POINT).all():
         msg = f"`sdata.shapes[{section.spots!r}]` must hold circles (points with a `radius` column)."
         raise ValueError(msg)
     _require_frame(circles, section.name, f"sdata.shapes[{section.spots!r}]")
@@ -96,10 +99,11 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
             f"{anisotropy(matrix):.2f} times more than the other, so its circles have no radius in um."
         )
         raise ValueError(msg)
-    values = np.column_stack([circles.geometry.x, circles.geometry.y, circles["radius"].to_numpy(float)])
+    radius = circles["radius"].to_numpy(float)
+    values = np.column_stack([shapely.get_x(geometry), shapely.get_y(geometry), radius])
     require_finite(values, name=f"Circles of `sdata.shapes[{section.spots!r}]`", row_names=circles.index)
     centers = apply_affine(values[:, :2], matrix)
-    return centers, circles["radius"].to_numpy(float) * linear_scale(matrix), circles.index
+    return centers, radius * linear_scale(matrix), circles.index
 
 
 def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
@@ -307,8 +311,8 @@ def spots_by_section(
 
 def rows_of_spots(table: AnnData, section: Section, index: pd.Index) -> np.ndarray:
     """(n,) row of each spot of a section in the stack table, joined by instance id; -1 for spots that it lacks."""
-    rows = np.flatnonzero(table.obs[Keys.SECTION] == section.name)
-    ids = pd.Index(table.obs[Keys.INSTANCE].iloc[rows].astype(str))
+    rows = np.flatnonzero(np.asarray(table.obs[Keys.SECTION]) == section.name)
+    ids = pd.Index(np.asarray(table.obs[Keys.INSTANCE])[rows]).astype(str)
     return np.append(rows, -1)[ids.get_indexer(index.astype(str))]
 
 

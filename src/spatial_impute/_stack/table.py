@@ -57,21 +57,6 @@ def measured_ids(table: AnnData) -> dict[str, str]:
     return found
 
 
-def require_same_measured(table: AnnData, key: str, sections: Sequence[str]) -> None:
-    """Raise a ``ValueError`` if spots of `sections` were measured when a layer was imputed, and now others are.
-
-    Such a layer holds measurements at spots that count as imputed now.
-    """
-    then, now = table.uns.get(key, {}).get(Keys.MEASURED_IDS), measured_ids(table)
-    changed = [name for name in sections if then is not None and then.get(name, "") not in ("", now.get(name, ""))]
-    if changed:
-        msg = (
-            f"`layers[{key!r}]` was imputed when other spots of section {changed[0]!r} were measured than now, so it holds "
-            f"measurements at spots of sections {changed} that count as unmeasured. Impute the layer again."
-        )
-        raise ValueError(msg)
-
-
 def section_ranks(table: AnnData, names: Sequence[str]) -> np.ndarray:
     """(n,) position in the stack of the section of each row; `names` are the sections in the order of the stack.
 

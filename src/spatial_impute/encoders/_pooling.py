@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
+
+from spatial_impute._settings import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +104,7 @@ def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) ->
     return results
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _integrate(
     values: np.ndarray, known: np.ndarray, offset: np.ndarray, sums: np.ndarray, squares: np.ndarray
 ) -> None:

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._expression import require_log_values
+from spatial_impute._expression import looks_like_counts, require_log_values
 from spatial_impute._keys import Keys
 from spatial_impute._scores import (
     bootstrap_interval,
     interval_coverage,
     moran_gap,
+    noise_ceiling,
     pearson_by_gene,
     structural_similarity,
     summarise,
 )
-from spatial_impute._stack import dense_rows, measured_mask, require_same_measured, stack_table
+from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
 from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def evaluate(
     layers: str | Sequence[str] | None = None,
     sections: Sequence[str] | None = None,
     by: str = "layer",
+    counts_layer: str | None = None,
     table_key: str = Keys.STACK_TABLE,
 ) -> pd.DataFrame:
     """Score imputed layers on spots that were not measured.
@@ -58,6 +60,8 @@ def evaluate(
         ``"layer"``: one row per layer, the mean over sections. ``"section"``: one row per layer and section.
         ``"pooled"``: one row per layer, all spots together, so that differences between sections count as well.
         ``"gene"``: Pearson correlation per gene (rows) and layer (columns), the mean over sections.
+    counts_layer
+        Layer of `truth` with its raw counts, of all genes that were counted. With it the scores have the noise ceiling.
     table_key
         Name of the stack table.
 
@@ -68,6 +72,14 @@ def evaluate(
     ``pearson_gene``, ``pearson_gene_median``, ``pearson_gene_q1``, ``pearson_gene_positive``
         Pearson correlation of a gene across spots: mean, median and first quartile over genes, and the share of genes
         above 0. A constant prediction scores 0. A gene whose truth is constant on a section is not scored there.
+    ``pearson_gene_pooled``
+        Mean correlation over genes if the spots of all sections are taken together. Differences between sections raise it,
+        also without any pattern within a section. Only for ``by="layer"``.
+    ``ceiling``, ``of_ceiling``
+        With `counts_layer`. The truth is a measurement with counting noise, so that even perfect values do not correlate
+        with it by 1: ``ceiling`` is the highest correlation that can be expected, mean over genes (from counts that are
+        split into halves), and ``of_ceiling`` is ``pearson_gene`` divided by it. ``by="gene"`` has a column ``ceiling``,
+        to divide the others by.
     ``pearson_spot``
         Pearson correlation across the genes of a spot, mean over spots.
     ``mse``, ``mae``
@@ -92,7 +104,8 @@ def evaluate(
     KeyError
         If a layer or section does not exist, or if `truth` shares no spot or no gene with the stack.
     ValueError
-        If `truth` holds raw counts, or if ``truth.X`` is empty.
+        If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or if
+        a layer was imputed when other spots were measured than now.
     TypeError
         If `truth` is not an AnnData.
 
@@ -122,21 +135,35 @@ def evaluate(
         raise KeyError(msg)
     columns = table.var_names.get_indexer(genes)
     parts = {name: _read_truth(table, truth, genes, name, measured) for name in names}
+    ceilings = _ceilings(table, truth, genes, parts, counts_layer)
     profile = np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)[columns]
     for key in keys:
-        require_same_measured(table, key, names)
+        require_not_measured(sdata, table, key, names)
+    warn_if_old(sdata, table, keys)
     read = {key: _read_layer(table, key, columns, parts, f"sdata.tables[{table_key!r}].layers") for key in keys}
     if by == "gene":
-        return pd.DataFrame(
-            {k: _by_gene(layer, parts) for k, layer in read.items()}, index=pd.Index(genes, name="gene")
-        )
+        columns_of = {k: _by_gene(layer, parts) for k, layer in read.items()}
+        columns_of |= {"ceiling": pd.DataFrame(ceilings).mean(axis=1).to_numpy()} if ceilings else {}
+        return pd.DataFrame(columns_of, index=pd.Index(genes, name="gene"))
+    pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
     if by == "pooled":
-        pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
-        scores = [_score(layer, pooled, profile) for layer in read.values()]
+        mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
+        scores = [
+            _score(layer, pooled, profile) | _of_ceiling(layer, pooled, mean.get("all")) for layer in read.values()
+        ]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
-    scores = [_score(read[key], p, profile) | _spatial_scores(read[key], p) for key in keys for p in parts.values()]
+    scores = [
+        _score(read[key], p, profile) | _of_ceiling(read[key], p, ceilings.get(name)) | _spatial_scores(read[key], p)
+        for key in keys
+        for name, p in parts.items()
+    ]
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
-    return result if by == "section" else result.groupby(level="layer", sort=False).mean()
+    if by == "section":
+        return result
+    result = result.groupby(level="layer", sort=False).mean()
+    all_spots = [float(np.nanmean(pearson_by_gene(layer.values[pooled.rows], pooled.true))) for layer in read.values()]
+    result.insert(1, "pearson_gene_pooled", all_spots)
+    return result
 
 
 @dataclass(frozen=True)
@@ -230,6 +257,35 @@ def _read_layer(table: AnnData, key: str, columns: np.ndarray, parts: dict[str, 
     for part in parts.values():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])
     return _Layer(values, sd)
+
+
+def _ceilings(
+    table: AnnData, truth: AnnData, genes: list[str], parts: dict[str, _Part], layer: str | None
+) -> dict[str, np.ndarray]:
+    """(n_genes,) noise ceiling on each section; none without counts."""
+    if layer is None:
+        return {}
+    require_key(layer, truth.layers, where="truth.layers")
+    columns = truth.var_names.get_indexer(genes)
+    target_sum = float(table.uns.get(Keys.NORMALIZATION, {}).get("target_sum", np.nan))
+    found = {}
+    for name, part in parts.items():
+        counts = dense_rows(truth[table.obs_names[part.rows]].layers[layer], np.ones(len(part.rows), bool))
+        if not looks_like_counts(counts) or not np.isfinite(counts).all():
+            msg = f"`truth.layers[{layer!r}]` must hold raw counts (whole numbers from 0), found other values."
+            raise ValueError(msg)
+        found[name] = noise_ceiling(counts, columns, target_sum=target_sum if np.isfinite(target_sum) else 1e4)
+    return found
+
+
+def _of_ceiling(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[str, float]:
+    """Mean noise ceiling, and the mean correlation of the same genes divided by it."""
+    if ceiling is None:
+        return {}
+    r = pearson_by_gene(layer.values[part.rows], part.true)
+    scored = np.isfinite(r) & np.isfinite(ceiling)
+    mean = float(ceiling[scored].mean()) if scored.any() else float("nan")
+    return {"ceiling": mean, "of_ceiling": float(r[scored].mean()) / mean if mean > 0 else float("nan")}
 
 
 def _by_gene(layer: _Layer, parts: dict[str, _Part]) -> np.ndarray:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from spatial_impute._io.owner import owned_folder
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
 _HASH = "weights_sha256"
+_MADE_BY = "spatial_impute"  # in the metadata of weights
 
 
 def save_model(
@@ -35,20 +37,43 @@ def save_model(
     if not is_new and not overwrite:
         msg = f"{str(path)!r} exists; pass `overwrite=True` to replace the model in it."
         raise FileExistsError(msg)
-    weights = save({key: value.contiguous() for key, value in tensors.items()})
+    if not is_new:
+        _require_ours(path)
+    weights = save({key: value.contiguous() for key, value in tensors.items()}, {_MADE_BY: version("spatial-impute")})
     header = {"format": _FORMAT, "class": kind, "package_version": version("spatial-impute")}
     text = json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}, indent=1)
     path.mkdir(parents=True, exist_ok=True)
     try:
         # Killed between the two replacements, the hash shows that the weights do not belong to the configuration.
-        _replace_files(
-            {path / WEIGHTS: weights, path / CONFIG: text.encode()},
-            note=f"The model was not saved; the files in {str(path)!r} are as they were before.",
-        )
+        with owned_folder(path, what="The model"):
+            _replace_files(
+                {path / WEIGHTS: weights, path / CONFIG: text.encode()},
+                note=f"The model was not saved; the files in {str(path)!r} are as they were before.",
+            )
     except BaseException:  # also Ctrl-C
         if is_new and not any(path.iterdir()):
             path.rmdir()
         raise
+
+
+def _require_ours(path: Path) -> None:
+    """Raise a ``FileExistsError`` if files that a model would replace were not written by this package."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if (path / CONFIG).exists():
+            config = json.loads((path / CONFIG).read_text())
+            ours = isinstance(config, dict) and {"format", "class", "package_version"} <= config.keys()
+        elif (path / WEIGHTS).exists():  # saving was interrupted
+            with safe_open(path / WEIGHTS, framework="pt") as file:
+                ours = _MADE_BY in (file.metadata() or {})
+        else:
+            ours = path.is_dir()
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        ours = False
+    if not ours:
+        msg = f"{str(path)!r} holds files that this package did not write, and they are not replaced. Choose another folder."
+        raise FileExistsError(msg)
 
 
 def _replace_files(contents: Mapping[Path, bytes], *, note: str) -> None:
@@ -83,7 +108,7 @@ def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, T
             raise FileNotFoundError(msg)
     try:
         config = json.loads((path / CONFIG).read_text())
-    except json.JSONDecodeError as error:
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:  # also thousands of brackets
         msg = f"{str(path / CONFIG)!r} is not valid JSON: {error}. Save the model again."
         raise ValueError(msg) from error
     found = (config.get("class"), config.get("format")) if isinstance(config, dict) else (None, None)
@@ -103,6 +128,15 @@ def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, T
             "was changed. Save the model again."
         )
         raise ValueError(msg)
+    names = config.get("var_names")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+        msg = (
+            f"`var_names` in {str(path / CONFIG)!r} must be a list of gene names, all different. Save the model again."
+        )
+        raise ValueError(msg)
+    bad = sorted(key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all())
+    if bad:
+        raise does_not_fit(path, f"{bad[0]!r} has values that are NaN or infinite.")
     return ModelConfig(config, path), tensors
 
 
@@ -183,10 +217,16 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str
     from safetensors.torch import save
 
     rows = [{key: None if v != v else v for key, v in row.items()} for row in checkpoint.history]  # NaN is no JSON
-    record = json.dumps({"fingerprint": fingerprint, "history": rows})
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in checkpoint.tensors.items()}
+    record = json.dumps({"fingerprint": fingerprint, "history": rows, "tensors_sha256": _tensor_hash(tensors)})
     note = f"Earlier results in {str(path.parent)!r} are unchanged; run the same call again to continue from them."
     _replace_files({path: save(tensors, {"record": record})}, note=note)
+
+
+def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
 def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None:
@@ -202,7 +242,11 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | 
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
+        digest = _tensor_hash(tensors)
+        if record.get("tensors_sha256", digest) != digest:
+            msg = "its numbers were changed"
+            raise SafetensorError(msg)
+    except (SafetensorError, RecursionError, ValueError) as error:
         msg = f"The checkpoint {str(path)!r} is damaged: {error}. Remove it to train again from the start."
         raise ValueError(msg) from error
     found, expected = record.get("fingerprint", {}), json.loads(json.dumps(fingerprint))

@@ -88,6 +88,7 @@ def add_colorbar(
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize="small", length=2)
     bar.set_label(label, fontsize="small")
+    bar.ax.yaxis.label.set_parse_math(False)  # names of genes are no formulas
 
 
 def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: str) -> list[Limit]:

@@ -9,7 +9,7 @@ import numpy as np
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
-from spatial_impute._stack import element_affine
+from spatial_impute._stack import answer, element_affine, map_problems
 from spatial_impute._validation import require_key
 from spatial_impute.pl._color import add_colorbar, color_limits, limit_per_gene, resolve_cmap
 from spatial_impute.pl._figure import (
@@ -119,6 +119,7 @@ def dense(
     """
     genes = names_or_raise(genes, name="genes", there=f"the channels of `sdata.images[{map_key!r}]`")
     require_key(map_key, sdata.images, where="sdata.images", then="Make it with `si.tl.predict_dense(sdata, ...)`.")
+    answer(map_problems(sdata, map_key))
     element = sdata.images[map_key]
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")

@@ -228,9 +228,21 @@ def legend_below(ax: Axes, handles: list[Artist], *, y: float = 0.0, n_columns: 
     ax.legend(handles=handles, frameon=False, fontsize="small", **place, **kwargs)
 
 
+def plain_text(ax: Axes) -> None:
+    """Show the texts of axes as they are: a name of a gene may hold signs that Matplotlib reads as a formula."""
+    legend = ax.get_legend()
+    texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts, *([] if legend is None else legend.get_texts())]
+    texts += [label for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels()] if ax.axison else []
+    for text in texts:
+        if "mathdefault" not in text.get_text():  # a number of a logarithmic axis
+            text.set_parse_math(False)
+
+
 def finish(axes: np.ndarray, *, save: str | Path | None, show: bool, return_ax: bool) -> np.ndarray | None:
     """Save and show the figure, and return its axes, each if the user wants it."""
     figure = axes.flat[0].get_figure(root=True)
+    for ax in axes.flat:
+        plain_text(ax)
     if save is not None:
         # The default of matplotlib, 100 dots per inch, is too coarse for H&E. A value that the user set is kept.
         dpi = mpl.rcParams["savefig.dpi"]

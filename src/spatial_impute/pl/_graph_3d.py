@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
 from spatial_impute._validation import name_list, require_key, require_one_of
 from spatial_impute.pl._figure import (
     INK,
@@ -208,6 +208,7 @@ def graph_3d(
         raise ValueError(msg)
     table = stack_table(sdata, table_key)
     found = _read_edges(table, graph_key, table_key)
+    warn_if_old(sdata, table, graphs=[graph_key])
     xyz = registered_spots(table, table_key)
     kinds = _wanted_kinds(edges, view)
     section = table.obs[Keys.SECTION].astype(str).to_numpy()

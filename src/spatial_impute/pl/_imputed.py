@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
@@ -151,6 +151,7 @@ def imputed(
     where = f"sdata.tables[{table_key!r}]"
     genes = names_or_raise(genes, name="genes", there=f"`{where}.var_names`")
     layers = names_or_raise(layer, name="layer", there=str(list(table.layers)))
+    warn_if_old(sdata, table, layers)
     flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     members = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
     measured = [bool(flags[index].any()) for index in members]

@@ -9,7 +9,7 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval
-from spatial_impute._stack import stack_table
+from spatial_impute._stack import stack_table, warn_if_old
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import INK, document_figure, finish, grid_shape, make_panels, titles_for
 
@@ -120,6 +120,7 @@ def metrics(
         )
         raise TypeError(msg)
     table = stack_table(sdata, table_key)
+    warn_if_old(sdata, table, [layer])
     for gene in [] if genes is None else genes:
         require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
     draw = [] if scores is None else _score_panels(scores, metric, layer)

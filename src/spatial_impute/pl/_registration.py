@@ -9,7 +9,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack import load_record, load_transform, require_registration, section_levels
+from spatial_impute._stack import (
+    load_record,
+    load_transform,
+    registration_problems,
+    require_registration,
+    section_levels,
+    warn,
+)
 from spatial_impute._validation import require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap
@@ -126,6 +133,7 @@ def registration(
     """
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
+    warn(registration_problems(sdata, record))
     reference = record[record.reference]
     wanted = _compared(record, sections_in_z(record, sections), rows if sections is None else None)
     transforms = [load_transform(sdata, record, section.name) for section in wanted]

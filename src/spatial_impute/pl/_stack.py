@@ -19,6 +19,7 @@ from spatial_impute._stack import (
     spot_geometry,
     stack_table,
     values_by_spot,
+    warn_if_old,
 )
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
@@ -151,6 +152,8 @@ def stack(
     paint = None
     if color is not None:
         table = stack_table(sdata, table_key)
+        of_asign = color in (Keys.SUPPORT, Keys.SOURCE, Keys.DEPTH)
+        warn_if_old(sdata, table, [Keys.ASIGN if of_asign and layer is None else layer or Keys.MEASURED])
         paint = _Paint.of(table, read_color(table, color, layer, table_key=table_key), wanted, (cmap, vmin, vmax))
     strength = img_alpha if img_alpha is not None else (1.0 if paint is None else 0.5)
     if projection == "3d":

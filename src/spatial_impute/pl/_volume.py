@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_spots, stack_table
+from spatial_impute._stack import load_record, registered_spots, stack_table, warn_if_old
 from spatial_impute._validation import require_positive
 from spatial_impute._voxels import Volume, interpolate_stack
 from spatial_impute.pl._color import (
@@ -155,6 +155,7 @@ def volume(
     n_rows, n_columns = grid_shape(len(genes), ncols)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um")
+    warn_if_old(sdata, table, [layer])
     values = layer_values(table, genes, layer, table_key=table_key)
     titles = titles_for(title, [gene_title(table, gene, layer) for gene in genes], "per gene")
     limits = list(zip(limit_per_gene(vmin, genes, "vmin"), limit_per_gene(vmax, genes, "vmax"), strict=True))

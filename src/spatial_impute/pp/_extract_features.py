@@ -14,7 +14,7 @@ from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
-from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
+from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 from spatial_impute.encoders._feature_cache import image_identity, load_tokens, save_tokens, section_key
 
@@ -113,9 +113,12 @@ def extract_features(
         (n_spots, 2 d), two tokens: the region, and the field 1.4 times as wide.
     `.obsm['X_global']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, 6 d), six tokens: the global field, the field twice as wide, and the quadrants of that, row by row.
+    `.obsm['features_spatial']` : :class:`numpy.ndarray` (``float64``)
+        (n_spots, 3) x and y (um, in the section) and diameter of the spots for which the features hold.
     `.uns['features']` : :class:`dict`
         ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (tokens centred on
-        the spot), ``mpp``, ``stain_normalization``, and ``sections`` (per section a key of encoder, image and spots).
+        the spot), ``mpp``, ``stain_normalization``, ``sections`` (per section a key of encoder, image and spots), and
+        ``state`` (fingerprints of the images).
 
     Raises
     ------
@@ -167,9 +170,10 @@ def extract_features(
         "mpp": float(min(encode.mpp for encode in encoders)),
         "stain_normalization": stain_normalization or "",
         "sections": keys,
+        Keys.STATE: section_images(sdata, record, views),
     }
-    diameter = float(np.median([view.diameter for view in views.values()]))
-    write_features(table, rows, found, layout=layout, diameter=diameter, provenance=provenance)
+    places = {name: (view.centers, view.diameter) for name, view in views.items()}
+    write_features(table, rows, found, layout=layout, places=places, provenance=provenance)
 
 
 @dataclass(frozen=True)
@@ -211,11 +215,12 @@ def _encode(
     from spatial_impute._io.workers import requested_threads
     from spatial_impute.encoders._tokens import section_tokens
 
-    parts = []
+    parts, widths = [], {level: len(fields) for level, fields in run.layout.items()}
     for encode, key in zip(run.encoders, keys, strict=True):
-        part = load_tokens(run.folder, key) if run.folder is not None and key else None
+        folder = run.folder if key else None
+        part = None if folder is None else load_tokens(folder, key, widths, len(view.centers))
         if part is not None:
-            logger.info("Section %s: features read from %s", name, run.folder)
+            logger.info("Section %s: features read from %s", name, folder)
         else:
             with requested_threads():
                 part = section_tokens(
@@ -227,8 +232,8 @@ def _encode(
                     batch_size=run.batch_size,
                     recolor=stain_map,
                 )
-            if run.folder is not None and key:
-                save_tokens(run.folder, key, part)
+            if folder is not None:
+                save_tokens(folder, key, part)
         parts.append(part)
     return _side_by_side(parts, run.layout)
 
@@ -239,10 +244,10 @@ def write_features(
     found: Mapping[str, Mapping[str, np.ndarray]],
     *,
     layout: Layout,
-    diameter: float,
+    places: Mapping[str, tuple[np.ndarray, float]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the tokens of all sections and their provenance to the stack table."""
+    """Write the tokens of all sections, the place and diameter of their spots, and their provenance to the stack table."""
     from spatial_impute.encoders._tokens import FIELD_TOKENS
 
     for key in layout:
@@ -256,6 +261,11 @@ def write_features(
             values[rows[name]] = tokens[key]
         table.obsm[key] = values
         log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{key!r}]")
+    at = np.full((table.n_obs, 3), np.nan)
+    for name, (centers, own) in places.items():
+        at[rows[name]] = np.column_stack([centers, np.full(len(centers), own)])
+    table.obsm[Keys.FEATURES_AT] = at
+    diameter = float(np.median([own for _, own in places.values()]))
     table.uns[Keys.FEATURES] = {
         **provenance,
         "version": version("spatial-impute"),

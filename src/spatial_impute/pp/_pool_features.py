@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack import load_record, section_levels, spot_geometry, stack_table
+from spatial_impute._keys import Keys
+from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.pp._extract_features import fields_layout, rows_of_spots, write_features
 
@@ -88,17 +89,18 @@ def pool_features(
     sections = [section for section in record.sections if section.spots is not None]
     spots = {section.name: spot_geometry(sdata, section) for section in sections}
     rows = rows_of_spots(table, {section: index for section, (_, _, index) in spots.items()})
-    found, diameters = {}, []
+    found, places = {}, {}
     for section in sections:
         require_key(section.name, features, where="features", then="Every section with spots needs features.")
         centers, radius, _ = spots[section.name]
         values, positions = _tiles(
             sdata, section, features[section.name], centers, features_key=features_key, spatial_key=spatial_key
         )
-        diameters.append(2 * float(np.median(radius)))
-        found[section.name] = pool_tiles(positions, values, centers, diameters[-1], layout)
-    provenance = {"encoder": name, "mpp": float("nan"), "stain_normalization": "", "sections": {}}
-    write_features(table, rows, found, layout=layout, diameter=float(np.median(diameters)), provenance=provenance)
+        places[section.name] = centers, 2 * float(np.median(radius))
+        found[section.name] = pool_tiles(positions, values, *places[section.name], layout)
+    images = section_images(sdata, record, found)
+    provenance = {"encoder": name, "mpp": float("nan"), "stain_normalization": "", "sections": {}, Keys.STATE: images}
+    write_features(table, rows, found, layout=layout, places=places, provenance=provenance)
 
 
 def _tiles(

@@ -13,7 +13,7 @@ from scipy import sparse
 from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import load_record, stack_table
+from spatial_impute._stack import counts_state, load_record, stack_table
 from spatial_impute._validation import name_list, require_count, require_key, require_one_of, require_positive
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def select_genes(
         "units": "log-normalised, as given" if log_normalized else f"log1p of counts per {target_sum:g} (all genes)",
         "target_sum": float("nan") if log_normalized else target_sum,
         "sections": [section.name for section in measured],
+        "layer": layer or "",
+        Keys.STATE: {section.name: counts_state(sdata.tables[str(section.counts)], layer) for section in measured},
         "version": version("spatial-impute"),
     }
     log_added(f"tables[{Keys.STACK_TABLE!r}].layers[{Keys.MEASURED!r}]")

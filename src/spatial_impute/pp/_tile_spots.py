@@ -11,12 +11,14 @@ from spatial_impute._geometry import apply_affine, grid_in_box, lattice_of
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
+    answer,
     build_stack_table,
     element_affine,
     load_record,
     resolve_sections,
     save_record,
     spot_geometry,
+    tissue_problems,
     to_frames,
 )
 from spatial_impute._validation import require_key, require_one_of, require_positive
@@ -95,6 +97,7 @@ def tile_spots(
     wanted = _sections_without_spots(sdata, record, sections)
     if not wanted:
         return
+    answer(tissue_problems(sdata, record))
     lattice = _lattice(sdata, record, (spot_diameter, spacing, layout), min_tissue_fraction)
     centers = {name: _grid_on_tissue(sdata, name, lattice) for name in wanted}
     for name, points in centers.items():

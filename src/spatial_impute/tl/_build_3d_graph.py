@@ -11,8 +11,10 @@ from spatial_impute._graph import build_graph, standardise_by_section, typical_s
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
+    graph_state,
     load_record,
     registered_spots,
+    require_current,
     section_ranks,
     spots_by_section,
     stack_table,
@@ -131,6 +133,7 @@ def build_3d_graph(
         msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
         raise ValueError(msg)
     section = section_ranks(table, record.names)
+    require_current(sdata, record, table, features=use_rep in Keys.LEVELS, measured=False)
     spacing = typical_spacing(xyz, section)
     max_distance = (
         3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
@@ -177,6 +180,7 @@ def build_3d_graph(
             "use_rep": "" if use_rep is None else use_rep,
             "bandwidth_um": spacing,
         },
+        Keys.STATE: graph_state(table, record, use_rep),
     }
     write_slots(table, table_key, {"obsp": slots, "uns": {Keys.neighbors(key_added): parameters}})
     return None

@@ -448,13 +448,13 @@ def _warn_of_overlapping_spots(data: HeldOut) -> None:
 
 def _warn_of_equal_images(data: HeldOut) -> None:
     """Warn if two measured sections have the same image and are not held out together."""
-    from spatial_impute.encoders._feature_cache import image_identity
+    from spatial_impute._image.levels import image_fingerprint
 
     names, identity, apart = [], [], []
     for sdata, section, _, _, rows in data.sections():
         if data.spots.known[rows].any():
             names.append(section.name)
-            identity.append(image_identity(section_levels(sdata, section), across_sessions=True))
+            identity.append(image_fingerprint(section_levels(sdata, section)))
             apart.append(tuple(bool((fold & data.spots.known)[rows].any()) for fold in data.folds))
     for a, b in combinations(range(len(names)), 2):
         if identity[a] == identity[b] and (apart[a] != apart[b] or sum(apart[a]) > 1):

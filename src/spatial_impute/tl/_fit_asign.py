@@ -6,11 +6,19 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from spatial_impute._io.owner import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._validation import require_count, require_device, require_folder
-from spatial_impute.tl._provenance import encoder, read_base_layers, require_same_folds, units
+from spatial_impute.tl._provenance import (
+    encoder,
+    feature_settings,
+    fitted_state,
+    read_base_layers,
+    require_same_folds,
+    units,
+)
 from spatial_impute.tl._read_spots import read_stacks, stack_list
 
 if TYPE_CHECKING:
@@ -118,16 +126,20 @@ def fit_asign(
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
     data = TrainingSet.from_tables(tables, spots, list(base_layers), params, seed=seed)
+    data.config["stacks"] = [
+        fitted_state(one, table, layer=layer, graph_key=graph_key) for one, table in zip(stacks, tables, strict=True)
+    ]
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
-    for k, panel in enumerate(data.panels):
-        label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
-        own_folder = folder
-        if folder is not None and len(data.panels) > 1:
-            own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
-        with progress_steps(label, show=show_progress_bar) as steps:
-            settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
-            models.append(fit(panel.spots, panel.genes, settings))
+    with owned_folder(folder, what="The checkpoint"):
+        for k, panel in enumerate(data.panels):
+            label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
+            own_folder = folder
+            if folder is not None and len(data.panels) > 1:
+                own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
+            with progress_steps(label, show=show_progress_bar) as steps:
+                settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
+                models.append(fit(panel.spots, panel.genes, settings))
     model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model
@@ -174,6 +186,7 @@ class TrainingSet:
         config = {
             "base_layers": base_layers,
             "encoder": encoders.pop(),
+            "features": feature_settings(tables[0]),
             "units": units(tables[0]),
             "sections": [sorted(t.obs[Keys.SECTION][s.known].unique()) for t, s in zip(tables, spots, strict=True)],
             "n_measured_spots": [int(s.known.sum()) for s in spots],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from spatial_impute._io.owner import owned_folder
+from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._validation import require_count, require_device
@@ -20,6 +22,7 @@ from spatial_impute.tl._read_regions import (
     read_levels,
     read_measured,
     read_shapes,
+    slide_state,
 )
 
 if TYPE_CHECKING:
@@ -146,8 +149,9 @@ def fit_pixnet(
     setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate)
     expression = ExpressionChoice(layer, genes, target_sum, counts)
     read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
-    with progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
-        model = fit_on_regions(read, setup, steps, None if checkpoint is None else Path(checkpoint))
+    folder = None if checkpoint is None else Path(checkpoint)
+    with owned_folder(folder, what="The checkpoint"), progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
+        model = fit_on_regions(read, setup, steps, folder)
     logger.info("Fitted %r", model)
     return model
 
@@ -169,6 +173,8 @@ class ReadPair:
     frame: Frame
     regions: Regions
     measured: Measured
+    state: dict[str, Any]
+    """Fingerprints of image, regions and expression, and how they were read."""
 
     @property
     def place(self) -> tuple[int, str]:
@@ -229,6 +235,8 @@ def read_pairs(
         own_frame = find_frame(pair.sdata, pair.image, pair.shapes, frame)
         regions, index = read_shapes(pair.sdata, pair.shapes, own_frame)
         found = read_measured(pair.sdata, pair.shapes, index, pair.table, expression)
+        state = slide_state(pair.sdata, pair.image, own_frame, regions, found)
+        state["read"] = {"table_key": pair.table, **asdict(expression), "genes": None}
         if known is not None:
             found = found.take(known[i][found.rows])
         if read and found.var_names != read[0].measured.var_names:
@@ -237,7 +245,7 @@ def read_pairs(
                 f"{pairs[0].shapes!r}. Pass `genes=` with the genes that they share."
             )
             raise ValueError(msg)
-        read.append(ReadPair(pair, own_frame, regions.take(found.rows), found))
+        read.append(ReadPair(pair, own_frame, regions.take(found.rows), found, state))
     return read
 
 
@@ -261,6 +269,7 @@ def fit_on_regions(
         "stain_density": list(density),
         "trained_on": [
             {"image": r.pair.image, "shapes": r.pair.shapes, "n_regions": len(s.regions), "radius_um": round(radius, 3)}
+            | {Keys.STATE: r.state}
             for r, s, radius in zip(read, slides, radius_um, strict=True)
         ],
     }

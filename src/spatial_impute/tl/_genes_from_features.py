@@ -8,7 +8,7 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
-from spatial_impute._stack import require_element_key
+from spatial_impute._stack import answer, map_problems, require_element_key
 from spatial_impute._validation import require_key, require_model
 from spatial_impute.tl._read_regions import dense_maps
 
@@ -92,6 +92,7 @@ def genes_from_features(
     if inplace:
         ours = {*dense_maps(sdata), Keys.expression(features_key)} - {features_key}
         require_element_key(sdata, key, name="key_added", kind="images", ours=ours)
+    answer(map_problems(sdata, features_key))
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = dense_maps(sdata).get(features_key, {})

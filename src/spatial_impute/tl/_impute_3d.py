@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._settings import logger
-from spatial_impute._stack import load_record
+from spatial_impute._stack import fingerprint, load_record, section_images
 from spatial_impute._validation import require_device, require_key, require_model, require_positive, require_slot_key
 from spatial_impute.tl._provenance import (
     ImputedLayer,
+    compare_with_fit,
     encoder,
+    feature_settings,
     provenance,
     read_base_layers,
     require_same_units,
@@ -127,15 +128,21 @@ def impute_3d(
     if cohort is not None and not spots.known.any():
         model = cohort
     _require_fit(table, model)
-    _warn_of_known_sections(table, spots.known, model)
-    spots = replace(spots, bases=read_base_layers(table, model.config.get("base_layers", ())))
+    base_layers = list(model.config.get("base_layers", ()))
+    spots = replace(spots, bases=read_base_layers(table, base_layers))
+    origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
+    if base_layers:
+        origin["base_layers"] = base_layers
+        origin[Keys.STATE]["bases"] = fingerprint(*(np.asarray(table.layers[name]) for name in base_layers))
+    if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
+        origin[Keys.SEEN] = section_images(sdata, record, seen)
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
     found = model._impute(spots, depth=wanted, device=device, parts=parts)
     sources = np.where(spots.known, 0, np.where(found.support > 0, 1, 2))
     result = ImputedLayer(
         key_added,
         found.expression,
-        provenance(record, table, spots.known)
+        origin
         | {
             "model": model.identity,
             "model_params": asdict(model.params),
@@ -182,20 +189,15 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
             f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
-    require_same_units((model.config.get("units", "unknown"), units(table)))
-
-
-def _warn_of_known_sections(table: AnnData, known: np.ndarray, model: AsignModel | AsignPanels) -> None:
-    """Warn if a section without a measurement was measured when the model was fitted."""
-    section = table.obs[Keys.SECTION].astype(str).to_numpy()
-    trained = {str(name) for names in model.config.get("sections", ()) for name in names}
-    seen = sorted((trained & set(section)) - set(section[known]))
-    if seen:
-        logger.warning(
-            "The model was fitted on the measurement of sections named %s, which are not measured here. If they are the same "
-            "sections, their imputed values contain that measurement: do not score them. Fit a model without them.",
-            seen,
+    wanted, found = model.config.get("features"), feature_settings(table)
+    if wanted is not None and wanted != found:
+        differ = {key: (wanted[key], found[key]) for key in found if wanted[key] != found[key]}
+        msg = (
+            f"The model was fitted on features with other settings (model, stack): {differ}. Run `si.pp.extract_features` "
+            "as for the model."
         )
+        raise ValueError(msg)
+    require_same_units((model.config.get("units", "unknown"), units(table)))
 
 
 def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:

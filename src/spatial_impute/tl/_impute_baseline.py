@@ -84,20 +84,17 @@ def impute_baseline(
     key = Keys.baseline(method) if key_added is None else key_added
     require_slot_key(key, name="key_added", taken=(layer, Keys.MEASURED))
     record = load_record(sdata)
+    features, graph = method in NEEDS_FEATURES, method in NEEDS_GRAPH
     table, spots = read_spots(
-        sdata,
-        table_key=table_key,
-        layer=layer,
-        graph_key=graph_key,
-        features=method in NEEDS_FEATURES,
-        graph=method in NEEDS_GRAPH,
+        sdata, table_key=table_key, layer=layer, graph_key=graph_key, features=features, graph=graph
     )
     values = np.empty(table.shape, dtype=np.float32)
     for columns, panel in by_panel(spots):
         found = METHODS[method](panel)
         found[panel.known] = panel.expression
         values[:, columns] = found
-    result = ImputedLayer(key, values, {"method": method, **provenance(record, table, spots.known)})
+    used = {"layer": layer, "features": features, "graph": graph_key if graph else None}
+    result = ImputedLayer(key, values, {"method": method, **provenance(record, table, spots.known, **used)})
     if not inplace:
         return result.to_anndata(table)
     result.write(table, table_key)

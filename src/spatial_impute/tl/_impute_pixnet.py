@@ -11,7 +11,7 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack import load_record, rows_of_spots, write_slots
+from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state, write_slots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import measured_hash
@@ -124,6 +124,7 @@ def impute_pixnet(
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
     block_spacings = require_positive(block_spacings, name="block_spacings")
     require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed)
@@ -144,6 +145,8 @@ def impute_pixnet(
         "block_spacings": float(block_spacings),
         "seed": int(seed),
         "measured": measured_hash(spots),
+        Keys.MEASURED_IDS: measured_ids(table),
+        Keys.STATE: {**table_state(table, record, layer=layer), "images": section_images(sdata, record)},
         "version": version("spatial-impute"),
     }
     layers, obs = {key_added: values.astype(np.float32)}, {Keys.fold(key_added): fold}

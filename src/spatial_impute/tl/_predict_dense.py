@@ -9,10 +9,17 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
-from spatial_impute._stack import require_element_key
+from spatial_impute._stack import image_state, require_element_key
 from spatial_impute._validation import require_count, require_device, require_model, require_one_of
 from spatial_impute.tl._provenance import pixnet_provenance
-from spatial_impute.tl._read_regions import FrameChoice, dense_maps, find_frame, read_levels, read_shapes
+from spatial_impute.tl._read_regions import (
+    FrameChoice,
+    dense_maps,
+    find_frame,
+    read_levels,
+    read_shapes,
+    warn_of_changed_slides,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,6 +133,7 @@ def predict_dense(
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
     frame = find_frame(sdata, image_key, shapes_key, FrameChoice(coordinate_system, mpp))
     request = _MapRequest(genes, shapes_key, tissue_only, features, tile_size, output_dtype, device)
+    warn_of_changed_slides(sdata, model)
     names, job = _make_job(sdata, image_key, model, frame, request)
     if inplace:
         require_element_key(sdata, key, name="key_added", kind="images", ours=dense_maps(sdata))
@@ -140,6 +148,8 @@ def predict_dense(
     log_added(f"images[{key!r}]")
     rows, columns = job.tiling.shape
     entry = pixnet_provenance(model, image_key) | {
+        "coordinate_system": frame.name,
+        Keys.STATE: {"image": image_state(sdata, image_key, frame.name)},
         "features": job.features,
         "genes": names,
         "cell_um": float(model.cell_size),
@@ -206,10 +216,12 @@ def _write(writer: DenseStore, *, show: bool | None) -> DataArray:
     from spatial_impute._io.workers import active_client
 
     try:
-        with progress_steps(f"Predicting {writer.key}", show=show) as steps:
+        with writer, progress_steps(f"Predicting {writer.key}", show=show) as steps:
             tiles = writer.prepare()
             write_tiles(writer, tiles, active_client(), steps(len(tiles)))
             writer.commit()
+    except FileExistsError:  # of another process, or not ours
+        raise
     except OSError as error:
         error.add_note(
             "The store shows no part of the map. When it can be written to, the same call continues from here."

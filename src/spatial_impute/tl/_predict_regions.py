@@ -9,10 +9,17 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress_steps
-from spatial_impute._stack import require_element_key
+from spatial_impute._stack import fingerprint, image_state, require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model
 from spatial_impute.tl._provenance import pixnet_provenance
-from spatial_impute.tl._read_regions import FrameChoice, find_frame, read_levels, read_shapes, stack_sections
+from spatial_impute.tl._read_regions import (
+    FrameChoice,
+    find_frame,
+    read_levels,
+    read_shapes,
+    stack_sections,
+    warn_of_changed_slides,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,6 +136,9 @@ def predict_regions(
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
     frame = find_frame(sdata, image_key, shapes_key, FrameChoice(coordinate_system, mpp))
     regions, index = read_shapes(sdata, shapes_key, frame)
+    warn_of_changed_slides(sdata, model)
+    state = {"image": image_state(sdata, image_key, frame.name), "shapes": fingerprint(regions.centers, regions.area)}
+    origin = {"coordinate_system": frame.name, Keys.STATE: state}
     if inplace:
         ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
         require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
@@ -145,7 +155,7 @@ def predict_regions(
         "obs": obs,
         "var": pd.DataFrame({Keys.PREDICTABILITY: model.predictability.loc[names].to_numpy()}, index=names),
         "obsm": {Keys.SPATIAL: centers},
-        "uns": {Keys.PIXNET: pixnet_provenance(model, image_key)},
+        "uns": {Keys.PIXNET: pixnet_provenance(model, image_key) | origin},
     }
     read = partial(model._read_regions, image, stain, in_px, gene_index, core=tile_size)
     with progress_steps(f"Predicting {key}", show=show_progress_bar) as steps:
@@ -177,14 +187,14 @@ def _stored_table(
     """Table that is written to a file piece by piece and backed by it."""
     from spatial_impute._io.stores import RegionStore
 
-    writer = RegionStore(store, (len(slots["obs"]), len(slots["var"])))
+    with RegionStore(store, (len(slots["obs"]), len(slots["var"]))) as writer:
 
-    def tile_done() -> None:
-        writer.release()
-        on_tile()
+        def tile_done() -> None:
+            writer.release()
+            on_tile()
 
-    slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values).n_pixels
-    return writer.commit(**slots)
+        slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values).n_pixels
+        return writer.commit(**slots)
 
 
 def _image_of(sdata: SpatialData, shapes_key: str) -> str:

@@ -11,16 +11,18 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import measured_ids, write_slots
+from spatial_impute._settings import logger
+from spatial_impute._stack import learned_state, load_record, measured_ids, sections_seen, table_state, write_slots
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from anndata import AnnData
+    from spatialdata import SpatialData
 
     from spatial_impute._stack import StackRecord
-    from spatial_impute.models import AsignParams, PixNetModel
+    from spatial_impute.models import AsignModel, AsignPanels, AsignParams, PixNetModel
     from spatial_impute.models._spots import Spots
 
 
@@ -55,8 +57,11 @@ class ImputedLayer:
         )
 
 
-def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[str, Any]:
-    """Provenance that every imputation from the (n,) known rows records, in types that every store of AnnData holds."""
+def provenance(record: StackRecord, table: AnnData, known: np.ndarray, **used: Any) -> dict[str, Any]:
+    """Provenance that every imputation from the (n,) known rows records, in types that every store of AnnData holds.
+
+    `used` names the slots that it read, as for ``table_state``.
+    """
     registration = record.registration or {"method": "", "sections": {}}
     rows = registration["sections"]
     residuals = {name: row["residual_um"] for name, row in rows.items()}
@@ -65,6 +70,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray) -> dict[s
         "encoder": encoder(table),
         "measured_sections": sorted(table.obs[Keys.SECTION][known].astype(str).unique().tolist()),
         Keys.MEASURED_IDS: measured_ids(table),
+        Keys.STATE: table_state(table, record, **used),
         "genes": [str(gene) for gene in table.var_names],
         "registration": {
             "method": registration["method"],
@@ -93,6 +99,55 @@ def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
 def encoder(table: AnnData) -> str:
     """Encoder of the image features."""
     return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
+
+
+def feature_settings(table: AnnData) -> dict[str, Any]:
+    """Settings of the image features that a model depends on, besides the encoder."""
+    found = table.uns.get(Keys.FEATURES, {})
+    field = {key: float(um) for key, um in found.get("field_um", {}).items()}
+    return {
+        "mpp": f"{found.get('mpp', float('nan')):.6g}",  # NaN for features of other tools
+        "stain_normalization": str(found.get("stain_normalization", "")),
+        "scales": [round(field[key] / field[Keys.X_SPOT], 6) for key in Keys.LEVELS if Keys.X_SPOT in field],
+    }
+
+
+def fitted_state(sdata: SpatialData, table: AnnData, *, layer: str, graph_key: str) -> dict[str, Any]:
+    """Fingerprints of a stack that a model is fitted on, and of its measured sections."""
+    record = load_record(sdata)
+    slots = table_state(table, record, layer=layer, features=True, graph=graph_key)
+    return {**slots, "sections": learned_state(sdata, record, table)}
+
+
+def compare_with_fit(
+    sdata: SpatialData, table: AnnData, model: AsignModel | AsignPanels, now: dict[str, str]
+) -> list[str]:
+    """Warn if a stack that the model was fitted on has changed; return its sections whose measurement the model has seen.
+
+    `now` are the fingerprints of the slots that the model reads.
+    """
+    record, ids = load_record(sdata), measured_ids(table)
+    hidden = set(table.obs[Keys.SECTION][~table.obs[Keys.MEASURED].to_numpy(bool)].astype(str))
+    leaked: list[str] = []
+    for stack in model.config.get("stacks", ()):
+        seen = sections_seen(sdata, record, table, stack["sections"])
+        leaked += [n for n, then in seen.items() if n in hidden and ids[n] != stack["sections"][then]["measured"]]
+        changed = [name for name in ("positions", "features", "graph", "measured") if now[name] != stack[name]]
+        if seen and changed:
+            logger.warning(
+                "The model was fitted on this stack before its %s changed. Fit it again with `si.tl.fit_asign(sdata)`.",
+                ", ".join(changed),
+            )
+    if "stacks" not in model.config:  # a model of an earlier version knows names only
+        trained = {str(name) for names in model.config.get("sections", ()) for name in names}
+        leaked = [name for name in record.names if name in trained and name in hidden and not ids.get(name)]
+    if leaked:
+        logger.warning(
+            "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed values "
+            "contain that measurement, so do not score them. Fit a model without them.",
+            leaked,
+        )
+    return leaked
 
 
 def units(table: AnnData) -> str:

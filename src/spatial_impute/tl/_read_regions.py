@@ -12,7 +12,16 @@ from spatial_impute._expression import looks_like_counts
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
-from spatial_impute._stack import element_affine, load_record, require_spatialdata
+from spatial_impute._settings import logger
+from spatial_impute._stack import (
+    element_affine,
+    fingerprint,
+    image_state,
+    load_record,
+    measurement_problems,
+    require_spatialdata,
+    warn,
+)
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
     from spatial_impute._stack import Section
+    from spatial_impute.models import PixNetModel
     from spatial_impute.models.pixnet._region_weights import Regions
 
 _FINEST = 1e-3  # um per pixel; two hundred times finer than what a light microscope resolves
@@ -220,6 +230,8 @@ def read_measured(
     table, where = sdata.tables[key], f"sdata.tables[{key!r}]"
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
     layer = Keys.MEASURED if is_stack and choice.layer is None else choice.layer
+    if is_stack and layer == Keys.MEASURED and Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}):
+        warn(measurement_problems(sdata, load_record(sdata), table))
     if layer is not None:
         then = "Write it with `si.pp.select_genes(sdata)`." if is_stack else None
         require_key(layer, table.layers, where=f"{where}.layers", then=then)
@@ -307,3 +319,44 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
         )
         raise ValueError(msg)
     return values, str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "as given"))
+
+
+def slide_state(
+    sdata: SpatialData, image_key: str, frame: Frame, regions: Regions, measured: Measured
+) -> dict[str, Any]:
+    """Fingerprints of an image, of all its regions, and of the expression of those that were measured."""
+    return {
+        "coordinate_system": frame.name,
+        "um": float(frame.um),
+        "image": image_state(sdata, image_key, frame.name),
+        "shapes": fingerprint(regions.centers, regions.area),
+        "measured": fingerprint(regions.centers[measured.rows], measured.values),
+    }
+
+
+def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
+    """Warn if a slide that the model was fitted on is in this object, and has changed since."""
+    for entry in model.config["trained_on"]:
+        then = entry.get(Keys.STATE)
+        if then is None or entry["image"] not in sdata.images or entry["shapes"] not in sdata.shapes:
+            continue
+        read = dict(then["read"])
+        frame = Frame(then["coordinate_system"], then["um"])
+        try:
+            regions, index = read_shapes(sdata, entry["shapes"], frame)
+            table_key = read.pop("table_key")
+            measured = read_measured(
+                sdata, entry["shapes"], index, table_key, ExpressionChoice(**{**read, "genes": model.var_names})
+            )
+            now = slide_state(sdata, entry["image"], frame, regions, measured)
+        except (KeyError, ValueError):  # what it was fitted on cannot be read any more
+            now = {}
+        same_slide = not now or now["image"] == then["image"] or now["shapes"] == then["shapes"]
+        changed = [key for key in ("image", "shapes", "measured") if now.get(key) != then[key]]
+        if same_slide and changed:
+            logger.warning(
+                "The model was fitted on %r and %r before their %s changed. Fit it again with `si.tl.fit_pixnet`.",
+                entry["image"],
+                entry["shapes"],
+                ", ".join(changed),
+            )

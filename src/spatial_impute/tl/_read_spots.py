@@ -10,7 +10,15 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import dense_rows, load_record, measured_mask, registered_spots, section_ranks, stack_table
+from spatial_impute._stack import (
+    dense_rows,
+    load_record,
+    measured_mask,
+    registered_spots,
+    require_current,
+    section_ranks,
+    stack_table,
+)
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 from spatial_impute.tl._provenance import require_same_units, units
@@ -68,15 +76,17 @@ def read_spots(
     KeyError
         If a slot is missing; the message names the function that writes it.
     ValueError
-        If nothing is measured, or if the values are raw counts or not finite.
+        If nothing is measured, if the values are raw counts or not finite, or if a slot does not belong to what it was
+        computed from.
     """
-    table = stack_table(sdata, table_key)
+    record, table = load_record(sdata), stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
     known = measured_mask(table, layer=layer, allow_none=allow_unmeasured)
     expression = dense_rows(table.layers[layer], known)
     require_log_values(expression, where=f"{where}.layers[{layer!r}]")
     xyz = registered_spots(table, table_key)
-    section = section_ranks(table, load_record(sdata).names)
+    section = section_ranks(table, record.names)
+    require_current(sdata, record, table, features=features, graph=graph_key if graph else None)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
     spots = Spots(
@@ -161,7 +171,8 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
     for name in (Keys.connectivities(key), Keys.distances(key), Keys.graph_overlap(key), Keys.graph_similarity(key)):
         require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
     require_key(Keys.neighbors(key), table.uns, where=f"{where}.uns", then=_BUILD)
-    weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64)
+    # A copy: with another type alone the indices would be those of the table, and sorting them would mix up its weights.
+    weights = sparse.csr_matrix(table.obsp[Keys.connectivities(key)], dtype=np.float64, copy=True)
     valid = (weights.data >= 0) & np.isfinite(weights.data)
     if not valid.all():
         bad = weights.tocoo().row[~valid][0]

@@ -26,7 +26,18 @@ from spatial_impute._registration import (
     run_all,
 )
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import displacement_elements, load_record, plane_affine, save_record, section_levels
+from spatial_impute._stack import (
+    displacement_elements,
+    from_images,
+    load_record,
+    plane_affine,
+    save_record,
+    section_images,
+    section_levels,
+    spots_by_section,
+    spots_state,
+    write_slots,
+)
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -363,7 +374,7 @@ def _write(sdata: SpatialData, record: StackRecord, request: _Request, result: _
     elements: dict[str, Any] = {}
     for name, transform in result.transforms.items():
         elements |= displacement_elements(transform, name, target)
-    coordinates = _registered_coordinates(sdata, result.transforms)
+    slots = _coordinates(sdata, record, result.transforms)
     _write_transformations(sdata, record, result.transforms, target)
     for name in record.names:  # also those of an earlier registration
         for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
@@ -372,12 +383,23 @@ def _write(sdata: SpatialData, record: StackRecord, request: _Request, result: _
     for key, element in elements.items():
         sdata.images[key] = element
         log_added(f"images[{key!r}]")
-    if coordinates is not None:
-        sdata.tables[Keys.STACK_TABLE].obsm[Keys.SPATIAL_3D] = coordinates
-        log_added(f"tables[{Keys.STACK_TABLE!r}].obsm[{Keys.SPATIAL_3D!r}]")
+    if slots:
+        write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, {"obsm": slots})
     registration = {**request.settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
+    registration[Keys.STATE] = _state(sdata, record, result)
     save_record(sdata, replace(record, reference=request.reference, registration=registration))
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
+
+
+def _state(sdata: SpatialData, record: StackRecord, result: _Result) -> dict[str, dict[str, str]]:
+    """Fingerprints of the images and spots that were registered."""
+    images = section_images(sdata, record, from_images(result.sections, record)) if result.pairs else {}
+    spots = {}
+    if Keys.STACK_TABLE in sdata.tables:
+        table = sdata.tables[Keys.STACK_TABLE]
+        section = table.obs[Keys.SECTION].astype(str).to_numpy()
+        spots = {name: spots_state(table, section == name) for name in result.sections if (section == name).any()}
+    return {"images": images, "spots": spots}
 
 
 def _write_transformations(
@@ -406,16 +428,24 @@ def _write_transformations(
         )
 
 
-def _registered_coordinates(sdata: SpatialData, transforms: dict[str, SectionTransform]) -> np.ndarray | None:
-    """(n_spots, 3) registered coordinates of all spots in the stack table; None if there is no table."""
+def _coordinates(
+    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform]
+) -> dict[str, np.ndarray]:
+    """(n_spots, 3) registered coordinates of all spots in the stack table, and those in the sections if circles were moved."""
     if Keys.STACK_TABLE not in sdata.tables:
-        return None
+        return {}
     table = sdata.tables[Keys.STACK_TABLE]
-    xyz = np.column_stack([table.obsm[Keys.SPATIAL], table.obs[Keys.Z].to_numpy(float)])
+    own, slots = np.array(table.obsm[Keys.SPATIAL], float), {}
+    for section, centers, _, rows in spots_by_section(sdata, record, table):
+        if not np.allclose(own[rows, :2], centers, atol=1e-6):
+            logger.warning("Spots of section %s were moved; their positions are read anew", section.name)
+            own[rows, :2] = centers
+            slots[Keys.SPATIAL] = own
+    xyz = np.column_stack([own[:, :2], table.obs[Keys.Z].to_numpy(float)])
     for name, transform in transforms.items():
-        rows = (table.obs[Keys.SECTION] == name).to_numpy()
-        xyz[rows, :2] = transform.points(xyz[rows, :2])
-    return xyz
+        rows = np.flatnonzero(table.obs[Keys.SECTION] == name)
+        xyz[rows, :2] = transform.points(own[rows, :2])
+    return {**slots, Keys.SPATIAL_3D: xyz}
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,10 +13,12 @@ from spatial_impute._keys import Keys
 from spatial_impute._registration.warp_image import output_grid, resampled
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
+    answer,
     element_affine,
     load_record,
     load_transform,
     plane_affine,
+    registration_problems,
     require_element_key,
     require_registration,
 )
@@ -99,6 +101,7 @@ def warp_element(
 
     record = load_record(sdata)
     target = require_registration(record)["coordinate_system"]
+    answer(registration_problems(sdata, record))
     names = [name for _, name, _ in sdata.gen_spatial_elements()]
     require_key(key, names, where="the points, shapes, images and labels of sdata")
     element = sdata[key]

@@ -294,6 +294,9 @@ class AsignModel:
         own = tensors_below("model.", tensors)
         params = AsignParams(**config["params"])
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
+        experts, allowed = config["experts"], {*METHODS, TWO_VIEWS, NETWORK, *config["config"].get("base_layers", [])}
+        if len(set(experts)) != len(experts) or not set(experts) <= allowed or experts[-1:] != [NETWORK]:
+            raise does_not_fit(path, f"`experts` must be known methods or base layers, each once; found {experts}.")
         shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "group": (n_genes,)}
         shapes |= dict.fromkeys(("network_centre", "network_scale"), (n_networks, n_genes))
         shapes["weights"] = (n_genes, len(config["experts"]))

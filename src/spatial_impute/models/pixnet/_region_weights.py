@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
 from spatial_impute._geometry import apply_affine, linear_scale
+from spatial_impute._settings import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -238,7 +238,7 @@ def _collect_runs(find: Callable[..., np.ndarray], geometry: np.ndarray, sizes: 
     return Runs(start, pixels)
 
 
-@njit(cache=True)
+@compiled()
 def _disc_runs(centers, radius, limits, runs):
     """Write the runs of each disc, up to the size of `runs`; return their number per disc."""
     y0, y1, x0, x1 = limits
@@ -254,7 +254,7 @@ def _disc_runs(centers, radius, limits, runs):
     return count
 
 
-@njit(cache=True)
+@compiled()
 def _polygon_runs(edges, start, limits, runs):
     """Write the runs of each polygon, up to the size of `runs`; return their number per polygon."""
     y0, y1, x0, x1 = limits
@@ -273,7 +273,7 @@ def _polygon_runs(edges, start, limits, runs):
     return count
 
 
-@njit(cache=True)
+@compiled()
 def _add_run(runs, n, y, left, right):
     """Write run number `n`, unless it is empty or there is no room; return the number of runs."""
     if right <= left:
@@ -283,7 +283,7 @@ def _add_run(runs, n, y, left, right):
     return n + 1
 
 
-@njit(cache=True)
+@compiled()
 def _chord(cx, cy, r, y):
     """Pixels [left, right) of row y with their centre in the disc, by an exact test instead of a rounded root."""
     dy = (y + 0.5) - cy
@@ -298,7 +298,7 @@ def _chord(cx, cy, r, y):
     return left, right
 
 
-@njit(cache=True)
+@compiled()
 def _crossings(edges, first, last, y, found):
     """Write the sorted x at which edges cross the centres of row y; return their number.
 
@@ -321,7 +321,7 @@ def _crossings(edges, first, last, y, found):
     return n
 
 
-@njit(cache=True)
+@compiled()
 def _rows_of(edges, first, last, y0, y1):
     low, high = np.inf, -np.inf
     for e in range(first, last):
@@ -332,7 +332,7 @@ def _rows_of(edges, first, last, y0, y1):
     return max(y0, int(np.floor(low)) - 1), min(y1, int(np.ceil(high)) + 1)
 
 
-@njit(cache=True)
+@compiled()
 def _sum_weights(start, runs, grid):
     """Bilinear weights of all pixels of each region, summed per cell."""
     stride, n_y, n_x, grid_y, grid_x, rows, columns = grid
@@ -365,7 +365,7 @@ def _sum_weights(start, runs, grid):
     return cells[:n].copy(), weights[:n].copy(), first, n_pixels
 
 
-@njit(cache=True)
+@compiled()
 def _cell_windows(start, runs, stride, n_y, n_x):
     """(n_regions, 4) cells that the pixels of each region read: first row, first column, rows and columns."""
     windows = np.zeros((len(start) - 1, 4), np.int64)
@@ -383,7 +383,7 @@ def _cell_windows(start, runs, stride, n_y, n_x):
     return windows
 
 
-@njit(cache=True)
+@compiled()
 def _add_row_weights(dense, across, y, x0, x1, top, left, n_columns, stride, n_y, n_x):  # noqa: PLR0917
     """Add the weights of the pixels [x0, x1) of row y to the cells of a window. Scalars: slices cost half the time."""
     across[:n_columns] = 0.0
@@ -401,12 +401,12 @@ def _add_row_weights(dense, across, y, x0, x1, top, left, n_columns, stride, n_y
             dense[row + n_columns + c] += fraction * across[c]
 
 
-@njit(cache=True)
+@compiled()
 def _left_cell(p, stride):
     return max(0, int(np.floor((p + 0.5) / stride - 0.5)))
 
 
-@njit(cache=True)
+@compiled()
 def _cell_and_fraction(p, stride, n):
     u = min(max((p + 0.5) / stride - 0.5, 0.0), n - 1.0)
     cell = int(np.floor(u))

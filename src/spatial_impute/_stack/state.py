@@ -1,0 +1,458 @@
+"""What results rest on: short fingerprints of their sources, compared before each use.
+
+A function that writes a slot records fingerprints of what it read. A function that uses the slot compares them with what
+is there now. A result that would be wrong is refused; one that is merely old is used, with a warning. Fingerprints
+depend neither on the order of rows nor on the names of sections, so stacks can be reordered and renamed. Slots of
+objects without fingerprints are used as they are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from spatial_impute._image.levels import image_fingerprint, image_levels
+from spatial_impute._keys import Keys
+from spatial_impute._settings import logger
+from spatial_impute._stack.elements import element_affine, load_transform, rows_of_spots, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+    from spatial_impute._stack.record import Section, StackRecord
+
+_DIGITS = 6  # of a position in um
+_MOVED = 1e-3  # um; rounding of a store or of another machine is far below
+_ROWS = 2**16  # hashed at a time
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over: spreads small differences
+_REGISTER = "Run `si.tl.register_stack(sdata)` again."
+_WORDS = {
+    "positions": "registered positions",
+    "spots": "positions of spots",
+    "measured": "measured expression",
+    "features": "image features",
+    "graph": "3D graph",
+    "bases": "base layers",
+}
+
+
+class Problem(NamedTuple):
+    """A slot that does not belong to what it was computed from."""
+
+    text: str
+    wrong: bool = True
+    """The result would be wrong, not only old."""
+
+
+def fingerprint(*arrays: Any) -> str:
+    """Short hash of arrays of equally many rows, taken together; the same in any order of the rows."""
+    n = len(arrays[0])
+    total, rng = n, np.random.default_rng(0)
+    weights = [rng.integers(0, 2**63, int(np.prod(a.shape[1:])), dtype=np.uint64) * 2 + 1 for a in arrays]
+    for start in range(0, n, _ROWS):
+        mixed = np.zeros(min(_ROWS, n - start), np.uint64)
+        for array, weight in zip(arrays, weights, strict=True):
+            part = np.ascontiguousarray(array[start : start + _ROWS]).reshape(len(mixed), -1)
+            part = part + part.dtype.type(0) if part.dtype.kind == "f" else part.astype(np.int64)  # no -0.0
+            words = part.view(f"u{part.dtype.itemsize}").astype(np.uint64, copy=False)
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX + np.einsum("ij,j->i", words, weight)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX
+        total += int((mixed ^ (mixed >> np.uint64(32))).sum(dtype=np.uint64))
+    return f"{total % 2**64:016x}"
+
+
+def image_state(sdata: SpatialData, image_key: str, coordinate_system: str) -> str:
+    """Fingerprint of an image and of its place in a coordinate system; empty if it is not there."""
+    if image_key not in sdata.images:
+        return ""
+    element = sdata.images[image_key]
+    return image_fingerprint(image_levels(element, element_affine(element, coordinate_system)))
+
+
+def section_image(sdata: SpatialData, section: Section) -> str:
+    """Fingerprint of the image of a section, with its place; empty if it is not there."""
+    return image_state(sdata, section.image, section.name)
+
+
+def section_images(sdata: SpatialData, record: StackRecord, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Fingerprints of the images of sections, of all by default."""
+    return {name: section_image(sdata, record[name]) for name in (record.names if names is None else names)}
+
+
+def counts_state(table: AnnData, layer: str | None) -> str:
+    """Fingerprint of a table of counts: its names, and the sums of its rows and columns."""
+    matrix: Any = table.X if layer is None else table.layers[layer]
+    ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
+    sums = (np.asarray(matrix.sum(axis=axis), dtype=np.float64).ravel() for axis in (1, 0))
+    rows, columns = (np.round(values, 3) for values in sums)
+    names = zlib.crc32("\n".join(table.var_names).encode())
+    of_rows = fingerprint(pd.util.hash_array(ids.to_numpy(object)).view(np.int64), rows)
+    return f"{of_rows}{fingerprint(columns)}{names:08x}"
+
+
+def table_state(
+    table: AnnData, record: StackRecord, *, layer: str = Keys.MEASURED, features: bool = False, graph: str | None = None
+) -> dict[str, str]:
+    """Fingerprints of the slots of a stack table that an imputation reads."""
+    known = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    xyz = np.round(np.asarray(table.obsm[Keys.SPATIAL_3D], float), _DIGITS)
+    rank = section_ranks(table, record.names)
+    rank = pd.factorize(rank, sort=True)[0]  # numbers of the sections that have rows
+    found = {
+        "layer": layer,
+        "positions": fingerprint(xyz, rank),
+        "measured": fingerprint(xyz[known], dense_rows(table.layers[layer], known)) if layer in table.layers else "",
+    }
+    if features:
+        found["features"] = fingerprint(*(np.asarray(table.obsm[key]) for key in Keys.LEVELS))
+    if graph is not None:
+        edges = sparse.coo_matrix(table.obsp[Keys.connectivities(graph)])
+        found |= {"graph_key": graph, "graph": fingerprint(xyz[edges.row], xyz[edges.col], edges.data)}
+    return found
+
+
+def require_current(
+    sdata: SpatialData,
+    record: StackRecord,
+    table: AnnData,
+    *,
+    features: bool = False,
+    graph: str | None = None,
+    measured: bool = True,
+) -> None:
+    """Raise a ``ValueError`` if slots of a stack table do not belong to what they were computed from; warn if they are old."""
+    answer(_slot_problems(sdata, record, table, features=features, graph=graph, measured=measured))
+
+
+def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), *, graphs: Iterable[str] = ()) -> None:
+    """Warn if layers or graphs of a stack table, or what they were made from, do not belong to the present data."""
+    if Keys.STACK not in sdata.attrs.get(Keys.ATTRS, {}):
+        return
+    record = load_record(sdata)
+    states = {key: table.uns.get(key, {}).get(Keys.STATE, {}) for key in layers}
+    used = {*graphs, *(str(state["graph_key"]) for state in states.values() if "graph_key" in state)}
+    features = any("features" in state for state in states.values())
+    features |= any(_rep_of(table, key) in Keys.LEVELS for key in used)
+    found = list(_slot_problems(sdata, record, table, features=features, graph=None, measured=True))
+    found += [problem for key in sorted(used) for problem in _graph_problems(table, record, key)]
+    for key, state in states.items():
+        found += _layer_problems(sdata, record, table, key, state)
+    warn(found)
+
+
+def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections: Iterable[str]) -> None:
+    """Raise a ``ValueError`` if a layer holds measurements of spots of `sections` that count as unmeasured now.
+
+    It does if these spots were measured when it was imputed. If they were when its model was fitted, a warning is logged.
+    """
+    origin = table.uns.get(key, {})
+    then, now = origin.get(Keys.MEASURED_IDS), measured_ids(table)
+    if then is not None and dict(then) != now:
+        changed = [name for name in sections if then.get(name, None) not in ("", now.get(name, ""))]
+        if changed:
+            msg = (
+                f"`layers[{key!r}]` was imputed when other spots of section {changed[0]!r} were measured than now, so it holds "
+                f"measurements at spots of sections {changed} that count as unmeasured. Impute the layer again."
+            )
+            raise ValueError(msg)
+    seen = origin.get(Keys.SEEN, {})
+    if seen:
+        images = section_images(sdata, load_record(sdata), sections)
+        learned = [name for name in sections if name in seen or images[name] in seen.values()]
+        if learned:
+            logger.warning(
+                "The model of `layers[%r]` was fitted on the measurement of the sections %s, so their scores are too high. Fit a "
+                "model without them, and impute again.",
+                key,
+                learned,
+            )
+
+
+def answer(problems: Iterable[Problem]) -> None:
+    """Raise a ``ValueError`` for the first slot that would give a wrong result, and warn of old ones."""
+    for problem in dict.fromkeys(problems):
+        if problem.wrong:
+            raise ValueError(problem.text)
+        logger.warning("%s", problem.text)
+
+
+def warn(problems: Iterable[Problem]) -> None:
+    """Warn of slots that do not belong to what they were computed from."""
+    answer(Problem(problem.text, wrong=False) for problem in problems)
+
+
+def _slot_problems(
+    sdata: SpatialData, record: StackRecord, table: AnnData, *, features: bool, graph: str | None, measured: bool
+) -> Iterator[Problem]:
+    circles = _circles(sdata, record, table)
+    yield from (Problem(problem.text, wrong=False) for problem in tissue_problems(sdata, record))
+    yield from _position_problems(record, table, circles)
+    yield from registration_problems(sdata, record)
+    yield from _registered_problems(sdata, record, table)
+    if measured:
+        yield from measurement_problems(sdata, record, table)
+    if features or (graph is not None and _rep_of(table, graph) in Keys.LEVELS):
+        yield from _feature_problems(sdata, record, table, circles)
+    if graph is not None:
+        yield from _graph_problems(table, record, graph)
+
+
+def _circles(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, tuple[Any, ...]]:
+    """Centers, diameter and rows of the spots of each section that the table holds."""
+    found = {}
+    for section in record.sections:
+        if section.spots in sdata.shapes and Keys.INSTANCE in table.obs:
+            centers, radius, index = spot_geometry(sdata, section)
+            rows = rows_of_spots(table, section, index)
+            found[section.name] = centers[rows >= 0], 2 * float(np.median(radius)), rows[rows >= 0]
+    return found
+
+
+def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str, Any]) -> Iterator[Problem]:
+    """Spots that were moved, and heights that were changed, after the table was made."""
+    if Keys.SPATIAL not in table.obsm:
+        return
+    own = np.asarray(table.obsm[Keys.SPATIAL], float)
+    for name, (centers, _, rows) in circles.items():
+        moved = np.abs(own[rows, :2] - centers).max(axis=1, initial=0) > _MOVED
+        if moved.any():
+            yield Problem(
+                f"{int(moved.sum())} spots of section {name!r} lie elsewhere in `sdata.shapes[{record[name].spots!r}]` than in "
+                f"`obsm[{Keys.SPATIAL!r}]`, the first is {table.obs_names[rows[moved]][0]!r}. {_REGISTER} It reads them anew."
+            )
+    if Keys.Z not in table.obs or not circles:
+        return
+    height = table.obs[Keys.Z].to_numpy(float)
+    for name, (_, _, rows) in circles.items():
+        off = np.abs(height[rows] - record[name].z) > _MOVED
+        if off.any():
+            yield Problem(
+                f"Section {name!r} lies at {height[rows][off][0]:g} um in `obs[{Keys.Z!r}]`, and at {record[name].z:g} um in the "
+                f"record of the stack, `sdata.attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['sections']`. Set both to the same height. {_REGISTER}"
+            )
+
+
+def tissue_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
+    """Images that changed after their tissue was segmented."""
+    recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.TISSUE, {})
+    names = [section.name for section in record.sections if Keys.tissue(section.name) in sdata.labels]
+    for name in _changed(recorded, section_images(sdata, record, [n for n in names if n in recorded])):
+        yield Problem(
+            f"The tissue in `sdata.labels[{Keys.tissue(name)!r}]` was found on another image than the present one of section "
+            f"{name!r}. Run `si.pp.segment_tissue(sdata)` again; to lay its spots anew, delete "
+            f"`sdata.shapes[{Keys.spots(name)!r}]` and run `si.pp.tile_spots(sdata)`."
+        )
+
+
+def from_images(rows: Mapping[str, Any], record: StackRecord) -> list[str]:
+    """Sections whose place comes from their image, not from the user."""
+    return [name for name in record.names if name in rows and rows[name]["route"] != "given"]
+
+
+def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
+    """Images that changed after the registration, and sections that are gone."""
+    registration = record.registration
+    if registration is None:
+        return
+    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
+    now = section_images(sdata, record, from_images(registration["sections"], record)) if recorded else {}
+    for name in _changed(recorded, now):
+        yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
+    gone = sorted(set(registration["sections"]) - set(record.names))
+    if gone:
+        yield Problem(f"The stack was registered with the sections {gone}, which are gone. {_REGISTER}", wrong=False)
+
+
+def _registered_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
+    """Spots that are not where the registration puts them."""
+    if not {Keys.SPATIAL, Keys.SPATIAL_3D} <= set(table.obsm.keys()) or record.registration is None:
+        return
+    own, xyz = np.asarray(table.obsm[Keys.SPATIAL], float), np.asarray(table.obsm[Keys.SPATIAL_3D], float)
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    for name in record.names:
+        rows = np.flatnonzero(section == name)
+        if not len(rows) or name not in record.registration["sections"]:
+            continue
+        placed = load_transform(sdata, record, name).points(own[rows, :2])
+        off = np.abs(xyz[rows, :2] - placed).max(axis=1) > _MOVED
+        if Keys.Z in table.obs:
+            off |= np.abs(xyz[rows, 2] - table.obs[Keys.Z].to_numpy(float)[rows]) > _MOVED
+        if off.any():
+            recorded = record.registration.get(Keys.STATE, {}).get("spots", {})
+            by_hand = recorded.get(name) in (None, spots_state(table, rows))
+            reason = (
+                "they are used as they are" if by_hand else "spots, heights or transformations were changed after it"
+            )
+            yield Problem(
+                f"`obsm[{Keys.SPATIAL_3D!r}]` of section {name!r} is not where the registration puts its spots, the first is "
+                f"{table.obs_names[rows[off]][0]!r}: {reason}. {_REGISTER}",
+                wrong=not by_hand,
+            )
+
+
+def spots_state(table: AnnData, rows: np.ndarray) -> str:
+    """Fingerprint of the positions of spots in their section, and of their height."""
+    return fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows], table.obs[Keys.Z].to_numpy(float)[rows])
+
+
+def _changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Sections with another fingerprint than the recorded one. A section that was renamed is known by its fingerprint."""
+    known = set(map(str, recorded.values()))
+    return [name for name, found in now.items() if found != recorded.get(name, found if found in known else None)]
+
+
+def _feature_problems(
+    sdata: SpatialData, record: StackRecord, table: AnnData, circles: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Images and spots that changed after the features were computed."""
+    again = "Run `si.pp.extract_features(sdata)` again."
+    recorded = table.uns.get(Keys.FEATURES, {}).get(Keys.STATE)
+    if recorded is None:
+        return
+    for name in _changed(recorded, section_images(sdata, record, circles)):
+        yield Problem(f"The image of section {name!r} is not the one that its features were computed from. {again}")
+    if Keys.FEATURES_AT not in table.obsm:
+        return
+    at = np.asarray(table.obsm[Keys.FEATURES_AT], float)
+    for name, (centers, diameter, rows) in circles.items():
+        moved = np.abs(at[rows, :2] - centers).max(axis=1, initial=0) > _MOVED
+        moved |= ~(np.abs(at[rows, 2] - diameter) <= _MOVED)  # also NaN
+        if moved.any():
+            yield Problem(
+                f"{int(moved.sum())} spots of section {name!r} had another place or size when their features were computed, the "
+                f"first is {table.obs_names[rows[moved]][0]!r}. {again}"
+            )
+
+
+def map_problems(sdata: SpatialData, key: str) -> Iterator[Problem]:
+    """An image that changed after a dense map was predicted from it."""
+    entry = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(key, {})
+    recorded = entry.get(Keys.STATE, {}).get("image")
+    if recorded is not None and recorded != image_state(sdata, entry["image"], entry["coordinate_system"]):
+        yield Problem(
+            f"`sdata.images[{key!r}]` was predicted from another image than the present `sdata.images[{entry['image']!r}]`. "
+            "Run `si.tl.predict_dense` again.",
+            wrong=False,
+        )
+
+
+def graph_state(table: AnnData, record: StackRecord, use_rep: str | None) -> dict[str, Any]:
+    """Fingerprints of what a 3D graph is built from."""
+    found = table_state(table, record)
+    rep = "" if use_rep is None else fingerprint(np.asarray(table.obsm[use_rep]))
+    return {"positions": found["positions"], "features": rep, "n_spots": int(table.n_obs)}
+
+
+def _rep_of(table: AnnData, key: str) -> str | None:
+    """Features in ``obsm`` that a graph was built from."""
+    return str(table.uns.get(Keys.neighbors(key), {}).get("params", {}).get("use_rep", "")) or None
+
+
+def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[Problem]:
+    """Positions and features that changed after the graph was built."""
+    uns = table.uns.get(Keys.neighbors(key), {})
+    recorded = uns.get(Keys.STATE)
+    if recorded is None:
+        return
+    use_rep = _rep_of(table, key)
+    now = graph_state(table, record, use_rep if use_rep in table.obsm else None)
+    call = "build_3d_graph(sdata)" if key == Keys.SPATIAL_3D else f"build_3d_graph(sdata, key_added={key!r})"
+    again = f"After a change of spots, places or features run `si.tl.{call}` again."
+    if now["n_spots"] != recorded["n_spots"]:
+        yield Problem(
+            f"The 3D graph {key!r} was built with {recorded['n_spots']} spots, the table has {now['n_spots']}. {again}",
+            wrong=now["n_spots"] > recorded["n_spots"],
+        )
+        return
+    changed = [name for name in ("positions", "features") if now[name] != recorded[name]]
+    if changed:
+        words = " and ".join(_WORDS[name] for name in changed)
+        yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again}")
+
+
+def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
+    """Counts that changed after they were normalised."""
+    uns = table.uns.get(Keys.NORMALIZATION, {})
+    recorded, layer = uns.get(Keys.STATE), str(uns.get("layer", "")) or None
+    if recorded is None:
+        return
+    now = {}
+    for section in record.sections:
+        counts = sdata.tables.get(str(section.counts))
+        if counts is not None and (counts.X is not None if layer is None else layer in counts.layers):
+            now[section.name] = counts_state(counts, layer)
+    for name in _changed(recorded, now):
+        yield Problem(
+            f"`sdata.tables[{record[name].counts!r}]` is not the one that `layers[{Keys.MEASURED!r}]` was made from. Run "
+            "`si.pp.select_genes(sdata)` again to use its present counts.",
+            wrong=False,
+        )
+
+
+def _layer_problems(
+    sdata: SpatialData, record: StackRecord, table: AnnData, key: str, state: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What changed after a layer was imputed."""
+    graph = str(state["graph_key"]) if "graph_key" in state else None
+    lost = [k for k in Keys.LEVELS if "features" in state and k not in table.obsm]
+    lost += [graph] if graph is not None and Keys.connectivities(graph) not in table.obsp else []
+    if Keys.SPATIAL_3D not in table.obsm or not state or lost:
+        return
+    now = table_state(table, record, layer=str(state["layer"]), features="features" in state, graph=graph)
+    if "bases" in state:
+        bases = [np.asarray(table.layers[str(name)]) for name in table.uns[key]["base_layers"] if name in table.layers]
+        now["bases"] = fingerprint(*bases) if bases else ""
+    changed = [_WORDS[name] for name, found in now.items() if name in _WORDS and found != state.get(name, found)]
+    if "images" in state:
+        changed += [f"image of section {name!r}" for name in _changed(state["images"], section_images(sdata, record))]
+    if changed:
+        yield Problem(
+            f"`layers[{key!r}]` was imputed from other {', '.join(changed)} than the table has now. Impute it again.",
+            wrong=False,
+        )
+
+
+def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
+    ids = measured_ids(table)
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    own = np.asarray(table.obsm[Keys.SPATIAL], float) if Keys.SPATIAL in table.obsm else np.zeros((table.n_obs, 2))
+    return {
+        name: {
+            "image": section_image(sdata, record[name]),
+            "spots": fingerprint(own[section == name]),
+            "measured": ids[name],
+        }
+        for name in record.names
+        if ids.get(name)
+    }
+
+
+def sections_seen(
+    sdata: SpatialData, record: StackRecord, table: AnnData, learned: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Sections of this stack that a model was fitted on: their name, and the name that they had then.
+
+    A section is the same if it has the same image, or the same name and the same spots.
+    """
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    found = {}
+    for name in record.names:
+        rows = section == name
+        if not rows.any():
+            continue
+        image = section_image(sdata, record[name])
+        spots = fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows]) if Keys.SPATIAL in table.obsm else ""
+        for then, state in learned.items():
+            if (image and image == state["image"]) or (then == name and spots == state["spots"]):
+                found[name] = then
+    return found
