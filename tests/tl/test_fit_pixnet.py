@@ -88,6 +88,7 @@ def test_fit_pixnet_writes_nothing(small_stack, octaves, pixnet_params):
 
 
 def test_training_taken_up_equals_training_in_one_go(small_prepared, octaves, pixnet_params, tmp_path):
+    pixnet_params = pixnet_params | {"schedule": "constant"}  # the only one that does not depend on the number of steps
     whole = fit(small_prepared, octaves, pixnet_params)
     fit(small_prepared, octaves, pixnet_params | {"n_steps": 2}, checkpoint=tmp_path / "state")
     resumed = fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path / "state")
@@ -95,6 +96,51 @@ def test_training_taken_up_equals_training_in_one_go(small_prepared, octaves, pi
     np.testing.assert_array_equal(whole.history.to_numpy(float), resumed.history.to_numpy(float))
     with pytest.raises(ValueError, match=r"belongs to another training: \['seed'\] differ"):
         fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path / "state", seed=3)
+
+
+def test_interrupted_training_continues_on_its_schedule(small_prepared, octaves, pixnet_params, tmp_path, monkeypatch):
+    from spatial_impute.models.pixnet import _training
+
+    whole = fit(small_prepared, octaves, pixnet_params)
+    take_step = _training._take_step
+
+    def fails_late(*arguments):
+        if arguments[-1] == pixnet_params["n_steps"]:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_take_step", fails_late)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path)
+    resumed = fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path)
+    assert same(whole, resumed)
+    np.testing.assert_array_equal(whole.history.to_numpy(float), resumed.history.to_numpy(float))
+    with pytest.raises(ValueError, match=r"belongs to another training: \['params'\] differ"):
+        fit(small_prepared, octaves, pixnet_params | {"n_steps": 9}, checkpoint=tmp_path)
+
+
+def test_random_state_of_the_user_stays(small_prepared, octaves, pixnet_params):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    fit(small_prepared, octaves, pixnet_params)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params, small_pixnet):
+    rounded = fit(small_prepared, octaves, pixnet_params, precision="bfloat16")
+    assert not same(rounded, small_pixnet)
+    a, b = (si.tl.predict_regions(small_prepared, "s0_spots", m, inplace=False).X for m in (rounded, small_pixnet))
+    assert np.abs(a - b).max() < 0.1 * b.std()
+    maps = {
+        precision: si.tl.predict_dense(small_prepared, "s0_image", small_pixnet, precision=precision, inplace=False)
+        for precision in ("float32", "bfloat16")
+    }
+    single, half = (maps[precision].compute().to_numpy().astype(float) for precision in ("float32", "bfloat16"))
+    difference = np.nanmax(np.abs(single - half))
+    assert 0 < difference < 0.1 * np.nanstd(single)
+    with pytest.raises(ValueError, match="`precision` must be one of"):
+        fit(small_prepared, octaves, pixnet_params, precision="half")
 
 
 def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pixnet_params, monkeypatch):

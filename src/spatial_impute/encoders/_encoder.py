@@ -13,6 +13,7 @@ from spatial_impute._validation import require_device, require_one_of, require_p
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -105,8 +106,7 @@ class ModuleEncoder:
 
         scaled = (np.asarray(patches, dtype=np.float32) / 255.0 - self._mean) / self._std
         tensor = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
-        mixed = torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
-        with torch.inference_mode(), mixed if self.precision == "bfloat16" else nullcontext():
+        with torch.inference_mode(), autocast(tensor.device, self.precision):
             return function(tensor)
 
 
@@ -247,6 +247,13 @@ def _require_own_size(encoder: Encoder, patch_px: int | None, mpp: float | None)
             msg = f"Encoder {encoder.name!r} takes `{argument}={own}`, found {value!r}; leave the argument out."
             raise ValueError(msg)
     return encoder
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Context in which layers compute in this precision, one of :data:`PRECISIONS`."""
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def weights_hash(module: torch.nn.Module) -> str:

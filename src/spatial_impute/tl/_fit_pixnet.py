@@ -12,7 +12,8 @@ import numpy as np
 
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
-from spatial_impute._validation import require_count, require_device
+from spatial_impute._validation import require_count, require_device, require_one_of
+from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,
     FrameChoice,
@@ -52,6 +53,7 @@ def fit_pixnet(
     tile_size: int = 1024,
     checkpoint: str | Path | None = None,
     device: str | None = None,
+    precision: str = "float32",
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> PixNetModel:
@@ -59,8 +61,8 @@ def fit_pixnet(
 
     An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the mean
     (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts spots of
-    any size. The network starts from ridge regression on the feature maps. Training continues while held-out blocks of
-    the training slides improve. Expression of unmeasured spots is never read.
+    any size. The network starts from ridge regression on the feature maps. Training is kept only if held-out
+    blocks of the training slides confirm that it helps. Expression of unmeasured spots is never read.
 
     Parameters
     ----------
@@ -97,6 +99,9 @@ def fit_pixnet(
         Directory that keeps the state of training. A later call with the same arguments continues from it.
     device
         Torch device; ``settings.device`` by default.
+    precision
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU. The base, the sums over regions and the
+        weights stay in single precision, and the model can be used in either.
     seed
         Seed; the same seed gives the same model.
     show_progress_bar
@@ -140,10 +145,11 @@ def fit_pixnet(
     params = resolve_params(model_params, PixNetParams)
     tile_size, seed = require_count(tile_size, name="tile_size"), require_count(seed, name="seed", least=0)
     device = require_device(device)
+    require_one_of(precision, PRECISIONS, name="precision")
     counts = params.loss != "mse+pcc"
     _require_aggregate(aggregate, params.loss, counts=counts)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
-    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate)
+    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate, precision)
     expression = ExpressionChoice(layer, genes, target_sum, counts)
     read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
     with progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
@@ -186,6 +192,7 @@ class PixNetSetup:
     device: str
     seed: int
     aggregate: str = "mean"
+    precision: str = "float32"
 
     @property
     def resolution(self) -> float:
@@ -265,7 +272,8 @@ def fit_on_regions(
         ],
     }
     plain = asdict(params)
-    del plain["n_steps"]  # a later call may train for more steps
+    if params.schedule == "constant":
+        del plain["n_steps"]  # a later call may train for more steps
     fitted = fit(
         slides,
         setup.pyramid,
@@ -277,8 +285,15 @@ def fit_on_regions(
             seed=setup.seed,
             device=setup.device,
             progress=steps,
+            precision=setup.precision,
             checkpoint=checkpoint,
-            fingerprint={**config, "var_names": var_names, "seed": setup.seed, "params": plain},
+            fingerprint={
+                **config,
+                "var_names": var_names,
+                "seed": setup.seed,
+                "params": plain,
+                "precision": setup.precision,
+            },
         ),
     )
     return PixNetModel(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_impute._io.workers import suitable_threads
+from spatial_impute.encoders._encoder import autocast
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid
@@ -163,6 +164,7 @@ class PixNetNetwork(nn.Module):
     """
 
     scale: Tensor
+    precision: str = "float32"  # Or "bfloat16", for encoder and decoder; base, head and sums stay in single precision
 
     def __init__(
         self,
@@ -212,7 +214,15 @@ class PixNetNetwork(nn.Module):
 
     def encode(self, rgb: Tensor) -> list[Tensor]:
         """Maps of the encoder that the network uses, finest first."""
-        return self.pyramid(rgb)[self.first :]
+        with autocast(rgb.device, self.precision):
+            maps = self.pyramid(rgb)[self.first :]
+        return [m.to(rgb.dtype) for m in maps]
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Features of the decoder: (n, width, y / stride, x / stride)."""
+        with autocast(maps[0].device, self.precision):
+            decoded = self.decoder(maps)
+        return decoded.to(maps[0].dtype)
 
     def levels(self, rgb: Tensor, cells: Cells | None = None) -> Tensor:
         """Inputs of the base on the finest grid, (n, n_levels, y, x); only some cells if given."""
@@ -242,7 +252,7 @@ class PixNetNetwork(nn.Module):
 
     def combine(self, maps: list[Tensor]) -> Tensor:
         """Base and decoder from the maps of the encoder."""
-        parts = [self.decoder(maps)]
+        parts = [self.decode(maps)]
         if self.n_base:
             parts.insert(0, self.base_features(maps))
         return torch.cat(parts, dim=1)
@@ -334,6 +344,7 @@ def receptive_halo(network: PixNetNetwork) -> int:
     ``ValueError``.
     """
     probe = copy.deepcopy(network).double().cpu().eval()
+    probe.precision = "float32"  # single and double precision are computed as they are
     n_cells = _FIRST_PROBE
     while n_cells <= _LAST_PROBE:
         found = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
