@@ -225,6 +225,10 @@ def _by_name(
         from spatial_impute.encoders._resnet import load_resnet
 
         return from_module(load_resnet(name), name=name)
+    if name == "efficientnet-lite2":
+        from spatial_impute.encoders._efficientnet import MEAN, STD, load_efficientnet
+
+        return from_module(load_efficientnet(), name=name, mean=MEAN, std=STD)
     library, _, model = name.partition(":")
     if library in ("timm", "transformers") and model:
         from spatial_impute.encoders._weights import load_timm, load_transformers
@@ -233,7 +237,7 @@ def _by_name(
         module, own_px, mean, std = load(model, dict(params))
         return from_module(module, own_px, name=name, mean=mean, std=std)
     msg = (
-        f"Unknown encoder {name!r}; available by name: ['ciga-resnet18', 'resnet18', 'resnet50', 'tellez-multitask', "
+        f"Unknown encoder {name!r}; available by name: ['ciga-resnet18', 'efficientnet-lite2', 'resnet18', 'resnet50', 'tellez-multitask', "
         "'texture'], and 'timm:NAME' and 'transformers:NAME'. Or pass a callable or nn.Module."
     )
     raise ValueError(msg)

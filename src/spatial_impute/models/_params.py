@@ -98,6 +98,9 @@ class PixNetParams:
     """Weight of 1 - Pearson correlation per gene across the regions of a batch, added to the squared error."""
     resolution: Positive | None = None
     """Resolution of the images in um per pixel; by default that of the encoder."""
+    encoder_window: Count | None = None
+    """Edge in px of the windows that your own encoder reads one by one; for encoders with attention over the whole image
+    (vision transformers), whose values would otherwise depend on the tiles. The size of their training is a good choice."""
     crop: Count = 384
     """Edge of a training crop in px; enlarged to a multiple of the coarsest cell and to the size of a region."""
     margin: Natural = 32

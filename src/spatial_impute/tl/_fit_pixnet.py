@@ -47,7 +47,7 @@ def fit_pixnet(
     target_sum: float | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    encoder: str | nn.Module = "tellez-multitask",
+    encoder: str | nn.Module = "texture",
     aggregate: str = "mean",
     model_params: PixNetParams | Mapping[str, Any] | None = None,
     tile_size: int = 1024,
@@ -87,8 +87,11 @@ def fit_pixnet(
     mpp
         um per unit of the coordinate system; 1 for a stack.
     encoder
-        ``"tellez-multitask"`` (1 um per pixel), ``"resnet18"``, ``"resnet50"``, ``"ciga-resnet18"`` (0.5 um), or a
-        module that returns a pyramid of feature maps.
+        ``"texture"`` (stain and texture, no download) or ``"tellez-multitask"`` (a small pathology network, 2.4 MB) at 1 um
+        per pixel; ``"efficientnet-lite2"`` (photographs, from the extra ``efficientnet``), ``"resnet18"``,
+        ``"resnet50"`` or ``"ciga-resnet18"`` at 0.5 um; or a module that returns feature maps (n, channels, y / s,
+        x / s), finest first, or one map. With attention over the whole image (vision transformers) it needs
+        ``model_params={"encoder_window": ...}``.
     aggregate
         ``"mean"`` over the pixels of a region for log values; ``"sum"`` for counts, which grow with area.
     model_params
@@ -149,7 +152,9 @@ def fit_pixnet(
     counts = params.loss != "mse+pcc"
     _require_aggregate(aggregate, params.loss, counts=counts)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
-    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate, precision)
+    setup = PixNetSetup(
+        build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed, aggregate, precision
+    )
     expression = ExpressionChoice(layer, genes, target_sum, counts)
     read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
     with progress_steps("Fitting PixNet", show=show_progress_bar) as steps:

@@ -215,7 +215,7 @@ class PixNetModel:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
         params = PixNetParams(**config["params"])
-        pyramid = build_pyramid(name, pretrained=False) if encoder is None else build_pyramid(encoder)
+        pyramid = build_pyramid(name if encoder is None else encoder, window=params.encoder_window, pretrained=False)
 
         def build() -> PixNetNetwork:
             return build_network(
