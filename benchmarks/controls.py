@@ -1,6 +1,6 @@
 """Controls: synthetic tissue with genes of which the answer is known, to see that each network learns what it should.
 
-Run ``python benchmarks/controls.py pixnet [PART ...]`` with PART among
+Run ``python benchmarks/controls.py pixnet PART ...`` with PART among
 
 ``kinds``       linear genes, products and exclusive-ors of two nuclear features, at 55 um from two slides of 400 discs
 ``sizes``       trained at 100 um, at 16 um, and at both; read at 100, 55, 16, 8 and 2 um
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 
 import anndata as ad
@@ -166,22 +167,77 @@ def kept_step(model: si.models.PixNetModel) -> int:
     return int(model.history.loc[model.history["kept"], "step"].iloc[0])
 
 
+def beside_base(model: si.models.PixNetModel, slide: SpatialData, key: str) -> pd.DataFrame:
+    """Scores of a model and of its base."""
+    return pd.DataFrame({"base": scores(without_decoder(model), slide, key), "pixnet": scores(model, slide, key)})
+
+
+def slides_of(options: argparse.Namespace, diameters: tuple[float, ...], **kwargs: int) -> list[SpatialData]:
+    """Two slides to train on, one to test on."""
+    settings = {"side": 1290, "n_most": 400, "seed": options.seed} | kwargs
+    seed = settings.pop("seed")
+    return [control_slide(diameters, seed=10 * seed + k, mpp=options.mpp, **settings) for k in range(3)]
+
+
 def kinds(options: argparse.Namespace) -> None:
-    """Linear genes, products and exclusive-ors at 55 um."""
-    slides = [
-        control_slide((55.0,), seed=10 * options.seed + k, side=1290, n_most=400, mpp=options.mpp) for k in range(3)
-    ]
-    model = fit(slides[:2], ["d55"], options)
-    table = pd.DataFrame(
-        {"base": scores(without_decoder(model), slides[2], "d55"), "pixnet": scores(model, slides[2], "d55")}
-    )
-    print(f"55 um from 2 x 400 discs, step {kept_step(model)} kept, {model.seconds:.0f} s of processor time")
-    print(table.round(3).to_string(), flush=True)
+    """Linear genes, products and exclusive-ors at 55 um from 2 x 400 discs."""
+    *train, test = slides_of(options, (55.0,))
+    model = fit(train, ["d55"], options)
+    print(f"55 um from 2 x 400 discs, {model.config['encoder']}: step {kept_step(model)} kept, {model.seconds:.0f} s")
+    print(beside_base(model, test, "d55").round(3).to_string(), flush=True)
     if options.history:
         print(model.history.round(4).to_string())
 
 
-PARTS = {"kinds": kinds}
+def sizes(options: argparse.Namespace) -> None:
+    """Trained at 100 um, at 16 um, at both; read at five sizes."""
+    read_at = (100.0, 55.0, 16.0, 8.0, 2.0)
+    *train, test = slides_of(options, read_at)
+    rows = {}
+    for keys in (["d100"], ["d16"], ["d100", "d16"]):
+        model = fit(train, keys, options)
+        for diameter in read_at:
+            found = beside_base(model, test, f"d{diameter:g}")
+            for kind, row in found.iterrows():
+                rows["+".join(keys), kind, diameter] = row["pixnet"]
+            rows["+".join(keys), "mean of the base", diameter] = found["base"].mean()
+            rows["+".join(keys), "mean", diameter] = found["pixnet"].mean()
+        table = pd.Series(rows).unstack()[list(read_at)]
+        print(f"{keys}: step {kept_step(model)} kept, {model.seconds:.0f} s", flush=True)
+        print(table.loc["+".join(keys)].round(3).to_string(), flush=True)
+
+
+def seeds(options: argparse.Namespace) -> None:
+    """The decoder against its base on a new slide: ten draws of small slides, where training has little to learn from."""
+    worst = 0.0
+    for seed in range(10):
+        *train, test = slides_of(options, (55.0,), side=700, n_most=100, seed=100 + seed)
+        model = fit(train, ["d55"], options)
+        found = beside_base(model, test, "d55")
+        gain = found["pixnet"] - found["base"]
+        worst = min(worst, gain.min())
+        text = ", ".join(f"{kind} {found['base'][kind]:.3f} -> {found['pixnet'][kind]:.3f}" for kind in found.index)
+        print(f"seed {seed}: step {kept_step(model)} kept; {text}", flush=True)
+    print(f"largest loss against the base of any kind of gene: {-worst:.3f}")
+
+
+def encoders(options: argparse.Namespace) -> None:
+    """Encoders on the task of `kinds`; ``"resnet18"`` with random weights."""
+    from spatial_impute.encoders._resnet import build_resnet
+
+    *train, test = slides_of(options, (55.0,))
+    torch.manual_seed(0)
+    random = build_resnet("resnet18")
+    named = {name: name for name in ("texture", "tellez-multitask", "efficientnet-lite2")}
+    for name, encoder in (named | {"resnet18, random weights": random}).items():
+        options.encoder = encoder
+        options.params = {"resolution": 1.0}
+        model = fit(train, ["d55"], options)
+        print(f"{name}: step {kept_step(model)} kept, {model.seconds:.0f} s")
+        print(beside_base(model, test, "d55").round(3).T.to_string(), flush=True)
+
+
+PARTS = {"kinds": kinds, "sizes": sizes, "seeds": seeds, "encoders": encoders}
 
 
 def main() -> None:
@@ -189,10 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = parser.add_subparsers(dest="method", required=True)
     pixnet = methods.add_parser("pixnet", help="controls of PixNet")
-    pixnet.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    pixnet.add_argument("parts", nargs="+", choices=PARTS)
     pixnet.add_argument("--encoder", default="tellez-multitask")
     pixnet.add_argument("--mpp", type=float, default=1.0, help="um per pixel of the slides")
-    pixnet.add_argument("--params", type=eval, default={}, help="dict of PixNetParams")
+    pixnet.add_argument("--params", type=json.loads, default={}, help="PixNetParams as JSON")
     pixnet.add_argument("--history", action="store_true", help="print the training")
     pixnet.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -203,6 +203,34 @@ def test_the_published_network_trains_its_encoder(small_prepared):
     assert np.isfinite(found.X).all()
 
 
+def test_attention_is_refused_before_training_and_accepted_in_windows(small_prepared, pixnet_params, monkeypatch):
+    from spatial_impute.models.pixnet import _fit
+
+    class Global(torch.nn.Module):
+        def forward(self, x):
+            cells = torch.nn.functional.avg_pool2d(x, 8)
+            return cells - cells.mean(dim=(2, 3), keepdim=True)
+
+    def fit_with(**kwargs):
+        return si.tl.fit_pixnet(
+            small_prepared, "s1_image", "s1_spots", encoder=Global(), model_params=pixnet_params | kwargs
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_fit, "train", lambda *_: pytest.fail("training began"))
+        patch.setattr(_fit, "fit_base", lambda *_, **__: pytest.fail("the base was fitted"))
+        with pytest.raises(ValueError, match="encoder_window"):
+            fit_with()
+    model = fit_with(encoder_window=32)
+    assert model.network.stride == 4
+    maps = [
+        si.tl.predict_dense(small_prepared, "s0_image", model, tile_size=size, tissue_only=False, inplace=False)
+        for size in (64, 4096)
+    ]
+    a, b = (m.compute().to_numpy().astype(float) for m in maps)
+    np.testing.assert_allclose(a, b, atol=0.01 * b.std())
+
+
 def test_save_and_load_give_the_same_prediction(small_prepared, small_pixnet, octaves, tmp_path):
     small_pixnet.save(tmp_path / "model")
     loaded = si.models.PixNetModel.load(tmp_path / "model", encoder=octaves)

@@ -12,7 +12,7 @@ from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
 from spatial_impute.models.pixnet import _base
-from spatial_impute.models.pixnet._base import BaseData, set_base
+from spatial_impute.models.pixnet._base import BaseData, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import (
     CropSettings,
     TrainingSlide,
@@ -204,6 +204,31 @@ def test_network_computes_its_base():
         found = network.genes(network.features(rgb))[0].flatten(1).T
         levels = network.levels(rgb)[0].flatten(1).T.numpy()
     np.testing.assert_allclose(found, base.predict(levels), rtol=1e-8, atol=1e-8)
+
+
+def test_decoder_reads_maps_of_any_scale_alike():
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            maps = [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
+            return [torch.cat([self.scale * m[:, :2] + 3 * self.scale, 0 * m[:, :1] + 5], dim=1) for m in maps]
+
+    rgb, found = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255, []
+    for scale in (1e-3, 1.0, 1e3):
+        torch.manual_seed(0)
+        network = PixNetNetwork(
+            ModulePyramid(Scaled(scale), name="s"), n_genes=2, width=4, n_base=2, norm="layer"
+        ).eval()
+        with torch.inference_mode():
+            features = network.levels(rgb)[0].flatten(1).T.numpy().astype(float)
+            standardise_decoder(network, features, np.zeros(features.shape[1]))
+            found.append(network.decode(network.encode(rgb)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-2, atol=1e-2)
+    assert torch.isfinite(found[0]).all()
 
 
 def test_loss_is_error_and_correlation_per_gene():

@@ -166,3 +166,14 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
             start = stop
         network.head.weight[:, : network.n_base] = torch.from_numpy(base.weights.T.copy())[:, :, None, None]
         network.head_bias.copy_(torch.from_numpy(base.intercept))
+
+
+def standardise_decoder(network: PixNetNetwork, features: np.ndarray, within: np.ndarray) -> None:
+    """Let the decoder read each channel with mean 0 and variance 1 over the cells of the regions; see `fit_base`."""
+    decoder = network.decoder
+    n = len(decoder.mean)  # the maps come first, then their windows
+    mean, spread = features[:, :n].mean(axis=0), np.sqrt(features[:, :n].var(axis=0) + within[:n])
+    spread[spread < _SMALLEST_SPREAD * np.maximum(1.0, np.abs(mean))] = np.inf  # constant channels have no effect
+    with torch.no_grad():
+        decoder.mean.copy_(torch.from_numpy(mean))
+        decoder.spread.copy_(torch.from_numpy(spread))

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base
+from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions, whole_map
@@ -147,6 +147,7 @@ class LinearBase:
         training = data.take(np.concatenate(trained))
         base = fit_base(training, n_components=network.n_base, within=within, seed=settings.seed)
         set_base(network, base)
+        standardise_decoder(network, training.features, within)
         with_base = []
         for slide, rows, part in zip(slides, read, parts, strict=True):
             if len(rows) == len(slide.regions):
