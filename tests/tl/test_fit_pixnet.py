@@ -127,18 +127,23 @@ def test_random_state_of_the_user_stays(small_prepared, octaves, pixnet_params):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params, small_pixnet):
-    rounded = fit(small_prepared, octaves, pixnet_params, precision="bfloat16")
-    assert not same(rounded, small_pixnet)
-    a, b = (si.tl.predict_regions(small_prepared, "s0_spots", m, inplace=False).X for m in (rounded, small_pixnet))
+def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params):
+    params = pixnet_params | {
+        "n_base": 0,
+        "n_steps": 40,
+        "learning_rate": 1e-2,
+        "margin": 8,
+    }  # all that is predicted comes from the decoder
+    single, rounded = (fit(small_prepared, octaves, params, precision=p) for p in ("float32", "bfloat16"))
+    assert not same(rounded, single)
+    a, b = (si.tl.predict_regions(small_prepared, "s0_spots", m, inplace=False).X for m in (rounded, single))
     assert np.abs(a - b).max() < 0.1 * b.std()
-    maps = {
-        precision: si.tl.predict_dense(small_prepared, "s0_image", small_pixnet, precision=precision, inplace=False)
+    maps = [
+        si.tl.predict_dense(small_prepared, "s0_image", single, precision=precision, inplace=False)
         for precision in ("float32", "bfloat16")
-    }
-    single, half = (maps[precision].compute().to_numpy().astype(float) for precision in ("float32", "bfloat16"))
-    difference = np.nanmax(np.abs(single - half))
-    assert 0 < difference < 0.1 * np.nanstd(single)
+    ]
+    a, b = (m.compute().to_numpy().astype(float) for m in maps)
+    assert 0 < np.nanmax(np.abs(a - b)) < 0.1 * np.nanstd(a)
     with pytest.raises(ValueError, match="`precision` must be one of"):
         fit(small_prepared, octaves, pixnet_params, precision="half")
 
@@ -153,7 +158,7 @@ def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pix
     monkeypatch.setattr(_fit, "_MAX_BASE_REGIONS", n - 3)
     sample = fit(small_prepared, octaves, params).history["held_out_loss"].iloc[0]
     assert sample != whole
-    assert sample == pytest.approx(whole, rel=0.1)
+    assert sample == pytest.approx(whole, rel=0.2)
 
 
 def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pixnet, octaves, pixnet_params):

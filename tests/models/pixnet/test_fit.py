@@ -214,7 +214,7 @@ def test_decoder_reads_maps_of_any_scale_alike():
 
         def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
             maps = [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
-            return [torch.cat([self.scale * m[:, :2] + 3 * self.scale, 0 * m[:, :1] + 5], dim=1) for m in maps]
+            return [torch.cat([self.scale * m[:, :2] + 3 * self.scale], dim=1) for m in maps]
 
     rgb, found = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255, []
     for scale in (1e-3, 1.0, 1e3):

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in factors])
         self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in factors])
         self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))
-        # Of each channel of each map. Maps of encoders differ in scale by factors of hundreds; on their own scale many of
+        # Of each channel of each map; see `standardise_decoder`. Maps of encoders differ in scale by factors of hundreds; on their own scale many of
         # them would hardly be learned from.
         self.n_channels = channels
         self.register_buffer("mean", torch.zeros(sum(channels)))

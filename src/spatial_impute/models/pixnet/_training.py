@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = "state.safetensors"
 _MAX_HELD_OUT_CROPS = 48  # more would take longer than the steps between two checks
-_MIN_REGIONS = 8  # per batch: the correlation of fewer regions has no meaning
+_MIN_REGIONS = 24  # per batch, from more crops where regions are sparse: the correlation of few regions is noise
 _SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
 _WARM_UP = 0.1  # share of the steps in which the step size rises
@@ -400,20 +400,27 @@ class CropSampler:
         rng = np.random.default_rng([self.settings.seed, step])
         n_crops = self.settings.params.n_crops
         if self.pool:
-            chosen = rng.choice(len(self.pool), min(n_crops, len(self.pool)), replace=False)
+            order = rng.permutation(len(self.pool))
+            n_regions = np.cumsum([len(self.pool[k][0].rows) for k in order])
+            chosen = order[: max(n_crops, int(np.searchsorted(n_regions, _MIN_REGIONS)) + 1)]
             levels = zip(*(self.pool[k][1] for k in chosen), strict=True)
             return [self.pool[k][0] for k in chosen], [torch.cat(level).float() for level in levels]
-        crops = [crop for crop in (self._draw(rng) for _ in range(n_crops)) if len(crop.rows)]
+        crops: list[Crop] = []
+        for k in range(_MIN_REGIONS * n_crops):
+            if k >= n_crops and sum(len(crop.rows) for crop in crops) >= _MIN_REGIONS:
+                break
+            crops.append(self._draw(rng))
+        crops = [crop for crop in crops if len(crop.rows)]
         return crops, self._encode(crops) if crops else []
 
 
 def _take_step(
     network: PixNetNetwork, sampler: CropSampler, loss: RegionLoss, optimizer: torch.optim.Optimizer, step: int
 ) -> float | None:
-    """Train on one batch; return its loss, or None if it has too few regions."""
+    """Train on one batch; return its loss, or None if no crop holds a region."""
     network.train()
     crops, maps = sampler.batch(step)
-    if sum(len(crop.rows) for crop in crops) < _MIN_REGIONS:
+    if not crops:
         return None
     true = torch.from_numpy(np.concatenate([crop.expression for crop in crops])).float()
     value = loss(predict_crops(network, maps, crops), true.to(sampler.settings.device))
