@@ -127,19 +127,15 @@ def test_random_state_of_the_user_stays(small_prepared, octaves, pixnet_params):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params):
-    params = pixnet_params | {
-        "n_base": 0,
-        "n_steps": 40,
-        "learning_rate": 1e-2,
-        "margin": 8,
-    }  # all that is predicted comes from the decoder
-    single, rounded = (fit(small_prepared, octaves, params, precision=p) for p in ("float32", "bfloat16"))
-    assert not same(rounded, single)
-    a, b = (si.tl.predict_regions(small_prepared, "s0_spots", m, inplace=False).X for m in (rounded, single))
-    assert np.abs(a - b).max() < 0.1 * b.std()
+def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params, small_pixnet):
+    rounded = fit(small_prepared, octaves, pixnet_params, precision="bfloat16")
+    losses = [m.history["loss"].dropna().to_numpy() for m in (rounded, small_pixnet)]
+    assert (losses[0] != losses[1]).all()
+    np.testing.assert_allclose(*losses, rtol=0.05)
+    model = copy.deepcopy(small_pixnet)
+    torch.nn.init.constant_(model.network.head.weight[:, model.network.n_base :], 0.1)  # as if the decoder were kept
     maps = [
-        si.tl.predict_dense(small_prepared, "s0_image", single, precision=precision, inplace=False)
+        si.tl.predict_dense(small_prepared, "s0_image", model, precision=precision, inplace=False)
         for precision in ("float32", "bfloat16")
     ]
     a, b = (m.compute().to_numpy().astype(float) for m in maps)
