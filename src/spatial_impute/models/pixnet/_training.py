@@ -234,7 +234,7 @@ class _TrainingState:
 
 
 def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
-    """Whether training helps where it did not choose: (n_checks, n_blocks) errors, the first check is the start.
+    """True if training helps where it did not choose: (n_checks, n_blocks) errors, the first check is the start.
 
     The check that is best on one half of the blocks is compared with the start on the other half, and the reverse. Over all
     blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
