@@ -122,7 +122,7 @@ class PixNetParams:
     held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     """Share of the blocks of each training slide that are not used for training, but to choose the step and to confirm
     the choice."""
-    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] = 2e-3
+    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] = 1e-3
     """Largest step size of Adam; 5e-4 as published."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Step size over the steps: ``"cosine"`` rises over the first tenth and falls to zero along a cosine; ``"constant"`` as

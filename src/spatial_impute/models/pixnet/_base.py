@@ -169,18 +169,15 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
 
 
 def standardise_decoder(network: PixNetNetwork, features: np.ndarray, within: np.ndarray) -> None:
-    """Let the decoder read each map around 0, with a mean variance of 1 of its channels over the cells of the regions.
+    """Let the decoder read the channels of all maps around 0, with a mean variance of 1 over the cells of the regions.
 
-    Channels of one map keep their ratios: scaled to one variance, those with little variation, mostly noise, were learned
-    by heart.
+    All channels are divided by the same number. On a scale of its own, each coarse map and each channel with little
+    variation would count as much as those that show the nuclei, and would be learned by heart.
     """
-    decoder, start = network.decoder, 0
-    mean, variance = features.mean(axis=0), features.var(axis=0) + within
-    for n in decoder.n_channels:  # the maps come first, then their windows
-        rows = slice(start, start + n)
-        spread = float(np.sqrt(variance[rows].mean()))
-        constant = spread < _SMALLEST_SPREAD * max(1.0, float(np.abs(mean[rows]).max()))
-        with torch.no_grad():
-            decoder.mean[rows] = torch.from_numpy(mean[rows])
-            decoder.spread[rows] = np.inf if constant else spread  # a constant map has no effect
-        start += n
+    decoder = network.decoder
+    n = len(decoder.mean)  # the maps come first, then their windows
+    mean = features[:, :n].mean(axis=0)
+    spread = float(np.sqrt((features[:, :n].var(axis=0) + within[:n]).mean()))
+    with torch.no_grad():
+        decoder.mean.copy_(torch.from_numpy(mean))
+        decoder.spread.fill_(max(spread, _SMALLEST_SPREAD * float(np.abs(mean).max())))

@@ -98,15 +98,14 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in factors])
         self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in factors])
         self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))
-        # Of each channel of each map; see `standardise_decoder`. Maps of encoders differ in scale by factors of hundreds; on their own scale many of
-        # them would hardly be learned from.
+        # See `standardise_decoder`. Encoders differ in scale by factors of hundreds; small maps would hardly be learned from.
         self.n_channels = channels
         self.register_buffer("mean", torch.zeros(sum(channels)))
-        self.register_buffer("spread", torch.ones(sum(channels)))
+        self.register_buffer("spread", torch.ones(()))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        mean, spread = (s[:, None, None].split(self.n_channels) for s in (self.mean, self.spread))
-        maps = [(m - a) / b for m, a, b in zip(maps, mean, spread, strict=True)]
+        means = self.mean[:, None, None].split(self.n_channels)
+        maps = [(m - mean) / self.spread for m, mean in zip(maps, means, strict=True)]
         if self.single:
             maps = maps * len(self.lateral)
         x = self.lateral[-1](maps[-1])
