@@ -26,7 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=sorted(PARTS))
     parser.add_argument("--measured", nargs="+", default=["C4"])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--encoder", default="tellez-multitask")
     parser.add_argument("--side", type=float, default=2000.0, help="edge of the slide of `sizes` in um")
     parser.add_argument("--no-context", action="store_true", help="leave the windows of the base out")
     parser.add_argument("--tile", type=int, default=1024)
@@ -46,6 +47,7 @@ def her2st(options: argparse.Namespace) -> None:
         sdata,
         [f"{s}_image" for s in options.measured],
         [f"{s}_spots" for s in options.measured],
+        encoder=options.encoder,
         model_params={"n_steps": options.steps} | ({"context_um": ()} if options.no_context else {}),
         tile_size=options.tile,
         seed=options.seed,
@@ -193,7 +195,9 @@ def sizes(options: argparse.Namespace) -> None:
     for key in ("d100", "d55", "d16", "d8"):
         true = objects["test"].tables[f"{key}_table"].layers["true"]
         row = {"ridge on 64 um patches, trained at 100 um": patch_ridge(objects, "d100", key, true)}
-        models[key] = si.tl.fit_pixnet(objects["train"], "he", key, model_params=params, seed=options.seed, **frame)
+        models[key] = si.tl.fit_pixnet(
+            objects["train"], "he", key, encoder=options.encoder, model_params=params, seed=options.seed, **frame
+        )
         history = models[key].history
         for trained, column in {"d100": "trained at 100 um", key: "trained at this size"}.items():
             found = si.tl.predict_regions(

@@ -88,6 +88,7 @@ def test_fit_pixnet_writes_nothing(small_stack, octaves, pixnet_params):
 
 
 def test_training_taken_up_equals_training_in_one_go(small_prepared, octaves, pixnet_params, tmp_path):
+    pixnet_params = pixnet_params | {"schedule": "constant"}  # the only one that does not depend on the number of steps
     whole = fit(small_prepared, octaves, pixnet_params)
     fit(small_prepared, octaves, pixnet_params | {"n_steps": 2}, checkpoint=tmp_path / "state")
     resumed = fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path / "state")
@@ -95,6 +96,52 @@ def test_training_taken_up_equals_training_in_one_go(small_prepared, octaves, pi
     np.testing.assert_array_equal(whole.history.to_numpy(float), resumed.history.to_numpy(float))
     with pytest.raises(ValueError, match=r"belongs to another training: \['seed'\] differ"):
         fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path / "state", seed=3)
+
+
+def test_interrupted_training_continues_on_its_schedule(small_prepared, octaves, pixnet_params, tmp_path, monkeypatch):
+    from spatial_impute.models.pixnet import _training
+
+    whole = fit(small_prepared, octaves, pixnet_params)
+    take_step = _training._take_step
+
+    def fails_late(*arguments):
+        if arguments[-1] == pixnet_params["n_steps"]:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_take_step", fails_late)
+        with pytest.raises(KeyboardInterrupt):
+            fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path)
+    resumed = fit(small_prepared, octaves, pixnet_params, checkpoint=tmp_path)
+    assert same(whole, resumed)
+    np.testing.assert_array_equal(whole.history.to_numpy(float), resumed.history.to_numpy(float))
+    with pytest.raises(ValueError, match=r"belongs to another training: \['params'\] differ"):
+        fit(small_prepared, octaves, pixnet_params | {"n_steps": 9}, checkpoint=tmp_path)
+
+
+def test_random_state_of_the_user_stays(small_prepared, octaves, pixnet_params):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    fit(small_prepared, octaves, pixnet_params)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bfloat16_is_near_single_precision(small_prepared, octaves, pixnet_params, small_pixnet):
+    rounded = fit(small_prepared, octaves, pixnet_params, precision="bfloat16")
+    losses = [m.history["loss"].dropna().to_numpy() for m in (rounded, small_pixnet)]
+    assert (losses[0] != losses[1]).all()
+    np.testing.assert_allclose(*losses, rtol=0.05)
+    model = copy.deepcopy(small_pixnet)
+    torch.nn.init.constant_(model.network.head.weight[:, model.network.n_base :], 0.1)  # as if the decoder were kept
+    maps = [
+        si.tl.predict_dense(small_prepared, "s0_image", model, precision=precision, inplace=False)
+        for precision in ("float32", "bfloat16")
+    ]
+    a, b = (m.compute().to_numpy().astype(float) for m in maps)
+    assert 0 < np.nanmax(np.abs(a - b)) < 0.1 * np.nanstd(a)
+    with pytest.raises(ValueError, match="`precision` must be one of"):
+        fit(small_prepared, octaves, pixnet_params, precision="half")
 
 
 def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pixnet_params, monkeypatch):
@@ -107,7 +154,7 @@ def test_base_of_many_regions_is_fitted_on_a_sample(small_prepared, octaves, pix
     monkeypatch.setattr(_fit, "_MAX_BASE_REGIONS", n - 3)
     sample = fit(small_prepared, octaves, params).history["held_out_loss"].iloc[0]
     assert sample != whole
-    assert sample == pytest.approx(whole, rel=0.1)
+    assert sample == pytest.approx(whole, rel=0.2)
 
 
 def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pixnet, octaves, pixnet_params):
@@ -155,6 +202,34 @@ def test_the_published_network_trains_its_encoder(small_prepared):
     assert not [key for key in moved if "running" in key or "num_batches" in key]  # published statistics stay
     found = si.tl.predict_regions(small_prepared, "s0_spots", model, inplace=False)
     assert np.isfinite(found.X).all()
+
+
+def test_attention_is_refused_before_training_and_accepted_in_windows(small_prepared, pixnet_params, monkeypatch):
+    from spatial_impute.models.pixnet import _fit
+
+    class Global(torch.nn.Module):
+        def forward(self, x):
+            cells = torch.nn.functional.avg_pool2d(x, 8)
+            return cells - cells.mean(dim=(2, 3), keepdim=True)
+
+    def fit_with(**kwargs):
+        return si.tl.fit_pixnet(
+            small_prepared, "s1_image", "s1_spots", encoder=Global(), model_params=pixnet_params | kwargs
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_fit, "train", lambda *_: pytest.fail("training began"))
+        patch.setattr(_fit, "fit_base", lambda *_, **__: pytest.fail("the base was fitted"))
+        with pytest.raises(ValueError, match="encoder_window"):
+            fit_with()
+    model = fit_with(encoder_window=32)
+    assert model.network.stride == 4
+    maps = [
+        si.tl.predict_dense(small_prepared, "s0_image", model, tile_size=size, tissue_only=False, inplace=False)
+        for size in (64, 4096)
+    ]
+    a, b = (m.compute().to_numpy().astype(float) for m in maps)
+    np.testing.assert_allclose(a, b, atol=0.01 * b.std())
 
 
 def test_save_and_load_give_the_same_prediction(small_prepared, small_pixnet, octaves, tmp_path):

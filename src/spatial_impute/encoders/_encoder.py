@@ -13,12 +13,13 @@ from spatial_impute._validation import did_you_mean, require_device, require_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     import torch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_NAMES = ("ciga-resnet18", "resnet18", "resnet50", "tellez-multitask", "texture")
+_NAMES = ("ciga-resnet18", "efficientnet-lite2", "resnet18", "resnet50", "tellez-multitask", "texture")
 DEFAULT_PATCH_PX = 224  # networks for photographs, and most pathology networks, were trained on patches of this size
 DEFAULT_MPP = 0.5  # 20x, the usual magnification of pathology encoders
 PRECISIONS = ("float32", "bfloat16")
@@ -106,8 +107,7 @@ class ModuleEncoder:
 
         scaled = (np.asarray(patches, dtype=np.float32) / 255.0 - self._mean) / self._std
         tensor = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
-        mixed = torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
-        with torch.inference_mode(), mixed if self.precision == "bfloat16" else nullcontext():
+        with torch.inference_mode(), autocast(tensor.device, self.precision):
             return function(tensor)
 
 
@@ -227,6 +227,10 @@ def _by_name(
         from spatial_impute.encoders._resnet import load_resnet
 
         return from_module(load_resnet(name), name=name)
+    if name == "efficientnet-lite2":
+        from spatial_impute.encoders._efficientnet import MEAN, STD, load_efficientnet
+
+        return from_module(load_efficientnet(), name=name, mean=MEAN, std=STD)
     library, _, model = name.partition(":")
     if library in ("timm", "transformers") and model:
         from spatial_impute.encoders._weights import load_timm, load_transformers
@@ -260,6 +264,13 @@ def _require_own_size(encoder: Encoder, patch_px: int | None, mpp: float | None)
             msg = f"Encoder {encoder.name!r} takes `{argument}={own}`, found {value!r}; leave the argument out."
             raise ValueError(msg)
     return encoder
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Context in which layers compute in this precision, one of :data:`PRECISIONS`."""
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_impute._validation import require_one_of
+from spatial_impute.encoders import _efficientnet as efficientnet
 from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
 _STRIP_BYTES = 2**22
 _PROBE = 256  # px; edge of the test image for an unknown module
 
-ENCODERS = ("tellez-multitask", "resnet18", "resnet50", "ciga-resnet18")  # Pyramids by name
+ENCODERS = (
+    "texture",
+    "tellez-multitask",
+    "efficientnet-lite2",
+    "resnet18",
+    "resnet50",
+    "ciga-resnet18",
+)  # Pyramids by name
 
 
 class Pyramid(nn.Module):
@@ -27,6 +35,8 @@ class Pyramid(nn.Module):
 
     `strides` are pixels per cell, finest first; each divides the next. `context_level` is the map whose means and standard
     deviations over windows describe the surroundings of a place: the deepest map computed from the unreduced image.
+    `window` is the edge in px of the windows that it reads one by one, 1 if it reads the whole image; see
+    :class:`ModulePyramid`.
 
     Shapes: (n, 3, y, x) in 0-255, y and x multiples of the last stride -> maps (n, channels[i], y / strides[i],
     x / strides[i]).
@@ -37,6 +47,44 @@ class Pyramid(nn.Module):
     channels: tuple[int, ...]
     resolution: float
     context_level: int = -1
+    window: int = 1
+
+
+class TexturePyramid(Pyramid):
+    """``"texture"``: stain and texture statistics of each cell; needs no weights.
+
+    Hematoxylin, eosin :cite:p:`Ruifrok2001` and luminance, each by its mean, its standard deviation, and the mean and the
+    standard deviation of the size of four octaves of detail, from edges of nuclei to groups of them, make 30 numbers.
+    """
+
+    name = "texture"
+    strides = (4, 8, 16, 32, 64)
+    channels = (30,) * 5
+    resolution = 1.0
+    context_level = 2
+
+    _BLURS = (3, 5, 9, 17)  # px; the difference of two successive blurs is one octave
+    stains: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        from skimage.color import hed_from_rgb
+
+        self.register_buffer("stains", torch.from_numpy(hed_from_rgb[:, :2].T.copy()).float(), persistent=False)
+
+    def forward(self, rgb: Tensor) -> list[Tensor]:
+        density = -(rgb.clamp(min=1.0) / 255.0).log()
+        stains = torch.einsum("sc,ncyx->nsyx", self.stains.to(rgb.dtype), density)
+        image = torch.cat([stains, density.mean(dim=1, keepdim=True)], dim=1)
+        blurs = [image, *(window_mean(image, edge) for edge in self._BLURS)]
+        pixels = torch.cat([image, *((a - b).abs() for a, b in pairwise(blurs))], dim=1)
+        means, squares, maps = pixels, pixels**2, []
+        for i, stride in enumerate(self.strides):
+            factor = stride if i == 0 else stride // self.strides[i - 1]
+            means, squares = F.avg_pool2d(means, factor), F.avg_pool2d(squares, factor)
+            # Without the constant, rounding errors would become features where nothing varies.
+            maps.append(torch.cat([means, ((squares - means**2).clamp(min=0) + 1e-6).sqrt()], dim=1))
+        return maps
 
 
 class TellezPyramid(Pyramid):
@@ -106,11 +154,21 @@ def _by_strips(
     return whole
 
 
+def window_mean(maps: Tensor, n: int) -> Tensor:
+    """Mean over `n` x `n` cells around each cell: rows, then columns, which needs 2 n sums instead of n^2."""
+    for kernel in ((n, 1), (1, n)):
+        maps = F.avg_pool2d(maps, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2), count_include_pad=False)
+    return maps
+
+
 class ModulePyramid(Pyramid):
     """Pyramid from a module of the user or a ResNet, which maps (n, 3, y, x) to a sequence of feature maps.
 
     `mean` and `std` normalise RGB in 0-1. The default name is that of the class with a hash of the weights. Strides and
     channels are measured on a test image; a module whose strides do not divide each other raises a ``ValueError``.
+
+    With `window`, the module sees windows of this edge in px, one by one: an operation over the whole window, such as
+    attention, is then local in the image. A module that returns one map, as vision transformers do, may return it alone.
     """
 
     mean: Tensor
@@ -124,55 +182,74 @@ class ModulePyramid(Pyramid):
         resolution: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.module = module.eval()
         self.name = f"{type(module).__name__}-{weights_hash(module)}" if name is None else name
-        self.resolution = float(resolution)
+        self.resolution, self.window = float(resolution), window or 1
+        probe = window or _PROBE
         for key, values in {"mean": mean, "std": std}.items():
             scaled = 255.0 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(key, scaled, persistent=False)
         parameter = next(module.parameters(), torch.zeros(()))
         with torch.inference_mode():
-            maps = self.forward(torch.full((1, 3, _PROBE, _PROBE), 128.0, dtype=parameter.dtype))
-        self.strides, self.channels = _layout(maps, self.name)
+            maps = self.forward(torch.full((1, 3, probe, probe), 128.0, dtype=parameter.dtype))
+        self.strides, self.channels = _layout(maps, self.name, probe)
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
         run: Callable[[Tensor], Sequence[Tensor]] = getattr(self.module, "pyramid", self.module)
-        maps = run((rgb - self.mean.to(rgb.dtype)) / self.std.to(rgb.dtype))
-        return list(maps.values()) if isinstance(maps, dict) else list(maps)
+        scaled = (rgb - self.mean.to(rgb.dtype)) / self.std.to(rgb.dtype)
+        if self.window == 1:
+            return _as_list(run(scaled))
+        n, w = (rgb.shape[2] // self.window, rgb.shape[3] // self.window), self.window
+        windows = scaled.unflatten(2, (n[0], w)).unflatten(4, (n[1], w)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        maps = _as_list(run(windows))
+        # (n * rows * columns, c, y, x) to (n, c, rows * y, columns * x)
+        return [m.unflatten(0, (len(rgb), *n)).permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4) for m in maps]
 
 
-def _layout(maps: list[Tensor], name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _as_list(maps: Tensor | dict[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(maps, Tensor):
+        return [maps]
+    return list(maps.values()) if isinstance(maps, dict) else list(maps)
+
+
+def _layout(maps: list[Tensor], name: str, probe: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Strides and channels of the maps of the test image."""
     shapes = [tuple(m.shape) for m in maps if isinstance(m, Tensor)]
-    strides = tuple(_PROBE // s[-1] for s in shapes if len(s) == 4 and s[-1] > 0)
-    exact = all(len(s) == 4 and s[-1] * k == s[-2] * k == _PROBE for s, k in zip(shapes, strides, strict=False))
+    strides = tuple(probe // s[-1] for s in shapes if len(s) == 4 and s[-1] > 0)
+    exact = all(len(s) == 4 and s[-1] * k == s[-2] * k == probe for s, k in zip(shapes, strides, strict=False))
     nested = all(b % a == 0 and b > a for a, b in pairwise(strides))
     if not strides or len(strides) != len(maps) or not exact or not nested:
         msg = (
             f"The encoder {name!r} must return feature maps (n, channels, y / s, x / s), finest first, at strides s that "
-            f"divide each other; for an image of {_PROBE} x {_PROBE} px it returned shapes {shapes}."
+            f"divide each other; for an image of {probe} x {probe} px it returned shapes {shapes}."
         )
         raise ValueError(msg)
     return strides, tuple(s[1] for s in shapes)
 
 
-def build_pyramid(encoder: str | nn.Module, *, pretrained: bool = True) -> Pyramid:
+def build_pyramid(encoder: str | nn.Module, *, window: int | None = None, pretrained: bool = True) -> Pyramid:
     """Pyramid by name (one of :data:`ENCODERS`), or from a module that expects the normalisation of ImageNet.
 
-    Without `pretrained` the weights of a named encoder are random, and the caller loads others.
+    `window` is for modules; see :class:`ModulePyramid`. Without `pretrained` the weights of a named encoder are random, and the caller loads others.
     """
     if isinstance(encoder, Pyramid):
         return encoder
     if isinstance(encoder, nn.Module):
-        return ModulePyramid(encoder)
+        return ModulePyramid(encoder, window=window)
     if not isinstance(encoder, str):
         msg = f"`encoder` must be one of {list(ENCODERS)} or an nn.Module, found {type(encoder).__name__}."
         raise TypeError(msg)
     require_one_of(encoder, ENCODERS, name="encoder")
     if encoder == TellezPyramid.name:
         return TellezPyramid(pretrained=pretrained)
+    if encoder == TexturePyramid.name:
+        return TexturePyramid()
+    if encoder == efficientnet.NAME:
+        lite = efficientnet.load_efficientnet() if pretrained else efficientnet.EfficientNetLite2()
+        return ModulePyramid(lite, name=encoder, mean=efficientnet.MEAN, std=efficientnet.STD)
     from spatial_impute.encoders._resnet import build_resnet, load_resnet
 
     network = load_resnet(encoder) if pretrained else build_resnet(encoder.removeprefix("ciga-"))

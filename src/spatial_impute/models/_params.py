@@ -134,7 +134,10 @@ class PixNetParams:
     """Weight of 1 - Pearson correlation per gene across the regions of a batch, added to the squared error."""
     resolution: Positive | None = None
     """Resolution of the images in um per pixel; by default that of the encoder."""
-    crop: Count = 768
+    encoder_window: Count | None = None
+    """Edge in px of the windows that your own encoder reads one by one; for encoders with attention over the whole image
+    (vision transformers), whose values would otherwise depend on the tiles. The size of their training is a good choice."""
+    crop: Count = 384
     """Edge of a training crop in px; enlarged to a multiple of the coarsest cell and to the size of a region."""
     margin: Natural = 32
     """Regions nearer than this (px) to the edge of a crop are not used in it: cells there have too little context."""
@@ -145,16 +148,21 @@ class PixNetParams:
     does training of the encoder."""
     max_regions: Count = 4096
     """Largest number of regions of a crop in a step; of more regions a random sample is used."""
-    n_steps: Natural = 200
+    n_steps: Natural = 300
     """Largest number of steps of training."""
-    n_steps_per_check: Count = 10
+    n_steps_per_check: Count = 20
     """Steps between evaluations of the held-out regions."""
-    patience: Count = 5
-    """Evaluations without improvement after which training stops."""
+    patience: Count = 10
+    """Evaluations without improvement after which training stops. The default is two thirds of all evaluations: the first
+    steps, while the step size is high, often bring nothing."""
     held_out_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.2
-    """Share of the blocks of each training slide that are not used for training, but to decide when it stops."""
-    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] = 5e-4
-    """Step size of Adam; 5e-4 as published."""
+    """Share of the blocks of each training slide that are not used for training, but to choose the step and to confirm
+    the choice."""
+    learning_rate: Annotated[Number, Field(gt=0, le=1e18)] = 1e-3
+    """Largest step size of Adam; 5e-4 as published."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Step size over the steps: ``"cosine"`` rises over the first tenth and falls to zero along a cosine; ``"constant"`` as
+    published."""
     encoder_learning_rate: Rate = 0.0
     """Step size for the encoder; 0 does not train it."""
     weight_decay: Rate = 1e-4
@@ -168,14 +176,17 @@ class PixNetParams:
 
     @classmethod
     def paper(cls) -> PixNetParams:
-        """Settings of the publication: width 512, no base, a trained encoder."""
+        """Settings of the publication: width 512, batch norm, no base, one constant step size for decoder and encoder."""
         return cls(
             width=512,
             finest_stride=4,
             n_base=0,
             n_cached_crops=0,
             crop=1024,
+            norm="batch",
             n_steps=20_000,
             patience=50,
-            encoder_learning_rate=5e-5,
+            learning_rate=5e-4,
+            schedule="constant",
+            encoder_learning_rate=5e-4,
         )

@@ -71,7 +71,8 @@ def extract_features(
     encoder
         ``"texture"`` (stain and texture statistics, no download), ``"tellez-multitask"`` (a small pathology network
         :cite:p:`Tellez2020`, 2.4 MB), ``"ciga-resnet18"`` (pathology :cite:p:`Ciga2022`, 46 MB), ``"resnet18"``,
-        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"timm:NAME"`` or ``"transformers:NAME"``
+        ``"resnet50"`` (photographs :cite:p:`He2016`, 47 and 103 MB), ``"efficientnet-lite2"`` (photographs
+        :cite:p:`Tan2019`, install ``spatial-impute[efficientnet]``), ``"timm:NAME"`` or ``"transformers:NAME"``
         (install ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` for ImageNet-normalised arrays (n, 3,
         `patch_px`, `patch_px`), a callable for arrays (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
         follows :class:`~spatial_impute.models.Encoder`. A list of encoders gives the features of all of them: most

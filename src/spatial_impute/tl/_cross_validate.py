@@ -51,7 +51,7 @@ def cross_validate(
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
     model_params: AsignParams | Mapping[str, Any] | None = None,
-    encoder: str | nn.Module = "tellez-multitask",
+    encoder: str | nn.Module = "texture",
     pixnet_params: PixNetParams | Mapping[str, Any] | None = None,
     tile_size: int = 1024,
     device: str | None = None,
@@ -358,7 +358,13 @@ def _predict_pixnet(data: HeldOut, options: _Options, on_fold: Callable[[], None
     sections = []
     for sdata, table, first in zip(data.stacks, data.tables, data.first_rows, strict=True):
         sections += section_spots(sdata, table, table_key=options.table_key, layer=options.layer, first=first)
-    setup = PixNetSetup(build_pyramid(options.encoder), options.pixnet, options.tile_size, options.device, options.seed)
+    setup = PixNetSetup(
+        build_pyramid(options.encoder, window=options.pixnet.encoder_window),
+        options.pixnet,
+        options.tile_size,
+        options.device,
+        options.seed,
+    )
     return predict_held_out(sections, data.spots.known, data.folds, setup, on_fold)
 
 

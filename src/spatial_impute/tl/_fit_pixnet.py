@@ -14,7 +14,8 @@ from spatial_impute._io.owner import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
-from spatial_impute._validation import require_count, require_device
+from spatial_impute._validation import require_count, require_device, require_one_of
+from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,
     FrameChoice,
@@ -49,12 +50,13 @@ def fit_pixnet(
     target_sum: float | None = None,
     coordinate_system: str | None = None,
     mpp: float | None = None,
-    encoder: str | nn.Module = "tellez-multitask",
+    encoder: str | nn.Module = "texture",
     aggregate: str = "mean",
     model_params: PixNetParams | Mapping[str, Any] | None = None,
     tile_size: int = 1024,
     checkpoint: str | Path | None = None,
     device: str | None = None,
+    precision: str = "float32",
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> PixNetModel:
@@ -62,8 +64,8 @@ def fit_pixnet(
 
     An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the mean
     (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts spots of
-    any size. The network starts from ridge regression on the feature maps. Training continues while held-out blocks of
-    the training slides improve. Expression of unmeasured spots is never read.
+    any size. The network starts from ridge regression on the feature maps. Training is kept only if held-out
+    blocks of the training slides confirm that it helps. Expression of unmeasured spots is never read.
 
     Parameters
     ----------
@@ -88,8 +90,11 @@ def fit_pixnet(
     mpp
         um per unit of the coordinate system; 1 for a stack.
     encoder
-        ``"tellez-multitask"`` (1 um per pixel), ``"resnet18"``, ``"resnet50"``, ``"ciga-resnet18"`` (0.5 um), or a
-        module that returns a pyramid of feature maps.
+        ``"texture"`` (stain and texture, no download) or ``"tellez-multitask"`` (a small pathology network, 2.4 MB) at 1 um
+        per pixel; ``"efficientnet-lite2"`` (photographs, from the extra ``efficientnet``), ``"resnet18"``,
+        ``"resnet50"`` or ``"ciga-resnet18"`` at 0.5 um; or a module that returns feature maps (n, channels, y / s,
+        x / s), finest first, or one map. With attention over the whole image (vision transformers) it needs
+        ``model_params={"encoder_window": ...}``.
     aggregate
         ``"mean"`` over the pixels of a region for log values; ``"sum"`` for counts, which grow with area.
     model_params
@@ -100,6 +105,9 @@ def fit_pixnet(
         Directory that keeps the state of training. A later call with the same arguments continues from it.
     device
         Torch device; ``settings.device`` by default.
+    precision
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU. The base, the sums over regions and the
+        weights stay in single precision, and the model can be used in either.
     seed
         Seed; the same seed gives the same model.
     show_progress_bar
@@ -143,10 +151,13 @@ def fit_pixnet(
     params = resolve_params(model_params, PixNetParams)
     tile_size, seed = require_count(tile_size, name="tile_size"), require_count(seed, name="seed", least=0)
     device = require_device(device)
+    require_one_of(precision, PRECISIONS, name="precision")
     counts = params.loss != "mse+pcc"
     _require_aggregate(aggregate, params.loss, counts=counts)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
-    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed, aggregate)
+    setup = PixNetSetup(
+        build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed, aggregate, precision
+    )
     expression = ExpressionChoice(layer, genes, target_sum, counts)
     read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -192,6 +203,7 @@ class PixNetSetup:
     device: str
     seed: int
     aggregate: str = "mean"
+    precision: str = "float32"
 
     @property
     def resolution(self) -> float:
@@ -274,7 +286,8 @@ def fit_on_regions(
         ],
     }
     plain = asdict(params)
-    del plain["n_steps"]  # a later call may train for more steps
+    if params.schedule == "constant":
+        del plain["n_steps"]  # a later call may train for more steps
     fitted = fit(
         slides,
         setup.pyramid,
@@ -286,8 +299,15 @@ def fit_on_regions(
             seed=setup.seed,
             device=setup.device,
             progress=steps,
+            precision=setup.precision,
             checkpoint=checkpoint,
-            fingerprint={**config, "var_names": var_names, "seed": setup.seed, "params": plain},
+            fingerprint={
+                **config,
+                "var_names": var_names,
+                "seed": setup.seed,
+                "params": plain,
+                "precision": setup.precision,
+            },
         ),
     )
     return PixNetModel(

@@ -33,7 +33,7 @@ def impute_pixnet(
     *,
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,
-    encoder: str | nn.Module = "tellez-multitask",
+    encoder: str | nn.Module = "texture",
     model_params: PixNetParams | Mapping[str, Any] | None = None,
     n_folds: int = 5,
     block_spacings: float = 2.0,
@@ -127,7 +127,7 @@ def impute_pixnet(
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    setup = PixNetSetup(build_pyramid(encoder), params, tile_size, device, seed)
+    setup = PixNetSetup(build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed)
     sections = section_spots(sdata, table, table_key=table_key, layer=layer)
     with progress_steps("Imputing with PixNet", show=show_progress_bar) as steps:
         on_fold = steps(len(folds) + 1)

@@ -11,6 +11,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
 from spatial_impute._stack import image_state, require_element_key
 from spatial_impute._validation import require_count, require_device, require_model, require_one_of
+from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance
 from spatial_impute.tl._read_regions import (
     FrameChoice,
@@ -52,6 +53,7 @@ def predict_dense(
     store: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    precision: str = "float32",
     key_added: str | None = None,
     inplace: bool = True,
     show_progress_bar: bool | None = None,
@@ -94,6 +96,9 @@ def predict_dense(
         Replace an element of that name in the store, when the new one is complete.
     device
         Torch device; ``settings.device`` by default.
+    precision
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %, and tiles
+        that agree no better than that.
     key_added
         Image to write; ``"{image_key}_expression"`` by default.
     inplace
@@ -130,9 +135,10 @@ def predict_dense(
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
     require_model(model, PixNetModel, made_by="si.tl.fit_pixnet(sdata, image_key, shapes_key)")
+    require_one_of(precision, PRECISIONS, name="precision")
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
     frame = find_frame(sdata, image_key, shapes_key, FrameChoice(coordinate_system, mpp))
-    request = _MapRequest(genes, shapes_key, tissue_only, features, tile_size, output_dtype, device)
+    request = _MapRequest(genes, shapes_key, tissue_only, features, tile_size, output_dtype, device, precision)
     warn_of_changed_slides(sdata, model)
     names, job = _make_job(sdata, image_key, model, frame, request)
     if inplace:
@@ -176,6 +182,7 @@ class _MapRequest:
     tile_size: int
     output_dtype: str
     device: str
+    precision: str
 
 
 def _make_job(
@@ -200,6 +207,7 @@ def _make_job(
     image, stain = model._image(levels), model._stain(found)
     tiling = model._tiling(image.shape, request.tile_size)
     network, tissue = model.network.with_genes(index).to(request.device), found if request.tissue_only else None
+    network.precision = request.precision
     rows, columns = tiling.shape
     wanted = frozenset((i, j) for i in range(rows) for j in range(columns))
     if tissue is not None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
 from spatial_impute.models.pixnet import _base
-from spatial_impute.models.pixnet._base import BaseData, set_base
+from spatial_impute.models.pixnet._base import BaseData, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import (
     CropSettings,
     TrainingSlide,
@@ -25,7 +25,7 @@ from spatial_impute.models.pixnet._crops import (
 )
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
-from spatial_impute.models.pixnet._training import RegionLoss, history_row
+from spatial_impute.models.pixnet._training import Evaluation, RegionLoss, history_row, is_confirmed
 
 WHITE = Stain((255.0, 255.0, 255.0))
 CROP = CropSettings(256, 8, margin=8, max_regions=999)
@@ -206,6 +206,31 @@ def test_network_computes_its_base():
     np.testing.assert_allclose(found, base.predict(levels), rtol=1e-8, atol=1e-8)
 
 
+def test_decoder_reads_maps_of_any_scale_alike():
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            maps = [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
+            return [torch.cat([self.scale * m[:, :2] + 3 * self.scale], dim=1) for m in maps]
+
+    rgb, found = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255, []
+    for scale in (1e-3, 1.0, 1e3):
+        torch.manual_seed(0)
+        network = PixNetNetwork(
+            ModulePyramid(Scaled(scale), name="s"), n_genes=2, width=4, n_base=2, norm="layer"
+        ).eval()
+        with torch.inference_mode():
+            features = network.levels(rgb)[0].flatten(1).T.numpy().astype(float)
+            standardise_decoder(network, features, np.zeros(features.shape[1]))
+            found.append(network.decode(network.encode(rgb)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-2, atol=1e-2)
+    assert torch.isfinite(found[0]).all()
+
+
 def test_loss_is_error_and_correlation_per_gene():
     rng = np.random.default_rng(0)
     p, t = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
@@ -237,11 +262,64 @@ def test_negative_binomial_is_that_of_scipy():
 
 def test_a_row_of_the_history_can_be_kept_in_a_checkpoint():
     better = np.float64(0.4) < np.float64(0.5)
-    row = history_row(10, 0.5, 0.4, np.array([0.2, np.nan]), kept=better)
+    found = Evaluation(np.array([0.2, np.nan]), np.zeros((2, 2)), np.array([0.3, 0.5]))
+    row = history_row(10, 0.5, found, kept=better)
     assert json.loads(json.dumps(row)) == {
         "step": 10,
         "loss": 0.5,
         "held_out_loss": 0.4,
         "held_out_r": 0.2,
         "kept": True,
+        "block_error": [0.3, 0.5],
     }
+
+
+def test_loss_of_correlation_lets_a_head_that_starts_at_zero_learn():
+    """Around a constant prediction the gradient is bounded, and after 200 steps of Adam the head still moves."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=rng)
+    true = x @ torch.randn(8, 5, generator=rng)
+    true = (true - true.mean(dim=0)) / true.std(dim=0)
+    head = nn.Linear(8, 5)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-4)
+    loss, weights = RegionLoss("mse+pcc", 5, 0.5), []
+    for step in range(200):
+        optimizer.zero_grad()
+        loss(head(x), true).backward()
+        if step == 0:
+            assert 0 < head.weight.grad.abs().max() < 10
+        optimizer.step()
+        weights.append(head.weight.detach().clone())
+    assert (weights[199] - weights[198]).abs().max() > 1e-4  # at most 5e-4, the step size
+    assert loss(head(x), true) < 0.9 * loss(torch.zeros_like(true), true)
+
+
+def errors_of(gain: float, *, n_checks: int = 15, noise: float = 0.05, seed: int = 0) -> np.ndarray:
+    """(n_checks, 12) errors of blocks around 1 that fall by `gain` during training, under noise of every check."""
+    rng = np.random.default_rng(seed)
+    errors = 1 - gain * np.linspace(0, 1, n_checks)[:, None] + noise * rng.normal(size=(n_checks, 12))
+    errors[0] = 1.0
+    return errors
+
+
+def test_what_is_chosen_must_hold_where_it_was_not_chosen():
+    """The best of 15 random checks always looks better than the start where it was chosen; elsewhere it does not."""
+    half = np.arange(12) % 2 == 0
+    chance = [is_confirmed(errors_of(0.0, seed=seed), half) for seed in range(200)]
+    best = [errors_of(0.0, seed=seed).mean(axis=1).min() < 1 for seed in range(200)]
+    assert np.mean(best) > 0.95
+    assert np.mean(chance) < 0.12
+    assert np.mean([is_confirmed(errors_of(0.2, seed=seed), half) for seed in range(50)]) > 0.95
+    harm = errors_of(0.2)
+    harm[1:, ~half] += 0.4  # it helps one slide and harms the other
+    assert not is_confirmed(harm, half)
+    assert not is_confirmed(errors_of(0.2), np.ones(12, bool))
+
+
+def test_slides_confirm_each_other():
+    block = np.column_stack([np.repeat([3, 7, 8], 4), np.tile(np.arange(4), 3)])
+    half = Evaluation(np.zeros(1), block, np.zeros(12)).half
+    assert [set(half[block[:, 0] == slide]) for slide in (3, 7, 8)] == [{True}, {False}, {True}]
+    assert Evaluation(np.zeros(1), block[:4], np.zeros(4)).half.sum() == 2

@@ -104,6 +104,9 @@ class TrainingRun:
 def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> Tensor:
     """1 - weighted Pearson correlation of each gene across spots, mean over the genes that vary.
 
+    A prediction that varies less than a tenth as much as the truth is divided by that tenth: around a constant prediction
+    the correlation is not defined, and its gradient would have no bound.
+
     Shapes: (m, g), (m, g), (m,) -> scalar. Without `weight` all spots have the same weight.
     """
     weight = torch.ones_like(true[:, 0]) if weight is None else weight
@@ -114,7 +117,7 @@ def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = No
     varies = t_norm > 1e-6 * true.abs().amax(dim=0)  # a centred constant is only rounding error
     if not varies.any():
         return predicted.sum() * 0.0
-    r = (p * t).sum(dim=0) / (p.norm(dim=0).clamp_min(1e-12) * t_norm.clamp_min(1e-12))
+    r = (p * t).sum(dim=0) / (torch.maximum(p.norm(dim=0), 0.1 * t_norm) * t_norm).clamp_min(1e-24)
     return (1.0 - r[varies]).mean()
 
 

@@ -166,3 +166,18 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
             start = stop
         network.head.weight[:, : network.n_base] = torch.from_numpy(base.weights.T.copy())[:, :, None, None]
         network.head_bias.copy_(torch.from_numpy(base.intercept))
+
+
+def standardise_decoder(network: PixNetNetwork, features: np.ndarray, within: np.ndarray) -> None:
+    """Let the decoder read the channels of all maps around 0, with a mean variance of 1 over the cells of the regions.
+
+    All channels are divided by the same number. On a scale of its own, each coarse map and each channel with little
+    variation would count as much as those that show the nuclei, and would be learned by heart.
+    """
+    decoder = network.decoder
+    n = len(decoder.mean)  # the maps come first, then their windows
+    mean = features[:, :n].mean(axis=0)
+    spread = float(np.sqrt((features[:, :n].var(axis=0) + within[:n]).mean()))
+    with torch.no_grad():
+        decoder.mean.copy_(torch.from_numpy(mean))
+        decoder.spread.fill_(max(spread, _SMALLEST_SPREAD * float(np.abs(mean).max())))

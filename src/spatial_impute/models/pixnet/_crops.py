@@ -63,7 +63,7 @@ def held_out_blocks(slides: list[TrainingSlide], fraction: float, seed: int) -> 
     for slide in sorted({s.slide for s in slides}):
         names = np.unique(np.concatenate([s.block for s in slides if s.slide == slide]))
         if len(names) > 1:
-            n_held_out = min(max(1, round(fraction * len(names))), len(names) - 1)
+            n_held_out = min(max(4, round(fraction * len(names))), len(names) // 2)  # two choose, two confirm
             chosen[slide] = rng.choice(names, n_held_out, replace=False)
         else:
             chosen[slide] = names[:0]
@@ -146,11 +146,21 @@ def random_crop(
     extent = slide.regions.bounds
     room = max(0.0, (settings.size - float((extent[:, 2:] - extent[:, :2]).max())) / 2 - settings.margin)
     center = center + rng.uniform(-room, room, 2) * 0.9  # the region itself stays inside
+    center = np.clip(center, *_inner_centers(slide, settings))
     turn = int(rng.integers(8)) if flips else 0
     jitter = np.exp(stain_jitter * (rng.normal(size=3) + rng.normal())) if stain_jitter else np.ones(3)
     red, green, blue = (float(f) for f in np.asarray(slide.stain.factor) * jitter)
     stain = replace(slide.stain, factor=(red, green, blue))
     return make_crop(slide, center, settings, turn=turn, stain=stain, rng=rng)
+
+
+def _inner_centers(slide: TrainingSlide, settings: CropSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest centre (x, y) of a crop that leaves the image by no more than the margin: more holds no region."""
+    height, width = slide.image.shape
+    low = np.full(2, settings.size / 2 - settings.margin)
+    high = np.array([width, height]) - low
+    middle = (low + high) / 2
+    return np.minimum(low, middle), np.maximum(high, middle)
 
 
 def cover(slide: TrainingSlide, size: int, margin: int) -> list[tuple[np.ndarray, np.ndarray]]:

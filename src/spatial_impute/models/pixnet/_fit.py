@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base
+from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions, whole_map
@@ -40,15 +40,18 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     """Fit the network on regions of one or several slides, of one or several sizes; held-out regions are among them."""
     params, seed = settings.params, settings.seed
     counts = params.loss != "mse+pcc"
-    torch.manual_seed(seed)
-    network = build_network(
-        copy.deepcopy(pyramid),
-        params,
-        n_genes=len(var_names),
-        n_base=0 if counts else params.n_base,
-        rates=counts,
-        resolution=settings.resolution,
-    ).to(settings.device)
+    with torch.random.fork_rng(devices=[]):  # the random state of the user does not change
+        torch.default_generator.manual_seed(seed)
+        network = build_network(
+            copy.deepcopy(pyramid),
+            params,
+            n_genes=len(var_names),
+            n_base=0 if counts else params.n_base,
+            rates=counts,
+            resolution=settings.resolution,
+        ).to(settings.device)
+    network.precision = settings.precision
+    halo = receptive_halo(network)  # refuses an encoder that cannot be read tile by tile, before anything is trained
     network.pyramid.requires_grad_(params.encoder_learning_rate > 0)
     on_step = settings.progress(params.n_steps)
     held_out = held_out_blocks(slides, params.held_out_fraction, seed)
@@ -59,7 +62,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
             network.scale.copy_(torch.from_numpy(scale))
             network.head_bias.fill_(_SOFTPLUS_ONE)
     elif params.n_base:
-        base = LinearBase.fit(network, slides, held_out, settings)
+        base = LinearBase.fit(network, slides, held_out, settings, halo)
         slides = base.slides
     training = [s.take(~rows) for s, rows in zip(slides, held_out, strict=True)]
     training = [s for s in training if len(s.regions)]
@@ -78,6 +81,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     if not counts:
         _fold_scale_into_head(network, centre, scale)
     network.requires_grad_(False)
+    network.precision = "float32"  # of a prediction: its caller chooses
     penalty = float("nan") if base is None else base.fitted.penalty
     return FittedPixNet(network, history, penalty, pd.Series(r, index=var_names))
 
@@ -106,10 +110,14 @@ class LinearBase:
 
     @classmethod
     def fit(
-        cls, network: PixNetNetwork, slides: list[TrainingSlide], held_out: list[np.ndarray], settings: FitSettings
+        cls,
+        network: PixNetNetwork,
+        slides: list[TrainingSlide],
+        held_out: list[np.ndarray],
+        settings: FitSettings,
+        halo: int,
     ) -> LinearBase:
         """Fit the base on the regions that are not held out, and write it into the network."""
-        halo = receptive_halo(network)
         rng = np.random.default_rng(settings.seed)
         network.eval()
 
@@ -139,6 +147,7 @@ class LinearBase:
         training = data.take(np.concatenate(trained))
         base = fit_base(training, n_components=network.n_base, within=within, seed=settings.seed)
         set_base(network, base)
+        standardise_decoder(network, training.features, within)
         with_base = []
         for slide, rows, part in zip(slides, read, parts, strict=True):
             if len(rows) == len(slide.regions):

@@ -59,8 +59,9 @@ class PixNetModel:
     var_names: list[str] = field(kw_only=True)
     """Genes."""
     history: pd.DataFrame = field(kw_only=True)
-    """Loss, and loss and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
-    model. Step 0 is the linear base alone."""
+    """Loss, and error and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
+    model. Step 0 is the linear base alone. ``held_out_loss`` of log values is the squared error in units of their variance,
+    that of counts the loss."""
     predictability: pd.Series = field(kw_only=True)
     """Pearson correlation of each gene on held-out regions of the training slides."""
     config: dict[str, Any] = field(kw_only=True)
@@ -215,7 +216,7 @@ class PixNetModel:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
         params = PixNetParams(**config["params"])
-        pyramid = build_pyramid(name, pretrained=False) if encoder is None else build_pyramid(encoder)
+        pyramid = build_pyramid(name if encoder is None else encoder, window=params.encoder_window, pretrained=False)
 
         def build() -> PixNetNetwork:
             return build_network(

@@ -6,6 +6,7 @@ Therefore tiles with enough context give the same values as the whole slide.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_impute._io.workers import suitable_threads
+from spatial_impute.encoders._encoder import autocast
+from spatial_impute.encoders._pyramids import window_mean
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid
@@ -73,23 +76,47 @@ class Decoder(nn.Module):
     """From the coarsest map to the finest: deconvolution, plus the lateral map times a learned scale, two convolutions.
 
     Shapes: maps (n, channels[i], y / strides[i], x / strides[i]), finest first -> (n, width, y / strides[0], x / strides[0]).
+    An encoder with one map at the stride s is read as a simple feature pyramid :cite:p:`Li2022`: convolutions bring its map
+    to the strides s / 2, s and 2 s, and the result has the stride s / 2.
     """
+
+    mean: Tensor
+    spread: Tensor
 
     def __init__(
         self, strides: tuple[int, ...], channels: tuple[int, ...], width: int, *, norm: str, delta: float
     ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList([nn.Conv2d(c, width, 1) for c in channels])
+        self.single = len(strides) == 1
+        if self.single:
+            (c,) = channels
+            up, down = nn.ConvTranspose2d(c, width, 2, stride=2), nn.Conv2d(c, width, 2, stride=2)
+            self.lateral = nn.ModuleList([up, self.lateral[0], down])
+            strides = decoder_strides(strides)
         factors = [b // a for a, b in pairwise(strides)]
         self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in factors])
         self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in factors])
         self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))
+        # See `standardise_decoder`. Encoders differ in scale by factors of hundreds; small maps would hardly be learned from.
+        self.n_channels = channels
+        self.register_buffer("mean", torch.zeros(sum(channels)))
+        self.register_buffer("spread", torch.ones(()))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
+        means = self.mean[:, None, None].split(self.n_channels)
+        maps = [(m - mean) / self.spread for m, mean in zip(maps, means, strict=True)]
+        if self.single:
+            maps = maps * len(self.lateral)
         x = self.lateral[-1](maps[-1])
         for i in reversed(range(len(self.up))):
             x = self.convolve[i](self.up[i](x) + self.delta[i] * self.lateral[i](maps[i]))
         return x
+
+
+def decoder_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides at which the decoder works, from those of the maps that it reads; finest first."""
+    return strides if len(strides) > 1 else (strides[0] // 2, strides[0], 2 * strides[0])
 
 
 class WindowStatistics(nn.Module):
@@ -113,8 +140,8 @@ class WindowStatistics(nn.Module):
         square = F.avg_pool2d(maps**2, self.factor)
         parts = []
         for n in self.n_cells:
-            centre = _window_mean(mean, n)
-            variance = (_window_mean(square, n) - centre**2).clamp(min=0)
+            centre = window_mean(mean, n)
+            variance = (window_mean(square, n) - centre**2).clamp(min=0)
             parts += [centre, (variance + _NO_VARIANCE).sqrt()]
         return torch.cat(parts, dim=1)
 
@@ -125,13 +152,6 @@ def window_cell(stride: int, multiple: int, smallest: float) -> int:
     while multiple % (2 * cell) == 0 and 2 * cell * 3 <= smallest:
         cell *= 2
     return cell
-
-
-def _window_mean(maps: Tensor, n: int) -> Tensor:
-    """Mean over `n` x `n` cells around each cell: rows, then columns, which needs 2 n sums instead of n^2."""
-    for kernel in ((n, 1), (1, n)):
-        maps = F.avg_pool2d(maps, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2), count_include_pad=False)
-    return maps
 
 
 class PixNetNetwork(nn.Module):
@@ -163,6 +183,7 @@ class PixNetNetwork(nn.Module):
     """
 
     scale: Tensor
+    precision: str = "float32"  # Or "bfloat16", for encoder and decoder; base, head and sums stay in single precision
 
     def __init__(
         self,
@@ -182,7 +203,8 @@ class PixNetNetwork(nn.Module):
         coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= finest]
         self.first = max(0, min([*coarse_enough, len(pyramid.strides) - 2]))
         strides, channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
-        self.stride, self.multiple = strides[0], strides[-1]
+        self.stride, self.multiple = decoder_strides(strides)[0], math.lcm(decoder_strides(strides)[-1], pyramid.window)
+        self.magnified = strides[0] // self.stride  # cells of the finest grid along a cell of the finest map
         self.n_base, self.width, self.rates = n_base, width, rates
         self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
         self.windows: WindowStatistics | None = None
@@ -212,14 +234,23 @@ class PixNetNetwork(nn.Module):
 
     def encode(self, rgb: Tensor) -> list[Tensor]:
         """Maps of the encoder that the network uses, finest first."""
-        return self.pyramid(rgb)[self.first :]
+        with autocast(rgb.device, self.precision):
+            maps = self.pyramid(rgb)[self.first :]
+        return [m.to(rgb.dtype) for m in maps]
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Features of the decoder: (n, width, y / stride, x / stride)."""
+        with autocast(maps[0].device, self.precision):
+            decoded = self.decoder(maps)
+        return decoded.to(maps[0].dtype)
 
     def levels(self, rgb: Tensor, cells: Cells | None = None) -> Tensor:
         """Inputs of the base on the finest grid, (n, n_levels, y, x); only some cells if given."""
         maps = self._base_maps(self.encode(rgb))
+        size = self._grid(maps[0])
         if cells is not None:  # with some thousand channels, maps of all cells would take much memory
-            return torch.cat([_resize_part(m, maps[0].shape[-2] // m.shape[-2], cells) for m in maps], dim=1)
-        return torch.cat([_resize(m, maps[0].shape[-2:]) for m in maps], dim=1)
+            return torch.cat([_resize_part(m, size[0] // m.shape[-2], cells) for m in maps], dim=1)
+        return torch.cat([_resize(m, size) for m in maps], dim=1)
 
     def base_features(self, maps: list[Tensor]) -> Tensor:
         """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
@@ -229,10 +260,16 @@ class PixNetNetwork(nn.Module):
         for projection, m in zip(self.base, self._base_maps(maps), strict=True):
             size, part = m.shape[-2:], projection(m)
             by_size[size] = by_size[size].add_(part) if size in by_size else part
-        total, *coarser = by_size.values()
+        first, *coarser = by_size.values()
+        grid = self._grid(first)
+        total = _resize(first, grid)
         for part in coarser:
-            total.add_(_resize(part, total.shape[-2:]))
+            total.add_(_resize(part, grid))
         return total
+
+    def _grid(self, finest: Tensor) -> tuple[int, int]:
+        """Rows and columns of the finest grid."""
+        return finest.shape[-2] * self.magnified, finest.shape[-1] * self.magnified
 
     def _base_maps(self, maps: list[Tensor]) -> list[Tensor]:
         if self.windows is None:
@@ -242,7 +279,7 @@ class PixNetNetwork(nn.Module):
 
     def combine(self, maps: list[Tensor]) -> Tensor:
         """Base and decoder from the maps of the encoder."""
-        parts = [self.decoder(maps)]
+        parts = [self.decode(maps)]
         if self.n_base:
             parts.insert(0, self.base_features(maps))
         return torch.cat(parts, dim=1)
@@ -334,6 +371,7 @@ def receptive_halo(network: PixNetNetwork) -> int:
     ``ValueError``.
     """
     probe = copy.deepcopy(network).double().cpu().eval()
+    probe.precision = "float32"  # single and double precision are computed as they are
     n_cells = _FIRST_PROBE
     while n_cells <= _LAST_PROBE:
         found = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
@@ -344,7 +382,8 @@ def receptive_halo(network: PixNetNetwork) -> int:
         n_cells *= 2
     msg = (
         f"The encoder {network.pyramid.name!r} reads the whole image (or more than {n_cells * network.multiple // 4} px "
-        "around a pixel), so that tiles cannot equal the slide. Use a convolutional encoder without global operations."
+        "around a pixel), so that tiles cannot equal the slide. Use a convolutional encoder without global operations, "
+        "or set `model_params={'encoder_window': 224}`: the edge in px of windows that the encoder reads one by one."
     )
     raise ValueError(msg)
 

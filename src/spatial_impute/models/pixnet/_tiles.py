@@ -332,6 +332,7 @@ class DenseJob:
             "stain": [list(self.stain.background), list(self.stain.factor)],
             "tiling": [self.tiling.core, self.tiling.halo, self.tiling.stride],
             "dtype": self.dtype,
+            "precision": self.network.precision,
             "features": self.features,
             "wanted": sorted(self.wanted),
             "tissue": None if self.tissue is None else hashlib.sha256(self.tissue.tissue.tobytes()).hexdigest(),

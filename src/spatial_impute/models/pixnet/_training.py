@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _CHECKPOINT = "state.safetensors"
-_MAX_HELD_OUT_CROPS = 24  # more would take longer than the steps between two checks
-_MIN_REGIONS = 8  # per batch: the correlation of fewer regions has no meaning
+_MAX_HELD_OUT_CROPS = 48  # more would take longer than the steps between two checks
+_MIN_REGIONS = 24  # per batch, from more crops where regions are sparse: the correlation of few regions is noise
 _SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
+_CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
+_WARM_UP = 0.1  # share of the steps in which the step size rises
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class FitSettings:
     seed: int
     device: str
     progress: Callable[[int], Callable[[], None]]  # Takes the number of steps; returns the function to call after each
+    precision: str = "float32"  # Of encoder and decoder
     checkpoint: Path | None = None  # Directory for the state of the training
     fingerprint: dict[str, Any] = field(default_factory=dict)  # Content that a checkpoint must have been made from
 
@@ -66,11 +70,18 @@ class RegionLoss(nn.Module):
 
     def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
         """Mean over regions and genes."""
+        value = self.per_region(predicted, true).mean()
         if self.kind == "mse+pcc":
-            return (predicted - true).square().mean() + self.correlation_weight * correlation_loss(predicted, true)
+            value = value + self.correlation_weight * correlation_loss(predicted, true)
+        return value
+
+    def per_region(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """(n,) squared error, or negative log-likelihood of counts: mean over genes."""
+        if self.kind == "mse+pcc":
+            return (predicted - true).square().mean(dim=1)
         rate = predicted.clamp_min(_SMALLEST_RATE)
         if self.log_dispersion is None:
-            return (rate - true * rate.log()).mean()
+            return (rate - true * rate.log()).mean(dim=1)
         total = self.log_dispersion.exp()  # number of failures r: variance is rate + rate^2 / r
         likelihood = (
             torch.lgamma(true + total)
@@ -79,13 +90,13 @@ class RegionLoss(nn.Module):
             + total * (total.log() - (total + rate).log())
             + true * (rate.log() - (total + rate).log())
         )
-        return -likelihood.mean()
+        return -likelihood.mean(dim=1)
 
 
 def predict_crops(network: PixNetNetwork, maps: list[Tensor], crops: list[Crop]) -> Tensor:
     """(n_regions, n_genes) of all crops of a batch, from the maps of the encoder and the base of the whole slides."""
     stencils = [crop.stencil for crop in crops]
-    grids = network.genes(network.combine(maps)) if network.rates else network.decoder(maps)
+    grids = network.genes(network.combine(maps)) if network.rates else network.decode(maps)
     n, c, height, width = grids.shape
     table = grids.movedim(1, -1).reshape(n * height * width, c)
     cells = np.concatenate([s.cells + k * height * width for k, s in enumerate(stencils)])
@@ -151,21 +162,26 @@ def _cut_windows(
 class Evaluation:
     """Errors on the held-out regions."""
 
-    loss: float
-    r: np.ndarray  # (n_genes,) correlation of each gene, mean over slides
-    block_error: np.ndarray  # (n_blocks,) mean squared error of each held-out block
+    r: np.ndarray  # (n_genes,) correlation of each gene, mean over slides and sizes
+    block: np.ndarray  # (n_blocks, 2) slide and number of each held-out block
+    error: np.ndarray  # (n_blocks,) error of each block, mean over sizes
 
-    def significantly_better_than(self, other: Evaluation) -> bool:
-        """True if the error is lower by more than its standard error over blocks."""
-        gain = other.block_error - self.block_error
-        return len(gain) < 2 or gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain))
+    @property
+    def half(self) -> np.ndarray:
+        """(n_blocks,) bool: one of two halves that confirm each other's choice, of other slides if there are several."""
+        slide = np.unique(self.block[:, 0], return_inverse=True)[1]
+        return (slide if slide.max(initial=0) else np.arange(len(slide))) % 2 == 0
 
 
 def evaluate(network: PixNetNetwork, windows: list[HeldOutCrop], loss: RegionLoss, device: str) -> Evaluation:
-    """Loss, correlation and error on the held-out regions: mean over slides and sizes of regions."""
+    """Correlations and errors on the held-out regions.
+
+    The error of log values is in units of their variance at each size, so that small regions, which vary most, do not
+    outweigh the others. That of counts is the loss.
+    """
     network.eval()
     groups: dict[tuple[int, int], list[tuple[Tensor, np.ndarray, np.ndarray]]] = {}
-    losses, correlations, errors = [], [], []
+    correlations, errors = [], []
     with torch.no_grad():
         for window in windows:
             crop, owned = window.crop, window.owned
@@ -173,16 +189,18 @@ def evaluate(network: PixNetNetwork, windows: list[HeldOutCrop], loss: RegionLos
             values = predict_crops(network, maps, [crop])[torch.from_numpy(owned).to(device)]
             group = groups.setdefault((crop.slide.slide, len(crop.slide.regions)), [])
             group.append((values, crop.expression[owned], crop.slide.block[crop.rows][owned]))
-        for parts in groups.values():
+        for (slide, _), parts in groups.items():
             predicted, true, block = zip(*parts, strict=True)
             p = torch.cat(predicted)
             t = torch.from_numpy(np.concatenate(true)).to(p)
-            losses.append(float(loss(p, t)))
             correlations.append(pearson_by_gene(p.cpu().numpy(), t.cpu().numpy()))
-            code = np.unique(np.concatenate(block), return_inverse=True)[1]
-            error = (p - t).square().mean(dim=1).cpu().numpy()
-            errors.append(np.bincount(code, error) / np.bincount(code))
-    return Evaluation(float(np.mean(losses)), _mean_of_finite(np.stack(correlations)), np.concatenate(errors))
+            error = loss.per_region(p, t)
+            if loss.kind == "mse+pcc":
+                error = error / t.var(dim=0, correction=0).mean().clamp_min(_SMALLEST_RATE)
+            of_region = pd.DataFrame({"slide": slide, "block": np.concatenate(block), "error": error.cpu().numpy()})
+            errors.append(of_region.groupby(["slide", "block"])["error"].mean())
+    found = pd.concat(errors).groupby(level=[0, 1]).mean()
+    return Evaluation(_mean_of_finite(np.stack(correlations)), np.array(found.index.to_list()), found.to_numpy())
 
 
 def _mean_of_finite(values: np.ndarray) -> np.ndarray:
@@ -201,11 +219,13 @@ class _TrainingState:
     best_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, network: PixNetNetwork, row: dict[str, Any]) -> None:
-        """Add a check; if it is kept, the network is the best so far."""
-        self.history.append(row)
-        if row["kept"]:
-            self.best, self.best_loss, self.best_step = _cpu_state(network), row["held_out_loss"], row["step"]
+    def add(self, network: PixNetNetwork, step: int, loss: float, found: Evaluation | None) -> None:
+        """Add a check; the network is kept if it is the best so far, and always without held-out regions."""
+        held_out = np.nan if found is None else float(found.error.mean())
+        kept = found is None or held_out < self.best_loss
+        self.history.append(history_row(step, loss, found, kept=kept))
+        if kept:
+            self.best, self.best_loss, self.best_step = _cpu_state(network), held_out, step
 
     def stagnates(self, params: PixNetParams) -> bool:
         """True if the last checks brought no improvement."""
@@ -213,23 +233,22 @@ class _TrainingState:
         return waited >= params.patience * params.n_steps_per_check
 
 
-@dataclass(frozen=True)
-class _HeldOutChecks:
-    """Checks of the network on held-out regions, compared with its start."""
+def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
+    """True if training helps where it did not choose: (n_checks, n_blocks) errors, the first check is the start.
 
-    windows: list[HeldOutCrop]
-    loss: RegionLoss
-    device: str
-    start: Evaluation | None  # Of the untrained network; None if there are no held-out regions
+    The check that is best on one half of the blocks is compared with the start on the other half, and the reverse. Over all
+    blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
+    same way from more.
+    """
+    from scipy.stats import ttest_1samp
 
-    def check(self, network: PixNetNetwork, step: int, loss: float, best_loss: float) -> dict[str, Any]:
-        """Row of the history; without held-out regions every check is kept."""
-        if self.start is None:
-            return history_row(step, loss, np.nan, np.array([np.nan]), kept=True)
-        found = evaluate(network, self.windows, self.loss, self.device)
-        # The base is a strong start; small random improvements over it are not kept.
-        kept = found.loss < best_loss and (not network.n_base or found.significantly_better_than(self.start))
-        return history_row(step, loss, found.loss, found.r, kept=kept)
+    gain = np.zeros(errors.shape[1])
+    for chooses in (half, ~half):
+        if chooses.all() or not chooses.any():
+            return False  # one block alone cannot confirm anything
+        chosen = errors[:, chooses].mean(axis=1).argmin()
+        gain[~chooses] = (errors[0] - errors[chosen])[~chooses]
+    return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
 
 
 def train(
@@ -241,30 +260,31 @@ def train(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Train the decoder, and the encoder if it has a learning rate.
 
-    Return the history, and the best weights on the held-out regions. A loss that is not finite, and a checkpoint of another
-    training, raise a ``ValueError``.
+    Return the history, and the best weights on the held-out regions; those of the start if the best are not confirmed. A
+    loss that is not finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
     size = crop_settings(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
     windows = _cut_windows(network, held_out, settings, size)
-    head_of_base = network.head.weight.detach()[:, : network.n_base].clone()
+    head = {f"head.{key}": value.detach().cpu().clone() for key, value in network.head.state_dict().items()}
     start = evaluate(network, windows, loss, settings.device) if windows else None
-    checks = _HeldOutChecks(windows, loss, settings.device, start)
     state = _resume(network, optimizer, loss, settings)
     if state is None:
         state = _TrainingState(_cpu_state(network))
         if start is not None:
-            state.add(network, history_row(0, np.nan, start.loss, start.r, kept=True))
+            state.add(network, 0, np.nan, start)
     first = int(state.history[-1]["step"]) + 1 if state.history else 1
     for _ in range(first - 1):
         on_step()
+    head_of_base = head["head.weight"][:, : network.n_base].to(settings.device)
     sampler = CropSampler(network, slides, size, settings)
     losses = []
     for step in range(first, params.n_steps + 1):
         if state.stagnates(params):
             break
+        _set_rate(optimizer, params, step)
         value = _take_step(network, sampler, loss, optimizer, step)
         with torch.no_grad():
             network.head.weight[:, : network.n_base] = head_of_base  # only the weights of the decoder are trained
@@ -277,20 +297,38 @@ def train(
         losses.append(value)
         if step % params.n_steps_per_check and step != params.n_steps:
             continue
-        state.add(network, checks.check(network, step, float(np.mean(losses)), state.best_loss))
+        found = evaluate(network, windows, loss, settings.device) if windows else None
+        state.add(network, step, float(np.mean(losses)), found)
         losses = []
         _save_state(network, optimizer, loss, state, settings)
+    # Without a base the start is no model, only the mean of each gene.
+    if start is not None and network.n_base:
+        errors = np.array([row["block_error"] for row in state.history])
+        if not is_confirmed(errors, start.half):
+            state.best, state.best_step = state.best | head, 0
     history = pd.DataFrame(state.history, columns=["step", "loss", "held_out_loss", "held_out_r", "kept"])
     history["kept"] = history["step"] == state.best_step
     return history, state.best
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, params: PixNetParams, step: int) -> None:
+    """Step size of one step; see `PixNetParams.schedule`."""
+    factor = 1.0
+    if params.schedule == "cosine":
+        warm_up = max(1.0, _WARM_UP * params.n_steps)
+        done = max(0.0, step - warm_up) / max(1.0, params.n_steps - warm_up)
+        factor = min(1.0, step / warm_up) * (1 + math.cos(math.pi * done)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["largest_lr"]
+
+
 def _make_optimizer(network: PixNetNetwork, loss: RegionLoss, params: PixNetParams) -> torch.optim.Adam:
     decoder = [*network.decoder.parameters(), *network.head.parameters(), *loss.parameters()]
-    groups: list[dict[str, Any]] = [{"params": decoder}]
+    groups: list[dict[str, Any]] = [{"params": decoder, "largest_lr": params.learning_rate}]
     if params.encoder_learning_rate > 0:
-        groups.append({"params": list(network.pyramid.parameters()), "lr": params.encoder_learning_rate})
-    return torch.optim.Adam(groups, lr=params.learning_rate, weight_decay=params.weight_decay)
+        encoder = list(network.pyramid.parameters())
+        groups.append({"params": encoder, "largest_lr": params.encoder_learning_rate})
+    return torch.optim.Adam(groups, weight_decay=params.weight_decay)
 
 
 def _save_state(
@@ -362,20 +400,27 @@ class CropSampler:
         rng = np.random.default_rng([self.settings.seed, step])
         n_crops = self.settings.params.n_crops
         if self.pool:
-            chosen = rng.choice(len(self.pool), min(n_crops, len(self.pool)), replace=False)
+            order = rng.permutation(len(self.pool))
+            n_regions = np.cumsum([len(self.pool[k][0].rows) for k in order])
+            chosen = order[: max(n_crops, int(np.searchsorted(n_regions, _MIN_REGIONS)) + 1)]
             levels = zip(*(self.pool[k][1] for k in chosen), strict=True)
             return [self.pool[k][0] for k in chosen], [torch.cat(level).float() for level in levels]
-        crops = [crop for crop in (self._draw(rng) for _ in range(n_crops)) if len(crop.rows)]
+        crops: list[Crop] = []
+        for k in range(_MIN_REGIONS * n_crops):
+            if k >= n_crops and sum(len(crop.rows) for crop in crops) >= _MIN_REGIONS:
+                break
+            crops.append(self._draw(rng))
+        crops = [crop for crop in crops if len(crop.rows)]
         return crops, self._encode(crops) if crops else []
 
 
 def _take_step(
     network: PixNetNetwork, sampler: CropSampler, loss: RegionLoss, optimizer: torch.optim.Optimizer, step: int
 ) -> float | None:
-    """Train on one batch; return its loss, or None if it has too few regions."""
+    """Train on one batch; return its loss, or None if no crop holds a region."""
     network.train()
     crops, maps = sampler.batch(step)
-    if sum(len(crop.rows) for crop in crops) < _MIN_REGIONS:
+    if not crops:
         return None
     true = torch.from_numpy(np.concatenate([crop.expression for crop in crops])).float()
     value = loss(predict_crops(network, maps, crops), true.to(sampler.settings.device))
@@ -389,13 +434,14 @@ def _cpu_state(network: PixNetNetwork) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
 
-def history_row(step: int, loss: float, held_out_loss: float, r: np.ndarray, *, kept: bool) -> dict[str, Any]:
-    """One check, in types that JSON knows."""
-    finite = r[np.isfinite(r)]
+def history_row(step: int, loss: float, found: Evaluation | None, *, kept: bool) -> dict[str, Any]:
+    """One check, in types that JSON knows; without held-out regions its scores are NaN."""
+    finite = np.empty(0) if found is None else found.r[np.isfinite(found.r)]
     return {
         "step": step,
         "loss": loss,
-        "held_out_loss": held_out_loss,
+        "held_out_loss": float("nan") if found is None else float(found.error.mean()),
         "held_out_r": float(finite.mean()) if len(finite) else float("nan"),
         "kept": bool(kept),
+        "block_error": [] if found is None else found.error.tolist(),
     }
