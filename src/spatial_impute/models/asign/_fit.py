@@ -96,7 +96,8 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         fit_of = network_fit(name)
         tried[name] = fit_of, fit_of.try_regimes(regime)
         regime = fit_of.best_regime(tried[name][1], fit_of.trials)  # the first base chooses for the other
-    base = min(tried, key=lambda name: _trial_error(*tried[name], known, held_out, without) if len(tried) > 1 else 0.0)
+    errors = {name: _trial_errors(*found, known, held_out, without) for name, found in tried.items()}
+    base = _better_base(errors)
     networks = tried[base][0].run(tried[base][1])
     held_out[NETWORK] = networks.held_out
     experts = [*without, NETWORK]
@@ -137,17 +138,31 @@ def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
     return list(dict.fromkeys(["mean", min((name for name in BASES if name in error), key=error.__getitem__)]))
 
 
-def _trial_error(
+def _trial_errors(
     networks: NetworkFit, runs: Runs, known: KnownTruth, held_out: dict[str, np.ndarray], others: list[str]
-) -> float:
-    """Squared error of the blend of the networks with other methods on the trial folds."""
+) -> np.ndarray:
+    """(m,) squared error of the blend of the networks with other methods at the spots of the trial folds."""
     found = networks.held_out(runs, networks.trials)
     rows = np.isfinite(found).all(axis=1)
     part = KnownTruth(known.values[rows], known.folds[rows], known.weight[rows])
     _, blended = part.blend(
         {name: held_out[name][rows] for name in others} | {NETWORK: found[rows]}, [*others, NETWORK]
     )
-    return float(np.mean(part.weight[:, None] * (blended - part.values) ** 2))
+    return part.weight * np.mean((blended - part.values) ** 2, axis=1)
+
+
+def _better_base(errors: dict[str, np.ndarray]) -> str:
+    """The first base, unless another one has lower errors by more than two standard errors.
+
+    The first is the mean. Its networks learn on their own, so the blend gains more from them on sections that no hidden
+    block resembles; a better base must show that it is one.
+    """
+    first, *others = errors
+    for name in others:
+        gain = errors[first] - errors[name]
+        if gain.mean() > 2 * gain.std() / np.sqrt(len(gain)):
+            return name
+    return first
 
 
 def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Kriging]]]:
