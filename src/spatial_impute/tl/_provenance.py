@@ -12,11 +12,11 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import learned_state, load_record, measured_ids, sections_seen, table_state, write_slots
+from spatial_impute._stack import fingerprint, load_record, measured_ids, section_image, table_state, write_slots
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -232,3 +232,40 @@ def measured_hash(spots: Spots) -> str:
     digest = hashlib.sha256(spots.known.tobytes())
     digest.update(np.ascontiguousarray(spots.expression).tobytes())
     return digest.hexdigest()[:16]
+
+
+def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
+    ids = measured_ids(table)
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    own = np.asarray(table.obsm[Keys.SPATIAL], float) if Keys.SPATIAL in table.obsm else np.zeros((table.n_obs, 2))
+    return {
+        name: {
+            "image": section_image(sdata, record[name]),
+            "spots": fingerprint(own[section == name]),
+            "measured": ids[name],
+        }
+        for name in record.names
+        if ids.get(name)
+    }
+
+
+def sections_seen(
+    sdata: SpatialData, record: StackRecord, table: AnnData, learned: Mapping[str, Mapping[str, str]]
+) -> dict[str, str]:
+    """Sections of this stack that a model was fitted on: their name, and the name that they had then.
+
+    A section is the same if it has the same image, or the same name and the same spots.
+    """
+    section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    found = {}
+    for name in record.names:
+        rows = section == name
+        if not rows.any():
+            continue
+        image = section_image(sdata, record[name])
+        spots = fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows]) if Keys.SPATIAL in table.obsm else ""
+        for then, state in learned.items():
+            if (image and image == state["image"]) or (then == name and spots == state["spots"]):
+                found[name] = then
+    return found
