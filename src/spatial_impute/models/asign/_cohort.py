@@ -9,54 +9,22 @@ import pandas as pd
 import torch
 
 from spatial_impute._scores import pearson_by_gene, predictable_genes
-from spatial_impute._settings import logger
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
 from spatial_impute.models.asign._baselines import apply_linear, fit_ridge
 from spatial_impute.models.asign._blend import KnownTruth, cross_validation_table
 from spatial_impute.models.asign._ensemble import NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
 from spatial_impute.models.asign._intervals import held_out_spread
-from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
+from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from spatial_impute.models.asign._cokriging import Kriging
 from spatial_impute.models.asign._ensemble import FitSettings
 
 _RIDGE = "ridge"
-_FAR = 2.0  # times the largest distance between the stacks that the model was fitted on
-
-
-class CohortModel(AsignModel):
-    """Part of an :class:`AsignModel` of several stacks for stacks without a measured spot.
-
-    The base is a ridge regression on the image features of all stacks. Features are standardised within each section, so
-    that stain and scanner do not count. Scores and intervals come from stacks that were held out as a whole.
-    """
-
-    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
-        base = apply_linear(
-            given(spots.features), self._tensors["ridge"].numpy(), self._tensors["ridge_offset"].numpy()
-        )
-        return LabelPredictions(base, base, np.zeros(len(base))), []
-
-    def _widening(self, spots: Spots) -> float:
-        """Factor on the intervals of a stack whose images are unlike those of the training; logs a warning."""
-        distance = _distance(given(spots.image_profile), self._tensors["profiles"].numpy())
-        usual = max(float(self._tensors["usual_distance"]), 1e-12)
-        ratio = distance / usual
-        if ratio <= _FAR:
-            return 1.0
-        logger.warning(
-            "The image features of this stack are %.1f times as far from those of the training stacks as these are from "
-            "each other: another tissue, stain or scanner. Do not trust the predictions without a measured section; their "
-            "intervals are widened by this factor.",
-            ratio,
-        )
-        return ratio
 
 
 def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> CohortModel:
@@ -143,13 +111,7 @@ def _spread(residuals: np.ndarray, fold: np.ndarray) -> dict[str, Tensor]:
     return {"spread": spread, "spread_of_mean": spread.clone()} | {key: torch.tensor(v) for key, v in constants.items()}
 
 
-def _distance(profile: np.ndarray, others: np.ndarray) -> float:
-    """Median difference over the features of a stack to the nearest of others, in their spread; (2, d) and (n, 2, d)."""
-    differences = np.abs(others[:, 0] - profile[0]) / np.maximum(others[:, 1].mean(axis=0), 1e-12)
-    return float(np.median(differences, axis=1).min())
-
-
 def _usual_distance(profiles: np.ndarray) -> float:
     """Largest distance of a training stack to the others."""
     every = np.arange(len(profiles))
-    return max(_distance(profiles[i], profiles[every != i]) for i in every)
+    return max(image_distance(profiles[i], profiles[every != i]) for i in every)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._io.workers import suitable_threads
+from spatial_impute._settings import logger
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import given
 from spatial_impute.models._storage import (
@@ -23,10 +24,11 @@ from spatial_impute.models._storage import (
     save_model,
     tensors_below,
 )
-from spatial_impute.models.asign._baselines import METHODS
+from spatial_impute.models.asign._baselines import METHODS, apply_linear
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
+    LabelPredictions,
     graph_inputs,
     krige_for,
     mean_of,
@@ -44,10 +46,10 @@ if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
     from spatial_impute.models._storage import ModelConfig
     from spatial_impute.models.asign._cokriging import Kriging
-    from spatial_impute.models.asign._graph_inputs import LabelPredictions
 
 NETWORK = "network alone"  # Mean over the networks, one of the blended methods
 BASE = "base"  # What the networks add their correction to
+_FAR = 2.0  # times the largest distance between the stacks that a model was fitted on
 _COHORT = "cohort"  # folder within that of a model
 WITHOUT = "without network"  # Blend of all other methods
 
@@ -284,8 +286,6 @@ class AsignModel:
         with config_errors(path):
             model = cls._from_config(path, config, tensors)
         if config["has_cohort"]:
-            from spatial_impute.models.asign._cohort import CohortModel
-
             model.cohort = CohortModel.load(Path(path) / _COHORT)
         return model
 
@@ -328,3 +328,38 @@ class AsignModel:
         )
         repr(model)  # fails if the score is missing
         return model
+
+
+class CohortModel(AsignModel):
+    """Part of an :class:`AsignModel` of several stacks for stacks without a measured spot.
+
+    The base is a ridge regression on the image features of all stacks. Features are standardised within each section, so
+    that stain and scanner do not count. Scores and intervals come from stacks that were held out as a whole.
+    """
+
+    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
+        base = apply_linear(
+            given(spots.features), self._tensors["ridge"].numpy(), self._tensors["ridge_offset"].numpy()
+        )
+        return LabelPredictions(base, base, np.zeros(len(base))), []
+
+    def _widening(self, spots: Spots) -> float:
+        """Factor on the intervals of a stack whose images are unlike those of the training; logs a warning."""
+        distance = image_distance(given(spots.image_profile), self._tensors["profiles"].numpy())
+        usual = max(float(self._tensors["usual_distance"]), 1e-12)
+        ratio = distance / usual
+        if ratio <= _FAR:
+            return 1.0
+        logger.warning(
+            "The image features of this stack are %.1f times as far from those of the training stacks as these are from "
+            "each other: another tissue, stain or scanner. Do not trust the predictions without a measured section; their "
+            "intervals are widened by this factor.",
+            ratio,
+        )
+        return ratio
+
+
+def image_distance(profile: np.ndarray, others: np.ndarray) -> float:
+    """Median difference over the features of a stack to the nearest of others, in their spread; (2, d) and (n, 2, d)."""
+    differences = np.abs(others[:, 0] - profile[0]) / np.maximum(others[:, 1].mean(axis=0), 1e-12)
+    return float(np.median(differences, axis=1).min())
