@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,64 +47,27 @@ BASES = ("mean", "propagation", "cokriging", TWO_VIEWS)
 
 def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> AsignModel:
     """Fit a model on the known spots of one or several stacks."""
-    params, fingerprint = settings.params, {}
-    if settings.checkpoint is not None:
-        fingerprint = _fingerprint(stacks, var_names, settings)
+    params = settings.params
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
-    truth, folds = data.truth, data.fold_of_spot
-    methods = [name for name in available_methods(data.stacks[0]) if name != "cokriging"]
-    n_folds = sum(map(len, data.folds))
-    on_step = settings.progress((len(methods) + 1) * n_folds + _n_training_steps(data, params))
-    held_out = {name: _predict_held_out(data, METHODS[name], on_step) for name in methods}
-    kriged = _krige_folds(data, on_step)
-    held_out |= _held_out_kriging(data, kriged)
-    error = {name: float(np.mean((found - truth) ** 2)) for name, found in held_out.items()}
-    for name in data.stacks[0].bases or {}:
-        held_out[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
-
-    best = held_out[min(error, key=error.__getitem__)]
-    # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
-    weight = counting_weights(best - truth, np.concatenate([s.counting_noise for s in data.stacks]))
-    support = data.per_stack(held_out_support)
-    group = torch.from_numpy(_gene_groups(pearson_by_gene(best, truth), params.n_gene_groups))
-    known = KnownTruth(truth, folds, weight)
-
-    def network_fit(base: str) -> NetworkFit:
-        parts = held_out["mean" if base == "none" else base], held_out["propagation"], support
-        views = {"cokriging": 1, TWO_VIEWS: 2}.get(base, 0)
-
-        def nested(i: int, k: int) -> LabelPredictions:
-            k = min(k, len(data.folds[i]) - 1)
-            return nested_predictions(*data.rest(i, k), base, kriged[i][k][:views])
-
-        return NetworkFit(
-            name=base,
-            data=data,
-            single=[_at_known(*part) for part in zip(data.stacks, *map(data.by_stack, parts), strict=True)],
-            nested=nested,
-            weights=data.by_stack(weight),
-            group=group,
-            settings=settings,
-            fingerprint=fingerprint,
-            on_step=on_step,
-        )
-
-    without = [name for name in held_out if name not in _NOT_BLENDED]
+    on_step = settings.progress(_n_steps(data, params))
+    found = _HeldOut.by_baselines(data, on_step)
+    group = torch.from_numpy(_gene_groups(found.best_r, params.n_gene_groups))
+    fingerprint = {} if settings.checkpoint is None else _fingerprint(stacks, var_names, settings)
     tried: dict[str, tuple[NetworkFit, Runs]] = {}
     regime = None
-    for name in _bases(params, error):
-        fit_of = network_fit(name)
-        tried[name] = fit_of, fit_of.try_regimes(regime)
-        regime = fit_of.best_regime(tried[name][1], fit_of.trials)  # the first base chooses for the other
-    errors = {name: _trial_errors(*found, known, held_out, without) for name, found in tried.items()}
-    base = _better_base(errors)
-    networks = tried[base][0].run(tried[base][1])
-    held_out[NETWORK] = networks.held_out
-    experts = [*without, NETWORK]
-    weights, held_out["asign"] = known.blend(held_out, experts)
-    weights_without, held_out[WITHOUT] = known.blend(held_out, without)
-    held_out[BASE] = held_out["mean" if base == "none" else base]
-    predictable = predictable_genes(held_out["asign"], truth, folds)
+    for name in _bases(params, found.error):
+        networks = found.networks(name, group, settings, fingerprint, on_step)
+        tried[name] = networks, networks.try_regimes(regime)
+        regime = networks.best_regime(tried[name][1], networks.trials)  # the first base chooses for the other
+    base = _better_base({name: _trial_errors(*parts, found) for name, parts in tried.items()})
+    ensemble = tried[base][0].run(tried[base][1])
+
+    truth, folds, rows = found.known.values, found.known.folds, dict(found.rows)
+    rows[NETWORK] = ensemble.held_out
+    experts = [*found.blended, NETWORK]
+    weights, rows["asign"] = found.known.blend(rows, experts)
+    weights_without, rows[WITHOUT] = found.known.blend(rows, found.blended)
+    rows[BASE] = rows["mean" if base == "none" else base]
     names = list(var_names)
     return AsignModel(
         params=params,
@@ -112,23 +75,92 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         experts=experts,
         base=base,
         n_features=data.n_features,
-        networks=networks.states,
+        networks=ensemble.states,
         tensors={
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
-            "network_centre": torch.stack([genes.centre for genes in networks.scales]),
-            "network_scale": torch.stack([genes.scale for genes in networks.scales]),
+            "network_centre": torch.stack([genes.centre for genes in ensemble.scales]),
+            "network_scale": torch.stack([genes.scale for genes in ensemble.scales]),
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
             "weights_without": torch.tensor(weights_without, dtype=torch.float32),
-            **_interval_tensors(data, held_out["asign"] - truth, held_out["mean"] - truth, support, params),
+            **_interval_tensors(data, rows["asign"] - truth, rows["mean"] - truth, found.support, params),
         },
-        cross_validation=cross_validation_table(held_out, truth, folds),
-        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth, folds), index=names),
-        predictable=pd.Series(predictable, index=names),
-        history=networks.history,
-        config=settings.config | {"seed": settings.seed, "regime": networks.regime},
+        cross_validation=cross_validation_table(rows, truth, folds),
+        predictability=pd.Series(pearson_by_gene(rows["asign"], truth, folds), index=names),
+        predictable=pd.Series(predictable_genes(rows["asign"], truth, folds), index=names),
+        history=ensemble.history,
+        config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
         cohort=fit_cohort(stacks, var_names, settings) if len(stacks) > 1 else None,
     )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Predictions of the known spots by the baselines, each spot with its fold hidden."""
+
+    data: TrainingSet
+    known: KnownTruth
+    rows: dict[str, np.ndarray]  # by method: (n_known, g)
+    error: dict[str, float]  # mean squared error of the baselines
+    kriged: list[list[list[Kriging]]]  # per stack and hidden fold
+    support: np.ndarray  # (n_known,) mass of the propagation
+
+    @classmethod
+    def by_baselines(cls, data: TrainingSet, on_step: Callable[[], None]) -> _HeldOut:
+        """Predict all folds with all baselines, and take those of base layers."""
+        truth = data.truth
+        methods = [name for name in available_methods(data.stacks[0]) if name != "cokriging"]
+        rows = {name: _predict_held_out(data, METHODS[name], on_step) for name in methods}
+        kriged = _krige_folds(data, on_step)
+        rows |= _held_out_kriging(data, kriged)
+        error = {name: float(np.mean((found - truth) ** 2)) for name, found in rows.items()}
+        # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
+        best = rows[min(error, key=error.__getitem__)]
+        weight = counting_weights(best - truth, np.concatenate([s.counting_noise for s in data.stacks]))
+        for name in data.stacks[0].bases or {}:
+            rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
+        known = KnownTruth(truth, data.fold_of_spot, weight)
+        return cls(data, known, rows, error, kriged, data.per_stack(held_out_support))
+
+    @property
+    def best_r(self) -> np.ndarray:
+        """(g,) correlation of each gene by the best baseline."""
+        best = self.rows[min(self.error, key=self.error.__getitem__)]
+        return pearson_by_gene(best, self.known.values, self.known.folds)
+
+    @property
+    def blended(self) -> list[str]:
+        """Methods that take part in the blend, without the networks."""
+        return [name for name in self.rows if name not in _NOT_BLENDED]
+
+    def networks(
+        self,
+        base: str,
+        group: Tensor,
+        settings: FitSettings,
+        fingerprint: dict[str, Any],
+        on_step: Callable[[], None],
+    ) -> NetworkFit:
+        """Networks that start at a base."""
+        data = self.data
+        parts = self.rows["mean" if base == "none" else base], self.rows["propagation"], self.support
+        views = {"cokriging": 1, TWO_VIEWS: 2}.get(base, 0)
+
+        def nested(i: int, k: int) -> LabelPredictions:
+            k = min(k, len(data.folds[i]) - 1)
+            return nested_predictions(*data.rest(i, k), base, self.kriged[i][k][:views])
+
+        return NetworkFit(
+            name=base,
+            data=data,
+            single=[_at_known(*part) for part in zip(data.stacks, *map(data.by_stack, parts), strict=True)],
+            nested=nested,
+            weights=data.by_stack(self.known.weight),
+            group=group,
+            settings=settings,
+            fingerprint=fingerprint,
+            on_step=on_step,
+        )
 
 
 def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
@@ -138,16 +170,13 @@ def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
     return list(dict.fromkeys(["mean", min((name for name in BASES if name in error), key=error.__getitem__)]))
 
 
-def _trial_errors(
-    networks: NetworkFit, runs: Runs, known: KnownTruth, held_out: dict[str, np.ndarray], others: list[str]
-) -> np.ndarray:
+def _trial_errors(networks: NetworkFit, runs: Runs, held_out: _HeldOut) -> np.ndarray:
     """(m,) squared error of the blend of the networks with other methods at the spots of the trial folds."""
-    found = networks.held_out(runs, networks.trials)
-    rows = np.isfinite(found).all(axis=1)
-    part = KnownTruth(known.values[rows], known.folds[rows], known.weight[rows])
-    _, blended = part.blend(
-        {name: held_out[name][rows] for name in others} | {NETWORK: found[rows]}, [*others, NETWORK]
-    )
+    found, known = networks.held_out(runs, networks.trials), held_out.known
+    seen = np.isfinite(found).all(axis=1)
+    part = KnownTruth(known.values[seen], known.folds[seen], known.weight[seen])
+    rows = {name: held_out.rows[name][seen] for name in held_out.blended} | {NETWORK: found[seen]}
+    _, blended = part.blend(rows, list(rows))
     return part.weight * np.mean((blended - part.values) ** 2, axis=1)
 
 
@@ -196,9 +225,11 @@ def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> d
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _n_training_steps(data: TrainingSet, params: AsignParams) -> int:
+def _n_steps(data: TrainingSet, params: AsignParams) -> int:
+    """Largest number of steps of a fit, for progress: folds of each baseline, then steps of training."""
     steps = [given(regime.n_steps) for regime in regimes(params)]
-    return data.n_folds * max(steps) + 4 * sum(steps)
+    n_methods, n_folds = len(available_methods(data.stacks[0])), sum(map(len, data.folds))
+    return n_methods * n_folds + data.n_folds * max(steps) + 4 * sum(steps)
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
