@@ -183,7 +183,7 @@ def test_counts_may_lie_in_a_layer_or_in_raw(inputs, tmp_path, place):
         ("bottom.png, mpp: 4.0", "bottom.png, mpp: 4000.0", r"`sections\.bottom`: .*found 4000 um"),
         ("image: bottom.png", "image: bad.png", r"bad\.png.*neither PNG nor JPEG"),
         ("image: bottom.png", "image: bad.czi", r"bad\.czi.*bfconvert"),
-        ("texture_3, texture_4", "texture_3, nope", r"1 of `genes` are not measured on section 'middle'"),
+        ("texture_3, texture_4", "texture_3, nope", r"1 of `genes` are not measured on `sections.middle`"),
         ("registration: rigid", "encoder: MahmoodLab/UNI2-h", r"'timm:hf-hub:MahmoodLab/UNI2-h'"),
         ("registration: rigid", "encoder: Texture", r"Did you mean 'texture'"),
         ("registration: rigid", "device: cuda:99", r"cuda:99' cannot be used here"),
@@ -278,7 +278,7 @@ def test_html_escapes_and_markdown_leaves_missing_values_empty(tmp_path):
     assert "<h1>A &amp; B</h1>" in page
     assert "<code>x&lt;y</code>" in page
     assert "&lt;i&gt;" in page
-    assert to_markdown(blocks).splitlines()[-2:] == ["| 1.23 | <i> |", "|  |  |"]
+    assert to_markdown(blocks).splitlines()[-2:] == [r"| 1.23 | \<i> |", "|  |  |"]
 
 
 def test_demo_leaves_what_it_names(small_stack, quick_params, tmp_path, monkeypatch):

@@ -201,11 +201,13 @@ def test_pixel_centres_lie_at_halves(height, width, mpp, factor):
     y, x = np.meshgrid((np.arange(height) + 0.5) * mpp, (np.arange(width) + 0.5) * mpp, indexing="ij")
     element = Image2DModel.parse(da.from_array(np.stack([x, y, x + y]), chunks=(3, 16, 16)), dims=("c", "y", "x"))
     levels = image_levels(element, np.diag([mpp, mpp, 1.0]))
-    levels = [type(level)(level.data, level.to_um, 255.0) for level in levels]
+    full = 2e4  # brighter than all values; brighter ones are cut off
+    levels = [type(level)(level.data, level.to_um, full) for level in levels]
     rgb, to_um = read_thumbnail(levels, factor * mpp)
     rows, columns = rgb.shape[:2]
     where = np.stack(np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5), axis=-1).reshape(-1, 2)
-    np.testing.assert_allclose(rgb[..., :2].reshape(-1, 2), apply_affine(where, to_um), rtol=1e-4, atol=1e-3 * mpp)
+    found = rgb[..., :2].reshape(-1, 2) * (full / 255)
+    np.testing.assert_allclose(found, apply_affine(where, to_um), rtol=1e-4, atol=1e-3 * mpp)
 
 
 regions = st.tuples(st.floats(-20, 120), st.floats(-20, 120), st.floats(0.05, 80))

@@ -220,12 +220,13 @@ def test_a_foreign_configuration_is_not_replaced(asign, tmp_path):
 
 def test_compiled_loops_work_without_a_folder_for_their_cache(monkeypatch):
     """A read-only installation and no home: numba finds no place for its cache."""
-    from numba.core.caching import CompileResultCacheImpl, _CacheImpl
+    from numba.core import caching
 
     from spatial_impute._settings import compiled
 
-    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
-    monkeypatch.setattr(_CacheImpl, "_locator_classes", [])
+    for name in ("CompileResultCacheImpl", "CacheImpl", "_CacheImpl"):  # as the versions of numba name them
+        if hasattr(caching, name):
+            monkeypatch.setattr(getattr(caching, name), "_locator_classes", [])
 
     @compiled()
     def double(x):

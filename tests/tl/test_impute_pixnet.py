@@ -71,7 +71,8 @@ def test_asign_takes_pixnet_up_as_a_base(with_base, quick_params, tmp_path):
     assert "pixnet" in model.cross_validation.index
     known = sdata.tables["stack"].obs["measured"].to_numpy(bool)
     table = sdata.tables["stack"][known]
-    scores = pearson_by_gene(table.layers["pixnet"], table.layers["measured"])
+    folds = table.obs["pixnet_fold"].to_numpy()
+    scores = pearson_by_gene(table.layers["pixnet"], table.layers["measured"], folds)
     assert model.cross_validation.loc["pixnet", "pearson_gene"] == pytest.approx(np.nanmean(scores), abs=1e-6)
     model.save(tmp_path / "model")
     si.tl.impute_3d(sdata, si.models.AsignModel.load(tmp_path / "model"))

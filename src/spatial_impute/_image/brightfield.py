@@ -1,4 +1,4 @@
-"""How stored samples become a brightfield image: color space, alpha, bits in use, names of channels, orientation.
+"""From stored samples to a brightfield image: color space, alpha, bits in use, names of channels, orientation.
 
 Files, arrays and elements all pass here, so that one place decides what "this is an RGB image" means.
 """
@@ -39,7 +39,7 @@ _FOOTROOM = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # black and white of Y, Cb
 
 @dataclass(frozen=True)
 class Samples:
-    """What a source says about its samples."""
+    """Properties of samples, as their source states them."""
 
     kind: str = "RGB"
     """One of ``"grey"``, ``"white-is-zero grey"``, ``"palette"``, ``"RGB"``, ``"YCbCr"``, ``"CIELab"``, ``"ICCLab"``, ``"CMYK"``."""

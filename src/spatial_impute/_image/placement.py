@@ -44,7 +44,7 @@ class Placement:
 
     @property
     def sentence(self) -> str | None:
-        """What is wrong, or None: most spots lie on tissue, and no other placement is much better."""
+        """Description of the fault, or None: most spots lie on tissue, and no other placement is much better."""
         better = self.best_share >= max(0.7, self.share + 0.2)
         if self.share >= 0.5 and not better:
             return None

@@ -1,4 +1,4 @@
-"""What results rest on: short fingerprints of their sources, compared before each use.
+"""Sources of results: short fingerprints, compared before each use.
 
 A function that writes a slot records fingerprints of what it read. A function that uses the slot compares them with what
 is there now. A result that would be wrong is refused; one that is merely old is used, with a warning. Fingerprints
@@ -364,7 +364,9 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
     if recorded is None:
         return
     use_rep = _rep_of(table, key)
-    now = graph_state(table, record, use_rep if use_rep in table.obsm else None)
+    if use_rep is not None and use_rep not in table.obsm:
+        return  # the reader of the features says so
+    now = graph_state(table, record, use_rep)
     call = "build_3d_graph(sdata)" if key == Keys.SPATIAL_3D else f"build_3d_graph(sdata, key_added={key!r})"
     again = f"After a change of spots, places or features run `si.tl.{call}` again."
     if now["n_spots"] != recorded["n_spots"]:
@@ -401,7 +403,7 @@ def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData
 def _layer_problems(
     sdata: SpatialData, record: StackRecord, table: AnnData, key: str, state: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """What changed after a layer was imputed."""
+    """Changes since a layer was imputed."""
     graph = str(state["graph_key"]) if "graph_key" in state else None
     lost = [k for k in Keys.LEVELS if "features" in state and k not in table.obsm]
     lost += [graph] if graph is not None and Keys.connectivities(graph) not in table.obsp else []

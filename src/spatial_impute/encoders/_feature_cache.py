@@ -67,7 +67,7 @@ def load_tokens(folder: Path, key: str, widths: Mapping[str, int], n: int) -> di
 
 
 def _problem(found: Mapping[str, np.ndarray], key: str, widths: Mapping[str, int], n: int) -> str:
-    """What is wrong with the content of a file; empty if nothing is."""
+    """Fault in the content of a file; empty if nothing is."""
     if str(found.get(_KEY)) != key or set(found) != {_KEY, *widths}:
         return "features of something else"
     for name, width in widths.items():

@@ -221,7 +221,7 @@ def test_fit_on_several_stacks_and_several_sections(small_prepared, caplog, monk
     caplog.clear()
     monkeypatch.setattr(logger, "propagate", True)
     si.tl.impute_3d(sdata, model)
-    assert any("['s2'], which are not measured here" in record.getMessage() for record in caplog.records)
+    assert any("['s2'], which are not measured now" in record.getMessage() for record in caplog.records)
     si.tl.impute_3d(sdata, model)
     assert np.isfinite(sdata.tables["stack"].layers["asign"]).all()
 
@@ -445,6 +445,7 @@ def test_images_unlike_those_of_the_training_are_named_and_intervals_widened(coh
     caplog.clear()
     strange = copy.deepcopy(bare)
     strange.tables["stack"].obsm["X_spot"] = strange.tables["stack"].obsm["X_spot"] * 3 + 10
+    si.tl.build_3d_graph(strange)
     after = si.tl.impute_3d(strange, model, inplace=False).layers["asign_sd"]
     assert any("another tissue, stain or scanner" in record.getMessage() for record in caplog.records)
     assert (after > 2 * before).all()

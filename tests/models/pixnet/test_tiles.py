@@ -320,7 +320,7 @@ def test_fine_maps_can_be_left_out():
 
 
 def test_modules_without_a_pyramid_are_refused():
-    with pytest.raises(ValueError, match=r"must return feature maps .* it returned shapes \[\(6,\)\]"):
+    with pytest.raises(ValueError, match=r"must return feature maps .* it returned shapes \[\(1, 6\)\]"):
         build_pyramid(nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()))
     with pytest.raises(ValueError, match="`encoder` must be one of"):
         build_pyramid("resnet19")

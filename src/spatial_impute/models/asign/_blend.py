@@ -43,8 +43,9 @@ def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, f
     for name, predicted in held_out.items():
         rows[name] = summarise(predicted, truth, held_out["mean"], folds)
         gain = reached - np.nan_to_num(pearson_by_gene(predicted, truth, folds))
-        low, high = bootstrap_interval(gain)
-        rows[name] |= {"gain": float(np.nanmean(gain)), "gain_low": low, "gain_high": high}
+        gain = gain[np.isfinite(gain)]
+        low, high = bootstrap_interval(gain) if gain.size else (np.nan, np.nan)
+        rows[name] |= {"gain": float(gain.mean()) if gain.size else np.nan, "gain_low": low, "gain_high": high}
     return pd.DataFrame(rows).T.rename_axis("method")
 
 

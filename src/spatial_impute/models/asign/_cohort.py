@@ -107,7 +107,7 @@ def _spread(residuals: np.ndarray, fold: np.ndarray) -> dict[str, Tensor]:
     """Standard deviations from the held-out stack with the largest errors: a new stack may be like that one."""
     by_stack = [held_out_spread(residuals[fold == k], int((fold == k).sum())) for k in np.unique(fold)]
     spread = torch.tensor(np.max(by_stack, axis=0), dtype=torch.float32)
-    constants: dict[str, Any] = {"noise": [np.nan, 1.0, 0.0], "usual_support": [1.0], "whole_sections": [True]}
+    constants: dict[str, Any] = {"noise": [1.0, 1.0, 0.0], "usual_support": [1.0], "whole_sections": [True]}
     return {"spread": spread, "spread_of_mean": spread.clone()} | {key: torch.tensor(v) for key, v in constants.items()}
 
 

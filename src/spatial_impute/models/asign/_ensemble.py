@@ -247,7 +247,7 @@ class NetworkFit:
             network = MSAGNet(self.data.n_features, self.group, params)
             network.load_state_dict(runs[0].state)
             network.return_to_base()
-            return [network.state_dict()], [self.data.scale()]
+            return [{key: value.clone() for key, value in network.state_dict().items()}], [self.data.scale()]
         if len(runs) >= _N_NETWORKS:
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
         step = max((run.history for run in runs), key=len)[check]["step"]
