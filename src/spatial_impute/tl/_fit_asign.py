@@ -50,9 +50,9 @@ def fit_asign(
 
     Blocks of the measured section (whole sections, if several are measured) are hidden, one fold at a time. Every
     baseline predicts them, and so does a network with attention over three fields of view and over the 3D graph. The
-    network starts exactly at its base: co-kriging on the components of the image features on which registered sections
-    agree. It learns a correction of this base, and how much to follow the labels that are propagated over the graph.
-    Baselines and network are then blended by the non-negative weights that are best on the hidden blocks, so that each is
+    network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and how much to
+    follow the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen by the
+    errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best on the hidden blocks, so that each is
     used only if it helps. Spots weigh by how precisely they are measured (``obs["total_counts"]``). Expression of
     unmeasured spots is never read.
 
@@ -206,7 +206,7 @@ def _start_networks(model: AsignModel | AsignPanels, data: TrainingSet, params: 
     if len(data.panels) > 1 or not isinstance(model, AsignModel):
         msg = "`start_from` is for sections that were measured with the same genes, and needs an `AsignModel`."
         raise ValueError(msg)
-    sizes = ("width", "n_heads", "n_graph_layers", "n_level_layers", "n_gene_groups")
+    sizes = ("width", "n_heads", "n_graph_layers", "level_graph", "n_level_layers", "n_gene_groups")
     pairs = {
         "genes": (model.var_names, data.genes),
         "encoder": (model.config["encoder"], data.config["encoder"]),

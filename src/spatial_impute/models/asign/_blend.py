@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import nnls
 
-from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
+from spatial_impute._scores import bootstrap_interval, pearson_by_gene, predictable_genes, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
@@ -18,7 +22,7 @@ _NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run f
 
 @dataclass(frozen=True)
 class KnownTruth:
-    """Expression of the known spots, with the mean and spread of each gene outside of the fold of each spot."""
+    """Expression of the known spots, their folds, and their weights."""
 
     values: np.ndarray  # (n_known, g)
     folds: np.ndarray  # (n_known,)
@@ -34,6 +38,16 @@ class KnownTruth:
         deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
         weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight)
         return weights, centre + blended * scale
+
+
+def held_out_results(held_out: dict[str, np.ndarray], known: KnownTruth, var_names: Sequence[str]) -> dict[str, Any]:
+    """Attributes of a model that come from held-out predictions: scores, and which genes can be predicted."""
+    found, truth, folds, names = held_out["asign"], known.values, known.folds, list(var_names)
+    return {
+        "cross_validation": cross_validation_table(held_out, truth, folds),
+        "predictability": pd.Series(pearson_by_gene(found, truth, folds), index=names),
+        "predictable": pd.Series(predictable_genes(found, truth, folds), index=names),
+    }
 
 
 def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, folds: np.ndarray) -> pd.DataFrame:

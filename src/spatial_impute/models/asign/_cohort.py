@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from spatial_impute._scores import pearson_by_gene, predictable_genes
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
 from spatial_impute.models.asign._baselines import apply_linear, fit_ridge
-from spatial_impute.models.asign._blend import KnownTruth, cross_validation_table
+from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._ensemble import NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
 from spatial_impute.models.asign._intervals import held_out_spread
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -27,8 +26,15 @@ from spatial_impute.models.asign._ensemble import FitSettings
 _RIDGE = "ridge"
 
 
-def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> CohortModel:
+def fit_cohort(
+    stacks: Sequence[Spots],
+    var_names: Sequence[str],
+    settings: FitSettings,
+    fingerprint: dict[str, Any],
+    on_step: Callable[[], None],
+) -> CohortModel:
     """Fit a model for stacks without a measured spot; each stack is held out once."""
+    settings = replace(settings, start=())  # networks of stacks with measured spots have other outputs
     n = len(stacks)
     folds = [
         [s.known if j == i else np.zeros(len(s.known), dtype=bool) for j in range(n)] for i, s in enumerate(stacks)
@@ -46,8 +52,7 @@ def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitS
 
     group = torch.zeros(len(var_names), dtype=torch.long)
     weights = [np.ones(int(s.known.sum())) for s in stacks]
-    fingerprint = {"cohort": True, "n_stacks": n}
-    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint, lambda: None)
+    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint, on_step)
     found = networks.run(networks.try_regimes())
     held_out[NETWORK] = found.held_out
     known = KnownTruth(truth, fold, np.ones(len(truth)))
@@ -56,7 +61,6 @@ def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitS
     held_out[BASE] = held_out[_RIDGE]
     slope, offset = fit_ridge(concatenate(stacks))
     profiles = np.stack([given(s.image_profile) for s in stacks])
-    names = list(var_names)
     return CohortModel(
         params=settings.params,
         var_names=var_names,
@@ -65,9 +69,8 @@ def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitS
         n_features=data.n_features,
         networks=found.states,
         tensors={
+            **found.tensors,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
-            "network_centre": torch.stack([genes.centre for genes in found.scales]),
-            "network_scale": torch.stack([genes.scale for genes in found.scales]),
             "group": group,
             "weights": torch.tensor(blend, dtype=torch.float32),
             "weights_without": torch.tensor(without, dtype=torch.float32),
@@ -77,9 +80,7 @@ def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitS
             "usual_distance": torch.tensor(_usual_distance(profiles)),
             **_spread(held_out["asign"] - truth, fold),
         },
-        cross_validation=cross_validation_table(held_out, truth, fold),
-        predictability=pd.Series(pearson_by_gene(held_out["asign"], truth, fold), index=names),
-        predictable=pd.Series(predictable_genes(held_out["asign"], truth, fold), index=names),
+        **held_out_results(held_out, known, var_names),
         history=found.history,
         config=settings.config | {"seed": settings.seed, "regime": found.regime},
     )

@@ -150,6 +150,14 @@ class Ensemble:
     history: pd.DataFrame
     regime: dict[str, Any]  # settings of the optimizer that were chosen
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales of the genes of all networks, (k, g) each."""
+        return {
+            "network_centre": torch.stack([genes.centre for genes in self.scales]),
+            "network_scale": torch.stack([genes.scale for genes in self.scales]),
+        }
+
 
 Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
 """Training by regime and hidden fold."""
@@ -202,8 +210,10 @@ class NetworkFit:
                 runs[chosen, k] = self._train_or_load(f"network{k}-{chosen}", k, params, *batches)
         check = _best_check([runs[chosen, k] for k in folds])
         history = [
-            pd.DataFrame(run.history).assign(network=k, kept=[i == check for i in range(len(run.history))])
+            pd.DataFrame(run.history).assign(network=k, kept=[i == kept for i in range(len(run.history))])
             for k, run in ((k, runs[chosen, k]) for k in folds)
+            # Networks of folds that predict have stopped at their own best step; see `_final`.
+            for kept in [_best_check([run]) if check and len(folds) >= _N_NETWORKS else check]
         ]
         states, scales = self._final([runs[chosen, k] for k in folds], params, check)
         regime = {name: getattr(params, name) for name in REGIME_SETTINGS}

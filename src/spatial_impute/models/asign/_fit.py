@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from spatial_impute._scores import pearson_by_gene, predictable_genes
+from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, available_methods, knn, ridge
-from spatial_impute.models.asign._blend import KnownTruth, cross_validation_table
+from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 # The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
 
-# What the network can add its correction to; the one with the lowest error on hidden folds by default.
+# What the network can add its correction to.
 BASES = ("mean", "propagation", "cokriging", TWO_VIEWS)
 
 
@@ -62,13 +61,12 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     base = _better_base({name: _trial_errors(*parts, found) for name, parts in tried.items()})
     ensemble = tried[base][0].run(tried[base][1])
 
-    truth, folds, rows = found.known.values, found.known.folds, dict(found.rows)
+    truth, rows = found.known.values, dict(found.rows)
     rows[NETWORK] = ensemble.held_out
     experts = [*found.blended, NETWORK]
     weights, rows["asign"] = found.known.blend(rows, experts)
     weights_without, rows[WITHOUT] = found.known.blend(rows, found.blended)
     rows[BASE] = rows["mean" if base == "none" else base]
-    names = list(var_names)
     return AsignModel(
         params=params,
         var_names=var_names,
@@ -77,20 +75,17 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         n_features=data.n_features,
         networks=ensemble.states,
         tensors={
+            **ensemble.tensors,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
-            "network_centre": torch.stack([genes.centre for genes in ensemble.scales]),
-            "network_scale": torch.stack([genes.scale for genes in ensemble.scales]),
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
             "weights_without": torch.tensor(weights_without, dtype=torch.float32),
             **_interval_tensors(data, rows["asign"] - truth, rows["mean"] - truth, found.support, params),
         },
-        cross_validation=cross_validation_table(rows, truth, folds),
-        predictability=pd.Series(pearson_by_gene(rows["asign"], truth, folds), index=names),
-        predictable=pd.Series(predictable_genes(rows["asign"], truth, folds), index=names),
+        **held_out_results(rows, found.known, var_names),
         history=ensemble.history,
         config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
-        cohort=fit_cohort(stacks, var_names, settings) if len(stacks) > 1 else None,
+        cohort=fit_cohort(stacks, var_names, settings, fingerprint, on_step) if len(stacks) > 1 else None,
     )
 
 
@@ -183,8 +178,8 @@ def _trial_errors(networks: NetworkFit, runs: Runs, held_out: _HeldOut) -> np.nd
 def _better_base(errors: dict[str, np.ndarray]) -> str:
     """The first base, unless another one has lower errors by more than two standard errors.
 
-    The first is the mean. Its networks learn on their own, so the blend gains more from them on sections that no hidden
-    block resembles; a better base must show that it is one.
+    The first is the mean. The blend contains the other base in any case, and networks that do not start there make other
+    errors than it does.
     """
     first, *others = errors
     for name in others:
@@ -229,7 +224,8 @@ def _n_steps(data: TrainingSet, params: AsignParams) -> int:
     """Largest number of steps of a fit, for progress: folds of each baseline, then steps of training."""
     steps = [given(regime.n_steps) for regime in regimes(params)]
     n_methods, n_folds = len(available_methods(data.stacks[0])), sum(map(len, data.folds))
-    return n_methods * n_folds + data.n_folds * max(steps) + 4 * sum(steps)
+    n_networks = data.n_folds + (len(data.stacks) if len(data.stacks) > 1 else 0)
+    return n_methods * n_folds + n_networks * max(steps) + 4 * sum(steps)
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
@@ -249,7 +245,14 @@ def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: Fi
     for spots in stacks:
         graph = given(spots.graph)
         arrays = [spots.xyz, spots.section, spots.known, spots.expression, given(spots.features), spots.counting_noise]
-        arrays += [*given(spots.tokens), graph.data, graph.indices, graph.indptr, given(spots.edge_features)]
+        arrays += [
+            np.array(spots.field_um),
+            *given(spots.tokens),
+            graph.data,
+            graph.indices,
+            graph.indptr,
+            given(spots.edge_features),
+        ]
         for array in arrays:
             data.update(repr((array.shape, array.dtype.str)).encode())
             data.update(np.ascontiguousarray(array).tobytes())

@@ -265,7 +265,7 @@ class AsignModel:
             "predictable": [bool(p) for p in self.predictable],
             "history": json_columns(self.history),
             "config": self.config,
-            "has_cohort": self.cohort is not None,
+            "cohort": None if self.cohort is None else self.cohort.identity,
         }
         save_model(path, kind=type(self).__name__, config=config, tensors=tensors, overwrite=overwrite)
         if self.cohort is not None:
@@ -285,8 +285,11 @@ class AsignModel:
         config, tensors = load_model(path, kind=cls.__name__)
         with config_errors(path):
             model = cls._from_config(path, config, tensors)
-        if config["has_cohort"]:
+        if config["cohort"] is not None:
             model.cohort = CohortModel.load(Path(path) / _COHORT)
+            if model.cohort.identity != config["cohort"]:
+                msg = f"saving was interrupted: {_COHORT!r} belongs to another model. Save the model again."
+                raise does_not_fit(path, msg)
         return model
 
     @classmethod
@@ -336,6 +339,14 @@ class CohortModel(AsignModel):
     The base is a ridge regression on the image features of all stacks. Features are standardised within each section, so
     that stain and scanner do not count. Scores and intervals come from stacks that were held out as a whole.
     """
+
+    @classmethod
+    def _from_config(cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor]) -> AsignModel:
+        model = super()._from_config(path, config, tensors)
+        missing = {"ridge", "ridge_offset", "profiles", "usual_distance"} - model._tensors.keys()
+        if missing:
+            raise does_not_fit(path, f"{sorted(missing)} are missing.")
+        return model
 
     def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
         base = apply_linear(
