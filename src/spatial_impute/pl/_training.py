@@ -43,9 +43,9 @@ def training(
     show: bool = False,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Training loss and held-out error by step; a dashed vertical line marks the step that was kept.
+    """Training loss and held-out error by step; markers show the step that each network kept.
 
-    The horizontal dotted line is the error of the base, where the network starts. If the kept step is 0, no step was
+    A dashed vertical line is drawn if all kept the same step. The horizontal dotted line is the error of the base, where the network starts. If the kept step is 0, no step was
     better than the base on the held-out spots, and the model predicts with the base alone. If sections were measured
     with different panels of genes, each panel has plots of its own.
 
@@ -127,8 +127,10 @@ def _draw_column(ax: Axes, name: str, runs: list[tuple[int | None, pd.DataFrame]
         start = seen.loc[seen["step"] == 0, name]
         if name != "loss" and len(start):
             ax.axhline(start.iloc[0], color=color, linewidth=0.8, linestyle=":")
-    kept = runs[0][1].loc[runs[0][1]["kept"].astype(bool), "step"]
-    if len(kept):
+    import pandas as pd
+
+    kept = pd.concat([rows.loc[rows["kept"].astype(bool), "step"] for _, rows in runs])
+    if kept.nunique() == 1:  # else each network has stopped at a step of its own, which its marker shows
         ax.axvline(kept.iloc[0], color=INK, linewidth=0.8, linestyle="--")
         ax.text(kept.iloc[0], 1.0, " kept", transform=ax.get_xaxis_transform(), fontsize="x-small", va="top", color=INK)
     last = max(int(rows["step"].max()) for _, rows in runs)
