@@ -38,7 +38,7 @@ def expected_noise(spots: Spots) -> np.ndarray:
 
     Depth depends on the tissue and on the image. NaN if the counts of the known spots are not known.
     """
-    if spots.total_counts is None:
+    if spots.total_counts is None or not spots.known.any():
         return np.full(len(spots.known), np.nan)
     log_noise = -np.log(spots.total_counts)[:, None]
     return np.exp(cokriging(replace(spots, expression=log_noise, total_counts=None))[:, 0])
