@@ -245,7 +245,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, encoding="utf-8-sig", header=None)
     if table.shape[1] != len(_COLUMNS) or table[0].dtype.kind in "iuf":
         msg = (
-            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].iloc[0]}; expected the "
+            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].iloc[0]!r}; expected the "
             f"{len(_COLUMNS)} columns {_COLUMNS}."
         )
         raise ValueError(msg)
