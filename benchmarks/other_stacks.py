@@ -1,8 +1,9 @@
 """Imputation of other tissues and arrays, and with a section upside down; ASIGN beside its base on each section.
 
-Run ``python benchmarks/other_stacks.py [muscle cytassist upside-down]`` with ``SPATIAL_IMPUTE_DATA_DIR`` at the data.
+Run ``python benchmarks/other_stacks.py [muscle cytassist olfactory-bulb upside-down] [--encoder texture]`` with
+``SPATIAL_IMPUTE_DATA_DIR`` at the data.
 Of a Visium sample every other spot is measured, and those between them are the second section: another tissue and array
-whose expression is known on both, in place without registration. ``upside-down`` is HER2ST with C4 measured and the scan
+whose expression is known on both, in place without registration. ``olfactory-bulb`` is four sections of a mouse brain, the second one measured. ``upside-down`` is HER2ST with C4 measured and the scan
 and spots of C3 turned by half a circle. Prints r per gene of all methods, and ASIGN minus co-kriging.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+from PIL import Image
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
@@ -30,16 +33,18 @@ VISIUM = {"muscle": "muscle_vis5a", "cytassist": "cytassist_2898"}
 def main() -> None:
     """Run the stacks named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stacks", nargs="*", default=[*VISIUM, "upside-down"])
+    parser.add_argument("stacks", nargs="*", default=[*VISIUM, *STACKS])
+    parser.add_argument("--encoder", nargs="+", default=["texture"])
+    options = parser.parse_args()
     si.settings.verbosity, si.settings.show_progress_bar = "warning", False
-    for name in parser.parse_args().stacks:
-        sdata, truth = every_other_row(VISIUM[name]) if name in VISIUM else upside_down()
-        si.pp.extract_features(sdata)
+    for name in options.stacks:
+        sdata, truth = every_other_row(VISIUM[name]) if name in VISIUM else STACKS[name]()
+        si.pp.extract_features(sdata, options.encoder)
         si.tl.build_3d_graph(sdata)
         for method in BASELINES:
             si.tl.impute_baseline(sdata, method)
         model = si.tl.fit_asign(sdata)
-        si.tl.impute_3d(sdata, model)
+        si.tl.impute_3d(sdata, model, parts=True)
         table = sdata.tables["stack"]
         print(f"\n{name}: {int(table.obs['measured'].sum())} measured spots of {table.n_obs}, {table.n_vars} genes")
         scores = si.metrics.evaluate(sdata, truth)
@@ -83,7 +88,7 @@ def every_other_row(folder: str) -> tuple[SpatialData, AnnData]:
     row = np.round((centers[across] - centers[across].min()) * mpp / (100 * np.sqrt(3) / 2)).astype(int)
     even, odd = centers.index[row % 2 == 0], centers.index[row % 2 == 1]
     pixels = np.asarray(whole.images["all_image"].data)
-    radius = float(whole.shapes["all_spots"]["radius"].iloc[0])
+    radius = 27.5 / mpp  # of a spot of Visium
     sections = {
         "even": section("even", pixels, centers.loc[even], radius, counts[counts.obs_names.isin(even)]),
         "odd": section("odd", pixels.copy(), centers.loc[odd], radius, None),
@@ -97,6 +102,27 @@ def every_other_row(folder: str) -> tuple[SpatialData, AnnData]:
     truth.obs["section"] = "odd"
     truth.obs_names = "odd_" + truth.obs_names
     return sdata, truth
+
+
+def olfactory_bulb() -> tuple[SpatialData, AnnData]:
+    """Four sections on arrays with a pitch of 141 um, MOB2 measured; and the expression of the spots under tissue."""
+    folder, sections, truths = si.settings.data_dir / "mob_st4", {}, []
+    for name in ("MOB1", "MOB2", "MOB3", "MOB4"):
+        places = pd.read_csv(folder / f"alignment_table_{name}.tsv", sep="\t").query("selected == 1")
+        places.index = places["x"].astype(str) + "x" + places["y"].astype(str)
+        counts = pd.read_csv(folder / f"{name}.tsv.gz", sep="\t", index_col=0)
+        centers = places.loc[places.index.isin(counts.index), ["pixel_x", "pixel_y"]].set_axis(["x", "y"], axis=1)
+        table = ad.AnnData(counts.loc[centers.index].astype(np.float32))
+        pixels = np.asarray(Image.open(folder / f"{name}.jpg").convert("RGB")).transpose(2, 0, 1)
+        sections[name] = section(name, pixels, centers, 50 / 4.22, table if name == "MOB2" else None)
+        table.X = log_normalize(table.X, 1e4)
+        table.obs["section"] = name
+        table.obs_names = f"{name}_" + table.obs_names
+        truths.append(table)
+    sdata = si.pp.assemble_stack(sections, mpp=4.22, z=[100, 120, 130, 140])
+    si.pp.select_genes(sdata, n_top_genes=250)
+    si.tl.register_stack(sdata, on_failure="warn")
+    return sdata, ad.concat(truths)
 
 
 def upside_down() -> tuple[SpatialData, AnnData]:
@@ -123,6 +149,8 @@ def upside_down() -> tuple[SpatialData, AnnData]:
     si.tl.register_stack(sdata)
     return sdata, truth
 
+
+STACKS = {"olfactory-bulb": olfactory_bulb, "upside-down": upside_down}
 
 if __name__ == "__main__":
     main()

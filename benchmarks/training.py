@@ -42,16 +42,17 @@ class BareAttention(nn.Module):
         self.edge = nn.Linear(N_EDGE_FEATURES, width, bias=False)
         self.score = nn.Parameter(torch.randn(heads, width // heads))
 
-    def forward(self, nodes: Tensor, edges: Edges) -> Tensor:
-        n, (source, target) = len(nodes), edges.index
-        values = self.source(nodes).view(n, self.heads, -1)
-        pairs = values[source] + self.target(nodes).view(n, self.heads, -1)[target]
+    def forward(self, nodes: Tensor, edges: Edges, n: int) -> Tensor:
+        """State of the first n spots."""
+        source, target = edges.index
+        values = self.source(nodes).view(len(nodes), self.heads, -1)
+        pairs = values[source] + self.target(nodes[:n]).view(n, self.heads, -1)[target]
         pairs = nn.functional.leaky_relu(pairs + self.edge(edges.features).view(len(source), self.heads, -1), 0.2)
         score = (pairs * self.score).sum(dim=-1)
         score = (score - score.max()).exp()
         total = torch.zeros(n, self.heads).index_add(0, target, score)
         share = nn.functional.dropout(score / total[target].clamp_min(1e-16), self.dropout, self.training)
-        return torch.zeros_like(values).index_add(0, target, values[source] * share[..., None]).reshape(n, -1)
+        return torch.zeros_like(values[:n]).index_add(0, target, values[source] * share[..., None]).reshape(n, -1)
 
 
 class Bare(nn.Module):
@@ -80,17 +81,17 @@ class Bare(nn.Module):
         self.merge = nn.Linear(w + 1, params.n_gene_groups)
 
     def forward(self, batch: Batch, group: Tensor) -> Tensor:
-        x, labels, rows = batch.inputs, batch.labels, batch.rows
+        x, labels, m = batch.inputs, batch.labels, batch.inputs.n_predicted
         nodes = self.embed[0](x.spot)
         fields = [self.embed[1](x.region), self.embed[2](x.surroundings)]
         for attend, norm, field in zip(self.attend, self.norms, fields, strict=True):
             normed = norm(field)
             nodes = nodes + attend(norm(nodes)[:, None], normed, normed, need_weights=False)[0][:, 0]
-        for attentions, combine in zip(self.graph, self.combine, strict=True):
-            found = [attend(nodes, edges) for attend, edges in zip(attentions, x.edges, strict=True)]
-            nodes = nodes + combine(torch.cat([nodes, *found], dim=1))
-        own = nodes[rows] + self.embed_base(labels.base)
-        sequence = torch.stack([own, *(field.mean(dim=1)[rows] for field in fields)], dim=1)
+        for attentions, combine, n in zip(self.graph, self.combine, x.reach, strict=True):
+            found = [attend(nodes, edges.into(n), n) for attend, edges in zip(attentions, x.edges, strict=True)]
+            nodes = nodes[:n] + combine(torch.cat([nodes[:n], *found], dim=1))
+        own = nodes + self.embed_base(labels.base)
+        sequence = torch.stack([own, *(field.mean(dim=1)[:m] for field in fields)], dim=1)
         state = self.dropout(self.levels(sequence).mean(dim=1))
         merge = torch.tanh(self.merge(torch.cat([state, labels.support], dim=1)))[:, group]
         return torch.lerp(labels.base + self.correction(state), labels.propagated, merge)
@@ -134,11 +135,11 @@ def steps(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
             Edges(torch.stack([torch.randint(n, target.shape), target]), torch.rand(len(target), N_EDGE_FEATURES))
             for _ in range(N_EDGE_TYPES)
         ),
+        reach=(n, n // 5),
     )
-    rows = torch.arange(0, n, 5)
-    m = len(rows)
+    m = n // 5
     labels = LabelInputs(torch.randn(m, N_GENES), torch.randn(m, N_GENES), torch.rand(m, 1))
-    batch = Batch(inputs, rows, labels, torch.randn(m, N_GENES), torch.ones(m))
+    batch = Batch(inputs, labels, torch.randn(m, N_GENES), torch.ones(m))
     group = torch.arange(N_GENES) % params.n_gene_groups
     network, bare = MSAGNet(WIDTH_OF_TOKEN, group, params), Bare(params)
     adams = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (network, bare)]

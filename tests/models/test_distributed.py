@@ -28,15 +28,15 @@ def build():
 
 def batch(k):
     torch.manual_seed(k)
-    ring, rows = torch.arange(N), torch.arange(4 + 2 * k)
-    m = len(rows)
-    edges = Edges(torch.stack([ring, ring.roll(1)]), torch.rand(N, N_EDGE_FEATURES))
-    x = GraphInputs(torch.randn(N, D), torch.randn(N, 2, D), torch.randn(N, 2, D), (edges,) * N_EDGE_TYPES)
+    ring, m = torch.arange(N), 4 + 2 * k
+    edges = Edges(torch.stack([ring.roll(1), ring]), torch.rand(N, N_EDGE_FEATURES))
+    fields = torch.randn(N, 2, D), torch.randn(N, 2, D)
+    x = GraphInputs(torch.randn(N, D), *fields, (edges,) * N_EDGE_TYPES, reach=(m,))
     labels = LabelInputs(torch.randn(m, G), torch.randn(m, G), torch.rand(m, 1))
-    return Batch(x, rows, labels, torch.randn(m, G), torch.ones(m))
+    return Batch(x, labels, torch.randn(m, G), torch.ones(m))
 
 def run():
-    return train(build, [batch(0), batch(1)], [], PARAMS, seed=0, stop=1).state
+    return train(build, [batch(0), batch(1)], [], PARAMS, seed=0).state
 
 if __name__ == "__main__":
     from spatial_impute.models.asign._training import correlation_loss

@@ -57,9 +57,7 @@ class AsignParams:
     learning_rate: Annotated[Number, Field(gt=0, le=1e18)] | None = None
     """Step size at the start; it decays to zero, along a cosine or, for ``"sgd"``, nearly linearly."""
     n_steps: Repeats | None = None
-    """Largest number of steps of training."""
-    patience: Count = 6
-    """Training stops after this number of checks of the hidden block without a lower error. There are about 20 checks."""
+    """Steps of training."""
     correlation_weight: Rate = 0.5
     """Weight of 1 - Pearson correlation in the loss, added to the squared error of standardised expression."""
     n_folds: Annotated[Whole, Field(ge=2)] = 5
@@ -98,7 +96,6 @@ class AsignParams:
             learning_rate=1e-3,
             weight_decay=0.0,
             n_steps=51,
-            patience=20,
         )
 
 

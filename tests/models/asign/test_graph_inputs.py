@@ -52,9 +52,9 @@ def edge_features(graph: sparse.csr_matrix, section: np.ndarray, rng: np.random.
     return np.column_stack([random[:, :2], 0.0 * within, similar * random[:, 2], within, ~within])
 
 
-def labels(n: int) -> LabelInputs:
+def labels() -> LabelInputs:
     torch.manual_seed(5)
-    return LabelInputs(torch.randn(N, N_GENES)[:n], torch.randn(N, N_GENES)[:n], torch.rand(N, 1)[:n])
+    return LabelInputs(torch.randn(N, N_GENES), torch.randn(N, N_GENES), torch.rand(N, 1))
 
 
 def network_of(params: AsignParams) -> MSAGNet:
@@ -69,16 +69,16 @@ def network_of(params: AsignParams) -> MSAGNet:
 def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, n_layers):
     params = AsignParams(width=16, n_graph_layers=n_layers, n_neighs=3)
     targets = np.isin(np.arange(N), [7, 8, 40])
-    whole, everything = graph_inputs(spots, params)
-    part, rows = graph_inputs(spots, params, targets=targets)
-    assert len(everything) == N
-    assert len(rows) < N
+    whole, part = graph_inputs(spots, params), graph_inputs(spots, params, targets=targets)
+    assert len(whole.spot) == N
+    assert len(part.spot) < N
+    assert part.n_predicted == 3
     assert sum(e.index.shape[1] for e in part.edges) < sum(e.index.shape[1] for e in whole.edges)
     torch.manual_seed(0)
     network = network_of(params)
     with torch.inference_mode():
-        expected = network(whole, labels(3), torch.from_numpy(np.flatnonzero(targets)))
-        found = network(part, labels(3), torch.from_numpy(np.flatnonzero(targets[rows])))
+        expected = network(whole, labels())[targets]
+        found = network(part, labels().part(torch.from_numpy(targets)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -86,7 +86,9 @@ def test_receptive_field_is_no_smaller_than_it_must_be(spots):
     """A spot at its rim changes the prediction of the targets."""
     params = AsignParams(width=16, n_graph_layers=2, n_neighs=3)
     targets = np.arange(N) == 40
-    _, rows = graph_inputs(spots, params, targets=targets)
+    part = graph_inputs(spots, params, targets=targets)
+    own = spots.tokens[0][:, 0].astype(np.float32)
+    rows = {int(np.flatnonzero((own == token).all(axis=1))[0]) for token in part.spot.numpy()}
     torch.manual_seed(1)
     network = network_of(params)
 
@@ -94,18 +96,18 @@ def test_receptive_field_is_no_smaller_than_it_must_be(spots):
         spot_tokens = spots.tokens[0].copy()
         if changed is not None:
             spot_tokens[changed] += 3.0
-        inputs, _ = graph_inputs(replace(spots, tokens=(spot_tokens, *spots.tokens[1:])), params)
+        inputs = graph_inputs(replace(spots, tokens=(spot_tokens, *spots.tokens[1:])), params)
         with torch.inference_mode():
-            return network(inputs, labels(1), torch.tensor([40]))
+            return network(inputs, labels())[40]
 
     before = predict(None)
     reacts = {i for i in range(N) if not torch.allclose(predict(i), before, atol=1e-6)}
-    assert reacts == set(rows.tolist())
+    assert reacts == rows
 
 
 def test_each_type_of_edge_has_its_own_share(spots):
     """The strongest edges of each type, although others may be stronger."""
-    inputs, _ = graph_inputs(spots, AsignParams(width=16, n_neighs=1))
+    inputs = graph_inputs(spots, AsignParams(width=16, n_neighs=1))
     graph, (overlap, similarity, within) = spots.graph.tocoo(), spots.edge_features.T[2:5]
     kinds = [within > 0, (within == 0) & ((similarity == 0) | (overlap > 0)), similarity > 0]
     for edges, kind in zip(inputs.edges, kinds, strict=True):

@@ -16,6 +16,7 @@ from spatial_impute._scores import HALF_WIDTH, pearson_by_gene
 from spatial_impute._settings import logger
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
+from spatial_impute.models.asign import _ensemble
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._fit import _krige_folds, fit
 from spatial_impute.models.asign._graph_inputs import nested_predictions, with_components
@@ -61,7 +62,7 @@ def test_labels_of_held_out_spots_reach_no_batch(spots, base):
     changed[fold[spots.known]] = 99.0
     pair = [networks_of(s, params, base)._batches(0) for s in (spots, replace(spots, expression=changed))]
     for before, after in zip(*pair, strict=True):
-        assert torch.equal(before.rows, after.rows)
+        assert before.inputs.reach == after.inputs.reach
         assert torch.equal(before.expression, after.expression)
         for name, values in vars(before.labels).items():
             assert torch.equal(values, getattr(after.labels, name)), name
@@ -76,22 +77,29 @@ def test_held_out_and_trained_spots_are_apart(spots):
         assert not (rest.known & fold).any()
         assert len(groups) == rest.known.sum()
         assert len(np.unique(groups)) == len(data.folds[0]) - 1
-        assert sum(len(batch.rows) for batch in fit._batches(k)) == rest.known.sum()
+        assert sum(batch.inputs.n_predicted for batch in fit._batches(k)) == rest.known.sum()
 
 
 def run_of(errors: list[float]) -> TrainingRun:
     return TrainingRun({}, [{"step": i, "loss": 0.0, "held_out_mse": e} for i, e in enumerate(errors)], [])
 
 
-def test_regime_is_chosen_by_the_error_on_hidden_folds(spots):
+def test_regime_is_chosen_by_the_error_at_its_end_on_hidden_folds(spots):
     fit = networks_of(spots, AsignParams(width=16, n_heads=2, n_folds=3))
-    monotone, early, flat = run_of([1.0, 0.9, 0.8]), run_of([1.0, 0.7, 1.1]), run_of([1.0])
     assert len(regimes(fit.settings.params)) == 3
     object.__setattr__(fit, "__dict__", fit.__dict__ | {"regimes": regimes(fit.settings.params)})
-    assert fit.best_regime({(0, 0): monotone, (1, 0): early, (2, 0): flat}, [0]) == 1
-    # A run that has stopped keeps its last error: the mean of (1, .9, .8) and (1, 1, 1) beats that of .7 with 1.3.
-    runs = {(0, 0): monotone, (0, 1): flat, (1, 0): early, (1, 1): run_of([1.0, 1.3, 1.3])}
-    assert fit.best_regime(runs, [0, 1]) == 0
+    steady, early, poor = run_of([1.0, 0.9, 0.8]), run_of([1.0, 0.5, 0.9]), run_of([1.0, 1.1])
+    assert fit.best_regime({(0, 0): early, (1, 0): steady, (2, 0): poor}, [0]) == 1
+    runs = {(0, 0): steady, (0, 1): steady, (1, 0): early, (1, 1): run_of([1.0, 0.5])}
+    assert fit.best_regime(runs, [0]) == 0
+    assert fit.best_regime(runs, [0, 1]) == 1  # .7 against .8
+
+
+def test_networks_are_used_only_if_training_helps_on_hidden_folds():
+    helps, harms = run_of([1.0, 2.0, 0.9]), run_of([1.0, 0.5, 1.2])
+    assert _ensemble._is_useful([helps])
+    assert not _ensemble._is_useful([harms])
+    assert not _ensemble._is_useful([helps, harms])  # by .1 on average
 
 
 def test_settings_that_are_given_hold_for_all_regimes():

@@ -15,9 +15,6 @@ from spatial_impute.models.asign._training import correlation_loss
 N, T, D, G = 12, 5, 7, 6
 
 
-EVERY = torch.arange(N)
-
-
 @pytest.fixture
 def inputs() -> GraphInputs:
     """Ring of 11 spots and one without neighbours; every edge is there in each type."""
@@ -28,7 +25,7 @@ def inputs() -> GraphInputs:
         spot=torch.randn(N, D),
         region=torch.randn(N, T, D),
         surroundings=torch.randn(N, T, D),
-        edges=tuple(Edges(index, torch.rand(index.shape[1], N_EDGE_FEATURES)) for _ in range(N_EDGE_TYPES)),
+        edges=tuple(Edges(index, torch.rand(index.shape[1], N_EDGE_FEATURES)).by_target() for _ in range(N_EDGE_TYPES)),
     )
 
 
@@ -51,15 +48,22 @@ def network(**kwargs) -> MSAGNet:
 def test_network_starts_exactly_at_the_base(inputs, labels):
     net = network()
     net.return_to_base()
-    assert torch.equal(net(inputs, labels, EVERY), labels.base)
+    assert torch.equal(net(inputs, labels), labels.base)
     untrained = MSAGNet(D, torch.arange(G) % 2, AsignParams(width=16, n_heads=2))
-    assert torch.equal(untrained.eval()(inputs, labels, EVERY), labels.base)
+    assert torch.equal(untrained.eval()(inputs, labels), labels.base)
 
 
-def test_rows_choose_what_is_predicted(inputs, labels):
-    rows = torch.tensor([2, 7, 11])
-    expected = network()(inputs, labels, EVERY)[rows]
-    torch.testing.assert_close(network()(inputs, labels.part(rows), rows), expected, rtol=0, atol=1e-5)
+def test_reach_limits_what_is_computed_and_changes_nothing(inputs, labels):
+    """Spot 0 needs its neighbors 1 and 10 from the first layer, and all other spots of the ring at most as inputs."""
+    order = torch.tensor([0, 1, 10, 2, 9, 3, 4, 5, 6, 7, 8, 11])
+    position = torch.argsort(order)
+    edges = tuple(Edges(position[e.index], e.features).by_target() for e in inputs.edges)
+    near = replace(inputs.part(order), edges=edges, reach=(3, 1))
+    expected = network()(inputs, labels)[:1]
+    torch.testing.assert_close(network()(near, labels.part(slice(1))), expected, rtol=0, atol=1e-5)
+    wrong = replace(near, reach=(1, 1))  # the neighbors enter without their own neighbors
+    with pytest.raises(IndexError):
+        network()(wrong, labels.part(slice(1)))
 
 
 @pytest.mark.parametrize("kind", range(N_EDGE_TYPES))
@@ -83,8 +87,8 @@ def test_many_neighbours_of_one_type_do_not_displace_another(inputs, labels, kin
 def test_network_sees_the_image_of_the_spot(inputs, labels, level):
     changed = getattr(inputs, level).clone()
     changed[3] += 1.0
-    found = network()(replace(inputs, **{level: changed}), labels, EVERY)
-    difference = (found - network()(inputs, labels, EVERY)).abs().amax(dim=1)
+    found = network()(replace(inputs, **{level: changed}), labels)
+    difference = (found - network()(inputs, labels)).abs().amax(dim=1)
     assert difference[3] > 1e-3
     assert difference[N - 1] == 0  # no path leads from spot 3 to the isolated one
 
@@ -92,8 +96,8 @@ def test_network_sees_the_image_of_the_spot(inputs, labels, level):
 def test_network_sees_neighbours_within_its_layers_only(inputs, labels):
     changed = inputs.spot.clone()
     changed[0] += 1.0
-    found = network()(replace(inputs, spot=changed), labels, EVERY)
-    difference = (found - network()(inputs, labels, EVERY)).abs().amax(dim=1)
+    found = network()(replace(inputs, spot=changed), labels)
+    difference = (found - network()(inputs, labels)).abs().amax(dim=1)
     assert (difference[[1, 2, 9, 10]] > 1e-6).all()
     assert (difference[[3, 4, 5, 6, 7, 8, 11]] == 0).all()
 
@@ -102,31 +106,27 @@ def test_permuting_spots_permutes_predictions(inputs, labels):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     position = torch.argsort(order)
     permuted = replace(inputs.part(order), edges=tuple(Edges(position[e.index], e.features) for e in inputs.edges))
-    expected = network()(inputs, labels, EVERY)[order]
-    torch.testing.assert_close(network()(permuted, labels.part(order), EVERY), expected, rtol=0, atol=1e-5)
+    expected = network()(inputs, labels)[order]
+    torch.testing.assert_close(network()(permuted, labels.part(order)), expected, rtol=0, atol=1e-5)
 
 
 def test_evaluation_is_repeatable_and_leaves_its_inputs_alone(inputs, labels):
     before = [inputs.spot.clone(), labels.base.clone(), inputs.edges[0].features.clone()]
     net = network()
-    assert torch.equal(net(inputs, labels, EVERY), net(inputs, labels, EVERY))
+    assert torch.equal(net(inputs, labels), net(inputs, labels))
     after = [inputs.spot, labels.base, inputs.edges[0].features]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 11])
 def test_prediction_does_not_depend_on_how_many_spots_are_taken_at_a_time(inputs, labels, size, monkeypatch):
-    mixed = []
-    for seed, edges in enumerate(inputs.edges):
-        shuffled = torch.randperm(edges.index.shape[1], generator=torch.Generator().manual_seed(seed))
-        mixed.append(Edges(edges.index[:, shuffled], edges.features[shuffled]))
     monkeypatch.setattr(_network, "_SPOTS_AT_A_TIME", size)
-    found = _network.predict(network(), replace(inputs, edges=tuple(mixed)), labels, device="cpu")
-    torch.testing.assert_close(found, network()(inputs, labels, EVERY), rtol=0, atol=1e-5)
+    found = _network.predict(network(), inputs, labels, device="cpu")
+    torch.testing.assert_close(found, network()(inputs, labels), rtol=0, atol=1e-5)
 
 
 def test_isolated_spot_is_finite(inputs, labels):
-    assert torch.isfinite(network()(inputs, labels, EVERY)[N - 1]).all()
+    assert torch.isfinite(network()(inputs, labels)[N - 1]).all()
 
 
 def test_attention_weights_sum_to_one_and_react_to_edge_features(inputs):
@@ -150,7 +150,7 @@ def test_attention_weights_sum_to_one_and_react_to_edge_features(inputs):
 def test_every_parameter_receives_a_gradient(inputs, labels):
     net = network()
     net.train()
-    (net(inputs, labels, EVERY) ** 2).mean().backward()
+    (net(inputs, labels) ** 2).mean().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert idle == []
 
@@ -159,10 +159,10 @@ def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs, l
     net = network()
     torch.nn.init.zeros_(net.merge.weight)
     torch.nn.init.constant_(net.merge.bias, 20.0)  # tanh saturates at 1
-    torch.testing.assert_close(net(inputs, labels, EVERY), labels.propagated)
+    torch.testing.assert_close(net(inputs, labels), labels.propagated)
     torch.nn.init.zeros_(net.merge.bias)
     other = replace(labels, propagated=labels.propagated + 1.0)
-    assert torch.equal(net(inputs, labels, EVERY), net(inputs, other, EVERY))
+    assert torch.equal(net(inputs, labels), net(inputs, other))
 
 
 def test_correlation_loss_is_one_minus_pearson():

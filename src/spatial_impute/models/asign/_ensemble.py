@@ -167,8 +167,10 @@ Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
 class NetworkFit:
     """Training of the networks.
 
-    Each fold is hidden from one network. The regime (see :func:`regimes`) and the step to stop at are chosen by the error
-    on hidden folds. The prediction of a fold that is scored comes from the choice that the other folds make.
+    Each fold is hidden from one network. The regime (see :func:`regimes`), which includes the number of steps, is chosen by
+    the error on hidden folds, and so is whether the networks are used at all. The prediction of a fold that is scored comes
+    from the choice that the other folds make. Networks are compared at the end of their schedule, where the learning rate is
+    zero: earlier states vary from step to step, and their means over several networks are not better.
     """
 
     name: str  # for the files of a checkpoint
@@ -208,14 +210,13 @@ class NetworkFit:
             if (chosen, k) not in runs:
                 batches = self._batches(k), self._held_out(k)
                 runs[chosen, k] = self._train_or_load(f"network{k}-{chosen}", k, params, *batches)
-        check = _best_check([runs[chosen, k] for k in folds])
-        history = [
-            pd.DataFrame(run.history).assign(network=k, kept=[i == kept for i in range(len(run.history))])
-            for k, run in ((k, runs[chosen, k]) for k in folds)
-            # Networks of folds that predict have stopped at their own best step; see `_final`.
-            for kept in [_best_check([run]) if check and len(folds) >= _N_NETWORKS else check]
-        ]
-        states, scales = self._final([runs[chosen, k] for k in folds], params, check)
+        own = [runs[chosen, k] for k in folds]
+        useful = _is_useful(own)
+        kept = -1 if useful else 0
+        history = [pd.DataFrame(run.history).assign(network=k, kept=False) for k, run in enumerate(own)]
+        for rows in history:
+            rows.loc[rows.index[kept], "kept"] = True
+        states, scales = self._final(own, params) if useful else self._base(own[0], params)
         regime = {name: getattr(params, name) for name in REGIME_SETTINGS}
         return Ensemble(states, scales, self.held_out(runs, folds), pd.concat(history, ignore_index=True), regime)
 
@@ -227,12 +228,13 @@ class NetworkFit:
             if (regime, k) not in runs:
                 regime = self.best_regime(runs, self.trials)
             others = [run for (r, j), run in runs.items() if r == regime and j != k]
-            check = _best_check(others or [runs[regime, k]])
             found, scale = runs[regime, k].predictions, self.data.scale(k)
+            useful = _is_useful(others or [runs[regime, k]])
             seen = [i for i, fold in enumerate(self.data.fold(k)) if fold.any()]
-            for i, part in zip(seen, found[min(check, len(found) - 1)], strict=True):
+            for i, part in zip(seen, found, strict=True):
                 if k < len(self.data.folds[i]):  # else its last fold, which another network predicts
-                    predicted[i][self.data.folds[i][k]] = scale.restore(part)
+                    fold = self.data.folds[i][k]
+                    predicted[i][fold] = scale.restore(part) if useful else self.single[i].base[fold]
         return np.concatenate([v[s.known] for v, s in zip(predicted, self.data.stacks, strict=True)])
 
     @cached_property
@@ -244,27 +246,25 @@ class NetworkFit:
     def best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
         """Position of the regime with the lowest error on some of the trial folds."""
         errors = [
-            min(_mean_curve([runs[r, k] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
+            np.mean([runs[r, k].errors[1] for k in folds]) if all((r, k) in runs for k in folds) else np.inf
             for r in range(len(self.regimes))
         ]
         return int(np.argmin(errors))
 
-    def _final(
-        self, runs: list[TrainingRun], params: AsignParams, check: int
-    ) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
+    def _base(self, run: TrainingRun, params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
+        """Network that returns the base."""
+        network = MSAGNet(self.data.n_features, self.group, params)
+        network.load_state_dict(run.state)
+        network.return_to_base()
+        return [{key: value.clone() for key, value in network.state_dict().items()}], [self.data.scale()]
+
+    def _final(self, runs: list[TrainingRun], params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Networks that predict, and the scale of their genes."""
-        if check == 0:  # nothing was learned that helps on hidden folds
-            network = MSAGNet(self.data.n_features, self.group, params)
-            network.load_state_dict(runs[0].state)
-            network.return_to_base()
-            return [{key: value.clone() for key, value in network.state_dict().items()}], [self.data.scale()]
         if len(runs) >= _N_NETWORKS:
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
-        step = max((run.history for run in runs), key=len)[check]["step"]
         batches = self._batches(None)
         refits = [
-            self._train_or_load(f"refit{j}", j, params, batches, [], stop=step, n_before=len(runs))
-            for j in range(_N_REFITS)
+            self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs)) for j in range(_N_REFITS)
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
 
@@ -276,7 +276,6 @@ class NetworkFit:
         batches: list[Batch],
         held_out: list[Batch],
         *,
-        stop: int | None = None,
         n_before: int = 0,
     ) -> TrainingRun:
         """Result of a network, from the checkpoint folder if it was trained before."""
@@ -296,7 +295,6 @@ class NetworkFit:
                 params,
                 seed=self.settings.seed + n_before + k,
                 device=self.settings.device,
-                stop=stop,
                 on_step=self.on_step,
             )
         if path is not None:
@@ -339,7 +337,6 @@ class NetworkFit:
         targets = np.zeros(len(spots.known), dtype=bool)
         targets[rows] = True
         params = self.settings.params
-        inputs, positions = graph_inputs(spots, params, targets=targets)
         of_known = targets[spots.known]
         fields = None
         if seen is not None and (params.auxiliary_weight or params.consistency_weight):
@@ -347,8 +344,7 @@ class NetworkFit:
             means = [field_means(spots, lacking, rows, seen, edge) for edge in spots.field_um]
             fields = torch.from_numpy(np.stack(means))
         return Batch(
-            inputs=inputs,
-            rows=torch.from_numpy(np.searchsorted(positions, rows)),
+            inputs=graph_inputs(spots, params, targets=targets),
             fields=fields,
             labels=labels.inputs(genes, rows),
             expression=genes.standardise(spots.expression[of_known]),
@@ -356,12 +352,7 @@ class NetworkFit:
         )
 
 
-def _mean_curve(runs: list[TrainingRun]) -> np.ndarray:
-    """Held-out error by check, mean over the runs; a run that stopped keeps its last error."""
-    curves = [[row["held_out_mse"] for row in run.history] for run in runs]
-    longest = max(len(curve) for curve in curves)
-    return np.mean([curve + curve[-1:] * (longest - len(curve)) for curve in curves], axis=0)
-
-
-def _best_check(runs: list[TrainingRun]) -> int:
-    return int(np.argmin(_mean_curve(runs)))
+def _is_useful(runs: list[TrainingRun]) -> bool:
+    """Whether training has lowered the error on the held-out spots."""
+    before, after = np.mean([run.errors for run in runs], axis=0)
+    return bool(after < before)

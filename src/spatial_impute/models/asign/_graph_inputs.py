@@ -55,38 +55,29 @@ class GeneScale:
         return (standardised * self.scale + self.centre).numpy()
 
 
-def graph_inputs(
-    spots: Spots, params: AsignParams, *, targets: np.ndarray | None = None
-) -> tuple[GraphInputs, np.ndarray]:
-    """Images and graph of one stack as tensors, and the (m,) ascending positions of the spots in them.
+def graph_inputs(spots: Spots, params: AsignParams, *, targets: np.ndarray | None = None) -> GraphInputs:
+    """Images and graph of one stack as tensors.
 
-    With `targets` (n,) bool, spots are left out that have no path to these through the layers of the network.
+    With `targets` (n,) bool, these spots come first, in their order. Then come the spots that reach them through the
+    layers of the network; all others are left out.
     """
     graph = given(spots.graph)
     coo, features = graph.tocoo(), given(spots.edge_features)
     edges = [_strongest_edges(graph, kind, params.n_neighs) for kind in _edge_types(features)]
-    seen = np.ones(len(spots.known), dtype=bool)
+    rows, reach = np.arange(len(spots.known)), ()
     if targets is not None:
-        seen = _receptive_field(coo.row, coo.col, edges, targets, params.n_graph_layers)
-        edges = [positions[seen[coo.row[positions]] & seen[coo.col[positions]]] for positions in edges]
-    rows = np.flatnonzero(seen)
-    tokens = [np.ascontiguousarray(t if targets is None else t[rows], np.float32) for t in given(spots.tokens)]
-    spot, region, surroundings = (torch.from_numpy(t) for t in tokens)
-    position = np.cumsum(seen) - 1
-    inputs = GraphInputs(
-        spot=spot[:, 0],
-        region=region,
-        surroundings=surroundings,
-        # Messages flow from column to row.
-        edges=tuple(
-            Edges(
-                torch.from_numpy(position[np.stack([coo.col[positions], coo.row[positions]])]),
-                torch.from_numpy(features[positions].astype(np.float32)),
-            )
-            for positions in edges
-        ),
-    )
-    return inputs, rows
+        used = np.concatenate(edges)
+        rows, reach = _receptive_field(coo.row[used], coo.col[used], targets, params.n_graph_layers)
+    position = np.full(len(spots.known), -1)
+    position[rows] = np.arange(len(rows))
+    spot, region, surroundings = (torch.from_numpy(np.asarray(t, np.float32)[rows]) for t in given(spots.tokens))
+    parts = []
+    for positions in edges:
+        index = position[np.stack([coo.col[positions], coo.row[positions]])]  # messages flow from column to row
+        inside = (index >= 0).all(axis=0)
+        weights = torch.from_numpy(features[positions[inside]].astype(np.float32))
+        parts.append(Edges(torch.from_numpy(index[:, inside]), weights).by_target())
+    return GraphInputs(spot[:, 0], region, surroundings, tuple(parts), reach)
 
 
 @dataclass(frozen=True)
@@ -176,16 +167,17 @@ def _strongest_edges(graph: sparse.csr_matrix, kind: np.ndarray, k: int) -> np.n
 
 
 def _receptive_field(
-    row: np.ndarray, col: np.ndarray, edges: list[np.ndarray], targets: np.ndarray, n_layers: int
-) -> np.ndarray:
-    """(n,) bool, spots within `n_layers` edges (from `col` to `row`) of the targets."""
-    used = np.concatenate(edges)
-    seen = targets
+    row: np.ndarray, col: np.ndarray, targets: np.ndarray, n_layers: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Spots within `n_layers` edges (from `col` to `row`) of the targets, nearest first, and the reach of each layer."""
+    order, seen, reach = [np.flatnonzero(targets)], targets.copy(), []
     for _ in range(n_layers):
-        into = used[seen[row[used]]]
-        seen = seen.copy()
-        seen[col[into]] = True
-    return seen
+        reach.append(int(seen.sum()))
+        new = np.unique(col[seen[row]])
+        new = new[~seen[new]]
+        order.append(new)
+        seen[new] = True
+    return np.concatenate(order), tuple(reach[::-1])
 
 
 def field_means(spots: Spots, values: np.ndarray, rows: np.ndarray, seen: np.ndarray, edge: float) -> np.ndarray:

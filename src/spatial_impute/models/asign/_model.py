@@ -227,7 +227,7 @@ class AsignModel:
 
     def _network_prediction(self, spots: Spots, labels: LabelPredictions, device: str) -> np.ndarray:
         """(n, g) mean over the networks."""
-        inputs, _ = graph_inputs(spots, self.params)
+        inputs = graph_inputs(spots, self.params)
         total = np.zeros(labels.base.shape, np.float32)
         with suitable_threads(len(spots.known), self.params.width):
             for genes, state in zip(self._scales, self._networks, strict=True):

@@ -34,6 +34,16 @@ class Edges:
     def to(self, device: str) -> Edges:
         return Edges(self.index.to(device), self.features.to(device))
 
+    def by_target(self) -> Edges:
+        """The same edges, ascending by the spot that they lead to."""
+        order = torch.argsort(self.index[1], stable=True)
+        return Edges(self.index[:, order].contiguous(), self.features[order])
+
+    def into(self, n: int) -> Edges:
+        """Edges into the first n spots, of edges that ascend by target."""
+        end = int(torch.searchsorted(self.index[1], n))
+        return Edges(self.index[:, :end], self.features[:end])
+
 
 @dataclass(frozen=True)
 class GraphInputs:
@@ -42,15 +52,23 @@ class GraphInputs:
     spot: Tensor  # (n, d) tokens of the spots
     region: Tensor  # (n, t, d) tokens of the regions
     surroundings: Tensor  # (n, t, d) tokens of the global fields
-    edges: tuple[Edges, ...]  # one per type
+    edges: tuple[Edges, ...]  # one per type, ascending by target
+    reach: tuple[int, ...] = ()
+    """Per graph layer, number of first spots whose state it computes: the last ones are the spots to predict, those of the
+    layer before are these and their neighbors. Empty for all spots in all layers."""
 
     def to(self, device: str) -> GraphInputs:
         spot, region, surroundings = (part.to(device) for part in (self.spot, self.region, self.surroundings))
-        return GraphInputs(spot, region, surroundings, tuple(part.to(device) for part in self.edges))
+        return GraphInputs(spot, region, surroundings, tuple(part.to(device) for part in self.edges), self.reach)
 
     def part(self, rows: slice | Tensor) -> GraphInputs:
         """Tokens of some of the spots, without edges."""
         return GraphInputs(self.spot[rows], self.region[rows], self.surroundings[rows], ())
+
+    @property
+    def n_predicted(self) -> int:
+        """Number of first spots that are predicted."""
+        return self.reach[-1] if self.reach else len(self.spot)
 
 
 @dataclass(frozen=True)
@@ -113,10 +131,11 @@ class GraphLayer(nn.Module):
             nn.Linear(2 * width, width),
         )
 
-    def forward(self, nodes: Tensor, edges: Sequence[Edges]) -> Tensor:
-        """Shapes: nodes (n, w) -> (n, w)."""
-        found = [attend(nodes, e.index, e.features) for attend, e in zip(self.attention, edges, strict=True)]
-        return nodes + self.combine(torch.cat([nodes, *found], dim=1))
+    def forward(self, nodes: Tensor, edges: Sequence[Edges], n: int | None = None) -> Tensor:
+        """State of the first n spots, to which all edges lead; of all by default. Shapes: nodes (m, w) -> (n, w)."""
+        own = nodes[:n]
+        found = [attend((nodes, own), e.index, e.features) for attend, e in zip(self.attention, edges, strict=True)]
+        return own + self.combine(torch.cat([own, *found], dim=1))
 
 
 class MSAGNet(nn.Module):
@@ -161,15 +180,21 @@ class MSAGNet(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x: GraphInputs, labels: LabelInputs, rows: Tensor, *, levels: bool = False) -> Tensor:
-        """Predict some spots: `rows` (m,) of the graph, with `labels` of these -> (m, g).
+    def forward(self, x: GraphInputs, labels: LabelInputs, *, levels: bool = False) -> Tensor:
+        """Predict the first m spots of the graph (see ``x.reach``), with `labels` of these -> (m, g).
 
         The result is ``a * propagated + (1 - a) * (base + correction)``. The merge weight ``a`` depends on the spot, its
         support, and the gene group; 0 is the network, 1 the propagated labels. With `levels` the result is (3, m, g): also
         the corrections that region and global field predict with the same head.
         """
-        states = [self._graph_states(layers, state, x.edges) for layers, state in self.branches(*self.encode(x))]
-        predicted, sequence = self.decode(torch.stack([state[rows] for state in states], dim=1), labels)
+        reach = x.reach or (len(x.spot),) * len(self.graph)
+        edges = [[part.into(n) for part in x.edges] for n in reach] if x.reach else [x.edges] * len(reach)
+        states = []
+        for layers, state in self.branches(*self.encode(x)):
+            for layer, into, n in zip(layers, edges, reach, strict=False):
+                state = layer(state, into, n)
+            states.append(state[: x.n_predicted])
+        predicted, sequence = self.decode(torch.stack(states, dim=1), labels)
         if not levels:
             return predicted
         return torch.cat([predicted[None], self.correction(sequence[:, 1:]).transpose(0, 1)])
@@ -178,12 +203,6 @@ class MSAGNet(nn.Module):
         """Graph layers and (n, w) state of each level; no layers for levels that do not take part in the graph."""
         layers = [self.graph, *(self.level_graph if len(self.level_graph) else [()] * (N_LEVELS - 1))]
         return list(zip(layers, (nodes, *fields.unbind(dim=1)), strict=True))
-
-    @staticmethod
-    def _graph_states(layers: Sequence[nn.Module], state: Tensor, edges: Sequence[Edges]) -> Tensor:
-        for layer in layers:
-            state = layer(state, edges)
-        return state
 
     def encode(self, x: GraphInputs) -> tuple[Tensor, Tensor]:
         """State of each spot before the graph, (n, w), and of its larger fields of view, (n, 2, w)."""
@@ -216,11 +235,10 @@ def predict(network: MSAGNet, x: GraphInputs, labels: LabelInputs, *, device: st
         encoded = [network.encode(x.part(rows).to(device)) for rows in parts]
         nodes, fields = (torch.cat(tensors) for tensors in zip(*encoded, strict=True))
         del encoded
-        edges = [_by_target(part) for part in x.edges]
         states = []
         for layers, state in network.branches(nodes, fields):
             for layer in layers:
-                state = torch.cat([_attend(layer, state, edges, rows) for rows in parts])
+                state = torch.cat([_attend(layer, state, x.edges, rows) for rows in parts])
             states.append(state)
         result = torch.empty_like(labels.base)
         for rows in parts:
@@ -229,22 +247,15 @@ def predict(network: MSAGNet, x: GraphInputs, labels: LabelInputs, *, device: st
     return result
 
 
-def _by_target(edges: Edges) -> Edges:
-    order = torch.argsort(edges.index[1], stable=True)
-    return Edges(edges.index[:, order].contiguous(), edges.features[order])
-
-
-def _attend(layer: nn.Module, nodes: Tensor, edges: list[Edges], rows: slice) -> Tensor:
-    """Apply the layer to some spots; only these and their neighbours are gathered."""
+def _attend(layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], rows: slice) -> Tensor:
+    """Apply the layer to some spots; only these and their neighbors are gathered, these first."""
     bounds = torch.tensor([rows.start, rows.stop])
     parts = [slice(*torch.searchsorted(part.index[1], bounds).tolist()) for part in edges]
-    into = [(part.index[:, own], part.features[own]) for part, own in zip(edges, parts, strict=True)]
+    into = [Edges(part.index[:, own], part.features[own]) for part, own in zip(edges, parts, strict=True)]
     own = torch.arange(rows.start, rows.stop)
-    gathered = torch.unique(torch.cat([own, *(index[0] for index, _ in into)]))  # sorted
-    device = nodes.device
-    local = [
-        Edges(torch.searchsorted(gathered, index.contiguous()).to(device), features.to(device))
-        for index, features in into
-    ]
-    found = layer(nodes[gathered.to(device)], local)
-    return found[torch.searchsorted(gathered, own).to(device)]
+    sources = torch.unique(torch.cat([part.index[0] for part in into]))
+    gathered = torch.cat([own, sources[(sources < rows.start) | (sources >= rows.stop)]])
+    position = torch.empty(len(nodes), dtype=torch.long)
+    position[gathered] = torch.arange(len(gathered))
+    local = [Edges(position[part.index], part.features).to(nodes.device) for part in into]
+    return layer(nodes[gathered.to(nodes.device)], local, len(own))

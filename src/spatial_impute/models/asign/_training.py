@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models.asign._network import GraphInputs, LabelInputs, MSAGNet
 
-_N_CHECKS = 20  # of the held-out spots during a training
+_N_CHECKS = 10  # of the held-out spots during a training, to show how it went
 
 # From cautious, for spots that show little beyond the base, to free: dropout, weight decay, learning rate, steps.
 _REGIMES: dict[str, dict[str, Any]] = {
-    "cautious": {"dropout": 0.5, "weight_decay": 0.5, "learning_rate": 1e-3, "n_steps": 120},
-    "moderate": {"dropout": 0.3, "weight_decay": 0.1, "learning_rate": 3e-3, "n_steps": 200},
-    "free": {"dropout": 0.2, "weight_decay": 0.01, "learning_rate": 3e-3, "n_steps": 300},
+    "cautious": {"dropout": 0.5, "weight_decay": 0.5, "learning_rate": 3e-3, "n_steps": 60},
+    "moderate": {"dropout": 0.3, "weight_decay": 0.5, "learning_rate": 5e-3, "n_steps": 200},
+    "free": {"dropout": 0.2, "weight_decay": 0.1, "learning_rate": 5e-3, "n_steps": 250},
 }
 REGIME_SETTINGS = tuple(_REGIMES["free"])
 
@@ -38,10 +38,9 @@ def regimes(params: AsignParams) -> list[AsignParams]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Spots to predict, with inputs that do not contain their labels."""
+    """The first m spots of a graph, to predict them, with inputs that do not contain their labels."""
 
     inputs: GraphInputs
-    rows: Tensor  # (m,) their positions in the graph
     labels: LabelInputs  # (m, ...) predictions from the labels of other spots
     expression: Tensor  # (m, g) standardised
     weight: Tensor  # (m,) weight of each of them in the loss
@@ -50,7 +49,6 @@ class Batch:
     def to(self, device: str) -> Batch:
         return Batch(
             self.inputs.to(device),
-            self.rows.to(device),
             self.labels.to(device),
             self.expression.to(device),
             self.weight.to(device),
@@ -59,11 +57,11 @@ class Batch:
 
     def predict(self, network: nn.Module) -> Tensor:
         """(m, g)."""
-        return network(self.inputs, self.labels, self.rows)
+        return network(self.inputs, self.labels)
 
     def loss(self, network: nn.Module, params: AsignParams) -> Tensor:
         """Squared error and correlation of the spots, and correlations of their larger fields of view."""
-        found = network(self.inputs, self.labels, self.rows, levels=self.fields is not None)
+        found = network(self.inputs, self.labels, levels=self.fields is not None)
         predicted = found if self.fields is None else found[0]
         loss = (self.weight[:, None] * (predicted - self.expression).square()).mean()
         loss = loss + params.correlation_weight * correlation_loss(predicted, self.expression, self.weight)
@@ -80,25 +78,26 @@ class Batch:
 class TrainingRun:
     """Result of :func:`train`."""
 
-    state: dict[str, Tensor]  # weights of the best check; of the last step without held-out spots
+    state: dict[str, Tensor]  # weights after the last step
     history: list[dict[str, Any]]  # per check: step, training loss, squared error on the held-out spots
-    predictions: list[list[Tensor]]  # per check and held-out batch: (m, g)
+    predictions: list[Tensor]  # per held-out batch: (m, g) after the last step
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """Squared error on the held-out spots before the first step, and after the last one."""
+        return self.history[0]["held_out_mse"], self.history[-1]["held_out_mse"]
 
     def to_checkpoint(self) -> Checkpoint:
         """All tensors under one name each."""
         tensors = {f"state.{key}": v for key, v in self.state.items()}
-        tensors |= {f"predicted{j}.{i}": p for j, found in enumerate(self.predictions) for i, p in enumerate(found)}
-        return Checkpoint(tensors, self.history)
+        return Checkpoint(tensors | {f"predicted.{i}": p for i, p in enumerate(self.predictions)}, self.history)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> TrainingRun:
         """Inverse of :meth:`to_checkpoint`."""
-        predicted = [tensors_below(f"predicted{j}.", checkpoint.tensors) for j in range(len(checkpoint.history))]
-        return cls(
-            state=tensors_below("state.", checkpoint.tensors),
-            history=checkpoint.history,
-            predictions=[[found[str(i)] for i in range(len(found))] for found in predicted],
-        )
+        found = tensors_below("predicted.", checkpoint.tensors)
+        predictions = [found[str(i)] for i in range(len(found))]
+        return cls(tensors_below("state.", checkpoint.tensors), checkpoint.history, predictions)
 
 
 def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -129,30 +128,25 @@ def train(
     *,
     seed: int,
     device: str = "cpu",
-    stop: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> TrainingRun:
-    """Train one network on one batch per step.
+    """Train one network on one batch per step, to the end of the schedule of the learning rate.
 
-    Held-out spots are predicted about 20 times. Training ends when their error has not become lower for
-    ``params.patience`` checks, and the best network is kept. In a process group (``torch.distributed``, as started by
-    ``torchrun``) every process takes another batch, gradients are averaged, and all processes end with the same network.
+    Held-out spots are predicted about ten times. In a process group (``torch.distributed``, as started by ``torchrun``)
+    every process takes another batch, gradients are averaged, and all processes end with the same network.
 
     Parameters
     ----------
     build
         Makes the network; called after seeding.
     batches, held_out
-        Batches to train on, in this order; batches to check the network on.
+        Batches to train on, in this order; batches to check the network on, or none.
     params
         Settings, with those of the optimizer; see :func:`regimes`.
     seed, device, on_step
         Seed of weights and dropout; torch device; called for every step, for progress.
-    stop
-        Step to stop at, on the same schedule of the learning rate; nothing is checked then.
     """
     n_steps, peak = params.n_steps or 0, params.learning_rate or 0.0
-    last = n_steps if stop is None else stop
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build().to(device)
@@ -164,15 +158,17 @@ def train(
             torch.manual_seed(seed + 7919 * rank)  # another dropout in each process
         optimizer = _optimizer(network, params)
         batches, held_out = ([batch.to(device) for batch in part] for part in (batches, held_out))
-        checks = _Checks(network, held_out, params)
+        history: list[dict[str, Any]] = []
         losses: list[float] = []
-        for step in range(last + 1):
-            if stop is None and (step % max(1, n_steps // _N_CHECKS) == 0 or step == last):
-                checks.add(step, losses)
+        predictions: list[Tensor] = []
+        for step in range(n_steps + 1):
+            if held_out and (step % max(1, n_steps // _N_CHECKS) == 0 or step == n_steps):
+                predictions, error = _check(network, held_out)
+                _require_finite("error on held-out spots", error, step, params)
+                loss = sum(losses) / len(losses) if losses else math.nan
+                history.append({"step": step, "loss": loss, "held_out_mse": error})
                 losses = []
-                if checks.without_gain >= params.patience:
-                    break
-            if step == last:
+            if step == n_steps:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = peak * _decay(step / n_steps, params)
@@ -180,39 +176,18 @@ def train(
             losses.append(training_step(trained, optimizer, batch, params))
             _require_finite("loss", losses[-1], step + 1, params)
             on_step()
-        for _ in range(step, n_steps):  # steps that were not needed
-            on_step()
-        state = checks.state if stop is None else _copy(network)
-    return TrainingRun(state, checks.history, checks.predictions)
+    return TrainingRun(_copy(network), history, predictions)
 
 
-class _Checks:
-    """Predictions and errors of held-out spots during a training, and the best network so far."""
-
-    def __init__(self, network: MSAGNet, held_out: list[Batch], params: AsignParams) -> None:
-        self._network, self._held_out, self._params = network, held_out, params
-        self.history: list[dict[str, Any]] = []
-        self.predictions: list[list[Tensor]] = []
-        self.state: dict[str, Tensor] = {}
-        self._best = math.inf
-        self.without_gain = 0  # checks since the best one
-
-    def add(self, step: int, losses: list[float]) -> None:
-        self._network.eval()
-        with torch.inference_mode():
-            found = [batch.predict(self._network) for batch in self._held_out]
-        errors = [
-            (b.weight[:, None] * (p - b.expression).square()).mean(dim=1)
-            for p, b in zip(found, self._held_out, strict=True)
-        ]
-        error = float(torch.cat(errors).mean())
-        _require_finite("error on held-out spots", error, step, self._params)
-        loss = sum(losses) / len(losses) if losses else math.nan
-        self.history.append({"step": step, "loss": loss, "held_out_mse": error})
-        self.predictions.append([p.cpu() for p in found])
-        self.without_gain += 1
-        if error < self._best:
-            self._best, self.without_gain, self.state = error, 0, _copy(self._network)
+def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float]:
+    """Predictions of the held-out batches on the CPU, and their weighted squared error."""
+    network.eval()
+    with torch.inference_mode():
+        found = [batch.predict(network) for batch in held_out]
+    errors = [
+        (b.weight[:, None] * (p - b.expression).square()).mean(dim=1) for p, b in zip(found, held_out, strict=True)
+    ]
+    return [p.cpu() for p in found], float(torch.cat(errors).mean())
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:
