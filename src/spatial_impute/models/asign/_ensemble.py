@@ -246,7 +246,7 @@ class NetworkFit:
     def best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
         """Position of the regime with the lowest error on some of the trial folds."""
         errors = [
-            np.mean([runs[r, k].errors[1] for k in folds]) if all((r, k) in runs for k in folds) else np.inf
+            float(np.mean([runs[r, k].errors[1] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
             for r in range(len(self.regimes))
         ]
         return int(np.argmin(errors))

@@ -64,7 +64,8 @@ def graph_inputs(spots: Spots, params: AsignParams, *, targets: np.ndarray | Non
     graph = given(spots.graph)
     coo, features = graph.tocoo(), given(spots.edge_features)
     edges = [_strongest_edges(graph, kind, params.n_neighs) for kind in _edge_types(features)]
-    rows, reach = np.arange(len(spots.known)), ()
+    rows = np.arange(len(spots.known))
+    reach: tuple[int, ...] = ()
     if targets is not None:
         used = np.concatenate(edges)
         rows, reach = _receptive_field(coo.row[used], coo.col[used], targets, params.n_graph_layers)

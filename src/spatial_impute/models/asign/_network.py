@@ -257,5 +257,6 @@ def _attend(layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], rows: slice
     gathered = torch.cat([own, sources[(sources < rows.start) | (sources >= rows.stop)]])
     position = torch.empty(len(nodes), dtype=torch.long)
     position[gathered] = torch.arange(len(gathered))
-    local = [Edges(position[part.index], part.features).to(nodes.device) for part in into]
-    return layer(nodes[gathered.to(nodes.device)], local, len(own))
+    device = str(nodes.device)
+    local = [Edges(position[part.index], part.features).to(device) for part in into]
+    return layer(nodes[gathered.to(device)], local, len(own))
