@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._graph import typical_spacing
 from spatial_impute._image.pixel_size import RANGE
 from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _FEW_SPOTS = 20
+_WIDEST = 4.0  # width of a spot in distances to its nearest neighbor; cells and their circles overlap less
 
 
 def assemble_stack(
@@ -165,12 +167,13 @@ def assemble_stack(
 
 
 def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
-    """Warn of measured spots that do not lie on the tissue of their own image, and name the placement that fits."""
+    """Refuse circles of another unit than their centers, and warn of measured spots that do not lie on the tissue."""
     if Keys.STACK_TABLE not in sdata.tables:
         return
     table = sdata.tables[Keys.STACK_TABLE]
     flags = table.obs[Keys.MEASURED].to_numpy(bool)
-    for section, centers, _, rows in spots_by_section(sdata, record, table):
+    for section, centers, radius, rows in spots_by_section(sdata, record, table):
+        _require_separate(section, centers, radius)
         measured = centers[flags[rows]]
         if not len(measured):
             continue
@@ -183,6 +186,19 @@ def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
             logger.warning(
                 "Section %s: %s; check the positions of the spots, the image and `mpp`", section.name, sentence
             )
+
+
+def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray) -> None:
+    """Raise a ``ValueError`` if circles are several times wider than the distance to their neighbors."""
+    if len(centers) < 2:
+        return
+    width, distance = 2 * float(np.median(radius)), typical_spacing(centers, np.zeros(len(centers)))
+    if width > _WIDEST * distance > 0:
+        msg = (
+            f"Section {section.name!r}: its spots are {width:.4g} um wide, but lie only {distance:.4g} um apart. Expected a radius "
+            f"in the units of the centers; check `shapes[{section.spots!r}]['radius']` of the input, or `mpp`."
+        )
+        raise ValueError(msg)
 
 
 def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:

@@ -322,6 +322,12 @@ def _folder(world, name: str):
 
 OBJECTS = [
     refused(
+        "circles whose radius is in other units than their centers",
+        ValueError,
+        "Expected a radius in the units of the centers",
+        lambda w: one(visium(radius=300.0)),
+    ),
+    refused(
         "an object without an image",
         ValueError,
         "has no image",
