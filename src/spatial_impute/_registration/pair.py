@@ -86,10 +86,11 @@ def register_pair(
         else [np.asarray(initial, float)]
     )
     fits = fitter.refine(starts, affine=method != "rigid")
-    score, best, runner_up = _choose(fitter.target, fitter.source, fits, params)
+    choice, score = _choose(fitter.target, fitter.source, fits, params)
+    best = choice.index
     matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
-    start = _start(starts[best]) | {"look": score.look}
-    quality = start | _quality(score, matrix, None, runner_up)
+    start = _start(starts[best]) | {"look": score.look, "looks_agree": choice.agreed}
+    quality = start | _quality(score, matrix, None, choice.runner_up)
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
@@ -99,10 +100,21 @@ def register_pair(
             notes.append(found.note)
             quality |= found.quality
         else:
-            used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
+            used, quality = "syn", start | _quality(score, matrix, field, choice.runner_up) | found.quality
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Chosen pose."""
+
+    index: int
+    runner_up: float
+    """Score of the best different pose."""
+    agreed: bool
+    """True if stain and edges prefer the same pose."""
 
 
 @dataclass(frozen=True)
@@ -195,25 +207,33 @@ class _Fitter:
 
 def _choose(
     fixed: Channel, moving: Channel, fits: list[Matrix], params: RegistrationParams
-) -> tuple[StructureScore, int, float]:
-    """Score of the best pose, its index, and the score of the best different pose.
+) -> tuple[_Choice, StructureScore]:
+    """Best pose, and the score that it was chosen by.
 
-    Stain and edges may prefer different poses. Then the pose with more mutual information is taken, which does not depend
-    on the stain. If both prefer the same pose, the one with the larger lead gives the score.
+    Stain and edges may prefer different poses. Then the pose with the most mutual information is taken, which does not
+    depend on the stain. If both prefer the same pose, the one with the larger lead gives the score.
     """
-    options = []
+    sane = [is_sane(pose, params) for pose in fits]
+    scores, best = {}, {}
     for look in ("stain", "edges"):
         score = StructureScore(fixed, moving, look)
-        scores = [score(pose) if is_sane(pose, params) else -1.0 for pose in fits]
-        best = int(np.argmax(scores))
+        scores[look] = score, [score(pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)]
+        best[look] = int(np.argmax(scores[look][1]))
+    agreed = same_pose(fits[best["stain"]], fits[best["edges"]], moving)
+    if not agreed:
+        shared = [
+            mutual_information(fixed, moving, pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)
+        ]
+        best = dict.fromkeys(best, int(np.argmax(shared)))
+    options = []
+    for look, (score, values) in scores.items():
+        chosen = best[look]
         # Two starts that end in one pose are no alternatives to each other.
-        rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], moving)]
-        options.append((score, best, max(rivals, default=0.0), scores[best]))
-    if not same_pose(fits[options[0][1]], fits[options[1][1]], moving):
-        chosen = max(options, key=lambda option: mutual_information(fixed, moving, fits[option[1]]))
-    else:
-        chosen = max(options, key=lambda option: option[3] - max(option[2], 0.0))
-    return chosen[0], chosen[1], chosen[2]
+        rivals = [value for pose, value in zip(fits, values, strict=True) if not same_pose(pose, fits[chosen], moving)]
+        runner_up = max(rivals, default=0.0)
+        options.append((values[chosen] - max(runner_up, 0.0), _Choice(chosen, runner_up, agreed), score))
+    _, choice, score = max(options, key=lambda option: option[0])
+    return choice, score
 
 
 def _clearly_lower(score: StructureScore, before: Matrix, after: Matrix) -> bool:

@@ -112,12 +112,15 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     """``"ok"``, ``"weak"`` or ``"failed"``, with one sentence per reason.
 
     Each test alone can fail: overlap for symmetric tissue, score for a repeating texture, margin if two starts are both
-    wrong.
+    wrong. A low overlap is no failure if stain and edges both find this pose by a clear lead: then a mask is wrong, or
+    tissue is missing.
     """
     reasons: list[str] = []
+    clear = quality["score"] >= params.min_score and quality["margin"] >= params.min_margin
+    found = clear and quality.get("looks_agree", False)
     failed = False
     if quality["dice_after"] < params.min_dice:
-        failed |= quality["dice_after"] < params.failed_dice and not params.partial_tissue
+        failed |= quality["dice_after"] < params.failed_dice and not (params.partial_tissue or found)
         reasons.append(
             f"The tissues overlap by a Dice of {quality['dice_after']:.2f} (expected {params.min_dice:.2f})."
         )
