@@ -28,6 +28,7 @@ _CELL, _NEIGHBOURHOOD = 12.0, 48.0  # um: structure of this size is texture; haz
 _STILL = 0.002  # optical density: less texture is that of empty glass, whatever the camera
 _LEAST_TEXTURE = 0.01  # 1 % of the light; an image without any glass has at least this texture, or it shows nothing
 _TWO_KINDS = 3.0  # ratio of the textures of tissue and glass; within tissue alone it is below 2
+_MIN_SHARE = 0.01  # of the pixels: fewer are specks, not a kind of texture
 _NEAR_GLASS, _NEAR_TISSUE = 500.0, 150.0  # um: glass changes slowly (haze), tissue within a region
 _MIN_DENSITY = 0.02  # 2 % absorption: less is no stain
 _LESS, _MUCH_LESS = 2 / 3, 1 / 3  # print against the main tissue: shares of texture, hue and density
@@ -199,10 +200,24 @@ def _stained(
 def _rough(texture: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Pixels with the texture of tissue: all or none if there is only one kind of texture."""
     values = np.log(np.maximum(texture, _STILL))
-    rough = values > _otsu(values)
-    if not rough.any() or values[rough].mean() - values[~rough].mean() < np.log(_TWO_KINDS):
+    threshold = _between(values)
+    if threshold is None:
         return np.full(texture.shape, np.median(texture) > _LEAST_TEXTURE)
-    return rough
+    below = values[values <= threshold]
+    # Dark and pale tissue on one slide: the first threshold may lie between those two.
+    second = _between(below)
+    if second is not None and below[below > second].mean() > np.log(_LEAST_TEXTURE):
+        threshold = second
+    return values > threshold
+
+
+def _between(values: NDArray) -> float | None:
+    """Threshold between two kinds of texture, None if there is one kind only."""
+    threshold = _otsu(values)
+    high = values > threshold
+    if not high.any() or high.mean() < _MIN_SHARE or values[high].mean() - values[~high].mean() < np.log(_TWO_KINDS):
+        return None
+    return threshold
 
 
 def _level(
@@ -221,14 +236,18 @@ def _drop_print(
 ) -> NDArray[np.bool_]:
     """Mask without the pieces that are print, and not like the main tissue.
 
-    Bars are smooth, and grey or without the texture of tissue. Rows of dots are narrow, grey and mostly glass.
+    Bars are smooth, and grey or without the texture of tissue. Rows of dots are narrow, grey and mostly glass. Lines of a
+    pen and letters are narrow, and several times as dark.
     """
     labels, n_pieces = ndi.label(mask)
     if n_pieces < 2:
         return mask
     pieces = np.arange(1, n_pieces + 1)
     total = np.maximum(density.mean(-1), _MIN_DENSITY)
-    main = int(np.argmax(ndi.sum(texture, labels, pieces)))
+    # Beyond the border is background here, so that a frame cut by it is not twice as wide.
+    depth = ndi.distance_transform_edt(np.pad(mask, 1), sampling=sampling)[1:-1, 1:-1]
+    width = np.asarray(ndi.maximum(depth, labels, pieces))
+    main = int(np.argmax(width * ndi.mean(_rough(texture), labels, pieces)))  # the thickest piece of tissue
 
     def share(values: NDArray) -> NDArray:
         """Median of each piece over that of the main tissue."""
@@ -237,11 +256,9 @@ def _drop_print(
 
     grey = share((density.max(-1) - density.min(-1)) / total) < _LESS
     smooth, still = share(texture / total) < _LESS, share(texture) < _MUCH_LESS
-    # Beyond the border is background here, so that a frame cut by it is not twice as wide.
-    depth = ndi.distance_transform_edt(np.pad(mask, 1), sampling=sampling)[1:-1, 1:-1]
-    width = np.asarray(ndi.maximum(depth, labels, pieces))
     dots = grey & (share(total) < _LESS) & (width < _NARROW)
-    printed = (smooth & (grey | still)) | dots
+    ink = (share(total) > 1 / _MUCH_LESS) & (width < _NARROW)
+    printed = (smooth & (grey | still)) | dots | ink
     return mask & ~np.concatenate([[False], printed])[labels]
 
 
