@@ -85,7 +85,7 @@ def register_pair(
         if initial is None
         else [np.asarray(initial, float)]
     )
-    fits = fitter.refine(starts, affine=method != "rigid")
+    starts, fits = fitter.refine(starts, affine=method != "rigid")
     choice, score = _choose(fitter.target, fitter.source, fits, params)
     best = choice.index
     matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
@@ -148,54 +148,73 @@ class _Fitter:
         options: dict[str, Any] = {"iterations": iterations, "mask_margin": margin, "seed": self.seed}
         return ants_fits.fit_linear(*channels, start, kind, **options)
 
-    def refine(self, starts: list[Matrix], *, affine: bool) -> list[Matrix]:
-        """Coarse fits of all candidates; only the winner is fitted further."""
-        coarse = shrink(self.target, 2 * self.target.size), shrink(self.source, 2 * self.target.size)
-        iterations = (*self.params.linear_iterations[:2], 0)
-        fits = [self._fit(coarse, start, "Rigid", iterations) for start in starts]
+    def refine(self, starts: list[Matrix], *, affine: bool) -> tuple[list[Matrix], list[Matrix]]:
+        """Coarse fits of all candidates, those that end in one place only once; only the winner is fitted further.
+
+        Returns
+        -------
+        Starts of the distinct fits, and the fits.
+        """
+        coarse, iterations = self._coarse()
+        found: list[tuple[Matrix, Matrix]] = []
+        for start in starts:
+            pose = self._fit(coarse, start, "Rigid", iterations)
+            if not any(same_pose(pose, other, self.source) for _, other in found):
+                found.append((start, pose))
+        starts, fits = [start for start, _ in found], [pose for _, pose in found]
         if affine:  # stretched sections match no fine structure before they are stretched back
             stretched = [self._fit(coarse, pose, "Affine", iterations) for pose in fits]
             fits = [new if is_sane(new, self.params) else old for new, old in zip(stretched, fits, strict=True)]
-        return fits
+        return starts, fits
+
+    def _coarse(self) -> tuple[tuple[Channel, Channel], tuple[int, ...]]:
+        """Channels and iterations of the two coarsest levels."""
+        two = self.params.linear_iterations[:2]
+        for factor, finer in ((4, ()), (2, (0,))):
+            pair = shrink(self.target, factor * self.target.size), shrink(self.source, factor * self.target.size)
+            if min(int(channel.mask.sum()) for channel in pair) >= _MIN_WORKING_PIXELS:
+                return pair, (*two, *finer)
+        return (self.target, self.source), (*two, 0, 0)
 
     def rigid(self, start: Matrix) -> tuple[Matrix, str, list[str]]:
         """Rigid fit down to the finest level, in the form of :meth:`affine`."""
-        return self._fit((self.target, self.source), start, "Rigid", self.params.linear_iterations[2:]), "rigid", []
+        return self._fit((self.target, self.source), start, "Rigid", self._fine()), "rigid", []
 
     def affine(self, start: Matrix, score: StructureScore) -> tuple[Matrix, str, list[str]]:
         """Affine fit, or the rigid one if the affine fit is not plausible; the method used, and remarks."""
-        both, iterations = (self.target, self.source), self.params.linear_iterations
-        # The finest level would take most of the time and change this fall-back by 1 to 2 um.
-        rigid = self._fit(both, _nearest_rigid(start, self.source), "Rigid", (iterations[2], 0))
-        affine = self._fit(both, start, "Affine", iterations[1:])
-        matrix, used, notes = rigid, "rigid", []
-        if not is_sane(affine, self.params):
-            largest, smallest = singular_values(affine)
+        near = _nearest_rigid(start, self.source)
+        matrix, used, notes = self._fit((self.target, self.source), start, "Affine", self._fine()), "affine", []
+        if not is_sane(matrix, self.params):
+            largest, smallest = singular_values(matrix)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        elif _clearly_lower(score, rigid, affine):
+        elif _clearly_lower(score, near, matrix) and _clearly_lower(score, self.rigid(near)[0], matrix):
             # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
             # outline. So the affine fit is rejected only if the score is lower by more than its own error.
             notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
-        else:
-            matrix, used = affine, "affine"
+        if notes:
+            matrix, used, _ = self.rigid(near)
         if not self.params.partial_tissue:  # outlines say little if tissue is lost
             other = self._outline_fit(matrix)
-            if is_sane(other, self.params) and _fits_outline(score, matrix, other):
+            if other is not None and is_sane(other, self.params) and _fits_outline(score, matrix, other):
                 return other, "affine", []
         return matrix, used, notes
 
-    def _outline_fit(self, matrix: Matrix) -> Matrix:
-        """Affine fit that first sees as much background as a stretch may cross.
+    def _fine(self) -> tuple[int, ...]:
+        return self.params.linear_iterations[2:]
+
+    def _outline_fit(self, matrix: Matrix) -> Matrix | None:
+        """Affine fit that first sees as much background as a stretch may cross; None if the outlines fit no better.
 
         The inside of a section of another scale can be in place while its outline lies outside the rim of the usual fit.
         """
         reach = self.params.mask_margin + (self.params.max_scale - 1) * _radius(self.source)
-        fixed, moving = (
-            registration_channel(section, 2 * self.target.size, reach) for section in (self.fixed, self.moving)
-        )
-        iterations, start = self.params.linear_iterations, _nearest_rigid(matrix, self.source)
-        wide = self._fit((fixed, moving), start, "Affine", (*iterations[:2], 0), mask_margin=reach)
-        return self._fit((self.target, self.source), wide, "Affine", iterations[1:])
+        coarse, iterations = self._coarse()
+        fixed, moving = (registration_channel(section, coarse[0].size, reach) for section in (self.fixed, self.moving))
+        wide = self._fit((fixed, moving), _nearest_rigid(matrix, self.source), "Affine", iterations, mask_margin=reach)
+        pair = self.target, self.source
+        if tissue_dice(*pair, wide) <= tissue_dice(*pair, matrix):
+            return None
+        return self._fit(pair, wide, "Affine", self._fine())
 
     def deformation(self, matrix: Matrix) -> Deformation:
         """Deformation on top of the matrix."""
