@@ -159,7 +159,20 @@ def printed_lattice(slide: Slide) -> None:
 
 
 KINDS = [
-    *(fat, lung, white_matter, pale_ihc, dark_ihc, half_pale, cores, fills_the_image, touches_edges, pieces, skin, biopsy),
+    *(
+        fat,
+        lung,
+        white_matter,
+        pale_ihc,
+        dark_ihc,
+        half_pale,
+        cores,
+        fills_the_image,
+        touches_edges,
+        pieces,
+        skin,
+        biopsy,
+    ),
     *(frozen_in_medium, pen, letters, dots_of_an_array, bars_of_an_array, uneven_light_and_haze, printed_lattice),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,12 +10,13 @@ import numpy as np
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration.deform import fit_deformation
+from spatial_impute._registration.error import expected_error
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
     StructureScore,
+    disagreement,
     is_sane,
     mutual_information,
-    residual_error,
     same_pose,
     singular_values,
     tissue_dice,
@@ -38,6 +39,8 @@ _CLEARLY_LOWER = 2.0  # standard errors of the score
 _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
 # Share of mutual information: where the inside says little about the scale it changed by a tenth, with a fold by half.
 _SAME_INFORMATION = 0.8
+_SQUARE = 10  # pixels of twice the working size: several times the structure, and many of them in a section
+_HALF_ITERATIONS = 50
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -90,7 +93,9 @@ def register_pair(
     best = choice.index
     matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
     start = _start(starts[best]) | {"look": score.look, "looks_agree": choice.agreed}
+    halves = fitter.halves(matrix, "Rigid" if used == "rigid" else "Affine")
     quality = start | _quality(score, matrix, None, choice.runner_up)
+    quality |= expected_error(fitter.target, fitter.source, matrix, None, halves)
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
@@ -101,6 +106,7 @@ def register_pair(
             quality |= found.quality
         else:
             used, quality = "syn", start | _quality(score, matrix, field, choice.runner_up) | found.quality
+            quality |= expected_error(fitter.target, fitter.source, matrix, field, found.quality["halves_um"])
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)
@@ -144,6 +150,8 @@ class _Fitter:
         iterations: tuple[int, ...],
         mask_margin: float | None = None,
     ) -> Matrix:
+        if not any(iterations):
+            return start
         margin = self.params.mask_margin if mask_margin is None else mask_margin
         options: dict[str, Any] = {"iterations": iterations, "mask_margin": margin, "seed": self.seed}
         return ants_fits.fit_linear(*channels, start, kind, **options)
@@ -215,6 +223,17 @@ class _Fitter:
         if tissue_dice(*pair, wide) <= tissue_dice(*pair, matrix):
             return None
         return self._fit(pair, wide, "Affine", self._fine())
+
+    def halves(self, matrix: Matrix, kind: Literal["Rigid", "Affine"]) -> float:
+        """Root mean square distance in um between fits to the black and to the white squares of a chessboard."""
+        fixed, moving = (shrink(channel, 2 * channel.size) for channel in (self.target, self.source))
+        row, column = np.indices(fixed.mask.shape) // _SQUARE
+        black = (row + column) % 2 == 1
+        views = [replace(fixed, mask=fixed.mask & color) for color in (black, ~black)]
+        if min(int(view.mask.sum()) for view in views) < _MIN_WORKING_PIXELS:
+            return 0.0
+        first, second = (self._fit((view, moving), matrix, kind, (_HALF_ITERATIONS,), 0.0) for view in views)
+        return disagreement(first, second, self.source.centres()[::_SQUARE])
 
     def deformation(self, matrix: Matrix) -> Deformation:
         """Deformation on top of the matrix."""
@@ -294,7 +313,7 @@ def _quality(
     largest, smallest = singular_values(matrix)
     # Score and margin are those of the matrix: a deformation can make any pose look better.
     value = score(matrix)
-    quality = {
+    return {
         "dice_before": tissue_dice(fixed, moving, np.eye(3)),
         "dice_after": tissue_dice(fixed, moving, matrix, field),
         "correlation_before": score.correlation(np.eye(3))[0],
@@ -307,8 +326,6 @@ def _quality(
         "folds": 0.0,
         "working_pixel": float(fixed.size),
     }
-    error, n_patches = residual_error(fixed, moving, matrix, field)
-    return quality | {"residual_um": error, "residual_patches": n_patches}
 
 
 def _start(matrix: Matrix) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage as ndi
@@ -83,8 +83,8 @@ class TissueReader:
         return ndi.affine_transform(labels, index[:2, :2], index[:2, 2], output_shape=shape, order=0)
 
 
-def _finest(element: object) -> object:
+def _finest(element: Any) -> Any:
     """Array of labels, the finest level of a pyramid."""
     from xarray import DataTree
 
-    return next(iter(element["scale0"].values())).data if isinstance(element, DataTree) else element.data  # type: ignore[attr-defined]
+    return next(iter(element["scale0"].values())).data if isinstance(element, DataTree) else element.data

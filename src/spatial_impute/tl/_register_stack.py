@@ -24,6 +24,7 @@ from spatial_impute._registration import (
     deform_stack,
     register_chain,
     run_all,
+    section_errors,
 )
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels
@@ -64,7 +65,7 @@ class RegistrationResult:
     transforms: dict[str, SectionTransform]
     """Section name to its transformation to the common frame, deformation included, with ``points`` and ``inverse``."""
     sections: pd.DataFrame
-    """One row per section: route, verdict, estimated residual error, deformation."""
+    """One row per section: route, verdict, expected error, deformation."""
 
 
 def register_stack(
@@ -328,6 +329,8 @@ class _Result:
     @classmethod
     def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
         base = found.to_section[request.reference]
+        deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
+        errors = section_errors(found.pairs, found.placed, deformed)
         transforms, rows = {}, {}
         for name in record.names:
             if name in found.placed:
@@ -335,13 +338,11 @@ class _Result:
                 field, deformation = found.fields.get(name, (None, None))
                 matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
                 transforms[name] = SectionTransform.from_field(matrix, field, base)
-                link = found.pairs.get((placed.path[1], placed.path[0])) if len(placed.path) > 1 else None
-                residual = None if link is None else link.quality["residual_um"]
-                rows[name] = _section_row(placed, transforms[name], residual, deformation)
+                rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
             elif name in request.given:
                 placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
                 transforms[name] = SectionTransform(placed.matrix)
-                rows[name] = _section_row(placed, transforms[name], None, None)
+                rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
         pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
         return cls(transforms, rows, pairs)
 
@@ -352,7 +353,10 @@ class _Result:
 
 
 def _section_row(
-    placed: ChainResult, transform: SectionTransform, residual: float | None, deformation: dict[str, Any] | None
+    placed: ChainResult,
+    transform: SectionTransform,
+    error: dict[str, float | None],
+    deformation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     note = [deformation["note"]] if deformation and deformation["note"] else []
     row = {
@@ -363,8 +367,7 @@ def _section_row(
         "verdict": placed.verdict,
         "disagreement": placed.disagreement,
         "deformed": transform.deforms,
-        # Against the next section on the path, deformation included.
-        "residual_um": deformation["residual_um"] if deformation else residual,
+        **error,
         "deformation": deformation,
         "reasons": [*placed.reasons, *note],
     }
