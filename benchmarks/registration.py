@@ -77,7 +77,7 @@ def bench_landmarks(*, quick: bool) -> None:
         linear = replace(result, field=None)  # the affine part of the same call
         row["affine"], row["syn"] = (_share(r.warp_points(b * mpp) / mpp, a, diagonal) for r in (linear, result))
         row["s"] = round(time.perf_counter() - start, 1)
-        row |= {"used": result.method, "verdict": result.verdict, "residual_um": result.quality.get("residual_um")}
+        row |= {"used": result.method, "verdict": result.verdict, "error_um": result.quality.get("error_um")}
         for method in ("Affine", "SyN"):
             start = time.perf_counter()
             row[f"ants {method}"] = _share(_ants_points(fixed, moving, b, method), a, diagonal)
@@ -129,7 +129,7 @@ def her2st_images(names: tuple[str, ...] = ("C2", "C3", "C4", "C5", "C6")) -> di
 
 
 def moved_section(
-    section: SectionImage, rng: np.random.Generator, *, angle: float, mirrored: bool
+    section: SectionImage, rng: np.random.Generator, *, angle: float, mirrored: bool, bend_um: float | None = None
 ) -> tuple[SectionImage, np.ndarray, np.ndarray]:
     """The section under a known motion, restained; 400 points in its tissue, and where they come from (um).
 
@@ -149,7 +149,8 @@ def moved_section(
     step = 8  # pixels: the bend is so smooth that it can be made on a coarser grid
     coarse = [ndi.gaussian_filter(rng.normal(size=(side // step + 3,) * 2), 500 / size / step) for _ in range(2)]
     bend = np.stack([ndi.affine_transform(c, np.eye(2) / step, output_shape=(side, side)) for c in coarse], axis=-1)
-    bend *= rng.uniform(50, 200) / np.hypot(*np.moveaxis(bend, -1, 0)).max()
+    largest = rng.uniform(50, 200)
+    bend *= (largest if bend_um is None else bend_um) / np.hypot(*np.moveaxis(bend, -1, 0)).max()
     y, x = np.indices((side, side)) + 0.5
     back = np.linalg.inv(forward)
     source = np.stack([x, y], axis=-1) * size @ back[:2, :2].T + back[:2, 2] + bend
@@ -200,9 +201,7 @@ def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int) -> Non
             error, before = (np.linalg.norm(found - truth, axis=1) for found in (result.warp_points(points), linear))
             row = {"section": name, "angle": angle, "mirrored": mirrored, "elastic": _elastic(points, origin)}
             row |= {"linear": np.median(before), "syn": np.median(error), "p90": np.percentile(error, 90)}
-            row |= {
-                key: result.quality.get(key) for key in ("folds", "residual_um", "agreement", "syn_look", "verdict")
-            }
+            row |= {key: result.quality.get(key) for key in ("folds", "error_um", "agreement", "syn_look", "verdict")}
             rows.append(row | {"used": result.method, "s": seconds})
             print(
                 ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
@@ -256,7 +255,7 @@ def bench_real(*, quick: bool) -> None:
             row = sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"][name]
             found = rows.setdefault(name, {"section": name})
             found |= {f"r {method}": round(r, 4), f"stack {method} s": round(seconds, 1)}
-            found |= {f"residual {method}": row["residual_um"], f"verdict {method}": row["verdict"]}
+            found |= {f"error {method}": row["error_um"], f"verdict {method}": row["verdict"]}
             if method == "syn":
                 found |= {"deformed": row["deformed"], "Dice syn": round(row["deformation"]["dice_after"], 3)}
                 found |= {"folds": row["deformation"].get("folds", 0.0)} | back[name]

@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import (
+    ChainResult,
     DisplacementField,
     PairResult,
     RegistrationParams,
@@ -27,13 +28,13 @@ from spatial_impute._registration.deform import (
     _without,
     fit_deformation,
 )
+from spatial_impute._registration.error import expected_error, section_errors
 from spatial_impute._registration.orientation import orientation_candidates, pose
 from spatial_impute._registration.quality import (
     StructureScore,
     edges_inside,
     mutual_information,
     pull_back,
-    residual_error,
 )
 from spatial_impute.tl._given_transforms import check_matrix, landmark_matrix
 
@@ -91,20 +92,45 @@ def test_transform_without_field():
 
 
 @pytest.mark.parametrize("wanted", [0.0, 37.0, 80.0])
-def test_residual_is_the_shift_that_is_left(wanted):
+def test_error_is_the_shift_that_is_left(wanted):
     fixed = channel(shape=(260, 280))
-    error, n_patches = residual_error(fixed, fixed, shift(wanted))
-    assert n_patches >= 10
-    assert error == pytest.approx(wanted, abs=3)
+    found = expected_error(fixed, fixed, shift(wanted), None, 0.0)
+    # A shift is the same everywhere; the estimate allows for more at the rim, and for half a pixel.
+    assert 0.8 * wanted <= found["error_um"] <= 2 * wanted + 0.5 * SIZE
+    assert found["error_p90_um"] > found["error_um"]
 
 
-def test_residual_of_another_stain():
-    error, _ = residual_error(channel(shape=(260, 280)), channel(shape=(260, 280), invert=True), shift(0, 40))
-    assert error == pytest.approx(40, abs=6)
+def test_error_of_another_stain():
+    pair = channel(shape=(260, 280)), channel(shape=(260, 280), invert=True)
+    assert 30 <= expected_error(*pair, shift(0, 40), None, 0.0)["error_um"] <= 100
 
 
-def test_residual_says_when_it_cannot_tell():
-    assert residual_error(channel(seed=0), channel(seed=1), np.eye(3))[0] is None
+def test_error_grows_with_the_difference_of_the_halves():
+    fixed = channel(shape=(260, 280))
+    small, large = (expected_error(fixed, fixed, np.eye(3), None, halves)["error_um"] for halves in (0.0, 100.0))
+    assert small < 0.5 * SIZE
+    assert large == pytest.approx(83, abs=5)
+
+
+def test_error_of_unrelated_sections_is_large_or_unknown():
+    error = expected_error(channel(seed=0), channel(seed=1), np.eye(3), None, 0.0)["error_um"]
+    assert error is None or error > RegistrationParams().max_error
+
+
+def test_errors_of_a_path_add_up():
+    quality = {"error_um": 30.0, "error_p90_um": 60.0}
+    pairs = {("a", "b"): PairResult(np.eye(3), "affine", quality), ("b", "c"): PairResult(np.eye(3), "affine", quality)}
+    placed = {
+        "a": ChainResult(np.eye(3), ("a",), "reference", 1.0, "ok"),
+        "b": ChainResult(np.eye(3), ("b", "a"), "direct", 1.0, "ok"),
+        "c": ChainResult(np.eye(3), ("c", "b", "a"), "sequential", 1.0, "ok"),
+    }
+    found = section_errors(pairs, placed, {})
+    assert [found[name]["error_um"] for name in "abc"] == pytest.approx([0, 30, 30 * 2**0.5])
+    apart = section_errors(pairs, placed | {"c": replace(placed["c"], disagreement=200.0)}, {})
+    assert apart["c"]["error_um"] > 100
+    deformed = section_errors(pairs, placed | {"c": replace(placed["c"], confirmed=True)}, {"c": {"error_um": 20.0}})
+    assert deformed["c"] == {"error_um": 20.0, "error_p90_um": None}
 
 
 def test_edges_do_not_see_the_outline_nor_the_sign():

@@ -138,6 +138,7 @@ def test_good_pair_is_ok():
         ({"score": 0.3}, "weak", "score"),
         ({"score": 0.1}, "failed", "score"),
         ({"margin": 0.01}, "weak", "margin"),
+        ({"error_um": 150.0}, "weak", "error"),
         ({"displacement_p99": 400.0}, "weak", "moves"),
         ({"scale_max": 1.3}, "failed", "stretches"),
         ({"scale_min": 0.7}, "failed", "stretches"),
@@ -148,6 +149,14 @@ def test_every_reason_counts(change, expected, word):
     assert found == expected
     assert len(reasons) == 1
     assert word in reasons[0]
+
+
+def test_low_overlap_is_no_failure_where_stain_and_edges_agree():
+    lost = GOOD | {"dice_after": 0.6, "looks_agree": True}
+    assert verdict(lost, PARAMS)[0] == "weak"
+    assert verdict(lost | {"looks_agree": False}, PARAMS)[0] == "failed"
+    assert verdict(lost | {"margin": 0.05}, PARAMS)[0] == "failed"
+    assert verdict(lost | {"score": 0.3}, PARAMS)[0] == "failed"
 
 
 def test_partial_tissue_is_weak_not_failed():

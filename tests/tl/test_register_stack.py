@@ -117,7 +117,7 @@ def test_result_without_writing(sdata, affine):
     points = np.array([[500.0, 600], [700, 650]])
     np.testing.assert_allclose(result.transforms["s0"].inverse(result.transforms["s0"].points(points)), points)
     assert list(result.sections.index) == ["s0", "s1", "s2"]
-    assert {"residual_um", "residual_patches", "margin", "runner_up", "folds"} <= set(result.quality)
+    assert {"error_um", "error_p90_um", "error_patches", "margin", "runner_up", "folds"} <= set(result.quality)
 
 
 def test_given_matrix_is_the_answer(sdata):
@@ -278,3 +278,35 @@ def test_sections_that_all_want_one_scale_make_the_pixel_size_suspect(scales, sa
     monkeypatch.setattr(logger, "propagate", True)
     _warn_of_pixel_size(scales)
     assert (f"{says}" in caplog.text and "check the pixel size" in caplog.text) if says else not caplog.text
+
+
+def place_of(sdata, **kwargs) -> np.ndarray:
+    return si.tl.register_stack(sdata, registration_params=QUICK, inplace=False, **kwargs).matrices["s0"]
+
+
+def test_tissue_of_the_user_counts(sdata, affine):
+    """Labels and outlines that say what the image says give the same place; a pen on the slide does no harm with them."""
+    si.pp.segment_tissue(sdata)
+    expected = place_of(sdata)
+    corners = np.array([[300.0, 300, 1], [1100, 300, 1], [700, 1100, 1]]).T
+    image = sdata.images["s0_image"]
+    pen = np.asarray(image.data).copy()
+    pen[:, :, : pen.shape[2] // 16] = np.array([40, 60, 160])[:, None, None]
+    image.data = pen
+    for key in ("{section}_tissue", {"s0": "s0_tissue_outline", "s1": "s1_tissue"}):
+        found = place_of(sdata, tissue_key=key, on_failure="warn")
+        assert np.linalg.norm(((found - expected) @ corners)[:2], axis=0).max() < 25
+    si.tl.register_stack(sdata, registration_params=QUICK, tissue_key={"s0": "s0_tissue"}, on_failure="warn")
+    assert load_record(sdata).registration["tissue"] == {"s0": "s0_tissue"}
+
+
+def test_wrong_tissue_keys(sdata):
+    si.pp.segment_tissue(sdata)
+    with pytest.raises(KeyError, match=r"'s9' not found.*sections"):
+        place_of(sdata, tissue_key={"s9": "s0_tissue"})
+    with pytest.raises(KeyError, match=r"'s0_tisue' not found.*Did you mean 's0_tissue'"):
+        place_of(sdata, tissue_key="{section}_tisue")
+    with pytest.raises(ValueError, match=r"coordinate system 's1', found \['s0'\]"):
+        place_of(sdata, tissue_key={"s1": "s0_tissue"})
+    with pytest.raises(ValueError, match=r"mapping of sections.*found 's0_tissue'"):
+        place_of(sdata, tissue_key="s0_tissue")

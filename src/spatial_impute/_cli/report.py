@@ -40,7 +40,7 @@ _QUALITY = {
     "dice_before": "Dice before",
     "dice_after": "Dice after",
     "correlation_after": "r after",
-    "residual_um": "residual, um",
+    "error_um": "expected error, um",
     "score": "score",
     "verdict": "verdict",
 }

@@ -20,11 +20,19 @@ _BLACK_LEVEL = 0.2  # darker than stained tissue in all channels: fill value, sl
 _BLACK_SMOOTHING = 2.0  # pixels; a slide holder is rough, and must come out as one piece
 _GLASS_LEVEL = 0.5  # next to padding comes glass or tissue, both brighter than this; a fluorescent signal fades out
 _DARKEST_RATIO = 1 / 255  # floor of transmitted light, keeps the logarithm finite
-_RED_MISSES = 0.67  # share of the green-channel tissue below which red is taken to be blind (eosin-only tissue)
-_CLEAR_VALLEY = 0.6  # real slides without pale tissue dip by at most 0.35 at that place, one with it by 0.83
-_MIN_PALE_SHARE = 0.05  # of the pixels: fewer are an edge, not a kind of tissue
-_N_BINS = 60
-_MIN_OD = 0.02  # a threshold below 2 % absorption separates noise from noise: there is no tissue
+# Masks are made at about this pixel size in um, whatever the resolution of the image: then they are the same at all of
+# them. A cell still shows.
+_GRID = 16.0
+_FEWEST_PIXELS = 64  # along the shorter side; a smaller image keeps its own grid
+_CELL, _NEIGHBOURHOOD = 12.0, 48.0  # um: structure of this size is texture; haze and uneven light are smoother
+_STILL = 0.002  # optical density: less texture is that of empty glass, whatever the camera
+_LEAST_TEXTURE = 0.01  # 1 % of the light; an image without any glass has at least this texture, or it shows nothing
+_TWO_KINDS = 3.0  # ratio of the textures of tissue and glass; within tissue alone it is below 2
+_MIN_SHARE = 0.01  # of the pixels: fewer are specks, not a kind of texture
+_NEAR_GLASS, _NEAR_TISSUE = 500.0, 150.0  # um: glass changes slowly (haze), tissue within a region
+_MIN_DENSITY = 0.02  # 2 % absorption: less is no stain
+_LESS, _MUCH_LESS = 2 / 3, 1 / 3  # print against the main tissue: shares of texture, hue and density
+_NARROW = 400.0  # um: half width of the frame of an array
 
 
 def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
@@ -43,7 +51,10 @@ def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
     -------
     Optical density ``(y, x, 3)``, ``float32``, not below 0 and finite. A constant image gives zeros.
     """
-    image, visible = _split_alpha(np.asarray(rgb))
+    return _density(*_split_alpha(np.asarray(rgb)))
+
+
+def _density(image: NDArray[np.float32], visible: NDArray[np.bool_]) -> NDArray[np.float32]:
     density = np.zeros(image.shape, np.float32)
     visible, dark_background = _find_padding(image, visible)
     if not visible.any():
@@ -64,7 +75,6 @@ def tissue_mask(
     pixel_size: float | Sequence[float],
     *,
     smoothing: float = 15.0,
-    threshold_scale: float = 0.6,
     min_island_area: float = 30_000.0,
     closing_radius: float = 60.0,
     opening_radius: float = 45.0,
@@ -73,8 +83,10 @@ def tissue_mask(
 ) -> NDArray[np.bool_]:
     """Tissue mask of a brightfield thumbnail.
 
-    Threshold of the red-channel optical density: stained tissue absorbs red, the pink eosin haze that often surrounds a
-    section does not. Tissue stained by eosin alone is invisible in red; then the green channel is used.
+    Tissue has texture on the scale of cells; glass, haze and uneven light have none. So texture finds where there is
+    glass and where there is tissue. The outline is where the density is halfway between the glass and the tissue nearby:
+    pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Pieces that are smoother
+    and greyer than the main tissue (a printed frame) are dropped. An image that has texture everywhere is all tissue.
 
     Parameters
     ----------
@@ -84,8 +96,6 @@ def tissue_mask(
         Micrometres per pixel, one number or ``(x, y)``.
     smoothing
         Standard deviation in um of the blur before thresholding: about one cell, so that a mask follows tissue.
-    threshold_scale
-        Factor on Otsu's threshold. Below 1 because pale tissue lies between the two classes that Otsu finds.
     min_island_area
         Isolated specks up to this area in square um are dropped before closing can join them: dust, fiducial dots
         (about 100 um across). They stay if the tissue itself is of that size.
@@ -106,51 +116,150 @@ def tissue_mask(
     if not (np.isfinite([size_x, size_y]).all() and size_x > 0 and size_y > 0):
         msg = f"`pixel_size` must be positive micrometres per pixel, found {pixel_size!r}."
         raise ValueError(msg)
-    sampling = (size_y, size_x)
+    image, visible = _split_alpha(np.asarray(rgb))
+    shape, factors = visible.shape, _factors(visible.shape, (size_y, size_x))
+    sampling = (size_y * factors[0], size_x * factors[1])
     pixel_area = sampling[0] * sampling[1]
-    density = optical_density(rgb)
-    mask, separation = _threshold(density[..., 0], smoothing, sampling, threshold_scale)
-    green, green_separation = _threshold(density[..., 1], smoothing, sampling, threshold_scale)
-    if green_separation > separation and np.count_nonzero(mask) < _RED_MISSES * np.count_nonzero(green):
-        mask = green
+    density = _density(*_coarser(image, visible, factors))
+    texture = _texture(density, sampling)
+    mask = _stained(density, texture, smoothing, sampling)
     if not mask.any():
-        return mask
+        return np.zeros(shape, bool)
     mask = _keep_large_components(mask, min_component_fraction, min_island_area / pixel_area)
     mask = _erode(_dilate(mask, closing_radius, sampling), closing_radius, sampling)
     mask = _fill_holes(mask, max_hole_area / pixel_area)
     opened = _dilate(_erode(mask, opening_radius, sampling), opening_radius, sampling)
     # A sample smaller than the opening would vanish; it is still the only tissue there is.
-    mask = opened if opened.any() else mask
-    return _keep_large_components(mask, min_component_fraction)
+    mask = _drop_print(opened if opened.any() else mask, density, texture, sampling)
+    return _finer(_keep_large_components(mask, min_component_fraction), shape, factors)
 
 
-def _threshold(
-    density: NDArray, smoothing: float, sampling: tuple[float, float], scale: float
-) -> tuple[NDArray[np.bool_], float]:
-    """Smoothed channel above its scaled Otsu threshold, and the share of the variance that this split explains."""
-    channel = ndi.gaussian_filter(density, [smoothing / s for s in sampling])
-    threshold = scale * _otsu(channel)
-    below = channel[channel <= threshold]
-    if below.size:
-        # Dark and pale tissue on one slide: Otsu splits those two. Then what lies below still has two clear peaks.
-        second = _otsu(below)
-        if _valley_depth(below, second) > _CLEAR_VALLEY:
-            threshold = second
-    mask = channel > threshold
-    if threshold < _MIN_OD or not mask.any() or mask.all():
-        return np.zeros(mask.shape, bool), 0.0
-    contrast = float(channel[mask].mean() - channel[~mask].mean())
-    return mask, float(mask.mean() * (1 - mask.mean()) * contrast**2 / channel.var())
+def _factors(shape: tuple[int, ...], sampling: tuple[float, float]) -> tuple[int, int]:
+    """Pixels ``(y, x)`` that are averaged to one of the grid of the mask."""
+    most = max(1, min(shape) // _FEWEST_PIXELS)
+    rows, columns = (min(most, max(1, int(_GRID / size + 1e-6))) for size in sampling)
+    return rows, columns
 
 
-def _valley_depth(values: NDArray, threshold: float) -> float:
-    """Depth of the dip of the histogram near `threshold`, relative to the smaller of its two peaks."""
-    counts, edges = np.histogram(values, bins=_N_BINS)
-    split = int(np.clip(np.searchsorted(edges, threshold), 1, _N_BINS - 1))
-    peak = min(counts[:split].max(), counts[split:].max())
-    if counts[split:].sum() < _MIN_PALE_SHARE * values.size or peak == 0:
-        return 0.0
-    return 1.0 - float(counts[split - 1 : split + _N_BINS // 12].min()) / float(peak)
+def _coarser(
+    image: NDArray[np.float32], visible: NDArray[np.bool_], factors: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Mean of the visible pixels of each block, and the blocks of which half is visible."""
+    if factors == (1, 1):
+        return image, visible
+    pad = [(0, -n % k) for n, k in zip(visible.shape, factors, strict=True)]
+
+    def mean(array: NDArray) -> NDArray[np.float32]:
+        array = np.pad(array, pad).astype(np.float32)
+        rows, columns = (n // k for n, k in zip(array.shape, factors, strict=True))
+        return array.reshape(rows, factors[0], columns, factors[1]).mean((1, 3))
+
+    share = mean(visible)
+    channels = [mean(image[..., k] * visible) / np.maximum(share, 1e-6) for k in range(3)]
+    inside = mean(np.ones_like(visible))  # blocks at the rim are not full
+    return np.stack(channels, axis=-1), share >= 0.5 * inside
+
+
+def _finer(mask: NDArray[np.bool_], shape: tuple[int, ...], factors: tuple[int, int]) -> NDArray[np.bool_]:
+    """Mask on the grid of the image, its outline between the pixels of the coarser grid."""
+    if factors == (1, 1):
+        return mask
+    scale = np.diag([1 / k for k in factors])
+    offset = [0.5 / k - 0.5 for k in factors]
+    fine = ndi.affine_transform(mask.astype(np.float32), scale, offset, output_shape=shape, order=1, mode="nearest")
+    return fine > 0.5
+
+
+def _texture(density: NDArray[np.float32], sampling: tuple[float, float]) -> NDArray[np.float32]:
+    """Local standard deviation ``(y, x)`` of the density on the scale of cells."""
+    fine, coarse = ([length / s for s in sampling] for length in (_CELL, _NEIGHBOURHOOD))
+    square = np.zeros(density.shape[:2], np.float32)
+    for channel in np.moveaxis(density, -1, 0):
+        square += (ndi.gaussian_filter(channel, fine) - ndi.gaussian_filter(channel, coarse)) ** 2
+    return np.sqrt(ndi.gaussian_filter(square / density.shape[-1], coarse))
+
+
+def _stained(
+    density: NDArray[np.float32], texture: NDArray[np.float32], smoothing: float, sampling: tuple[float, float]
+) -> NDArray[np.bool_]:
+    """Pixels that are denser than halfway between the glass and the tissue near them."""
+    total = density.mean(-1)
+    rough = _rough(texture)
+    if not rough.any():
+        return rough
+    core = _erode(rough, _NEIGHBOURHOOD, sampling)
+    core = core if core.any() else rough
+    tissue_level = float(np.median(total[core]))
+    glass = ~rough & (total < 0.5 * tissue_level)
+    tissue = _level(total, core, _NEAR_TISSUE, sampling, tissue_level)
+    empty = _level(total, glass, _NEAR_GLASS, sampling, 0.0)
+    halfway = empty + np.maximum(0.5 * (tissue - empty), _MIN_DENSITY)
+    return ndi.gaussian_filter(total, [smoothing / s for s in sampling]) > halfway
+
+
+def _rough(texture: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Pixels with the texture of tissue: all or none if there is only one kind of texture."""
+    values = np.log(np.maximum(texture, _STILL))
+    threshold = _between(values)
+    if threshold is None:
+        return np.full(texture.shape, np.median(texture) > _LEAST_TEXTURE)
+    below = values[values <= threshold]
+    # Dark and pale tissue on one slide: the first threshold may lie between those two.
+    second = _between(below)
+    if second is not None and below[below > second].mean() > np.log(_LEAST_TEXTURE):
+        threshold = second
+    return values > threshold
+
+
+def _between(values: NDArray) -> float | None:
+    """Threshold between two kinds of texture, None if there is one kind only."""
+    threshold = _otsu(values)
+    high = values > threshold
+    if not high.any() or high.mean() < _MIN_SHARE or values[high].mean() - values[~high].mean() < np.log(_TWO_KINDS):
+        return None
+    return threshold
+
+
+def _level(
+    total: NDArray, where: NDArray[np.bool_], distance: float, sampling: tuple[float, float], overall: float
+) -> NDArray[np.float32]:
+    """Mean density of the pixels `where` near each pixel; `overall` far from all of them."""
+    sigma = [distance / s for s in sampling]
+    weight = ndi.gaussian_filter(where.astype(np.float32), sigma, mode="constant")
+    value = ndi.gaussian_filter(np.where(where, total, 0).astype(np.float32), sigma, mode="constant")
+    few = 1e-3  # of the weight of a full neighbourhood: then the overall level takes over
+    return (value + few * overall) / (weight + few)
+
+
+def _drop_print(
+    mask: NDArray[np.bool_], density: NDArray[np.float32], texture: NDArray[np.float32], sampling: tuple[float, float]
+) -> NDArray[np.bool_]:
+    """Mask without the pieces that are print, and not like the main tissue.
+
+    Bars are smooth, and grey or without the texture of tissue. Rows of dots are narrow, grey and mostly glass. Lines of a
+    pen and letters are narrow, and several times as dark.
+    """
+    labels, n_pieces = ndi.label(mask)
+    if n_pieces < 2:
+        return mask
+    pieces = np.arange(1, n_pieces + 1)
+    total = np.maximum(density.mean(-1), _MIN_DENSITY)
+    # Beyond the border is background here, so that a frame cut by it is not twice as wide.
+    depth = ndi.distance_transform_edt(np.pad(mask, 1), sampling=sampling)[1:-1, 1:-1]
+    width = np.asarray(ndi.maximum(depth, labels, pieces))
+    main = int(np.argmax(width * ndi.mean(_rough(texture), labels, pieces)))  # the thickest piece of tissue
+
+    def share(values: NDArray) -> NDArray:
+        """Median of each piece over that of the main tissue."""
+        medians = np.asarray(ndi.median(values, labels, pieces))
+        return medians / max(float(medians[main]), 1e-6)
+
+    grey = share((density.max(-1) - density.min(-1)) / total) < _LESS
+    smooth, still = share(texture / total) < _LESS, share(texture) < _MUCH_LESS
+    dots = grey & (share(total) < _LESS) & (width < _NARROW)
+    ink = (share(total) > 1 / _MUCH_LESS) & (width < _NARROW)
+    printed = (smooth & (grey | still)) | dots | ink
+    return mask & ~np.concatenate([[False], printed])[labels]
 
 
 def _split_alpha(image: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

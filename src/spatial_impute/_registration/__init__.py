@@ -10,6 +10,7 @@ from spatial_impute._registration.chain import (
     warp_along_path,
 )
 from spatial_impute._registration.deform import deform_stack
+from spatial_impute._registration.error import section_errors
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.transform import DisplacementField, SectionTransform
 from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
@@ -27,5 +28,6 @@ __all__ = [
     "register_chain",
     "register_pair",
     "run_all",
+    "section_errors",
     "warp_along_path",
 ]

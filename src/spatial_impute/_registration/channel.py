@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._image.tissue import optical_density
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -102,7 +100,7 @@ def registration_channel(section: SectionImage, size: float, margin: float) -> C
         Width in um of the background kept around the tissue. The rest is cut off, so a small section in a large image
         costs no more than a cropped one.
     """
-    channel = _on_grid(section, optical_density(section.rgb).sum(-1), size, margin)
+    channel = _on_grid(section, section.stain, size, margin)
     near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
     soft = ndi.gaussian_filter(near.astype(np.float32), SOFT_EDGE)
     return replace(channel, image=channel.image * soft, mask=channel.mask & channel.visible())
@@ -114,8 +112,7 @@ def deformation_channel(section: SectionImage, size: float, margin: float) -> Ch
     That fit uses details, and the logarithm of a density would amplify the noise of dark pixels. The fit itself fades out
     the background, because it knows the tissue of both sections.
     """
-    absorbed = 1 - np.exp(-optical_density(section.rgb)).mean(-1)
-    channel = _on_grid(section, absorbed, size, margin)
+    channel = _on_grid(section, section.absorbed, size, margin)
     return replace(channel, mask=channel.mask & channel.visible())
 
 

@@ -10,7 +10,8 @@ from scipy import ndimage as ndi
 
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import RIM, SOFT_EDGE, Channel, contrast, deformation_channel, working_pixel
-from spatial_impute._registration.quality import field_quality, pull_back, residual_error, tissue_dice
+from spatial_impute._registration.error import expected_error
+from spatial_impute._registration.quality import field_quality, pull_back, tissue_dice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,7 +96,7 @@ def fit_deformation(
     before, best = correlation(None), unseen(correlation, first)
     gained = _gain(best - before, labels)
     quality = {"agreement": evidence[0], "agreement_error": evidence[1]}
-    quality |= {"heldout_gain": gained[0], "heldout_error": gained[1]}
+    quality |= {"heldout_gain": gained[0], "heldout_error": gained[1], "halves_um": _apart(first, fixed.mask)}
     if not _clear(evidence):
         note = "Different parts of the tissue did not agree on a deformation; it was discarded."
         return Deformation(None, note, quality)
@@ -107,11 +108,13 @@ def fit_deformation(
     for smoothing in params.syn_smoothing:
         if not _clear(gained):
             break
-        after = unseen(correlation, trials(smoothing, "correlation"))
+        softer = trials(smoothing, "correlation")
+        after = unseen(correlation, softer)
         gained = _gain(after - best, labels)
         if _clear(gained):
             best = after
             kept.append((smoothing, "correlation"))
+            quality["halves_um"] = _apart(softer, fixed.mask)
             quality |= dict(zip(("heldout_gain", "heldout_error"), _gain(best - before, labels), strict=True))
 
     for smoothing, look in kept[::-1]:  # to stiffer ones, if need be
@@ -125,6 +128,11 @@ def fit_deformation(
             return Deformation(field, "", found | quality | used)
     limits = f"{found['jacobian_min']:.2f} to {found['jacobian_max']:.2f}"
     return Deformation(None, f"The deformable fit changed local areas by {limits}; it was discarded.", quality)
+
+
+def _apart(fits: list[DisplacementField], mask: NDArray[np.bool_]) -> float:
+    """Root mean square distance in um between two displacements in tissue."""
+    return float(np.sqrt(np.mean(np.sum((fits[0].pull[mask].astype(float) - fits[1].pull[mask]) ** 2, axis=1))))
 
 
 def _clear(estimate: tuple[float, float]) -> bool:
@@ -322,13 +330,12 @@ def deform_onto(
     fixed = target.drawn(origin, (int(height), int(width)))
     deformation = fit_deformation(fixed, source.channel, source.matrix, params, seed)
     field = deformation.field
-    error, n_patches = residual_error(fixed, source.channel, source.matrix, field)
-    quality = {
-        "residual_um": error,
-        "residual_patches": n_patches,
+    quality: dict[str, Any] = {
         "dice_after": tissue_dice(fixed, source.channel, source.matrix, field),
         "note": deformation.note,
     }
+    if field is not None:
+        quality |= expected_error(fixed, source.channel, source.matrix, field, deformation.quality["halves_um"])
     return field, quality | deformation.quality
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,12 +10,13 @@ import numpy as np
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration.deform import fit_deformation
+from spatial_impute._registration.error import expected_error
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
     StructureScore,
+    disagreement,
     is_sane,
     mutual_information,
-    residual_error,
     same_pose,
     singular_values,
     tissue_dice,
@@ -38,6 +39,8 @@ _CLEARLY_LOWER = 2.0  # standard errors of the score
 _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
 # Share of mutual information: where the inside says little about the scale it changed by a tenth, with a fold by half.
 _SAME_INFORMATION = 0.8
+_SQUARE = 10  # pixels of twice the working size: several times the structure, and many of them in a section
+_HALF_ITERATIONS = 50
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -85,11 +88,14 @@ def register_pair(
         if initial is None
         else [np.asarray(initial, float)]
     )
-    fits = fitter.refine(starts, affine=method != "rigid")
-    score, best, runner_up = _choose(fitter.target, fitter.source, fits, params)
+    starts, fits = fitter.refine(starts, affine=method != "rigid")
+    choice, score = _choose(fitter.target, fitter.source, fits, params)
+    best = choice.index
     matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
-    start = _start(starts[best]) | {"look": score.look}
-    quality = start | _quality(score, matrix, None, runner_up)
+    start = _start(starts[best]) | {"look": score.look, "looks_agree": choice.agreed}
+    halves = fitter.halves(matrix, "Rigid" if used == "rigid" else "Affine")
+    quality = start | _quality(score, matrix, None, choice.runner_up)
+    quality |= expected_error(fitter.target, fitter.source, matrix, None, halves)
     field = None
     # A deformation would only make a wrong pose look better.
     if method == "syn" and verdict(quality, params)[0] != "failed":
@@ -99,10 +105,22 @@ def register_pair(
             notes.append(found.note)
             quality |= found.quality
         else:
-            used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
+            used, quality = "syn", start | _quality(score, matrix, field, choice.runner_up) | found.quality
+            quality |= expected_error(fitter.target, fitter.source, matrix, field, found.quality["halves_um"])
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Chosen pose."""
+
+    index: int
+    runner_up: float
+    """Score of the best different pose."""
+    agreed: bool
+    """True if stain and edges prefer the same pose."""
 
 
 @dataclass(frozen=True)
@@ -132,58 +150,90 @@ class _Fitter:
         iterations: tuple[int, ...],
         mask_margin: float | None = None,
     ) -> Matrix:
+        if not any(iterations):
+            return start
         margin = self.params.mask_margin if mask_margin is None else mask_margin
         options: dict[str, Any] = {"iterations": iterations, "mask_margin": margin, "seed": self.seed}
         return ants_fits.fit_linear(*channels, start, kind, **options)
 
-    def refine(self, starts: list[Matrix], *, affine: bool) -> list[Matrix]:
-        """Coarse fits of all candidates; only the winner is fitted further."""
-        coarse = shrink(self.target, 2 * self.target.size), shrink(self.source, 2 * self.target.size)
-        iterations = (*self.params.linear_iterations[:2], 0)
-        fits = [self._fit(coarse, start, "Rigid", iterations) for start in starts]
+    def refine(self, starts: list[Matrix], *, affine: bool) -> tuple[list[Matrix], list[Matrix]]:
+        """Coarse fits of all candidates, those that end in one place only once; only the winner is fitted further.
+
+        Returns
+        -------
+        Starts of the distinct fits, and the fits.
+        """
+        coarse, iterations = self._coarse()
+        found: list[tuple[Matrix, Matrix]] = []
+        for start in starts:
+            pose = self._fit(coarse, start, "Rigid", iterations)
+            if not any(same_pose(pose, other, self.source) for _, other in found):
+                found.append((start, pose))
+        starts, fits = [start for start, _ in found], [pose for _, pose in found]
         if affine:  # stretched sections match no fine structure before they are stretched back
             stretched = [self._fit(coarse, pose, "Affine", iterations) for pose in fits]
             fits = [new if is_sane(new, self.params) else old for new, old in zip(stretched, fits, strict=True)]
-        return fits
+        return starts, fits
+
+    def _coarse(self) -> tuple[tuple[Channel, Channel], tuple[int, ...]]:
+        """Channels and iterations of the two coarsest levels."""
+        two = self.params.linear_iterations[:2]
+        for factor, finer in ((4, ()), (2, (0,))):
+            pair = shrink(self.target, factor * self.target.size), shrink(self.source, factor * self.target.size)
+            if min(int(channel.mask.sum()) for channel in pair) >= _MIN_WORKING_PIXELS:
+                return pair, (*two, *finer)
+        return (self.target, self.source), (*two, 0, 0)
 
     def rigid(self, start: Matrix) -> tuple[Matrix, str, list[str]]:
         """Rigid fit down to the finest level, in the form of :meth:`affine`."""
-        return self._fit((self.target, self.source), start, "Rigid", self.params.linear_iterations[2:]), "rigid", []
+        return self._fit((self.target, self.source), start, "Rigid", self._fine()), "rigid", []
 
     def affine(self, start: Matrix, score: StructureScore) -> tuple[Matrix, str, list[str]]:
         """Affine fit, or the rigid one if the affine fit is not plausible; the method used, and remarks."""
-        both, iterations = (self.target, self.source), self.params.linear_iterations
-        # The finest level would take most of the time and change this fall-back by 1 to 2 um.
-        rigid = self._fit(both, _nearest_rigid(start, self.source), "Rigid", (iterations[2], 0))
-        affine = self._fit(both, start, "Affine", iterations[1:])
-        matrix, used, notes = rigid, "rigid", []
-        if not is_sane(affine, self.params):
-            largest, smallest = singular_values(affine)
+        near = _nearest_rigid(start, self.source)
+        matrix, used, notes = self._fit((self.target, self.source), start, "Affine", self._fine()), "affine", []
+        if not is_sane(matrix, self.params):
+            largest, smallest = singular_values(matrix)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        elif _clearly_lower(score, rigid, affine):
+        elif _clearly_lower(score, near, matrix) and _clearly_lower(score, self.rigid(near)[0], matrix):
             # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
             # outline. So the affine fit is rejected only if the score is lower by more than its own error.
             notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
-        else:
-            matrix, used = affine, "affine"
+        if notes:
+            matrix, used, _ = self.rigid(near)
         if not self.params.partial_tissue:  # outlines say little if tissue is lost
             other = self._outline_fit(matrix)
-            if is_sane(other, self.params) and _fits_outline(score, matrix, other):
+            if other is not None and is_sane(other, self.params) and _fits_outline(score, matrix, other):
                 return other, "affine", []
         return matrix, used, notes
 
-    def _outline_fit(self, matrix: Matrix) -> Matrix:
-        """Affine fit that first sees as much background as a stretch may cross.
+    def _fine(self) -> tuple[int, ...]:
+        return self.params.linear_iterations[2:]
+
+    def _outline_fit(self, matrix: Matrix) -> Matrix | None:
+        """Affine fit that first sees as much background as a stretch may cross; None if the outlines fit no better.
 
         The inside of a section of another scale can be in place while its outline lies outside the rim of the usual fit.
         """
         reach = self.params.mask_margin + (self.params.max_scale - 1) * _radius(self.source)
-        fixed, moving = (
-            registration_channel(section, 2 * self.target.size, reach) for section in (self.fixed, self.moving)
-        )
-        iterations, start = self.params.linear_iterations, _nearest_rigid(matrix, self.source)
-        wide = self._fit((fixed, moving), start, "Affine", (*iterations[:2], 0), mask_margin=reach)
-        return self._fit((self.target, self.source), wide, "Affine", iterations[1:])
+        coarse, iterations = self._coarse()
+        fixed, moving = (registration_channel(section, coarse[0].size, reach) for section in (self.fixed, self.moving))
+        wide = self._fit((fixed, moving), _nearest_rigid(matrix, self.source), "Affine", iterations, mask_margin=reach)
+        pair = self.target, self.source
+        if tissue_dice(*pair, wide) <= tissue_dice(*pair, matrix):
+            return None
+        return self._fit(pair, wide, "Affine", self._fine())
+
+    def halves(self, matrix: Matrix, kind: Literal["Rigid", "Affine"]) -> float:
+        """Root mean square distance in um between fits to the black and to the white squares of a chessboard."""
+        fixed, moving = (shrink(channel, 2 * channel.size) for channel in (self.target, self.source))
+        row, column = np.indices(fixed.mask.shape) // _SQUARE
+        black = (row + column) % 2 == 1
+        views = [replace(fixed, mask=fixed.mask & color) for color in (black, ~black)]
+        if min(int(view.mask.sum()) for view in views) < _MIN_WORKING_PIXELS:
+            return 0.0
+        first, second = (self._fit((view, moving), matrix, kind, (_HALF_ITERATIONS,), 0.0) for view in views)
+        return disagreement(first, second, self.source.centres()[::_SQUARE])
 
     def deformation(self, matrix: Matrix) -> Deformation:
         """Deformation on top of the matrix."""
@@ -195,25 +245,33 @@ class _Fitter:
 
 def _choose(
     fixed: Channel, moving: Channel, fits: list[Matrix], params: RegistrationParams
-) -> tuple[StructureScore, int, float]:
-    """Score of the best pose, its index, and the score of the best different pose.
+) -> tuple[_Choice, StructureScore]:
+    """Best pose, and the score that it was chosen by.
 
-    Stain and edges may prefer different poses. Then the pose with more mutual information is taken, which does not depend
-    on the stain. If both prefer the same pose, the one with the larger lead gives the score.
+    Stain and edges may prefer different poses. Then the pose with the most mutual information is taken, which does not
+    depend on the stain. If both prefer the same pose, the one with the larger lead gives the score.
     """
-    options = []
+    sane = [is_sane(pose, params) for pose in fits]
+    scores, best = {}, {}
     for look in ("stain", "edges"):
         score = StructureScore(fixed, moving, look)
-        scores = [score(pose) if is_sane(pose, params) else -1.0 for pose in fits]
-        best = int(np.argmax(scores))
+        scores[look] = score, [score(pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)]
+        best[look] = int(np.argmax(scores[look][1]))
+    agreed = same_pose(fits[best["stain"]], fits[best["edges"]], moving)
+    if not agreed:
+        shared = [
+            mutual_information(fixed, moving, pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)
+        ]
+        best = dict.fromkeys(best, int(np.argmax(shared)))
+    options = []
+    for look, (score, values) in scores.items():
+        chosen = best[look]
         # Two starts that end in one pose are no alternatives to each other.
-        rivals = [value for pose, value in zip(fits, scores, strict=True) if not same_pose(pose, fits[best], moving)]
-        options.append((score, best, max(rivals, default=0.0), scores[best]))
-    if not same_pose(fits[options[0][1]], fits[options[1][1]], moving):
-        chosen = max(options, key=lambda option: mutual_information(fixed, moving, fits[option[1]]))
-    else:
-        chosen = max(options, key=lambda option: option[3] - max(option[2], 0.0))
-    return chosen[0], chosen[1], chosen[2]
+        rivals = [value for pose, value in zip(fits, values, strict=True) if not same_pose(pose, fits[chosen], moving)]
+        runner_up = max(rivals, default=0.0)
+        options.append((values[chosen] - max(runner_up, 0.0), _Choice(chosen, runner_up, agreed), score))
+    _, choice, score = max(options, key=lambda option: option[0])
+    return choice, score
 
 
 def _clearly_lower(score: StructureScore, before: Matrix, after: Matrix) -> bool:
@@ -255,7 +313,7 @@ def _quality(
     largest, smallest = singular_values(matrix)
     # Score and margin are those of the matrix: a deformation can make any pose look better.
     value = score(matrix)
-    quality = {
+    return {
         "dice_before": tissue_dice(fixed, moving, np.eye(3)),
         "dice_after": tissue_dice(fixed, moving, matrix, field),
         "correlation_before": score.correlation(np.eye(3))[0],
@@ -268,8 +326,6 @@ def _quality(
         "folds": 0.0,
         "working_pixel": float(fixed.size),
     }
-    error, n_patches = residual_error(fixed, moving, matrix, field)
-    return quality | {"residual_um": error, "residual_patches": n_patches}
 
 
 def _start(matrix: Matrix) -> dict[str, Any]:

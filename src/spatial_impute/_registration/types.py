@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._image.tissue import tissue_mask
+from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._params import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class RegistrationParams:
     """Overlap of the tissue masks (Dice) below which the verdict is "weak"."""
     failed_dice: Share = 0.8
     """Overlap of the tissue masks below which the verdict is "failed", unless `partial_tissue`."""
-    max_residual: Positive = 100.0
-    """Estimated residual error in um above which the verdict is "weak": the size of a spot of an ST array."""
+    max_error: Positive = 100.0
+    """Expected error in um above which the verdict is "weak": the size of a spot of an ST array."""
     partial_tissue: Flag = False
     """Accept sections without a large part of their tissue. A low overlap is then "weak", never "failed"."""
     max_chain_disagreement: Positive = 50.0
@@ -115,6 +115,10 @@ class SectionImage:
     """Micrometres per thumbnail pixel, ``(x, y)``."""
     mask: NDArray[np.bool_] | None = None
     """Tissue mask ``(y, x)``. None: found by :func:`~spatial_impute._image.tissue.tissue_mask`."""
+    stain: NDArray[np.float32] = dataclasses.field(init=False)
+    """Optical density ``(y, x)``, summed over the colors. Every pair of the section uses it."""
+    absorbed: NDArray[np.float32] = dataclasses.field(init=False)
+    """Share of the light ``(y, x)`` that is absorbed."""
 
     def __post_init__(self) -> None:
         rgb = np.asarray(self.rgb)
@@ -145,7 +149,10 @@ class SectionImage:
                 "background. Check that this is the right image, leave the section out, or give a tissue mask."
             )
             raise ValueError(msg)
-        for name, value in (("rgb", rgb), ("pixel_size", size), ("mask", mask)):
+        density = optical_density(rgb)
+        stain, absorbed = density.sum(-1), 1 - np.exp(-density).mean(-1)
+        found = {"rgb": rgb, "pixel_size": size, "mask": mask, "stain": stain, "absorbed": absorbed}
+        for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @property

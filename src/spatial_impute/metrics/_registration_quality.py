@@ -18,6 +18,7 @@ _COLUMNS = [
     "start_rotation_deg",
     "start_mirrored",
     "look",
+    "looks_agree",
     "dice_before",
     "dice_after",
     "correlation_before",
@@ -29,8 +30,9 @@ _COLUMNS = [
     "scale_max",
     "folds",
     "working_pixel",
-    "residual_um",
-    "residual_patches",
+    "error_um",
+    "error_p90_um",
+    "error_patches",
     "verdict",
     "reasons",
 ]
@@ -47,7 +49,8 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     Returns
     -------
     One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it, before
-    and after; score of the chosen pose and its lead over the best other pose; the chosen start; share of folds; the
+    and after; score of the chosen pose and its lead over the best other pose; the chosen start; the expected error (median and 90th
+    percentile at a point, um); share of folds; the
     verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons. The table is empty if the user gave the place of every
     section. Nothing is written.
 

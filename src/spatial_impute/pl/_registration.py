@@ -55,6 +55,7 @@ _TABLE = {
     "correlation_before": "r before",
     "correlation_after": "r after",
     "score": "score",
+    "error_um": "error, µm",
     "folds": "folds",
     "verdict": "verdict",
 }
@@ -90,7 +91,7 @@ def registration(
     which the bends are enlarged; the color is the true displacement.
 
     The text beside a row states the verdict, the route to the reference, the overlap of the two tissues (Dice) before
-    and after, the estimated residual error, and the structure score of the weakest pair on the route. Sections that the
+    and after, the expected error (median and 90th percentile at a point), and the structure score of the weakest pair on the route. Sections that the
     registration skipped are not shown.
 
     Parameters
@@ -236,9 +237,11 @@ def _describe(name: str, row: dict[str, Any], before: float, after: float) -> st
     # The path is worth a line only if it leads over other sections; a long one would push the panels aside.
     path = row["path"] if len(row["path"]) <= 4 else [*row["path"][:2], "…", row["path"][-1]]
     route = row["route"] if len(path) <= 2 else f"{row['route']}:\n" + " → ".join(path)
-    residual = row.get("residual_um")
-    residual = "" if residual is None else f"residual {residual:.0f} µm\n"
-    return f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\n{residual}score {row['score']:.2f}"
+    median, most = row.get("error_um"), row.get("error_p90_um")
+    error = "unknown" if median is None or most is None else f"{median:.0f} µm, 90 %: {most:.0f} µm"
+    return (
+        f"{name}: {row['verdict']}\n{route}\nDice {before:.2f} → {after:.2f}\nerror {error}\nscore {row['score']:.2f}"
+    )
 
 
 def _draw_deformations(

@@ -64,7 +64,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray, **used: A
     """
     registration = record.registration or {"method": "", "sections": {}}
     rows = registration["sections"]
-    residuals = {name: row["residual_um"] for name, row in rows.items()}
+    errors = {name: row["error_um"] for name, row in rows.items()}
     return {
         "units": units(table),
         "encoder": encoder(table),
@@ -75,7 +75,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray, **used: A
         "registration": {
             "method": registration["method"],
             "verdict": {name: row["verdict"] for name, row in rows.items()},
-            "residual_um": {name: float(um) for name, um in residuals.items() if um is not None},
+            "error_um": {name: float(um) for name, um in errors.items() if um is not None},
         },
         "version": version("spatial-impute"),
     }

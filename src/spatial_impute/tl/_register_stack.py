@@ -24,20 +24,10 @@ from spatial_impute._registration import (
     deform_stack,
     register_chain,
     run_all,
+    section_errors,
 )
-from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import (
-    displacement_elements,
-    from_images,
-    load_record,
-    plane_affine,
-    save_record,
-    section_images,
-    section_levels,
-    spots_by_section,
-    spots_state,
-    write_slots,
-)
+from spatial_impute._settings import logger
+from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -46,7 +36,9 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
+from spatial_impute.tl._given_tissue import TissueReader
 from spatial_impute.tl._given_transforms import PlaceReader, check_skip
+from spatial_impute.tl._write_registration import write_registration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,7 +65,7 @@ class RegistrationResult:
     transforms: dict[str, SectionTransform]
     """Section name to its transformation to the common frame, deformation included, with ``points`` and ``inverse``."""
     sections: pd.DataFrame
-    """One row per section: route, verdict, estimated residual error, deformation."""
+    """One row per section: route, verdict, expected error, deformation."""
 
 
 def register_stack(
@@ -87,6 +79,7 @@ def register_stack(
     transformations: Mapping[str, Placement] | None = None,
     initial: Mapping[str, Placement] | None = None,
     skip: str | Sequence[str] = (),
+    tissue_key: str | Mapping[str, str] | None = None,
     registration_params: RegistrationParams | Mapping[str, Any] | None = None,
     target_coordinate_system: str = Keys.ALIGNED,
     seed: int = 0,
@@ -132,6 +125,11 @@ def register_stack(
         Sections (damaged, wrong stain) that are not registered and to which no other section is registered. Their
         neighbours are linked directly. Without an entry in `transformations` they are not in the common frame, so they
         must have no spots.
+    tissue_key
+        Tissue of the sections: names of labels (0 is no tissue) or shapes (outlines) by section, or one name with the
+        word ``{section}`` in it (``"{section}_tissue"``, after a correction of what
+        :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
+        other sections, the tissue is found on the image.
     registration_params
         Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
@@ -186,6 +184,7 @@ def register_stack(
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
     skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
+    tissue = TissueReader.of(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} are in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
@@ -198,14 +197,16 @@ def register_stack(
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
+        "tissue": tissue.keys,
     }
-    request = _Request(reference, settings, params, given, starts, on_failure, show_progress_bar)
+    request = _Request(reference, settings, params, given, starts, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     _report(found.placed, on_failure)
     result = _Result.from_registered(record, request, found)
     if not inplace:
         return result.to_public()
-    _write(sdata, record, request, result)
+    registration = {**settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
+    write_registration(sdata, replace(record, reference=reference), result.transforms, registration)
     return None
 
 
@@ -218,6 +219,7 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
+    tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
 
@@ -249,7 +251,8 @@ def _thumbnails(
         )
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         try:
-            images[section.name] = SectionImage(rgb, pixel_size=(size_x, size_y))
+            mask = request.tissue.mask(section.name, rgb.shape[:2], to_um)
+            images[section.name] = SectionImage(rgb, (size_x, size_y), mask)
         except ValueError as error:
             msg = (
                 f"Section {section.name!r} (`sdata.images[{section.image!r}]`): {error} If the section cannot "
@@ -326,6 +329,8 @@ class _Result:
     @classmethod
     def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
         base = found.to_section[request.reference]
+        deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
+        errors = section_errors(found.pairs, found.placed, deformed)
         transforms, rows = {}, {}
         for name in record.names:
             if name in found.placed:
@@ -333,13 +338,11 @@ class _Result:
                 field, deformation = found.fields.get(name, (None, None))
                 matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
                 transforms[name] = SectionTransform.from_field(matrix, field, base)
-                link = found.pairs.get((placed.path[1], placed.path[0])) if len(placed.path) > 1 else None
-                residual = None if link is None else link.quality["residual_um"]
-                rows[name] = _section_row(placed, transforms[name], residual, deformation)
+                rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
             elif name in request.given:
                 placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
                 transforms[name] = SectionTransform(placed.matrix)
-                rows[name] = _section_row(placed, transforms[name], None, None)
+                rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
         pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
         return cls(transforms, rows, pairs)
 
@@ -350,7 +353,10 @@ class _Result:
 
 
 def _section_row(
-    placed: ChainResult, transform: SectionTransform, residual: float | None, deformation: dict[str, Any] | None
+    placed: ChainResult,
+    transform: SectionTransform,
+    error: dict[str, float | None],
+    deformation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     note = [deformation["note"]] if deformation and deformation["note"] else []
     row = {
@@ -361,91 +367,11 @@ def _section_row(
         "verdict": placed.verdict,
         "disagreement": placed.disagreement,
         "deformed": transform.deforms,
-        # Against the next section on the path, deformation included.
-        "residual_um": deformation["residual_um"] if deformation else residual,
+        **error,
         "deformation": deformation,
         "reasons": [*placed.reasons, *note],
     }
     return _jsonable(row)
-
-
-def _write(sdata: SpatialData, record: StackRecord, request: _Request, result: _Result) -> None:
-    target = request.settings["coordinate_system"]
-    elements: dict[str, Any] = {}
-    for name, transform in result.transforms.items():
-        elements |= displacement_elements(transform, name, target)
-    slots = _coordinates(sdata, record, result.transforms)
-    _write_transformations(sdata, record, result.transforms, target)
-    for name in record.names:  # also those of an earlier registration
-        for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
-            if key in sdata.images:
-                del sdata.images[key]
-    for key, element in elements.items():
-        sdata.images[key] = element
-        log_added(f"images[{key!r}]")
-    if slots:
-        write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, {"obsm": slots})
-    registration = {**request.settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
-    registration[Keys.STATE] = _state(sdata, record, result)
-    save_record(sdata, replace(record, reference=request.reference, registration=registration))
-    log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
-
-
-def _state(sdata: SpatialData, record: StackRecord, result: _Result) -> dict[str, dict[str, str]]:
-    """Fingerprints of the images and spots that were registered."""
-    images = section_images(sdata, record, from_images(result.sections, record)) if result.pairs else {}
-    spots = {}
-    if Keys.STACK_TABLE in sdata.tables:
-        table = sdata.tables[Keys.STACK_TABLE]
-        section = table.obs[Keys.SECTION].astype(str).to_numpy()
-        spots = {name: spots_state(table, section == name) for name in result.sections if (section == name).any()}
-    return {"images": images, "spots": spots}
-
-
-def _write_transformations(
-    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
-) -> None:
-    from spatialdata.transformations import Sequence, get_transformation, remove_transformation, set_transformation
-
-    left = []
-    ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
-    for _, name, element in list(sdata.gen_spatial_elements()):
-        own = get_transformation(element, get_all=True)
-        if target in own and name not in ours and not set(own) & set(record.names):
-            left.append(name)
-        for section in (n for n in record.names if n in own):
-            if section in transforms:
-                affine = plane_affine(transforms[section].matrix)
-                set_transformation(element, Sequence([own[section], affine]), to_coordinate_system=target)
-                logger.debug("Transformation of %r to %r", name, target)
-            elif target in own:  # from an earlier registration, in which the section was not skipped
-                remove_transformation(element, to_coordinate_system=target)
-    if left:
-        logger.warning(
-            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` made them, make them again.",
-            sorted(left),
-            target,
-        )
-
-
-def _coordinates(
-    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform]
-) -> dict[str, np.ndarray]:
-    """(n_spots, 3) registered coordinates of all spots in the stack table, and those in the sections if circles were moved."""
-    if Keys.STACK_TABLE not in sdata.tables:
-        return {}
-    table = sdata.tables[Keys.STACK_TABLE]
-    own, slots = np.array(table.obsm[Keys.SPATIAL], float), {}
-    for section, centers, _, rows in spots_by_section(sdata, record, table):
-        if not np.allclose(own[rows, :2], centers, atol=1e-6):
-            logger.warning("Spots of section %s were moved; their positions are read anew", section.name)
-            own[rows, :2] = centers
-            slots[Keys.SPATIAL] = own
-    xyz = np.column_stack([own[:, :2], table.obs[Keys.Z].to_numpy(float)])
-    for name, transform in transforms.items():
-        rows = np.flatnonzero(table.obs[Keys.SECTION] == name)
-        xyz[rows, :2] = transform.points(own[rows, :2])
-    return {**slots, Keys.SPATIAL_3D: xyz}
 
 
 def _jsonable(value: Any) -> Any:

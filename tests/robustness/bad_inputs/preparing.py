@@ -386,6 +386,13 @@ REGISTRATION = [
     ),
     refuses(
         "tl.register_stack",
+        "a tissue that does not exist",
+        KeyError,
+        "not found in `sdata.labels and sdata.shapes`",
+        lambda w: register(w, tissue_key={"s0": "nope"}),
+    ),
+    refuses(
+        "tl.register_stack",
         "an image without its transformation",
         KeyError,
         "not found in `coordinate systems of sdata.images['s0_image']`",
