@@ -176,6 +176,27 @@ def test_counts_may_lie_in_a_layer_or_in_raw(inputs, tmp_path, place):
     np.testing.assert_allclose(found.layers["measured"], expected, rtol=1e-6)
 
 
+def test_log_values_are_taken_as_they_are_if_the_file_says_so(inputs, tmp_path):
+    expected = assemble(read_config(inputs / "run.yaml")).tables["stack"].layers["measured"]
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    counts = table.X.toarray()
+    table.X = np.log1p(1e4 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    table.write_h5ad(tmp_path / "log.h5ad")
+    text = RUN.replace("middle.h5ad", str(tmp_path / "log.h5ad"))
+    for name, content in (
+        ("bare", text),
+        ("log", text + "log_normalized: true\n"),
+        ("wrong", RUN + "log_normalized: true\n"),
+    ):
+        (inputs / f"{name}.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"`sections\.middle\.counts`: raw counts are needed.*`log_normalized: true`"):
+        assemble(read_config(inputs / "bare.yaml"))
+    found = assemble(read_config(inputs / "log.yaml")).tables["stack"].layers["measured"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="raw counts"):
+        assemble(read_config(inputs / "wrong.yaml"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

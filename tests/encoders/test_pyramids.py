@@ -58,8 +58,9 @@ def test_one_map_becomes_a_pyramid_of_three_strides(transformer):
     image = torch.rand(1, 3, 128, 192) * 255
     with torch.inference_mode():
         assert network.features(image).shape == (1, 3 + 4, 16, 24)
-        whole = network.eval().levels(image)
-        torch.testing.assert_close(network.levels(image, (3, 9, 5, 20)), whole[..., 3:9, 5:20])
+        maps = network.eval().encode(image)
+        for function in (network.levels, network.base_features, network.decode, network.predict):
+            torch.testing.assert_close(function(maps, (3, 9, 5, 20)), function(maps)[..., 3:9, 5:20])
     loss = network.decode(network.encode(image)).square().mean()
     loss.backward()
     assert all(layer.weight.grad.abs().max() > 0 for layer in network.decoder.lateral)

@@ -377,6 +377,24 @@ def test_folders_of_two_samples_and_of_cells_are_refused(tmp_path, sample):
         si.pp.assemble_stack({"s": folder}, section_spacing=10)
 
 
+def test_cells_alone_name_the_way_to_the_bins(sample, tmp_path):
+    """A download of the cells of Space Ranger 4, whose folder has no bins beside them."""
+    folder = sample(tmp_path / "outs" / "segmented_outputs")
+    (folder / "cell_segmentations.geojson").touch()
+    for given in (tmp_path, tmp_path / "outs", folder):
+        with pytest.raises(ValueError, match=r"cells that Space Ranger 4 segmented.*to_circles"):
+            si.pp.assemble_stack({"s": given}, section_spacing=10)
+
+
+def test_bin_size_agrees_with_the_folder(data_dir):
+    bins = data_dir / "visium/tiny/seurat/visium_hd/binned_outputs/square_008um"
+    with pytest.raises(ValueError, match=r"holds bins of 8 um, found `bin_size=16`"):
+        si.pp.assemble_stack({"m": bins}, z=[0], bin_size=16)
+    with pytest.raises(ValueError, match=r"holds spots, which have no `bin_size`, found `bin_size=8`"):
+        si.pp.assemble_stack({"m": data_dir / "visium" / "muscle_vis5a"}, z=[0], bin_size=8)
+    assert load_record(si.pp.assemble_stack({"m": bins}, z=[0], bin_size=8))["m"].mpp_source == "metadata"
+
+
 def test_bins_are_found_beside_a_folder_of_images(data_dir, tmp_path):
     shutil.copytree(data_dir / "visium/tiny/seurat/visium_hd", tmp_path / "hd", copy_function=shutil.copyfile)
     (tmp_path / "hd" / "spatial").mkdir()

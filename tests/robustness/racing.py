@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -68,6 +69,8 @@ def kill_after(folder: Path, last: int) -> None:
 
 def run(kind: str, sdata: Any, model: Any, place: Path, seed: int, last: int, start: float) -> None:
     """One process of a pair. It writes how it ended."""
+    stack = (place.parent / f"{place.name}_{seed}.stack").open("w")
+    faulthandler.register(signal.SIGUSR1, stack)  # where it is, if it hangs
     torch.set_num_threads(1)
     si.settings.verbosity, si.settings.show_progress_bar, si.settings.device = "error", False, "cpu"
     if last:

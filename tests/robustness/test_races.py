@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 import racing
 import spatialdata as sd
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses a fork server")
 
 KEY = "s0_image_expression"
+_HANGS = 300  # seconds
 N_PAIRS = int(os.environ.get("RACES", "2"))  # per kind of place; every second one with a kill
 
 
@@ -60,11 +63,27 @@ def pair(context, kind: str, sdata, models, place: Path, last: int, delay: float
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode is not None, "hangs"
+    for i, process in enumerate(processes):
+        wait_for(process, place.parent / f"{place.name}_{i}.stack")
     notes = [place.parent / f"{place.name}_{i}.txt" for i in range(2)]
     return [note.read_text() if note.exists() else "killed" for note in notes]
+
+
+def wait_for(process, stack: Path) -> None:
+    """Wait for the end of a process. One that does nothing for five minutes hangs; one that waits for a processor does not."""
+    watched, used, since = psutil.Process(process.pid), -1.0, time.monotonic()
+    while process.exitcode is None:
+        process.join(5)
+        try:
+            now, waits = sum(watched.cpu_times()[:2]), watched.status() == psutil.STATUS_RUNNING
+        except psutil.NoSuchProcess:
+            continue
+        if now > used or waits:
+            used, since = now, time.monotonic()
+        if time.monotonic() - since > _HANGS or used > _HANGS:
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(5)
+            pytest.fail(f"a process hangs after {used:.0f} s of the processor:\n{stack.read_text()}")
 
 
 def stored(kind: str, sdata, place: Path) -> Any:

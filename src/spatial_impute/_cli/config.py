@@ -40,6 +40,7 @@ output: results # folder to write to
 # All that follows may be left out; these are the defaults.
 # reference: s1 # the first measured section
 genes: 250 # how many, or a list of names
+# log_normalized: true # the counts of all sections are log-normalised values already
 encoder: texture
 registration: affine # rigid, affine or syn
 methods: [mean, nearest, knn, kernel, propagation, ridge, transfer_ridge, cokriging, asign]
@@ -225,6 +226,7 @@ class RunConfig:
         Annotated[Whole, Field(gt=0)] | Names,
         Field(description="a positive whole number or a list of names (in quotes, if they look like numbers)"),
     ] = 250
+    log_normalized: Flag = False
     encoder: Name = "texture"
     registration: Literal["rigid", "affine", "syn"] = "affine"
     methods: Annotated[

@@ -132,9 +132,12 @@ def _open_sections(config: RunConfig) -> SpatialData:
     )
     for found in load_record(sdata).sections:
         chosen = given[found.name]
-        if found.counts is not None and chosen.counts is None:  # others were checked when they were read
-            where = f"sections.{found.name}"
-            sdata.tables[found.counts] = _counts(sdata.tables[found.counts], chosen.counts_layer, where, chosen.source)
+        if found.counts is not None:
+            table = _of_layer(sdata.tables[found.counts], chosen.counts_layer, f"sections.{found.name}")
+            if not config.log_normalized:  # else checked when genes are chosen
+                key = f"sections.{found.name}.{chosen.source if chosen.counts is None else 'counts'}"
+                _require_counts(table, chosen.counts_layer, key)
+            sdata.tables[found.counts] = table
     if not any(found.counts is not None for found in load_record(sdata).sections):
         msg = f"`sections`: none of {list(given)} holds expression; imputation needs a section with counts."
         raise ConfigError(msg)
@@ -144,14 +147,18 @@ def _open_sections(config: RunConfig) -> SpatialData:
 
 def _choose_genes(sdata: SpatialData, config: RunConfig) -> None:
     chosen = {"genes": config.genes} if isinstance(config.genes, list) else {"n_top_genes": config.genes}
-    si.pp.select_genes(sdata, **chosen)
+    si.pp.select_genes(sdata, **chosen, log_normalized=config.log_normalized)
 
 
-def _counts(table: AnnData, layer: str | None, where: str, key: str) -> AnnData:
-    """Table with the counts of a layer, or of ``raw``, in ``X``; else an error in terms of the file of the run."""
-    found = sorted(map(str, table.layers)) + (["raw"] if table.raw is not None else [])
-    if layer is not None and layer not in found:
-        msg = f"`{where}.counts_layer`: there is no layer {layer!r}; found {found or 'none'}."
+def _layers(table: AnnData) -> list[str]:
+    """What `counts_layer` may name."""
+    return sorted(map(str, table.layers)) + (["raw"] if table.raw is not None else [])
+
+
+def _of_layer(table: AnnData, layer: str | None, where: str) -> AnnData:
+    """Table with a layer, or ``raw``, in ``X``; else an error in terms of the file of the run."""
+    if layer is not None and layer not in _layers(table):
+        msg = f"`{where}.counts_layer`: there is no layer {layer!r}; found {_layers(table) or 'none'}."
         raise ConfigError(msg)
     if layer == "raw" and "raw" not in table.layers:
         uns = table.uns
@@ -160,24 +167,29 @@ def _counts(table: AnnData, layer: str | None, where: str, key: str) -> AnnData:
     elif layer is not None:
         table = table.copy()
         table.X = table.layers[layer]
+    return table
+
+
+def _require_counts(table: AnnData, layer: str | None, key: str) -> None:
+    """Raise an error in terms of the file of the run if ``X``, which came from `layer`, holds no raw counts."""
     values = table.X
     sample = None if values is None else values.data if hasattr(values, "tocsr") else np.asarray(values)
-    if sample is None or not sample.size or not looks_like_counts(sample):
-        what = (
-            "is empty"
-            if sample is None or not sample.size
-            else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
-        )
-        slot = "X" if layer is None else f"layer {layer!r}"
-        others = [name for name in found if name != layer]
-        hint = (
-            f"If one of {others} holds them, add `{where}.counts_layer: {others[0]}`."
-            if others
-            else "Give a file with raw counts."
-        )
-        msg = f"`{where}.{key}`: raw counts are needed (whole numbers from 0), but {slot} {what}. {hint}"
-        raise ConfigError(msg)
-    return table
+    if sample is not None and sample.size and looks_like_counts(sample):
+        return
+    what = (
+        "is empty"
+        if sample is None or not sample.size
+        else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
+    )
+    slot = "X" if layer is None else f"layer {layer!r}"
+    others = [name for name in _layers(table) if name != layer]
+    hint = (
+        f"If one of {others} holds them, add `{key.rpartition('.')[0]}.counts_layer: {others[0]}`."
+        if others
+        else "Give a file with raw counts; if all sections hold log-normalised values, add `log_normalized: true`."
+    )
+    msg = f"`{key}`: raw counts are needed (whole numbers from 0), but {slot} {what}. {hint}"
+    raise ConfigError(msg)
 
 
 def _read(name: str, section: SectionConfig) -> tuple[Any, float | None]:
@@ -233,7 +245,6 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         repeated = table.obs_names[table.obs_names.duplicated()][0]
         msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
         raise ConfigError(msg)
-    table = _counts(table, section.counts_layer, f"sections.{name}", "counts")
     centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)

@@ -35,7 +35,7 @@ _OVERVIEW = 16.0  # um per pixel; fine enough for tissue and for the mean stain
 _WHITE = 255.0
 _MAX_ENLARGEMENT = 2.0  # an image a little coarser than the training images of the encoder does little harm
 _LIMIT = 2**28  # bytes, where windows come in any order: two rows of 2048 px chunks of a slide 20,000 px wide
-_STRIPE = 2**26  # bytes, where they come in stripes; a slide of 5,000 px has more, so that larger ones take no more
+_STRIPE = 2**27  # bytes, where they come in stripes; larger slides take no more
 
 
 class ChunkCache:
@@ -91,10 +91,11 @@ class ChunkCache:
                 self._bytes -= self._chunks.popitem(last=False)[1].nbytes
             return chunk
 
-    def stripe(self, level: Level, core: int, halo: int) -> int:
+    def stripe(self, level: Level, core: int, halo: int, beyond: int) -> int:
         """Set the limit for windows that are read row by row within stripes; returns the width of a stripe in pixels.
 
-        Windows begin `core` pixels of the level apart, and reach `halo` further on each side.
+        Windows begin `core` pixels of the level apart, and reach `halo` further on each side; those at the borders of a
+        stripe `beyond` more.
         """
         chunks = getattr(level.data.data, "chunks", None)
         if chunks is None:
@@ -103,7 +104,7 @@ class ChunkCache:
         window = core + 2 * halo
         n_rows = -(-window // height) + 1
         per_column = n_rows * height * level.data.sizes["c"] * level.data.dtype.itemsize
-        around = 2 * halo + 2 * width  # windows reach out of the stripe, and end anywhere in a chunk
+        around = 2 * (halo + beyond) + 2 * width  # windows reach out of the stripe, and end anywhere in a chunk
         least = window + width  # or a chunk would lie in three stripes
         self.limit = max(_STRIPE, per_column * (least + around))
         return self.limit // per_column - around
@@ -128,10 +129,10 @@ class ResampledImage:
     cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)
     """Decoded chunks."""
 
-    def stripe(self, core: int, halo: int) -> int:
-        """Width of a stripe in resampled pixels for windows of `core` and `halo`; see :meth:`ChunkCache.stripe`."""
-        step = max(self.step)
-        return int(self.cache.stripe(self.level, math.ceil(core * step), math.ceil(halo * step)) / self.step[1])
+    def stripe(self, core: int, halo: int, beyond: int) -> int:
+        """Width of a stripe, all in resampled pixels; see :meth:`ChunkCache.stripe`."""
+        sizes = (math.ceil(n * max(self.step)) for n in (core, halo, beyond))
+        return int(self.cache.stripe(self.level, *sizes) / self.step[1])
 
     @property
     def from_um(self) -> np.ndarray:

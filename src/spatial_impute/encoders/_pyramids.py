@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,10 +14,13 @@ from torch.nn import functional as F
 
 from spatial_impute._validation import require_one_of
 from spatial_impute.encoders import _efficientnet as efficientnet
+from spatial_impute.encoders._context import coarser, cut, cut_pixels, grow, measured_halo, relative
 from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from spatial_impute.encoders._context import Cells
 
 # Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
@@ -48,6 +54,17 @@ class Pyramid(nn.Module):
     resolution: float
     context_level: int = -1
     window: int = 1
+
+    @cached_property
+    def halo(self) -> int:
+        """Pixels around a window on which its maps can depend; a multiple of the last stride and of `window`."""
+        multiple = math.lcm(self.strides[-1], self.window)
+        probe = copy.deepcopy(self).double().cpu().eval()
+        return -(-measured_halo(probe, self.strides, multiple, name=self.name) // multiple) * multiple
+
+    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+        """Maps of a window (in px) of the image; `halo` px around it, or the end of the image, make them exact."""
+        return cut_pixels(self(rgb), self.strides, window)
 
 
 class TexturePyramid(Pyramid):
@@ -102,6 +119,8 @@ class TellezPyramid(Pyramid):
     resolution = 1.0
     context_level = 2
 
+    _CONTEXT = 16  # px that the deepest map reads around a window, rounded up to its stride
+
     def __init__(self, *, pretrained: bool = True) -> None:
         from spatial_impute.encoders._tellez import TellezEncoder, TellezNetwork
 
@@ -112,8 +131,19 @@ class TellezPyramid(Pyramid):
                 module.inplace = True  # saves a copy of the largest maps
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
-        scaled = (rgb / 127.5).sub_(1.0)
-        return [*self._stack(scaled), *(self._stack(F.avg_pool2d(scaled, factor))[-1] for factor in (2, 4, 8))]
+        return self.within(rgb, (0, rgb.shape[-2], 0, rgb.shape[-1]))
+
+    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+        reduced, maps = (rgb / 127.5).sub_(1.0), []
+        for factor in (1, 2, 4, 8):
+            if factor > 1:
+                reduced = F.avg_pool2d(reduced, 2)
+            # The deepest map needs less than a cell around the window: the finer the image, the less is computed in vain.
+            inner = coarser(window, factor)
+            around = grow(inner, self._CONTEXT, reduced.shape[-2:])
+            found = cut_pixels(self._stack(cut(reduced, around)), (4, 8, 16), relative(inner, around))
+            maps += found if factor == 1 else found[-1:]
+        return maps
 
     def _stack(self, x: Tensor) -> list[Tensor]:
         """Maps at the strides 4, 8 and 16. The map of stride 2 shows edges of single nuclei and costs four times more."""
@@ -146,6 +176,9 @@ def _by_strips(
         n_rows = max(1, _STRIP_BYTES // (x.shape[-1] * channels * x.element_size()))
     if n_rows >= height:
         return run(x, 1, 1)
+    n_rows = -(
+        -height // -(-height // n_rows)
+    )  # of about the same size: torch rounds differently for the rest, if it is small
     whole = x.new_empty((len(x), channels, height, x.shape[-1] // stride))
     for top in range(0, height, n_rows):
         bottom = min(top + n_rows, height)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     SectionInput: TypeAlias = SpatialData | AnnData | DataArray | DataTree | np.ndarray | str | Path
 
 
+_FEW_GENES = 4  # named in a message
 _SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 
 
@@ -140,7 +141,7 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
         )
         raise FileNotFoundError(msg)
     try:
-        sdata, mpp, source = read_spaceranger(folder, fullres_image=options.fullres_image)
+        sdata, mpp, source = read_spaceranger(folder, fullres_image=options.fullres_image, bin_size=options.bin_size)
     except FileNotFoundError:
         raise
     except (OSError, LookupError, ValueError) as error:
@@ -413,7 +414,8 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
         warnings.filterwarnings("ignore", "Variable names are not unique")
         counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
     if renamed := require_unique_genes(counts, where):
-        logger.warning("%s: genes that share a name are named by their id: %s", where, renamed)
+        few = dict(list(renamed.items())[:_FEW_GENES])
+        logger.warning("%s: %d genes that share a name are named by their id, e.g. %s", where, len(renamed), few)
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])

@@ -31,6 +31,7 @@ _POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positi
 _COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
+_CELLS = "segmented_outputs"
 _IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.png"))
 # Spots of one row of a Visium array are 100 um apart, two steps of array_col; rows are 100 * sin(60 degrees) apart.
 _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
@@ -53,8 +54,9 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
             wanted = float(bin_size) if bin_size is not None else (8.0 if 8.0 in bins else min(bins))
             require_key(f"{wanted:g}", [f"{size:g}" for size in bins], where=f"bin sizes (um) of {path}")
             return bins[wanted]
-        if (folder / "spatial" / SCALEFACTORS).exists():
-            return folder
+        for entry in (folder, folder / _CELLS):  # without bins, the cells alone
+            if (entry / "spatial" / SCALEFACTORS).exists():
+                return entry
     return None
 
 
@@ -72,18 +74,30 @@ class _Sample:
     """Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)."""
 
 
-def read_spaceranger(folder: Path, *, fullres_image: str | Path | None = None) -> tuple[SpatialData, float, str]:
+def read_spaceranger(
+    folder: Path, *, fullres_image: str | Path | None = None, bin_size: float | None = None
+) -> tuple[SpatialData, float, str]:
     """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
     All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without
-    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read.
+    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other than
+    that of the folder raises a ``ValueError``.
     """
     factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
+    found = factors.get("bin_size_um")
+    if bin_size is not None and (found is None or float(found) != float(bin_size)):
+        holds = "spots, which have no `bin_size`" if found is None else f"bins of {float(found):g} um"
+        msg = (
+            f"{folder} holds {holds}, found `bin_size={bin_size:g}`. Leave `bin_size` out, or give the folder that has such bins in "
+            "its 'binned_outputs'."
+        )
+        raise ValueError(msg)
     images = {kind: folder / "spatial" / name for kind, name in _IMAGES if (folder / "spatial" / name).exists()}
     if next(folder.glob("*cell_segmentations.geojson"), None) is not None:
         msg = (
-            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give 'binned_outputs' "
-            "beside it, or read it with `spatialdata_io.visium_hd` and give the object with `shapes_key=`."
+            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the folder with "
+            "'binned_outputs' beside it. To use the cells, read them with `spatialdata_io.visium_hd`, replace their polygons by "
+            "`spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
     return _section(_Sample(str(folder), factors, _read_positions(folder), _read_counts(folder), images), fullres_image)

@@ -190,6 +190,7 @@ def _make_job(
 ) -> tuple[list[str], DenseJob]:
     """Names of the channels, and the job, after all checks."""
     from spatial_impute._image.resampling import slide_overview
+    from spatial_impute.models.pixnet._slide import Slide
     from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
 
     index = model.gene_index(request.genes)
@@ -215,7 +216,8 @@ def _make_job(
     if request.shapes_key is not None:
         regions, _ = read_shapes(sdata, request.shapes_key, frame)
         wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(image.from_um), tiling))
-    return names, DenseJob(network, image, stain, tiling, request.output_dtype, request.features, tissue, wanted)
+    slide = Slide(image, stain, tiling)
+    return names, DenseJob(network, slide, request.output_dtype, request.features, tissue, wanted)
 
 
 def _write(writer: DenseStore, *, show: bool | None) -> DataArray:

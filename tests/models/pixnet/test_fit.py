@@ -202,7 +202,7 @@ def test_network_computes_its_base():
     rgb = torch.rand(1, 3, 16, 16, dtype=torch.float64) * 255
     with torch.inference_mode():
         found = network.genes(network.features(rgb))[0].flatten(1).T
-        levels = network.levels(rgb)[0].flatten(1).T.numpy()
+        levels = network.levels(network.encode(rgb))[0].flatten(1).T.numpy()
     np.testing.assert_allclose(found, base.predict(levels), rtol=1e-8, atol=1e-8)
 
 
@@ -223,7 +223,7 @@ def test_decoder_reads_maps_of_any_scale_alike():
             ModulePyramid(Scaled(scale), name="s"), n_genes=2, width=4, n_base=2, norm="layer"
         ).eval()
         with torch.inference_mode():
-            features = network.levels(rgb)[0].flatten(1).T.numpy().astype(float)
+            features = network.levels(network.encode(rgb))[0].flatten(1).T.numpy().astype(float)
             standardise_decoder(network, features, np.zeros(features.shape[1]))
             found.append(network.decode(network.encode(rgb)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-2)

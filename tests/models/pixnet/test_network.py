@@ -15,7 +15,8 @@ def test_windows_are_mean_and_spread_of_the_window():
     maps = torch.from_numpy(np.random.default_rng(0).normal(3, 1, (1, 2, 18, 24)))
     windows = WindowStatistics(4, 12, (35.0, 60.0))  # cells of 3 x 3; windows of 3 and of 5 cells
     assert windows.n_cells == (3, 5)
-    found = windows(maps)
+    found = windows(maps, (0, 6, 0, 8))
+    torch.testing.assert_close(windows(maps, (1, 5, 3, 4)), found[..., 1:5, 3:4])
     assert found.shape == (1, 2 * 2 * 2, 6, 8)
     for w, n in enumerate(windows.n_cells):
         for row in range(6):
@@ -34,7 +35,8 @@ def test_windows_are_mean_and_spread_of_the_window():
 
 def test_nothing_varies_on_glass():
     """In single precision a constant map has next to no spread, and rounding does not show."""
-    found = WindowStatistics(16, 64, (320.0,))(torch.full((1, 1, 64, 64), 7.3) + 1e-6 * torch.rand(1, 1, 64, 64))
+    maps = torch.full((1, 1, 64, 64), 7.3) + 1e-6 * torch.rand(1, 1, 64, 64)
+    found = WindowStatistics(16, 64, (320.0,))(maps, (0, 16, 0, 16))
     assert (found[:, 1] - 1e-3**0.5).abs().max() < 1e-3
 
 
@@ -54,5 +56,6 @@ def test_levels_in_part_are_cut_from_the_whole(cells):
     rgb = torch.rand(1, 3, 256, 512) * 255
     with torch.inference_mode():
         y0, y1, x0, x1 = cells
-        whole, part = network.eval().levels(rgb), network.levels(rgb, cells)
+        maps = network.eval().encode(rgb)
+        whole, part = network.levels(maps), network.levels(maps, cells)
     torch.testing.assert_close(part, whole[..., y0:y1, x0:x1])

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from spatial_impute.models.pixnet import _region_weights
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Discs, Polygons, build_stencil
-from spatial_impute.models.pixnet._tiles import TileIndex, Tiling, bag
+from spatial_impute.models.pixnet._slide import Tiling
+from spatial_impute.models.pixnet._tiles import TileIndex, bag
 
 STRIDE = 4
 HEIGHT, WIDTH = 258, 307  # no multiples of the stride

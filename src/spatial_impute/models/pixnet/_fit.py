@@ -15,7 +15,8 @@ from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
-from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions, whole_map
+from spatial_impute.models.pixnet._slide import Slide, Tiling
+from spatial_impute.models.pixnet._tiles import read_regions
 from spatial_impute.models.pixnet._training import FitSettings, RegionLoss, evaluate, held_out_crops, train
 
 if TYPE_CHECKING:
@@ -153,8 +154,7 @@ class LinearBase:
             if len(rows) == len(slide.regions):
                 components = base.components(part.features)
             else:  # only a sample was read for the regression
-                stage = whole_map(lambda rgb: network.base_features(network.encode(rgb)))
-                components, _ = region_means(slide, stage, network.n_base)
+                components, _ = region_means(slide, network.base_features, network.n_base)
             with_base.append(replace(slide, base=(components @ base.weights).astype(np.float32)))
         return cls(base, data, within, with_base)
 

@@ -17,7 +17,8 @@ from spatial_impute.encoders._pyramids import ENCODERS, build_pyramid
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
-from spatial_impute.models.pixnet._tiles import Slide, TileIndex, Tiling, iter_sums, whole_map
+from spatial_impute.models.pixnet._slide import Slide, Tiling
+from spatial_impute.models.pixnet._tiles import TileIndex, iter_sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -144,12 +145,12 @@ class PixNetModel:
         network = self.network.with_genes(index)
         linear = not network.rates
         # A linear head is applied to the features of regions instead of every cell. A rate is not linear.
-        function = network.features if linear else lambda rgb: network.genes(network.features(rgb))
+        stage = network.combine if linear else network.predict
         slide = Slide(image, stain, self._tiling(image.shape, core))
         pixel_area = abs(np.linalg.det(image.to_um[:2, :2]))
         values = np.empty((len(regions), len(index)), np.float32) if out is None else out
         n_pixels = np.zeros(len(regions))
-        for rows, sums, count in iter_sums(network, whole_map(function), slide, regions, on_tile=on_tile):
+        for rows, sums, count in iter_sums(network, stage, slide, regions, on_tile=on_tile):
             n_pixels[rows] = count
             if not count.any():
                 values[rows] = np.nan

@@ -15,21 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute._io.workers import suitable_threads
+from spatial_impute.encoders._context import coarser, cut, grow, measured_halo, relative
 from spatial_impute.encoders._encoder import autocast
 from spatial_impute.encoders._pyramids import window_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from spatial_impute.encoders._context import Cells
     from spatial_impute.encoders._pyramids import Pyramid
     from spatial_impute.models._params import PixNetParams
 
-_FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the test image for the receptive field
+_CONVOLVED = 2  # cells that two 3x3 convolutions read on each side
 _LARGE_MAP = 257  # rows plus columns; up to 128 torch 2.13 has another kernel, and twice that is on the safe side
 # Added to variances before the root, for features of variance 1. Without it, rounding errors, which differ between a
 # tile and the slide, would become features where the image does not vary.
 _NO_VARIANCE = 1e-3
-
-Cells = tuple[int, int, int, int]  # Cells [y0, y1) x [x0, x1) of a map
 
 
 @dataclass(frozen=True)
@@ -94,24 +95,35 @@ class Decoder(nn.Module):
             up, down = nn.ConvTranspose2d(c, width, 2, stride=2), nn.Conv2d(c, width, 2, stride=2)
             self.lateral = nn.ModuleList([up, self.lateral[0], down])
             strides = decoder_strides(strides)
-        factors = [b // a for a, b in pairwise(strides)]
-        self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in factors])
-        self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in factors])
-        self.delta = nn.Parameter(torch.full((len(factors),), float(delta)))
+        self.factors = [b // a for a, b in pairwise(strides)]
+        self.up = nn.ModuleList([nn.ConvTranspose2d(width, width, k, stride=k) for k in self.factors])
+        self.convolve = nn.ModuleList([DoubleConv(width, norm) for _ in self.factors])
+        self.delta = nn.Parameter(torch.full((len(self.factors),), float(delta)))
         # See `standardise_decoder`. Encoders differ in scale by factors of hundreds; small maps would hardly be learned from.
         self.n_channels = channels
         self.register_buffer("mean", torch.zeros(sum(channels)))
         self.register_buffer("spread", torch.ones(()))
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        means = self.mean[:, None, None].split(self.n_channels)
-        maps = [(m - mean) / self.spread for m, mean in zip(maps, means, strict=True)]
-        if self.single:
-            maps = maps * len(self.lateral)
-        x = self.lateral[-1](maps[-1])
-        for i in reversed(range(len(self.up))):
-            x = self.convolve[i](self.up[i](x) + self.delta[i] * self.lateral[i](maps[i]))
-        return x
+    def forward(self, maps: list[Tensor], cells: Cells) -> Tensor:
+        """Some cells of the finest map. Of every coarser map only what these cells read is computed."""
+        size = maps[0].shape[-2] * (2 if self.single else 1), maps[0].shape[-1] * (2 if self.single else 1)
+        wanted, grown = cells, []
+        for factor in self.factors:
+            grown.append(grow(wanted, _CONVOLVED, size))
+            wanted, size = coarser(grown[-1], factor), (size[0] // factor, size[1] // factor)
+        x, window = self._lateral(maps, len(self.factors), wanted), wanted
+        for i in reversed(range(len(self.factors))):
+            x = cut(self.up[i](x), relative(grown[i], window, self.factors[i]))
+            x = self.convolve[i](x + self.delta[i] * self._lateral(maps, i, grown[i]))
+            window = grown[i]
+        return cut(x, relative(cells, window))
+
+    def _lateral(self, maps: list[Tensor], level: int, cells: Cells) -> Tensor:
+        """Some cells of a map, standardised, with the channels of the decoder."""
+        if self.single:  # the map is coarse: little is gained if only a part is computed
+            return cut(self.lateral[level]((maps[0] - self.mean[:, None, None]) / self.spread), cells)
+        mean = self.mean.split(self.n_channels)[level][:, None, None]
+        return self.lateral[level]((cut(maps[level], cells) - mean) / self.spread)
 
 
 def decoder_strides(strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -126,8 +138,8 @@ class WindowStatistics(nn.Module):
     a convolution. As maps on a grid, these statistics can be read for regions of any shape and computed tile by tile.
     Windows are cut at the edge of the image; their edges, in px, are rounded to odd numbers of cells.
 
-    Shapes: (n, c, y / stride, x / stride) -> (n, 2 * len(windows) * c, y / cell, x / cell): for each window the means, then
-    the standard deviations.
+    Shapes: (n, c, y / stride, x / stride) -> (n, 2 * len(windows) * c, rows, columns) of `cells` of the coarse grid: for each
+    window the means, then the standard deviations.
     """
 
     def __init__(self, stride: int, cell: int, windows: tuple[float, ...]) -> None:
@@ -135,13 +147,15 @@ class WindowStatistics(nn.Module):
         self.factor = cell // stride
         self.n_cells = tuple(2 * max(0, round((window / cell - 1) / 2)) + 1 for window in windows)
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor, cells: Cells) -> Tensor:
         mean = F.avg_pool2d(maps, self.factor)
         square = F.avg_pool2d(maps**2, self.factor)
         parts = []
         for n in self.n_cells:
-            centre = window_mean(mean, n)
-            variance = (window_mean(square, n) - centre**2).clamp(min=0)
+            around = grow(cells, n // 2, mean.shape[-2:])
+            inner = relative(cells, around)
+            centre = cut(window_mean(cut(mean, around), n), inner)
+            variance = (cut(window_mean(cut(square, around), n), inner) - centre**2).clamp(min=0)
             parts += [centre, (variance + _NO_VARIANCE).sqrt()]
         return torch.cat(parts, dim=1)
 
@@ -202,7 +216,8 @@ class PixNetNetwork(nn.Module):
         self.pyramid = pyramid
         coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= finest]
         self.first = max(0, min([*coarse_enough, len(pyramid.strides) - 2]))
-        strides, channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
+        self.strides, self.channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
+        strides, channels = self.strides, self.channels
         self.stride, self.multiple = decoder_strides(strides)[0], math.lcm(decoder_strides(strides)[-1], pyramid.window)
         self.magnified = strides[0] // self.stride  # cells of the finest grid along a cell of the finest map
         self.n_base, self.width, self.rates = n_base, width, rates
@@ -232,61 +247,72 @@ class PixNetNetwork(nn.Module):
         self.pyramid.eval()
         return self
 
-    def encode(self, rgb: Tensor) -> list[Tensor]:
-        """Maps of the encoder that the network uses, finest first."""
+    def encode(self, rgb: Tensor, window: Cells | None = None) -> list[Tensor]:
+        """Maps of the encoder that the network uses, finest first; only of a window in px if given."""
         with autocast(rgb.device, self.precision):
-            maps = self.pyramid(rgb)[self.first :]
-        return [m.to(rgb.dtype) for m in maps]
+            maps = self.pyramid(rgb) if window is None else self.pyramid.within(rgb, window)
+        return [m.to(rgb.dtype) for m in maps[self.first :]]
 
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        """Features of the decoder: (n, width, y / stride, x / stride)."""
+    def decode(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Features of the decoder from the maps of the encoder: (n, width, y / stride, x / stride), or only some cells."""
         with autocast(maps[0].device, self.precision):
-            decoded = self.decoder(maps)
+            decoded = self.decoder(maps, cells or self._all_cells(maps))
         return decoded.to(maps[0].dtype)
 
-    def levels(self, rgb: Tensor, cells: Cells | None = None) -> Tensor:
-        """Inputs of the base on the finest grid, (n, n_levels, y, x); only some cells if given."""
-        maps = self._base_maps(self.encode(rgb))
-        size = self._grid(maps[0])
-        if cells is not None:  # with some thousand channels, maps of all cells would take much memory
-            return torch.cat([_resize_part(m, size[0] // m.shape[-2], cells) for m in maps], dim=1)
-        return torch.cat([_resize(m, size) for m in maps], dim=1)
+    def levels(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Inputs of the base on the finest grid, (n, n_levels, y, x), or only some cells.
 
-    def base_features(self, maps: list[Tensor]) -> Tensor:
-        """Base from the maps of the encoder: (n, n_base, y / stride, x / stride)."""
+        With some thousand channels, maps of all cells would take much memory.
+        """
+        cells = cells or self._all_cells(maps)
+        parts = self._parts(maps, cells)
+        return torch.cat([_resize_part(part, factor, cells) for part, factor in parts], dim=1)
+
+    def base_features(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Base from the maps of the encoder: (n, n_base, y / stride, x / stride), or only some cells."""
+        cells = cells or self._all_cells(maps)
         # Maps of the same size are added before they are resized, and sums are in place: for maps as large as the finest
         # one, most of the time is allocation of memory.
-        by_size: dict[torch.Size, Tensor] = {}
-        for projection, m in zip(self.base, self._base_maps(maps), strict=True):
-            size, part = m.shape[-2:], projection(m)
-            by_size[size] = by_size[size].add_(part) if size in by_size else part
-        first, *coarser = by_size.values()
-        grid = self._grid(first)
-        total = _resize(first, grid)
-        for part in coarser:
-            total.add_(_resize(part, grid))
-        return total
+        by_factor: dict[int, Tensor] = {}
+        for projection, (part, factor) in zip(self.base, self._parts(maps, cells), strict=True):
+            projected = projection(part)
+            by_factor[factor] = by_factor[factor].add_(projected) if factor in by_factor else projected
+        first, *others = (_resize_part(part, factor, cells) for factor, part in by_factor.items())
+        for other in others:
+            first.add_(other)
+        return first
 
-    def _grid(self, finest: Tensor) -> tuple[int, int]:
-        """Rows and columns of the finest grid."""
-        return finest.shape[-2] * self.magnified, finest.shape[-1] * self.magnified
+    def _all_cells(self, maps: list[Tensor]) -> Cells:
+        """All cells of the finest grid."""
+        return 0, maps[0].shape[-2] * self.magnified, 0, maps[0].shape[-1] * self.magnified
 
-    def _base_maps(self, maps: list[Tensor]) -> list[Tensor]:
-        if self.windows is None:
-            return maps
-        source = maps[self.window_level]
-        return [*maps, *self.windows(source).split(source.shape[1], dim=1)]
+    def _parts(self, maps: list[Tensor], cells: Cells) -> Iterator[tuple[Tensor, int]]:
+        """What the cells of the finest grid read of each input of the base, and how many cells lie along one of its own."""
+        rows, columns = self._all_cells(maps)[1::2]
+        for m in maps:
+            factor = rows // m.shape[-2]
+            yield cut(m, _resize_source(cells, factor, m.shape[-2:])), factor
+        if self.windows is not None:
+            source = maps[self.window_level]
+            factor = rows // source.shape[-2] * self.windows.factor
+            read = _resize_source(cells, factor, (rows // factor, columns // factor))
+            for part in self.windows(source, read).split(source.shape[1], dim=1):
+                yield part, factor
 
-    def combine(self, maps: list[Tensor]) -> Tensor:
-        """Base and decoder from the maps of the encoder."""
-        parts = [self.decode(maps)]
+    def combine(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Base and decoder from the maps of the encoder; only some cells if given."""
+        parts = [self.decode(maps, cells)]
         if self.n_base:
-            parts.insert(0, self.base_features(maps))
+            parts.insert(0, self.base_features(maps, cells))
         return torch.cat(parts, dim=1)
 
     def features(self, rgb: Tensor) -> Tensor:
         """Base and decoder, the inputs of the linear head."""
         return self.combine(self.encode(rgb))
+
+    def predict(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+        """Map of the genes from the maps of the encoder; only some cells if given."""
+        return self.genes(self.combine(maps, cells))
 
     def genes(self, features: Tensor) -> Tensor:
         """Map of the genes from that of the features."""
@@ -351,54 +377,26 @@ def _resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return resized[..., : size[1]]
 
 
-def _resize_part(maps: Tensor, factor: int, cells: Cells) -> Tensor:
-    """Some cells of the map resized by a factor."""
-    y0, y1, x0, x1 = cells
-    height, width = maps.shape[-2:]
-    # Bilinear interpolation reads one more cell on each side.
-    top, left = max(y0 // factor - 1, 0), max(x0 // factor - 1, 0)
-    part = maps[..., top : min(-(-y1 // factor) + 1, height), left : min(-(-x1 // factor) + 1, width)]
-    part = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
-    top, left = y0 - top * factor, x0 - left * factor
-    return part[..., top : top + y1 - y0, left : left + x1 - x0]
+def _resize_source(cells: Cells, factor: int, size: Sequence[int]) -> Cells:
+    """Cells of a map of this size that bilinear interpolation by a factor reads: one more on each side."""
+    return cells if factor == 1 else grow(coarser(cells, factor), 1, size)
+
+
+def _resize_part(part: Tensor, factor: int, cells: Cells) -> Tensor:
+    """Some cells of a map resized by a factor, from the `part` of it that :func:`_resize_source` names."""
+    if factor == 1:
+        return part
+    y, x = (max(first // factor - 1, 0) * factor for first in (cells[0], cells[2]))
+    resized = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
+    return cut(resized, (cells[0] - y, cells[1] - y, cells[2] - x, cells[3] - x))
 
 
 def receptive_halo(network: PixNetNetwork) -> int:
-    """Pixels of context around a tile on which its cells, and one more cell, can depend; a multiple of `multiple`.
-
-    The value is measured, so that it holds for any encoder: pixels beyond an edge are set to NaN, which spreads to all
-    cells that read them. Both ends of both axes are tested. A network with operations over the whole image raises a
-    ``ValueError``.
-    """
+    """Pixels of context around a tile on which its cells, and one more cell, can depend; a multiple of `multiple`."""
     probe = copy.deepcopy(network).double().cpu().eval()
     probe.precision = "float32"  # single and double precision are computed as they are
-    n_cells = _FIRST_PROBE
-    while n_cells <= _LAST_PROBE:
-        found = [_reach(probe, n_cells * network.multiple, axis, side) for axis in (2, 3) for side in (0, 1)]
-        reach = [pixels for pixels in found if pixels is not None]
-        if len(reach) == len(found):
-            # The resize to pixels reads one more cell.
-            return -(-(max(reach) + network.stride) // network.multiple) * network.multiple
-        n_cells *= 2
-    msg = (
-        f"The encoder {network.pyramid.name!r} reads the whole image (or more than {n_cells * network.multiple // 4} px "
-        "around a pixel), so that tiles cannot equal the slide. Use a convolutional encoder without global operations, "
-        "or set `model_params={'encoder_window': 224}`: the edge in px of windows that the encoder reads one by one."
+    reach = measured_halo(
+        lambda rgb: [probe.features(rgb)], [network.stride], network.multiple, name=network.pyramid.name
     )
-    raise ValueError(msg)
-
-
-def _reach(probe: PixNetNetwork, length: int, axis: int, side: int) -> int | None:
-    """Pixels beyond an edge in the middle of a strip on which cells depend; None if all cells depend on them."""
-    edge = length // 2
-    shape = [1, 3, probe.multiple, probe.multiple]
-    shape[axis] = length
-    rgb = torch.full(shape, 128.0, dtype=torch.float64)
-    rgb.narrow(axis, 0 if side == 0 else edge, edge).fill_(torch.nan)
-    with torch.inference_mode(), suitable_threads(0, 0):
-        affected = probe.features(rgb).isnan().any(dim=1).any(dim=4 - axis)[0]
-    clean = (~affected).nonzero()[:, 0]
-    if not len(clean):
-        return None
-    cell = edge // probe.stride
-    return (int(clean[0]) - cell if side == 0 else cell - int(clean[-1]) - 1) * probe.stride
+    # The resize to pixels reads one more cell.
+    return -(-(reach + network.stride) // network.multiple) * network.multiple

@@ -16,101 +16,19 @@ from spatial_impute._io.workers import requested_threads, suitable_threads
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from spatial_impute._image.resampling import ResampledImage, SlideOverview
-    from spatial_impute.models.pixnet._network import Cells, PixNetNetwork, Stain
+    from spatial_impute.encoders._context import Cells
+    from spatial_impute.models.pixnet._network import PixNetNetwork
+    from spatial_impute.models.pixnet._slide import Slide, Tiling
 
-    Stage = Callable[[Tensor, Cells], Tensor]
-    """From RGB (1, 3, y, x) to some cells of the maps (1, c, y / stride, x / stride)."""
+    Stage = Callable[[list[Tensor], Cells], Tensor]
+    """From the maps of the encoder to some cells of a map (1, c, y, x)."""
 
 _BATCH = 100_000  # regions whose weights are in memory at a time: some 100 MB
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Partition of an image into cores, each of which is computed with context around it.
-
-    The image is extended in white, at its right and lower end, to a multiple of the coarsest cell. Cores begin at
-    multiples of it; convolutions are padded with zeros at the ends of the extended image only.
-    """
-
-    height: int
-    width: int  # Size of the image in px
-    core: int  # Edge of a core in px, a multiple of `multiple`
-    halo: int  # Context in px, a multiple of `multiple`
-    stride: int
-    multiple: int
-
-    @classmethod
-    def of_network(cls, network: PixNetNetwork, shape: tuple[int, int], core: int, halo: int) -> Tiling:
-        """Tiling of an image; `core` px are rounded up to the coarsest cell of the network."""
-        multiple = network.multiple
-        return cls(*shape, -(-core // multiple) * multiple, halo, network.stride, multiple)
-
-    @property
-    def extended(self) -> tuple[int, int]:
-        """Height and width of the extended image."""
-        return -(-self.height // self.multiple) * self.multiple, -(-self.width // self.multiple) * self.multiple
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of decoder cells of the extended image."""
-        return self.extended[0] // self.stride, self.extended[1] // self.stride
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of cores."""
-        return -(-self.height // self.core), -(-self.width // self.core)
-
-    @property
-    def image(self) -> Box:
-        return Box(0, self.height, 0, self.width)
-
-    def box(self, tile: tuple[int, int]) -> Box:
-        """Pixels of a core within the extended image."""
-        y, x = tile[0] * self.core, tile[1] * self.core
-        return Box(y, min(y + self.core, self.extended[0]), x, min(x + self.core, self.extended[1]))
-
-    def pixels(self, tile: tuple[int, int]) -> Box:
-        """Pixels of a core that lie in the image."""
-        box = self.box(tile)
-        return Box(box.y0, min(box.y1, self.height), box.x0, min(box.x1, self.width))
-
-    def window(self, tile: tuple[int, int]) -> Box:
-        """Pixels of a core and its context."""
-        box, h = self.box(tile), self.halo
-        height, width = self.extended
-        return Box(max(box.y0 - h, 0), min(box.y1 + h, height), max(box.x0 - h, 0), min(box.x1 + h, width))
-
-    def grid(self, tile: tuple[int, int], margin: int) -> CellGrid:
-        """Cells of a core, and up to `margin` more on each side."""
-        box, (n_y, n_x), s = self.box(tile), self.cells, self.stride
-        y0, x0 = max(box.y0 // s - margin, 0), max(box.x0 // s - margin, 0)
-        y1, x1 = min(box.y1 // s + margin, n_y), min(box.x1 // s + margin, n_x)
-        return CellGrid(s, n_y, n_x, y0, x0, y1 - y0, x1 - x0)
-
-
-@dataclass(frozen=True)
-class Slide:
-    """An image with its stain and tiling."""
-
-    image: ResampledImage
-    stain: Stain
-    tiling: Tiling
-
-    def order(self, tiles: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Tiles row by row within stripes, so that the next row finds decoded chunks in the cache."""
-        stripe = self.image.stripe(self.tiling.core, self.tiling.halo)
-        columns = max(1, stripe // self.tiling.core)
-        return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
-
-
-def whole_map(function: Callable[[Tensor], Tensor]) -> Stage:
-    """Stage that computes all cells, then cuts."""
-    return lambda rgb, cells: function(rgb)[..., cells[0] : cells[1], cells[2] : cells[3]]
 
 
 def forward_tile(
@@ -120,17 +38,16 @@ def forward_tile(
 
     Device and precision are those of the parameters of the network.
     """
-    image, tiling = slide.image, slide.tiling
+    tiling, stride = slide.tiling, slide.tiling.stride
     window = tiling.window(tile)
-    weight = network.head.weight
-    rgb = torch.from_numpy(image.window(window.y0, window.y1, window.x0, window.x1)).to(weight.device, weight.dtype)
     grid = tiling.grid(tile, margin)
-    top, left = grid.y0 - window.y0 // tiling.stride, grid.x0 - window.x0 // tiling.stride
+    top, left = grid.y0 - window.y0 // stride, grid.x0 - window.x0 // stride
     cells = (top, top + grid.window[0], left, left + grid.window[1])
     # Workers of dask request one thread; two workers with a thread per core each are slower than one worker.
-    n_cells = rgb.shape[-1] * rgb.shape[-2] // tiling.stride**2
+    n_cells = (window.y1 - window.y0) * (window.x1 - window.x0) // stride**2
     with requested_threads(), suitable_threads(n_cells, network.head.in_channels):
-        return stage(slide.stain.apply(rgb[None]), cells)[0], grid
+        maps = slide.encoded.read(network, slide, (window.y0, window.y1, window.x0, window.x1))
+        return stage(maps, cells)[0], grid
 
 
 def bag(
@@ -208,7 +125,7 @@ def iter_sums(
     place[over_several] = np.arange(len(over_several))
     total, count = None, np.zeros(len(over_several))
     touching = dict(tiles)
-    for tile in slide.order(touching):
+    for tile in slide.order(touching, network):
         index = touching[tile]
         with torch.inference_mode():
             maps, grid = forward_tile(network, stage, slide, tile, margin=1)
@@ -256,9 +173,7 @@ class DenseJob:
     """Computation of a dense map, tile by tile on any worker."""
 
     network: PixNetNetwork  # With the genes of the map
-    image: ResampledImage
-    stain: Stain
-    tiling: Tiling
+    slide: Slide
     dtype: str
     features: bool  # Store the features, from which the head computes the genes, instead of the genes
     tissue: SlideOverview | None  # Cells outside the tissue are NaN; None computes all cells
@@ -277,7 +192,7 @@ class DenseJob:
     @property
     def cell_to_um(self) -> np.ndarray:
         """(3, 3) affine from cell corners to the section frame."""
-        return self.image.to_um @ np.diag([self.tiling.stride, self.tiling.stride, 1.0])
+        return self.slide.image.to_um @ np.diag([self.tiling.stride, self.tiling.stride, 1.0])
 
     @property
     def chunk(self) -> int:
@@ -287,11 +202,11 @@ class DenseJob:
     def tiles(self) -> list[tuple[int, int]]:
         """All tiles, in the order in which chunks of the image are decoded least often."""
         rows, columns = self.tiling.shape
-        return self._slide.order((i, j) for i in range(rows) for j in range(columns))
+        return self.slide.order(((i, j) for i in range(rows) for j in range(columns)), self.network)
 
     @property
-    def _slide(self) -> Slide:
-        return Slide(self.image, self.stain, self.tiling)
+    def tiling(self) -> Tiling:
+        return self.slide.tiling
 
     def place(self, tile: tuple[int, int]) -> tuple[slice, slice]:
         """Rows and columns of the map that a tile covers."""
@@ -306,9 +221,9 @@ class DenseJob:
         if tile not in self.wanted:
             return np.full(shape, np.nan, self.dtype)
         network = self.network
-        function = network.features if self.features else lambda rgb: network.genes(network.features(rgb))
+        stage = network.combine if self.features else network.predict
         with torch.inference_mode():
-            maps, _ = forward_tile(network, whole_map(function), self._slide, tile)
+            maps, _ = forward_tile(network, stage, self.slide, tile)
         values = maps[:, : shape[1], : shape[2]].cpu().numpy()
         if self.tissue is not None:
             cx, cy = np.meshgrid(np.arange(x.start, x.stop) + 0.5, np.arange(y.start, y.stop) + 0.5)
@@ -322,14 +237,15 @@ class DenseJob:
         for key, value in self.network.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        level = self.image.level
-        y, x = (n // 2 for n in self.image.shape)
+        image, stain = self.slide.image, self.slide.stain
+        level = image.level
+        y, x = (n // 2 for n in image.shape)
         # A window in the middle is quick to read, and enough to distinguish slides.
-        sample = self.image.window(y - 32, y + 32, x - 32, x + 32)
+        sample = image.window(y - 32, y + 32, x - 32, x + 32)
         record = {
-            "image": [list(level.shape), level.to_um.tolist(), str(level.data.dtype), list(self.image.shape)],
+            "image": [list(level.shape), level.to_um.tolist(), str(level.data.dtype), list(image.shape)],
             "sample": hashlib.sha256(sample.tobytes()).hexdigest(),
-            "stain": [list(self.stain.background), list(self.stain.factor)],
+            "stain": [list(stain.background), list(stain.factor)],
             "tiling": [self.tiling.core, self.tiling.halo, self.tiling.stride],
             "dtype": self.dtype,
             "precision": self.network.precision,
