@@ -78,7 +78,7 @@ def imputed(
     vmax: Limit | Sequence[Limit] = "p99",
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Expression at the spots of all sections in the common frame: a row per gene, a column per section.
@@ -186,7 +186,7 @@ def imputed(
     for panel, text, bold in zip(axes[0], titles, measured, strict=True):
         panel.set_title(text, fontsize="medium", fontweight="bold" if bold else "normal")
     add_scale_bar(axes[-1, 0])
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _gene_rows(

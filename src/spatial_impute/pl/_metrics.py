@@ -52,7 +52,7 @@ def metrics(
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Scores of baselines and models with their intervals, and the predictability of genes.
@@ -143,7 +143,7 @@ def metrics(
         panel.spines[["top", "right"]].set_visible(False)
         if text:
             panel.set_title(text, fontsize="medium")
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _is_by_gene(scores: pd.DataFrame) -> bool:

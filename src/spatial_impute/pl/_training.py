@@ -40,7 +40,7 @@ def training(
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Training loss and held-out error by step; markers show the step that each network kept.
@@ -110,7 +110,7 @@ def training(
         panel.set_title(text, fontsize="medium")
     if len(runs) > 1:
         axes[0].legend(title=_RUN, fontsize="small", title_fontsize="small", frameon=False, ncols=2)
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _groups(history: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:

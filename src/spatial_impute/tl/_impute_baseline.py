@@ -50,7 +50,8 @@ def impute_baseline(
     key_added
         Layer to write; ``"baseline_{method}"`` by default.
     inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``.
+        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates and
+        graphs of the table.
 
     Returns
     -------
@@ -58,6 +59,8 @@ def impute_baseline(
 
     `sdata.tables['stack'].layers['baseline_{method}']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) log1p counts. Measured spots keep their measurement.
+    `sdata.tables['stack'].X`, `sdata.tables['stack'].uns['X_layer']`
+        A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
     `sdata.tables['stack'].uns['baseline_{method}']` : :class:`dict`
         Provenance.
 
