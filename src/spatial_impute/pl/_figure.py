@@ -172,11 +172,13 @@ def draw_circles(
     values: np.ndarray | None = None,
     cmap: Colormap | None = None,
     norm: Normalize | None = None,
+    marked: bool = False,
     **kwargs: Any,
 ) -> EllipseCollection:
-    """Circles of true size (um), colored by `values`."""
+    """Circles of true size (um), colored by `values`; `marked` ones have a dark edge."""
     if values is not None and len(radius) <= _MANY_SPOTS:
-        kwargs = {"edgecolors": "0.5", "linewidths": 0.3} | kwargs  # or pale spots would drown in white
+        edge = {"edgecolors": INK, "linewidths": 0.8} if marked else {"edgecolors": "0.5", "linewidths": 0.3}
+        kwargs = edge | kwargs  # without any, pale spots would drown in white
     circles = EllipseCollection(
         2 * radius,
         2 * radius,

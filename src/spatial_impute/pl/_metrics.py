@@ -248,7 +248,10 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         places = {gene: (known[gene], reached[gene]) for gene in known.index if np.isfinite(reached[gene])}
     for gene in dict.fromkeys(named):
         if gene in places:
+            # The line falls and the cloud rises, so that the corner above the left end or below the right end is free.
             right = places[gene][0] > np.mean([x for x, _ in places.values()])
-            style: dict[str, Any] = {"xytext": (0, 7), "ha": "right" if right else "left"}
+            style: dict[str, Any] = {"xytext": (5, 5), "ha": "left"}
+            if right:
+                style = {"xytext": (-5, -11), "ha": "right"} if reached is None else {"xytext": (5, -9), "ha": "left"}
             ax.annotate(gene, places[gene], textcoords="offset points", fontsize="x-small", color=INK, **style)
     ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
