@@ -112,7 +112,7 @@ def gene_overview(
         heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[0.35 * len(used) + 0.5, 1.2])
     else:
         heat, bars = given_axes(ax, 2, "heat map, bars")
-    limit = max(1.0, float(np.nanpercentile(np.abs(shift), 99)))
+    limit = max(0.2, float(np.nanpercentile(np.abs(shift), 99)))
     norm, colors = Normalize(-limit, limit), resolve_cmap(cmap)
     heat.imshow(shift, cmap=colors, norm=norm, aspect="auto", interpolation="none")
     heat.set_xticks(range(len(used)), [wanted[k].name for k in used], rotation=90, fontsize="small")
