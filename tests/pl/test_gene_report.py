@@ -50,7 +50,7 @@ def test_report_scatter_needs_values_that_own_measurements_have_no_part_in(repor
     np.testing.assert_allclose(drawn[:, 1], seen)
     r = np.corrcoef(drawn.T)[0, 1]
     assert axes[2].get_title() == f"spots left out: r = {r:.2f}"
-    assert axes[1].get_title() == "s1 as expected\nfrom the other spots"
+    assert axes[1].get_title() == "s1, as expected\nfrom the other spots"
 
 
 def test_report_bars_are_the_scores_best_on_top(report):

@@ -177,7 +177,7 @@ def draw_circles(
 ) -> EllipseCollection:
     """Circles of true size (um), colored by `values`; `marked` ones have a dark edge."""
     if values is not None and len(radius) <= _MANY_SPOTS:
-        edge = {"edgecolors": INK, "linewidths": 0.8} if marked else {"edgecolors": "0.5", "linewidths": 0.3}
+        edge = {"edgecolors": INK, "linewidths": 0.6} if marked else {"edgecolors": "0.5", "linewidths": 0.3}
         kwargs = edge | kwargs  # without any, pale spots would drown in white
     circles = EllipseCollection(
         2 * radius,

@@ -110,8 +110,9 @@ def gene_report(
     >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 5})
     >>> si.tl.impute_3d(sdata, model, measured="denoise")
     >>> axes = si.pl.gene_report(sdata, "smooth_0", return_ax=True)
-    >>> axes[0].get_title()
-    's1 as measured'
+    >>> print(axes[0].get_title())
+    s1
+    as measured
     >>> axes = si.pl.gene_overview(sdata, return_ax=True)
     >>> axes[0].get_images()[0].get_array().shape
     (9, 3)
@@ -143,7 +144,7 @@ def gene_report(
     axes = make_panels(1, 4, aspect=max(aspect, 0.75), ax=ax, figsize=figsize, margin=(1.0, 0.9))
     norm = color_limits(np.concatenate([seen[rows[0]], found[rows[1]]]), "p1", "p99")
     images = section_images(sdata, record, [own, other], canvas) if img_alpha > 0 else []
-    heads = [f"{own.name} as measured", f"{own.name} as expected\nfrom the other spots"]
+    heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
     heads[1] = heads[1] if expected else f"{section_title(other, measured=False, separator=chr(10))}"
     for k, (panel, index, values) in enumerate(zip(axes[:2], rows, (seen, found), strict=True)):
         frame_panel(panel, canvas.limits)
@@ -255,6 +256,6 @@ def _draw_correlations(ax: Axes, bars: dict[str, float], ceiling: float) -> None
     ax.set_yticks(range(len(names)), names, fontsize="small")
     ax.set(xlim=(low * 1.1, 1.0), ylim=(len(names) - 0.2 - max(len(names) + 0.5, 4), len(names) - 0.2))
     ax.axvline(0, color=INK, linewidth=0.6)
-    ax.set_title("held-out r by method\n(grey: up to the noise ceiling)", fontsize="medium")
+    ax.set_title("r by method\n(grey: up to the noise ceiling)", fontsize="medium")
     ax.tick_params(labelsize="small")
     ax.spines[["top", "right", "left"]].set_visible(False)

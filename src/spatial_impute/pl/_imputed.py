@@ -42,7 +42,7 @@ from spatial_impute.pl._figure import (
 )
 from spatial_impute.pl._overlay import Canvas, section_images
 
-_VARIES = 0.1  # of the support: smaller differences cannot be told apart on the scale from 0 to 1
+_VARIES = 0.2  # of the support: smaller differences cannot be told apart on the scale from 0 to 1
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +115,7 @@ def imputed(
         Add a row per gene with the standard deviation of a measurement around the imputed value, 0 at measured spots.
     show_support
         Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the table
-        has it and it differs by more than 0.1 between the imputed spots that are shown.
+        has it and it differs by more than 0.2 between the imputed spots that are shown.
     img_alpha
         Strength of the H&E images in the common frame; 0 draws none, and is faster.
     table_key
