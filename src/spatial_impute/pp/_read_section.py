@@ -413,7 +413,8 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
         warnings.filterwarnings("ignore", "Variable names are not unique")
         counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
     if renamed := require_unique_genes(counts, where):
-        logger.warning("%s: genes that share a name are named by their id: %s", where, renamed)
+        shown = dict(list(renamed.items())[:3])  # an annotation may hold hundreds of them
+        logger.warning("%s: %d genes that share a name are named by their id, e.g. %s", where, len(renamed), shown)
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
