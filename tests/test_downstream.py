@@ -188,7 +188,7 @@ def test_result_survives_zarr(imputed, tmp_path):
     imputed.write(tmp_path / "s.zarr")
     back = sd.read_zarr(tmp_path / "s.zarr")
     one, two = imputed.tables["stack"], back.tables["stack"]
-    assert two.X is None
+    np.testing.assert_array_equal(two.X, one.X)
     pd.testing.assert_frame_equal(two.obs, one.obs)
     pd.testing.assert_frame_equal(two.var, one.var)
     for name in ("layers", "obsm"):

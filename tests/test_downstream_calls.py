@@ -1,5 +1,7 @@
 """Calls of squidpy, scanpy, spatialdata and spatialdata-plot on the imputed stack, each as their users write it.
 
+Calls without `layer=` read ``X``, a copy of the layer that was imputed last.
+
 Content is checked where the answer is known; beyond that, that nothing has to be converted first.
 """
 
@@ -23,10 +25,15 @@ LAYER = "asign"
 
 
 @pytest.fixture(scope="module")
-def imputed_once(small_prepared, quick_params):
+def model(small_prepared, quick_params):
+    return si.tl.fit_asign(small_prepared, model_params=quick_params)
+
+
+@pytest.fixture(scope="module")
+def imputed_once(small_prepared, model):
     sdata = copy.deepcopy(small_prepared)
     si.pp.segment_tissue(sdata)
-    si.tl.impute_3d(sdata, si.tl.fit_asign(sdata, model_params=quick_params))
+    si.tl.impute_3d(sdata, model)
     table = sdata.tables["stack"]
     gene = table[:, "smooth_0"].layers[LAYER].ravel()
     table.obs["domain"] = pd.Categorical(np.where(gene > np.median(gene), "high", "low"))
@@ -89,7 +96,6 @@ def test_squidpy_nhood_enrichment_plot(table):
 def test_squidpy_ligrec_between_domains(table):
     # It has no `layer`, wants names in capitals, and takes an underscore for a complex of two genes.
     whole = table.copy()
-    whole.X = whole.layers[LAYER]
     whole.var_names = whole.var_names.str.upper().str.replace("_", "")
     pairs = pd.DataFrame({"source": ["SMOOTH0"], "target": ["SMOOTH1"]})
     found = sq.gr.ligrec(
@@ -158,6 +164,85 @@ def test_scanpy_embedding_plot_in_the_common_frame(table):
 
 def test_scanpy_violin_by_section(table):
     assert sc.pl.violin(table, "smooth_0", groupby="section", layer=LAYER, use_raw=False, show=False) is not None
+
+
+# without `layer=`, as in every tutorial
+
+
+def test_x_is_a_copy_of_the_layer_that_was_imputed_last(table, sdata):
+    np.testing.assert_array_equal(table.X, table.layers[LAYER])
+    assert table.uns["X_layer"] == LAYER
+    before = table.layers[LAYER].copy()
+    sc.pp.scale(table)  # works in place
+    np.testing.assert_array_equal(table.layers[LAYER], before)
+    si.tl.impute_baseline(sdata, "kernel")
+    np.testing.assert_array_equal(table.X, table.layers["baseline_kernel"])
+    assert table.uns["X_layer"] == "baseline_kernel"
+    si.pp.select_genes(sdata, n_top_genes=4)
+    assert sdata.tables["stack"].X is None
+    assert "X_layer" not in sdata.tables["stack"].uns
+
+
+def test_scanpy_pca_and_neighbors_without_layer(table):
+    sc.pp.pca(table, n_comps=4)
+    alone = table.copy()
+    sc.pp.pca(alone, n_comps=4, layer=LAYER)
+    np.testing.assert_allclose(table.obsm["X_pca"], alone.obsm["X_pca"], atol=1e-5)
+    sc.pp.neighbors(table, n_neighbors=8, method="gauss")
+    assert table.obsp["connectivities"].nnz > 0
+
+
+def test_scanpy_rank_genes_groups_without_layer(table):
+    sc.tl.rank_genes_groups(table, "domain", groups=["high"])
+    assert sc.get.rank_genes_groups_df(table, "high")["names"].iloc[0] == "smooth_0"
+
+
+def test_scanpy_score_genes_without_layer(table):
+    sc.tl.score_genes(table, ["smooth_0", "smooth_1"], ctrl_size=3, use_raw=False)
+    assert table.obs["score"].std() > 0
+
+
+def test_scanpy_spatial_plot_of_a_gene_without_layer(table):
+    one = table[table.obs["section"] == "s1"].copy()
+    with pytest.warns(FutureWarning, match="squidpy"):
+        axes = sc.pl.spatial(one, color="smooth_0", spot_size=100, show=False)
+    assert len(axes[0].collections) > 0
+
+
+def test_squidpy_spatial_autocorr_without_layer(table):
+    found = sq.gr.spatial_autocorr(
+        table, connectivity_key="spatial_3d_connectivities", n_perms=None, copy=True, show_progress_bar=False
+    )
+    assert found.index[0].startswith("smooth")
+
+
+def test_squidpy_spatial_scatter_of_a_gene_without_layer(table):
+    axes = sq.pl.spatial_scatter(
+        table, color="smooth_0", library_key="section", library_id=["s0", "s1"], shape=None, return_ax=True
+    )
+    assert len(np.ravel(axes)) == 2
+
+
+def test_render_shapes_without_table_layer(sdata, table):
+    import spatialdata_plot  # noqa: F401
+
+    ax = plt.figure().add_subplot()
+    sdata.pl.render_shapes("s1_spots", color="smooth_0", table_name="stack").pl.show(coordinate_systems="s1", ax=ax)
+    colors = np.concatenate([c.get_facecolor() for c in ax.collections])
+    assert len(np.unique(colors, axis=0)) > 10
+
+
+def test_anndata_of_impute_3d_keeps_graph_coordinates_and_support(model, small_prepared):
+    result = si.tl.impute_3d(small_prepared, model, inplace=False)
+    sq.gr.nhood_enrichment(
+        result, cluster_key="section", connectivity_key="spatial_3d", n_perms=5, seed=0, show_progress_bar=False
+    )
+    assert result.uns["spatial_3d_neighbors"]["connectivities_key"] == "spatial_3d_connectivities"
+    assert {"imputation_support", "measured", "section"} <= set(result.obs)
+    given = small_prepared.tables["stack"]
+    np.testing.assert_array_equal(result.obsm["spatial_3d"], given.obsm["spatial_3d"])
+    result.obsp["spatial_3d_connectivities"].data[:] = 0  # a copy of its own
+    assert given.obsp["spatial_3d_connectivities"].data.any()
 
 
 # spatialdata

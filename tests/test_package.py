@@ -214,3 +214,16 @@ def test_settings_verbosity_rejects_unknown_level():
     with pytest.raises(ValueError, match=r"`verbosity` must be one of \['error', .*found 'loud'"):
         si.settings.verbosity = "loud"
     assert si.settings.verbosity == before
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(["error", "warning", "info", "info", "debug"])))
+def test_settings_verbosity_takes_the_numbers_of_scanpy(number, name):
+    before = si.settings.verbosity
+    try:
+        si.settings.verbosity = number
+        assert si.settings.verbosity == name
+        for wrong in (5, -1, True, 1.5, [1]):
+            with pytest.raises(ValueError, match=r"or 0 to 4, found"):
+                si.settings.verbosity = wrong
+    finally:
+        si.settings.verbosity = before

@@ -69,3 +69,14 @@ def test_size_is_bounded_and_resolution_is_kept(lattice):
     fine = interpolate_stack([lattice] * 2, [np.ones(len(lattice))] * 2, [0, 10], spacing=SPACING, resolution=4.0)
     assert fine.step[:2] == (4.0, 4.0)
     assert np.isclose(fine.limits[2][0], -fine.step[2] / 2)
+
+
+def test_gaps_of_an_uneven_lattice_are_filled_and_real_holes_stay():
+    grid = np.stack(np.meshgrid(np.arange(12.0), np.arange(12.0)), axis=-1).reshape(-1, 2)
+    far = np.linalg.norm(grid - [5.5, 5.5], axis=1) > 2.0  # a lumen of twelve spots
+    uneven = grid[far] + np.where(grid[far][:, :1] >= 3, [0.2, 0.0], 0.0)  # one pair of columns is 1.2 apart
+    volume = interpolate_stack([uneven, uneven], [np.ones(len(uneven))] * 2, [0.0, 1.0], spacing=1.0)
+    x, y, _ = volume.axes
+    inside = np.isfinite(volume.values[0])
+    assert inside[np.ix_((y > 0) & (y < 11), (x > 2.1) & (x < 3.1))].all()
+    assert not inside[np.argmin(abs(y - 5.5)), np.argmin(abs(x - 5.7))]

@@ -36,6 +36,7 @@ class Keys:
     FEATURES = "features"
     NORMALIZATION = "normalization"
     SEEN = "seen_sections"  # unmeasured sections whose measurement the model has seen
+    X_LAYER = "X_layer"  # the layer that X is a copy of
     STATE = "state"  # fingerprints of what a slot was computed from
 
     # results
@@ -45,6 +46,10 @@ class Keys:
     DEPTH = "imputation_depth"
     PREDICTABILITY = "imputation_r"
     PREDICTABLE = "imputable"
+
+    # var
+    MITOCHONDRIAL = "mt"  # as scanpy's tutorials name it
+    RIBOSOMAL = "ribo"
 
     # dense maps and regions
     DENSE = "dense"

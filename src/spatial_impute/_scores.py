@@ -194,28 +194,42 @@ def moran_gap(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:
     >>> moran_gap(xy[:, :1], noise, xy) > 0.5
     True
     """
-    import scanpy as sc
+    varies = np.ptp(true, axis=0) > 0
+    if len(xy) < 2 or not varies.any():
+        return float("nan")
+    graph = nearest_graph(xy)
+    return float(np.mean(morans_i(graph, predicted[:, varies]) - morans_i(graph, true[:, varies])))
 
+
+def nearest_graph(xy: np.ndarray) -> sparse.csr_matrix:
+    """(n, n) links from each of (n, 2) positions to its six nearest."""
     n = len(xy)
     k = min(_N_NEIGHS, n - 1)
-    varies = np.ptp(true, axis=0) > 0
-    if k < 1 or not varies.any():
-        return float("nan")
     _, found = cKDTree(xy).query(xy, k=k + 1)
     rows = np.repeat(np.arange(n), k)
     # With several spots at one position, the spot itself may not come first.
     others = found != np.arange(n)[:, None]
     others &= np.cumsum(others, axis=1) <= k
-    graph = sparse.csr_matrix((np.ones(n * k), (rows, found[others])), shape=(n, n))
+    return sparse.csr_matrix((np.ones(n * k), (rows, found[others])), shape=(n, n))
 
-    def structure(values: np.ndarray) -> np.ndarray:
-        result = np.zeros(values.shape[1])  # also of constant genes
-        moves = np.ptp(values, axis=0) > 0
-        if moves.any():
-            result[moves] = sc.metrics.morans_i(graph, np.ascontiguousarray(values[:, moves].T, dtype=float))
+
+def morans_i(graph: sparse.csr_matrix, values: Any) -> np.ndarray:
+    """(g,) Moran's I of (n, g) dense or sparse values on a graph; 0 for constant genes."""
+    import scanpy as sc
+
+    n, n_genes = values.shape
+    result = np.zeros(n_genes)
+    if n < 2:
         return result
-
-    return float(np.mean(structure(predicted[:, varies]) - structure(true[:, varies])))
+    low, high = (
+        np.asarray(end.toarray() if sparse.issparse(end) else end).ravel() for end in (values.min(0), values.max(0))
+    )
+    moves = high > low
+    if moves.any():
+        by_gene = values[:, moves].T.astype(float)
+        by_gene = by_gene.tocsr() if sparse.issparse(by_gene) else np.ascontiguousarray(by_gene)
+        result[moves] = sc.metrics.morans_i(graph, by_gene)
+    return result
 
 
 def structural_similarity(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:

@@ -30,6 +30,7 @@ def log_added(slot: str) -> None:
 
 _LOG_EVERY = 10.0  # s
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+_LEVELS_OF_SCANPY = ("error", "warning", "info", "info", "debug")  # its 3 is for hints, which this package has not
 
 
 class Settings:
@@ -71,15 +72,18 @@ class Settings:
 
     @property
     def verbosity(self) -> str:
-        """One of ``"error"``, ``"warning"``, ``"info"``, ``"debug"``."""
+        """One of ``"error"``, ``"warning"``, ``"info"``, ``"debug"``; 0 to 4 are taken as scanpy takes them."""
         return logging.getLevelName(logger.level).lower()
 
     @verbosity.setter
-    def verbosity(self, value: str) -> None:
-        if value not in _LEVELS:
-            msg = f"`verbosity` must be one of {list(_LEVELS)}, found {value!r}."
+    def verbosity(self, value: str | int) -> None:
+        level = value
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(_LEVELS_OF_SCANPY):
+            level = _LEVELS_OF_SCANPY[value]
+        if not isinstance(level, str) or level not in _LEVELS:
+            msg = f"`verbosity` must be one of {list(_LEVELS)} or 0 to 4, found {value!r}."
             raise ValueError(msg)
-        logger.setLevel(_LEVELS[value])
+        logger.setLevel(_LEVELS[level])
 
     @property
     def data_dir(self) -> Path:

@@ -100,7 +100,7 @@ def interpolate_stack(
     for where, what in zip(points, values, strict=True):
         plane, tissue = _plane(where, what, cells, spacing)
         planes.append(plane.reshape(n_y, n_x))
-        inside.append(_signed_distance(tissue.reshape(n_y, n_x)))
+        inside.append(_signed_distance(_without_gaps(tissue.reshape(n_y, n_x), (spacing / cell) ** 2)))
     known = np.asarray(heights, dtype=float)
     step = np.diff(known).min() / _LAYERS_PER_GAP
     z = np.linspace(known[0], known[-1], int(np.round(np.ptp(known) / step)) + 1)
@@ -127,6 +127,15 @@ def _plane(where: np.ndarray, what: np.ndarray, cells: np.ndarray, spacing: floa
     weight = np.exp(-scaled)
     plane[near] = (weight * what[known][index[near]]).sum(axis=1) / weight.sum(axis=1)
     return plane, tissue
+
+
+def _without_gaps(tissue: np.ndarray, n_cells: float) -> np.ndarray:
+    """Fill holes of fewer than `n_cells`: smaller than the place of one spot, they are gaps of an uneven lattice."""
+    holes, _ = ndi.label(~tissue)
+    small = np.bincount(holes.ravel()) < n_cells
+    small[np.unique(np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]]))] = False
+    small[0] = False  # the tissue
+    return tissue | small[holes]
 
 
 def _signed_distance(mask: np.ndarray) -> np.ndarray:

@@ -18,8 +18,9 @@ from scipy import sparse
 import spatial_impute as si
 from spatial_impute.__main__ import main
 from spatial_impute._cli.config import ConfigError, read_config
-from spatial_impute._cli.report import Results, cautions, to_html, to_markdown
+from spatial_impute._cli.report import Results, to_html, to_markdown
 from spatial_impute._cli.run import assemble, plot_genes
+from spatial_impute._cli.verdicts import BAD, CARE, GOOD, verdicts
 
 RUN = """
 sections:
@@ -67,7 +68,7 @@ def done(inputs):
 
 
 def test_run_leaves_data_tables_figures_and_model(done):
-    figures = ["graph", "imputed", "registration", "scores", "stack", "training", "volume"]
+    figures = ["genes", "graph", "imputed", "registration", "scores", "stack", "training", "volume"]
     assert sorted(path.stem for path in (done / "figures").iterdir()) == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (done / "figures").iterdir())
     table = ad.read_h5ad(done / "imputed.h5ad")
@@ -88,20 +89,36 @@ def test_run_leaves_data_tables_figures_and_model(done):
     assert record["version"] == si.__version__
 
 
-def test_report_has_the_scores_and_what_not_to_trust(done):
+def test_report_begins_with_verdicts_then_genes_then_maps(done):
     markdown = (done / "report.md").read_text()
     heads = re.findall(r"^## (.*)$", markdown, flags=re.MULTILINE)
-    assert heads[0] == "What not to trust"
-    assert {"Sections", "Registration", "Baselines and model on held-out spots", "Settings"} <= set(heads)
+    assert heads[:4] == ["In short", "Which genes to believe", "Maps", "What the words mean"]
+    assert heads[4:] == [
+        "How it was made",
+        "Registration",
+        "Baselines and model on held-out spots",
+        "Graph and training",
+        "Settings",
+    ]
+    before_maps, maps, _ = re.split(r"^## (?:Maps|What the words mean)$", markdown, flags=re.MULTILINE)
+    assert "Imputed values are estimates and no measurements" in before_maps
+    assert re.findall(r"figures/(\w+)\.png", before_maps) == ["genes"]
+    assert re.findall(r"figures/(\w+)\.png", maps) == ["imputed", "volume"]
     scores = pd.read_csv(done / "scores.csv", index_col=0)
     assert f"| kernel | {scores.loc['kernel', 'pearson_gene']:.3g} |" in markdown
-    assert "Imputed values are no measurements" in markdown
+    genes = pd.read_csv(done / "genes.csv", index_col=0)
+    first = genes.index[0]
+    assert genes["imputation_r"].is_monotonic_decreasing
+    row = re.search(rf"^\| {first} \| (\S+) \| (\d+) \| (yes|no) \|$", markdown, flags=re.MULTILINE)
+    assert float(row[1]) == pytest.approx(genes["imputation_r"].iloc[0], abs=0.01)
+    assert float(row[2]) == pytest.approx(100 * max(genes["imputation_r"].iloc[0], 0) ** 2, abs=0.6)
+    assert row[3] == ("yes" if genes["imputable"].iloc[0] else "no")
     for figure in re.findall(r"\]\((figures/.*?)\)", markdown):
         assert (done / figure).exists()
     page = (done / "report.html").read_text()
     assert page.count("<img ") == len(list((done / "figures").iterdir()))
     assert 'src="figures' not in page  # one file that can be passed on
-    assert page.count("<table>") == markdown.count("| --- |\n") or "<table>" in page
+    assert page.count("<table>") == 4
 
 
 def test_spots_lie_where_their_pixels_are(inputs):
@@ -259,6 +276,7 @@ def test_run_refuses_a_folder_of_others(inputs, tmp_path, capsys):
 def results(small_stack):
     table = small_stack.tables["stack"]
     table.var["imputation_r"] = np.linspace(-0.2, 0.6, table.n_vars)
+    table.var["imputable"] = table.var["imputation_r"] > 0.15
     table.obs["imputation_support"] = np.where(table.obs["measured"], 1.0, 0.5)
     scores = pd.DataFrame(
         {"pearson_gene": [0.3, 0.4], "vs_best_low": [0.0, -0.1], "vs_best_high": [0.0, 0.2]}, index=["ridge", "asign"]
@@ -266,27 +284,39 @@ def results(small_stack):
     return Results(small_stack, scores, si.metrics.registration_quality(small_stack), "asign", {}, {})
 
 
-def test_cautions_tell_what_this_run_shows(results):
-    text = "\n".join(cautions(results))
-    assert "This run does not show that ASIGN is better than ridge" in text
-    assert re.search(r"of 9 genes were not predictable \(r <= 0\)", text)
-    assert "support 0" not in text
-    assert "left out" not in text
+def said(results) -> dict[str, str]:
+    """Text of all verdicts by level."""
+    found = verdicts(results.sdata, results.layer, results.scores)
+    return {level: "\n".join(v.text for v in found if v.level == level) for level in (GOOD, CARE, BAD)}
+
+
+def test_verdicts_tell_what_this_run_shows(results):
+    text = said(results)
+    assert "The model is not shown to be better than the simple method ridge (r +0.100" in text[CARE]
+    assert "5 of 9 genes are predicted better than by chance" in text[CARE]
+    assert "All 3 sections fit on each other" in text[GOOD]
+    assert "Every spot has measured spots nearby" in text[GOOD]
+    assert not text[BAD]
     results.sdata.tables["stack"].obs.loc["s0_0", "imputation_support"] = 0.0
-    assert "1 spots have no path in the graph to a measured spot (support 0): s0 1." in "\n".join(cautions(results))
+    assert "1 spots have no measured spot nearby and rest on the image alone (support 0): s0 1." in said(results)[CARE]
     results.scores.loc["asign", "vs_best_low"] = 0.05
-    assert "does not show that ASIGN" not in "\n".join(cautions(results))
+    assert "better than the best simple method, ridge" in said(results)[GOOD]
     results.scores = None
-    assert "Nothing was held out" in "\n".join(cautions(results))
+    assert "Nothing was held out" in said(results)[CARE]
+    results.sdata.tables["stack"].var["imputable"] = False
+    assert "0 of 9 genes are predicted better than by chance" in said(results)[BAD]
 
 
-def test_cautions_name_weak_sections(results):
+def test_verdicts_name_uncertain_sections(results):
     record = results.sdata.attrs["spatial_impute"]["stack"]["registration"]
     record["sections"]["s0"]["verdict"] = "weak"
+    record["sections"]["s1"]["verdict"] = "failed"
     record["skipped"] = ["s2"]
-    text = "\n".join(cautions(results))
-    assert "Sections whose registration is not certain: s0 (weak)" in text
-    assert "left out of the registration: s2" in text
+    text = said(results)
+    assert "The position of section s0 is uncertain" in text[CARE]
+    assert "The position of section s1 was not found" in text[BAD]
+    assert "Section s2 has no place in the stack" in text[BAD]
+    assert "fit on each other" not in text[GOOD]
 
 
 def test_html_escapes_and_markdown_leaves_missing_values_empty(tmp_path):

@@ -26,7 +26,7 @@ def plot_stack():
     si.tl.impute_baseline(sdata, "kernel")
     table = sdata.tables["stack"]
     table.layers["asign"] = table.layers["baseline_kernel"].copy()
-    table.obs["imputation_support"] = np.where(table.obs["measured"], 1.0, 0.6)
+    table.obs["imputation_support"] = np.where(table.obs["measured"], 1.0, np.linspace(0.2, 0.6, table.n_obs))
     table.var["imputation_r"] = np.linspace(0.9, 0.0, table.n_vars)
     table.uns["asign"] = {"cross_validated_r": 0.4}
     return sdata

@@ -29,6 +29,48 @@ def test_imputed_marks_measured_sections(plot_stack):
     assert [ax.title.get_fontweight() for ax in axes[0]] == ["normal", "bold", "normal"]
 
 
+def test_imputed_marks_spots_that_show_a_measurement(plot_stack):
+    table = plot_stack.tables["stack"]
+    axes = si.pl.imputed(plot_stack, "smooth_0", layer=["measured", "asign"], show_support=False, return_ax=True)
+    widths = [[float(spots_of(ax).get_linewidths()[0]) for ax in row] for row in axes]
+    assert widths[0][1] == widths[1][1] > widths[1][0] == widths[1][2]
+    table.uns["asign"]["measured"] = "denoise"  # then the layer holds expected values there
+    try:
+        axes = si.pl.imputed(plot_stack, "smooth_0", layer=["measured", "asign"], show_support=False, return_ax=True)
+    finally:
+        del table.uns["asign"]["measured"]
+    widths = [[float(spots_of(ax).get_linewidths()[0]) for ax in row] for row in axes]
+    assert widths[0][1] > widths[1][1] == widths[1][0]
+
+
+def test_imputed_images_lie_under_the_spots(plot_stack):
+    axes = si.pl.imputed(plot_stack, "smooth_0", show_support=False, return_ax=True)
+    table = plot_stack.tables["stack"]
+    for ax, name in zip(axes[0], ["s0", "s1", "s2"], strict=True):
+        (image,) = ax.images
+        rgb = np.asarray(image.get_array())
+        inside = (
+            image.get_transform()
+            .inverted()
+            .transform(ax.transData.transform(table[table.obs["section"] == name].obsm["spatial_3d"][:, :2]))
+        )
+        x, y = inside.astype(int).T
+        assert rgb[y, x].mean() < 0.98 * rgb[:5].mean()  # tissue is darker than the margin
+        assert rgb.min() > 0.5  # and faint
+    assert not si.pl.imputed(plot_stack, "smooth_0", img_alpha=0, show_support=False, return_ax=True)[0, 0].images
+
+
+def test_imputed_support_is_drawn_only_where_it_varies(plot_stack):
+    table = plot_stack.tables["stack"]
+    kept = table.obs["imputation_support"].copy()
+    table.obs["imputation_support"] = np.where(table.obs["measured"], 1.0, 0.6)
+    try:
+        assert si.pl.imputed(plot_stack, "smooth_0", return_ax=True).shape == (1, 3)
+    finally:
+        table.obs["imputation_support"] = kept
+    assert si.pl.imputed(plot_stack, "smooth_0", return_ax=True).shape == (2, 3)
+
+
 def test_imputed_spots_in_the_common_frame(plot_stack):
     table = plot_stack.tables["stack"]
     axes = si.pl.imputed(plot_stack, "smooth_0", show_support=False, return_ax=True)

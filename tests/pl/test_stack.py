@@ -101,8 +101,19 @@ def test_stack_returns_none_and_saves(plot_stack, tmp_path, monkeypatch):
     assert si.pl.stack(plot_stack, sections="s1", save=tmp_path / "stack.png") is None
     assert plt.imread(tmp_path / "stack.png").shape[1] > 400
     assert not shown
-    si.pl.stack(plot_stack, sections="s1", show=True)
-    assert shown
+    si.pl.stack(plot_stack, sections="s1", save=tmp_path / "stack.png", show=True)
+    assert len(shown) == 1
+
+
+def test_figures_are_shown_unless_the_user_takes_them(plot_stack, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(1))
+    si.pl.stack(plot_stack, sections="s1")  # a script of three lines must show something
+    assert len(shown) == 1
+    si.pl.stack(plot_stack, sections="s1", show=False)
+    si.pl.stack(plot_stack, sections="s1", return_ax=True)
+    si.pl.stack(plot_stack, sections="s1", ax=plt.figure().add_subplot())
+    assert len(shown) == 1
 
 
 @pytest.mark.parametrize(

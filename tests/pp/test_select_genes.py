@@ -369,3 +369,57 @@ def test_values_that_were_changed_are_said(kind, caplog, monkeypatch, small_stac
     si.pp.select_genes(small_stack, log_normalized=kind in ("z-scores", "log values"))
     assert ("rounded CPM and no counts" in caplog.text) is kind.startswith("rounded")
     assert ("z-scores or residuals" in caplog.text) is (kind == "z-scores")
+
+
+def _measured_counts(sdata) -> AnnData:
+    table = sdata.tables[next(key for key in sdata.tables if key.endswith("_counts"))].copy()
+    rows = sdata.tables["stack"].obs_names.get_indexer(
+        [f"{table.obs['region'].iloc[0].removesuffix('_spots')}_{i}" for i in table.obs["instance_id"]]
+    )
+    table.obsm["spatial"] = sdata.tables["stack"].obsm["spatial"][rows]
+    sc.pp.normalize_total(table, target_sum=1e4)
+    sc.pp.log1p(table)
+    return table
+
+
+def test_flavor_svg_ranks_genes_as_squidpy_does(stack):
+    sq = pytest.importorskip("squidpy")
+    table = _measured_counts(stack)
+    # On an exact lattice neighbors at the same distance are chosen by chance; squidpy and this package choose others.
+    table.obsm["spatial"] = table.obsm["spatial"] + np.random.default_rng(0).normal(0, 5, (table.n_obs, 2))
+    stack.tables["stack"].obsm["spatial"][stack.tables["stack"].obs["measured"]] = table.obsm["spatial"]
+    sq.gr.spatial_neighbors(table, coord_type="generic", n_neighs=6)
+    expected = sq.gr.spatial_autocorr(table, copy=True, n_perms=None, show_progress_bar=False)["I"]
+    si.pp.select_genes(stack, n_top_genes=6, flavor="svg")
+    assert list(stack.tables["stack"].var_names) == list(expected.sort_values(ascending=False).index[:6])
+    si.pp.select_genes(stack, n_top_genes=6)
+    assert list(stack.tables["stack"].var_names) != list(expected.index[:6])
+
+
+def test_flavor_hvg_ranks_genes_as_scanpy_does(stack):
+    expected = sc.pp.highly_variable_genes(_measured_counts(stack), flavor="seurat", inplace=False)
+    si.pp.select_genes(stack, n_top_genes=6, flavor="hvg")
+    ranked = expected["dispersions_norm"].sort_values(ascending=False, kind="stable", na_position="last")
+    assert list(stack.tables["stack"].var_names) == list(ranked.index[:6])
+
+
+def test_mitochondrial_and_ribosomal_genes_are_named_and_marked(caplog, monkeypatch):
+    genes = ["MT-CO1", "RPL13A", "RPS6KA1", "ACTB", "rare"]
+    sdata = stack_of(m=section(counts_matrix()[:, [4, 1, 2, 0, 3]] + 1, genes=genes), u=section(None, seed=1))
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO", logger=logger.name):
+        si.pp.select_genes(sdata, n_top_genes=3)
+    assert "2 of the 3 chosen genes are mitochondrial or ribosomal (MT-CO1, RPL13A)" in caplog.text
+    var = sdata.tables["stack"].var
+    assert list(var.index[var["mt"]]) == ["MT-CO1"]
+    assert list(var.index[var["ribo"]]) == ["RPL13A"]
+    caplog.clear()
+    si.pp.select_genes(sdata, genes=list(var.index[~(var["mt"] | var["ribo"])]))  # as the how-to says
+    assert not caplog.text.count("ribosomal")
+    assert list(sdata.tables["stack"].var_names) == ["RPS6KA1"]
+
+
+def test_unknown_flavor_is_refused_before_anything_is_read():
+    sdata = stack_of(m=section(counts_matrix()), u=section(None, seed=1))
+    with pytest.raises(ValueError, match=r"`flavor` must be one of .*'hvg'.* found 'cell_ranger'"):
+        si.pp.select_genes(sdata, flavor="cell_ranger")

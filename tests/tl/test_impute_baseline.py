@@ -5,7 +5,7 @@ import pytest
 
 import spatial_impute as si
 
-METHODS = ["cokriging", "kernel", "knn", "mean", "nearest", "propagation", "ridge"]
+METHODS = ["cokriging", "hest", "kernel", "knn", "mean", "nearest", "propagation", "ridge"]
 
 
 def unmeasured(sdata) -> np.ndarray:
@@ -98,13 +98,33 @@ def test_impute_baseline_reads_smooth_genes_from_the_neighbour(prepared_stack, t
     assert abs(score(prepared_stack, truth, layer, "noise")) < 0.15
 
 
-@pytest.mark.parametrize("method", ["ridge", "cokriging"])
+@pytest.mark.parametrize("method", ["ridge", "cokriging", "hest"])
 def test_impute_baseline_reads_texture_genes_from_the_image(prepared_stack, truth, method):
     si.tl.impute_baseline(prepared_stack, method)
     si.tl.impute_baseline(prepared_stack, "kernel")
     by_image = score(prepared_stack, truth, f"baseline_{method}", "texture")
     assert by_image > 0.5
     assert by_image > score(prepared_stack, truth, "baseline_kernel", "texture") + 0.2
+
+
+def test_impute_baseline_hest_is_the_ridge_of_the_recipe_and_no_part_of_asign(prepared_stack):
+    from spatial_impute.models.asign._baselines import METHODS as BLENDED
+    from spatial_impute.tl._read_spots import read_spots
+
+    assert "hest" not in BLENDED
+    si.tl.impute_baseline(prepared_stack, "hest")
+    table, spots = read_spots(prepared_stack)
+    known, features = spots.known, spots.features
+    scaled = (features - features[known].mean(axis=0)) / features[known].std(axis=0)
+    n = min(256, known.sum() - 1, features.shape[1])
+    axes = np.linalg.svd(scaled[known], full_matrices=False)[2][:n].T
+    parts, centred = scaled @ axes, spots.expression - spots.expression.mean(axis=0)
+    penalty = 100 / (n * centred.shape[1])
+    slope = np.linalg.solve(parts[known].T @ parts[known] + penalty * np.eye(n), parts[known].T @ centred)
+    expected = (parts @ slope + spots.expression.mean(axis=0))[~known]
+    np.testing.assert_allclose(table.layers["baseline_hest"][~known], expected, atol=1e-3)
+    scores = si.tl.cross_validate(prepared_stack, ["mean", "hest"])
+    assert scores.loc["hest", "pearson_gene"] > scores.loc["mean", "pearson_gene"]
 
 
 def test_impute_baseline_mean_scores_zero(prepared_stack, truth):

@@ -44,7 +44,7 @@ genes: 250 # how many, or a list of names
 encoder: texture
 registration: affine # rigid, affine or syn
 methods: [mean, nearest, knn, kernel, propagation, ridge, transfer_ridge, cokriging, asign]
-cross_validate: true # fits ASIGN once more per fold
+cross_validate: false # ASIGN holds out spots itself; true fits it once more per fold, which takes six times as long
 # plot_genes: [ERBB2, MDK] # the most predictable ones
 # asign: {n_steps: 150} # settings of models.AsignParams
 # device: cpu
@@ -234,7 +234,7 @@ class RunConfig:
         BeforeValidator(_as_list),
         Field(min_length=1, description="a list of names"),
     ] = Field(default_factory=all_methods)
-    cross_validate: Flag = True
+    cross_validate: Flag | None = None
     plot_genes: Names | None = None
     asign: Annotated[dict[str, Any], AfterValidator(_asign), Field(description="settings of AsignParams")] = Field(
         default_factory=dict

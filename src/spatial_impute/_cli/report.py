@@ -1,4 +1,4 @@
-"""The report of a run, in markdown and as one HTML file: steps, scores, warnings."""
+"""The report of a run, in markdown and as one HTML file: verdicts, genes, maps, and how they were made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._cli.verdicts import BAD, CARE, GOOD, verdicts
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record
 
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 _STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em;line-height:1.45;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1em;overflow:auto}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}"
+    ".verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em 0;background:#f7f7f7}"
+    "pre{background:#f5f5f5;padding:1em;overflow:auto}"
 )
+_COLORS = {GOOD: "#009E73", CARE: "#E69F00", BAD: "#D55E00"}  # Okabe and Ito
 _SCORES = {
     "pearson_gene": "r per gene",
     "low": "low",
@@ -44,7 +48,15 @@ _QUALITY = {
     "score": "score",
     "verdict": "verdict",
 }
-_N_NAMED = 15  # genes named in a sentence
+_N_GENES = 15  # in the table of genes
+_WORDS = [
+    "**Section**: one slice of the block. **Spot**: a round piece of a section, for which expression is given.",
+    "**Imputed**: estimated, not measured. Framed sections in the maps were measured.",
+    "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share of the "
+    "differences between spots that is predicted.",
+    "**Support**: how well a spot is linked to measured spots, from 0 to 1. It is the same for all genes.",
+    "**Simple method**: for example the value of the nearest measured spot. A model is worth its effort if it does better.",
+]
 
 
 @dataclass
@@ -64,7 +76,7 @@ class Results:
 
 
 Block = tuple[str, Any]
-"""Kind (``"h1"``, ``"h2"``, ``"p"``, ``"list"``, ``"table"``, ``"figure"``, ``"code"``) and content."""
+"""Kind (``"h1"``, ``"h2"``, ``"p"``, ``"list"``, ``"verdicts"``, ``"table"``, ``"figure"``, ``"code"``) and content."""
 
 
 def write_report(results: Results, output: Path) -> Path:
@@ -78,35 +90,68 @@ def write_report(results: Results, output: Path) -> Path:
 
 
 def report_blocks(results: Results) -> list[Block]:
-    """Content of the report, in order."""
+    """Content of the report: verdicts, genes, maps, the meaning of words, and then how the result was made."""
     table = results.sdata.tables[Keys.STACK_TABLE]
     units = table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown units")
     figures: dict[str, Block] = {name: ("figure", (name, text)) for name, text in results.figures.items()}
-    package = f"spatial_impute {version('spatial-impute')}"
+    sections = load_record(results.sdata).sections
+    measured = [s.name for s in sections if table.obs[Keys.MEASURED][table.obs[Keys.SECTION] == s.name].any()]
     summary = (
-        f"{len(load_record(results.sdata).sections)} sections, {table.n_obs} spots, {table.n_vars} genes ({units}). "
-        f"Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. {package}, {results.seconds:.0f} s."
+        f"{len(sections)} sections of one block of tissue, {table.n_obs} spots, {table.n_vars} genes. Measured: "
+        f"{', '.join(measured)}. The expression on all other spots is estimated from the measured spots and from the images."
     )
-    quality = _columns(results.registration.reset_index(), _QUALITY, 2)
+    made = (
+        f"Units: {units}. Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. "
+        f"spatial_impute {version('spatial-impute')}, {results.seconds:.0f} s."
+    )
     parts: list[Block | None] = [
-        ("h1", "Imputation of a stack of sections"),
+        ("h1", "Imputed expression on a stack of sections"),
         ("p", summary),
-        ("h2", "What not to trust"),
-        ("list", cautions(results)),
-        ("h2", "Sections"),
+        ("h2", "In short"),
+        ("verdicts", verdicts(results.sdata, results.layer, results.scores)),
+        *_gene_blocks(table, figures.pop("genes.png", None)),
+        ("h2", "Maps"),
+        figures.pop("imputed.png", None),
+        figures.pop("volume.png", None),
+        ("h2", "What the words mean"),
+        ("list", _WORDS),
+        ("h2", "How it was made"),
+        ("p", made),
         ("table", sections_table(results.sdata)),
         figures.pop("stack.png", None),
         ("h2", "Registration"),
-        ("table", quality),
+        ("table", _columns(results.registration.reset_index(), _QUALITY, 2)),
         figures.pop("registration.png", None),
         *_score_blocks(results.scores),
         figures.pop("scores.png", None),
-        ("h2", "Figures"),
+        *([("h2", "Graph and training")] if figures else []),
         *figures.values(),
         ("h2", "Settings"),
         ("code", json.dumps(results.config, indent=1, default=str)),
     ]
     return [part for part in parts if part is not None]
+
+
+def _gene_blocks(table: AnnData, overview: Block | None) -> list[Block | None]:
+    """Which genes to believe."""
+    if Keys.PREDICTABILITY not in table.var:
+        return []
+    found = table.var.sort_values(Keys.PREDICTABILITY, ascending=False)
+    r = found[Keys.PREDICTABILITY]
+    believed = found.get(Keys.PREDICTABLE, r > 0)
+    frame = pd.DataFrame(
+        {
+            "gene": found.index,
+            "r on hidden spots": r.to_numpy(),
+            "differences predicted, %": [f"{100 * max(x, 0.0) ** 2:.0f}" if np.isfinite(x) else "" for x in r],
+            "believe the map": np.where(believed, "yes", "no"),
+        }
+    )
+    text = (
+        "Some measured spots were hidden, predicted, and compared with their measurement. The table has the genes that were "
+        f"predicted best; `genes.csv` has all {len(found)}. A measurement has noise, so even a perfect map does not reach r = 1."
+    )
+    return [("h2", "Which genes to believe"), ("p", text), ("table", frame.head(_N_GENES)), overview]
 
 
 def _score_blocks(scores: pd.DataFrame | None) -> list[Block]:
@@ -120,82 +165,6 @@ def _score_blocks(scores: pd.DataFrame | None) -> list[Block]:
     )
     table = _columns(scores.reset_index(), _SCORES, 1)
     return [("h2", "Baselines and model on held-out spots"), ("p", text), ("table", table)]
-
-
-def cautions(results: Results) -> list[str]:
-    """Warnings for the reader of a result: first those of this run, then those of every run."""
-    table = results.sdata.tables[Keys.STACK_TABLE]
-    found = [*_about_registration(results), *_about_model(results)]
-    if Keys.PREDICTABILITY in table.var and results.layer == Keys.ASIGN:
-        found += _about_genes(table)
-    if Keys.SUPPORT in table.obs:
-        found += _about_support(table)
-    return [
-        *found,
-        "Held-out spots lie on measured sections. Expect lower scores on the other sections: no held-out spot shows "
-        "how sections differ.",
-        "Imputed values are no measurements: they are smoother, and spots are not independent. Do not test for "
-        "differential expression on them as if they were measured.",
-    ]
-
-
-def _about_registration(results: Results) -> list[str]:
-    registration = load_record(results.sdata).registration or {}
-    rows = registration.get("sections", {})
-    weak = [f"{name} ({row['verdict']})" for name, row in rows.items() if row.get("verdict", "ok") != "ok"]
-    found = [f"Sections whose registration is not certain: {', '.join(weak)}."] if weak else []
-    skipped = list(registration.get("skipped", []))
-    return found + ([f"Sections that were left out of the registration: {', '.join(skipped)}."] if skipped else [])
-
-
-def _about_model(results: Results) -> list[str]:
-    if results.scores is None:
-        return ["Nothing was held out (`cross_validate: false`), so this run cannot tell how good its result is."]
-    if Keys.ASIGN not in results.scores.index or len(results.scores) < 2:
-        return []
-    r = results.scores["pearson_gene"]
-    best = r.drop(Keys.ASIGN).idxmax()
-    margin = r[Keys.ASIGN] - r[best]
-    if "vs_best_low" in results.scores:
-        low, high = results.scores.loc[Keys.ASIGN, ["vs_best_low", "vs_best_high"]]
-        if low > 0:
-            return []
-        return [
-            f"This run does not show that ASIGN is better than {best}: the difference of their r per gene is "
-            f"{margin:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}."
-        ]
-    return [] if margin > 0 else [f"ASIGN scores no higher than {best} (r per gene {margin:+.3f})."]
-
-
-def _about_genes(table: AnnData) -> list[str]:
-    r = table.var[Keys.PREDICTABILITY]
-    unknown = list(r.index[r.isna()])
-    poor = list(r.index[r <= 0])
-    quartiles = ", ".join(f"{q:.2f}" for q in r.quantile([0.25, 0.5, 0.75]))
-    found = [f"Quartiles of r over genes on held-out blocks: {quartiles}. `genes.csv` holds the value of every gene."]
-    if poor:
-        found.append(f"{len(poor)} of {len(r)} genes were not predictable (r <= 0): {_named(poor)}.")
-    if unknown:
-        found.append(f"{len(unknown)} genes have no r: {_named(unknown)}.")
-    return found
-
-
-def _about_support(table: AnnData) -> list[str]:
-    imputed = ~table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    without = imputed & (table.obs[Keys.SUPPORT].to_numpy(dtype=float) <= 0)
-    if not without.any():
-        return []
-    where = table.obs[Keys.SECTION][without].value_counts()
-    listed = ", ".join(f"{name} {n}" for name, n in where[where > 0].items())
-    return [f"{int(without.sum())} spots have no path in the graph to a measured spot (support 0): {listed}."]
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
-    shown = (
-        f"`{' '.join(name.replace('`', chr(39)).split())}`" for name in names[:_N_NAMED]
-    )  # whatever signs they hold
-    return f"{', '.join(shown)}{more}"
 
 
 def sections_table(sdata: SpatialData) -> pd.DataFrame:
@@ -251,8 +220,9 @@ def to_markdown(blocks: list[Block]) -> str:
     for kind, content in blocks:
         if kind in ("h1", "h2"):
             parts.append(f"{'#' * int(kind[1])} {content}")
-        elif kind == "list":
-            parts.append("\n".join(f"- {item}" for item in content))
+        elif kind in ("list", "verdicts"):
+            items = content if kind == "list" else [f"**{verdict.level}.** {verdict.text}" for verdict in content]
+            parts.append("\n".join(f"- {item}" for item in items))
         elif kind == "table":
             rows = [list(content.columns), ["---"] * content.shape[1], *content.to_numpy(dtype=object).tolist()]
             parts.append("\n".join(f"| {' | '.join(_plain(_cell(value)) for value in row)} |" for row in rows))
@@ -271,6 +241,11 @@ def to_html(blocks: list[Block], figures: Path) -> str:
     for kind, content in blocks:
         if kind == "list":
             parts.append(f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in content)}</ul>")
+        elif kind == "verdicts":
+            rows = "".join(
+                f'<li style="border-color:{_COLORS[v.level]}"><b>{v.level}.</b> {_inline(v.text)}</li>' for v in content
+            )
+            parts.append(f'<ul class="verdicts">{rows}</ul>')
         elif kind == "table":
             head = "".join(f"<th>{html.escape(str(name))}</th>" for name in content.columns)
             rows = [
@@ -295,6 +270,7 @@ def to_html(blocks: list[Block], figures: Path) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escape, and set text between backticks as code."""
+    """Escape, and set text between backticks as code and text between double stars in bold."""
     pieces = html.escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if i % 2 else piece for i, piece in enumerate(pieces))
+    bold = [re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", piece) for piece in pieces]
+    return "".join(f"<code>{piece}</code>" if i % 2 else bold[i] for i, piece in enumerate(pieces))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._cli.config import RunConfig, SectionConfig
 
-_N_PLOT_GENES = 2
+_N_PLOT_GENES = 4
 _OF_SECTIONS = (
     "mpp",
     "spot_pitch",
@@ -80,7 +80,7 @@ def run(config: RunConfig) -> Path:
         si.tl.impute_3d(sdata, model, device=config.device)
         model.save(config.output / "asign_model", overwrite=True)
     scores = None
-    if config.cross_validate:
+    if config.cross_validate or (config.cross_validate is None and model is None):
         scores = si.tl.cross_validate(
             sdata, config.methods, model_params=config.asign, device=config.device, seed=config.seed
         )
@@ -313,16 +313,22 @@ def _draw(
         "stack.png": ("The sections and their spots", lambda p: si.pl.stack(sdata, save=p)),
         "registration.png": ("Sections on the reference", lambda p: si.pl.registration(sdata, save=p)),
         "imputed.png": (
-            "Measured and imputed expression",
-            lambda p: si.pl.imputed(sdata, genes, layer=[Keys.MEASURED, layer], show_sd=model is not None, save=p),
+            "Expression of some genes on all sections. The framed section shows its measurement",
+            lambda p: si.pl.imputed(sdata, genes, layer=layer, save=p),
         ),
         "volume.png": ("Slices through the stack", lambda p: si.pl.volume(sdata, genes, layer=layer, save=p)),
+        "genes.png": (
+            "Genes by section, the best predicted on top",
+            lambda p: si.pl.gene_overview(sdata, layer=layer, save=p),
+        ),
         "graph.png": ("Edges of the 3D graph", lambda p: si.pl.graph_3d(sdata, save=p)),
     }
     if scores is not None:
         drawn["scores.png"] = ("Methods on held-out spots", lambda p: si.pl.metrics(sdata, scores, save=p))
     if model is not None:
         drawn["training.png"] = ("Training of the networks", lambda p: si.pl.training(model, save=p))
+    if Keys.PREDICTABILITY not in sdata.tables[Keys.STACK_TABLE].var:
+        del drawn["genes.png"]
     for name, (_, draw) in drawn.items():
         draw(folder / name)
         plt.close("all")
@@ -336,5 +342,6 @@ def _write_data(results: Results, output: Path) -> None:
     if results.scores is not None:
         results.scores.to_csv(output / "scores.csv")
     if Keys.PREDICTABILITY in table.var:
-        table.var[[Keys.PREDICTABILITY]].sort_values(Keys.PREDICTABILITY).to_csv(output / "genes.csv")
+        columns = [key for key in (Keys.PREDICTABILITY, Keys.PREDICTABLE) if key in table.var]
+        table.var[columns].sort_values(Keys.PREDICTABILITY, ascending=False).to_csv(output / "genes.csv")
     save_stack(results.sdata, output / "stack.zarr")

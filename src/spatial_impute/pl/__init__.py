@@ -1,6 +1,8 @@
 """Plots of stacks, registrations, graphs, imputations, dense maps, training and scores."""
 
 from spatial_impute.pl._dense import dense
+from spatial_impute.pl._gene_overview import gene_overview
+from spatial_impute.pl._gene_report import gene_report
 from spatial_impute.pl._graph_3d import graph_3d
 from spatial_impute.pl._imputed import imputed
 from spatial_impute.pl._metrics import metrics
@@ -9,4 +11,15 @@ from spatial_impute.pl._stack import stack
 from spatial_impute.pl._training import training
 from spatial_impute.pl._volume import volume
 
-__all__ = ["dense", "graph_3d", "imputed", "metrics", "registration", "stack", "training", "volume"]
+__all__ = [
+    "dense",
+    "gene_overview",
+    "gene_report",
+    "graph_3d",
+    "imputed",
+    "metrics",
+    "registration",
+    "stack",
+    "training",
+    "volume",
+]

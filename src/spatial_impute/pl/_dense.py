@@ -56,7 +56,7 @@ def dense(
     vmax: Limit | Sequence[Limit] = "p99",
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Dense map of genes beside the H&E image, whole or in a window.
@@ -147,7 +147,7 @@ def dense(
         show_raster(panel, np.ma.masked_invalid(cells), to_frame, cmap=colors, norm=norm, interpolation="nearest")
         add_colorbar([panel], cells, norm, colors, "")
     add_scale_bar(axes[0])
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _choose_system(element: DataArray, wanted: str | None, where: str) -> str:

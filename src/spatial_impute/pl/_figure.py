@@ -172,11 +172,13 @@ def draw_circles(
     values: np.ndarray | None = None,
     cmap: Colormap | None = None,
     norm: Normalize | None = None,
+    marked: bool = False,
     **kwargs: Any,
 ) -> EllipseCollection:
-    """Circles of true size (um), colored by `values`."""
+    """Circles of true size (um), colored by `values`; `marked` ones have a dark edge."""
     if values is not None and len(radius) <= _MANY_SPOTS:
-        kwargs = {"edgecolors": "0.5", "linewidths": 0.3} | kwargs  # or pale spots would drown in white
+        edge = {"edgecolors": INK, "linewidths": 0.6} if marked else {"edgecolors": "0.5", "linewidths": 0.3}
+        kwargs = edge | kwargs  # without any, pale spots would drown in white
     circles = EllipseCollection(
         2 * radius,
         2 * radius,
@@ -238,16 +240,23 @@ def plain_text(ax: Axes) -> None:
             text.set_parse_math(False)
 
 
-def finish(axes: np.ndarray, *, save: str | Path | None, show: bool, return_ax: bool) -> np.ndarray | None:
+def finish(
+    axes: np.ndarray,
+    *,
+    ax: Axes | Sequence[Axes] | None,
+    save: str | Path | None,
+    show: bool | None,
+    return_ax: bool,
+) -> np.ndarray | None:
     """Save and show the figure, and return its axes, each if the user wants it."""
     figure = axes.flat[0].get_figure(root=True)
-    for ax in axes.flat:
-        plain_text(ax)
+    for panel in axes.flat:
+        plain_text(panel)
     if save is not None:
         # The default of matplotlib, 100 dots per inch, is too coarse for H&E. A value that the user set is kept.
         dpi = mpl.rcParams["savefig.dpi"]
         figure.savefig(save, dpi=200 if dpi == "figure" else dpi, bbox_inches="tight")
-    if show:
+    if show or (show is None and ax is None and save is None and not return_ax):
         plt.show()
     return axes if return_ax else None
 
@@ -257,7 +266,8 @@ _TAIL = """    figsize
     save
         File to save the figure to.
     show
-        Call :func:`matplotlib.pyplot.show`.
+        Call :func:`matplotlib.pyplot.show`. By default yes, unless the figure is saved, drawn on your `ax`, or its axes are
+        returned.
     return_ax
         Return the axes.
 

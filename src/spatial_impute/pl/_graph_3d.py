@@ -144,7 +144,7 @@ def graph_3d(
     figsize: tuple[float, float] | None = None,
     title: str | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Edges of the 3D graph by type in the common frame, in 3D or between two sections side by side.
@@ -230,7 +230,7 @@ def graph_3d(
     text = f"edges of {len(chosen)} of {int(shown.sum())} spots" if title is None else title
     axis.set_title(text, fontsize="medium", pad=6 if view == "3d" else 20)
     _add_legend(axis, found, kinds, y=0.0 if view == "3d" else -0.08)
-    return finish(np.array([axis], dtype=object), save=save, show=show, return_ax=return_ax)
+    return finish(np.array([axis], dtype=object), ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _add_legend(ax: Axes, edges: Edges, kinds: list[str], *, y: float) -> None:

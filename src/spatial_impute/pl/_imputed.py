@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
+from spatial_impute._stack import (
+    load_record,
+    registered_radius,
+    registered_spots,
+    stack_table,
+    warn_if_old,
+)
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
@@ -31,8 +37,12 @@ from spatial_impute.pl._figure import (
     names_or_raise,
     section_title,
     sections_in_z,
+    show_image,
     titles_for,
 )
+from spatial_impute.pl._overlay import Canvas, section_images
+
+_VARIES = 0.2  # of the support: smaller differences cannot be told apart on the scale from 0 to 1
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +66,8 @@ class _Row:
     norm: Normalize
     cmap: Colormap
     scale_label: str
+    shows_measurement: bool = False
+    """Measured spots show their measurement."""
 
 
 @document_figure
@@ -67,6 +79,7 @@ def imputed(
     sections: str | Sequence[str] | None = None,
     show_sd: bool = False,
     show_support: bool = True,
+    img_alpha: float = 0.35,
     table_key: str = Keys.STACK_TABLE,
     size: float = 1.0,
     ax: Axes | Sequence[Axes] | None = None,
@@ -78,13 +91,13 @@ def imputed(
     vmax: Limit | Sequence[Limit] = "p99",
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
-    """Expression at the spots of all sections in the common frame: a row per gene, a column per section.
+    """Expression at the spots of all sections, on their faint H&E images: a row per gene, a column per section.
 
-    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title; they show
-    the measurement. If `layer` comes from :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its
+    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title. Spots that show
+    a measurement have a dark edge, imputed spots have none. If `layer` comes from :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its
     correlation ``r`` on held-out blocks of the measured sections. Do not trust the map of a gene with a low ``r``.
 
     Parameters
@@ -101,8 +114,10 @@ def imputed(
     show_sd
         Add a row per gene with the standard deviation of a measurement around the imputed value, 0 at measured spots.
     show_support
-        Add a row with ``obs["imputation_support"]``, if the table has it: the strength of the links from a spot to
-        measured spots.
+        Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the table
+        has it and it differs by more than 0.2 between the imputed spots that are shown.
+    img_alpha
+        Strength of the H&E images in the common frame; 0 draws none, and is faster.
     table_key
         Name of the stack table in ``sdata.tables``.
     size
@@ -163,30 +178,38 @@ def imputed(
     if show_sd:
         rows = _with_deviations(rows, _deviations(table, genes, layers, table_key=table_key), genes, shown, sd_cmap)
     xyz = registered_spots(table, table_key)
+    support = table.obs[Keys.SUPPORT].to_numpy(dtype=float) if show_support and Keys.SUPPORT in table.obs else None
     radius = require_positive(size, name="size") * registered_radius(sdata, record, table)
     if not shown.size:
         msg = f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with `si.pp.tile_spots(sdata)`."
         raise ValueError(msg)
-    if show_support and Keys.SUPPORT in table.obs:
-        rows.append(_support_row(table.obs[Keys.SUPPORT].to_numpy(dtype=float), support_cmap))
+    if support is not None and _varies(support[shown[~flags[shown]]]):
+        rows.append(_support_row(support, support_cmap))
 
-    margin = radius[shown].max() + 0.02 * np.ptp(xyz[shown, :2], axis=0).max()
-    low, high = xyz[shown, :2].min(axis=0) - margin, xyz[shown, :2].max(axis=0) + margin
-    aspect = (high - low)[1] / (high - low)[0]
+    canvas = Canvas.around(np.concatenate([xyz[shown, :2] - radius[shown].max(), xyz[shown, :2] + radius[shown].max()]))
+    images = section_images(sdata, record, wanted, canvas) if img_alpha > 0 else []
+    aspect = canvas.height / canvas.width
     axes = make_panels(len(rows), len(wanted), aspect=aspect, ax=ax, figsize=figsize, margin=(2.2, 0.8))
     axes = axes.reshape(len(rows), len(wanted))
     for panels, row in zip(axes, rows, strict=True):
-        for panel, index, framed in zip(panels, members, measured, strict=True):
-            frame_panel(panel, (*low, *high))
-            draw_circles(panel, xyz[index, :2], radius[index], values=row.values[index], cmap=row.cmap, norm=row.norm)
-            if framed:
-                panel.spines[:].set(visible=True, color=INK, linewidth=1.0)
+        for k, (panel, index) in enumerate(zip(panels, members, strict=True)):
+            frame_panel(panel, canvas.limits)
+            if images:
+                show_image(panel, images[k], canvas.to_um, alpha=img_alpha)
+            own = flags[index] & row.shows_measurement
+            for part, marked in ((index[~own], False), (index[own], True)):
+                if not len(part):
+                    continue
+                color = {"values": row.values[part], "cmap": row.cmap, "norm": row.norm, "marked": marked}
+                draw_circles(panel, xyz[part, :2], radius[part], **color)
+            if measured[k]:
+                panel.spines[:].set(visible=True, color=INK, linewidth=1.5)
         label_row(panels[0], row.label)
         add_colorbar(panels, row.values[shown], row.norm, row.cmap, row.scale_label)
     for panel, text, bold in zip(axes[0], titles, measured, strict=True):
         panel.set_title(text, fontsize="medium", fontweight="bold" if bold else "normal")
     add_scale_bar(axes[-1, 0])
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _gene_rows(
@@ -206,7 +229,8 @@ def _gene_rows(
         norm = color_limits(np.concatenate([found[shown, k] for found in values.values()]), low, high)
         for name, found in values.items():
             label = gene_title(table, gene, name, "\n") + ("" if len(layers) == 1 else f"\n{name}")
-            rows.append(_Row(label, found[:, k], norm, resolve_cmap(cmap), units_label(table)))
+            kept = name == Keys.MEASURED or table.uns.get(name, {}).get("measured", "keep") == "keep"
+            rows.append(_Row(label, found[:, k], norm, resolve_cmap(cmap), units_label(table), kept))
     return rows
 
 
@@ -226,6 +250,10 @@ def _with_deviations(
 def _support_row(support: np.ndarray, cmap: str | Colormap) -> _Row:
     scale = "strength of links to\nmeasured spots"
     return _Row("imputation\nsupport", support, color_limits(support, 0.0, 1.0), resolve_cmap(cmap), scale)
+
+
+def _varies(support: np.ndarray) -> bool:
+    return len(support) > 0 and float(np.ptp(support)) > _VARIES
 
 
 def _deviations(table: AnnData, genes: list[str], layers: list[str], *, table_key: str) -> np.ndarray:

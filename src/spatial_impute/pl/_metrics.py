@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval
@@ -52,7 +53,7 @@ def metrics(
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Scores of baselines and models with their intervals, and the predictability of genes.
@@ -143,7 +144,7 @@ def metrics(
         panel.spines[["top", "right"]].set_visible(False)
         if text:
             panel.set_title(text, fontsize="medium")
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _is_by_gene(scores: pd.DataFrame) -> bool:
@@ -248,7 +249,27 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         places = {gene: (known[gene], reached[gene]) for gene in known.index if np.isfinite(reached[gene])}
     for gene in dict.fromkeys(named):
         if gene in places:
-            right = places[gene][0] > np.mean([x for x, _ in places.values()])
-            style: dict[str, Any] = {"xytext": (0, 7), "ha": "right" if right else "left"}
-            ax.annotate(gene, places[gene], textcoords="offset points", fontsize="x-small", color=INK, **style)
+            _name_point(ax, gene, places[gene], list(places.values()))
     ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+
+
+def _name_point(ax: Axes, name: str, place: tuple[float, float], others: list[tuple[float, float]]) -> None:
+    """Write the name beside a point, on the side where it covers the fewest points."""
+    # All in points of the page: places relative to the named one, and the size of the text.
+    apart = 72 / ax.figure.dpi * (ax.transData.transform(np.array(others)) - ax.transData.transform([place]))
+    width, height, gap = 5.0 * len(name), 8.0, 6.0
+
+    def n_covered(side: tuple[int, int]) -> int:
+        center = np.array([side[0] * (gap + width / 2), side[1] * (height + 2)])
+        return int((np.abs(apart - center) < [width / 2 + 4, height / 2 + 4]).all(axis=1).sum())
+
+    right, above = min(((1, 0), (1, 1), (-1, -1), (-1, 0), (1, -1), (-1, 1)), key=n_covered)
+    style: dict[str, Any] = {
+        "ha": "left" if right > 0 else "right",
+        "va": "center",
+        "fontsize": "x-small",
+        "color": INK,
+    }
+    at = right * gap, above * (height + 2)
+    text = ax.annotate(name, place, xytext=at, textcoords="offset points", **style)
+    text.set_path_effects([withStroke(linewidth=2, foreground="white")])

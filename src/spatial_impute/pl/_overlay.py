@@ -12,12 +12,16 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._registration.quality import dice
+from spatial_impute._stack import load_transform, require_registration, section_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from spatialdata import SpatialData
+
     from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
+    from spatial_impute._stack import Section, StackRecord
 
     Sampler = Callable[[np.ndarray, float], np.ndarray]
 
@@ -132,6 +136,19 @@ class Canvas:
         y, x = ((np.arange(n) + 0.5) * self.pixel // tile for n in self.shape)
         odd = (y[:, None] + x) % 2 == 1
         return np.where(odd[..., None], second.rgb, first.rgb)
+
+
+def section_images(
+    sdata: SpatialData, record: StackRecord, sections: list[Section], canvas: Canvas
+) -> list[np.ndarray]:
+    """(y, x, 3) H&E of each section on the canvas; without those that nothing places in the common frame."""
+    placed = require_registration(record)["sections"]
+    found = []
+    for section in sections:
+        scan = read_scan(section_levels(sdata, section), canvas.pixel) if section.name in placed else None
+        place = load_transform(sdata, record, section.name) if scan is not None else None
+        found.append(np.full((1, 1, 3), 255.0) if scan is None else canvas.draw(scan, place).rgb)
+    return found
 
 
 def _sample_all(scan: Scan, sample: Sampler) -> Drawn:

@@ -79,7 +79,7 @@ def registration(
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Overlay of each section on the reference before and after registration, one row per section in the order of z.
@@ -175,7 +175,7 @@ def registration(
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
     _add_legend(axes[-1, 1], reference.name)
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _check_options(

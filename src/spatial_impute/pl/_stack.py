@@ -82,7 +82,7 @@ def stack(
     vmax: float | str | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Sections side by side in the order of z, or as a 3D stack of images.
@@ -160,7 +160,7 @@ def stack(
         slabs = _read_slabs(sdata, record, wanted, resolution)
         axes = _draw_3d(make_space(ax, figsize), slabs, strength, z_stretch, paint)
         _label_3d(axes, title, registered=record.registration is not None, paint=paint)
-        return finish(axes, save=save, show=show, return_ax=return_ax)
+        return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
     default = len(wanted) if len(wanted) <= _ONE_ROW else _COLUMNS
     n_rows, n_columns = grid_shape(len(wanted), default if ncols is None else ncols)
@@ -181,7 +181,7 @@ def stack(
     add_scale_bar(axes[(n_rows - 1) * n_columns])
     if paint is not None:
         paint.add_key(axes, n_columns)
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,14 @@ def training(
     figsize: tuple[float, float] | None = None,
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | None:
     """Training loss and held-out error by step; markers show the step that each network kept.
 
-    A dashed vertical line is drawn if all kept the same step. The horizontal dotted line is the error of the base, where the network starts. If the kept step is 0, no step was
-    better than the base on the held-out spots, and the model predicts with the base alone. If sections were measured
-    with different panels of genes, each panel has plots of its own.
+    A dashed vertical line is drawn if all kept the same step. The horizontal dotted line is the error of the base, where
+    the network starts. If the kept step is 0, no step was better than the base on the held-out spots, and the model predicts
+    with the base alone. If sections were measured with different panels of genes, each panel has plots of its own.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def training(
         panel.set_title(text, fontsize="medium")
     if len(runs) > 1:
         axes[0].legend(title=_RUN, fontsize="small", title_fontsize="small", frameon=False, ncols=2)
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _groups(history: pd.DataFrame, column: str) -> list[tuple[int | None, pd.DataFrame]]:

@@ -77,7 +77,7 @@ def volume(
     vmax: Limit | Sequence[Limit] = "p99",
     title: str | Sequence[str] | None = None,
     save: str | Path | None = None,
-    show: bool = False,
+    show: bool | None = None,
     return_ax: bool = False,
 ) -> np.ndarray | Figure | None:
     """Orthogonal slices through the expression in 3D, in the common frame.
@@ -194,7 +194,7 @@ def volume(
         _draw_slices(panels, found, look, used)
         panels[0].set_title(text, fontsize="medium")
         add_colorbar([panels[1]], column[shown], look.norm, look.cmap, units_label(table))
-    return finish(axes, save=save, show=show, return_ax=return_ax)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import counts_state, load_record, stack_table
 from spatial_impute._validation import name_list, require_count, require_key, require_one_of, require_positive
+from spatial_impute.pp._rank_genes import FLAVORS, is_mitochondrial, is_ribosomal, name_housekeeping, rank_genes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,7 @@ def select_genes(
     sdata: SpatialData,
     *,
     n_top_genes: int = 250,
+    flavor: str = "mean",
     genes: Sequence[str] | None = None,
     join: str = "inner",
     layer: str | None = None,
@@ -43,8 +45,12 @@ def select_genes(
     sdata
         Stack with at least one measured section.
     n_top_genes
-        Number of genes with the highest mean log-normalised expression (mean over measured sections). Of genes with
-        equal means, the first in the table is chosen.
+        Number of genes to choose. Of genes with equal scores, the first in the table is chosen.
+    flavor
+        Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially variable:
+        Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly variable: as in
+        :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise. ``"svg"`` chooses genes
+        with a pattern, which are also easier to predict: name the flavor with every score.
     genes
         Names of genes to use instead.
     join
@@ -69,7 +75,10 @@ def select_genes(
     `sdata.tables['stack'].obs['measured']` : (``bool``)
         False also for spots whose row was removed from the counts.
     `sdata.tables['stack'].var`
-        The chosen genes. Other layers of the table are dropped, since they belong to other genes.
+        The chosen genes. Other layers of the table and ``X`` are dropped, since they belong to other genes.
+    `sdata.tables['stack'].var['mt']`, `sdata.tables['stack'].var['ribo']` : (``bool``)
+        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many genes
+        of high mean are.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
         Units, `target_sum`, measured sections and version.
 
@@ -101,6 +110,8 @@ def select_genes(
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
     require_one_of(join, ("inner", "outer"), name="join")
+    require_one_of(flavor, FLAVORS, name="flavor")
+    n_top_genes = require_count(n_top_genes, name="n_top_genes")
     tables = {}
     for section in measured:
         require_key(str(section.counts), sdata.tables, where="sdata.tables")
@@ -110,25 +121,30 @@ def select_genes(
         for name, counts in tables.items()
     }
     var_names = _gene_names(tables)
+    places = {name: _places(table, name, counts) for name, counts in tables.items()}
     if genes is not None:
         chosen = _given_genes(genes, var_names, join)
     else:
-        chosen = _top_genes(values, var_names, require_count(n_top_genes, name="n_top_genes"), join)
+        at_spots = {
+            name: values[name][present] if len(present) < len(tables[name].table) else values[name]
+            for name, (present, _) in places.items()
+        }
+        xy = {name: np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[rows] for name, (_, rows) in places.items()}
+        ranked = rank_genes(at_spots, xy, var_names, flavor=flavor, join=join)
+        _warn_of_few_common(var_names, len(ranked), n_top_genes)
+        chosen = ranked[:n_top_genes]
+        name_housekeeping(chosen)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
     counted = np.zeros(table.n_obs, dtype=bool)
-    row_of = pd.Series(np.arange(table.n_obs), index=table.obs_names)
-    for name, counts in tables.items():
+    for name, (present, rows) in places.items():
         columns = var_names[name].get_indexer(chosen)
-        names = [f"{name}_{i}" for i in counts.table.obs[Keys.INSTANCE]]
-        present = np.isin(names, row_of.index)  # a count row without a spot has no place in the stack
-        rows = row_of[np.asarray(names)[present]].to_numpy()
         counted[rows] = True
         has = columns >= 0
-        picked = values[name][np.flatnonzero(present)][:, columns[has]]
+        picked = values[name][present][:, columns[has]]
         expression[np.ix_(rows, has)] = picked.toarray() if hasattr(picked, "toarray") else picked
-        totals[rows] = np.asarray(counts.matrix.sum(axis=1)).ravel()[np.flatnonzero(present)]
+        totals[rows] = np.asarray(tables[name].matrix.sum(axis=1)).ravel()[present]
 
     _write(sdata, table, expression, chosen, counted=counted, totals=None if log_normalized else totals)
     sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
@@ -217,6 +233,13 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
     return log_normalize(matrix, target_sum)
 
 
+def _places(table: AnnData, section: str, counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the counts that have a spot in the stack, and the rows of these spots in the stack table."""
+    row_of = table.obs_names.get_indexer([f"{section}_{i}" for i in counts.table.obs[Keys.INSTANCE]])
+    present = np.flatnonzero(row_of >= 0)
+    return present, row_of[present]
+
+
 def _gene_names(tables: dict[str, _Counts]) -> dict[str, pd.Index]:
     """Names of the genes of each section, joined by stable id where there is one."""
     names = names_by_id({name: counts.table for name, counts in tables.items()})
@@ -265,31 +288,14 @@ def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str
     return wanted
 
 
-def _top_genes(
-    values: dict[str, np.ndarray | sparse.csr_matrix], var_names: dict[str, pd.Index], n_top_genes: int, join: str
-) -> list[str]:
-    """Names of the genes with the highest means on the sections that have them."""
-    counted = pd.Index([]).append([pd.Index(names).unique() for names in var_names.values()]).value_counts(sort=False)
-    candidates = counted.index[counted >= (len(var_names) if join == "inner" else 1)]
-    if not len(candidates):
-        named = {name: list(names[:2]) for name, names in var_names.items()}
-        msg = (
-            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section "
-            "in `sdata.tables`, e.g. from symbols to Ensembl ids."
-        )
-        raise ValueError(msg)
-    if len(candidates) < n_top_genes and any(len(names) > len(candidates) for names in var_names.values()):
+def _warn_of_few_common(var_names: dict[str, pd.Index], n_found: int, n_top_genes: int) -> None:
+    """Warn if sections have more genes than they have in common, and fewer than wanted are left."""
+    if n_found < n_top_genes and any(len(names) > n_found for names in var_names.values()):
         logger.warning(
             "%d genes are on all measured sections, of %s; check that their names match, or pass `join='outer'`",
-            len(candidates),
+            n_found,
             {name: len(names) for name, names in var_names.items()},
         )
-    means = np.full((len(values), len(candidates)), np.nan)
-    for k, (name, matrix) in enumerate(values.items()):
-        columns = var_names[name].get_indexer(candidates)
-        means[k, columns >= 0] = np.asarray(matrix.mean(axis=0)).ravel()[columns[columns >= 0]]
-    order = np.argsort(-np.nanmean(means, axis=0), kind="stable")[:n_top_genes]
-    return list(candidates[order])
 
 
 def _write(
@@ -310,10 +316,13 @@ def _write(
     obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)
     new = AnnData(
         obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),
-        var=pd.DataFrame(index=pd.Index(genes, dtype=str)),
+        var=pd.DataFrame(
+            {Keys.MITOCHONDRIAL: is_mitochondrial(genes), Keys.RIBOSOMAL: is_ribosomal(genes)},
+            index=pd.Index(genes, dtype=str),
+        ),
         layers={Keys.MEASURED: expression},
         obsm=dict(old.obsm),
         obsp=dict(old.obsp),
-        uns=dict(old.uns),
+        uns={key: value for key, value in old.uns.items() if key != Keys.X_LAYER},
     )
     sdata.tables[Keys.STACK_TABLE] = TableModel.parse(new)

@@ -79,7 +79,7 @@ def cross_validate(
     methods
         Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
         ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
-        most similar features), ``"colour"`` (ridge regression on mean and spread of the color of a spot, which needs no
+        most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean and spread of the color of a spot, which needs no
         structure) and ``"pixnet"``. ASIGN uses no base layers here.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
@@ -201,10 +201,10 @@ class _Options:
 
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
-    from spatial_impute.models.asign._baselines import METHODS
+    from spatial_impute.models.asign._baselines import METHODS, RECIPES
     from spatial_impute.models.asign._fit import ASIGN, COLOR, FROM_IMAGE, IMAGE_KNN, PIXNET
 
-    allowed = [*METHODS, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else [*FROM_IMAGE, ASIGN]
+    allowed = [*METHODS, *RECIPES, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else [*FROM_IMAGE, ASIGN]
     if methods is None:
         return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
     names = name_list(methods, name="methods")

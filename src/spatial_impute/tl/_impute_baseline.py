@@ -29,7 +29,7 @@ def impute_baseline(
 ) -> AnnData | None:
     """Impute expression at every spot with a simple method.
 
-    Each method chooses its settings (neighbours, bandwidth, penalty) by leaving out measured spots.
+    Each method but ``"hest"`` chooses its settings (neighbours, bandwidth, penalty) by leaving out measured spots.
 
     Parameters
     ----------
@@ -39,8 +39,10 @@ def impute_baseline(
         ``"mean"`` (mean profile of the measured sections), ``"nearest"`` (nearest measured spot), ``"knn"`` (mean of the
         nearest measured spots), ``"kernel"`` (Gaussian kernel on the registered distance), ``"propagation"`` (clamped
         label propagation on the 3D graph :cite:p:`Zhu2002`), ``"ridge"`` (ridge regression on image features),
-        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread) or ``"cokriging"`` (Gaussian processes on
-        position and image features).
+        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread), ``"cokriging"`` (Gaussian processes on position
+        and image features) or ``"hest"`` (the recipe by which HEST-Bench scores encoders: standardised image features, 256
+        principal components, ridge regression with a fixed penalty; for comparison with published figures, and no part of
+        ASIGN).
     table_key
         Name of the stack table.
     layer
@@ -50,7 +52,8 @@ def impute_baseline(
     key_added
         Layer to write; ``"baseline_{method}"`` by default.
     inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``.
+        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates and
+        graphs of the table.
 
     Returns
     -------
@@ -58,6 +61,8 @@ def impute_baseline(
 
     `sdata.tables['stack'].layers['baseline_{method}']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) log1p counts. Measured spots keep their measurement.
+    `sdata.tables['stack'].X`, `sdata.tables['stack'].uns['X_layer']`
+        A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
     `sdata.tables['stack'].uns['baseline_{method}']` : :class:`dict`
         Provenance.
 
@@ -77,10 +82,11 @@ def impute_baseline(
     >>> sdata.tables["stack"].layers["baseline_kernel"].shape == sdata.tables["stack"].shape
     True
     """
-    from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, NEEDS_GRAPH
+    from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, NEEDS_GRAPH, RECIPES
     from spatial_impute.models.asign._panels import by_panel
 
-    require_one_of(method, METHODS, name="method")
+    methods = {**METHODS, **RECIPES}
+    require_one_of(method, methods, name="method")
     key = Keys.baseline(method) if key_added is None else key_added
     require_slot_key(key, name="key_added", taken=(layer, Keys.MEASURED))
     record = load_record(sdata)
@@ -90,7 +96,7 @@ def impute_baseline(
     )
     values = np.empty(table.shape, dtype=np.float32)
     for columns, panel in by_panel(spots):
-        found = METHODS[method](panel)
+        found = methods[method](panel)
         found[panel.known] = panel.expression
         values[:, columns] = found
     used = {"layer": layer, "features": features, "graph": graph_key if graph else None}

@@ -84,6 +84,8 @@ def impute_pixnet(
     `.layers['pixnet']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) predictions in the units of `layer`, also at measured spots. A spot without a pixel on its image
         gets the mean profile.
+    `.X`, `.uns['X_layer']`
+        A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
     `.obs['pixnet_fold']` : (``int64``)
         Fold of each measured spot; -1 for the others.
     `.uns['pixnet']` : :class:`dict`

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._settings import logger
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import fingerprint, load_record, measured_ids, section_image, table_state, write_slots
 from spatial_impute._validation import require_key
 
@@ -38,22 +38,27 @@ class ImputedLayer:
     var: dict[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, table: AnnData, table_key: str) -> None:
-        """Write everything to the stack table."""
+        """Write everything to the stack table, and the imputed values to ``X`` as well."""
         layers = {self.key: self.values, **self.layers}
-        slots = {"layers": layers, "obs": self.obs, "var": self.var, "uns": {self.key: self.origin}}
-        write_slots(table, table_key, slots)
+        uns = {self.key: self.origin, Keys.X_LAYER: self.key}
+        write_slots(table, table_key, {"layers": layers, "obs": self.obs, "var": self.var, "uns": uns})
+        # A copy: scanpy changes X in place (`sc.pp.scale`), and the layer must stay as it is.
+        table.X = self.values.copy()
+        log_added(f"tables[{table_key!r}].X")
 
     def to_anndata(self, table: AnnData) -> AnnData:
-        """New AnnData with the imputed values in ``X``."""
+        """New AnnData with the imputed values in ``X``, and with the coordinates and graphs of the table."""
         from anndata import AnnData
 
+        graphs = {key: table.uns[key] for key in table.uns if key.endswith(Keys.neighbors(""))}
         return AnnData(
             X=self.values,
             layers=self.layers,
             obs=table.obs.assign(**self.obs),
-            var=pd.DataFrame(self.var, index=table.var_names) if self.var else table.var.copy(),
-            obsm={key: table.obsm[key] for key in (Keys.SPATIAL, Keys.SPATIAL_3D)},
-            uns={self.key: self.origin},
+            var=table.var.assign(**self.var),
+            obsm={key: table.obsm[key].copy() for key in (Keys.SPATIAL, Keys.SPATIAL_3D)},
+            obsp={key: graph.copy() for key, graph in table.obsp.items()},
+            uns={**deepcopy(graphs), self.key: self.origin, Keys.X_LAYER: self.key},
         )
 
 

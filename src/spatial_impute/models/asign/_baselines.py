@@ -21,6 +21,7 @@ _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _NEIGHBOURS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
@@ -115,6 +116,26 @@ def transfer_ridge(spots: Spots) -> np.ndarray:
     return result
 
 
+def hest(spots: Spots) -> np.ndarray:
+    """Regression from image features as HEST-Bench scores encoders: standardised, 256 principal components, ridge.
+
+    Its penalty is fixed, 100 / (components x genes), and is not chosen on the tissue.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features = given(spots.features)
+    known = features[spots.known]
+    n_components = min(_HEST_COMPONENTS, len(known) - 1, known.shape[1])
+    if n_components < 1:
+        return section_mean(spots)
+    penalty = _HEST_PENALTY / (n_components * spots.expression.shape[1])
+    steps = StandardScaler(), PCA(n_components, random_state=0), Ridge(alpha=penalty)
+    return make_pipeline(*steps).fit(known, spots.expression).predict(features).reshape(len(features), -1)
+
+
 METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
     "mean": section_mean,
     "nearest": nearest,
@@ -127,7 +148,10 @@ METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
 }
 """Every baseline by name."""
 
-NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging"})
+RECIPES: dict[str, Callable[[Spots], np.ndarray]] = {"hest": hest}
+"""Recipes of other benchmarks, to compare with; they have no part in the blend."""
+
+NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging", *RECIPES})
 NEEDS_GRAPH = frozenset({"propagation"})
 
 

@@ -1,0 +1,261 @@
+"""One page per gene: its maps, what is predicted of it, and the most that noise allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spatial_impute._expression import looks_like_counts
+from spatial_impute._keys import Keys
+from spatial_impute._scores import noise_ceiling, pearson_by_gene
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
+from spatial_impute._validation import require_key
+from spatial_impute.pl._color import add_colorbar, color_limits, layer_values, resolve_cmap, units_label
+from spatial_impute.pl._figure import (
+    INK,
+    add_scale_bar,
+    document_figure,
+    draw_circles,
+    finish,
+    frame_panel,
+    make_panels,
+    section_title,
+    sections_in_z,
+    show_image,
+)
+from spatial_impute.pl._overlay import Canvas, section_images
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from spatialdata import SpatialData
+
+    from spatial_impute._stack import Section
+
+_MODEL, _OTHER, _CEILING = "#D55E00", "#0072B2", "0.75"  # Okabe and Ito
+_MOST_BARS = 8
+
+
+@document_figure
+def gene_report(
+    sdata: SpatialData,
+    gene: str,
+    scores: pd.DataFrame | None = None,
+    *,
+    layer: str = Keys.ASIGN,
+    img_alpha: float = 0.35,
+    table_key: str = Keys.STACK_TABLE,
+    ax: Sequence[Axes] | None = None,
+    figsize: tuple[float, float] | None = None,
+    cmap: str | Colormap = "viridis",
+    save: str | Path | None = None,
+    show: bool | None = None,
+    return_ax: bool = False,
+) -> np.ndarray | None:
+    """Answer to "is my gene believable?": its maps, predicted against measured values, and its correlations.
+
+    The four panels are the gene as measured; the same spots as expected from all other spots, or the nearest unmeasured
+    section; measured against expected values; and the correlation of each method on held-out spots. A grey area ends at the
+    noise ceiling: the highest correlation that any prediction can have with these counts.
+
+    The second and third panel show expected values if the layer holds them: ``si.tl.impute_3d(sdata, model,
+    measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known. Held-out
+    blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack with imputed expression.
+    gene
+        Gene.
+    scores
+        Correlation of each gene (rows) by method (columns): a table of :func:`~spatial_impute.tl.cross_validate` or
+        :func:`~spatial_impute.metrics.evaluate` with ``by="gene"``.
+    layer
+        Layer of the stack table.
+    img_alpha
+        Strength of the H&E images; 0 draws none.
+    table_key
+        Name of the stack table in ``sdata.tables``.
+    ax
+        Four axes to draw on, instead of a new figure.
+    cmap
+        Color map of expression.
+
+    Returns
+    -------
+    ``None``, or with ``return_ax=True`` an array of four :class:`~matplotlib.axes.Axes`.
+
+    Raises
+    ------
+    KeyError
+        If the stack is not registered, or the gene or layer does not exist.
+    ValueError
+        If nothing is measured, `scores` has no row of the gene, or `ax` does not hold four axes.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> si.settings.show_progress_bar = False
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, n_genes=9)
+    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.pp.extract_features(sdata)
+    >>> si.tl.build_3d_graph(sdata)
+    >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 5})
+    >>> si.tl.impute_3d(sdata, model, measured="denoise")
+    >>> axes = si.pl.gene_report(sdata, "smooth_0", return_ax=True)
+    >>> print(axes[0].get_title())
+    s1
+    as measured
+    >>> axes = si.pl.gene_overview(sdata, return_ax=True)
+    >>> axes[0].get_images()[0].get_array().shape
+    (9, 3)
+    >>> si.settings.show_progress_bar = True
+    """
+    record, table = load_record(sdata), stack_table(sdata, table_key)
+    layers = [Keys.MEASURED, layer]
+    seen, found = (layer_values(table, [gene], name, table_key=table_key)[:, 0] for name in layers)
+    warn_if_old(sdata, table, layers)
+    bars = _correlations(table, gene, scores)
+    xyz, radius = registered_spots(table, table_key), registered_radius(sdata, record, table)
+    known = table.obs[Keys.MEASURED].to_numpy(dtype=bool) & np.isfinite(seen)
+    if not known.any():
+        msg = f"{gene!r} was not measured on any section, so there is nothing to compare it with."
+        raise ValueError(msg)
+    code = table.obs[Keys.SECTION].to_numpy()
+    counted = table.obs[Keys.SECTION][known].value_counts()
+    own = record[str(counted.index[0])]
+    expected = table.uns.get(layer, {}).get("measured") == "denoise"
+    other = own if expected else _nearest_unmeasured(sections_in_z(record, None), own, set(counted.index[counted > 0]))
+    rows = [np.flatnonzero(known & (code == own.name)), np.flatnonzero(code == other.name)]
+    if expected:
+        rows[1] = rows[0]
+
+    shown = np.concatenate(rows)
+    reach = radius[shown].max()
+    canvas = Canvas.around(np.concatenate([xyz[shown, :2] - reach, xyz[shown, :2] + reach]))
+    aspect = canvas.height / canvas.width
+    axes = make_panels(1, 4, aspect=max(aspect, 0.75), ax=ax, figsize=figsize, margin=(1.0, 0.9))
+    norm = color_limits(np.concatenate([seen[rows[0]], found[rows[1]]]), "p1", "p99")
+    images = section_images(sdata, record, [own, other], canvas) if img_alpha > 0 else []
+    heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
+    heads[1] = heads[1] if expected else f"{section_title(other, measured=False, separator=chr(10))}"
+    for k, (panel, index, values) in enumerate(zip(axes[:2], rows, (seen, found), strict=True)):
+        frame_panel(panel, canvas.limits)
+        if images:
+            show_image(panel, images[k], canvas.to_um, alpha=img_alpha)
+        colors = {"values": values[index], "cmap": resolve_cmap(cmap), "norm": norm, "marked": k == 0}
+        draw_circles(panel, xyz[index, :2], radius[index], **colors)
+        panel.set_title(heads[k], fontsize="medium")
+    add_colorbar(
+        axes[:2], np.concatenate([seen[rows[0]], found[rows[1]]]), norm, resolve_cmap(cmap), units_label(table)
+    )
+    add_scale_bar(axes[0])
+    _draw_pairs(axes[2], found[rows[0]], seen[rows[0]], expected=expected)
+    _draw_correlations(axes[3], bars, _ceiling(sdata, table, own, gene))
+    figure = axes[0].get_figure(root=True)
+    if ax is None:
+        figure.suptitle(_verdict(table, gene), fontsize="large", parse_math=False)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
+
+
+def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dict[str, float]:
+    """Held-out correlation of the gene by method, best first."""
+    found = {}
+    if Keys.PREDICTABILITY in table.var and np.isfinite(table.var.loc[gene, Keys.PREDICTABILITY]):
+        found["asign (blocks)"] = float(table.var.loc[gene, Keys.PREDICTABILITY])
+    if scores is not None:
+        if scores.index.name != "gene":
+            msg = (
+                "`scores` must have a row per gene. Make it with `by='gene'`, e.g. `si.tl.cross_validate(sdata, "
+                "by='gene')`."
+            )
+            raise ValueError(msg)
+        require_key(gene, scores.index, where="scores.index")
+        row = scores.loc[gene].drop("ceiling", errors="ignore").dropna()
+        found |= {str(name).removeprefix(Keys.baseline("")): float(r) for name, r in row.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1])[:_MOST_BARS])
+
+
+def _nearest_unmeasured(sections: list[Section], own: Section, measured: set[str]) -> Section:
+    others = [section for section in sections if section.name not in measured] or [own]
+    return min(others, key=lambda section: abs(section.z - own.z))
+
+
+def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) -> float:
+    """Noise ceiling of the gene on a section; NaN without its counts."""
+    counts = None if section.counts is None else sdata.tables[section.counts]
+    layer = str(table.uns.get(Keys.NORMALIZATION, {}).get("layer", ""))
+    matrix = None if counts is None else counts.layers.get(layer) if layer else counts.X
+    if counts is None or matrix is None or gene not in counts.var_names:
+        return float("nan")
+    own = matrix[:, counts.var_names.get_loc(gene)]
+    own = np.ravel(own.toarray() if hasattr(own, "toarray") else own).astype(float)
+    total = np.ravel(matrix.sum(axis=1)).astype(float)
+    if not looks_like_counts(own) or not (total > 0).all():
+        return float("nan")
+    target_sum = float(table.uns.get(Keys.NORMALIZATION, {}).get("target_sum", np.nan))
+    # All other genes are one column: the sum of halves of counts is a half of their sum.
+    pair = np.column_stack([own, total - own])
+    return float(noise_ceiling(pair, np.array([0]), target_sum=target_sum if np.isfinite(target_sum) else 1e4)[0])
+
+
+def _verdict(table: AnnData, gene: str) -> str:
+    """What the held-out blocks say of the gene, in one sentence."""
+    r = float(table.var.loc[gene, Keys.PREDICTABILITY]) if Keys.PREDICTABILITY in table.var else float("nan")
+    if not np.isfinite(r):
+        return f"{gene}: nothing was held out, so nothing says whether it can be believed"
+    believed = bool(table.var.loc[gene, Keys.PREDICTABLE]) if Keys.PREDICTABLE in table.var else r > 0
+    if not believed:
+        return f"{gene}: not predicted better than by chance (r = {r:.2f}), do not interpret its map"
+    return f"{gene}: predicted with r = {r:.2f} on held-out blocks"
+
+
+def _draw_pairs(ax: Axes, found: np.ndarray, seen: np.ndarray, *, expected: bool) -> None:
+    """Measured against expected values."""
+    if not expected:
+        ax.set_axis_off()
+        text = 'for measured against\nexpected values:\nimpute_3d(...,\nmeasured="denoise")'
+        ax.text(0.5, 0.5, text, ha="center", va="center", fontsize="small", color=INK, transform=ax.transAxes)
+        return
+    ax.scatter(found, seen, s=9, color=_OTHER, alpha=0.6, linewidths=0)
+    ends = [min(found.min(), seen.min()), max(found.max(), seen.max())]
+    ax.plot(ends, ends, color=INK, linewidth=0.6, linestyle=":")
+    r = pearson_by_gene(found[:, None], seen[:, None])[0]
+    ax.set_title(f"spots left out: r = {r:.2f}", fontsize="medium")
+    ax.set_xlabel("expected", fontsize="small")
+    ax.set_ylabel("measured", fontsize="small")
+    ax.tick_params(labelsize="small")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_correlations(ax: Axes, bars: dict[str, float], ceiling: float) -> None:
+    """Correlation by method, best on top, and what noise allows."""
+    names = list(bars)[::-1]
+    values = [bars[name] for name in names]
+    low = min([0.0, *values])
+    if np.isfinite(ceiling):
+        ax.axvspan(0, ceiling, color=_CEILING, alpha=0.35, linewidth=0)
+        ax.text(
+            ceiling,
+            1.0,
+            f"{ceiling:.2f} ",
+            ha="right",
+            va="top",
+            fontsize="x-small",
+            transform=ax.get_xaxis_transform(),
+        )
+    colors = [_MODEL if name.startswith(Keys.ASIGN) else _OTHER for name in names]
+    ax.barh(range(len(names)), values, color=colors, height=0.6)
+    ax.set_yticks(range(len(names)), names, fontsize="small")
+    ax.set(xlim=(low * 1.1, 1.0), ylim=(len(names) - 0.2 - max(len(names) + 0.5, 4), len(names) - 0.2))
+    ax.axvline(0, color=INK, linewidth=0.6)
+    ax.set_title("r by method\n(grey: up to the noise ceiling)", fontsize="medium")
+    ax.tick_params(labelsize="small")
+    ax.spines[["top", "right", "left"]].set_visible(False)
