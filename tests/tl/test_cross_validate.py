@@ -8,8 +8,8 @@ import pytest
 from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute._stack.spots import read_spots
 from spatial_impute.models._spots import block_folds, blocks
-from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3}
 

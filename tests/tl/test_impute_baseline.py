@@ -108,8 +108,8 @@ def test_impute_baseline_reads_texture_genes_from_the_image(prepared_stack, trut
 
 
 def test_impute_baseline_hest_is_the_ridge_of_the_recipe_and_no_part_of_asign(prepared_stack):
+    from spatial_impute._stack.spots import read_spots
     from spatial_impute.models.asign._baselines import METHODS as BLENDED
-    from spatial_impute.tl._read_spots import read_spots
 
     assert "hest" not in BLENDED
     si.tl.impute_baseline(prepared_stack, "hest")

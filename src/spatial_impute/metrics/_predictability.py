@@ -9,8 +9,8 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
+from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count
-from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

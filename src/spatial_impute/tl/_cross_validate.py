@@ -12,6 +12,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import section_levels
+from spatial_impute._stack.spots import read_stacks, stack_list
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -26,7 +27,6 @@ from spatial_impute.tl._held_out import (
     warn_of_overlapping_spots,
     warn_of_shared_groups,
 )
-from spatial_impute.tl._read_spots import read_stacks, stack_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

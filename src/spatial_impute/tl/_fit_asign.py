@@ -10,6 +10,7 @@ from spatial_impute._io.owner import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
+from spatial_impute._stack.spots import read_stacks, stack_list, units
 from spatial_impute._validation import require_count, require_device, require_folder
 from spatial_impute.tl._provenance import (
     encoder,
@@ -17,9 +18,7 @@ from spatial_impute.tl._provenance import (
     fitted_state,
     read_base_layers,
     require_same_folds,
-    units,
 )
-from spatial_impute.tl._read_spots import read_stacks, stack_list
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import fingerprint, load_record, section_images
+from spatial_impute._stack.spots import read_spots, require_same_units, units
 from spatial_impute._validation import (
     require_device,
     require_key,
@@ -25,10 +26,7 @@ from spatial_impute.tl._provenance import (
     feature_settings,
     provenance,
     read_base_layers,
-    require_same_units,
-    units,
 )
-from spatial_impute.tl._read_spots import read_spots
 
 _N_LEFT_OUT = 5  # parts of the measured spots: a spot is expected from four fifths of the others
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record
+from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_one_of, require_slot_key
 from spatial_impute.tl._provenance import ImputedLayer, provenance
-from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -12,11 +12,11 @@ from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state, write_slots
+from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import measured_hash
 from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes
-from spatial_impute.tl._read_spots import read_spots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

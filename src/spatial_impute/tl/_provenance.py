@@ -13,10 +13,11 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import fingerprint, load_record, measured_ids, section_image, table_state, write_slots
+from spatial_impute._stack.spots import units
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -153,22 +154,6 @@ def compare_with_fit(
             leaked,
         )
     return leaked
-
-
-def units(table: AnnData) -> str:
-    """Units of the expression."""
-    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
-
-
-def require_same_units(found: Iterable[str]) -> None:
-    """Raise a ``ValueError`` if expression comes in different units. Unknown units fit all others."""
-    known = sorted({unit for unit in found if unit != "unknown" and not unit.endswith("as given")})
-    if len(known) > 1:
-        msg = (
-            f"Expression must have the same units, found {known}. Run `si.pp.select_genes` with the same `target_sum` and "
-            "`log_normalized`."
-        )
-        raise ValueError(msg)
 
 
 def read_base_layers(table: AnnData, names: Sequence[str]) -> dict[str, np.ndarray]:

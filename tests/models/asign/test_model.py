@@ -14,6 +14,7 @@ import spatial_impute as si
 from spatial_impute._graph import build_graph
 from spatial_impute._scores import HALF_WIDTH, pearson_by_gene
 from spatial_impute._settings import logger
+from spatial_impute._stack.spots import read_spots
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _ensemble
@@ -21,7 +22,6 @@ from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, Train
 from spatial_impute.models.asign._fit import _krige_folds, fit
 from spatial_impute.models.asign._graph_inputs import nested_predictions, with_components
 from spatial_impute.models.asign._training import TrainingRun, regimes
-from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3, "dropout": 0.2}
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import spatial_impute as si
+from spatial_impute._stack.spots import read_spots
 from spatial_impute.models.asign._panels import by_panel
-from spatial_impute.tl._read_spots import read_spots
 
 SMALL = {"n_steps": 5, "width": 8, "n_heads": 2, "n_folds": 2}
 

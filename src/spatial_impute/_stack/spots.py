@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,18 +10,11 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import (
-    dense_rows,
-    load_record,
-    measured_mask,
-    registered_spots,
-    require_current,
-    section_ranks,
-    stack_table,
-)
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import require_current
+from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
-from spatial_impute.tl._provenance import require_same_units, units
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,6 +24,22 @@ if TYPE_CHECKING:
 _EXTRACT = "Run `si.pp.extract_features(sdata)` first."
 _BUILD = "Run `si.tl.build_3d_graph(sdata)` first."
 _MOVED = 1e-3  # of the bandwidth: lengths are kept as float32, a new registration moves spots by more
+
+
+def units(table: AnnData) -> str:
+    """Units of the expression."""
+    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
+
+
+def require_same_units(found: Iterable[str]) -> None:
+    """Raise a ``ValueError`` if expression comes in different units. Unknown units fit all others."""
+    known = sorted({unit for unit in found if unit != "unknown" and not unit.endswith("as given")})
+    if len(known) > 1:
+        msg = (
+            f"Expression must have the same units, found {known}. Run `si.pp.select_genes` with the same `target_sum` and "
+            "`log_normalized`."
+        )
+        raise ValueError(msg)
 
 
 def stack_list(sdata: SpatialData | Sequence[SpatialData]) -> list[SpatialData]:
