@@ -87,4 +87,5 @@ def _finest(element: Any) -> Any:
     """Array of labels, the finest level of a pyramid."""
     from xarray import DataTree
 
-    return next(iter(element["scale0"].values())).data if isinstance(element, DataTree) else element.data
+    finest = next(iter(element["scale0"].data_vars.values())) if isinstance(element, DataTree) else element
+    return finest.data
