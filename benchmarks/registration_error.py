@@ -87,7 +87,7 @@ def motion_cases(n: int) -> Iterator[Case]:
 def landmark_cases(_: int) -> Iterator[Case]:
     folder, sizes = ROOT / "landmarks", {**LANDMARK_MPP, "les3_5pc": 3.48}
     pairs = pd.read_csv(folder / "pairs.csv")[["set", "fixed", "moving"]].values.tolist()
-    pairs = [*pairs, ["les3_5pc", "He", "proSPC-4"]]
+    pairs = [["les3_5pc", "He", "proSPC-4"], *pairs]
     for group, *names in pairs:
         for fixed, moving in (names, names[::-1]):
             mpp = sizes[group]

@@ -25,7 +25,9 @@ _STEP = 20  # from patch to patch
 _EDGE = 1.5  # scale of the edges that are compared, so that another stain does not matter
 _TISSUE = 0.8  # share of a patch that must be tissue: outlines match, whatever is inside
 _PEAK = 4.0  # radius of what belongs to a peak
-_LEAD = 0.1  # in correlation, of the best match over the best elsewhere
+_LEAD = 0.02  # in correlation, over the best elsewhere: in flat tissue all places fit alike
+_NEAR = 4.0  # two matches that differ by less agree
+_AGREE = 0.25  # share of patches whose matches agree; unrelated tissue has 0.08, the share of the area within reach
 _BLOCK = 40  # patches whose centres lie in one square share pixels
 _FEWEST = 3  # squares; fewer say nothing about a section
 _MOST = 10.0  # times the mean square of the patches: then they lie in one place, and say little about the rest
@@ -45,25 +47,27 @@ def expected_error(
 
     Patches of the registered section are matched to the fixed one by stain and by edges. Each match has an error of its
     own, but the two have little noise in common. So the mean product of the two shifts is the mean square of the shift
-    that is really there. What a fit leaves is a bend, which grows with the square of the distance from the centre, so the
-    error at the rim, where no patch lies, is larger in that proportion. To the upper limit of this comes what fits to two halves of the tissue differ by (`halves`, root mean
-    square in um), and half a working pixel, below which content cannot be placed.
+    that is really there, however noisy single matches are. What a fit leaves is a bend, which grows with the square of the
+    distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion. To the upper limit
+    of this comes what fits to two halves of the tissue differ by (`halves`, root mean square in um), and half a working
+    pixel, below which content cannot be placed.
 
     Returns
     -------
-    ``error_um``, ``error_p90_um`` (None if too few patches match), ``error_patches``.
+    ``error_um``, ``error_p90_um`` (None if too few patches match, or the two looks do not agree), ``error_patches``.
     """
     moved = pull_back(moving.image, moving, fixed, matrix, field)
     tissue = fixed.mask & (pull_back(moving.mask, moving, fixed, matrix, field) > 0.5)
     edges = [ndi.gaussian_gradient_magnitude(image, _EDGE) for image in (moved, fixed.image)]
-    pairs = (moved, fixed.image), (edges[0], edges[1])
+    # Another stain may turn dark into pale.
+    opposite = tissue.any() and np.cov(moved[tissue], fixed.image[tissue])[0, 1] < 0
+    pairs = (-moved if opposite else moved, fixed.image), (edges[0], edges[1])
     centres = _centres(tissue)
     shifts = [[_shift(source, target, *centre) for centre in centres] for source, target in pairs]
-    products = {c: float(a @ b) for c, a, b in zip(centres, *shifts, strict=True) if a is not None and b is not None}
-    square = _upper_mean(products)
-    if square is None:  # one of the two alone: its noise counts as error
-        lengths = {c: float(a @ a) for one in shifts for c, a in zip(centres, one, strict=True) if a is not None}
-        square, products = _upper_mean(lengths), lengths
+    found = [(c, a, b) for c, a, b in zip(centres, *shifts, strict=True) if a is not None and b is not None]
+    products = {centre: float(a @ b) for centre, a, b in found}
+    agree = [np.hypot(*(a - b)) < _NEAR for _, a, b in found]
+    square = _upper_mean(products) if agree and np.mean(agree) >= _AGREE else None
     if square is None:
         return {"error_um": None, "error_p90_um": None, "error_patches": len(products)}
     square = square * _outside(tissue, list(products)) + 0.25
@@ -132,7 +136,7 @@ def _upper_mean(values: dict[tuple[int, int], float]) -> float | None:
 
 
 def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:
-    """Shift (rows, columns) at which the patch of `source` fits `target` best; None if other places fit as well."""
+    """Shift (rows, columns) at which the patch of `source` fits `target` best; None if it is beyond the reach, or others fit as well."""
     from skimage.feature import match_template
 
     patch = source[row - _HALF : row + _HALF + 1, column - _HALF : column + _HALF + 1]

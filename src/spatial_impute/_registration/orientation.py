@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,6 @@ from spatial_impute._registration.channel import shrink
 from spatial_impute._registration.quality import disagreement, edges_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import ArrayLike, NDArray
 
     from spatial_impute._registration.channel import Channel
@@ -51,10 +50,10 @@ def orientation_candidates(fixed: Channel, moving: Channel, params: Registration
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)
     centre = moving.centres().mean(0)
-    rankings = []
-    for look in (_stain, _edges):
-        scores, poses = _search(fixed, moving, look, centre, params)
-        rankings.append([poses[key] for key in _peaks(scores)[: params.n_candidates]])
+    rankings = [
+        [poses[key] for key in _peaks(scores)[: params.n_candidates]]
+        for scores, poses in _search(fixed, moving, centre, params)
+    ]
     chosen: list[NDArray] = []
     for i in range(params.n_candidates):
         for ranking in rankings:
@@ -73,33 +72,31 @@ def _add(chosen: list[NDArray], candidate: NDArray, moving: Channel) -> None:
 
 
 def _search(
-    fixed: Channel, moving: Channel, look: Callable, centre: NDArray, params: RegistrationParams
-) -> tuple[NDArray, dict[tuple[int, int], NDArray]]:
-    """Score ``(face, angle)`` at the best shift, and the poses."""
+    fixed: Channel, moving: Channel, centre: NDArray, params: RegistrationParams
+) -> list[tuple[NDArray, dict[tuple[int, int], NDArray]]]:
+    """Score ``(face, angle)`` at the best shift, and the poses, by stain and by edges."""
     fixed_mask, moving_mask = (channel.mask.astype(np.float32) for channel in (fixed, moving))
-    fixed_content, moving_content = look(fixed), look(moving)
+    contents = [(_unit(look(fixed)), look(moving)) for look in (_stain, _edges)]
     # Every rotation of the moving tissue about its centre fits a square of this half side.
     radius = float(np.linalg.norm(moving.centres() - centre, axis=1).max()) / moving.size
     side = 2 * int(np.ceil(radius)) + 3
     shape = [fft.next_fast_len(n + side, real=True) for n in fixed.image.shape]
-    fixed_content /= np.sqrt(np.sum(fixed_content**2)) + 1e-12
-    spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_content, fixed_mask)]
+    spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_mask, *(content for content, _ in contents))]
     # The overlap is relative to the smaller tissue, so that a torn section is not punished for what it lost.
     area = min(float(fixed_mask.sum()), float(moving_mask.sum()))
 
     faces = (False, True) if params.allow_mirror else (False,)
     angles = np.arange(params.n_angles) * (360.0 / params.n_angles)
-    scores = np.empty((len(faces), len(angles)))
-    poses: dict[tuple[int, int], NDArray] = {}
+    found: list[tuple[NDArray, dict[tuple[int, int], NDArray]]]
+    found = [(np.empty((len(faces), len(angles))), {}) for _ in contents]
     middle = np.array([side, side]) * (0.5 * moving.size)
-    for f, mirrored in enumerate(faces):
-        for a, angle in enumerate(angles):
-            turn = pose(angle, centre, middle, mirrored=mirrored)
-            content, mask = (_turned(image, moving, turn, side) for image in (moving_content, moving_mask))
-            content /= np.sqrt(np.sum(content**2)) + 1e-12
+    for (f, mirrored), (a, angle) in product(enumerate(faces), enumerate(angles)):
+        turn = pose(angle, centre, middle, mirrored=mirrored)
+        outline = spectra[0] * fft.rfft2(_turned(moving_mask, moving, turn, side) / area, shape)
+        for (scores, poses), spectrum, (_, content) in zip(found, spectra[1:], contents, strict=True):
             # Both correlations are linear: one inverse transform does for their sum.
-            product = spectra[0] * fft.rfft2(content, shape) + spectra[1] * fft.rfft2(mask / area, shape)
-            surface = fft.irfft2(product, shape)
+            turned = _unit(_turned(content, moving, turn, side))
+            surface = fft.irfft2(spectrum * fft.rfft2(turned, shape) + outline, shape)
             peak = np.unravel_index(np.argmax(surface), surface.shape)
             scores[f, a] = surface[peak]
             # surface[s] = sum_p fixed[p] * turned[p + s]: the turned image has to move by -s.
@@ -107,7 +104,11 @@ def _search(
             move = np.eye(3)
             move[:2, 2] = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
             poses[f, a] = move @ turn
-    return scores, poses
+    return found
+
+
+def _unit(image: NDArray) -> NDArray[np.float32]:
+    return image / (np.sqrt(np.sum(image**2)) + 1e-12)
 
 
 def _stain(channel: Channel) -> NDArray[np.float32]:

@@ -41,6 +41,7 @@ _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this 
 _SAME_INFORMATION = 0.8
 _SQUARE = 10  # pixels of twice the working size: several times the structure, and many of them in a section
 _HALF_ITERATIONS = 50
+_MOST_POSES = 4  # distinct ones that are stretched and compared
 _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to register
 
 
@@ -169,6 +170,9 @@ class _Fitter:
             pose = self._fit(coarse, start, "Rigid", iterations)
             if not any(same_pose(pose, other, self.source) for _, other in found):
                 found.append((start, pose))
+        information = [mutual_information(*coarse, pose) for _, pose in found]
+        if max(information) > 0:  # the rest would need a stretch beyond all limits to win
+            found = [found[i] for i in sorted(np.argsort(information)[::-1][:_MOST_POSES])]
         starts, fits = [start for start, _ in found], [pose for _, pose in found]
         if affine:  # stretched sections match no fine structure before they are stretched back
             stretched = [self._fit(coarse, pose, "Affine", iterations) for pose in fits]
@@ -257,7 +261,7 @@ def _choose(
         score = StructureScore(fixed, moving, look)
         scores[look] = score, [score(pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)]
         best[look] = int(np.argmax(scores[look][1]))
-    agreed = same_pose(fits[best["stain"]], fits[best["edges"]], moving)
+    agreed = bool(same_pose(fits[best["stain"]], fits[best["edges"]], moving))
     if not agreed:
         shared = [
             mutual_information(fixed, moving, pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)
