@@ -203,3 +203,13 @@ def test_read_thumbnail_uses_the_pyramid(ramp):
     rgb, to_um = read_thumbnail([fine, coarse], 4.0)
     assert (rgb == 9).all()
     np.testing.assert_allclose(to_um, scaling(4.0))
+
+
+@pytest.mark.parametrize("values", [np.float32([-1, 0.5, 1]), np.int16([-900, 20, 4000])])
+def test_standardised_pixels_are_refused(values):
+    """They are no colors; a little below zero is left by a sharpening resize."""
+    array = np.random.default_rng(0).choice(values, (3, 40, 40)).astype(values.dtype)
+    with pytest.raises(ValueError, match=r"% of the pixels of the image are negative.*65535 for white"):
+        image_levels(Image2DModel.parse(array, dims=("c", "y", "x")), np.eye(3))
+    ringing = np.where(np.random.default_rng(0).random(array.shape) < 0.01, -0.01, np.abs(array)).astype(np.float32)
+    assert image_levels(Image2DModel.parse(ringing, dims=("c", "y", "x")), np.eye(3))[0].white > 0

@@ -291,6 +291,46 @@ def test_columns_of_positions_are_those_that_the_header_names(columns, options, 
     np.testing.assert_array_equal(found, expected)
 
 
+def test_positions_are_in_pixels_of_the_scan_and_not_mirrored(tmp_path, sample, caplog, monkeypatch):
+    """The lattice fits in any pixels and any placement: the size of the spots and the handedness of the array tell."""
+    monkeypatch.setattr(logger, "propagate", True)
+    for name, factor in (("small", 0.25), ("large", 4.0)):
+        folder = sample(tmp_path / name)
+        path = folder / "spatial" / "tissue_positions_list.csv"
+        table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+        table[ORDER[4:]] = table[ORDER[4:]] * factor
+        table.to_csv(path, index=False, header=False)
+        with pytest.raises(ValueError, match=r"`spot_diameter_fullres` is \d+ um; expected 25 to 100.*full resolution"):
+            si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    si.pp.assemble_stack({"s": sample(tmp_path / "as it is")}, section_spacing=10)
+    assert "mirrored" not in caplog.text
+    folder = sample(tmp_path / "swapped")
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    pd.read_csv(path, header=None)[[0, 1, 2, 3, 5, 4]].to_csv(path, index=False, header=False)
+    si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    assert "mirrored against the array, as if their x and y were exchanged" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["cytassist_2898/outs", "muscle_vis5a", "tiny/seurat/visium"])
+def test_what_spatialdata_io_reads_is_the_same_section(data_dir, folder):
+    io = pytest.importorskip("spatialdata_io")
+    path = data_dir / "visium" / folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = next(path.glob("*filtered_feature_bc_matrix.h5")).name
+        source = io.visium(path, dataset_id="sample", counts_file=counts)
+    with pytest.raises(ValueError, match=r"Pixel size.*is unknown. Pass `mpp=`.*`spot_pitch=` \(um, 100 for Visium\)"):
+        si.pp.assemble_stack({"m": source}, z=[0])
+    found = si.pp.assemble_stack({"m": source}, z=[0], spot_pitch=100)
+    expected = si.pp.assemble_stack({"m": path}, z=[0])
+    assert load_record(found)["m"].mpp == pytest.approx(load_record(expected)["m"].mpp, rel=0.01)
+    places = [
+        t.obsm["spatial"][np.lexsort(t.obsm["spatial"].T)] for t in (found.tables["stack"], expected.tables["stack"])
+    ]
+    assert np.abs(places[0] - places[1]).max() < 0.01 * np.ptp(places[1], axis=0).max()
+    assert found.tables["m_counts"].X.sum() == expected.tables["m_counts"].X.sum()
+
+
 def test_positions_without_a_column_are_refused_by_name(tmp_path, sample):
     folder = sample(tmp_path / "a")
     rewrite(folder, ORDER[:5])

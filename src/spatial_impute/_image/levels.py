@@ -25,6 +25,7 @@ _TILE = 2048  # px; a tile of three such channels is 12 MiB, larger than the usu
 _DEPTHS = tuple(float(2**bits - 1) for bits in (8, 10, 12, 14, 16, 32))
 _OVERSHOOT = 1.1  # resampled images pass full brightness a little
 _FEW = 0.001  # share of the pixels; hot pixels and dust are fewer
+_RINGING = 0.05  # share of the pixels that a sharpening resize may leave a little below zero
 _WHOLE = 2**24  # px; of a larger level a fingerprint takes windows
 _WINDOWS, _WINDOW = 8, 64  # per axis, and their edge in px
 _KEPT = 1000
@@ -92,6 +93,13 @@ def _full(array: DataArray) -> tuple[float, float]:
     if len(sample) == 4:
         opaque = _depth(float(np.nanmax(sample[3], initial=0.0)), most)
         sample = sample[:3, sample[3] > 0]
+    negative = float((sample < 0).mean())
+    if negative > _RINGING:
+        msg = (
+            f"{negative:.0%} of the pixels of the image are negative: it was standardised for a network, and its colors are lost. "
+            "Give pixels from 0 for black to 1, 255 or 65535 for white."
+        )
+        raise ValueError(msg)
     values = sample[np.isfinite(sample) & (sample > 0)]
     scanned = values[values < most]
     if scanned.size <= _FEW * values.size:  # all of it is black, or as bright as can be

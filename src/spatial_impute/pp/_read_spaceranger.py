@@ -35,6 +35,7 @@ _CELLS = "segmented_outputs"
 _IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.png"))
 # Spots of one row of a Visium array are 100 um apart, two steps of array_col; rows are 100 * sin(60 degrees) apart.
 _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
+_SPOT_SIZES = (25.0, 100.0)  # um; 55 by the maker, and Space Ranger writes up to 70
 _LATTICE_TOLERANCE = 15.0  # um; positions are whole pixels of the scan, which may be coarse
 _SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 _OTHER_PICTURE = 0.3  # correlation of the scan with the small image of the folder
@@ -148,6 +149,7 @@ def _section(sample: _Sample, fullres_image: str | Path | None) -> tuple[Spatial
     else:
         mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
         radius = float(factors["spot_diameter_fullres"]) / 2
+        _require_spot_size(sample.where, 2 * radius * mpp)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
         sdata = section_object(
@@ -307,7 +309,24 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
             f"{_COLUMNS}."
         )
         raise ValueError(msg)
+    if np.linalg.det(matrix) < 0:
+        logger.warning(
+            "%s: the spots are mirrored against the array, as if their x and y were exchanged; check the positions",
+            where,
+        )
     return mpp
+
+
+def _require_spot_size(where: str, diameter_um: float) -> None:
+    """Raise a ``ValueError`` if spots would overlap or be dots: positions and scale factors then have different pixels."""
+    low, high = _SPOT_SIZES
+    if not low <= diameter_um <= high:
+        msg = (
+            f"{where}: the spots lie 100 um apart, so that `spot_diameter_fullres` is {diameter_um:.0f} um; expected {low:g} to "
+            f"{high:g}. The positions are not in pixels of the full resolution, as those of Space Ranger are: divide them by the "
+            "scale factor of the image that they are in."
+        )
+        raise ValueError(msg)
 
 
 def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
