@@ -242,10 +242,10 @@ def to_html(blocks: list[Block], figures: Path) -> str:
         if kind == "list":
             parts.append(f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in content)}</ul>")
         elif kind == "verdicts":
-            rows = "".join(
+            items = "".join(
                 f'<li style="border-color:{_COLORS[v.level]}"><b>{v.level}.</b> {_inline(v.text)}</li>' for v in content
             )
-            parts.append(f'<ul class="verdicts">{rows}</ul>')
+            parts.append(f'<ul class="verdicts">{items}</ul>')
         elif kind == "table":
             head = "".join(f"<th>{html.escape(str(name))}</th>" for name in content.columns)
             rows = [

@@ -141,13 +141,15 @@ class Canvas:
 def section_images(
     sdata: SpatialData, record: StackRecord, sections: list[Section], canvas: Canvas
 ) -> list[np.ndarray]:
-    """(y, x, 3) H&E of each section on the canvas; without those that nothing places in the common frame."""
+    """(y, x, 3) H&E of each section on the canvas; white where nothing places a section in the common frame."""
     placed = require_registration(record)["sections"]
     found = []
     for section in sections:
-        scan = read_scan(section_levels(sdata, section), canvas.pixel) if section.name in placed else None
-        place = load_transform(sdata, record, section.name) if scan is not None else None
-        found.append(np.full((1, 1, 3), 255.0) if scan is None else canvas.draw(scan, place).rgb)
+        if section.name in placed:
+            scan = read_scan(section_levels(sdata, section), canvas.pixel)
+            found.append(canvas.draw(scan, load_transform(sdata, record, section.name)).rgb)
+        else:
+            found.append(np.full((1, 1, 3), 255.0))
     return found
 
 
