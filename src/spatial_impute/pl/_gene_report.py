@@ -150,8 +150,8 @@ def gene_report(
         frame_panel(panel, canvas.limits)
         if images:
             show_image(panel, images[k], canvas.to_um, alpha=img_alpha)
-        circles = xyz[index, :2], radius[index]
-        draw_circles(panel, *circles, values=values[index], cmap=resolve_cmap(cmap), norm=norm, marked=k == 0)
+        spots = xyz[index, :2], radius[index]
+        draw_circles(panel, *spots, values=values[index], cmap=resolve_cmap(cmap), norm=norm, marked=k == 0)
         panel.set_title(heads[k], fontsize="medium")
     add_colorbar(
         axes[:2], np.concatenate([seen[rows[0]], found[rows[1]]]), norm, resolve_cmap(cmap), units_label(table)

@@ -141,15 +141,15 @@ class Canvas:
 def section_images(
     sdata: SpatialData, record: StackRecord, sections: list[Section], canvas: Canvas
 ) -> list[np.ndarray]:
-    """(y, x, 3) H&E of each section on the canvas; one white pixel for those that nothing places in the common frame."""
+    """(y, x, 3) H&E of each section on the canvas; white where nothing places a section in the common frame."""
     placed = require_registration(record)["sections"]
     found = []
     for section in sections:
-        if section.name not in placed:
+        if section.name in placed:
+            scan = read_scan(section_levels(sdata, section), canvas.pixel)
+            found.append(canvas.draw(scan, load_transform(sdata, record, section.name)).rgb)
+        else:
             found.append(np.full((1, 1, 3), 255.0))
-            continue
-        scan = read_scan(section_levels(sdata, section), canvas.pixel)
-        found.append(canvas.draw(scan, load_transform(sdata, record, section.name)).rgb)
     return found
 
 
