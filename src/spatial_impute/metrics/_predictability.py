@@ -7,25 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatial_impute._expression import require_log_values
-from spatial_impute._graph import standardise_by_section
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
-<<<<<<< HEAD
 from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count
-=======
-from spatial_impute._stack import (
-    dense_rows,
-    load_record,
-    measured_mask,
-    registered_spots,
-    require_current,
-    section_ranks,
-    stack_table,
-)
-from spatial_impute._validation import require_count, require_key
->>>>>>> hC
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -83,24 +68,16 @@ def predictability(
     >>> si.settings.show_progress_bar = True
     """
     n_neighs = require_count(n_neighs, name="n_neighs")
-    record, table = load_record(sdata), stack_table(sdata, table_key)
-    known = measured_mask(table, layer=layer)
-    expression = dense_rows(table.layers[layer], known)
-    require_log_values(expression, where=f"sdata.tables[{table_key!r}].layers[{layer!r}]")
-    xyz, ranks = registered_spots(table, table_key), section_ranks(table, record.names)
-    for key in Keys.LEVELS:
-        then = "Run `si.pp.extract_features(sdata)` first."
-        require_key(key, table.obsm, where=f"sdata.tables[{table_key!r}].obsm", then=then)
-    require_current(sdata, record, table, features=True, graph=None)
-    features = [standardise_by_section(np.asarray(table.obsm[key]), ranks)[known] for key in Keys.LEVELS]
-    section, spaces = ranks[known], {"image": np.concatenate(features, axis=1), "position": xyz[known, :2]}
+    table, spots = read_spots(sdata, layer=layer, table_key=table_key, graph=False)
+    section = spots.section[spots.known]
+    spaces = {"image": spots.features[spots.known], "position": spots.xyz[spots.known, :2]}  # type: ignore[index]
     parts = [section == code for code in np.unique(section) if (section == code).sum() > n_neighs]
     if not parts:
         msg = f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)} spots."
         raise ValueError(msg)
     found = {
         name: pd.DataFrame(
-            [_agreement(values[part], expression[part], n_neighs) for part in parts], columns=table.var_names
+            [_agreement(values[part], spots.expression[part], n_neighs) for part in parts], columns=table.var_names
         ).mean()
         for name, values in spaces.items()
     }
