@@ -98,7 +98,9 @@ def test_impute_baseline_reads_smooth_genes_from_the_neighbour(prepared_stack, t
     assert abs(score(prepared_stack, truth, layer, "noise")) < 0.15
 
 
-@pytest.mark.parametrize(("method", "least"), [("ridge", 0.5), ("cokriging", 0.5), ("hest", 0.35)])  # its penalty is fixed
+@pytest.mark.parametrize(
+    ("method", "least"), [("ridge", 0.5), ("cokriging", 0.5), ("hest", 0.35)]
+)  # its penalty is fixed
 def test_impute_baseline_reads_texture_genes_from_the_image(prepared_stack, truth, method, least):
     si.tl.impute_baseline(prepared_stack, method)
     si.tl.impute_baseline(prepared_stack, "kernel")
