@@ -71,10 +71,11 @@ def pair(context, kind: str, sdata, models, place: Path, last: int, delay: float
 
 def wait_for(process, stack: Path) -> None:
     """Wait for the end of a process. One that does nothing for five minutes hangs; one that waits for a processor does not."""
-    watched, used, since = psutil.Process(process.pid), -1.0, time.monotonic()
+    used, since = -1.0, time.monotonic()
     while process.exitcode is None:
         process.join(5)
-        try:
+        try:  # it may have ended by now
+            watched = psutil.Process(process.pid)
             now, waits = sum(watched.cpu_times()[:2]), watched.status() == psutil.STATUS_RUNNING
         except psutil.NoSuchProcess:
             continue
