@@ -10,6 +10,7 @@ from scipy import sparse
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _graph_inputs
+from spatial_impute.models.asign._baselines import knn
 from spatial_impute.models.asign._graph_inputs import graph_inputs, shared_components, with_components
 from spatial_impute.models.asign._network import LabelInputs, MSAGNet
 
@@ -116,6 +117,41 @@ def test_each_type_of_edge_has_its_own_share(spots):
         for j, i in zip(source, target, strict=True):
             own = kind & (graph.row == i)
             assert spots.graph[i, j] == graph.data[own].max()
+
+
+def test_order_of_the_spots_of_a_lattice_changes_nothing():
+    """Many neighbors are equally far away; which of them come first in the table must not matter."""
+    rng = np.random.default_rng(0)
+    columns, rows = (index.ravel() * 100.0 for index in np.indices((7, 7)))
+    xyz, section, known = np.column_stack([columns, rows, 0 * rows]), np.zeros(49, int), rng.random(49) < 0.7
+    values, order = rng.normal(size=(49, 3)), rng.permutation(49)
+    distance = np.linalg.norm(xyz[:, None] - xyz, axis=2)
+    weights = np.where((distance > 0) & (distance < 150), np.exp(-distance / 100), 0.0)
+
+    def spots_in(order: np.ndarray) -> Spots:
+        graph = sparse.csr_matrix(weights[np.ix_(order, order)])
+        own = known[order]
+        within = np.tile([0.0, 0.0, 0.0, 0.0, 1.0, 0.0], (graph.nnz, 1))
+        tokens = tuple(np.zeros((49, n, 2)) for n in (1, 2, 6))
+        return Spots(
+            xyz=xyz[order],
+            section=section,
+            known=own,
+            expression=values[order][own],
+            spacing=100.0,
+            graph=graph,
+            edge_features=within,
+            tokens=tokens,
+        )
+
+    one, other = spots_in(np.arange(49)), spots_in(order)
+    np.testing.assert_allclose(knn(other), knn(one)[order], rtol=0, atol=1e-12)
+    pairs = []
+    for spots, names in ((one, np.arange(49)), (other, order)):
+        index = graph_inputs(spots, AsignParams(n_neighs=6)).edges[0].index.numpy()
+        pairs.append({tuple(pair) for pair in names[index].T})
+    assert pairs[0] == pairs[1]
+    assert len(pairs[0]) == np.count_nonzero(weights)  # the four diagonal ones are equal: all eight
 
 
 # Shared components

@@ -24,6 +24,8 @@ _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
+_SAME = 1e-6  # relative difference of distances that are the same but for rounding
+_MAX_TIED = 12  # neighbors at one distance on a lattice
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
@@ -43,9 +45,14 @@ def knn(spots: Spots) -> np.ndarray:
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
     def predict(distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
-        return _weighted_mean(spots.expression, found[:, :k], np.full((len(found), k), 1 / k))
+        # Spots as far as the k-th one share the places that are left, so that the order of the spots has no effect.
+        last = distance[:, k - 1 : k]
+        tied = np.abs(distance - last) <= _SAME * last
+        nearer = (distance < last) & ~tied
+        share = (k - nearer.sum(axis=1)) / tied.sum(axis=1)
+        return _weighted_mean(spots.expression, found, (nearer + tied * share[:, None]) / k)
 
-    return _by_neighbours(spots, counts, max(counts), predict)
+    return _by_neighbours(spots, counts, max(counts) + _MAX_TIED, predict)
 
 
 def kernel(spots: Spots) -> np.ndarray:

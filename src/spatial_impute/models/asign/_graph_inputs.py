@@ -30,6 +30,7 @@ TWO_VIEWS = "cokriging-two-views"
 
 _MAX_COMPONENTS = 64  # more than some hundred measured spots can resolve
 _MAX_FITTED = 20_000  # spots that the principal components are fitted to
+_SAME = 1e-6  # relative difference of weights that are the same but for rounding
 _LEAST_SCALE = 1e-3  # genes that do not vary are not divided by zero
 
 
@@ -158,13 +159,17 @@ def _edge_types(features: np.ndarray) -> list[np.ndarray]:
 
 
 def _strongest_edges(graph: sparse.csr_matrix, kind: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k largest entries of every row among the edges of one type, ascending."""
+    """Positions of the k largest entries of every row among the edges of one type, and of those equal to the last, ascending.
+
+    On a lattice many edges are equal. Which of them come first must not depend on the order of the spots.
+    """
     positions = np.flatnonzero(kind)
     row = np.repeat(np.arange(graph.shape[0]), np.diff(graph.indptr))[positions]
-    order = np.lexsort((graph.indices[positions], -graph.data[positions], row))
+    weight = graph.data[positions]
+    order = np.lexsort((-weight, row))
     first = np.searchsorted(row, row)  # rows ascend, before and after the sort
-    rank = np.arange(len(row)) - first
-    return np.sort(positions[order[rank < k]])
+    last = order[np.minimum(first + k, np.searchsorted(row, row, side="right")) - 1]  # the k-th of each row
+    return positions[weight >= weight[last] * (1 - _SAME)]
 
 
 def _receptive_field(
