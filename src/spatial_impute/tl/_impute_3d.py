@@ -225,9 +225,12 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
     """Raise unless the table has the genes, features and units of the model."""
     if list(table.var_names) != model.var_names:
         missing = [gene for gene in model.var_names if gene not in table.var_names]
+        further = table.n_vars - len(model.var_names) + len(missing)
+        problem = f"{further} further genes are in the stack" if further else "the order differs"
+        problem = f"{len(missing)} are missing, e.g. {missing[:5]}" if missing else problem
         msg = (
-            f"The stack must have the {len(model.var_names)} genes of the model in the same order; "
-            f"{len(missing)} are missing, e.g. {missing[:5]}. Use `si.pp.select_genes(sdata, genes=model.var_names)`."
+            f"The stack must have the {len(model.var_names)} genes of the model in the same order; {problem}. "
+            "Use `si.pp.select_genes(sdata, genes=model.var_names)`."
         )
         raise KeyError(msg)
     if encoder(table) != model.config["encoder"]:

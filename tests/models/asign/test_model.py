@@ -475,3 +475,13 @@ def test_a_model_of_one_stack_refuses_a_stack_without_measurement(small_stack, m
     small_stack.tables["stack"].obs["measured"] = False
     with pytest.raises(ValueError, match="No measured section"):
         si.tl.impute_3d(small_stack, model)
+
+
+@pytest.mark.parametrize(
+    ("genes", "problem"),
+    [(slice(None, None, -1), "the order differs"), (slice(1, None), "1 are missing")],
+)
+def test_genes_must_be_those_of_the_model_in_their_order(small_stack, model, genes, problem):
+    small_stack.tables["stack"] = small_stack.tables["stack"][:, genes].copy()
+    with pytest.raises(KeyError, match=problem):
+        si.tl.impute_3d(small_stack, model)

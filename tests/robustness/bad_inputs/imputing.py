@@ -286,7 +286,7 @@ IMPUTING = [
         "tl.impute_3d",
         "genes in another order",
         KeyError,
-        "in the same order; 0 are missing",
+        "in the same order; the order differs",
         impute,
         change=lambda w: w.sdata.tables.__setitem__("stack", w.table[:, ::-1].copy()),
     ),
