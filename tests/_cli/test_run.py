@@ -80,8 +80,8 @@ def test_run_leaves_data_tables_figures_and_model(done):
     np.testing.assert_array_equal(back.tables["stack"].layers["asign"], table.layers["asign"])
     assert si.models.AsignModel.load(done / "asign_model").var_names == list(table.var_names)
     scores = pd.read_csv(done / "scores.csv", index_col=0)
-    assert list(scores.index) == ["mean", "kernel", "asign"]
-    assert {"pearson_gene", "low", "high"} <= set(scores.columns)
+    assert {"mean", "kernel", "asign", "network alone", "without network"} <= set(scores.index)  # held out by the model
+    assert {"pearson_gene", "gain", "gain_low", "gain_high"} <= set(scores.columns)
     assert set(pd.read_csv(done / "genes.csv", index_col=0).index) == set(table.var_names)
     assert len(pd.read_csv(done / "registration.csv")) >= 2
     record = json.loads((done / "run.json").read_text())
@@ -132,7 +132,7 @@ def test_spots_lie_where_their_pixels_are(inputs):
     assert (table.obs["section"] == "top").sum() > 20
     assert not table.obs["measured"][table.obs["section"] == "top"].any()
     assert plot_genes(sdata, ["texture_3", "TP53"]) == ["texture_3"]
-    assert plot_genes(sdata, None) == list(table.var_names[:2])
+    assert plot_genes(sdata, None) == list(table.var_names[:4])
 
 
 def test_spots_without_counts_are_not_measured(inputs, tmp_path):

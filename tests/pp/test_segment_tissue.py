@@ -49,7 +49,7 @@ def test_segment_tissue_finds_the_tissue_in_um():
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]] + 0.5
     truth = shapely.contains_xy(true_outline(), *(apply_affine(np.column_stack([x.ravel(), y.ravel()]), to_um) / MPP).T)
     truth = truth.reshape(mask.shape)
-    assert (truth & (mask > 0)).sum() / (truth | (mask > 0)).sum() > 0.96
+    assert (truth & (mask > 0)).sum() / (truth | (mask > 0)).sum() > 0.95
 
 
 def test_segment_tissue_outline_lies_on_the_tissue_and_keeps_the_hole():
@@ -57,7 +57,7 @@ def test_segment_tissue_outline_lies_on_the_tissue_and_keeps_the_hole():
     si.pp.segment_tissue(sdata)
     (piece,) = sdata.shapes["s_tissue_outline"].geometry
     truth = affine_transform(true_outline(), [MPP, 0, 0, MPP, 0, 0])
-    assert piece.intersection(truth).area / piece.union(truth).area > 0.96
+    assert piece.intersection(truth).area / piece.union(truth).area > 0.95
     assert len(piece.interiors) == 1
     assert piece.interiors[0].centroid.distance(shapely.Point(700 * MPP, 600 * MPP)) < 10
     assert sdata.shapes["s_tissue_outline"]["area"].iloc[0] == pytest.approx(piece.area)
@@ -78,7 +78,7 @@ def test_segment_tissue_follows_a_rotated_section():
     si.pp.segment_tissue(sdata)
     truth = affine_transform(true_outline(), [0, -MPP, MPP, 0, 2400, 0])
     (piece,) = sdata.shapes["s_tissue_outline"].geometry
-    assert piece.intersection(truth).area / piece.union(truth).area > 0.96
+    assert piece.intersection(truth).area / piece.union(truth).area > 0.95
 
 
 def test_segment_tissue_works_at_the_resolution_asked_for():

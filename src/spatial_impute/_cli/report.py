@@ -133,7 +133,7 @@ def report_blocks(results: Results) -> list[Block]:
 
 
 def _gene_blocks(table: AnnData, overview: Block | None) -> list[Block | None]:
-    """Which genes to believe."""
+    """Blocks on the genes to believe."""
     if Keys.PREDICTABILITY not in table.var:
         return []
     found = table.var.sort_values(Keys.PREDICTABILITY, ascending=False)

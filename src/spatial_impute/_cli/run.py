@@ -133,7 +133,9 @@ def _open_sections(config: RunConfig) -> SpatialData:
     for found in load_record(sdata).sections:
         chosen = given[found.name]
         if found.counts is not None:
-            table = _of_layer(sdata.tables[found.counts], chosen.counts_layer, f"sections.{found.name}")
+            table = sdata.tables[found.counts]
+            if chosen.counts is None:  # an h5ad beside an image came from its layer already
+                table = _of_layer(table, chosen.counts_layer, f"sections.{found.name}")
             if not config.log_normalized:  # else checked when genes are chosen
                 key = f"sections.{found.name}.{chosen.source if chosen.counts is None else 'counts'}"
                 _require_counts(table, chosen.counts_layer, key)
@@ -151,7 +153,7 @@ def _choose_genes(sdata: SpatialData, config: RunConfig) -> None:
 
 
 def _layers(table: AnnData) -> list[str]:
-    """What `counts_layer` may name."""
+    """Names that `counts_layer` may have."""
     return sorted(map(str, table.layers)) + (["raw"] if table.raw is not None else [])
 
 
@@ -245,6 +247,7 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         repeated = table.obs_names[table.obs_names.duplicated()][0]
         msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
         raise ConfigError(msg)
+    table = _of_layer(table, section.counts_layer, f"sections.{name}")
     centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)

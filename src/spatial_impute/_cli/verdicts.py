@@ -50,7 +50,7 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
 
 
 def _of_positions(sdata: SpatialData) -> list[Verdict]:
-    """Whether the sections lie on each other."""
+    """Verdict on the places of the sections."""
     registration = load_record(sdata).registration or {}
     by_verdict: dict[str, list[str]] = {}
     for name, row in registration.get("sections", {}).items():
@@ -71,7 +71,7 @@ def _of_positions(sdata: SpatialData) -> list[Verdict]:
 
 
 def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
-    """Whether the model is better than the best simple method."""
+    """Verdict on the model beside the best simple method."""
     if scores is None:
         text = "Nothing was held out (`cross_validate: false`), so this run cannot tell how good its result is."
         return [Verdict(CARE, text)]
@@ -97,7 +97,7 @@ def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
 
 
 def _of_genes(table: AnnData) -> Verdict:
-    """How many genes can be believed."""
+    """Verdict on the number of genes that can be believed."""
     believed = table.var[Keys.PREDICTABLE].to_numpy(dtype=bool)
     if believed.all():
         return Verdict(GOOD, f"All {len(believed)} genes are predicted better than by chance.")
@@ -107,7 +107,7 @@ def _of_genes(table: AnnData) -> Verdict:
 
 
 def _of_support(table: AnnData) -> list[Verdict]:
-    """Whether all spots are linked to measured ones."""
+    """Verdict on the links of the spots to measured ones."""
     imputed = ~table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     without = imputed & (table.obs[Keys.SUPPORT].to_numpy(dtype=float) <= 0)
     if not without.any():

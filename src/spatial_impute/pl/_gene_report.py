@@ -207,7 +207,7 @@ def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) ->
 
 
 def _verdict(table: AnnData, gene: str) -> str:
-    """What the held-out blocks say of the gene, in one sentence."""
+    """One sentence on the gene, from the held-out blocks."""
     r = float(table.var.loc[gene, Keys.PREDICTABILITY]) if Keys.PREDICTABILITY in table.var else float("nan")
     if not np.isfinite(r):
         return f"{gene}: nothing was held out, so nothing says whether it can be believed"

@@ -255,13 +255,14 @@ def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
 def _read_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
     with path.open(encoding="utf-8-sig") as file:
-        first = file.readline()
-    if set(_COLUMNS) & {field.strip().strip('"') for field in first.split(",")}:
+        head = file.readline()
+    if set(_COLUMNS) & {field.strip().strip('"') for field in head.split(",")}:
         return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
     table = pd.read_csv(path, encoding="utf-8-sig", header=None)
     if table.shape[1] != len(_COLUMNS) or table[0].dtype.kind in "iuf":
+        first = table[0].iloc[:1].tolist()[0]
         msg = (
-            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].iloc[0]!r}; expected the "
+            f"{path} has {table.shape[1]} columns and no header, the first like {first!r}; expected the "
             f"{len(_COLUMNS)} columns {_COLUMNS}."
         )
         raise ValueError(msg)

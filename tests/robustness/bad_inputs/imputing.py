@@ -260,6 +260,13 @@ MEASURED = [
         lambda w: fit(w, model_params=QUICK | {"learning_rate": 1e18, "n_steps": 20}),
         while_working=True,
     ),
+    refuses(
+        "metrics.predictability",
+        "more neighbors than a section has spots",
+        ValueError,
+        "`n_neighs` must be below the number of measured spots of a section, found 10000",
+        lambda w: si.metrics.predictability(w.sdata, n_neighs=10_000),
+    ),
     answers(
         "tl.fit_asign", "one gene", "is fitted", lambda w: fit(w), lambda w, m: len(m.var_names) == 1, change=genes(1)
     ),

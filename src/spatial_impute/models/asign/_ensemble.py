@@ -358,6 +358,6 @@ class NetworkFit:
 
 
 def _is_useful(runs: list[TrainingRun]) -> bool:
-    """Whether training has lowered the error on the held-out spots."""
+    """True if training has lowered the error on the held-out spots."""
     before, after = np.mean([run.errors for run in runs], axis=0)
     return bool(after < before)

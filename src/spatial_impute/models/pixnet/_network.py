@@ -287,7 +287,7 @@ class PixNetNetwork(nn.Module):
         return 0, maps[0].shape[-2] * self.magnified, 0, maps[0].shape[-1] * self.magnified
 
     def _parts(self, maps: list[Tensor], cells: Cells) -> Iterator[tuple[Tensor, int]]:
-        """What the cells of the finest grid read of each input of the base, and how many cells lie along one of its own."""
+        """Parts of each input of the base that the cells of the finest grid read, and the number of cells along one of its own."""
         rows, columns = self._all_cells(maps)[1::2]
         for m in maps:
             factor = rows // m.shape[-2]
