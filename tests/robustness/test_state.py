@@ -396,3 +396,14 @@ def test_every_edit_can_be_repaired(pristine, name):
     bench.fit("asign")
     found = [bench.check(baseline, "ridge", None), bench.check(imputed, None, "asign")]
     assert found == ["equal", "equal"]
+
+
+def test_graph_notices_that_two_sections_exchanged_their_features(pristine):
+    """The features of all spots together are the same as before; only their places are not."""
+    sdata = copy.deepcopy(pristine[0])
+    for call in PREPARE.values():
+        call(sdata, 0)
+    swap_images(sdata, np.random.default_rng(0))
+    features(sdata, 0)
+    with pytest.raises(ValueError, match="was built from other image features than the table has now"):
+        si.tl.impute_baseline(sdata, "propagation")

@@ -43,6 +43,7 @@ from spatial_impute._stack.state import (
     require_not_measured,
     section_image,
     section_images,
+    spots_fingerprint,
     spots_state,
     table_state,
     tissue_problems,

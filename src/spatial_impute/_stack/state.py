@@ -70,6 +70,16 @@ def fingerprint(*arrays: Any) -> str:
     return f"{total % 2**64:016x}"
 
 
+def spots_fingerprint(table: AnnData, record: StackRecord, *arrays: Any) -> str:
+    """Short hash of arrays with a row per spot of the table, each row together with the place of its spot.
+
+    Without the place, two sections whose values are exchanged would have the same hash.
+    """
+    rank = pd.factorize(section_ranks(table, record.names), sort=True)[0]
+    place = np.round(np.asarray(table.obsm.get(Keys.SPATIAL, table.obsm[Keys.SPATIAL_3D]), float), _DIGITS)
+    return fingerprint(place, rank, *map(np.asarray, arrays))
+
+
 def image_state(sdata: SpatialData, image_key: str, coordinate_system: str) -> str:
     """Fingerprint of an image and of its place in a coordinate system; empty if it is not there."""
     if image_key not in sdata.images:
@@ -113,7 +123,7 @@ def table_state(
         "measured": fingerprint(xyz[known], dense_rows(table.layers[layer], known)) if layer in table.layers else "",
     }
     if features:
-        found["features"] = fingerprint(*(np.asarray(table.obsm[key]) for key in Keys.LEVELS))
+        found["features"] = spots_fingerprint(table, record, *(table.obsm[key] for key in Keys.LEVELS))
     if graph is not None:
         edges = sparse.coo_matrix(table.obsp[Keys.connectivities(graph)])
         found |= {"graph_key": graph, "graph": fingerprint(xyz[edges.row], xyz[edges.col], edges.data)}
@@ -348,7 +358,7 @@ def map_problems(sdata: SpatialData, key: str) -> Iterator[Problem]:
 def graph_state(table: AnnData, record: StackRecord, use_rep: str | None) -> dict[str, Any]:
     """Fingerprints of what a 3D graph is built from."""
     found = table_state(table, record)
-    rep = "" if use_rep is None else fingerprint(np.asarray(table.obsm[use_rep]))
+    rep = "" if use_rep is None else spots_fingerprint(table, record, table.obsm[use_rep])
     return {"positions": found["positions"], "features": rep, "n_spots": int(table.n_obs)}
 
 
@@ -411,8 +421,8 @@ def _layer_problems(
         return
     now = table_state(table, record, layer=str(state["layer"]), features="features" in state, graph=graph)
     if "bases" in state:
-        bases = [np.asarray(table.layers[str(name)]) for name in table.uns[key]["base_layers"] if name in table.layers]
-        now["bases"] = fingerprint(*bases) if bases else ""
+        bases = [table.layers[str(name)] for name in table.uns[key]["base_layers"] if name in table.layers]
+        now["bases"] = spots_fingerprint(table, record, *bases) if bases else ""
     changed = [_WORDS[name] for name, found in now.items() if name in _WORDS and found != state.get(name, found)]
     if "images" in state:
         changed += [f"image of section {name!r}" for name in _changed(state["images"], section_images(sdata, record))]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import fingerprint, load_record, section_images
+from spatial_impute._stack import load_record, section_images
 from spatial_impute._stack.spots import read_spots, require_same_units, units
 from spatial_impute._validation import (
     require_device,
@@ -153,7 +153,7 @@ def impute_3d(
     origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
     if base_layers:
         origin["base_layers"] = base_layers
-        origin[Keys.STATE]["bases"] = fingerprint(*(np.asarray(table.layers[name]) for name in base_layers))
+        origin[Keys.STATE]["bases"] = spots_fingerprint(table, record, *(table.layers[name] for name in base_layers))
     if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
         origin[Keys.SEEN] = section_images(sdata, record, seen)
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
