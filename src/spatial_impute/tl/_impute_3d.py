@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, section_images
+from spatial_impute._stack import load_record, section_images, spots_fingerprint
 from spatial_impute._stack.spots import read_spots, require_same_units, units
 from spatial_impute._validation import (
     require_device,
