@@ -3,7 +3,8 @@
 Run ``python benchmarks/other_stacks.py [muscle cytassist olfactory-bulb upside-down] [--encoder texture]`` with
 ``SPATIAL_IMPUTE_DATA_DIR`` at the data.
 Of a Visium sample every other spot is measured, and those between them are the second section: another tissue and array
-whose expression is known on both, in place without registration. ``olfactory-bulb`` is four sections of a mouse brain, the second one measured. ``upside-down`` is HER2ST with C4 measured and the scan
+whose expression is known on both, in place without registration. ``olfactory-bulb`` is four sections of a mouse brain, the second one measured.
+``upside-down`` is HER2ST with C4 measured and the scan
 and spots of C3 turned by half a circle. Prints r per gene of all methods, and ASIGN minus co-kriging.
 """
 

@@ -1,6 +1,6 @@
 """Compare the stated error of a registration with the true one: ``python benchmarks/registration_error.py [parts]``.
 
-Parts: ``drawn`` (tissue drawn by this file; the only one from which the factor of the package may be chosen), ``landmarks``,
+Parts: ``drawn`` (tissue drawn by this file), ``landmarks``,
 ``motions`` (known motions of sections of four tissues). Data are read from ``SPATIAL_IMPUTE_DATA_DIR``.
 """
 

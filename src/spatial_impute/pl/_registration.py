@@ -91,7 +91,8 @@ def registration(
     which the bends are enlarged; the color is the true displacement.
 
     The text beside a row states the verdict, the route to the reference, the overlap of the two tissues (Dice) before
-    and after, the expected error (median and 90th percentile at a point), and the structure score of the weakest pair on the route. Sections that the
+    and after, the expected error (median and 90th percentile at a point), and the structure score of the weakest pair on the
+    route. Sections that the
     registration skipped are not shown.
 
     Parameters

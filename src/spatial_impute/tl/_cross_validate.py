@@ -79,7 +79,8 @@ def cross_validate(
     methods
         Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
         ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
-        most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean and spread of the color of a spot, which needs no
+        most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean
+        and spread of the color of a spot, which needs no
         structure) and ``"pixnet"``. ASIGN uses no base layers here.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.

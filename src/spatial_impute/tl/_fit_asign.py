@@ -51,7 +51,8 @@ def fit_asign(
     baseline predicts them, and so does a network with attention over three fields of view and over the 3D graph. The
     network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and how much to
     follow the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen by the
-    errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best on the hidden blocks, so that each is
+    errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best on the
+    hidden blocks, so that each is
     used only if it helps. Spots weigh by how precisely they are measured (``obs["total_counts"]``). Expression of
     unmeasured spots is never read.
 

@@ -76,7 +76,7 @@ def impute_3d(
     measured
         Values of measured spots in the result. ``"keep"``: the measurement, with its counting noise. ``"denoise"``: the
         expression that the model expects there from the other measured spots and the image, without the measurement of the
-        spot itself. A map or a volume is then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
+        spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
         A fifth of the measured spots is left out at a time, so that this takes six times as long.
         ``layers['measured']`` stays the measurement, from which everything is fitted and scored.
     parts
@@ -100,7 +100,8 @@ def impute_3d(
     `.layers['asign_sd']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) standard deviation of a measurement around the imputed value. Intervals of 1.645 standard
         deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots that
-        keep their measurement. On sections with another depth or stain than the measured ones they cover less; no held-out block can show
+        keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
+        held-out block can show
         that.
     `.X`, `.uns['X_layer']`
         A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
@@ -159,7 +160,7 @@ def impute_3d(
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
     found = model._impute(spots, depth=wanted, device=device, parts=parts)
     kept = spots.known
-    if measured == "denoise":
+    if measured == "denoise" and kept.sum() > 1:  # a single spot has no other to be expected from
         _leave_out(model, spots, found, depth=wanted, device=device)
         kept = np.zeros_like(kept)
     sources = np.where(kept, 0, np.where(found.support > 0, 1, 2))
@@ -204,12 +205,13 @@ def _leave_out(
 ) -> None:
     """Replace the results of measured spots by those from the other spots, in place.
 
-    The spots that are left out together are spread over the section, as sparse as the lattice allows: an imputed spot of the
-    next section has measured spots around it as well.
+    Spots that are left out together are drawn at random, so most of their neighbors stay: an imputed spot of the next section
+    has measured spots around it as well. They are drawn in the order of their places, not of the rows of the table.
     """
     rows = np.flatnonzero(spots.known)
+    rows = rows[np.lexsort(np.round(spots.xyz[rows], 3).T)]
     fold = np.random.default_rng(0).permutation(len(rows)) % _N_LEFT_OUT
-    for k in range(_N_LEFT_OUT if len(rows) > 1 else 0):
+    for k in range(_N_LEFT_OUT):
         hidden = np.zeros(len(spots.known), dtype=bool)
         hidden[rows[fold == k]] = True
         if not hidden.any() or not (spots.known & ~hidden).any():
