@@ -24,6 +24,13 @@ def denoised(small_prepared, model):
     return si.tl.impute_3d(small_prepared, model, measured="denoise", parts=True, inplace=False)
 
 
+def test_denoise_does_not_depend_on_the_order_of_the_rows(small_stack, model, denoised):
+    table = small_stack.tables["stack"]
+    small_stack.tables["stack"] = table[np.random.default_rng(0).permutation(table.n_obs)].copy()
+    found = si.tl.impute_3d(small_stack, model, measured="denoise", inplace=False)[denoised.obs_names]
+    np.testing.assert_allclose(found.X, denoised.X, rtol=0, atol=1e-4)
+
+
 def test_denoise_changes_measured_spots_alone(kept, denoised):
     known = kept.obs["measured"].to_numpy()
     assert not np.array_equal(kept.X[known], denoised.X[known])
