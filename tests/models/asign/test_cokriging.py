@@ -130,7 +130,7 @@ def test_cokriging_gradient_is_that_of_the_likelihood():
     target = spots.expression[:, 0]
     target = (target - target.mean()) / target.std()
     counting = np.random.default_rng(0).gamma(2.0, size=len(target))
-    theta = _cokriging._fit(inputs, target, counting)
+    theta = _cokriging._Posterior(inputs, counting).mode(target)
     kernels = _cokriging._Kernels(inputs)
 
     def posterior(theta: np.ndarray) -> float:
@@ -200,7 +200,7 @@ def test_cokriging_fit_stays_where_numbers_are_finite(size):
     """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
     spots, _ = field_spots(side=8, features=True)
     inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
-    theta = _cokriging._fit(inputs, size * inputs.image[:, 0], np.ones(len(inputs.image)))
+    theta = _cokriging._Posterior(inputs, np.ones(len(inputs.image))).mode(size * inputs.image[:, 0])
     assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()
 
 

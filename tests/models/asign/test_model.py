@@ -20,7 +20,7 @@ from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _ensemble
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._fit import _krige_folds, fit
-from spatial_impute.models.asign._graph_inputs import nested_predictions, with_components
+from spatial_impute.models.asign._graph_inputs import LabelPredictions, nested_predictions, with_components
 from spatial_impute.models.asign._training import TrainingRun, regimes
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3, "dropout": 0.2}
@@ -40,11 +40,17 @@ def networks_of(spots, params: AsignParams, base: str = "cokriging") -> NetworkF
     data = TrainingSet.from_stacks([spots], params, 0)
     n_genes = spots.expression.shape[1]
     kriged = _krige_folds(data, lambda: None)
+
+    def nested(i: int, k: int) -> LabelPredictions:
+        rest, groups = data.rest(i, k)
+        graph = data.graphs[i].hide(data.folds[i][k][spots.known])
+        return nested_predictions(rest, graph, groups, base, kriged[i][k][:1])
+
     return NetworkFit(
         name=base,
         data=data,
         single=[],
-        nested=lambda i, k: nested_predictions(*data.rest(i, k), base, kriged[i][k][:1]),
+        nested=nested,
         weights=[np.ones(int(spots.known.sum()))],
         group=torch.zeros(n_genes, dtype=torch.long),
         settings=FitSettings(params, 0, "cpu"),

@@ -8,7 +8,7 @@ from scipy import sparse
 
 from spatial_impute._settings import logger
 from spatial_impute.models.asign import _propagation
-from spatial_impute.models.asign._propagation import propagate
+from spatial_impute.models.asign._propagation import KnownGraph, propagate
 
 
 def path(n: int) -> sparse.csr_matrix:
@@ -241,7 +241,9 @@ def test_propagate_says_when_it_has_not_settled(monkeypatch):
     told = []
     monkeypatch.setattr(logger, "warning", lambda text, *values: told.append(text % values))
     known, given_values = mask(200, 0, -1), np.array([[0.0], [1.0]])
-    propagate(path(200), known, given_values, leak=0.0, max_iterations=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(_propagation, "_MAX_STEPS", 3)
+        propagate(path(200), known, given_values, leak=0.0)
     assert len(told) == 2  # for the mass, and for the values
     assert "stopped after 3 steps" in told[0]
     told.clear()
@@ -258,7 +260,8 @@ def test_propagate_takes_no_longer_than_there_are_unknown_spots(monkeypatch):
     known = mask(40, 0, 5, 11, 30)
     given_values = np.random.default_rng(1).normal(size=(4, 3))
     weights = (scale @ graph @ scale).tocsr()
-    values, mass = propagate(weights, known, given_values, max_iterations=50)
+    monkeypatch.setattr(_propagation, "_MAX_STEPS", 50)
+    values, mass = propagate(weights, known, given_values)
     expected, expected_mass = solve(weights, known, given_values, 3.6)
     np.testing.assert_allclose(values[~known], expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(mass[~known], expected_mass, rtol=1e-4)
@@ -300,3 +303,51 @@ def test_propagate_settles_to_the_direct_solution():
     expected, expected_mass = solve(graph, known, given_values, 0.5)
     np.testing.assert_allclose(values[~known], expected, atol=1e-6)
     np.testing.assert_allclose(mass[~known], expected_mass, atol=1e-6)
+
+
+def test_single_precision_is_enough():
+    graph, known = random_graph(200), np.arange(200) % 7 == 0
+    given_values = np.random.default_rng(1).normal(size=(known.sum(), 3))
+    expected, expected_mass = propagate(graph, known, given_values)
+    values, mass = propagate(graph, known, given_values, dtype=np.float32)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, expected, atol=1e-4)
+    np.testing.assert_allclose(mass, expected_mass, atol=1e-5)
+
+
+def two_parts() -> sparse.csr_matrix:
+    """Two graphs without an edge between them; the second has no known spot once the last one is hidden."""
+    return sparse.block_diag([random_graph(80), random_graph(20, seed=1)]).tocsr()
+
+
+@pytest.mark.parametrize("columns_at_a_time", [1, 7, 100])
+def test_graph_of_the_known_spots_propagates_as_the_whole_graph(monkeypatch, columns_at_a_time):
+    """Groups hidden one by one, and one within another."""
+    graph = two_parts()
+    rng = np.random.default_rng(0)
+    known = rng.random(100) < 0.5
+    known[80:] = np.arange(20) == 19
+    values = rng.normal(size=(known.sum(), 3)) + 5
+    monkeypatch.setattr(_propagation, "_MAX_VALUES", columns_at_a_time * int((~known).sum()))
+    reduced = KnownGraph.of(graph, known)
+    outer = rng.random(known.sum()) < 0.3
+    inner = ~outer & (rng.random(known.sum()) < 0.3)
+    inner[-1] = True
+    for found, hidden, wanted in [
+        (reduced.propagate(outer, values[~outer]), outer, outer),
+        (reduced.hide(outer).propagate(inner[~outer], values[~outer & ~inner]), outer | inner, inner & ~outer),
+    ]:
+        rows = np.flatnonzero(known)
+        expected, mass = propagate(graph, np.isin(np.arange(100), rows[~hidden]), values[~hidden])
+        np.testing.assert_allclose(found[0], expected[rows[wanted]], atol=1e-4)
+        np.testing.assert_allclose(found[1], mass[rows[wanted]], atol=1e-5)
+    assert found[1][-1] == 0 and np.isnan(found[0][-1]).all()  # no known spot is connected
+
+
+def test_graph_of_the_known_spots_without_other_spots():
+    graph = random_graph()
+    hidden, values = mask(40, 3, 4, 20), np.random.default_rng(0).normal(size=(37, 2))
+    found, mass = KnownGraph.of(graph, np.ones(40, dtype=bool)).propagate(hidden, values)
+    expected, expected_mass = propagate(graph, ~hidden, values)
+    np.testing.assert_allclose(found, expected[hidden], atol=1e-5)
+    np.testing.assert_allclose(mass, expected_mass[hidden], atol=1e-6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, eigh
-from scipy.linalg.lapack import dpotri, get_lapack_funcs
+from scipy.linalg.lapack import dpotrf, dpotri, get_lapack_funcs
 from scipy.optimize import minimize, nnls
 from threadpoolctl import threadpool_limits
 
@@ -149,13 +149,13 @@ def _fit_components(
     centred = expression - centre
     # Weighted, because spots with few counts show noise instead of structure.
     axes = _principal_axes(np.sqrt(weight)[:, None] * centred, max_components)
-    kernels = _Kernels(known)
+    kernels, posterior = _Kernels(known), _Posterior(known, counting)
     distances = kernels.distances(known)
     components = []
     for loading in axes:
         target = centred @ loading
         spread = float(np.sqrt(np.average(target**2, weights=weight)))
-        theta = _fit(known, target / spread, counting)
+        theta = posterior.mode(target / spread)
         noise = _noise_variance(theta, counting)
         alone = np.arange(len(target))
         _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, alone)
@@ -282,46 +282,55 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(result, 0.0, out=result)
 
 
-def _fit(known: _Inputs, target: np.ndarray, counting: np.ndarray) -> np.ndarray:
-    """Parameters of highest posterior density, from the marginal likelihood and a broad log-normal prior."""
-    if len(target) > _MAX_FIT:
-        part = np.linspace(0, len(target) - 1, _MAX_FIT).astype(int)
-        known, target, counting = known[part], target[part], counting[part]
-    squared, linear, gaussian = _Kernels(known).distances(known)
-    own = np.diag_indices(len(target))
+class _Posterior:
+    """Density of the parameters of a kernel: marginal likelihood of a target, and a broad log-normal prior."""
 
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        near = np.exp(theta[0] - 0.5 * squared / np.exp(2 * theta[1]))
-        by_image = [np.exp(theta[2]) * linear, np.exp(theta[3]) * gaussian]
-        covariance = near + by_image[0] + by_image[1]
-        covariance[own] += _noise_variance(theta, counting)
-        try:
-            triangle = cholesky(covariance, lower=True, check_finite=False)
-        except np.linalg.LinAlgError:
+    def __init__(self, known: _Inputs, counting: np.ndarray) -> None:
+        self.rows = np.arange(len(counting))
+        if len(counting) > _MAX_FIT:
+            self.rows = np.linspace(0, len(counting) - 1, _MAX_FIT).astype(int)
+        part = known[self.rows]
+        self._squared, *by_image = _Kernels(part).distances(part)
+        self._images = np.stack([kernel.ravel() for kernel in by_image])
+        self._counting = counting[self.rows]
+        # Arrays of the computation: to ask for new ones in each of its hundreds of steps would take as long as the rest.
+        self._near, self._work, self._covariance = np.empty((3, *self._squared.shape))
+
+    def mode(self, target: np.ndarray) -> np.ndarray:
+        """Parameters of highest density for the (n_known,) target."""
+        # A line search may try values so large that exponentials overflow; four standard deviations hold all likely ones.
+        bounds = np.column_stack([_PRIOR_MEAN - 4 * _PRIOR_SD, _PRIOR_MEAN + 4 * _PRIOR_SD])
+        options = {"maxiter": 60}
+        part = target[self.rows]
+        return minimize(self._loss, _PRIOR_MEAN, part, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+
+    def _loss(self, theta: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
+        """Negative logarithm of the density, and its gradient."""
+        near, work, covariance = self._near, self._work, self._covariance
+        size, length = math.exp(theta[0]), math.exp(2 * theta[1])
+        of_images = np.exp(theta[2:4])
+        np.exp(np.multiply(self._squared, -0.5 / length, out=near), out=near)
+        np.dot(of_images, self._images, out=covariance.reshape(-1))
+        covariance += np.multiply(near, size, out=work)
+        covariance[np.diag_indices_from(covariance)] += _noise_variance(theta, self._counting)
+        triangle, failed = dpotrf(covariance.T, lower=1, overwrite_a=1)
+        if failed:
             return 1e10, np.zeros(len(theta))
         alpha = cho_solve((triangle, True), target, check_finite=False)
-        # dpotri inverts in a third of the time of solving for the identity; it fills one half, here the upper.
-        pull = dpotri(triangle, lower=1)[0].T
-        pull += np.triu(pull, 1).T
-        pull -= np.outer(alpha, alpha)
-        gradient = 0.5 * np.array(
-            [
-                np.vdot(pull, near),
-                np.vdot(pull, near * squared) / np.exp(2 * theta[1]),
-                np.vdot(pull, by_image[0]),
-                np.vdot(pull, by_image[1]),
-                np.trace(pull) * np.exp(theta[4]),
-                (np.diag(pull) * counting).sum() * np.exp(theta[5]),
-            ]
-        )
+        value = 0.5 * target @ alpha + np.log(np.diag(triangle)).sum()
+        # dpotri inverts in a third of the time of solving for the identity, and fills one half: here the upper one.
+        inverse = dpotri(triangle, lower=1, overwrite_c=1)[0].T
+        own = np.diag(inverse).copy()
+        inverse[np.diag_indices_from(inverse)] *= 0.5
+        np.multiply(near, self._squared, out=work)
+        traces = [2 * np.vdot(inverse, near), 2 * np.vdot(inverse, work), *(2 * self._images @ inverse.reshape(-1))]
+        images = self._images.reshape(2, *near.shape)
+        squares = [alpha @ (kernel @ alpha) for kernel in (near, work, *images)]
+        pull = np.subtract(traces, squares) * [size, size / length, *of_images]
+        noise = own - alpha**2
+        by_noise = [noise.sum() * math.exp(theta[4]), noise @ self._counting * math.exp(theta[5])]
         z = (theta - _PRIOR_MEAN) / _PRIOR_SD
-        value = 0.5 * target @ alpha + np.log(np.diag(triangle)).sum() + 0.5 * z @ z
-        return float(value), gradient + z / _PRIOR_SD
-
-    # A line search may try values so large that exponentials overflow; four standard deviations hold all likely ones.
-    bounds = np.column_stack([_PRIOR_MEAN - 4 * _PRIOR_SD, _PRIOR_MEAN + 4 * _PRIOR_SD])
-    options = {"maxiter": 60}
-    return minimize(loss, _PRIOR_MEAN, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        return float(value + 0.5 * z @ z), 0.5 * np.array([*pull, *by_noise]) + z / _PRIOR_SD
 
 
 def _solve(

@@ -22,6 +22,7 @@ from spatial_impute.models.asign._graph_inputs import (
     with_components,
 )
 from spatial_impute.models.asign._network import MSAGNet
+from spatial_impute.models.asign._propagation import KnownGraph
 from spatial_impute.models.asign._training import REGIME_SETTINGS, Batch, TrainingRun, regimes, train
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class TrainingSet:
     def truth(self) -> np.ndarray:
         """(n_known, g) expression of the known spots of all stacks."""
         return np.concatenate([spots.expression for spots in self.stacks])
+
+    @cached_property
+    def graphs(self) -> list[KnownGraph]:
+        """Graph between the known spots of each stack."""
+        return [KnownGraph.of(given(spots.graph), spots.known) for spots in self.stacks]
 
     @cached_property
     def n_features(self) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
-from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, RECIPES, available_methods, knn, ridge
+from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, RECIPES, available_methods, knn, ridge, section_mean
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
@@ -21,7 +21,6 @@ from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPrediction
 from spatial_impute.models.asign._intervals import (
     held_out_noise,
     held_out_spread,
-    held_out_support,
     relative_noise,
     spot_scale,
 )
@@ -104,8 +103,12 @@ class _HeldOut:
     def by_baselines(cls, data: TrainingSet, on_step: Callable[[], None]) -> _HeldOut:
         """Predict all folds with all baselines, and take those of base layers."""
         truth = data.truth
-        methods = [name for name in available_methods(data.stacks[0]) if name != "cokriging"]
-        rows = {name: _predict_held_out(data, METHODS[name], on_step) for name in methods}
+        propagated, support = _propagate_held_out(data, on_step)
+        rows = {
+            name: propagated if name == "propagation" else _predict_held_out(data, METHODS[name], on_step)
+            for name in available_methods(data.stacks[0])
+            if name != "cokriging"
+        }
         kriged = _krige_folds(data, on_step)
         rows |= _held_out_kriging(data, kriged)
         error = {name: float(np.mean((found - truth) ** 2)) for name, found in rows.items()}
@@ -115,7 +118,7 @@ class _HeldOut:
         for name in data.stacks[0].bases or {}:
             rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
         known = KnownTruth(truth, data.fold_of_spot, weight)
-        return cls(data, known, rows, error, kriged, data.per_stack(held_out_support))
+        return cls(data, known, rows, error, kriged, support)
 
     @property
     def best_r(self) -> np.ndarray:
@@ -143,7 +146,9 @@ class _HeldOut:
 
         def nested(i: int, k: int) -> LabelPredictions:
             k = min(k, len(data.folds[i]) - 1)
-            return nested_predictions(*data.rest(i, k), base, self.kriged[i][k][:views])
+            rest, groups = data.rest(i, k)
+            graph = data.graphs[i].hide(data.folds[i][k][data.stacks[i].known])
+            return nested_predictions(rest, graph, groups, base, self.kriged[i][k][:views])
 
         return NetworkFit(
             name=base,
@@ -187,6 +192,20 @@ def _better_base(errors: dict[str, np.ndarray]) -> str:
         if gain.mean() > 2 * gain.std() / np.sqrt(len(gain)):
             return name
     return first
+
+
+def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
+    """(n_known, g) propagated labels, and (n_known,) mass, of all known spots, each with its fold hidden."""
+    values, support = np.zeros(data.truth.shape), np.zeros(len(data.truth))
+    parts = zip(data.stacks, data.folds, data.graphs, data.by_stack(values), data.by_stack(support), strict=True)
+    for spots, folds, graph, found, mass in parts:
+        for fold in folds:
+            hidden, rest = fold[spots.known], spots.hide(fold)
+            found[hidden], mass[hidden] = graph.propagate(hidden, rest.expression)
+            unreached = hidden & (mass == 0)
+            found[unreached] = section_mean(rest)[: unreached.sum()]
+            on_fold()
+    return values, support
 
 
 def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Kriging]]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models._spots import Spots
     from spatial_impute.models.asign._cokriging import Kriging
+    from spatial_impute.models.asign._propagation import KnownGraph
 
 TWO_VIEWS = "cokriging-two-views"
 """Mean of co-kriging with all image features, and with those that sections share."""
@@ -108,19 +109,18 @@ def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Kriging]) -> L
     return LabelPredictions(found, propagated, support)
 
 
-def nested_predictions(rest: Spots, groups: np.ndarray, base: str, kriged: Sequence[Kriging]) -> LabelPredictions:
+def nested_predictions(
+    rest: Spots, graph: KnownGraph, groups: np.ndarray, base: str, kriged: Sequence[Kriging]
+) -> LabelPredictions:
     """Predict the known spots, each of them without its group; 0 for all others.
 
-    `groups` (n_known,) are those that `kriged` has left out.
+    `graph` is that between the known spots; `groups` (n_known,) are those that `kriged` has left out.
     """
     n, n_genes = len(rest.known), rest.expression.shape[1]
     propagated, support = np.zeros((n, n_genes), np.float32), np.zeros(n)
     for code in np.unique(groups):
-        hidden = np.zeros(n, dtype=bool)
-        hidden[np.flatnonzero(rest.known)[groups == code]] = True
-        part = rest.hide(hidden)
-        values, mass = propagate(given(part.graph), part.known, part.expression, dtype=np.float32)
-        propagated[hidden], support[hidden] = values[hidden], mass[hidden]
+        hidden, own = np.flatnonzero(rest.known)[groups == code], groups == code
+        propagated[hidden], support[hidden] = graph.propagate(own, rest.expression[~own])
     found = base_prediction(base, kriged, propagated, section_mean(rest)).astype(np.float32)
     np.copyto(propagated, found, where=~np.isfinite(propagated))
     return LabelPredictions(found, propagated, support)

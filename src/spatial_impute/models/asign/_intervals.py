@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._scores import HALF_WIDTH, INTERVAL_LEVEL
-from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import cokriging
-from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
@@ -76,16 +74,6 @@ def relative_noise(noise: np.ndarray, usual: float) -> np.ndarray:
     """Counting noise in units of the usual one; 1 where one of them is not known."""
     relative = noise / usual
     return np.where(np.isfinite(relative), relative, 1.0)
-
-
-def held_out_support(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
-    """(n_known,) support of each known spot while its fold is hidden."""
-    support = np.zeros(len(spots.known))
-    for fold in folds:
-        known = spots.known & ~fold
-        _, mass = propagate(given(spots.graph), known, np.ones((int(known.sum()), 1)))
-        support[fold] = mass[fold]
-    return support[spots.known]
 
 
 def spread_by_support(

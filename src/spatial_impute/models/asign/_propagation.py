@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import sparse
+from scipy.linalg import cho_factor, cho_solve
 
 from spatial_impute._settings import logger
 
-_MAX_VALUES = 20_000_000  # solved for at a time: 160 MB an array
+_LEAK = 3.6
+_MAX_VALUES = 1_000_000  # solved for at a time: arrays of 8 MB, which stay in the cache
+_TOLERANCE = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-6}  # residual relative to the right-hand side
+_MAX_STEPS = 2000  # of conjugate gradients
+_NO_MASS = 1e-7  # below this, mass is rounding error
 
 
 def propagate(
@@ -15,9 +22,7 @@ def propagate(
     known: np.ndarray,
     values: np.ndarray,
     *,
-    leak: float = 3.6,
-    tolerance: float = 1e-8,
-    max_iterations: int = 2000,
+    leak: float = _LEAK,
     dtype: type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Spread known values over a graph until they converge.
@@ -38,10 +43,8 @@ def propagate(
         :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the weight of
         six neighbours at a distance of one spacing, so that a mass of one half means: measured spots have as much weight
         as the neighbours on the same section.
-    tolerance, max_iterations
-        Residual, relative to the right-hand side, at which to stop; maximum number of conjugate gradient steps per gene.
     dtype
-        Precision of the returned values; the computation has double precision.
+        Precision of the computation and of the returned values.
 
     Returns
     -------
@@ -59,27 +62,26 @@ def propagate(
     """
     n = len(known)
     known = np.asarray(known, dtype=bool)
-    weights = sparse.csr_matrix(weights, dtype=np.float64)
+    weights = sparse.csr_matrix(weights, dtype=dtype)
     reachable = _reachable(weights, known)
     unknown = np.flatnonzero(reachable & ~known)
-    values = np.asarray(values, dtype=np.float64)
+    values = np.asarray(values, dtype=dtype)
     result: np.ndarray = np.full((n, values.shape[1]), np.nan, dtype)
     mass = np.zeros(n)
     result[known], mass[known] = values, 1.0
     if not len(unknown) or not values.size:
         return result, mass
 
-    degree = np.asarray(weights.sum(axis=1)).ravel()[unknown] + leak
-    system = sparse.diags(degree) - weights[unknown][:, unknown]
-    # Values are centred, so that rounding errors and the tolerance are relative to their range.
+    system, degree = _system(weights, unknown, leak)
+    # Values are centred, so that rounding errors are relative to their range.
     centre = values.mean(axis=0)
-    scale = max(float(np.abs(values - centre).max()), 1e-300)
-    system, from_known = system.tocsr(), weights[unknown][:, np.flatnonzero(known)]
+    scale = max(float(np.abs(values - centre).max()), float(np.finfo(dtype).tiny))
+    from_known = weights[unknown][:, np.flatnonzero(known)]
 
     def solve(columns: np.ndarray) -> np.ndarray:
-        return _conjugate_gradients(system, from_known @ columns, degree, tolerance, max_iterations)
+        return _conjugate_gradients(system, from_known @ columns, degree)
 
-    reached = np.clip(solve(np.ones((len(values), 1))), np.finfo(float).tiny, 1.0)
+    reached = np.clip(solve(np.ones((len(values), 1), dtype)), np.finfo(dtype).tiny, 1.0)
     mass[unknown] = reached[:, 0]
     # Some genes at a time: the solver holds six arrays as large as its result.
     n_genes = max(1, _MAX_VALUES // len(unknown))
@@ -89,16 +91,68 @@ def propagate(
     return result, mass
 
 
-def _conjugate_gradients(
-    system: sparse.csr_matrix, source: np.ndarray, diagonal: np.ndarray, tolerance: float, max_iterations: int
-) -> np.ndarray:
+@dataclass(frozen=True)
+class KnownGraph:
+    """Graph between the known spots that propagates among them as the whole graph does.
+
+    All other spots are eliminated from the system of equations. A fit hides dozens of groups of known spots; each then costs
+    one small dense solution instead of one for all spots of the stack.
+    """
+
+    matrix: np.ndarray  # (n_known, n_known) Schur complement of the system
+
+    @classmethod
+    def of(cls, weights: sparse.csr_matrix, known: np.ndarray, *, leak: float = _LEAK) -> KnownGraph:
+        """Eliminate the spots that are not known from a graph; see :func:`propagate`."""
+        weights = sparse.csr_matrix(weights, dtype=np.float32)
+        rows, others = np.flatnonzero(known), np.flatnonzero(~known)
+        matrix = _system(weights, rows, leak)[0].toarray().astype(np.float64)
+        if len(others):
+            system, degree = _system(weights, others, leak)
+            to_known = weights[rows][:, others]
+            n_columns = max(1, _MAX_VALUES // len(others))
+            for start in range(0, len(rows), n_columns):
+                part = slice(start, start + n_columns)
+                matrix[:, part] -= to_known @ _conjugate_gradients(system, to_known[part].T.toarray(), degree)
+        return cls((matrix + matrix.T) / 2)
+
+    def hide(self, hidden: np.ndarray) -> KnownGraph:
+        """Eliminate some known spots as well; `hidden` is (n_known,) bool."""
+        between = self.matrix[hidden][:, ~hidden]
+        found = cho_solve(cho_factor(self.matrix[hidden][:, hidden]), between)
+        return KnownGraph(self.matrix[~hidden][:, ~hidden] - between.T @ found)
+
+    def propagate(self, hidden: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (m, g) and mass (m,) of hidden known spots from the values of the others, (n_known - m, g).
+
+        Values are NaN where the mass is zero.
+        """
+        factor = cho_factor(self.matrix[hidden][:, hidden])
+        from_others = -self.matrix[hidden][:, ~hidden]
+        mass = np.clip(cho_solve(factor, from_others.sum(axis=1)), 0.0, 1.0)
+        mass[mass < _NO_MASS] = 0.0
+        centre = values.mean(axis=0)
+        found = cho_solve(factor, from_others @ (values - centre))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found /= mass[:, None]
+        found[mass == 0] = np.nan
+        return found + centre, mass
+
+
+def _system(weights: sparse.csr_matrix, rows: np.ndarray, leak: float) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Matrix of the equations of some spots, and its diagonal."""
+    degree = (np.asarray(weights.sum(axis=1)).ravel()[rows] + leak).astype(weights.dtype)
+    return (sparse.diags(degree) - weights[rows][:, rows]).tocsr(), degree
+
+
+def _conjugate_gradients(system: sparse.csr_matrix, source: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
     """Solve a symmetric positive definite system for all columns at once, preconditioned by its diagonal."""
     solution = source / diagonal[:, None]
     residual = source - system @ solution
     direction = residual / diagonal[:, None]
     rho = (residual * direction).sum(axis=0)
-    target = tolerance * np.maximum(np.linalg.norm(source, axis=0), np.finfo(float).tiny)
-    for _ in range(max_iterations):
+    target = _TOLERANCE[source.dtype] * np.maximum(np.linalg.norm(source, axis=0), np.finfo(source.dtype).tiny)
+    for _ in range(_MAX_STEPS):
         active = np.linalg.norm(residual, axis=0) > target
         if not active.any():
             return solution
@@ -111,7 +165,7 @@ def _conjugate_gradients(
         following = (residual * scaled).sum(axis=0)
         direction = scaled + np.where(rho > 0, following / np.where(rho > 0, rho, 1.0), 0.0) * direction
         rho = following
-    logger.warning("Label propagation stopped after %d steps before it converged", max_iterations)
+    logger.warning("Label propagation stopped after %d steps before it converged", _MAX_STEPS)
     return solution
 
 
