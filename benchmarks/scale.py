@@ -81,8 +81,8 @@ def measure(n_spots: int, n_sections: int, n_genes: int, *, fit: bool) -> dict[s
 def fitted(spots, n_genes: int):
     """Fit with the defaults of the package."""
     from spatial_impute.models._params import AsignParams
-    from spatial_impute.models.asign._fit import fit
     from spatial_impute.models.asign._ensemble import FitSettings
+    from spatial_impute.models.asign._fit import fit
 
     genes = [f"g{i}" for i in range(n_genes)]
     return fit([spots], genes, FitSettings(AsignParams(), seed=0, device="cpu"))

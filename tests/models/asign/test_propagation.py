@@ -341,7 +341,8 @@ def test_graph_of_the_known_spots_propagates_as_the_whole_graph(monkeypatch, col
         expected, mass = propagate(graph, np.isin(np.arange(100), rows[~hidden]), values[~hidden])
         np.testing.assert_allclose(found[0], expected[rows[wanted]], atol=1e-4)
         np.testing.assert_allclose(found[1], mass[rows[wanted]], atol=1e-5)
-    assert found[1][-1] == 0 and np.isnan(found[0][-1]).all()  # no known spot is connected
+    assert found[1][-1] == 0  # no known spot is connected
+    assert np.isnan(found[0][-1]).all()
 
 
 def test_graph_of_the_known_spots_without_other_spots():

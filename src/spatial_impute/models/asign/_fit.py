@@ -12,7 +12,15 @@ import torch
 
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
-from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, RECIPES, available_methods, knn, ridge, section_mean
+from spatial_impute.models.asign._baselines import (
+    METHODS,
+    NEEDS_FEATURES,
+    RECIPES,
+    available_methods,
+    knn,
+    ridge,
+    section_mean,
+)
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
