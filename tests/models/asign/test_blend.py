@@ -52,6 +52,12 @@ def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
     assert np.abs(after[folds != 2] - before[folds != 2]).max() > 1e-3
 
 
+def test_blend_gives_no_weight_to_rounding(data):
+    predictions, truth, folds = data
+    weights, _ = blend_weights(np.concatenate([predictions, 1e-9 * predictions[:1]]), truth, folds)
+    assert (weights[:, 3] == 0).all()
+
+
 def test_blend_survives_identical_and_empty_predictions():
     p = np.random.default_rng(4).normal(size=(1, 50, 3))
     both = np.concatenate([p, p, np.zeros_like(p)])

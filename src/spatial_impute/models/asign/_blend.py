@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
+_ROUNDING = 1e-5  # sd of a gene; single precision
 _NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run for it
 
 
@@ -79,6 +80,8 @@ def blend_weights(
     folds, spot_weights
         (n,) fold of each spot, and weight of its squared error (1 by default).
     """
+    # A network that returned to the mean differs from it by rounding, which must not get a weight.
+    predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)
     codes = np.unique(folds)
     w = np.ones(len(truth)) if spot_weights is None else spot_weights
     # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
