@@ -54,7 +54,7 @@ def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
 
 def test_blend_gives_no_weight_to_rounding(data):
     predictions, truth, folds = data
-    weights, _ = blend_weights(np.concatenate([predictions, 1e-9 * predictions[:1]]), truth, folds)
+    weights, _ = blend_weights(np.concatenate([predictions, 1e-6 * truth[None]]), truth, folds)
     assert (weights[:, 3] == 0).all()
 
 
