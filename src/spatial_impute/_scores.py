@@ -129,8 +129,10 @@ def noise_ceiling(
 def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray) -> np.ndarray:
     r"""(n_genes,) bool: genes whose held-out prediction is better than chance within the (n_spots,) folds.
 
-    Each fold is centred separately, so that a difference between folds does not count. With `n` spots in `k` folds, an
-    unrelated gene exceeds :math:`2 / \sqrt{n - k}` in two of a hundred cases.
+    Each fold is centred separately, so that a difference between folds does not count. With `n` spots in `k` folds, the
+    correlation with unrelated values has a standard deviation of :math:`1 / \sqrt{n - k}`. Spots on both sides of a border
+    between folds predict each other, which raises the variance to at most twice this value. A gene must exceed two standard
+    deviations of this largest variance: genes of noise do so in about two of a hundred cases.
 
     Examples
     --------
@@ -140,7 +142,7 @@ def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray
     array([ True, False])
     """
     r = np.nan_to_num(pearson_by_gene(predicted, true, folds))
-    return r > 2 / np.sqrt(max(len(folds) - len(np.unique(folds)), 1))
+    return r > 2 * np.sqrt(2 / max(len(folds) - len(np.unique(folds)), 1))
 
 
 def summarise(
