@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import spatialdata as sd
 from anndata import read_h5ad
+from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import section_image
 
 
 def jsonable(value) -> bool:
@@ -122,3 +125,21 @@ def test_same_seed_gives_the_same_bits(still, asign, pixnet):
     assert again.identity == pixnet.identity
     a, b = (si.tl.predict_dense(sdata, "s0_image", m, inplace=False).compute().to_numpy() for m in (pixnet, again))
     assert a.tobytes() == b.tobytes()
+
+
+def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(small_stack, quick_params, caplog):
+    """E.g. every other row of one array as a section of its own."""
+    sdata = small_stack
+    image, place = copy.deepcopy(sdata.images["s1_image"]), get_transformation(sdata.images["s0_image"], get_all=True)
+    set_transformation(image, place, set_all=True)
+    sdata.images["s0_image"] = image
+    record = load_record(sdata)
+    assert section_image(sdata, record["s0"]) == section_image(sdata, record["s1"])
+    si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+    si.pp.extract_features(sdata)
+    si.tl.build_3d_graph(sdata)
+    model = si.tl.fit_asign(sdata, model_params=quick_params)
+    caplog.clear()
+    with caplog.at_level("WARNING", "spatial_impute"):
+        si.tl.impute_3d(sdata, model)
+    assert "which are not measured now" not in caplog.text

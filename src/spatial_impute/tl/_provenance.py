@@ -245,17 +245,20 @@ def sections_seen(
 ) -> dict[str, str]:
     """Sections of this stack that a model was fitted on: their name, and the name that they had then.
 
-    A section is the same if it has the same image, or the same name and the same spots.
+    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack share
+    an image, the spots must be the same as well.
     """
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
+    images = {name: section_image(sdata, record[name]) for name in record.names}
     found = {}
-    for name in record.names:
+    for name, image in images.items():
         rows = section == name
         if not rows.any():
             continue
-        image = section_image(sdata, record[name])
+        shared = list(images.values()).count(image) > 1
         spots = fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows]) if Keys.SPATIAL in table.obsm else ""
         for then, state in learned.items():
-            if (image and image == state["image"]) or (then == name and spots == state["spots"]):
+            same_image, same_spots = image and image == state["image"], spots == state["spots"]
+            if (same_spots and (same_image or then == name)) or (same_image and not shared):
                 found[name] = then
     return found
