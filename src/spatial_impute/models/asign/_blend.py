@@ -82,37 +82,36 @@ def blend_weights(
     """
     # A network that returned to the mean differs from it by rounding, which must not get a weight.
     predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)
-    codes = np.unique(folds)
     w = np.ones(len(truth)) if spot_weights is None else spot_weights
-    # Sums of products suffice: (fold, g, k, k) and (fold, g, k).
-    gram = np.stack(
-        [
-            np.einsum("n,kng,lng->gkl", w[folds == c], p, p, optimize=True)
-            for c, p in ((c, predictions[:, folds == c]) for c in codes)
-        ]
-    )
-    moment = np.stack(
-        [
-            np.einsum("n,kng,ng->gk", w[folds == c], predictions[:, folds == c], truth[folds == c], optimize=True)
-            for c in codes
-        ]
-    )
+    rows = [folds == code for code in np.unique(folds)]
+    sums = [_products(predictions[:, own], truth[own], w[own]) for own in rows]
+    gram, moment = (np.stack(parts) for parts in zip(*sums, strict=True))  # (fold, g, k, k) and (fold, g, k)
 
-    def error(predicted: np.ndarray) -> float:
-        return float(np.mean(w[:, None] * (predicted - truth) ** 2))
+    def without_fold(strength: float) -> np.ndarray:
+        """(fold, g, k) weights from all other folds."""
+        others = zip(gram.sum(axis=0) - gram, moment.sum(axis=0) - moment, strict=True)
+        return np.stack([_gene_weights(*products, strength) for products in others])
 
-    candidates = {}
-    for strength in _STRENGTHS:
-        blended = np.empty(truth.shape)
-        for i, code in enumerate(codes):
-            weights = _gene_weights(gram.sum(axis=0) - gram[i], moment.sum(axis=0) - moment[i], strength)
-            blended[folds == code] = np.einsum("kng,gk->ng", predictions[:, folds == code], weights)
-        candidates[strength] = blended
+    def error(weights: np.ndarray) -> float:
+        """Squared error, less that of the mean, which is the same for all weights."""
+        return float(np.einsum("fgk,fgkl,fgl", weights, gram, weights, optimize=True) - 2 * np.sum(weights * moment))
+
+    candidates = {strength: without_fold(strength) for strength in _STRENGTHS}
     strength = min(candidates, key=lambda s: error(candidates[s]))
-    best = int(np.argmin([error(p) for p in predictions]))
-    if error(candidates[strength]) >= error(predictions[best]):
+    alone = [error(np.broadcast_to(one, moment.shape)) for one in np.eye(len(predictions))]
+    best = int(np.argmin(alone))
+    if error(candidates[strength]) >= alone[best]:
         return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
-    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), candidates[strength]
+    blended = np.empty(truth.shape)
+    for own, weights in zip(rows, candidates[strength], strict=True):
+        blended[own] = np.einsum("kng,gk->ng", predictions[:, own], weights)
+    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), blended
+
+
+def _products(predictions: np.ndarray, truth: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted sums over the spots of products of the predictions (g, k, k), and with the truth (g, k)."""
+    weighted = predictions.transpose(2, 0, 1) * w  # (g, k, n)
+    return weighted @ predictions.transpose(2, 1, 0), (weighted @ truth.T[..., None])[..., 0]
 
 
 def _gene_weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
