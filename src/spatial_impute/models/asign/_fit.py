@@ -204,7 +204,7 @@ def _better_base(errors: dict[str, np.ndarray]) -> str:
 
 def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
     """(n_known, g) propagated labels, and (n_known,) mass, of all known spots, each with its fold hidden."""
-    values, support = np.zeros(data.truth.shape), np.zeros(len(data.truth))
+    values, support = np.zeros(data.truth.shape, np.float32), np.zeros(len(data.truth))
     parts = zip(data.stacks, data.folds, data.graphs, data.by_stack(values), data.by_stack(support), strict=True)
     for spots, folds, graph, found, mass in parts:
         for fold in folds:
@@ -236,7 +236,7 @@ def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> d
     names = ["cokriging", TWO_VIEWS][:n_views]
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for spots, folds, parts in zip(data.stacks, data.folds, kriged, strict=True):
-        values = [np.empty((len(spots.known), spots.expression.shape[1])) for _ in names]
+        values = [np.empty((len(spots.known), spots.expression.shape[1]), np.float32) for _ in names]
         for fold, views in zip(folds, parts, strict=True):
             total = np.zeros((), float)
             for n, (own, view) in enumerate(zip(values, views, strict=False), start=1):
@@ -301,7 +301,7 @@ def _predict_held_out(
     """(n_known, g) predictions of the known spots of all stacks, each with its fold hidden."""
 
     def predict(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
-        predicted = np.empty((len(spots.known), spots.expression.shape[1]))
+        predicted = np.empty((len(spots.known), spots.expression.shape[1]), np.float32)
         for fold in folds:
             predicted[fold] = method(spots.hide(fold))[fold]
             on_fold()
