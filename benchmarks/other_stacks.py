@@ -1,6 +1,6 @@
 """Imputation of other tissues and arrays, and with a section upside down; ASIGN beside its base on each section.
 
-Run ``python benchmarks/other_stacks.py [muscle cytassist olfactory-bulb upside-down] [--encoder texture]`` with
+Run ``python benchmarks/other_stacks.py [muscle cytassist olfactory-bulb olfactory-bulb-counts upside-down] [--encoder texture]`` with
 ``SPATIAL_IMPUTE_DATA_DIR`` at the data.
 Of a Visium sample every other spot is measured, and those between them are the second section: another tissue and array
 whose expression is known on both, in place without registration. ``olfactory-bulb`` is four sections of a mouse brain, the second one measured.
@@ -11,6 +11,7 @@ and spots of C3 turned by half a circle. Prints r per gene of all methods, and A
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -105,15 +106,20 @@ def every_other_row(folder: str) -> tuple[SpatialData, AnnData]:
     return sdata, truth
 
 
-def olfactory_bulb() -> tuple[SpatialData, AnnData]:
-    """Four sections on arrays with a pitch of 141 um, MOB2 measured; and the expression of the spots under tissue."""
-    folder, sections, truths = si.settings.data_dir / "mob_st4", {}, []
+def olfactory_bulb(*, by_counts: bool = False) -> tuple[SpatialData, AnnData]:
+    """Four sections on arrays with a pitch of 141 um, MOB2 measured; and the expression of the spots under tissue.
+
+    The genes are those of the highest mean log-normalised value, or of the most counts.
+    """
+    folder, sections, truths, genes = si.settings.data_dir / "mob_st4", {}, [], None
     for name in ("MOB1", "MOB2", "MOB3", "MOB4"):
         places = pd.read_csv(folder / f"alignment_table_{name}.tsv", sep="\t").query("selected == 1")
         places.index = places["x"].astype(str) + "x" + places["y"].astype(str)
         counts = pd.read_csv(folder / f"{name}.tsv.gz", sep="\t", index_col=0)
         centers = places.loc[places.index.isin(counts.index), ["pixel_x", "pixel_y"]].set_axis(["x", "y"], axis=1)
         table = ad.AnnData(counts.loc[centers.index].astype(np.float32))
+        if name == "MOB2" and by_counts:
+            genes = list(counts.mean().nlargest(250).index)
         pixels = np.asarray(Image.open(folder / f"{name}.jpg").convert("RGB")).transpose(2, 0, 1)
         sections[name] = section(name, pixels, centers, 50 / 4.22, table if name == "MOB2" else None)
         table.X = log_normalize(table.X, 1e4)
@@ -121,7 +127,7 @@ def olfactory_bulb() -> tuple[SpatialData, AnnData]:
         table.obs_names = f"{name}_" + table.obs_names
         truths.append(table)
     sdata = si.pp.assemble_stack(sections, mpp=4.22, z=[100, 120, 130, 140])
-    si.pp.select_genes(sdata, n_top_genes=250)
+    si.pp.select_genes(sdata, n_top_genes=250, genes=genes)
     si.tl.register_stack(sdata, on_failure="warn")
     return sdata, ad.concat(truths)
 
@@ -151,7 +157,11 @@ def upside_down() -> tuple[SpatialData, AnnData]:
     return sdata, truth
 
 
-STACKS = {"olfactory-bulb": olfactory_bulb, "upside-down": upside_down}
+STACKS = {
+    "olfactory-bulb": olfactory_bulb,
+    "olfactory-bulb-counts": partial(olfactory_bulb, by_counts=True),
+    "upside-down": upside_down,
+}
 
 if __name__ == "__main__":
     main()
