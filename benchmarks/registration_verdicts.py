@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 RIGHT = 100.0  # um, the median error of a right place: the size of a spot of an ST array
-PER_TISSUE = 2
 
 
 class Case(NamedTuple):
@@ -42,23 +41,23 @@ def known(
     return moved_section(section, rng, angle=angle, mirrored=face if mirrored is None else mirrored, bend_um=60.0)
 
 
-def of_each_tissue() -> Iterator[tuple[str, SectionImage, int]]:
+def of_each_tissue(n: int) -> Iterator[tuple[str, SectionImage, int]]:
     for number, (name, section) in enumerate(sections().items()):
-        for k in range(PER_TISSUE):
+        for k in range(n):
             yield name, section, 100 * number + k
 
 
-def known_motion() -> Iterator[Case]:
-    for name, fixed, moving, points, truth in motion_cases(5 * PER_TISSUE):
+def known_motion(n: int) -> Iterator[Case]:
+    for name, fixed, moving, points, truth in motion_cases(5 * n):
         yield Case(name, fixed, moving, points, truth)
 
 
-def other_stain() -> Iterator[Case]:
+def other_stain(n: int) -> Iterator[Case]:
     """Landmarks on two stains, and dark turned into pale inside the tissue of a moved section."""
     for name, fixed, moving, points, truth in landmark_cases(0):
         if "artificial" not in name:
             yield Case(name, fixed, moving, points, truth)
-    for name, section, number in of_each_tissue():
+    for name, section, number in of_each_tissue(n):
         moving, points, truth = known(section, number)
         glass = np.median(moving.rgb[~moving.tissue], axis=0)
         share = np.clip(moving.rgb / glass, 0.02, 1.0)
@@ -68,7 +67,7 @@ def other_stain() -> Iterator[Case]:
         yield Case(f"{name}, inverted", section, SectionImage(rgb, moving.pixel_size, moving.tissue), points, truth)
 
 
-def wrong_tissue() -> Iterator[Case]:
+def wrong_tissue(_: int) -> Iterator[Case]:
     """A section of another block, scaled to the same area of tissue."""
     found = sections()
     for number, (name, section) in enumerate(found.items()):
@@ -80,14 +79,14 @@ def wrong_tissue() -> Iterator[Case]:
                 yield Case(f"{other} on {name}", section, moving, points, None)
 
 
-def wrong_face() -> Iterator[Case]:
-    for name, section, number in of_each_tissue():
+def wrong_face(n: int) -> Iterator[Case]:
+    for name, section, number in of_each_tissue(n):
         moving, points, _ = known(section, number, mirrored=True)
         yield Case(name, section, moving, points, None, {"allow_mirror": False})
 
 
-def missing_half() -> Iterator[Case]:
-    for name, section, number in of_each_tissue():
+def missing_half(n: int) -> Iterator[Case]:
+    for name, section, number in of_each_tissue(n):
         moving, points, truth = known(section, number)
         centre = points.mean(0)
         gone = (np.arange(moving.rgb.shape[1]) + 0.5) * moving.pixel_size[0] > centre[0]
@@ -101,8 +100,8 @@ def missing_half() -> Iterator[Case]:
             )
 
 
-def wrong_pixel_size() -> Iterator[Case]:
-    for name, section, number in of_each_tissue():
+def wrong_pixel_size(n: int) -> Iterator[Case]:
+    for name, section, number in of_each_tissue(n):
         moving, points, _ = known(section, number)
         factor = (0.5, 2.0)[number % 2]
         yield Case(
@@ -124,9 +123,9 @@ KINDS = {
 }
 
 
-def run(kind: str) -> list[dict]:
+def run(kind: str, n: int) -> list[dict]:
     rows = []
-    for case in KINDS[kind]():
+    for case in KINDS[kind](n):
         row: dict[str, Any] = {"kind": kind, "pair": case.name, "exists": case.truth is not None}
         try:
             result = register_pair(case.fixed, case.moving, params=RegistrationParams(**case.params))
@@ -164,11 +163,12 @@ def summary(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--per-tissue", type=int, default=2, help="pairs of each of the five tissues")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows: list[dict] = []
     for kind in arguments.kinds:
-        rows += run(kind)
+        rows += run(kind, arguments.per_tissue)
     summary(rows)
 
 
