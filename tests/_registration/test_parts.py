@@ -338,11 +338,6 @@ def test_sections_that_share_regions_and_no_cells():
     assert len(kept) <= 2
     assert len(agree) >= len(kept) + 2
     assert any("fit worse" in s.note for s in still)
-    for (a, b), other in zip(in_place, still, strict=True):
-        if other.field is not None:  # by chance; hidden tissue does not confirm it
-            strict = fit_deformation(serial_section(a), serial_section(b), np.eye(3), quick, 0, certain=True)
-            assert strict.field is None
-            assert "clearly better" in strict.note
     assert max(kept, default=0.0) < 0.75 * np.median(np.linalg.norm(true, axis=1))
 
 
