@@ -64,7 +64,8 @@ def known(name: str, fixed: SectionImage, other: SectionImage, number: int) -> C
     return f"{name}, bend {bend:.0f} um", fixed, moving, points, origin
 
 
-def motion_cases(n: int) -> Iterator[Case]:
+def sections() -> dict[str, SectionImage]:
+    """One section of each of five tissues."""
     from PIL import Image
 
     where = {
@@ -74,14 +75,21 @@ def motion_cases(n: int) -> Iterator[Case]:
         "kidney": (ROOT / "landmarks/ratkidney_5pc/HE.jpg", 5.06),
         "lung": (ROOT / "landmarks/les1_10pc/He.jpg", 1.74),
     }
-    for number, (name, (path, mpp)) in enumerate(where.items()):
+    found = {}
+    for name, (path, mpp) in where.items():
         with Image.open(path) as file:
             width = file.width
         rgb = read_image(path, 1024)
         size = mpp * width / rgb.shape[1]
-        section = SectionImage(rgb, (size, size))
-        for k in range(n // len(where)):
-            yield known(name, section, section, number + len(where) * k)
+        found[name] = SectionImage(rgb, (size, size))
+    return found
+
+
+def motion_cases(n: int) -> Iterator[Case]:
+    found = sections()
+    for number, (name, section) in enumerate(found.items()):
+        for k in range(n // len(found)):
+            yield known(name, section, section, number + len(found) * k)
 
 
 def landmark_cases(_: int) -> Iterator[Case]:

@@ -60,6 +60,7 @@ def build_graph(
     similarity_threshold: float,
     similarity_weight: float,
     bandwidth: float,
+    misplaced: np.ndarray | None = None,
 ) -> SpotGraph:
     """Link spots within sections, across sections where they lie over each other, and where they look alike.
 
@@ -87,6 +88,9 @@ def build_graph(
         Weight of an edge between spots that look identical, relative to spots at the same place.
     bandwidth
         Standard deviation of the Gaussian that turns distance into weight, um.
+    misplaced
+        (k, k) standard deviation, along one axis, of the error of the place of one section on another, um, by rank;
+        None for sections exactly in place.
     """
     n = len(xyz)
     pairs, alike_pairs, cosines = [], [], []
@@ -119,11 +123,18 @@ def build_graph(
     alike = np.concatenate(alike_pairs) if alike_pairs else np.empty((0, 2), dtype=np.int64)
     cosine = np.concatenate(cosines) if cosines else np.empty(0)
 
-    distance = np.linalg.norm(xyz[spatial[:, 0]] - xyz[spatial[:, 1]], axis=1)
+    step = xyz[spatial[:, 0]] - xyz[spatial[:, 1]]
     cross = section[spatial[:, 0]] != section[spatial[:, 1]]
-    in_plane = np.linalg.norm(xyz[spatial[:, 0], :2] - xyz[spatial[:, 1], :2], axis=1)
-    iou = np.where(cross, disc_iou(in_plane, radius[spatial[:, 0]], radius[spatial[:, 1]]), 0.0)
-    near = np.exp(-0.5 * (distance / bandwidth) ** 2) + iou
+    in_plane = np.linalg.norm(step[:, :2], axis=1)
+    discs = radius[spatial[:, 0]], radius[spatial[:, 1]]
+    iou = np.where(cross, disc_iou(in_plane, *discs), 0.0)
+    error = np.zeros(len(spatial)) if misplaced is None else misplaced[section[spatial[:, 0]], section[spatial[:, 1]]]
+    # The mean of a Gaussian over places with a normal error is a wider and lower Gaussian of the same volume.
+    wider = 1 + (error / bandwidth) ** 2
+    near = np.exp(-0.5 * (in_plane**2 / wider + step[:, 2] ** 2) / bandwidth**2) / wider
+    # So is about that of the overlap. A disc has a variance of a quarter of its squared radius along an axis.
+    wider = 1 + 4 * error**2 / np.maximum(discs[0] ** 2 + discs[1] ** 2, 1e-12)
+    near += np.where(cross, disc_iou(in_plane / np.sqrt(wider), *discs) / wider, 0.0)
     likeness = similarity_weight * (cosine - similarity_threshold) / (1 - similarity_threshold)
     weights = _symmetric(spatial, np.maximum(near, 1e-12), n) + _symmetric(alike, np.maximum(likeness, 1e-12), n)
     weights = weights.tocsr()

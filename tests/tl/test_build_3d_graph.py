@@ -407,3 +407,35 @@ def test_sections_in_another_order_than_the_stack_are_refused(prepared_stack):
         ValueError, match=r"in the order of the stack, \['s0', 's1', 's2'\]; found \['s2', 's0', 's1'\]"
     ):
         si.tl.build_3d_graph(prepared_stack, use_rep=None)
+
+
+def test_build_graph_weights_are_means_over_the_error_of_the_place():
+    rng, spread = np.random.default_rng(0), 0.4
+    place, radius, bandwidth = np.array([[0, 0, 0], [0.5, 0, 0.2]]), np.array([0.5, 0.5]), 0.8
+    misplaced = np.array([[0, spread], [spread, 0]])
+    options = {"max_distance": 10.0, "bandwidth": bandwidth}
+    weight = build(place, np.array([0, 1]), radius, misplaced=misplaced, **options).weights[0, 1]
+    moved = place[1, :2] + rng.normal(0, spread, (20_000, 2))
+    length = np.linalg.norm(moved, axis=1)
+    gaussian = np.exp(-0.5 * (length**2 + 0.04) / bandwidth**2).mean()
+    assert weight == pytest.approx(gaussian + disc_iou(length, 0.5, 0.5).mean(), rel=0.05)
+    far = build(place, np.array([0, 1]), radius, misplaced=10 * misplaced, **options).weights[0, 1]
+    assert far < 0.1 * weight
+
+
+def test_build_3d_graph_trusts_a_badly_placed_section_less(prepared_stack):
+    sdata = prepared_stack
+    section = sdata.tables["stack"].obs["section"].astype(str).to_numpy()
+    rows = sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"]
+    reference = next(name for name, row in rows.items() if row["route"] == "reference")
+    bad = next(name for name, row in rows.items() if row["path"] == [name, reference])
+
+    def links(error: float | None, a: str, b: str) -> float:
+        rows[bad]["error_um"] = error
+        weights = si.tl.build_3d_graph(sdata, use_rep=None, inplace=False).connectivities
+        return float(weights[section == a][:, section == b].sum())
+
+    assert links(500.0, bad, reference) < 0.5 * links(0.0, bad, reference)
+    assert links(500.0, bad, bad) == links(0.0, bad, bad)
+    others = [row["error_um"] for name, row in rows.items() if name != bad and row["error_um"] is not None]
+    assert links(None, bad, reference) == pytest.approx(links(max(others), bad, reference))

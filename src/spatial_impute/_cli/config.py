@@ -42,7 +42,7 @@ output: results # folder to write to
 genes: 250 # how many, or a list of names
 # log_normalized: true # the counts of all sections are log-normalised values already
 encoder: texture
-registration: affine # rigid, affine or syn
+registration: affine # rigid, affine, syn or auto
 methods: [mean, nearest, knn, kernel, propagation, ridge, transfer_ridge, cokriging, asign]
 cross_validate: false # ASIGN holds out spots itself; true fits it once more per fold, which takes six times as long
 # plot_genes: [ERBB2, MDK] # the most predictable ones
@@ -228,7 +228,7 @@ class RunConfig:
     ] = 250
     log_normalized: Flag = False
     encoder: Name = "texture"
-    registration: Literal["rigid", "affine", "syn"] = "affine"
+    registration: Literal["rigid", "affine", "syn", "auto"] = "affine"
     methods: Annotated[
         list[Annotated[str, AfterValidator(_method)]],
         BeforeValidator(_as_list),

@@ -11,6 +11,7 @@ from spatial_impute._registration.chain import (
 )
 from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.error import section_errors
+from spatial_impute._registration.order import Likeness, exchanged_sections
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.transform import DisplacementField, SectionTransform
 from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
@@ -18,6 +19,7 @@ from spatial_impute._registration.types import ChainResult, PairResult, Registra
 __all__ = [
     "ChainResult",
     "DisplacementField",
+    "Likeness",
     "PairResult",
     "RegistrationParams",
     "SectionImage",
@@ -25,6 +27,7 @@ __all__ = [
     "StackTask",
     "chain_to_reference",
     "deform_stack",
+    "exchanged_sections",
     "register_chain",
     "register_pair",
     "run_all",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,13 @@ class Deformation:
 
 
 def fit_deformation(
-    fixed: Channel, moving: Channel, matrix: NDArray[np.float64], params: RegistrationParams, seed: int
+    fixed: Channel,
+    moving: Channel,
+    matrix: NDArray[np.float64],
+    params: RegistrationParams,
+    seed: int,
+    *,
+    certain: bool = False,
 ) -> Deformation:
     """Deform on top of `matrix` (moving to fixed, um), as softly as the tissue allows.
 
@@ -57,7 +64,7 @@ def fit_deformation(
     direction: noise differs between them. A comparison of the images on hidden blocks would be too weak for that,
     because distant sections share little content. If the trials do not agree, trials that also use contrast get a second
     chance, because mutual information in half of the tissue misses some known bends. A fit is discarded if hidden blocks
-    fit clearly worse with it than without it.
+    fit clearly worse with it than without it, or with `certain` if they do not fit clearly better.
 
     Fits that also use local correlation, from stiff to soft, follow finer structure. Each one is kept only if hidden
     blocks correlate better than with the fit before it, by two standard errors.
@@ -102,6 +109,11 @@ def fit_deformation(
         return Deformation(None, note, quality)
     if _clear((-gained[0], gained[1])):
         note = "The deformation of one part of the tissue made others fit worse; it was discarded."
+        return Deformation(None, note, quality)
+    if certain and not _clear(gained):
+        note = (
+            "Hidden tissue did not fit clearly better with a deformation; it was discarded (`method='syn'` keeps it)."
+        )
         return Deformation(None, note, quality)
 
     kept = [stiff, *by_contrast]
@@ -271,6 +283,7 @@ def deform_stack(
     params: RegistrationParams,
     seed: int,
     run: Callable[[Callable, list[tuple], str], list],
+    certain: bool = False,
 ) -> dict[str, tuple[DisplacementField | None, dict[str, Any]]]:
     """One deformation per section on top of its matrix, onto the reference or onto its placed neighbour.
 
@@ -289,6 +302,8 @@ def deform_stack(
         Matrices and paths. Failed and given sections are not deformed; others may be deformed onto given ones.
     run
         Function that calls another one for each tuple of arguments, and returns the results in order.
+    certain
+        Keep a deformation only if hidden tissue fits clearly better with it.
 
     Returns
     -------
@@ -304,7 +319,9 @@ def deform_stack(
     found = {}
     while ready := [name for name in todo if _target(placed[name], reference) in done]:  # the rest: through failed ones
         tasks = [(done[_target(placed[name], reference)], sections[name], params, seed) for name in ready]
-        for name, result in zip(ready, run(deform_onto, tasks, "Deforming sections"), strict=True):
+        for name, result in zip(
+            ready, run(partial(deform_onto, certain=certain), tasks, "Deforming sections"), strict=True
+        ):
             done[name] = replace(sections[name], field=result[0])
             found[name] = result
         todo = [name for name in todo if name not in done]
@@ -317,7 +334,7 @@ def _target(result: ChainResult, reference: str) -> str:
 
 
 def deform_onto(
-    target: Placed, source: Placed, params: RegistrationParams, seed: int
+    target: Placed, source: Placed, params: RegistrationParams, seed: int, *, certain: bool = False
 ) -> tuple[DisplacementField | None, dict[str, Any]]:
     """Field that brings `source` onto `target`, both in the common frame (None if it is not kept), and its quality."""
     size = target.channel.size
@@ -328,7 +345,7 @@ def deform_onto(
     origin = own + np.floor((low - own) / size) * size
     width, height = np.ceil((high - origin) / size).astype(int)
     fixed = target.drawn(origin, (int(height), int(width)))
-    deformation = fit_deformation(fixed, source.channel, source.matrix, params, seed)
+    deformation = fit_deformation(fixed, source.channel, source.matrix, params, seed, certain=certain)
     field = deformation.field
     quality: dict[str, Any] = {
         "dice_after": tissue_dice(fixed, source.channel, source.matrix, field),

@@ -29,6 +29,9 @@ _LEAD = 0.02  # in correlation, over the best elsewhere: in flat tissue all plac
 _NEAR = 4.0  # two matches that differ by less agree
 _AGREE = 0.25  # share of patches whose matches agree; unrelated tissue has 0.08, the share of the area within reach
 _BLOCK = 40  # patches whose centres lie in one square share pixels
+# Mean square distance of a pixel of a patch from its centre, along one axis, over the squared step between patches: shifts
+# of neighbors that differ by d mean a bend of this times d squared within a patch.
+_WITHIN = ((2 * _HALF + 1) ** 2 - 1) / 12 / _STEP**2
 _FEWEST = 3  # squares; fewer say nothing about a section
 _MOST = 10.0  # times the mean square of the patches: then they lie in one place, and say little about the rest
 _LIMIT = 1.28  # standard errors: nine of ten estimates of a normal distribution lie below
@@ -47,10 +50,11 @@ def expected_error(
 
     Patches of the registered section are matched to the fixed one by stain and by edges. Each match has an error of its
     own, but the two have little noise in common. So the mean product of the two shifts is the mean square of the shift
-    that is really there, however noisy single matches are. What a fit leaves is a bend, which grows with the square of the
-    distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion. To the upper limit
-    of this comes what fits to two halves of the tissue differ by (`halves`, root mean square in um), and half a working
-    pixel, below which content cannot be placed.
+    that is really there, however noisy single matches are. A match is the mean over a patch; the bend within it follows
+    from the shifts of neighboring patches, by the same products. What a fit leaves is a bend, which grows with the square
+    of the distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion. To the
+    upper limit of this comes what fits to two halves of the tissue differ by (`halves`, root mean square in um), and half
+    a working pixel, below which content cannot be placed.
 
     Returns
     -------
@@ -64,15 +68,14 @@ def expected_error(
     pairs = (-moved if opposite else moved, fixed.image), (edges[0], edges[1])
     centres = _centres(tissue)
     shifts = [[_shift(source, target, *centre) for centre in centres] for source, target in pairs]
-    found = [(c, a, b) for c, a, b in zip(centres, *shifts, strict=True) if a is not None and b is not None]
-    products = {centre: float(a @ b) for centre, a, b in found}
-    agree = [np.hypot(*(a - b)) < _NEAR for _, a, b in found]
-    square = _upper_mean(products) if agree and np.mean(agree) >= _AGREE else None
+    looks = {c: (a, b) for c, a, b in zip(centres, *shifts, strict=True) if a is not None and b is not None}
+    agree = [np.hypot(*(a - b)) < _NEAR for a, b in looks.values()]
+    square = _upper_square(looks) if agree and np.mean(agree) >= _AGREE else None
     if square is None:
-        return {"error_um": None, "error_p90_um": None, "error_patches": len(products)}
-    square = square * _outside(tissue, list(products)) + 0.25
+        return {"error_um": None, "error_p90_um": None, "error_patches": len(looks)}
+    square = square * _outside(tissue, list(looks)) + 0.25
     error = float(np.sqrt(square * fixed.size**2 + halves**2))
-    return {"error_um": _MEDIAN * error, "error_p90_um": _P90 * error, "error_patches": len(products)}
+    return {"error_um": _MEDIAN * error, "error_p90_um": _P90 * error, "error_patches": len(looks)}
 
 
 def section_errors(
@@ -121,18 +124,38 @@ def _outside(tissue: NDArray[np.bool_], centres: list[tuple[int, int]]) -> float
     return float(np.clip(fourth[0] / max(fourth[1], 1e-6), 1.0, _MOST))
 
 
-def _upper_mean(values: dict[tuple[int, int], float]) -> float | None:
-    """Upper limit of the mean, by a jackknife over squares of patches; None if there are too few squares."""
-    if not values:
+def _upper_square(looks: dict[tuple[int, int], tuple[NDArray, NDArray]]) -> float | None:
+    """Upper limit of the mean square shift of a pixel, from two shifts per patch; None if there are too few squares.
+
+    The limit is that of a jackknife over squares of patches.
+    """
+    if not looks:
         return None
-    squares = np.unique([[row // _BLOCK, column // _BLOCK] for row, column in values], axis=0, return_inverse=True)[1]
-    found = np.array(list(values.values()))
+    squares = np.unique([[row // _BLOCK, column // _BLOCK] for row, column in looks], axis=0, return_inverse=True)[1]
+    home = dict(zip(looks, squares.ravel(), strict=True))
     n = int(squares.max()) + 1
     if n < _FEWEST:
         return None
-    left_out = np.array([found[squares != square].mean() for square in range(n)])
-    error = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
-    return max(float(found.mean()), 0.0) + _LIMIT * float(error)
+    terms = [[(home[centre], float(a @ b)) for centre, (a, b) in looks.items()]]
+    for down, right in ((_STEP, 0), (0, _STEP)):
+        pairs = [(c, (c[0] + down, c[1] + right)) for c in looks if (c[0] + down, c[1] + right) in looks]
+        apart = [(home[c], [p - q for p, q in zip(looks[other], looks[c], strict=True)]) for c, other in pairs]
+        terms.append([(square, _WITHIN * float(a @ b)) for square, (a, b) in apart])
+    sums, counts = (
+        np.array(
+            [np.bincount([s for s, _ in t], [v if k else 1.0 for _, v in t], n) if t else np.zeros(n) for t in terms]
+        )
+        for k in (1, 0)
+    )
+    total, *left_out = (
+        (s / np.maximum(c, 1)).sum()
+        for s, c in [
+            (sums.sum(1), counts.sum(1)),
+            *zip((sums.sum(1) - sums.T), (counts.sum(1) - counts.T), strict=True),
+        ]
+    )
+    error = np.sqrt((n - 1) / n * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
+    return max(float(total), 0.0) + _LIMIT * float(error)
 
 
 def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:

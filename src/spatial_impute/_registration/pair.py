@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Matrix: TypeAlias = "NDArray[np.float64]"
 
-_METHODS = ("rigid", "affine", "syn")
+_METHODS = ("rigid", "affine", "syn", "auto")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _CLEARLY_LOWER = 2.0  # standard errors of the score
 _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
@@ -49,7 +49,7 @@ def register_pair(
     fixed: SectionImage,
     moving: SectionImage,
     *,
-    method: Literal["rigid", "affine", "syn"] = "affine",
+    method: Literal["rigid", "affine", "syn", "auto"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
     initial: Matrix | None = None,
@@ -64,8 +64,9 @@ def register_pair(
     fixed, moving
         Thumbnails of the two sections. Their resolution may differ.
     method
-        ``"rigid"`` (rotation, shift, mirror), ``"affine"``, or ``"syn"`` (affine and a smooth deformation, kept only
-        if it is plausible and different parts of the tissue agree on it).
+        ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept only if
+        it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was hidden
+        from the fit also fits clearly better).
     params
         Advanced settings.
     seed
@@ -99,8 +100,8 @@ def register_pair(
     quality |= expected_error(fitter.target, fitter.source, matrix, None, halves)
     field = None
     # A deformation would only make a wrong pose look better.
-    if method == "syn" and verdict(quality, params)[0] != "failed":
-        found = fitter.deformation(matrix)
+    if method in ("syn", "auto") and verdict(quality, params)[0] != "failed":
+        found = fitter.deformation(matrix, certain=method == "auto")
         field = found.field
         if field is None:
             notes.append(found.note)
@@ -239,12 +240,12 @@ class _Fitter:
         first, second = (self._fit((view, moving), matrix, kind, (_HALF_ITERATIONS,), 0.0) for view in views)
         return disagreement(first, second, self.source.centres()[::_SQUARE])
 
-    def deformation(self, matrix: Matrix) -> Deformation:
-        """Deformation on top of the matrix."""
+    def deformation(self, matrix: Matrix, *, certain: bool) -> Deformation:
+        """Deformation on top of the matrix; see :func:`fit_deformation`."""
         fine = working_pixel(self.fixed, self.moving, self.params, side=self.params.syn_side)
         margin = self.params.max_displacement + 4 * fine
         target, source = (deformation_channel(section, fine, margin) for section in (self.fixed, self.moving))
-        return fit_deformation(target, source, matrix, self.params, self.seed)
+        return fit_deformation(target, source, matrix, self.params, self.seed, certain=certain)
 
 
 def _choose(

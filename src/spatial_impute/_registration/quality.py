@@ -170,7 +170,7 @@ class StructureScore:
         self.fixed, self.moving, self.look = fixed, moving, look
         seen = (edges_inside(fixed), edges_inside(moving)) if look == "edges" else (fixed.image, moving.image)
         self._fixed, self._moving = (
-            [_masked_blur(image, channel.mask, scale) for scale in _STRUCTURE_SCALES]
+            [masked_blur(image, channel.mask, scale) for scale in _STRUCTURE_SCALES]
             for image, channel in zip(seen, (fixed, moving), strict=True)
         )
 
@@ -189,7 +189,7 @@ class StructureScore:
         for matrix in (before, after):
             overlap, share = self._overlap(matrix, None)
             pairs = self._values(matrix, overlap, None)
-            scores = [_correlations_without(*pair, tiles[overlap], tiles.max() + 1) for pair in pairs]
+            scores = [correlations_without(*pair, tiles[overlap], tiles.max() + 1) for pair in pairs]
             scores = np.mean(scores or np.zeros((1, tiles.max() + 1)), axis=0)
             left_out.append(scores * min(1.0, share / _FULL_OVERLAP))
             total.append(self(matrix))
@@ -229,8 +229,8 @@ def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float
     count = int(overlap.sum())
     if count < _MIN_OVERLAP * min(areas) or count < _N_BINS**2:
         return 0.0
-    first = _masked_blur(fixed.image, fixed.mask, _STRUCTURE_SCALES[0])[overlap]
-    blurred = _masked_blur(moving.image, moving.mask, _STRUCTURE_SCALES[0])
+    first = masked_blur(fixed.image, fixed.mask, _STRUCTURE_SCALES[0])[overlap]
+    blurred = masked_blur(moving.image, moving.mask, _STRUCTURE_SCALES[0])
     second = pull_back(blurred, moving, fixed, matrix)[overlap]
     # Bins of equal counts: no outlier sets the scale, and the two marginals carry no information.
     ranks = [
@@ -248,13 +248,13 @@ def edges_inside(channel: Channel) -> NDArray[np.float32]:
     return ndi.gaussian_gradient_magnitude(inside_only(channel), _EDGE)
 
 
-def _masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
+def masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArray[np.float32]:
     """Blur that neither takes in background nor fades at the tissue's edge."""
     weight = ndi.gaussian_filter(mask.astype(np.float32), sigma)
     return ndi.gaussian_filter(image * mask, sigma) / np.maximum(weight, 1e-3)
 
 
-def _correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_tiles: int) -> NDArray[np.float64]:
+def correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_tiles: int) -> NDArray[np.float64]:
     """Correlation over all pixels but those of one tile, for each tile."""
     # About the mean, or differences of large sums would lose the small variances.
     a, b = (np.asarray(values, float) - np.mean(values) for values in (first, second))

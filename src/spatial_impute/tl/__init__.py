@@ -4,6 +4,7 @@ from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._fit_asign import fit_asign
 from spatial_impute.tl._fit_pixnet import fit_pixnet
+from spatial_impute.tl._foreign_transforms import read_transformation, write_transformation
 from spatial_impute.tl._genes_from_features import genes_from_features
 from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
@@ -24,6 +25,8 @@ __all__ = [
     "impute_pixnet",
     "predict_dense",
     "predict_regions",
+    "read_transformation",
     "register_stack",
     "warp_element",
+    "write_transformation",
 ]

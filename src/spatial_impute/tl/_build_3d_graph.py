@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._stack import StackRecord
+
+
+_MEDIAN_ERROR = float(np.sqrt(2 * np.log(2)))  # median length of a vector with two standard normal components
 
 
 class Graph3DResult(NamedTuple):
@@ -56,7 +60,9 @@ def build_3d_graph(
 
     A spot is linked to its neighbours in the section, to the spots over or under it in nearby sections, and to spots
     there with similar image features. The weight of an edge is the Gaussian of its registered distance plus the overlap
-    (IoU) of the two discs, or the similarity. Expression is not used.
+    (IoU) of the two discs, or the similarity. Across sections, both are means over the places that the expected error of
+    the registration allows: the Gaussian is wider and lower, so a badly placed section relies less on the others.
+    Expression is not used.
 
     Parameters
     ----------
@@ -153,6 +159,7 @@ def build_3d_graph(
         similarity_threshold=similarity_threshold,
         similarity_weight=similarity_weight,
         bandwidth=spacing,
+        misplaced=_misplaced(record),
     )
     lonely = int((np.diff(graph.weights.indptr) == 0).sum())
     if lonely:
@@ -184,6 +191,26 @@ def build_3d_graph(
     }
     write_slots(table, table_key, {"obsp": slots, "uns": {Keys.neighbors(key_added): parameters}})
     return None
+
+
+def _misplaced(record: StackRecord) -> np.ndarray:
+    """(k, k) standard deviation along one axis, in um, of the error of one section on another.
+
+    Squared errors add up along the path of a section to the reference. What two paths share does not move the two sections
+    against each other. A section of unknown error gets the largest error of the stack.
+    """
+    rows = (record.registration or {}).get("sections", {})
+    errors = {name: row.get("error_um") for name, row in rows.items()}
+    largest = max((error for error in errors.values() if error is not None), default=0.0)
+    square = {name: (largest if error is None else error) ** 2 for name, error in errors.items()}
+    misplaced = np.zeros((len(record.names),) * 2)
+    for i, j in combinations(range(len(record.names)), 2):
+        a, b = record.names[i], record.names[j]
+        if a in rows and b in rows:
+            shared = next((name for name in rows[a]["path"] if name in rows[b]["path"]), record.reference)
+            apart = square[a] + square[b] - 2 * square.get(shared, 0.0)
+            misplaced[i, j] = misplaced[j, i] = np.sqrt(max(apart, 0.0)) / _MEDIAN_ERROR
+    return misplaced
 
 
 def _radii(sdata: SpatialData, record: StackRecord, table: AnnData) -> np.ndarray:

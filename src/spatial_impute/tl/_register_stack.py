@@ -17,11 +17,13 @@ from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
+    Likeness,
     RegistrationParams,
     SectionImage,
     SectionTransform,
     StackTask,
     deform_stack,
+    exchanged_sections,
     register_chain,
     run_all,
     section_errors,
@@ -104,7 +106,8 @@ def register_stack(
     reference
         Section that stays in its place; by default that of the stack record (the first measured section).
     method
-        ``"rigid"``, ``"affine"`` or ``"syn"`` (affine and a deformation).
+        ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue that was
+        hidden from the fit fits clearly better with it).
     policy
         ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
@@ -173,7 +176,7 @@ def register_stack(
     record = load_record(sdata)
     reference = record.reference if reference is None else reference
     require_key(reference, record.names, where="the stack's sections", then="Choose one of them with `reference=`.")
-    require_one_of(method, {"rigid", "affine", "syn"}, name="method")
+    require_one_of(method, {"rigid", "affine", "syn", "auto"}, name="method")
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")
     if resolution is not None:
@@ -202,6 +205,14 @@ def register_stack(
     request = _Request(reference, settings, params, given, starts, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     _report(found.placed, on_failure)
+    for first, second, gain in found.exchanged:
+        logger.warning(
+            "Sections %s and %s fit their neighbours better the other way round (correlation higher by %.2f). If their "
+            "order is wrong, assemble the stack again in the right order (`z`)",
+            first,
+            second,
+            gain,
+        )
     result = _Result.from_registered(record, request, found)
     if not inplace:
         return result.to_public()
@@ -233,6 +244,8 @@ class _Registered:
     pairs: dict[tuple[str, str], PairResult]
     placed: dict[str, ChainResult]
     fields: dict[str, tuple[DisplacementField | None, dict[str, Any]]]
+    exchanged: list[tuple[str, str, float]]
+    """Neighbors that fit better the other way round, and the gain in likeness."""
 
 
 def _thumbnails(
@@ -276,9 +289,12 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     pairs, placed = register_chain(StackTask(images, reference, policy, kind, given, starts, request.params, seed), run)
     failed = any(result.verdict == "failed" for result in placed.values())
     fields = {}
-    if method == "syn" and not (failed and request.on_failure == "raise"):
-        fields = deform_stack(images, placed, reference, params=request.params, seed=seed, run=run)
-    return _Registered(to_section, pairs, placed, fields)
+    if method in ("syn", "auto") and not (failed and request.on_failure == "raise"):
+        options: dict[str, Any] = {"params": request.params, "seed": seed, "run": run, "certain": method == "auto"}
+        fields = deform_stack(images, placed, reference, **options)
+    sound = {name: image for name, image in images.items() if placed[name].verdict != "failed"}
+    exchanged = exchanged_sections(list(sound), Likeness(sound, placed, request.params)) if len(sound) > 2 else []
+    return _Registered(to_section, pairs, placed, fields, exchanged)
 
 
 def _report(placed: dict[str, ChainResult], on_failure: str) -> None:

@@ -1,0 +1,192 @@
+"""Places of sections in files of other programs: ITK and ANTs matrices, pairs of points, plain matrices."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spatial_impute._geometry import scaling
+from spatial_impute._settings import logger
+from spatial_impute._stack import load_record, load_transform, section_levels
+from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute.tl._given_transforms import check_matrix
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+_ITK_HEADER = "#Insight Transform File"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_LATTICE = 12  # points along a side of the image: a deformation bends less than between two of them
+_FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
+_MARGIN = 0.02  # of the side of the image: points lie inside
+
+
+def read_transformation(
+    path: str | Path, *, section_unit: float = 1.0, reference_unit: float = 1.0
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
+
+    - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
+    - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference), or in
+      six with z, as BigWarp exports them. Rows that BigWarp marks as not active, and other rows, are left out.
+    - A matrix (``.txt``, ``.json``): six or nine numbers, row by row, from the section to the reference.
+
+    Parameters
+    ----------
+    path
+        File.
+    section_unit, reference_unit
+        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels.
+
+    Returns
+    -------
+    A (3, 3) matrix, or two arrays (n, 2) of points in the section and in the reference, um.
+
+    Raises
+    ------
+    ValueError
+        If the file holds none of these.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spatial_impute as si
+    >>> np.savetxt("s1.txt", [[1, 0, 20], [0, 1, 10], [0, 0, 1]])
+    >>> si.tl.read_transformation("s1.txt", section_unit=0.5, reference_unit=0.5)[:2, 2]
+    array([10.,  5.])
+    """
+    path = Path(path)
+    units = require_positive(section_unit, name="section_unit"), require_positive(reference_unit, name="reference_unit")
+    if not path.is_file():
+        msg = f"`path` must be a file with a transformation, found nothing at {str(path)!r}."
+        raise FileNotFoundError(msg)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        pairs = _read_pairs(path)
+        return pairs[:, :2] * units[0], pairs[:, 2:] * units[1]
+    try:
+        matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
+        return check_matrix(scaling(units[1]) @ matrix @ scaling(1 / units[0]))
+    except (ValueError, RuntimeError) as error:
+        msg = (
+            f"Expected a 2D linear transform of ITK, or six or nine numbers of a matrix, found something else in {str(path)!r}: "
+            f"{error} Give a deformation as pairs of points (`.csv`)."
+        )
+        raise ValueError(msg) from error
+
+
+def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> None:
+    """Write the place of a registered section for other programs, in um.
+
+    Parameters
+    ----------
+    sdata
+        Registered stack.
+    section
+        Name of the section.
+    path
+        File to write. ``.mat`` and ``.tfm``: affine part as an ITK transform with the reference as the fixed image, for
+        ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
+        of points, deformation included (x, y in the section, x, y in the reference).
+
+    Raises
+    ------
+    KeyError
+        If the section is not registered.
+    ValueError
+        If the end of `path` is none of these.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.write_transformation(sdata, "s0", "s0.mat")
+    >>> si.tl.read_transformation("s0.mat").shape
+    (3, 3)
+    """
+    path, record = Path(path), load_record(sdata)
+    require_one_of(path.suffix.lower(), {".mat", ".tfm", ".txt", ".csv"}, name="end of path")
+    transform = load_transform(sdata, record, section)
+    if path.suffix.lower() == ".csv":
+        level = section_levels(sdata, record[section])[0]
+        steps = (np.linspace(_MARGIN, 1 - _MARGIN, _LATTICE) * n for n in level.shape[::-1])
+        corners = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
+        points = corners @ level.to_um[:2, :2].T + level.to_um[:2, 2]
+        header = "section_x,section_y,reference_x,reference_y"
+        np.savetxt(path, np.hstack([points, transform.points(points)]), "%.4f", ",", header=header, comments="")
+        return
+    if transform.deforms:
+        logger.warning(
+            "Section %s is deformed; %s holds the affine part only. Pairs of points hold both", section, path
+        )
+    if path.suffix.lower() == ".txt":
+        np.savetxt(path, transform.matrix, "%.12g")
+        return
+    import ants
+
+    back = np.linalg.inv(transform.matrix)
+    affine = ants.create_ants_transform(
+        "AffineTransform", precision="double", dimension=2, matrix=back[:2, :2], translation=back[:2, 2]
+    )
+    ants.write_transform(affine, str(path))
+
+
+def _is_itk(path: Path) -> bool:
+    return path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER.encode())
+
+
+def _read_itk(path: Path) -> np.ndarray:
+    """Matrix from the moving to the fixed image; ITK keeps the map from fixed points to moving ones."""
+    import ants
+
+    transform: Any = ants.read_transform(str(path))
+    if transform.dimension != 2:
+        msg = f"it has {transform.dimension} dimensions."
+        raise ValueError(msg)
+    points = _FAR * np.array([[0, 0], [1, 0], [0, 1]])
+    moved = np.array([transform.apply_to_point(tuple(point)) for point in points], float)
+    matrix = np.eye(3)
+    matrix[:2, :2], matrix[:2, 2] = (moved[1:] - moved[0]).T / _FAR, moved[0]
+    return np.linalg.inv(matrix)
+
+
+def _read_numbers(path: Path) -> np.ndarray:
+    text = path.read_text()
+    found = [float(number) for number in re.findall(_NUMBER, text)]
+    if len(found) not in (6, 9) or re.search(r"[A-DF-Za-df-z]", text):
+        msg = f"it holds {len(found)} numbers."
+        raise ValueError(msg)
+    return np.array([*found, 0, 0, 1][:9], float).reshape(3, 3)
+
+
+def _read_pairs(path: Path) -> np.ndarray:
+    """(n, 4) points: x, y in the section and x, y in the reference."""
+    rows = []
+    for line in path.read_text().splitlines():
+        cells = [cell.strip().strip('"') for cell in re.split(r"[,;\t]", line)]
+        numbers = _trailing_numbers(cells)
+        if "false" in (cell.lower() for cell in cells) or len(numbers) not in (4, 6):
+            continue
+        if np.isfinite(numbers).all():
+            rows.append(numbers if len(numbers) == 4 else [*numbers[:2], *numbers[3:5]])
+    if not rows:
+        msg = (
+            f"Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, found "
+            f"none in {str(path)!r}."
+        )
+        raise ValueError(msg)
+    return np.array(rows, float)
+
+
+def _trailing_numbers(cells: list[str]) -> list[float]:
+    """Numbers at the end of a row, as far as the last cell that is none."""
+    numbers: list[float] = []
+    for cell in reversed(cells):
+        try:
+            numbers.insert(0, float(cell))
+        except ValueError:
+            break
+    return numbers
