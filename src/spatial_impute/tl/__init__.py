@@ -1,5 +1,6 @@
 """Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
+from spatial_impute.tl._add_prediction import add_prediction
 from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._fit_asign import fit_asign
@@ -14,6 +15,7 @@ from spatial_impute.tl._register_stack import register_stack
 from spatial_impute.tl._warp_element import warp_element
 
 __all__ = [
+    "add_prediction",
     "build_3d_graph",
     "cross_validate",
     "fit_asign",
