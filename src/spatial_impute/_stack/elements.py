@@ -207,7 +207,7 @@ def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
         if lost.any():
             msg = (
                 f"{int(lost.sum())} of {len(lost)} spots of {where}.shapes[{key!r}] have no place, the first is "
-                f"{shapes.index[lost][0]!r}. Leave them out of the shapes and of their table."
+                f"{str(shapes.index[lost][0])!r}. Leave them out of the shapes and of their table."
             )
             raise ValueError(msg)
         return shapes
