@@ -192,6 +192,7 @@ def _layers_to_score(table: AnnData, layers: str | Sequence[str] | None, where: 
     keys = name_list(layers, name="layers")
     if layers is None:
         keys = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
+        keys = [key for key in keys if Keys.MATCHED_FROM not in table.uns.get(key, {})]  # measurements, too
     for key in keys:
         require_key(key, table.layers, where=where)
     if not keys:

@@ -9,6 +9,7 @@ from spatial_impute.tl._genes_from_features import genes_from_features
 from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
+from spatial_impute.tl._match_sections import match_sections
 from spatial_impute.tl._predict_dense import predict_dense
 from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack
@@ -24,6 +25,7 @@ __all__ = [
     "impute_3d",
     "impute_baseline",
     "impute_pixnet",
+    "match_sections",
     "predict_dense",
     "predict_regions",
     "register_stack",

@@ -345,6 +345,24 @@ OUTSIDE = [
 ]
 
 
+MATCHING = [
+    refuses(
+        "tl.match_sections",
+        "one measured section",
+        ValueError,
+        "needs at least two measured sections, found ['s1']",
+        lambda w: si.tl.match_sections(w.sdata),
+    ),
+    refuses(
+        "tl.match_sections",
+        "the measurement as the layer to write",
+        ValueError,
+        "would write over data",
+        lambda w: si.tl.match_sections(w.sdata, key_added="measured"),
+    ),
+]
+
+
 def _other_genes(world):
     other = copy.deepcopy(world.sdata)
     other.tables["stack"] = other.tables["stack"][:, ::-1].copy()
@@ -608,5 +626,5 @@ def _reordered(world):
     world.truth = world.truth[::-1, ::-1].copy()
 
 
-CASES = [*MEASURED, *OUTSIDE, *IMPUTING, *SCORES]
+CASES = [*MEASURED, *OUTSIDE, *MATCHING, *IMPUTING, *SCORES]
 _ = pd
