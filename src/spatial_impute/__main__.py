@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from spatial_impute._settings import settings
+from spatial_impute._settings import logger, settings
 
 _PACKAGES = [
     "anndata",
@@ -73,7 +74,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         config = replace(config, output=options.output)
     from spatial_impute._cli.run import check, run
 
+    def reword(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            record.msg, record.args = in_words_of_file(record.getMessage(), config), ()
+        return True
+
     before = settings._log_progress
+    logger.addFilter(reword)
     settings._log_progress = settings.show_progress_bar and not sys.stderr.isatty()
     try:
         if options.check:
@@ -82,7 +89,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         else:
             print(run(config))
     except (ConfigError, FileExistsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
     except Exception as error:
         if not _is_about_inputs(error):
@@ -91,6 +99,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return 2
     finally:
         settings._log_progress = before
+        logger.removeFilter(reword)
     return 0
 
 

@@ -41,6 +41,8 @@ class Keys:
 
     # results
     ASIGN = "asign"
+    MATCHED = "matched"
+    MATCHED_FROM = "matched_from"  # layer of the measurement that a matched one was made from
     SUPPORT = "imputation_support"
     SOURCE = "imputation_source"
     DEPTH = "imputation_depth"

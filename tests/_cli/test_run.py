@@ -244,6 +244,32 @@ def test_what_the_check_passes_starts_and_messages_speak_of_the_file(inputs, cap
     assert not re.search(r"\bsi\.|sdata|`\w+=`|Traceback", said), said
 
 
+def test_the_check_lists_all_faults(inputs, capsys):
+    text = RUN.replace("image: top.tif, mpp: 4.0", "image: top.tif").replace("bottom.png, mpp: 4.0", "bottom.png")
+    text = text.replace("registration: rigid", "encoder: Texture\ndevice: cuda:99")
+    (inputs / "faults.yaml").write_text(text)
+    assert main(["run", str(inputs / "faults.yaml"), "--check"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    wanted = ["Did you mean 'texture'", "cuda:99", r"sections\.top\.mpp", r"sections\.bottom\.mpp"]
+    assert len(said) == len(wanted)
+    for line, message in zip(said, wanted, strict=True):
+        assert line.startswith("error: ")
+        assert re.search(message, line), line
+
+
+def test_warnings_speak_of_the_file(inputs, monkeypatch, caplog):
+    from spatial_impute._cli import run as module
+
+    monkeypatch.setattr(module.logger, "propagate", True)
+
+    def check(config):
+        module.logger.warning("Section %s: `mpp=%g` differs. Run `si.pp.assemble_stack`.", "top", 4.0)
+
+    monkeypatch.setattr(module, "check", check)
+    assert main(["run", str(inputs / "run.yaml"), "--check"]) == 0
+    assert set(caplog.messages) == {"`sections.top`: `sections.top.mpp: 4` differs."}
+
+
 def test_the_check_writes_nothing(inputs, capsys):
     (inputs / "ok.yaml").write_text(RUN.replace("output: out", "output: nowhere"))
     assert main(["run", str(inputs / "ok.yaml"), "--check"]) == 0

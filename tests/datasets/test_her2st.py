@@ -166,7 +166,13 @@ def test_her2st_survives_disk_without_pixels(her2st, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"patient": "Z"}, ValueError, r"`patient` must be one of \['C'\], found 'Z'"),
+        ({"patient": "Z"}, ValueError, r"`patient` must be one of \['A', 'B', .*, 'H'\], found 'Z'"),
+        (
+            {"patient": "A"},
+            ValueError,
+            r"images of patient 'A' are not provided, only those of \['C'\]. Pass `images=False`",
+        ),
+        ({"patient": "A", "measured": ["A7"], "images": False}, KeyError, "'A7' not found in .*'A6'"),
         ({"measured": []}, ValueError, "`measured` is empty"),
         ({"measured": ["C1"]}, KeyError, r"'C1' not found in .*available: \['C2', 'C3', 'C4', 'C5', 'C6'\]"),
         ({"section_spacing": -1}, ValueError, "`section_spacing` must be a positive number"),
@@ -247,9 +253,30 @@ def test_her2st_replaces_a_tampered_file_of_the_cache(data_dir, server, tmp_path
 
 def test_her2st_every_file_has_a_checksum():
     files = set(_her2st._IMAGES["C"].values())
-    files |= {f"ST-cnts/{name}.tsv.gz" for name in SECTIONS} | {
-        f"ST-spotfiles/{name}_selection.tsv" for name in SECTIONS
-    }
-    assert set(_her2st._SHA256) == files
-    assert all(len(value) == 64 for value in _her2st._SHA256.values())
+    sections = [f"{patient}{k + 1}" for patient, n in _her2st._N_SECTIONS.items() for k in range(n)]
+    assert len(sections) == 36
+    files |= {f"ST-cnts/{name}.tsv.gz" for name in sections}
+    files |= {f"ST-spotfiles/{name}_selection.tsv" for name in sections}
+    assert set(_her2st.SHA256) == files
+    assert all(len(value) == 64 for value in _her2st.SHA256.values())
     assert _her2st._BASE_URL.startswith("https://")
+
+
+def test_her2st_without_images_has_the_places_of_the_array(data_dir):
+    sdata, truth = si.datasets.her2st("H", images=False, n_top_genes=20, truth=True)
+    record = load_record(sdata)
+    assert list(record.names) == ["H1", "H2", "H3"]
+    assert record.reference == "H1"
+    table = sdata.tables["stack"]
+    assert set(truth.obs["section"]) == {"H1", "H2", "H3"}
+    for section in record.sections:
+        centers, radius, index = spot_geometry(sdata, section)
+        spots = selection(data_dir, section.name)
+        assert list(index) == list(spots.index)
+        np.testing.assert_allclose(radius, 50.0)
+        np.testing.assert_allclose(np.ptp(centers, axis=0), 200 * np.ptp(spots[["new_x", "new_y"]], axis=0))
+        image = np.asarray(sdata.images[section.image].data)
+        drawn = image[:, (centers[:, 1] / 8).astype(int), (centers[:, 0] / 8).astype(int)]
+        np.testing.assert_array_equal(drawn, np.tile([[190], [120], [170]], len(centers)))
+        assert (image[:, :50] == 240).all()
+    np.testing.assert_array_equal(table.obs["measured"], table.obs["section"] == "H1")

@@ -108,6 +108,30 @@ def test_incomplete_folders_say_what_is_missing(data_dir, tmp_path, remove, mess
         si.pp.assemble_stack({"m": tmp_path / "sample"}, z=[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.assign(pxl_row_in_fullres=t["pxl_row_in_fullres"] + 40), "'pxl_row_in_fullres' of .* is "),
+        (lambda t: t.assign(in_tissue=0), "'in_tissue' of .* is 0 and 1"),
+        (lambda t: t.iloc[1:], "1 barcodes are in one of them only"),
+        (lambda t: t.sample(frac=1, random_state=0).assign(pxl_col_in_fullres=t["pxl_col_in_fullres"] + 0.2), None),
+    ],
+)
+def test_two_files_of_positions_must_agree(data_dir, tmp_path, change, message):
+    shutil.copytree(data_dir / "visium" / "tiny" / "squidpy", tmp_path / "sample", copy_function=shutil.copyfile)
+    folder = tmp_path / "sample" / "spatial"
+    columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+    table = pd.read_csv(folder / "tissue_positions_list.csv", header=None, names=columns)
+    before = si.pp.assemble_stack({"m": tmp_path / "sample"}, z=[0]).tables["stack"]
+    change(table).to_csv(folder / "tissue_positions.csv", index=False)
+    if message is None:
+        after = si.pp.assemble_stack({"m": tmp_path / "sample"}, z=[0]).tables["stack"]
+        assert set(after.obs_names) == set(before.obs_names)
+        return
+    with pytest.raises(ValueError, match=rf"tissue_positions_list\.csv beside it contradict each other: {message}"):
+        si.pp.assemble_stack({"m": tmp_path / "sample"}, z=[0])
+
+
 def test_folders_take_the_scan_and_say_when_there_is_none(data_dir, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     folder = data_dir / "visium" / "cytassist_2898"

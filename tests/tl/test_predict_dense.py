@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
 import torch
+from shapely.geometry import Point
 from spatialdata.transformations import get_transformation
 from torch.nn import functional as F
 
@@ -270,3 +272,14 @@ def test_predict_regions_leaves_a_folder_of_the_user_alone(small_prepared, small
         si.tl.predict_regions(small_prepared, "s0_spots", small_pixnet, store=tmp_path / "link.zarr", inplace=False)
     assert (mine / "notes.txt").read_text() == "mine"
     assert elsewhere.is_dir()
+
+
+def test_cells_become_rows_with_values_of_the_map(small_stack, small_pixnet):
+    si.pp.add_cells(
+        small_stack, "s1", gpd.GeoDataFrame(geometry=[Point(150, 150).buffer(4), Point(180, 150).buffer(4)])
+    )
+    si.tl.predict_regions(small_stack, "s1_cells", small_pixnet, image_key="s1_image")
+    table = small_stack.tables["s1_cells_expression"]
+    assert table.n_obs == 2
+    assert np.isfinite(table.X).all()
+    assert (table.obs["n_pixels"] > 0).all()

@@ -390,7 +390,7 @@ def check_config(found: object, *, folder: Path) -> RunConfig:
         raise ConfigError(explain(error, RunConfig)) from error
 
 
-def in_words_of_file(error: Exception, config: RunConfig) -> str:
+def in_words_of_file(error: Exception | str, config: RunConfig) -> str:
     """Message of the package in terms of the file of a run: keys for arguments, and no Python calls."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r"`?sections\['([^']+)'\]`?", r"`sections.\1`", text)
@@ -403,10 +403,13 @@ def in_words_of_file(error: Exception, config: RunConfig) -> str:
         ),
         None,
     )
+    if name is not None:
+        text = re.sub(rf"[Ss]ection {re.escape(name)}(?![\w-])", f"`sections.{name}`", text)
     where = "sections.*" if name is None else f"sections.{name}"
     text = re.sub(r",? e\.g\. `\w+=[^`]*`", "", text)
     for key in SectionConfig.__dataclass_fields__:
         text = re.sub(rf"`{key}=?(\{{[^`]*)?`", f"`{where}.{key}`", text)
+        text = re.sub(rf"`{key}=([^`]+)`", rf"`{where}.{key}: \1`", text)
     text = text.replace("`fullres_image`", f"`{where}.fullres_image`")
     calls = re.compile(r"`[^`]*(\bsi\.|\bsdata|spatialdata\.|=|\()[^`]*`|`layer`|Python|SpatialData object")
     said = [part for part in re.split(r"(?<=[.;])\s+(?=[A-Z`'])", text) if not calls.search(part)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 import spatial_impute as si
-from spatial_impute._cli.config import ConfigError
+from spatial_impute._cli.config import ConfigError, in_words_of_file
 from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
@@ -19,6 +20,7 @@ from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     import pandas as pd
@@ -43,15 +45,35 @@ _OF_SECTIONS = (
 def check(config: RunConfig) -> None:
     """Open all inputs and choose the genes, as a run does, and write nothing.
 
-    Raises an error that the run would raise when it starts.
+    Raises the error that the run would raise when it starts. If there are several, a ``ConfigError`` lists all.
     """
     from spatial_impute._validation import require_device
     from spatial_impute.encoders._encoder import require_encoder_name
 
-    _require_own_folder(config.output)
-    require_encoder_name(config.encoder)
-    require_device(config.device)
-    _choose_genes(_open_sections(config), config)
+    _raise_all(
+        [
+            lambda: _require_own_folder(config.output),
+            lambda: require_encoder_name(config.encoder),
+            lambda: require_device(config.device),
+            lambda: _choose_genes(_open_sections(config), config),
+        ],
+        config,
+    )
+
+
+def _raise_all(steps: Iterable[Callable[[], object]], config: RunConfig) -> None:
+    """Take all steps, and raise the error of the only one that fails, or one error that lists those of all."""
+    found = []
+    for step in steps:
+        try:
+            step()
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            found.append(error)
+    if len(found) > 1:
+        said = [str(e) if isinstance(e, ConfigError) else in_words_of_file(e, config) for e in found]
+        raise ConfigError("\n".join(dict.fromkeys(said))) from found[0]
+    if found:
+        raise found[0]
 
 
 def run(config: RunConfig) -> Path:
@@ -113,8 +135,22 @@ def assemble(config: RunConfig) -> SpatialData:
 
 
 def _open_sections(config: RunConfig) -> SpatialData:
-    """Stack of the sections as they are in the files, with counts in ``X``."""
-    given = config.sections
+    """Stack of the sections as they are in the files; an error has the faults of all of them."""
+    try:
+        sdata = _open(config, config.sections)
+    except (OSError, KeyError, TypeError, ValueError):
+        each = config.sections.items()
+        _raise_all([partial(_open, config, {name: section}) for name, section in each], config)
+        raise
+    if not any(found.counts is not None for found in load_record(sdata).sections):
+        msg = f"`sections`: none of {list(config.sections)} holds expression; imputation needs a section with counts."
+        raise ConfigError(msg)
+    _drop_empty_spots(sdata)
+    return sdata
+
+
+def _open(config: RunConfig, given: Mapping[str, SectionConfig]) -> SpatialData:
+    """Stack of some of the sections, with counts in ``X``."""
     arguments: dict[str, Any] = {
         key: {name: getattr(section, key) for name, section in given.items() if getattr(section, key) is not None}
         for key in _OF_SECTIONS
@@ -127,8 +163,9 @@ def _open_sections(config: RunConfig) -> SpatialData:
     heights: dict[str, Any] = {"section_spacing": config.section_spacing}
     if config.section_spacing is None:
         heights = {"z": {name: section.z for name, section in given.items()}}
+    reference = config.reference if config.reference in given else None
     sdata = si.pp.assemble_stack(
-        inputs, reference=config.reference, **heights, **{key: value or None for key, value in arguments.items()}
+        inputs, reference=reference, **heights, **{key: value or None for key, value in arguments.items()}
     )
     for found in load_record(sdata).sections:
         chosen = given[found.name]
@@ -140,10 +177,6 @@ def _open_sections(config: RunConfig) -> SpatialData:
                 key = f"sections.{found.name}.{chosen.source if chosen.counts is None else 'counts'}"
                 _require_counts(table, chosen.counts_layer, key)
             sdata.tables[found.counts] = table
-    if not any(found.counts is not None for found in load_record(sdata).sections):
-        msg = f"`sections`: none of {list(given)} holds expression; imputation needs a section with counts."
-        raise ConfigError(msg)
-    _drop_empty_spots(sdata)
     return sdata
 
 

@@ -203,6 +203,13 @@ def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
     from spatialdata.transformations import get_transformation
 
     if "radius" in shapes:
+        lost = ~np.isfinite(shapes.geometry.bounds.to_numpy()).all(axis=1)
+        if lost.any():
+            msg = (
+                f"{int(lost.sum())} of {len(lost)} spots of {where}.shapes[{key!r}] have no place, the first is "
+                f"{str(shapes.index[lost][0])!r}. Leave them out of the shapes and of their table."
+            )
+            raise ValueError(msg)
         return shapes
     edge = square_edge(shapes)
     if edge is None:

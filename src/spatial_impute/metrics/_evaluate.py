@@ -53,7 +53,8 @@ def evaluate(
         Log-normalised expression in ``X``, with ``obs_names`` and ``var_names`` as in the stack table. Spots and genes
         that are not in `truth` are not scored.
     layers
-        Layers to score; by default all except ``"measured"`` and standard deviations.
+        Layers to score; by default all except ``"measured"`` and standard deviations. Genes that a layer does not have at
+        all (NaN everywhere) count as the mean profile.
     sections
         Sections to score; by default all sections without measured spots.
     by
@@ -140,7 +141,8 @@ def evaluate(
     for key in keys:
         require_not_measured(sdata, table, key, names)
     warn_if_old(sdata, table, keys)
-    read = {key: _read_layer(table, key, columns, parts, f"sdata.tables[{table_key!r}].layers") for key in keys}
+    where = f"sdata.tables[{table_key!r}].layers"
+    read = {key: _read_layer(table, key, columns, parts, where, profile=profile) for key in keys}
     if by == "gene":
         columns_of = {k: _by_gene(layer, parts) for k, layer in read.items()}
         columns_of |= {"ceiling": pd.DataFrame(ceilings).mean(axis=1).to_numpy()} if ceilings else {}
@@ -190,6 +192,7 @@ def _layers_to_score(table: AnnData, layers: str | Sequence[str] | None, where: 
     keys = name_list(layers, name="layers")
     if layers is None:
         keys = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
+        keys = [key for key in keys if Keys.MATCHED_FROM not in table.uns.get(key, {})]  # measurements, too
     for key in keys:
         require_key(key, table.layers, where=where)
     if not keys:
@@ -251,8 +254,11 @@ def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, 
     return _Part(rows, true, np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[rows])
 
 
-def _read_layer(table: AnnData, key: str, columns: np.ndarray, parts: dict[str, _Part], where: str) -> _Layer:
+def _read_layer(
+    table: AnnData, key: str, columns: np.ndarray, parts: dict[str, _Part], where: str, *, profile: np.ndarray
+) -> _Layer:
     values = np.asarray(table.layers[key], dtype=float)[:, columns]
+    values = np.where(np.isnan(values).all(axis=0), profile, values)
     sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
     for part in parts.values():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])

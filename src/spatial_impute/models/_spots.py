@@ -46,6 +46,8 @@ class Spots:
     edge_features: np.ndarray | None = None  # (nnz, n_edge_features), in the order of the entries of `graph`
     bases: dict[str, np.ndarray] | None = None
     """(n, n_genes) predictions of other models; those of a known spot are made without its fold."""
+    independent: frozenset[str] = frozenset()
+    """Names of the `bases` that saw no spot of this tissue. They are NaN where there is no prediction."""
     total_counts: np.ndarray | None = None  # (n_known,) counts of a spot over all genes, if they are known
 
     @property
@@ -103,6 +105,7 @@ def concatenate(stacks: Sequence[Spots]) -> Spots:
     first = np.cumsum([0, *(int(s.section.max()) + 1 for s in stacks[:-1])])
     features = [s.features for s in stacks if s.features is not None]
     totals = [s.total_counts for s in stacks if s.total_counts is not None]
+    names = stacks[0].independent
     return Spots(
         xyz=np.concatenate([s.xyz for s in stacks]),
         section=np.concatenate([s.section + n for s, n in zip(stacks, first, strict=True)]),
@@ -110,6 +113,8 @@ def concatenate(stacks: Sequence[Spots]) -> Spots:
         expression=np.concatenate([s.expression for s in stacks]),
         spacing=float(np.median([s.spacing for s in stacks])),
         features=np.concatenate(features) if len(features) == len(stacks) else None,
+        bases={name: np.concatenate([given(s.bases)[name] for s in stacks]) for name in names},
+        independent=names,
         total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
     )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _ROW = 0.17  # inches per gene: names can be read
 _MOST_NAMES = 80  # genes; of more, every second or third name is written
+_SHORT = 4  # letters of a name that stands across
 _BELIEVED, _NOT = "#0072B2", "0.7"  # Okabe and Ito
 
 
@@ -115,7 +116,9 @@ def gene_overview(
     limit = max(0.2, float(np.nanpercentile(np.abs(shift), 99)))
     norm, colors = Normalize(-limit, limit), resolve_cmap(cmap)
     heat.imshow(shift, cmap=colors, norm=norm, aspect="auto", interpolation="none")
-    heat.set_xticks(range(len(used)), [wanted[k].name for k in used], rotation=90, fontsize="small")
+    labels = [wanted[k].name for k in used]
+    heat.set_xticks(range(len(used)), labels, rotation=90 if max(map(len, labels)) > _SHORT else 0, fontsize="small")
+    heat.set_xlabel("bold: measured", fontsize="small")
     flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     for label, k in zip(heat.get_xticklabels(), used, strict=True):
         label.set_fontweight("bold" if flags[rows[k]].any() else "normal")
@@ -126,7 +129,8 @@ def gene_overview(
     believed = table.var[Keys.PREDICTABLE].reindex(names) if Keys.PREDICTABLE in table.var else r[names] > 0
     bars.barh(range(len(names)), r[names], color=np.where(believed, _BELIEVED, _NOT), height=0.7)
     bars.axvline(0, color=INK, linewidth=0.6)
-    bars.set_xlabel("r on held-out blocks", fontsize="small")
+    grey = "" if np.all(believed) else "\n(grey: not better than chance)"
+    bars.set_xlabel(f"r on held-out blocks{grey}", fontsize="small")
     bars.tick_params(axis="y", length=0, labelleft=False)
     bars.tick_params(axis="x", labelsize="small")
     bars.spines[["top", "right", "left"]].set_visible(False)

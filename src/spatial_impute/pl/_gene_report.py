@@ -20,7 +20,6 @@ from spatial_impute.pl._figure import (
     finish,
     frame_panel,
     make_panels,
-    section_title,
     sections_in_z,
     show_image,
 )
@@ -145,7 +144,8 @@ def gene_report(
     norm = color_limits(np.concatenate([seen[rows[0]], found[rows[1]]]), "p1", "p99")
     images = section_images(sdata, record, [own, other], canvas) if img_alpha > 0 else []
     heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
-    heads[1] = heads[1] if expected else f"{section_title(other, measured=False, separator=chr(10))}"
+    if not expected:
+        heads[1] = f"{other.name}, imputed\nz = {other.z:g} µm"
     for k, (panel, index, values) in enumerate(zip(axes[:2], rows, (seen, found), strict=True)):
         frame_panel(panel, canvas.limits)
         if images:

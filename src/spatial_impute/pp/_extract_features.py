@@ -320,7 +320,7 @@ def _warn_if_coarse(name: str, level: Level, encoder: Encoder) -> None:
     if level.pixel_size > _COARSE * encoder.mpp:
         logger.warning(
             "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but little "
-            "texture. Give the full-resolution scan to `si.pp.assemble_stack`.",
+            "texture. Give this section its full-resolution scan.",
             name,
             level.pixel_size,
             encoder.name,

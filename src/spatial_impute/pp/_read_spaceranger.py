@@ -18,6 +18,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
-_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
-_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _CELLS = "segmented_outputs"
@@ -101,7 +100,7 @@ def read_spaceranger(
             "`spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
-    return _section(_Sample(str(folder), factors, _read_positions(folder), _read_counts(folder), images), fullres_image)
+    return _section(_Sample(str(folder), factors, read_positions(folder), _read_counts(folder), images), fullres_image)
 
 
 def read_legacy(
@@ -113,7 +112,7 @@ def read_legacy(
     """
     libraries = table.uns.get(Keys.SPATIAL, {})
     centers = table.obsm.get(Keys.SPATIAL)
-    lacks = [column for column in _COLUMNS[2:4] if column not in table.obs]
+    lacks = [column for column in COLUMNS[2:4] if column not in table.obs]
     if len(libraries) != 1 or centers is None or lacks:
         found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
         msg = (
@@ -124,7 +123,7 @@ def read_legacy(
         )
         raise ValueError(msg)
     library = next(iter(libraries.values()))
-    positions = table.obs[_COLUMNS[2:4]].assign(
+    positions = table.obs[COLUMNS[2:4]].assign(
         in_tissue=table.obs.get("in_tissue", 1),
         pxl_row_in_fullres=np.asarray(centers)[:, 1],
         pxl_col_in_fullres=np.asarray(centers)[:, 0],
@@ -134,7 +133,7 @@ def read_legacy(
     images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, _checked_positions(positions, where), counts, images), fullres_image)
+    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), fullres_image)
 
 
 def _section(sample: _Sample, fullres_image: str | Path | None) -> tuple[SpatialData, float, str]:
@@ -205,70 +204,6 @@ def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFr
     return positions.set_index(spots), counts
 
 
-def _read_positions(folder: Path) -> pd.DataFrame:
-    for name in _POSITIONS:
-        path = folder / "spatial" / name
-        if path.exists():
-            break
-    else:
-        msg = (
-            f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
-            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
-        )
-        raise FileNotFoundError(msg)
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    if table.index.name == "barcode":
-        table = table.reset_index()
-    missing = [column for column in _COLUMNS if column not in table]
-    if missing:
-        msg = (
-            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as Space "
-            f"Ranger does: {_COLUMNS}."
-        )
-        raise ValueError(msg)
-    return _checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
-
-
-def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
-    table = table.copy()
-    words = {"true": 1, "false": 0}
-    for column in _COLUMNS[1:]:
-        values = table[column]
-        if column == "in_tissue" and values.dtype.kind not in "buif":
-            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
-        numbers = pd.to_numeric(values, errors="coerce").astype(float)
-        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
-        if bad.any():
-            msg = (
-                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, found "
-                f"{table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {_COLUMNS}."
-            )
-            raise ValueError(msg)
-        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
-    if not table.index.is_unique:
-        msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
-        raise ValueError(msg)
-    return table
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
-    with path.open(encoding="utf-8-sig") as file:
-        head = file.readline()
-    if set(_COLUMNS) & {field.strip().strip('"') for field in head.split(",")}:
-        return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
-    table = pd.read_csv(path, encoding="utf-8-sig", header=None)
-    if table.shape[1] != len(_COLUMNS) or table[0].dtype.kind in "iuf":
-        first = table[0].iloc[:1].tolist()[0]
-        msg = (
-            f"{path} has {table.shape[1]} columns and no header, the first like {first!r}; expected the "
-            f"{len(_COLUMNS)} columns {_COLUMNS}."
-        )
-        raise ValueError(msg)
-    return table.set_axis(_COLUMNS, axis=1)
-
-
 def _read_counts(folder: Path) -> AnnData:
     import scanpy as sc
 
@@ -307,7 +242,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
         msg = (
             f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times between its "
             f"directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what its name says: "
-            f"{_COLUMNS}."
+            f"{COLUMNS}."
         )
         raise ValueError(msg)
     if np.linalg.det(matrix) < 0:

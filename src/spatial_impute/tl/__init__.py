@@ -1,5 +1,6 @@
 """Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
+from spatial_impute.tl._add_prediction import add_prediction
 from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._fit_asign import fit_asign
@@ -9,12 +10,14 @@ from spatial_impute.tl._genes_from_features import genes_from_features
 from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
+from spatial_impute.tl._match_sections import match_sections
 from spatial_impute.tl._predict_dense import predict_dense
 from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack
 from spatial_impute.tl._warp_element import warp_element
 
 __all__ = [
+    "add_prediction",
     "build_3d_graph",
     "cross_validate",
     "fit_asign",
@@ -23,6 +26,7 @@ __all__ = [
     "impute_3d",
     "impute_baseline",
     "impute_pixnet",
+    "match_sections",
     "predict_dense",
     "predict_regions",
     "read_transformation",

@@ -21,6 +21,7 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
 )
+from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
 from spatial_impute.tl._held_out import (
     HeldOut,
     warn_of_equal_images,
@@ -52,6 +53,7 @@ def cross_validate(
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
+    base_layers: Mapping[str, str] | None = None,
     model_params: AsignParams | Mapping[str, Any] | None = None,
     encoder: str | nn.Module = "texture",
     pixnet_params: PixNetParams | Mapping[str, Any] | None = None,
@@ -81,7 +83,7 @@ def cross_validate(
         ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
         most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean
         and spread of the color of a spot, which needs no
-        structure) and ``"pixnet"``. ASIGN uses no base layers here.
+        structure) and ``"pixnet"``.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
         ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections if at least two are measured, else
@@ -101,6 +103,9 @@ def cross_validate(
         Layer with log-normalised expression.
     graph_key
         Key of the 3D graph: the `key_added` of :func:`build_3d_graph`.
+    base_layers
+        Layers with independent predictions, ``{"mine": "independent"}``, as for :func:`fit_asign`: each is compared as a method
+        of its own, and ASIGN blends them in.
     model_params
         Settings of ASIGN; see :class:`~spatial_impute.models.AsignParams`.
     encoder
@@ -172,6 +177,9 @@ def cross_validate(
             "`si.pp.select_genes(sdata, join='inner')`."
         )
         raise ValueError(msg)
+    bases = _independent(base_layers or {})
+    read = [with_bases(found, table, bases) for found, table in zip(read, tables, strict=True)]
+    names += [name for name in bases if name not in names]
     spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     data = HeldOut(stacks, tables, read, spots, folds)
@@ -215,6 +223,19 @@ def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     for name in names:
         require_one_of(name, allowed, name="methods")
     return names
+
+
+def _independent(base_layers: Mapping[str, str]) -> dict[str, str]:
+    """Kinds of the base layers, or a ``ValueError`` if one was held out by folds, which are others here."""
+    kinds = kinds_of_bases(base_layers)
+    held_out = [name for name, kind in kinds.items() if kind != INDEPENDENT]
+    if held_out:
+        msg = (
+            f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are hidden "
+            f"here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each fold."
+        )
+        raise ValueError(msg)
+    return kinds
 
 
 def _groups(tables: list[AnnData], column: str | None) -> pd.Series | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,11 @@ from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack.spots import read_stacks, stack_list, units
 from spatial_impute._validation import require_count, require_device, require_folder
+from spatial_impute.tl._base_layers import kinds_of_bases, require_same_folds, with_bases
 from spatial_impute.tl._provenance import (
     encoder,
     feature_settings,
     fitted_state,
-    read_base_layers,
-    require_same_folds,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def fit_asign(
     table_key: str = Keys.STACK_TABLE,
     layer: str = Keys.MEASURED,
     graph_key: str = Keys.SPATIAL_3D,
-    base_layers: Sequence[str] = (),
+    base_layers: Sequence[str] | Mapping[str, str] = (),
     model_params: AsignParams | Mapping[str, Any] | None = None,
     start_from: AsignModel | None = None,
     checkpoint: str | Path | None = None,
@@ -67,9 +66,13 @@ def fit_asign(
     graph_key
         Key of the 3D graph: the `key_added` of :func:`~spatial_impute.tl.build_3d_graph`.
     base_layers
-        Layers of the stack table with predictions of other models to blend in, such as ``"pixnet"`` of
-        :func:`~spatial_impute.tl.impute_pixnet`. The prediction of a measured spot must come from a model that was fitted
-        without the fold of the spot.
+        Layers of the stack table with predictions of other models to blend in. With ``["pixnet"]``, the prediction of a
+        measured spot must come from a model that was fitted without the fold of the spot, as
+        :func:`~spatial_impute.tl.impute_pixnet` does. With ``{"mine": "independent"}`` you declare that the model of the
+        layer has seen no measured spot of this tissue, such as a pretrained predictor that
+        :func:`~spatial_impute.tl.add_prediction` brought in. Each of its genes is then fitted to the measured spots
+        (centered in each section, slope at least 0), without the hidden ones. Values may be in any units, and NaN where there is
+        no prediction. All base layers are rows of ``model.cross_validation``, and have no weight unless they help.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
     start_from
@@ -97,8 +100,8 @@ def fit_asign(
         If features, graph or registration are missing.
     ValueError
         If nothing is measured, values are raw counts, stacks have different genes or units, spots were moved after the
-        graph was built, base layers were predicted with other folds than ASIGN hides, or `start_from` or `checkpoint`
-        do not fit the data and settings.
+        graph was built, base layers were predicted with other folds than ASIGN hides, or are declared independent but hold
+        the measurement, or `start_from` or `checkpoint` do not fit the data and settings.
 
     Examples
     --------
@@ -125,7 +128,7 @@ def fit_asign(
     folder = None if checkpoint is None else require_folder(checkpoint, name="checkpoint")
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
-    data = TrainingSet.from_tables(tables, spots, list(base_layers), params, seed=seed)
+    data = TrainingSet.from_tables(tables, spots, kinds_of_bases(base_layers), params, seed=seed)
     data.config["stacks"] = [
         fitted_state(one, table, layer=layer, graph_key=graph_key) for one, table in zip(stacks, tables, strict=True)
     ]
@@ -164,7 +167,7 @@ class TrainingSet:
 
     @classmethod
     def from_tables(
-        cls, tables: list[AnnData], spots: list[Spots], base_layers: list[str], params: AsignParams, *, seed: int
+        cls, tables: list[AnnData], spots: list[Spots], base_layers: dict[str, str], params: AsignParams, *, seed: int
     ) -> TrainingSet:
         """Check the features and base layers of the stacks, and split their genes by panel."""
         from spatial_impute.models.asign._panels import by_panel
@@ -173,7 +176,7 @@ class TrainingSet:
         if len(encoders) > 1:
             msg = f"All stacks must have features of the same encoder, found {sorted(encoders)}."
             raise ValueError(msg)
-        spots = [replace(s, bases=read_base_layers(t, base_layers)) for t, s in zip(tables, spots, strict=True)]
+        spots = [with_bases(s, t, base_layers) for t, s in zip(tables, spots, strict=True)]
         for table, found in zip(tables, spots, strict=True):
             require_same_folds(table, found, params, seed=seed)
         split = [by_panel(found) for found in spots]

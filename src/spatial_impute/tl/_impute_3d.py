@@ -19,13 +19,13 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
+from spatial_impute.tl._base_layers import kinds_of_bases, with_bases
 from spatial_impute.tl._provenance import (
     ImputedLayer,
     compare_with_fit,
     encoder,
     feature_settings,
     provenance,
-    read_base_layers,
 )
 
 _N_LEFT_OUT = 5  # parts of the measured spots: a spot is expected from four fifths of the others
@@ -62,7 +62,8 @@ def impute_3d(
         predicts a stack without one, from the image and the graph alone: expect much less there, as
         ``model.cohort.cross_validation`` shows. Features are standardised within each section.
     model
-        Model of :func:`~spatial_impute.tl.fit_asign`.
+        Model of :func:`~spatial_impute.tl.fit_asign`. ``model.cohort`` alone reads no measured spot of this stack, also
+        if there are some; its layer can be a base of another fit (``base_layers={"cohort": "independent"}``).
     table_key
         Name of the stack table.
     layer
@@ -136,25 +137,31 @@ def impute_3d(
     See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
     """
     from spatial_impute.models import AsignModel, AsignPanels
+    from spatial_impute.models.asign._model import CohortModel
 
     require_model(model, (AsignModel, AsignPanels), made_by="si.tl.fit_asign(sdata)")
     require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
     require_one_of(measured, ("keep", "denoise"), name="measured")
     device = require_device(device)
     record = load_record(sdata)
-    cohort = getattr(model, "cohort", None)
+    cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
     table, spots = read_spots(
         sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
     )
-    if cohort is not None and not spots.known.any():
+    target = table
+    if model is cohort:
+        table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
+    elif cohort is not None and not spots.known.any():
         model = cohort
     _require_fit(table, model)
-    base_layers = list(model.config.get("base_layers", ()))
-    spots = replace(spots, bases=read_base_layers(table, base_layers))
+    base_layers = kinds_of_bases(model.config.get("base_layers", {}))
+    spots = with_bases(spots, table, base_layers)
     origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
     if base_layers:
         origin["base_layers"] = base_layers
         origin[Keys.STATE]["bases"] = spots_fingerprint(table, record, *(table.layers[name] for name in base_layers))
+    if not spots.known.any():
+        del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
     if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
         origin[Keys.SEEN] = section_images(sdata, record, seen)
     wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
@@ -195,9 +202,17 @@ def impute_3d(
         },
     )
     if not inplace:
-        return result.to_anndata(table)
-    result.write(table, table_key)
+        return result.to_anndata(target)
+    result.write(target, table_key)
     return None
+
+
+def _without_measurement(table: AnnData) -> AnnData:
+    """Table with the same slots in which no spot counts as measured."""
+    from anndata import AnnData
+
+    slots = {name: dict(getattr(table, name)) for name in ("layers", "obsm", "obsp", "uns")}
+    return AnnData(obs=table.obs.assign(**{Keys.MEASURED: False}), var=table.var, **slots)
 
 
 def _leave_out(

@@ -1,4 +1,4 @@
-"""Provenance of imputed layers, the layers themselves, and predictions of other models that ASIGN may use."""
+"""Provenance of imputed layers, and the layers themselves."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import fingerprint, load_record, measured_ids, section_image, table_state, write_slots
 from spatial_impute._stack.spots import units
-from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute._stack import StackRecord
-    from spatial_impute.models import AsignModel, AsignPanels, AsignParams, PixNetModel
+    from spatial_impute.models import AsignModel, AsignPanels, PixNetModel
     from spatial_impute.models._spots import Spots
 
 
@@ -138,7 +137,7 @@ def compare_with_fit(
     for stack in model.config.get("stacks", ()):
         seen = sections_seen(sdata, record, table, stack["sections"])
         leaked += [n for n, then in seen.items() if n in hidden and ids[n] != stack["sections"][then]["measured"]]
-        changed = [name for name in ("positions", "features", "graph", "measured") if now[name] != stack[name]]
+        changed = [k for k in ("positions", "features", "graph", "measured") if now.get(k, stack[k]) != stack[k]]
         if seen and changed:
             logger.warning(
                 "The model was fitted on this stack before its %s changed. Fit it again with `si.tl.fit_asign(sdata)`.",
@@ -154,67 +153,6 @@ def compare_with_fit(
             leaked,
         )
     return leaked
-
-
-def read_base_layers(table: AnnData, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """(n, n_genes) predictions of other models in layers of the stack table.
-
-    Raises
-    ------
-    KeyError
-        If a layer does not exist.
-    ValueError
-        If a layer has the name of a method of ASIGN, or is not finite.
-    """
-    from spatial_impute.models.asign._baselines import METHODS
-    from spatial_impute.models.asign._model import NETWORK
-
-    found = {}
-    for name in names:
-        require_key(
-            name, table.layers, where="layers of the stack table", then="Run `si.tl.impute_pixnet(sdata)` first."
-        )
-        if name in {*METHODS, NETWORK, Keys.ASIGN, Keys.MEASURED}:
-            msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
-            raise ValueError(msg)
-        values = np.asarray(table.layers[name], dtype=np.float64)
-        n_bad = int((~np.isfinite(values)).any(axis=1).sum())
-        if n_bad:
-            msg = f"A base layer must be finite at all spots; `layers[{name!r}]` is not at {n_bad} of {len(values)} spots."
-            raise ValueError(msg)
-        found[name] = values
-    return found
-
-
-def require_same_folds(table: AnnData, spots: Spots, params: AsignParams, *, seed: int) -> None:
-    """Raise a ``ValueError`` unless the base layers were predicted without the folds that ASIGN hides.
-
-    A base layer must come from the present measurement, and each measured spot must be predicted by a model that was
-    fitted without the fold of the spot.
-    """
-    from spatial_impute.models._spots import spatial_folds
-
-    if not spots.bases:
-        return
-    n_folds, block_spacings = params.n_folds, params.block_spacings
-    folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    expected = np.argmax(np.stack(folds)[:, spots.known], axis=0)
-    for name in spots.bases:
-        column, record = Keys.fold(name), table.uns.get(name, {})
-        problem = None
-        if column not in table.obs or "measured" not in record:
-            problem = f"Nothing says how measured spots were held out from `layers[{name!r}]` (no `obs[{column!r}]`)."
-        elif str(record["measured"]) != measured_hash(spots):
-            problem = f"`layers[{name!r}]` was predicted from other measured expression than the present one."
-        elif not np.array_equal(table.obs[column].to_numpy()[spots.known], expected):
-            used = {key: record.get(key) for key in ("n_folds", "block_spacings", "seed")}
-            problem = f"`layers[{name!r}]` was predicted with other folds ({used}) than ASIGN hides."
-        if problem is not None:
-            msg = (
-                f"{problem} Run `si.tl.impute_pixnet(sdata, key_added={name!r}, n_folds={n_folds}, "
-                f"block_spacings={block_spacings:g}, seed={seed})`."
-            )
-            raise ValueError(msg)
 
 
 def measured_hash(spots: Spots) -> str:

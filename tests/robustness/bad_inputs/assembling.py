@@ -343,7 +343,13 @@ OBJECTS = [
         "an unknown table", KeyError, "not found in `sections['s'].tables`", lambda w: one(visium(), table_key="x")
     ),
     refused("a table of other spots", ValueError, "no row of its table", lambda w: one(visium(rows=["x", "y"]))),
-    refused("NaN coordinates of a spot", ValueError, "the first in row 2 ('c')", lambda w: one(_nan_spot())),
+    refused(
+        "a spot without a place, with the distance of spots given",
+        ValueError,
+        "have no place, the first is 'c'",
+        lambda w: one(_nan_spot(), mpp=None, spot_pitch=100),
+    ),
+    refused("NaN coordinates of a spot", ValueError, "have no place, the first is 'c'", lambda w: one(_nan_spot())),
     refused(
         "two circles of one id",
         ValueError,

@@ -281,6 +281,88 @@ MEASURED = [
 ]
 
 
+def bring(world, **changes):
+    """Bring in a constant prediction of all genes, with some part of it changed."""
+    found = AnnData(np.ones(world.table.shape), obs=world.table.obs[[]], var=world.table.var[[]])
+    for name, value in changes.items():
+        setattr(found, name, value)
+    return si.tl.add_prediction(world.sdata, found, key_added="mine")
+
+
+OUTSIDE = [
+    refuses(
+        "tl.add_prediction",
+        "names of spots without their section",
+        KeyError,
+        "Rename the rows of one section with `prediction.obs_names = [f'{section}_{i}'",
+        lambda w: bring(w, obs_names=[str(i) for i in range(w.table.n_obs)]),
+    ),
+    refuses(
+        "tl.add_prediction",
+        "other genes",
+        KeyError,
+        "shares no gene with the stack",
+        lambda w: bring(w, var_names=[f"other{i}" for i in range(w.table.n_vars)]),
+    ),
+    refuses(
+        "tl.add_prediction",
+        "repeated spots",
+        ValueError,
+        "`prediction.obs_names` must be unique",
+        lambda w: bring(w, obs_names=["s1_0"] * w.table.n_obs),
+    ),
+    refuses("tl.add_prediction", "an empty `X`", ValueError, "`prediction.X` is empty", lambda w: bring(w, X=None)),
+    refuses(
+        "tl.add_prediction",
+        "infinite values",
+        ValueError,
+        "holds infinite values, the first at spot 's0_0'",
+        lambda w: bring(w, X=np.full(w.table.shape, np.inf)),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a base layer of another kind than there is",
+        ValueError,
+        "`base_layers['mine']` must be one of ['held_out', 'independent']",
+        lambda w: fit(w, base_layers={"mine": "indep"}),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a layer of the measurement declared independent",
+        ValueError,
+        "was predicted from the measurement of this stack",
+        lambda w: fit(w, base_layers={"mine": "independent"}),
+        change=lambda w: baseline(w, key_added="mine"),
+    ),
+    answers(
+        "tl.fit_asign",
+        "an independent base layer that is constant",
+        "has no weight",
+        lambda w: fit(w, base_layers={"mine": "independent"}),
+        lambda w, m: (m.weights["mine"] == 0).all(),
+        change=bring,
+    ),
+]
+
+
+MATCHING = [
+    refuses(
+        "tl.match_sections",
+        "one measured section",
+        ValueError,
+        "needs at least two measured sections, found ['s1']",
+        lambda w: si.tl.match_sections(w.sdata),
+    ),
+    refuses(
+        "tl.match_sections",
+        "the measurement as the layer to write",
+        ValueError,
+        "would write over data",
+        lambda w: si.tl.match_sections(w.sdata, key_added="measured"),
+    ),
+]
+
+
 def _other_genes(world):
     other = copy.deepcopy(world.sdata)
     other.tables["stack"] = other.tables["stack"][:, ::-1].copy()
@@ -544,5 +626,5 @@ def _reordered(world):
     world.truth = world.truth[::-1, ::-1].copy()
 
 
-CASES = [*MEASURED, *IMPUTING, *SCORES]
+CASES = [*MEASURED, *OUTSIDE, *MATCHING, *IMPUTING, *SCORES]
 _ = pd

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dask.array as da
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from shapely.geometry import box
 from spatialdata.transformations import remove_transformation
 
 import spatial_impute as si
@@ -590,5 +592,46 @@ GRAPH = [
     ),
 ]
 
-CASES = [*PP, *REGISTRATION, *GRAPH]
+
+def cells(world, value, section="s1"):
+    return si.pp.add_cells(world.sdata, section, value)
+
+
+def squares(*places):
+    return gpd.GeoDataFrame(geometry=[box(x, y, x + 4, y + 4) for x, y in places])
+
+
+CELLS = [
+    refuses("pp.add_cells", "an unknown section", KeyError, "'s9' not found in", lambda w: cells(w, None, "s9")),
+    refuses(
+        "pp.add_cells",
+        "outlines in other pixels than those of the image",
+        ValueError,
+        "They must be in pixels of its full resolution",
+        lambda w: cells(w, squares((10, 10), (9e4, 9e4), (9e4, 8e4))),
+    ),
+    refuses(
+        "pp.add_cells",
+        "labels of another size than the image",
+        ValueError,
+        "Labels must have the size of the full-resolution image",
+        lambda w: cells(w, np.ones((5, 5), int)),
+    ),
+    refuses(
+        "pp.add_cells",
+        "points instead of outlines",
+        ValueError,
+        "`cells` holds no polygon, found ['Point']",
+        lambda w: cells(w, gpd.GeoDataFrame(geometry=gpd.points_from_xy([5.0], [5.0]))),
+    ),
+    refuses(
+        "pp.add_cells",
+        "a file that is no GeoJSON",
+        ValueError,
+        "is no GeoJSON file with features",
+        lambda w: cells(w, write(w.tmp / "cells.geojson", b"x,y")),
+    ),
+    refuses("pp.add_cells", "an image", TypeError, "whole numbers (y, x)", lambda w: cells(w, np.ones((5, 5, 3)))),
+]
+CASES = [*PP, *CELLS, *REGISTRATION, *GRAPH]
 _ = pd, sparse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,9 @@ class KnownTruth:
     values: np.ndarray  # (n_known, g)
     folds: np.ndarray  # (n_known,)
     weight: np.ndarray  # (n_known,) of each spot
+    unused: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # by method: (g,) True for genes that it says nothing of
 
     def blend(self, held_out: dict[str, np.ndarray], experts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(g, k) weights of the experts, and the blend of their held-out predictions with the weights of other folds."""
@@ -37,8 +40,11 @@ class KnownTruth:
             centre[own] = self.values[~own].mean(axis=0)
             scale[own] = np.maximum(self.values[~own].std(axis=0), 1e-3)
         deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
+        none = np.zeros(self.values.shape[1], dtype=bool)
+        used = ~np.stack([self.unused.get(name, none) for name in experts])
+        deviations *= used[:, None]
         weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight)
-        return weights, centre + blended * scale
+        return weights * used.T, centre + blended * scale
 
 
 def held_out_results(held_out: dict[str, np.ndarray], known: KnownTruth, var_names: Sequence[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from spatial_impute.models.asign._graph_inputs import (
 )
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._network import MSAGNet, predict
+from spatial_impute.models.asign._outside import recalibrate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,6 +176,7 @@ class AsignModel:
         if parts:
             without = self._blend(spots, {self.base: labels.base}, views, "weights_without")
             shown = {BASE: labels.base, NETWORK: network, WITHOUT: without}
+            shown |= {name: recalibrate(spots, name).astype(np.float32) for name in sorted(spots.independent)}
             for values in shown.values():
                 values[spots.known] = spots.expression
         del views, labels, network
@@ -212,6 +214,8 @@ class AsignModel:
 
     def _expert(self, spots: Spots, name: str, views: list[Kriging]) -> np.ndarray:
         bases = spots.bases or {}
+        if name in spots.independent:
+            return recalibrate(spots, name)
         if name == "cokriging":
             return views[0].expression()
         if name == TWO_VIEWS:

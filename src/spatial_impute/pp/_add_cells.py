@@ -1,0 +1,165 @@
+"""Outlines of cells or nuclei, as other tools find them, as shapes of a section."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatial_impute._settings import log_added, logger
+from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
+from spatial_impute._validation import require_key, require_slot_key
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+
+_MOST_OUTSIDE = 0.5  # of the outlines: above it, the pixels are those of another image
+
+
+def add_cells(
+    sdata: SpatialData, section: str, cells: str | Path | GeoDataFrame | np.ndarray, *, key_added: str | None = None
+) -> None:
+    """Add the outlines of cells, nuclei or superpixels to a section, to predict the expression of each.
+
+    Other tools find them: QuPath, StarDist, InstanSeg, Cellpose, LazySlide. Then
+    ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each.
+
+    Parameters
+    ----------
+    sdata
+        Stack.
+    section
+        Section on whose image the cells were found.
+    cells
+        Outlines in pixels of the full-resolution image of the section: a GeoJSON file, such as an export of QuPath; a
+        :class:`geopandas.GeoDataFrame` with polygons; or labels (y, x) of the size of that image, 0 for none.
+    key_added
+        Shapes to write; ``"{section}_cells"`` by default.
+
+    Returns
+    -------
+    ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class`` from a
+    GeoJSON file. Objects without an area (points, lines) are left out, with a warning.
+
+    Raises
+    ------
+    KeyError
+        If the section does not exist.
+    ValueError
+        If there is no polygon, most of them lie outside the image, labels have another size than the image, or the file is
+        no GeoJSON.
+
+    Examples
+    --------
+    >>> import geopandas as gpd
+    >>> from shapely.geometry import Point
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> cells = gpd.GeoDataFrame(geometry=[Point(200, 200).buffer(2), Point(220, 200).buffer(3)])
+    >>> si.pp.add_cells(sdata, "s1", cells)
+    >>> len(sdata.shapes["s1_cells"])
+    2
+    """
+    from spatialdata.models import ShapesModel
+
+    record = load_record(sdata)
+    require_key(section, record.names, where="the stack's sections")
+    key = f"{section}_cells" if key_added is None else key_added
+    require_slot_key(key, name="key_added", taken=[str(one.spots) for one in record.sections])
+    image = record[section].image
+    size = section_levels(sdata, record[section])[0].shape
+    found = _with_area(_outlines(cells, size))
+    _require_on_image(found, size, image)
+    to_um = plane_affine(element_affine(sdata.images[image], section))
+    sdata.shapes[key] = ShapesModel.parse(found, transformations=to_frames(record, section, to_um))
+    log_added(f"shapes[{key!r}]")
+
+
+def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
+    """Outlines in pixels, with unique names."""
+    import geopandas as gpd
+
+    if isinstance(cells, str | Path):
+        found = _read_geojson(Path(cells))
+    elif isinstance(cells, gpd.GeoDataFrame):
+        found = gpd.GeoDataFrame(cells.drop(columns=cells.geometry.name), geometry=cells.geometry.to_numpy())
+    elif getattr(cells, "ndim", 0) == 2 and np.dtype(cells.dtype).kind in "iu":
+        found = _from_labels(cells, size)
+    else:
+        msg = f"`cells` must be a GeoJSON file, a GeoDataFrame, or whole numbers (y, x), found {type(cells).__name__}."
+        raise TypeError(msg)
+    if not found.index.is_unique:
+        msg = f"The index of `cells` must be unique, but {found.index[found.index.duplicated()][0]!r} occurs more than once."
+        raise ValueError(msg)
+    return found
+
+
+def _read_geojson(path: Path) -> GeoDataFrame:
+    """Outlines of a GeoJSON file; QuPath writes a list of features, or a collection of them."""
+    import geopandas as gpd
+    from shapely.geometry import shape
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        features = content["features"] if isinstance(content, dict) else content
+        geometry = [shape(feature["geometry"]) for feature in features]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"'{path}' is no GeoJSON file with features: {error!r}."
+        raise ValueError(msg) from error
+    properties = [feature.get("properties") or {} for feature in features]
+    names = [(part.get("classification") or {}).get("name", "") for part in properties]
+    ids = pd.Index([str(feature.get("id", i)) for i, feature in enumerate(features)])
+    return gpd.GeoDataFrame({"class": names} if any(names) else None, geometry=geometry, index=ids)
+
+
+def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
+    """Outlines of labels along the edges of their pixels, so that areas are exact."""
+    import geopandas as gpd
+    import shapely
+
+    if tuple(labels.shape) != tuple(size):
+        msg = f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found {labels.shape}."
+        raise ValueError(msg)
+    values = np.asarray(labels)
+    first = np.ones(values.shape, dtype=bool)  # of a run of equal labels in a row
+    first[:, 1:] = values[:, 1:] != values[:, :-1]
+    y, x = np.nonzero(first)
+    label = values[y, x]
+    end = np.append(x[1:], 0)
+    end[end == 0] = size[1]  # the next run begins the next row
+    boxes = shapely.box(x, y, end, y + 1)[label != 0]
+    found = gpd.GeoDataFrame({"label": label[label != 0].astype(str)}, geometry=boxes).dissolve("label", sort=False)
+    return gpd.GeoDataFrame(geometry=found.geometry.to_numpy(), index=pd.Index(found.index.to_numpy()))
+
+
+def _with_area(found: GeoDataFrame) -> GeoDataFrame:
+    """Polygons with an area, repaired where they cross themselves."""
+    crossed = ~found.geometry.is_valid
+    if crossed.any():
+        found = found.set_geometry(found.geometry.where(~crossed, found.geometry.make_valid()))
+    kept = found.geometry.geom_type.isin(["Polygon", "MultiPolygon"]) & (found.geometry.area > 0)
+    if not kept.any():
+        msg = f"`cells` holds no polygon, found {sorted(set(found.geometry.geom_type.astype(str)))}."
+        raise ValueError(msg)
+    if not kept.all():
+        logger.warning("%d of %d objects have no area and are left out", int((~kept).sum()), len(kept))
+    return found[kept]
+
+
+def _require_on_image(found: GeoDataFrame, size: tuple[int, int], image: str) -> None:
+    """Raise a ``ValueError`` if most outlines lie outside the image."""
+    bounds = found.geometry.bounds
+    middle = (bounds[["minx", "miny"]].to_numpy() + bounds[["maxx", "maxy"]].to_numpy()) / 2
+    outside = ((middle < 0) | (middle > [size[1], size[0]])).any(axis=1)
+    if outside.mean() > _MOST_OUTSIDE:
+        low, high = middle.min(axis=0), middle.max(axis=0)
+        msg = (
+            f"{int(outside.sum())} of {len(outside)} outlines lie outside `sdata.images[{image!r}]` ({size[1]} x {size[0]} "
+            f"px): they run from ({low[0]:.0f}, {low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must be in pixels of "
+            "its full resolution: multiply by the downsampling of the image that they were found on, or divide um by its `mpp`."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,74 @@
+"""Outlines of other tools on a section."""
+
+from __future__ import annotations
+
+import json
+
+import geopandas as gpd
+import numpy as np
+import pytest
+from shapely.geometry import LineString, Point, Polygon, mapping
+
+import spatial_impute as si
+from spatial_impute._stack import element_affine
+
+SQUARES = [Polygon([(x, 50), (x + 10, 50), (x + 10, 70), (x, 70)]) for x in (100, 150, 200)]
+
+
+def centers(sdata, key="s1_cells"):
+    """In um of the section."""
+    matrix = element_affine(sdata.shapes[key], "s1")
+    points = sdata.shapes[key].geometry.centroid
+    return np.column_stack([points.x, points.y]) @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+@pytest.fixture
+def mpp(small_stack):
+    return small_stack.attrs["spatial_impute"]["stack"]["sections"][1]["mpp"]
+
+
+def as_labels(sdata):
+    height, width = sdata.images["s1_image"].shape[1:] if hasattr(sdata.images["s1_image"], "shape") else (0, 0)
+    labels = np.zeros((height, width), np.int32)
+    for k, square in enumerate(SQUARES):
+        x0, y0, x1, y1 = map(int, square.bounds)
+        labels[y0:y1, x0:x1] = k + 7
+    return labels
+
+
+@pytest.mark.parametrize("kind", ["frame", "qupath list", "collection", "labels"])
+def test_outlines_lie_where_their_pixels_are(small_stack, mpp, tmp_path, kind):
+    features = [
+        {"type": "Feature", "id": f"c{k}", "geometry": mapping(square), "properties": {"classification": {"name": "T"}}}
+        for k, square in enumerate(SQUARES)
+    ]
+    path = tmp_path / "cells.geojson"
+    path.write_text(
+        json.dumps(features if kind == "qupath list" else {"type": "FeatureCollection", "features": features})
+    )
+    given = {"frame": gpd.GeoDataFrame({"n": [1, 2, 3]}, geometry=SQUARES), "labels": as_labels(small_stack)}
+    si.pp.add_cells(small_stack, "s1", given.get(kind, path))
+    expected = np.array([[105, 60], [155, 60], [205, 60]]) * mpp
+    np.testing.assert_allclose(centers(small_stack), expected, atol=0.01 * mpp)
+    shapes = small_stack.shapes["s1_cells"]
+    np.testing.assert_allclose(shapes.geometry.area, 200, rtol=1e-6)
+    names = {"frame": [0, 1, 2], "labels": ["7", "8", "9"]}.get(kind, ["c0", "c1", "c2"])
+    assert list(shapes.index) == names
+    if kind == "frame":
+        assert list(shapes["n"]) == [1, 2, 3]
+    elif kind != "labels":
+        assert list(shapes["class"]) == ["T"] * 3
+
+
+def test_objects_without_area_are_left_out_and_crossed_ones_repaired(small_stack, caplog, monkeypatch):
+    from spatial_impute._settings import logger
+
+    monkeypatch.setattr(logger, "propagate", True)
+    bow = Polygon([(100, 100), (110, 110), (110, 100), (100, 110)])
+    given = gpd.GeoDataFrame(
+        geometry=[Point(50, 50), LineString([(0, 0), (9, 9)]), bow, *SQUARES], index=list("abcdef")
+    )
+    si.pp.add_cells(small_stack, "s1", given, key_added="nuclei")
+    assert list(small_stack.shapes["nuclei"].index) == list("cdef")
+    assert small_stack.shapes["nuclei"].geometry.is_valid.all()
+    assert "2 of 6 objects have no area" in caplog.text

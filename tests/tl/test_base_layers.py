@@ -1,0 +1,143 @@
+"""Predictions from elsewhere as bases of ASIGN."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from anndata import AnnData
+
+import spatial_impute as si
+
+PARAMS = {"n_steps": 5, "width": 8, "n_heads": 2, "base": "mean", "n_folds": 3}
+R = "pearson_gene"
+
+
+def waves(shape, xy, seed):
+    """Smooth patterns, one for each gene."""
+    rng, total = np.random.default_rng(seed), np.zeros(shape)
+    for _ in range(6):
+        total += np.cos(xy @ rng.normal(size=(2, shape[1])) * 2 * np.pi / 1500 + rng.uniform(0, 6.3, shape[1]))
+    return total / total.std(axis=0)
+
+
+@pytest.fixture(scope="module")
+def world(prepared, synthetic):
+    """Stack with simulated outside predictions, and how to score a fit with one of them. Shared: never write to it."""
+    sdata, truth = copy.deepcopy(prepared), synthetic[1]
+    table = sdata.tables["stack"]
+    true = truth[table.obs_names, table.var_names].X.toarray().astype(float)
+    xy = table.obsm["spatial_3d"][:, :2]
+    table.layers["good"] = (3 * (true + waves(true.shape, xy, 1) * true.std(axis=0)) + 5).astype(np.float32)
+    table.layers["useless"] = waves(true.shape, xy, 2).astype(np.float32)
+    table.layers["opposite"] = (-true).astype(np.float32)
+
+    def fit(**base_layers):
+        model = si.tl.fit_asign(sdata, base_layers=base_layers, model_params=PARAMS)
+        found = copy.deepcopy(sdata)
+        si.tl.impute_3d(found, model, parts=True)
+        return model, si.metrics.evaluate(found, truth), found.tables["stack"]
+
+    return SimpleNamespace(sdata=sdata, truth=truth, fit=fit, alone=fit())
+
+
+def test_a_good_predictor_raises_r(world):
+    model, scores, table = world.fit(good="independent")
+    assert scores.loc["asign", R] > world.alone[1].loc["asign", R] + 0.1
+    assert scores.loc["asign", R] > scores.loc["good", R] + 0.1
+    assert model.cross_validation.loc["good", R] > 0.5
+    assert scores.loc["asign_good", "mse"] < 0.01 * scores.loc["good", "mse"]  # recalibrated
+    assert table.uns["asign"]["base_layers"] == {"good": "independent"}
+
+
+@pytest.mark.parametrize("name", ["useless", "opposite"])
+def test_a_useless_predictor_changes_nothing(world, name):
+    model, scores, _ = world.fit(**{name: "independent"})
+    assert abs(scores.loc["asign", R] - world.alone[1].loc["asign", R]) < 0.003
+    assert abs(model.cross_validation.loc["asign", R] - world.alone[0].cross_validation.loc["asign", R]) < 0.003
+    if name == "opposite":
+        assert (model.weights[name] == 0).all()
+        assert model.cross_validation.loc[name, R] == 0
+
+
+def test_units_and_offsets_of_sections_do_not_count(world):
+    expected = world.fit(good="independent")[2].layers["asign"]
+    sdata = world.sdata
+    layers, kept = sdata.tables["stack"].layers, sdata.tables["stack"].layers["good"]
+    section = sdata.tables["stack"].obs["section"].cat.codes.to_numpy()
+    layers["good"] = 7 * kept + np.float32(100) * section[:, None]
+    np.testing.assert_allclose(world.fit(good="independent")[2].layers["asign"], expected, atol=2e-3)
+    layers["good"] = kept
+
+
+def test_genes_and_spots_may_be_absent(world, tmp_path):
+    sdata = copy.deepcopy(world.sdata)
+    table = sdata.tables["stack"]
+    ids = [f"ENSG{i:011d}" for i in range(table.n_vars)]
+    counts = sdata.tables[next(key for key in sdata.tables if key.endswith("_counts"))]
+    counts.var["gene_ids"] = [dict(zip(table.var_names, ids, strict=True)).get(g, g) for g in counts.var_names]
+    half = table.n_vars // 2
+    given = AnnData(table.layers["good"][3:, :half], obs=table.obs[[]].iloc[3:])
+    given.var_names = [f"{i}.2" for i in ids[:half]]
+    si.tl.add_prediction(sdata, given, key_added="mine")
+    assert np.isnan(table.layers["mine"][:3]).all()
+    assert np.isnan(table.layers["mine"][:, half:]).all()
+    np.testing.assert_array_equal(table.layers["mine"][3:, :half], given.X)
+    model = si.tl.fit_asign(sdata, base_layers={"mine": "independent"}, model_params=PARAMS)
+    assert (model.weights["mine"].iloc[half:] == 0).all()
+    assert (model.weights["mine"].iloc[:half] > 0).mean() > 0.8
+    model.save(tmp_path / "model")
+    si.tl.impute_3d(sdata, si.models.AsignModel.load(tmp_path / "model"), measured="denoise")
+    assert np.isfinite(table.layers["asign"]).all()
+    table.layers["mine"][:3, :half] = 0.0
+    assert np.isfinite(si.metrics.evaluate(sdata, world.truth, layers=["mine", "asign"]).loc["mine", R])
+
+
+def test_cross_validation_compares_it_as_a_method(world):
+    table = si.tl.cross_validate(
+        world.sdata, ["mean", "asign"], base_layers={"good": "independent"}, n_folds=3, model_params=PARAMS
+    )
+    assert list(table.index) == ["mean", "asign", "good"]
+    assert table.loc["asign", R] > table.loc["good", R] > 0.5
+    with pytest.raises(ValueError, match="not declared 'independent'"):
+        si.tl.cross_validate(world.sdata, ["mean"], base_layers={"good": "held_out"})
+
+
+def test_the_measurement_is_never_independent(world):
+    sdata = copy.deepcopy(world.sdata)
+    table = sdata.tables["stack"]
+    si.tl.impute_baseline(sdata, "kernel", key_added="mine")
+    with pytest.raises(ValueError, match="was predicted from the measurement of this stack"):
+        si.tl.fit_asign(sdata, base_layers={"mine": "independent"})
+    table.layers["copy"] = table.layers["mine"]
+    with pytest.raises(ValueError, match=r"equals `layers\['measured'\]` in 100%"):
+        si.tl.fit_asign(sdata, base_layers={"copy": "independent"})
+    with pytest.raises(ValueError, match=r"say so: `base_layers=\{'good': 'independent'\}`"):
+        si.tl.fit_asign(sdata, base_layers=["good"])
+
+
+def test_a_cohort_model_is_a_base_on_another_stack(quick_params):
+    stacks = []
+    for seed in range(3):
+        sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, seed=seed)
+        si.tl.register_stack(sdata, method="rigid")
+        si.pp.extract_features(sdata)
+        si.tl.build_3d_graph(sdata)
+        stacks.append(sdata)
+    own = stacks[0]
+    table = own.tables["stack"]
+    model = si.tl.fit_asign(stacks[1:], model_params=quick_params)
+    si.tl.impute_3d(own, model.cohort, key_added="cohort")
+    before = table.layers["cohort"].copy()
+    table.layers["measured"][table.obs["measured"]] += 1.0  # not read
+    si.tl.impute_3d(own, model.cohort, key_added="cohort")
+    np.testing.assert_array_equal(table.layers["cohort"], before)
+    assert (table.obs["imputation_source"] == "image").all()
+    table.layers["measured"][table.obs["measured"]] -= 1.0
+    found = si.tl.fit_asign(own, base_layers={"cohort": "independent"}, model_params=quick_params)
+    assert "cohort" in found.cross_validation.index
+    si.tl.impute_3d(stacks[1], model.cohort, key_added="cohort")  # it has seen this one
+    with pytest.raises(ValueError, match="fitted on the measurement of this stack"):
+        si.tl.fit_asign(stacks[1], base_layers={"cohort": "independent"}, model_params=quick_params)

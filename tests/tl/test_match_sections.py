@@ -1,0 +1,58 @@
+"""Matched sections in the stack table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import spatial_impute as si
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """Four measured sections; the second lies higher in half of the genes. Shared: never write to its table."""
+    sdata = si.datasets.synthetic_stack(5, measured=["s0", "s1", "s2", "s4"], extent=1400.0, n_genes=9)
+    si.tl.register_stack(sdata, method="rigid")
+    table = sdata.tables["stack"]
+    own = (table.obs["section"] == "s1").to_numpy() & table.obs["measured"].to_numpy()
+    table.layers["measured"][np.ix_(own, np.arange(0, 9, 2))] += 1.5
+    si.tl.match_sections(sdata)
+    return sdata
+
+
+def test_matching_is_used_where_it_predicts_held_out_sections_better(stack):
+    table = stack.tables["stack"]
+    record = table.uns["matched"]
+    assert record["used"]
+    assert record["r_matched"] > record["r_as_measured"]
+    assert record["sections"] == ["s0", "s1", "s2", "s4"]
+    shift = table.varm["matched_shift"]
+    assert shift.shape == (9, 4)
+    assert (shift[::2, 1] > 0.8).all()
+    assert np.abs(shift[1::2, 1]).max() < 0.5
+    known = table.obs["measured"].to_numpy()
+    assert np.isfinite(table.layers["matched"][known]).all()
+    assert np.isnan(table.layers["matched"][~known]).all()
+
+
+def test_matched_sections_can_be_imputed_from_and_are_not_scored(stack, tmp_path):
+    si.tl.impute_baseline(stack, "kernel", layer="matched")
+    table = stack.tables["stack"]
+    known = table.obs["measured"].to_numpy()
+    np.testing.assert_allclose(table.layers["baseline_kernel"][known], table.layers["matched"][known], rtol=1e-6)
+    table.copy().write_h5ad(tmp_path / "t.h5ad")
+    truth = si.datasets.synthetic_stack(5, measured=["s0", "s1", "s2", "s4"], extent=1400.0, n_genes=9, truth=True)[1]
+    assert list(si.metrics.evaluate(stack, truth).index) == ["baseline_kernel"]
+
+
+def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):
+    from spatial_impute.tl import _match_sections
+
+    found = iter([0.5, 0.4])
+    monkeypatch.setattr(_match_sections, "_held_out_r", lambda spots: next(found))
+    si.tl.match_sections(stack, key_added="again")
+    table = stack.tables["stack"]
+    assert not table.uns["again"]["used"]
+    np.testing.assert_array_equal(
+        table.layers["again"][table.obs["measured"]], table.layers["measured"][table.obs["measured"]]
+    )
