@@ -67,7 +67,7 @@ class Likeness:
             [(c.image * c.mask)[tissue] for c in (a, b)],
             [masked_blur(edges_inside(c), c.mask, _BLUR)[tissue] * c.mask[tissue] for c in (a, b)],
         )
-        return np.mean([correlations_without(*pair, tiles, n) for pair in pairs], axis=0)
+        return np.mean([correlations_without(one, other, tiles, n) for one, other in pairs], axis=0)
 
 
 def exchanged_sections(names: Sequence[str], likeness: Likeness) -> list[tuple[str, str, float]]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._params import AsignParams
 
 _MAX_KNOWN = 5000  # known spots to learn from, a section of Visium; all are used to impute
-_BATCH = 500  # spots to predict in one step; larger batches take longer and learn no more
+_BATCH = 500  # spots to predict in one step; larger batches take longer and learn hardly more
 _N_TRIALS = 2  # folds on which all regimes are tried
 _N_NETWORKS = 5  # that predict together; one per fold, or with fewer folds networks trained on all spots
 _N_REFITS = 4
