@@ -65,7 +65,8 @@ def cross_validate(
     """Score methods on held-out measured spots: the same spots for all methods, in one table.
 
     Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted again
-    for every fold. Correlations across blocks of one section show how well a method fills gaps in that section. Expect
+    for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out would seem to
+    predict the opposite. Correlations across blocks of one section show how well a method fills gaps in that section. Expect
     less on a section that was not measured: no held-out block shows how sections differ. Expect even less on another
     patient.
 
@@ -363,9 +364,9 @@ def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.n
     """(n_genes,) Pearson correlation of each method, mean over sections."""
     from spatial_impute._scores import pearson_by_gene
 
-    truth, parts = data.truth, data.parts()
+    truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
     return {
-        name: np.nanmean([pearson_by_gene(values[rows], truth[rows]) for rows in parts], axis=0)
+        name: np.nanmean([pearson_by_gene(values[rows], truth[rows], folds[rows]) for rows in parts], axis=0)
         for name, values in found.items()
     }
 
@@ -378,12 +379,12 @@ def _gene_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str]) -
 def _method_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str], seed: int) -> pd.DataFrame:
     from spatial_impute._scores import bootstrap_interval, summarise
 
-    r, truth, parts = _correlations(data, found), data.truth, data.parts()
+    r, truth, parts, folds = _correlations(data, found), data.truth, data.parts(), data.fold_of_spot
     baselines = [name for name in names if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
     rows = {}
     for name in names:
-        scores = pd.DataFrame([summarise(found[name][p], truth[p], found["mean"][p]) for p in parts]).mean()
+        scores = pd.DataFrame([summarise(found[name][p], truth[p], found["mean"][p], folds[p]) for p in parts]).mean()
         scores["low"], scores["high"] = bootstrap_interval(r[name], seed=seed)
         if best is not None:
             scores["vs_best"] = np.nanmean(r[name] - r[best])

@@ -56,6 +56,12 @@ class HeldOut:
         """Position of the first spot of each stack."""
         return np.cumsum([0, *(table.n_obs for table in self.tables[:-1])]).tolist()
 
+    @property
+    def fold_of_spot(self) -> np.ndarray:
+        """(n,) fold of each spot; -1 for spots in no fold."""
+        inside = np.stack(self.folds)
+        return np.where(inside.any(axis=0), inside.argmax(axis=0), -1)
+
     def sections(self) -> Iterator[tuple[SpatialData, Section, np.ndarray, np.ndarray, np.ndarray]]:
         """Stack and section, (n, 2) centers and (n,) radius of its spots in its frame, um, and their (n,) positions."""
         for sdata, table, first in zip(self.stacks, self.tables, self.first_rows, strict=True):
