@@ -128,7 +128,7 @@ def test_error_grows_with_the_difference_of_the_halves():
 
 def test_error_of_unrelated_sections_is_large_or_unknown():
     error = expected_error(channel(seed=0), channel(seed=1), np.eye(3), None, 0.0)["error_um"]
-    assert error is None or error > 0.5 * RegistrationParams().max_error  # patches see shifts up to their reach only
+    assert error is None or error > 50.0  # patches see shifts up to their reach only
 
 
 def test_errors_of_a_path_add_up():
