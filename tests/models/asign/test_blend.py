@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
 from spatial_impute.models.asign import _blend
 from spatial_impute.models.asign._blend import blend_weights
@@ -50,6 +51,28 @@ def test_blend_of_a_spot_never_uses_its_own_fold(data, monkeypatch):
     _, after = blend_weights(predictions, changed, folds)
     np.testing.assert_allclose(after[folds == 2], before[folds == 2], atol=1e-9)  # rounding of the sums
     assert np.abs(after[folds != 2] - before[folds != 2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["independent", "alike", "equal", "small", "empty"])
+def test_weights_are_those_of_non_negative_least_squares(case):
+    rng = np.random.default_rng(5)
+    predictions = rng.normal(size=(60, 6, 30))
+    if case == "alike":
+        predictions += 4 * predictions[:, :1]
+    elif case == "equal":
+        predictions[:, 2] = predictions[:, 1]
+    elif case == "small":
+        predictions *= 1e-6
+    elif case == "empty":
+        predictions[7], predictions[:, 3] = 0, 0
+    truth = rng.normal(size=(60, 30)) + predictions[:, 0]
+    gram, moment = predictions @ predictions.transpose(0, 2, 1), (predictions @ truth[..., None])[..., 0]
+    for p, t, found in zip(predictions, truth, _blend._solve_nonnegative(gram, moment), strict=True):
+        best, error = nnls(p.T, t)
+        assert found.min() >= 0
+        assert np.linalg.norm(found @ p - t) == pytest.approx(error, rel=1e-6)
+        if case not in {"equal", "empty"}:  # else several solutions are equally good
+            np.testing.assert_allclose(found, best, rtol=1e-5, atol=1e-6 * np.abs(best).max())
 
 
 def test_blend_gives_no_weight_to_rounding(data):
