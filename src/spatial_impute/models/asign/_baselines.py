@@ -22,6 +22,7 @@ _NEIGHBOURS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
+_MAX_GENES = 1000  # genes on which one setting for all of them is chosen
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
 _SAME = 1e-6  # relative difference of distances that are the same but for rounding
@@ -44,13 +45,13 @@ def knn(spots: Spots) -> np.ndarray:
     """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
-    def predict(distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
+    def predict(values: np.ndarray, distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
         # Spots as far as the k-th one share the places that are left, so that the order of the spots has no effect.
         last = distance[:, k - 1 : k]
         tied = np.abs(distance - last) <= _SAME * last
         nearer = (distance < last) & ~tied
         share = (k - nearer.sum(axis=1)) / tied.sum(axis=1)
-        return _weighted_mean(spots.expression, found, (nearer + tied * share[:, None]) / k)
+        return _weighted_mean(values, found, (nearer + tied * share[:, None]) / k)
 
     return _by_neighbours(spots, counts, max(counts) + _MAX_TIED, predict)
 
@@ -58,11 +59,11 @@ def knn(spots: Spots) -> np.ndarray:
 def kernel(spots: Spots) -> np.ndarray:
     """Mean of the known spots weighted by a Gaussian of distance; bandwidth by leave-one-out on the known spots."""
 
-    def predict(distance: np.ndarray, found: np.ndarray, bandwidth: float) -> np.ndarray:
+    def predict(values: np.ndarray, distance: np.ndarray, found: np.ndarray, bandwidth: float) -> np.ndarray:
         exponent = -0.5 * (distance / (bandwidth * spots.spacing)) ** 2
         weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
         weight /= weight.sum(axis=1, keepdims=True)
-        return _weighted_mean(spots.expression, found, weight)
+        return _weighted_mean(values, found, weight)
 
     return _by_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, predict)
 
@@ -94,13 +95,13 @@ def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
     known = given(spots.features)[rows].astype(float)
     offset = known.mean(axis=0)
     u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
-    target = u.T @ (expression - centre)
+    target, genes = u.T @ (expression - centre), _some_genes(expression)
     errors, shrinkages = [], []
     for penalty in _PENALTIES:
         shrink = s**2 / (s**2 + penalty * len(known))
-        fitted = u @ (shrink[:, None] * target)
+        fitted = u @ (shrink[:, None] * target[:, genes])
         leverage = (u**2 * shrink).sum(axis=1) + 1 / len(known)
-        residual = (expression - centre - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
+        residual = ((expression - centre)[:, genes] - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
         errors.append(float(np.mean(residual**2)))
         shrinkages.append(shrink / np.where(s > 0, s, 1.0))
     slope = vt.T @ (shrinkages[int(np.argmin(errors))][:, None] * target)
@@ -175,7 +176,7 @@ def _by_neighbours(
     spots: Spots,
     options: Sequence[float],
     n_neighbours: int,
-    predict: Callable[[np.ndarray, np.ndarray, Any], np.ndarray],
+    predict: Callable[[np.ndarray, np.ndarray, np.ndarray, Any], np.ndarray],
 ) -> np.ndarray:
     """Predict from the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
     tree = cKDTree(spots.xyz[spots.known])
@@ -187,15 +188,22 @@ def _by_neighbours(
         others = found != np.arange(n_known)[:, None]
         others[others.all(axis=1), -1] = False  # spots at the same place can displace the spot itself
         distance, found = (a[others].reshape(n_known, k - 1) for a in (distance, found))
-        errors = [np.mean((predict(distance, found, option) - spots.expression) ** 2) for option in options]
+        values = spots.expression[:, _some_genes(spots.expression)]
+        errors = [np.mean((predict(values, distance, found, option) - values) ** 2) for option in options]
         best = options[int(np.argmin(errors))]
     ranks = list(range(1, min(n_neighbours, n_known) + 1))
     result = np.empty((len(spots.xyz), spots.expression.shape[1]))
     for start in range(0, len(result), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
         distance, found = tree.query(spots.xyz[rows], k=ranks)
-        result[rows] = predict(distance, found, best)
+        result[rows] = predict(spots.expression, distance, found, best)
     return result
+
+
+def _some_genes(expression: np.ndarray) -> np.ndarray:
+    """(k,) positions of at most 1000 of the genes, from all parts of their order."""
+    n_genes = expression.shape[1]
+    return np.linspace(0, n_genes - 1, min(n_genes, _MAX_GENES)).astype(int)
 
 
 def _mean_profile(spots: Spots) -> np.ndarray:
