@@ -177,6 +177,11 @@ def test_data_model_and_result_agree(small_stack, quick_params):
     optional = {key for key in documented_keys() if "displacement" in key[1] or key[1].endswith("_aligned")}
     optional |= {key for key in documented_keys() if key[1].endswith("_expression")}  # dense maps, test_dense.py
     optional |= {("obs", Keys.N_PIXELS), ("uns", Keys.PIXNET)}
+    optional |= {
+        ("shapes", "{section}_cells"),
+        ("layers", "matched"),
+        ("uns", "matched"),
+    }  # test_add_cells.py, test_match_sections.py
     optional |= {("layers", Keys.PIXNET), ("obs", Keys.fold(Keys.PIXNET))}  # test_impute_pixnet.py
     assert documented_keys() - optional == written
     text = DATA_MODEL.read_text()

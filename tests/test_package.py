@@ -124,7 +124,11 @@ def test_signatures_follow_the_convention(namespace, function):
     assert len(positional) <= 3
     assert not [p for p in parameters if p.kind is p.VAR_POSITIONAL]
     assert all(p.annotation is not p.empty for p in parameters)
-    if namespace in {"pp", "tl", "pl", "metrics"} and function.__name__ not in {"assemble_stack", "training"}:
+    if namespace in {"pp", "tl", "pl", "metrics"} and function.__name__ not in {
+        "assemble_stack",
+        "read_transformation",
+        "training",
+    }:
         assert positional[0].name == "sdata"
         assert positional[0].default is inspect.Parameter.empty
     # True and False say nothing at the place of call.

@@ -138,7 +138,7 @@ def test_good_pair_is_ok():
         ({"score": 0.3}, "weak", "score"),
         ({"score": 0.1}, "failed", "score"),
         ({"margin": 0.01}, "weak", "margin"),
-        ({"error_um": 150.0}, "weak", "error"),
+        ({"error_um": 200.0}, "weak", "error"),
         ({"displacement_p99": 400.0}, "weak", "moves"),
         ({"scale_max": 1.3}, "failed", "stretches"),
         ({"scale_min": 0.7}, "failed", "stretches"),

@@ -18,6 +18,7 @@ import spatial_impute as si
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.download import fetch
 from spatial_impute.datasets import _her2st
+from spatial_impute.datasets._her2st_files import SHA256
 from spatial_impute.encoders import _resnet, _tellez, _weights
 from spatial_impute.encoders._feature_cache import load_tokens
 
@@ -101,7 +102,7 @@ def test_every_download_is_https_and_has_a_hash():
         assert file.url.startswith("https://")
         assert len(bytes.fromhex(file.sha256)) == 32
     assert _her2st._BASE_URL.startswith("https://")
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in _her2st._SHA256.values())
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in SHA256.values())
     # Nothing else downloads.
     users = {path.name for path in FILES if "import pooch" in path.read_text()}
     assert users == {"download.py", "_settings.py"}

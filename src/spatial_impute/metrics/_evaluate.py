@@ -258,7 +258,9 @@ def _read_layer(
     table: AnnData, key: str, columns: np.ndarray, parts: dict[str, _Part], where: str, *, profile: np.ndarray
 ) -> _Layer:
     values = np.asarray(table.layers[key], dtype=float)[:, columns]
-    values = np.where(np.isnan(values).all(axis=0), profile, values)
+    missing = np.isnan(values).all(axis=0)
+    if not missing.all():
+        values = np.where(missing, profile, values)
     sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
     for part in parts.values():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])

@@ -91,6 +91,10 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
         ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
         of points, deformation included (x, y in the section, x, y in the reference).
 
+    Returns
+    -------
+    ``None``. Writes the file.
+
     Raises
     ------
     KeyError
