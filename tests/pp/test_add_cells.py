@@ -72,3 +72,10 @@ def test_objects_without_area_are_left_out_and_crossed_ones_repaired(small_stack
     assert list(small_stack.shapes["nuclei"].index) == list("cdef")
     assert small_stack.shapes["nuclei"].geometry.is_valid.all()
     assert "2 of 6 objects have no area" in caplog.text
+
+
+@pytest.mark.parametrize("found", ["a: b", {"name": "a: b"}, {"names": ["a", "b"]}])
+def test_classes_of_other_tools_are_read(found):
+    from spatial_impute.pp._add_cells import _class_name
+
+    assert _class_name(found) == "a: b"

@@ -141,3 +141,20 @@ def test_a_cohort_model_is_a_base_on_another_stack(quick_params):
     si.tl.impute_3d(stacks[1], model.cohort, key_added="cohort")  # it has seen this one
     with pytest.raises(ValueError, match="fitted on the measurement of this stack"):
         si.tl.fit_asign(stacks[1], base_layers={"cohort": "independent"}, model_params=quick_params)
+
+
+@pytest.mark.parametrize("key", ["features", "normalization", "X_layer", "spatialdata_attrs"])
+def test_a_prediction_does_not_take_the_name_of_a_record(small_stack, key):
+    table = small_stack.tables["stack"]
+    with pytest.raises(ValueError, match="write over"):
+        si.tl.add_prediction(small_stack, AnnData(np.ones((table.n_obs, 1)), obs=table.obs[[]]), key_added=key)
+
+
+def test_a_gene_whose_id_is_that_of_another_one_is_not_joined_by_name():
+    from spatial_impute.tl import _add_prediction as module
+
+    stack, found = AnnData(np.ones((1, 2))), AnnData(np.ones((1, 1)))
+    stack.var_names, found.var_names, found.var["gene_ids"] = ["A", "B"], ["B"], ["ENSG1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_stack_ids", lambda _: {"A": "ENSG1", "B": "ENSG2"})
+        assert module._columns(None, stack, found).tolist() == [0, -1]

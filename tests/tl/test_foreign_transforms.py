@@ -71,3 +71,14 @@ def test_other_files_are_refused(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=says):
         si.tl.read_transformation(tmp_path / name)
+
+
+@pytest.mark.parametrize("sep", [";", "\t"])
+def test_decimal_commas_and_a_byte_order_mark_are_read(tmp_path, sep):
+    path = tmp_path / "points.csv"
+    path.write_text(
+        "\n".join(sep.join(row) for row in [("100,5", "200,5", "300", "400"), ("1", "2", "3", "4,5")]), "utf-8-sig"
+    )
+    section, reference = si.tl.read_transformation(path)
+    assert section.tolist() == [[100.5, 200.5], [1, 2]]
+    assert reference.tolist() == [[300, 400], [3, 4.5]]

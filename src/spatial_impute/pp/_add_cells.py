@@ -111,9 +111,16 @@ def _read_geojson(path: Path) -> GeoDataFrame:
         msg = f"'{path}' is no GeoJSON file with features: {error!r}."
         raise ValueError(msg) from error
     properties = [feature.get("properties") or {} for feature in features]
-    names = [(part.get("classification") or {}).get("name", "") for part in properties]
+    names = [_class_name(part.get("classification") or {}) for part in properties]
     ids = pd.Index([str(feature.get("id", i)) for i, feature in enumerate(features)])
     return gpd.GeoDataFrame({"class": names} if any(names) else None, geometry=geometry, index=ids)
+
+
+def _class_name(found: Any) -> str:
+    """Name of a class; QuPath lists the names of a class within a class."""
+    if isinstance(found, str):
+        return found
+    return str(found.get("name") or ": ".join(found.get("names", ())))
 
 
 def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:

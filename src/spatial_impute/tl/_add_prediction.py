@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+_RECORDS = (Keys.FEATURES, Keys.NORMALIZATION, Keys.X_LAYER, "spatialdata_attrs")  # of `uns`, for which no layer stands
+
 
 def add_prediction(
     sdata: SpatialData,
@@ -74,7 +76,7 @@ def add_prediction(
     1
     """
     table = stack_table(sdata, table_key)
-    require_slot_key(key_added, name="key_added", taken=(Keys.MEASURED, Keys.ASIGN))
+    require_slot_key(key_added, name="key_added", taken=(Keys.MEASURED, Keys.ASIGN, *_RECORDS))
     if layer is not None:
         require_key(layer, prediction.layers, where="prediction.layers")
     matrix = prediction.X if layer is None else prediction.layers[layer]
@@ -119,7 +121,8 @@ def _columns(sdata: SpatialData, table: AnnData, prediction: AnnData) -> np.ndar
     if ids is not None:
         known = _stack_ids(sdata)
         by_id = ids.get_indexer([known.get(gene, gene) for gene in table.var_names])
-        columns = np.where(by_id >= 0, by_id, columns)  # an id says more than a name
+        columns[np.isin(columns, by_id)] = -1  # of another gene, by its id: an id says more than a name
+        columns = np.where(by_id >= 0, by_id, columns)
     if (columns < 0).all():
         msg = (
             f"`prediction` shares no gene with the stack: its `var_names` are like {list(prediction.var_names[:3])}, genes of "

@@ -169,8 +169,10 @@ def _read_numbers(path: Path) -> np.ndarray:
 def _read_pairs(path: Path) -> np.ndarray:
     """(n, 4) points: x, y in the section and x, y in the reference."""
     rows = []
-    for line in path.read_text().splitlines():
-        cells = [cell.strip().strip('"') for cell in re.split(r"[,;\t]", line)]
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        # Where semicolons or tabs part the cells, a comma is the decimal point of many countries.
+        cells = re.split(r"[;\t]", line.replace(",", ".")) if re.search(r"[;\t]", line) else line.split(",")
+        cells = [cell.strip().strip('"') for cell in cells]
         numbers = _trailing_numbers(cells)
         if "false" in (cell.lower() for cell in cells) or len(numbers) not in (4, 6):
             continue
