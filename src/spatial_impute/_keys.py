@@ -39,6 +39,8 @@ class Keys:
     X_LAYER = "X_layer"  # the layer that X is a copy of
     STATE = "state"  # fingerprints of what a slot was computed from
 
+    NO_RESULT = (MEASURED, FEATURES, NORMALIZATION, X_LAYER, "spatialdata_attrs")  # names that no layer may take
+
     # results
     ASIGN = "asign"
     MATCHED = "matched"

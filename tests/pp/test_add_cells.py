@@ -79,3 +79,12 @@ def test_classes_of_other_tools_are_read(found):
     from spatial_impute.pp._add_cells import _class_name
 
     assert _class_name(found) == "a: b"
+
+
+@pytest.mark.parametrize("key", ["s1_image", "s1_tissue", "s1_tissue_outline", "stack"])
+def test_cells_do_not_take_the_name_of_another_element(small_stack, key):
+    si.pp.segment_tissue(small_stack)
+    before = small_stack[key]
+    with pytest.raises(ValueError, match="would write over data"):
+        si.pp.add_cells(small_stack, "s1", gpd.GeoDataFrame(geometry=SQUARES), key_added=key)
+    assert small_stack[key] is before

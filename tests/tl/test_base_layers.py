@@ -158,3 +158,28 @@ def test_a_gene_whose_id_is_that_of_another_one_is_not_joined_by_name():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_stack_ids", lambda _: {"A": "ENSG1", "B": "ENSG2"})
         assert module._columns(None, stack, found).tolist() == [0, -1]
+
+
+def test_a_rescaled_measurement_is_not_independent(small_stack):
+    table = small_stack.tables["stack"]
+    leak = AnnData(2 * np.nan_to_num(table.layers["measured"]) + 1, obs=table.obs[[]], var=table.var[[]])
+    si.tl.add_prediction(small_stack, leak, key_added="leak")
+    with pytest.raises(ValueError, match=r"follows `layers\['measured'\]`"):
+        si.tl.fit_asign(small_stack, base_layers={"leak": "independent"})
+
+
+def test_add_prediction_refuses_what_is_no_prediction_and_names_of_other_slots(small_stack):
+    table = small_stack.tables["stack"]
+    with pytest.raises(TypeError, match="must be an AnnData"):
+        si.tl.add_prediction(small_stack, table.to_df(layer="measured"), key_added="mine")
+    table.layers["asign"] = table.layers["measured"].copy()
+    with pytest.raises(ValueError, match="would write over data"):
+        si.tl.add_prediction(small_stack, table.copy(), key_added="asign_sd")
+
+
+@pytest.mark.parametrize("key", ["features", "normalization", "X_layer", "spatialdata_attrs"])
+def test_no_result_takes_the_name_of_a_record(small_stack, key):
+    for write in (si.tl.match_sections, si.tl.impute_pixnet):
+        with pytest.raises(ValueError, match="would write over data"):
+            write(small_stack, key_added=key)
+    assert key in small_stack.tables["stack"].uns or key == "X_layer"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
 from spatial_impute._validation import require_key, require_slot_key
@@ -69,7 +70,9 @@ def add_cells(
     record = load_record(sdata)
     require_key(section, record.names, where="the stack's sections")
     key = f"{section}_cells" if key_added is None else key_added
-    require_slot_key(key, name="key_added", taken=[str(one.spots) for one in record.sections])
+    outlines = map(Keys.tissue_outline, record.names)
+    others = [*sdata.images, *sdata.labels, *sdata.points, *sdata.tables, *outlines]
+    require_slot_key(key, name="key_added", taken=[str(one.spots) for one in record.sections] + others)
     image = record[section].image
     size = section_levels(sdata, record[section])[0].shape
     found = _with_area(_outlines(cells, size))

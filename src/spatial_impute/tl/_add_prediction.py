@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-_RECORDS = (Keys.FEATURES, Keys.NORMALIZATION, Keys.X_LAYER, "spatialdata_attrs")  # of `uns`, for which no layer stands
-
 
 def add_prediction(
     sdata: SpatialData,
@@ -59,6 +57,8 @@ def add_prediction(
     ------
     KeyError
         If `prediction` shares no spot or no gene with the stack.
+    TypeError
+        If `prediction` is no AnnData.
     ValueError
         If names are repeated, values are infinite, or `key_added` is taken by another kind of data.
 
@@ -75,8 +75,13 @@ def add_prediction(
     >>> int(np.isfinite(table.layers["mine"]).all(axis=0).sum())
     1
     """
+    from anndata import AnnData
+
     table = stack_table(sdata, table_key)
-    require_slot_key(key_added, name="key_added", taken=(Keys.MEASURED, Keys.ASIGN, *_RECORDS))
+    require_slot_key(key_added, name="key_added", taken=(*Keys.NO_RESULT, Keys.ASIGN, *map(Keys.sd, table.layers)))
+    if not isinstance(prediction, AnnData):
+        msg = f"`prediction` must be an AnnData with a row for each spot, found {type(prediction).__name__}."
+        raise TypeError(msg)
     if layer is not None:
         require_key(layer, prediction.layers, where="prediction.layers")
     matrix = prediction.X if layer is None else prediction.layers[layer]

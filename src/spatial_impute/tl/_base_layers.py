@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
+from spatial_impute._scores import pearson_by_gene
 from spatial_impute._validation import name_list, require_key, require_one_of
 from spatial_impute.tl._provenance import measured_hash
 
@@ -61,6 +62,8 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
     return replace(spots, bases=found, independent=names)
 
 
+_SAME_R = 0.999  # no prediction of a noisy measurement is that good
+
 _WRITERS = {
     HELD_OUT: "impute_pixnet(sdata, key_added={!r})",
     INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
@@ -90,6 +93,8 @@ def _require_independent(name: str, table: AnnData, values: np.ndarray, spots: S
         problem = "comes from a model that was fitted on the measurement of this stack"
     elif same > 0.5:
         problem = f"equals `layers[{Keys.MEASURED!r}]` in {same:.0%} of the values of measured spots"
+    elif np.mean(np.nan_to_num(pearson_by_gene(values[spots.known], spots.expression)) > _SAME_R) > 0.5:
+        problem = f"follows `layers[{Keys.MEASURED!r}]` at the measured spots, with r above {_SAME_R} in most genes"
     else:
         return
     msg = (

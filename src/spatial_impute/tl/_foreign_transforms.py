@@ -97,6 +97,8 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
 
     Raises
     ------
+    FileNotFoundError
+        If the folder of `path` does not exist.
     KeyError
         If the section is not registered.
     ValueError
@@ -112,6 +114,9 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
     (3, 3)
     """
     path, record = Path(path), load_record(sdata)
+    if not path.parent.is_dir():
+        msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
+        raise FileNotFoundError(msg)
     require_one_of(path.suffix.lower(), {".mat", ".tfm", ".txt", ".csv"}, name="end of path")
     transform = load_transform(sdata, record, section)
     if path.suffix.lower() == ".csv":
@@ -168,12 +173,14 @@ def _read_numbers(path: Path) -> np.ndarray:
 
 def _read_pairs(path: Path) -> np.ndarray:
     """(n, 4) points: x, y in the section and x, y in the reference."""
-    rows = []
+    rows: list[list[float]] = []
     for line in path.read_text(encoding="utf-8-sig").splitlines():
         # Where semicolons or tabs part the cells, a comma is the decimal point of many countries.
         cells = re.split(r"[;\t]", line.replace(",", ".")) if re.search(r"[;\t]", line) else line.split(",")
         cells = [cell.strip().strip('"') for cell in cells]
         numbers = _trailing_numbers(cells)
+        if not numbers and not rows:
+            _require_order([cell.lower() for cell in cells], path)
         if "false" in (cell.lower() for cell in cells) or len(numbers) not in (4, 6):
             continue
         if np.isfinite(numbers).all():
@@ -185,6 +192,20 @@ def _read_pairs(path: Path) -> np.ndarray:
         )
         raise ValueError(msg)
     return np.array(rows, float)
+
+
+def _require_order(header: list[str], path: Path) -> None:
+    """Raise a ``ValueError`` for a header whose columns stand in another order than x, y in the section, then in the reference."""
+    section, reference, x, y = (
+        [i for i, name in enumerate(header) if re.search(pattern, name)]
+        for pattern in ("section|moving|source", "reference|fixed|target", "(^|[^a-z])x$", "(^|[^a-z])y$")
+    )
+    if (section and reference and section[0] > reference[0]) or (x and y and x[0] > y[0]):
+        msg = (
+            f"Expected the columns x, y in the section, then x, y in the reference, found {header} in {str(path)!r}. "
+            "Change the order of the columns."
+        )
+        raise ValueError(msg)
 
 
 def _trailing_numbers(cells: list[str]) -> list[float]:

@@ -140,7 +140,7 @@ def impute_3d(
     from spatial_impute.models.asign._model import CohortModel
 
     require_model(model, (AsignModel, AsignPanels), made_by="si.tl.fit_asign(sdata)")
-    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT))
     require_one_of(measured, ("keep", "denoise"), name="measured")
     device = require_device(device)
     record = load_record(sdata)

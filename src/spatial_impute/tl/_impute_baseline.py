@@ -88,7 +88,7 @@ def impute_baseline(
     methods = {**METHODS, **RECIPES}
     require_one_of(method, methods, name="method")
     key = Keys.baseline(method) if key_added is None else key_added
-    require_slot_key(key, name="key_added", taken=(layer, Keys.MEASURED))
+    require_slot_key(key, name="key_added", taken=(layer, *Keys.NO_RESULT))
     record = load_record(sdata)
     features, graph = method in NEEDS_FEATURES, method in NEEDS_GRAPH
     table, spots = read_spots(

@@ -125,7 +125,7 @@ def impute_pixnet(
     n_folds, seed = require_count(n_folds, name="n_folds", least=2), require_count(seed, name="seed", least=0)
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
     block_spacings = require_positive(block_spacings, name="block_spacings")
-    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT))
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)

@@ -69,8 +69,10 @@ def match_sections(
     ------
     KeyError
         If the stack is not registered.
+    TypeError
+        If `choose` is neither True nor False.
     ValueError
-        If fewer than two sections are measured, they have different genes, or they share too few places.
+        If `key_added` names other data, fewer than two sections are measured, they have different genes, or they share too few places.
 
     Examples
     --------
@@ -83,7 +85,10 @@ def match_sections(
     """
     from spatial_impute.models._match import match_sections as match
 
-    require_slot_key(key_added, name="key_added", taken=(layer, Keys.MEASURED))
+    require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT, Keys.ASIGN, Keys.PIXNET))
+    if not isinstance(choose, bool):
+        msg = f"`choose` must be True or False, found {choose!r}."
+        raise TypeError(msg)
     record = load_record(sdata)
     table, spots = read_spots(sdata, table_key=table_key, layer=layer, features=False, graph=False)
     measured = [name for k, name in enumerate(record.names) if (spots.section[spots.known] == k).any()]
