@@ -40,7 +40,7 @@ METHODS = ("knn", "ridge", "cokriging")
 def main() -> None:
     """Run the parts named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["neighbors", "shuffled", "large", "noise"])
+    parser.add_argument("parts", nargs="*", default=["neighbors", "shuffled", "large"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=40)
     options = parser.parse_args()

@@ -85,9 +85,9 @@ class RegistrationParams:
     """Overlap of the tissue masks (Dice) below which the verdict is "weak"."""
     failed_dice: Share = 0.8
     """Overlap of the tissue masks below which the verdict is "failed", unless `partial_tissue`."""
-    max_error: Positive = 150.0
-    """Expected error in um above which the verdict is "weak": half a spot beyond the edge of a spot of an ST array. The
-    expected error is an upper bound: most sections lie better than that."""
+    max_error: Positive = 120.0
+    """Expected error in um above which the verdict is "weak": the size of a spot of an ST array (100 um) and a fifth, because
+    the expected error is an upper bound."""
     partial_tissue: Flag = False
     """Accept sections without a large part of their tissue. A low overlap is then "weak", never "failed"."""
     max_chain_disagreement: Positive = 50.0

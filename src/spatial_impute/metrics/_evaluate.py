@@ -19,6 +19,7 @@ from spatial_impute._scores import (
     structural_similarity,
     summarise,
 )
+from spatial_impute._settings import logger
 from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
 from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
 
@@ -259,7 +260,10 @@ def _read_layer(
 ) -> _Layer:
     values = np.asarray(table.layers[key], dtype=float)[:, columns]
     missing = np.isnan(values).all(axis=0)
-    if not missing.all():
+    if missing.any() and not missing.all():
+        logger.warning(
+            "%d of %d genes of layer %r are NaN; they count as the mean profile", missing.sum(), len(missing), key
+        )
         values = np.where(missing, profile, values)
     sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
     for part in parts.values():

@@ -72,7 +72,8 @@ def match_sections(
     TypeError
         If `choose` is neither True nor False.
     ValueError
-        If `key_added` names other data, fewer than two sections are measured, they have different genes, or they share too few places.
+        If `key_added` names other data, fewer than two sections are measured, they have different genes, or they share too
+        few places.
 
     Examples
     --------

@@ -372,6 +372,17 @@ def test_large_stacks_are_learned_from_regions_and_imputed_whole(small_stack, mo
     assert model.cross_validation.loc["asign", "skill"] > 0
 
 
+def test_blocks_larger_than_the_regions_to_learn_from_are_refused(small_stack, monkeypatch):
+    from spatial_impute.models.asign import _ensemble
+
+    def one_fold(spots, **_options):
+        return np.flatnonzero(~spots.known | (np.cumsum(spots.known) == 1))
+
+    monkeypatch.setattr(_ensemble, "training_rows", one_fold)
+    with pytest.raises(ValueError, match="Lower `block_spacings`"):
+        si.tl.fit_asign(small_stack, model_params=SMALL)
+
+
 def test_a_model_that_lacks_a_part_is_refused_when_loaded(model, tmp_path):
     """As one saved by a version that did not have it."""
     incomplete = copy.copy(model)

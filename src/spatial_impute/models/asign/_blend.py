@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +29,7 @@ class KnownTruth:
     values: np.ndarray  # (n_known, g)
     folds: np.ndarray  # (n_known,)
     weight: np.ndarray  # (n_known,) of each spot
-    unused: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # by method: (g,) True for genes that it says nothing of
+    gated: frozenset[str] = frozenset()  # methods that are used only for genes that they predict better than chance
 
     def blend(self, held_out: dict[str, np.ndarray], experts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(g, k) weights of the experts, and the blend of their held-out predictions with the weights of other folds."""
@@ -41,11 +39,18 @@ class KnownTruth:
             centre[own] = self.values[~own].mean(axis=0)
             scale[own] = np.maximum(self.values[~own].std(axis=0), 1e-3)
         deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-        none = np.zeros(self.values.shape[1], dtype=bool)
-        used = ~np.stack([self.unused.get(name, none) for name in experts])
-        deviations *= used[:, None]
-        weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight)
-        return weights * used.T, centre + blended * scale
+        used = self._used(held_out, experts)
+        weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight, used)
+        return weights, centre + blended * scale
+
+    def _used(self, held_out: dict[str, np.ndarray], experts: list[str]) -> np.ndarray:
+        """(folds + 1, k, g) genes for which an expert is used: as the other folds say, for each fold; as all say, the last."""
+        parts = [*(self.folds != code for code in np.unique(self.folds)), np.ones(len(self.folds), dtype=bool)]
+        used = np.ones((len(parts), len(experts), self.values.shape[1]), dtype=bool)
+        for k, name in enumerate(experts):
+            if name in self.gated:
+                used[:, k] = [predictable_genes(held_out[name][p], self.values[p], self.folds[p]) for p in parts]
+        return used
 
 
 def held_out_results(held_out: dict[str, np.ndarray], known: KnownTruth, var_names: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +77,11 @@ def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, f
 
 
 def blend_weights(
-    predictions: np.ndarray, truth: np.ndarray, folds: np.ndarray, spot_weights: np.ndarray | None = None
+    predictions: np.ndarray,
+    truth: np.ndarray,
+    folds: np.ndarray,
+    spot_weights: np.ndarray | None = None,
+    used: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Non-negative weights of several predictions for every gene, (g, k), and the blend with weights of the other folds.
 
@@ -86,6 +95,8 @@ def blend_weights(
         (k, n, g) and (n, g) as deviations from the mean profile, in units comparable between genes.
     folds, spot_weights
         (n,) fold of each spot, and weight of its squared error (1 by default).
+    used
+        (folds + 1, k, g) False where a prediction gets no weight: in each fold, and in the weights from all folds.
     """
     # A network that returned to the mean differs from it by rounding, which must not get a weight.
     predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)
@@ -94,10 +105,17 @@ def blend_weights(
     sums = [_products(predictions[:, own], truth[own], w[own]) for own in rows]
     gram, moment = (np.stack(parts) for parts in zip(*sums, strict=True))  # (fold, g, k, k) and (fold, g, k)
 
+    if used is None:
+        used = np.ones((len(rows) + 1, len(predictions), truth.shape[1]), dtype=bool)
+    allowed = used.transpose(0, 2, 1)
+
+    def solve(gram: np.ndarray, moment: np.ndarray, own: np.ndarray, strength: float) -> np.ndarray:
+        return _gene_weights(gram * own[:, :, None] * own[:, None], moment * own, strength) * own
+
     def without_fold(strength: float) -> np.ndarray:
         """(fold, g, k) weights from all other folds."""
-        others = zip(gram.sum(axis=0) - gram, moment.sum(axis=0) - moment, strict=True)
-        return np.stack([_gene_weights(*products, strength) for products in others])
+        others = zip(gram.sum(axis=0) - gram, moment.sum(axis=0) - moment, allowed[:-1], strict=True)
+        return np.stack([solve(*products, strength) for products in others])
 
     def error(weights: np.ndarray) -> float:
         """Squared error, less that of the mean, which is the same for all weights."""
@@ -108,11 +126,11 @@ def blend_weights(
     alone = [error(np.broadcast_to(one, moment.shape)) for one in np.eye(len(predictions))]
     best = int(np.argmin(alone))
     if error(candidates[strength]) >= alone[best]:
-        return np.tile(np.eye(len(predictions))[best], (truth.shape[1], 1)), predictions[best]
+        return np.eye(len(predictions))[best] * allowed[-1], predictions[best]
     blended = np.empty(truth.shape)
     for own, weights in zip(rows, candidates[strength], strict=True):
         blended[own] = np.einsum("kng,gk->ng", predictions[:, own], weights)
-    return _gene_weights(gram.sum(axis=0), moment.sum(axis=0), strength), blended
+    return solve(gram.sum(axis=0), moment.sum(axis=0), allowed[-1], strength), blended
 
 
 def _products(predictions: np.ndarray, truth: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

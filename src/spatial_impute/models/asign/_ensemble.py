@@ -140,9 +140,15 @@ def _training_part(spots: Spots, params: AsignParams, seed: int) -> tuple[Spots,
     """Spots to learn from, and their folds: those of the whole stack, because base layers were made without these."""
     folds = spatial_folds(spots, **_blocks(params, seed))
     rows = training_rows(spots, max_known=_MAX_KNOWN, seed=seed)
-    within = [fold[rows] for fold in folds if fold[rows].any()]
-    if len(rows) == len(spots.known) or len(within) < 2:  # regions smaller than the blocks of a fold
+    if len(rows) == len(spots.known):
         return spots, folds
+    within = [fold[rows] for fold in folds if fold[rows].any()]
+    if len(within) < 2:  # all spots instead would take memory with the square of their number
+        msg = (
+            f"Blocks of `block_spacings={params.block_spacings:g}` are larger than the regions that the model learns from (at "
+            f"most {_MAX_KNOWN} measured spots together). Lower `block_spacings`; the default is 2."
+        )
+        raise ValueError(msg)
     return spots.take(rows), within
 
 

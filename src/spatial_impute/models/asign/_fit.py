@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from spatial_impute._scores import pearson_by_gene, predictable_genes
+from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import (
     METHODS,
@@ -34,7 +34,7 @@ from spatial_impute.models.asign._intervals import (
     spot_scale,
 )
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
-from spatial_impute.models.asign._outside import recalibrate, unrelated_genes
+from spatial_impute.models.asign._outside import recalibrate
 from spatial_impute.models.asign._training import regimes
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ class _HeldOut:
         # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
         best = rows[min(error, key=error.__getitem__)]
         weight = counting_weights(best - truth, np.concatenate([s.counting_noise for s in data.stacks]))
-        layers, unused = _base_layers(data)
-        known = KnownTruth(truth, data.fold_of_spot, weight, unused)
-        return cls(data, known, rows | layers, error, kriged, support)
+        known = KnownTruth(truth, data.fold_of_spot, weight, data.stacks[0].independent)
+        return cls(data, known, rows | _base_layers(data), error, kriged, support)
 
     @property
     def best_r(self) -> np.ndarray:
@@ -183,7 +182,7 @@ def _trial_errors(networks: NetworkFit, runs: Runs, held_out: _HeldOut) -> np.nd
     """(m,) squared error of the blend of the networks with other methods at the spots of the trial folds."""
     found, known = networks.held_out(runs, networks.trials), held_out.known
     seen = np.isfinite(found).all(axis=1)
-    part = KnownTruth(known.values[seen], known.folds[seen], known.weight[seen], known.unused)
+    part = KnownTruth(known.values[seen], known.folds[seen], known.weight[seen], known.gated)
     rows = {name: held_out.rows[name][seen] for name in held_out.blended} | {NETWORK: found[seen]}
     _, blended = part.blend(rows, list(rows))
     return part.weight * np.mean((blended - part.values) ** 2, axis=1)
@@ -203,17 +202,15 @@ def _better_base(errors: dict[str, np.ndarray]) -> str:
     return first
 
 
-def _base_layers(data: TrainingSet) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(n_known, g) held-out predictions by base layers, and (g,) genes that those from elsewhere do not predict."""
-    rows, unused = {}, {}
+def _base_layers(data: TrainingSet) -> dict[str, np.ndarray]:
+    """(n_known, g) held-out predictions by base layers."""
+    rows = {}
     for name in data.stacks[0].bases or {}:
-        if name not in data.stacks[0].independent:
+        if name in data.stacks[0].independent:
+            rows[name] = _predict_held_out(data, partial(recalibrate, name=name), lambda: None)
+        else:
             rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
-            continue
-        rows[name] = _predict_held_out(data, partial(recalibrate, name=name), lambda: None)
-        unused[name] = np.all([unrelated_genes(spots, name) for spots in data.stacks], axis=0)
-        unused[name] |= ~predictable_genes(rows[name], data.truth, data.fold_of_spot)
-    return rows, unused
+    return rows
 
 
 def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:

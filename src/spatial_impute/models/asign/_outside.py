@@ -27,11 +27,6 @@ def recalibrate(spots: Spots, name: str) -> np.ndarray:
     return spots.expression.mean(axis=0) + _slope(known, spots.expression) * centred
 
 
-def unrelated_genes(spots: Spots, name: str) -> np.ndarray:
-    """(g,) True for genes of slope 0: absent from an outside prediction, constant, or not rising with the measurement."""
-    return _slope(_centred(spots, name)[spots.known], spots.expression) == 0
-
-
 def _centred(spots: Spots, name: str) -> np.ndarray:
     """(n, g) outside prediction minus its mean in each section."""
     values = np.array(given(spots.bases)[name], dtype=np.float64)
