@@ -34,6 +34,7 @@ registration: rigid
 methods: [mean, kernel, asign]
 plot_genes: [texture_3, TP53]
 asign: {n_steps: 5, width: 8, n_heads: 2, n_folds: 2}
+workers: 1
 """
 
 

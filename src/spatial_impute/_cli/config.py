@@ -240,6 +240,7 @@ class RunConfig:
         default_factory=dict
     )
     device: Name | None = None
+    workers: Annotated[Whole, Field(gt=0, description="a positive whole number of processes")] | None = None
     seed: Natural = 0
 
     @model_validator(mode="before")

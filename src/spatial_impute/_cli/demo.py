@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import spatial_impute as si
+from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 
@@ -38,12 +39,13 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     sdata, truth, genes = _load(data)
-    si.tl.register_stack(sdata)
-    si.pp.extract_features(sdata)
-    si.tl.build_3d_graph(sdata)
-    for method in _BASELINES:
-        si.tl.impute_baseline(sdata, method)
-    model = si.tl.fit_asign(sdata)
+    with local_workers():
+        si.tl.register_stack(sdata)
+        si.pp.extract_features(sdata)
+        si.tl.build_3d_graph(sdata)
+        for method in _BASELINES:
+            si.tl.impute_baseline(sdata, method)
+        model = si.tl.fit_asign(sdata)
     si.tl.impute_3d(sdata, model)
     scores = si.metrics.evaluate(sdata, truth)
 

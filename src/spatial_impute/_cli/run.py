@@ -15,6 +15,7 @@ from spatial_impute._cli.config import ConfigError, in_words_of_file
 from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
+from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._cli.config import RunConfig, SectionConfig
+    from spatial_impute.models.asign._model import AsignModel
+    from spatial_impute.models.asign._panels import AsignPanels
 
 _N_PLOT_GENES = 4
 _OF_SECTIONS = (
@@ -90,24 +93,8 @@ def run(config: RunConfig) -> Path:
     started = time.perf_counter()
     figures = _prepare(config.output)
     sdata = assemble(config)
-    si.tl.register_stack(sdata, reference=config.reference, method=config.registration, seed=config.seed)
-    si.pp.extract_features(sdata, config.encoder, device=config.device, cache_dir=config.output / "features")
-    si.tl.build_3d_graph(sdata)
-    baselines = [method for method in config.methods if method != Keys.ASIGN]
-    for method in baselines:
-        si.tl.impute_baseline(sdata, method)
-    model, layer = None, Keys.ASIGN if Keys.ASIGN in config.methods else Keys.baseline(baselines[-1])
-    if layer == Keys.ASIGN:
-        model = si.tl.fit_asign(sdata, model_params=config.asign, device=config.device, seed=config.seed)
-        si.tl.impute_3d(sdata, model, device=config.device)
-        model.save(config.output / "asign_model", overwrite=True)
-    scores = None
-    if config.cross_validate or (config.cross_validate is None and model is None):
-        scores = si.tl.cross_validate(
-            sdata, config.methods, model_params=config.asign, device=config.device, seed=config.seed
-        )
-    elif model is not None:
-        scores = model.cross_validation
+    with local_workers(config.workers, config.device):
+        model, layer, scores = _impute(sdata, config)
     results = Results(
         sdata=sdata,
         scores=scores,
@@ -121,6 +108,26 @@ def run(config: RunConfig) -> Path:
     report = write_report(results, config.output)
     logger.info("Wrote %s in %.0f s", report, results.seconds)
     return report
+
+
+def _impute(sdata: SpatialData, config: RunConfig) -> tuple[AsignModel | AsignPanels | None, str, pd.DataFrame | None]:
+    """Take all steps from the registration to the imputation: model, layer with the result, scores of the methods."""
+    options: dict[str, Any] = {"device": config.device, "seed": config.seed}
+    si.tl.register_stack(sdata, reference=config.reference, method=config.registration, seed=config.seed)
+    si.pp.extract_features(sdata, config.encoder, device=config.device, cache_dir=config.output / "features")
+    si.tl.build_3d_graph(sdata)
+    baselines = [method for method in config.methods if method != Keys.ASIGN]
+    for method in baselines:
+        si.tl.impute_baseline(sdata, method)
+    model, layer = None, Keys.ASIGN if Keys.ASIGN in config.methods else Keys.baseline(baselines[-1])
+    if layer == Keys.ASIGN:
+        model = si.tl.fit_asign(sdata, model_params=config.asign, **options)
+        si.tl.impute_3d(sdata, model, device=config.device)
+        model.save(config.output / "asign_model", overwrite=True)
+    scores = None if model is None else model.cross_validation
+    if config.cross_validate or (config.cross_validate is None and model is None):
+        scores = si.tl.cross_validate(sdata, config.methods, model_params=config.asign, **options)
+    return model, layer, scores
 
 
 def assemble(config: RunConfig) -> SpatialData:

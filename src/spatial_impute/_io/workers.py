@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from spatial_impute._settings import logger, progress
+from spatial_impute._settings import logger, progress, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Below this many numbers per layer, threads wait for each other longer than they compute.
 _WORTH_THREADS = 500_000
+_MAX_WORKERS = 5
 
 
 def requested_threads() -> AbstractContextManager[None]:
@@ -120,16 +122,50 @@ def _send(client: Any, tasks: Iterable[tuple], *, broadcast: bool) -> dict[int, 
     return shared
 
 
-def run_all(function: Callable, tasks: list[tuple], label: str, *, show: bool | None = None) -> list[Any]:
-    """Results of ``function(*task)``, in the order of the tasks.
+def run_tasks(function: Callable, tasks: list[tuple], on_done: Callable[[], Any] = lambda: None) -> list[Any]:
+    """Results of ``function(*task)``, in the order of the tasks, on the workers of a dask client if there is one.
 
-    The functions are pure, so the result does not depend on where they run.
+    The functions are pure, so the result does not depend on where they run. `on_done` is called after each task.
     """
     client = active_client()
-    if client is None:
-        return [function(*task) for task in progress(tasks, label, show=show)]
+    if client is not None:
+        return run_on_workers(client, function, tasks, on_done=on_done)
+    results = []
+    for task in tasks:
+        results.append(function(*task))
+        on_done()
+    return results
+
+
+def run_all(function: Callable, tasks: list[tuple], label: str, *, show: bool | None = None) -> list[Any]:
+    """As :func:`run_tasks`, with a progress bar."""
     bar = progress(None, label, show=show, total=len(tasks))
     try:
-        return run_on_workers(client, function, tasks, on_done=bar.update)
+        return run_tasks(function, tasks, bar.update)
     finally:
         bar.close()
+
+
+@contextmanager
+def local_workers(n_workers: int | None = None, device: str | None = None) -> Iterator[None]:
+    """Start worker processes of one thread each, which share the work inside the block; one worker is this process.
+
+    By default there is one worker per core, at most five (as many as networks of a fit), and one on a GPU.
+    """
+    if n_workers is None:
+        from dask.system import CPU_COUNT
+
+        n_workers = min(CPU_COUNT, _MAX_WORKERS) if (device or settings.device) == "cpu" else 1
+    if n_workers < 2:
+        yield
+        return
+    import dask
+    from distributed import Client, LocalCluster
+
+    # Workers that return memory to the system after every operation wait for it longer than they compute.
+    keep_memory = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**31}
+    keys = {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in keep_memory.items()}
+    one: dict[str, Any] = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
+    one["silence_logs"] = logging.ERROR  # workers that end late are not the user's concern
+    with dask.config.set(keys), LocalCluster(n_workers=n_workers, **one) as cluster, Client(cluster):
+        yield

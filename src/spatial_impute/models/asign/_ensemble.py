@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from spatial_impute._geometry import plane_tiles
-from spatial_impute._io.workers import suitable_threads
+from spatial_impute._io.workers import active_client, run_on_workers, suitable_threads
 from spatial_impute.models._spots import Spots, block_folds, given, spatial_folds, training_rows
 from spatial_impute.models._storage import load_checkpoint, save_checkpoint
 from spatial_impute.models.asign._graph_inputs import (
@@ -26,7 +26,7 @@ from spatial_impute.models.asign._propagation import KnownGraph
 from spatial_impute.models.asign._training import REGIME_SETTINGS, Batch, TrainingRun, regimes, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -41,6 +41,14 @@ _N_REFITS = 4
 _FEW = 150  # known spots, below which the choice between regimes would be chance
 
 
+def _no_step() -> None:
+    """Progress of a fit on a worker."""
+
+
+def _no_progress(_total: int) -> Callable[[], None]:
+    return _no_step
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """Settings of a fit."""
@@ -49,7 +57,7 @@ class FitSettings:
     seed: int
     device: str
     config: dict[str, Any] = field(default_factory=dict)  # Provenance to store in the model
-    progress: Callable[[int], Callable[[], None]] = lambda _total: lambda: None
+    progress: Callable[[int], Callable[[], None]] = _no_progress
     """Takes the number of steps; returns the function to call after each."""
     checkpoint: Path | None = None  # Folder for finished networks
     start: Sequence[dict[str, Tensor]] = ()  # Weights of networks to start from instead of the base
@@ -174,6 +182,8 @@ class Ensemble:
 Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
 """Training by regime and hidden fold."""
 
+_Parts: TypeAlias = tuple[list[Batch], list[Batch]]
+
 
 @dataclass(frozen=True)
 class NetworkFit:
@@ -207,14 +217,14 @@ class NetworkFit:
         A regime that is worse than another one on the first fold is not tried on the others.
         """
         runs: Runs = {}
-        parts = {k: (self._batches(k), self._held_out(k)) for k in self.trials}
-        for r, candidate in enumerate(self.regimes):
+        parts = cache(self._parts)  # all regimes train on the same
+        for r in range(len(self.regimes)):
             if only not in (None, r):
                 continue
             if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
                 break
-            for k in self.trials:
-                runs[r, k] = self._train_or_load(f"network{k}-{r}", k, candidate, *parts[k])
+            for k, run in self._train_each(r, self.trials, parts):
+                runs[r, k] = run
                 if self.best_regime(runs, [k]) != r:
                     break
         return runs
@@ -223,10 +233,8 @@ class NetworkFit:
         """Train all networks with the best regime of the trials, and predict the hidden folds."""
         chosen, folds = self.best_regime(runs, self.trials), range(self.data.n_folds)
         params, runs = self.regimes[chosen], dict(runs)
-        for k in folds:
-            if (chosen, k) not in runs:
-                batches = self._batches(k), self._held_out(k)
-                runs[chosen, k] = self._train_or_load(f"network{k}-{chosen}", k, params, *batches)
+        left = [k for k in folds if (chosen, k) not in runs]
+        runs |= {(chosen, k): run for k, run in self._train_each(chosen, left, self._parts)}
         own = [runs[chosen, k] for k in folds]
         useful = _is_useful(own)
         kept = -1 if useful else 0
@@ -285,6 +293,28 @@ class NetworkFit:
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
 
+    def _train_each(
+        self, r: int, folds: Sequence[int], parts: Callable[[int], _Parts]
+    ) -> Iterator[tuple[int, TrainingRun]]:
+        """Fold and network of each fold with one regime: one after the other, or together on the workers of a dask client."""
+        params = self.regimes[r]
+        client = active_client()
+        if client is None:
+            for k in folds:
+                yield k, self._train_or_load(f"network{k}-{r}", k, params, *parts(k))
+            return
+        # The progress bar stays here: it advances by a whole network.
+        alone = replace(self, on_step=_no_step, settings=replace(self.settings, progress=_no_progress))
+        done = partial(self._skip_steps, params)
+        yield from zip(
+            folds, run_on_workers(client, _train_fold, [(alone, r, k) for k in folds], on_done=done), strict=True
+        )
+
+    def _skip_steps(self, params: AsignParams) -> None:
+        """Advance the progress by a network that was trained elsewhere."""
+        for _ in range(given(params.n_steps)):
+            self.on_step()
+
     def _train_or_load(
         self,
         name: str,
@@ -300,8 +330,7 @@ class NetworkFit:
         path = None if folder is None else folder / f"{self.name}-{name}.safetensors"
         found = None if path is None else load_checkpoint(path, self.fingerprint)
         if found is not None:
-            for _ in range(given(params.n_steps)):
-                self.on_step()
+            self._skip_steps(params)
             return TrainingRun.from_checkpoint(found)
         n_spots = max(len(spots.known) for spots in self.data.stacks)
         with suitable_threads(n_spots, params.width):
@@ -324,6 +353,10 @@ class NetworkFit:
             # The groups of genes are those of the new data.
             network.load_state_dict(start[k % len(start)] | {"group": self.group})
         return network
+
+    def _parts(self, k: int) -> _Parts:
+        """Batches of the spots that network `k` sees, and of those that it does not."""
+        return self._batches(k), self._held_out(k)
 
     def _batches(self, k: int | None) -> list[Batch]:
         """Batches of all spots that network `k` sees; of all known ones for None."""
@@ -367,6 +400,11 @@ class NetworkFit:
             expression=genes.standardise(spots.expression[of_known]),
             weight=torch.from_numpy(self.weights[i][of_known].astype(np.float32)),
         )
+
+
+def _train_fold(networks: NetworkFit, r: int, k: int) -> TrainingRun:
+    """Network of one fold, on a worker."""
+    return networks._train_or_load(f"network{k}-{r}", k, networks.regimes[r], *networks._parts(k))
 
 
 def _is_useful(runs: list[TrainingRun]) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spatial_impute._io.workers import run_tasks
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import (
@@ -229,16 +230,14 @@ def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple
 
 def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Kriging]]]:
     """Per stack and hidden fold: co-kriging with all image features and, of several sections, with those they share."""
-    result = []
+    tasks: list[tuple] = []
     for i, (spots, folds) in enumerate(zip(data.stacks, data.folds, strict=True)):
         base = TWO_VIEWS if len(np.unique(spots.section)) > 1 else "cokriging"
-        parts = []
         for k in range(len(folds)):
             rest, groups = data.rest(i, k)
-            parts.append(krige_for(rest, base, left_out=groups))
-            on_fold()
-        result.append(parts)
-    return result
+            tasks.append((rest, base, groups))
+    found = iter(run_tasks(krige_for, tasks, on_fold))
+    return [[next(found) for _ in folds] for folds in data.folds]
 
 
 def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> dict[str, np.ndarray]:

@@ -126,7 +126,7 @@ def nested_predictions(
     return LabelPredictions(found, propagated, support)
 
 
-def krige_for(spots: Spots, base: str, *, left_out: np.ndarray | None = None) -> list[Kriging]:
+def krige_for(spots: Spots, base: str, left_out: np.ndarray | None = None) -> list[Kriging]:
     """Co-krigings that a base is the mean of; see ``AsignParams.base``."""
     views = [spots]
     if base == TWO_VIEWS:  # with different errors: all image features, and the components that sections share
