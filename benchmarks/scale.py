@@ -128,13 +128,9 @@ def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
 
 def default_graph(xyz: np.ndarray, section: np.ndarray, features: np.ndarray):
     """3D graph with the defaults of the package."""
-    from spatial_impute._graph import build_graph
+    from spatial_impute._graph import EdgeRules, build_graph
 
-    return build_graph(
-        xyz,
-        section,
-        np.full(len(xyz), 27.5),
-        features,
+    rules = EdgeRules(
         n_neighs=6,
         n_cross_neighs=6,
         max_section_gap=2,
@@ -144,6 +140,7 @@ def default_graph(xyz: np.ndarray, section: np.ndarray, features: np.ndarray):
         similarity_weight=1.0,
         bandwidth=_PITCH,
     )
+    return build_graph(xyz, section, np.full(len(xyz), 27.5), features, rules)
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from scipy import sparse
@@ -46,20 +47,44 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
     return float(np.median(np.concatenate(nearest)))
 
 
+@dataclass(frozen=True)
+class EdgeRules:
+    """Which spots are linked, and the weights of the edges."""
+
+    n_neighs: int
+    """Nearest spots of the same section to link."""
+    n_cross_neighs: int
+    """Nearest spots to link on each other section."""
+    max_section_gap: int
+    """Largest difference of ranks of two linked sections."""
+    max_distance: float
+    """Longest edge across sections, um; similarity edges have no limit."""
+    n_similar: int
+    """Most similar spots to link on each other section, if mutual."""
+    similarity_threshold: float
+    """Cosine from which spots count as similar."""
+    similarity_weight: float
+    """Weight of an edge between spots that look identical, relative to spots at the same place."""
+    bandwidth: float
+    """Standard deviation of the Gaussian that turns distance into weight, um."""
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Spots of one section."""
+
+    rows: np.ndarray  # (m,) rows of the spots, ordered by place
+    xy: np.ndarray  # (m, 2) um
+    tree: cKDTree  # of `xy`
+
+
 def build_graph(
     xyz: np.ndarray,
     section: np.ndarray,
     radius: np.ndarray,
     features: np.ndarray | None,
+    rules: EdgeRules,
     *,
-    n_neighs: int,
-    n_cross_neighs: int,
-    max_section_gap: int,
-    max_distance: float,
-    n_similar: int,
-    similarity_threshold: float,
-    similarity_weight: float,
-    bandwidth: float,
     misplaced: np.ndarray | None = None,
 ) -> SpotGraph:
     """Link spots within sections, across sections where they lie over each other, and where they look alike.
@@ -74,81 +99,65 @@ def build_graph(
         (n,) radii, um.
     features
         (n, d) image features for the similarity edges, comparable across sections; None for none.
-    n_neighs, n_cross_neighs
-        Nearest spots to link in the same section, and in each linked section.
-    max_section_gap
-        Largest difference of ranks of two linked sections.
-    max_distance
-        Longest edge across sections, um (similarity edges have no limit).
-    n_similar
-        Most similar spots to link per linked section, if mutual.
-    similarity_threshold
-        Cosine from which spots count as similar.
-    similarity_weight
-        Weight of an edge between spots that look identical, relative to spots at the same place.
-    bandwidth
-        Standard deviation of the Gaussian that turns distance into weight, um.
+    rules
+        Which spots are linked.
     misplaced
         (k, k) standard deviation, along one axis, of the error of the place of one section on another, um, by rank;
         None for sections exactly in place.
     """
     n = len(xyz)
-    pairs, alike_pairs, cosines = [], [], []
     # By place, not by row: which of several spots at one distance are linked must not depend on the order of rows.
     by_place = np.lexsort((xyz[:, 1], xyz[:, 0]))
     members = {code: by_place[section[by_place] == code] for code in np.unique(section)}
-    trees = {code: cKDTree(xyz[rows, :2]) for code, rows in members.items()}
-    for a, rows_a in members.items():
-        if len(rows_a) > 1:
-            k = min(n_neighs, len(rows_a) - 1)
-            found = trees[a].query(xyz[rows_a, :2], k=k + 1)[1]
-            others = found != np.arange(len(rows_a))[:, None]
-            # The spot itself need not come first, nor come at all, where several lie at one place.
-            others &= np.cumsum(others, axis=1) <= k
-            pairs.append(_pairs(rows_a, rows_a, found, others))
-        for b, rows_b in members.items():
-            if not 0 < b - a <= max_section_gap:
-                continue
-            if n_cross_neighs > 0:
-                found = _cross_pairs(
-                    xyz, rows_a, rows_b, trees[a], trees[b], k=n_cross_neighs, max_distance=max_distance
-                )
-                pairs.extend(found)
-            pairs.extend(_overlap_pairs(rows_a, rows_b, trees[a], trees[b], radius))
-            if features is not None and n_similar > 0:
-                ij, cosine = similar_pairs(features, rows_a, rows_b, n_similar, similarity_threshold)
-                alike_pairs.append(ij)
-                cosines.append(cosine)
+    sections = {code: _Section(rows, xyz[rows, :2], cKDTree(xyz[rows, :2])) for code, rows in members.items()}
+    linked = [(a, b) for (i, a), (j, b) in product(sections.items(), repeat=2) if 0 < j - i <= rules.max_section_gap]
+    pairs = [_neighbor_pairs(part, rules.n_neighs) for part in sections.values() if len(part.rows) > 1]
+    alike, cosine = np.empty((0, 2), dtype=np.int64), np.empty(0)
+    for a, b in linked:
+        if rules.n_cross_neighs > 0:
+            pairs += _cross_pairs(a, b, k=rules.n_cross_neighs, max_distance=rules.max_distance)
+        pairs.append(_overlap_pairs(a, b, radius))
+        if features is not None and rules.n_similar > 0:
+            found, cosines = similar_pairs(features, a.rows, b.rows, rules.n_similar, rules.similarity_threshold)
+            alike, cosine = np.concatenate([alike, found]), np.concatenate([cosine, cosines])
     spatial = _unique_pairs(pairs, n)
-    alike = np.concatenate(alike_pairs) if alike_pairs else np.empty((0, 2), dtype=np.int64)
-    cosine = np.concatenate(cosines) if cosines else np.empty(0)
+    apart = section[spatial[:, 0]], section[spatial[:, 1]]
+    error = np.zeros(len(spatial)) if misplaced is None else misplaced[apart]
+    iou, near = _nearness(xyz, radius, spatial, cross=apart[0] != apart[1], error=error, bandwidth=rules.bandwidth)
+    likeness = rules.similarity_weight * (cosine - rules.similarity_threshold) / (1 - rules.similarity_threshold)
+    weights = _symmetric(spatial, np.maximum(near, 1e-12), n) + _symmetric(alike, np.maximum(likeness, 1e-12), n)
+    weights = weights.tocsr()
+    weights.sort_indices()
+    return SpotGraph(
+        weights=weights.astype(np.float32),
+        distances=_lengths(xyz, weights),
+        overlap=_symmetric(spatial[iou > 0], iou[iou > 0], n).astype(np.float32),
+        similarity=_symmetric(alike, cosine, n).astype(np.float32),
+    )
 
-    step = xyz[spatial[:, 0]] - xyz[spatial[:, 1]]
-    cross = section[spatial[:, 0]] != section[spatial[:, 1]]
+
+def _nearness(
+    xyz: np.ndarray, radius: np.ndarray, pairs: np.ndarray, *, cross: np.ndarray, error: np.ndarray, bandwidth: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Overlap of the discs of each pair, and its weight: the mean over the expected error of the place, (m,) each."""
+    step = xyz[pairs[:, 0]] - xyz[pairs[:, 1]]
     in_plane = np.linalg.norm(step[:, :2], axis=1)
-    discs = radius[spatial[:, 0]], radius[spatial[:, 1]]
+    discs = radius[pairs[:, 0]], radius[pairs[:, 1]]
     iou = np.where(cross, disc_iou(in_plane, *discs), 0.0)
-    error = np.zeros(len(spatial)) if misplaced is None else misplaced[section[spatial[:, 0]], section[spatial[:, 1]]]
     # The mean of a Gaussian over places with a normal error is a wider and lower Gaussian of the same volume.
     wider = 1 + (error / bandwidth) ** 2
     near = np.exp(-0.5 * (in_plane**2 / wider + step[:, 2] ** 2) / bandwidth**2) / wider
     # So is about that of the overlap. A disc has a variance of a quarter of its squared radius along an axis.
     wider = 1 + 4 * error**2 / np.maximum(discs[0] ** 2 + discs[1] ** 2, 1e-12)
     near += np.where(cross, disc_iou(in_plane / np.sqrt(wider), *discs) / wider, 0.0)
-    likeness = similarity_weight * (cosine - similarity_threshold) / (1 - similarity_threshold)
-    weights = _symmetric(spatial, np.maximum(near, 1e-12), n) + _symmetric(alike, np.maximum(likeness, 1e-12), n)
-    weights = weights.tocsr()
-    weights.sort_indices()
+    return iou, near
+
+
+def _lengths(xyz: np.ndarray, weights: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Length of each edge; the same pattern as the weights, also where two spots coincide (explicit zeros)."""
     coo = weights.tocoo()
-    lengths = np.linalg.norm(xyz[coo.row] - xyz[coo.col], axis=1)
-    # The same pattern as the weights, also where two spots coincide (explicit zeros).
-    distances = sparse.csr_matrix((lengths.astype(np.float32), weights.indices, weights.indptr), shape=(n, n))
-    return SpotGraph(
-        weights=weights.astype(np.float32),
-        distances=distances,
-        overlap=_symmetric(spatial[iou > 0], iou[iou > 0], n).astype(np.float32),
-        similarity=_symmetric(alike, cosine, n).astype(np.float32),
-    )
+    lengths = np.linalg.norm(xyz[coo.row] - xyz[coo.col], axis=1).astype(np.float32)
+    return sparse.csr_matrix((lengths, weights.indices, weights.indptr), shape=weights.shape)
 
 
 def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndarray:
@@ -176,36 +185,33 @@ def _pairs(rows_a: np.ndarray, rows_b: np.ndarray, found: np.ndarray, keep: np.n
     return np.column_stack([source, rows_b[found.ravel()[keep.ravel()]]])
 
 
-def _cross_pairs(
-    xyz: np.ndarray,
-    rows_a: np.ndarray,
-    rows_b: np.ndarray,
-    tree_a: cKDTree,
-    tree_b: cKDTree,
-    *,
-    k: int,
-    max_distance: float,
-) -> list[np.ndarray]:
+def _neighbor_pairs(part: _Section, n_neighs: int) -> np.ndarray:
+    """(m, 2) pairs of each spot and its nearest ones in the section."""
+    k = min(n_neighs, len(part.rows) - 1)
+    found = part.tree.query(part.xy, k=k + 1)[1]
+    others = found != np.arange(len(part.rows))[:, None]
+    # The spot itself need not come first, nor come at all, where several lie at one place.
+    others &= np.cumsum(others, axis=1) <= k
+    return _pairs(part.rows, part.rows, found, others)
+
+
+def _cross_pairs(a: _Section, b: _Section, *, k: int, max_distance: float) -> list[np.ndarray]:
     """Nearest spots of each of two sections on the other one, both ways."""
     pairs = []
-    for source, target, tree in ((rows_a, rows_b, tree_b), (rows_b, rows_a, tree_a)):
-        wanted = list(range(1, min(k, len(target)) + 1))
-        length, found = tree.query(xyz[source, :2], k=wanted)
+    for source, target in ((a, b), (b, a)):
+        length, found = target.tree.query(source.xy, k=list(range(1, min(k, len(target.rows)) + 1)))
         keep = length <= max_distance
-        pairs.append(_pairs(source, target, np.where(keep, found, 0), keep))
+        pairs.append(_pairs(source.rows, target.rows, np.where(keep, found, 0), keep))
     return pairs
 
 
-def _overlap_pairs(
-    rows_a: np.ndarray, rows_b: np.ndarray, tree_a: cKDTree, tree_b: cKDTree, radius: np.ndarray
-) -> list[np.ndarray]:
-    """Pairs of spots on two sections whose discs overlap."""
-    reach = float(radius[rows_a].max() + radius[rows_b].max())
-    near = tree_a.sparse_distance_matrix(tree_b, reach, output_type="coo_matrix")
-    i, j = rows_a[near.row], rows_b[near.col]
-    overlapping = near.data < radius[i] + radius[j]
+def _overlap_pairs(a: _Section, b: _Section, radius: np.ndarray) -> np.ndarray:
+    """(m, 2) pairs of spots on two sections whose discs overlap."""
+    reach = float(radius[a.rows].max() + radius[b.rows].max())
+    near = a.tree.sparse_distance_matrix(b.tree, reach, output_type="coo_matrix")
+    i, j = a.rows[near.row], b.rows[near.col]
     # Coinciding centres have distance 0, which a sparse matrix still stores explicitly.
-    return [np.column_stack([i, j])[overlapping]]
+    return np.column_stack([i, j])[near.data < radius[i] + radius[j]]
 
 
 def _unique_pairs(pairs: list[np.ndarray], n: int) -> np.ndarray:

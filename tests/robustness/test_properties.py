@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import spatial_impute as si
 from spatial_impute._geometry import apply_affine, disc_iou
-from spatial_impute._graph import build_graph, typical_spacing
+from spatial_impute._graph import EdgeRules, build_graph, typical_spacing
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign._baselines import METHODS
@@ -46,11 +46,7 @@ def random_spots(seed: int, n: int) -> dict:
 
 def graph_of(xyz, section, radius, features, scale: float = 1.0):
     spacing = typical_spacing(xyz, section)
-    return build_graph(
-        xyz,
-        section,
-        radius,
-        features,
+    rules = EdgeRules(
         n_neighs=4,
         n_cross_neighs=3,
         max_section_gap=2,
@@ -60,6 +56,7 @@ def graph_of(xyz, section, radius, features, scale: float = 1.0):
         similarity_weight=1.0,
         bandwidth=spacing,
     )
+    return build_graph(xyz, section, radius, features, rules)
 
 
 def spots_of(parts: dict, known: np.ndarray, values: np.ndarray, graph) -> Spots:

@@ -8,7 +8,7 @@ import pytest
 
 import spatial_impute as si
 from spatial_impute._geometry import disc_iou
-from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
+from spatial_impute._graph import EdgeRules, build_graph, standardise_by_section, typical_spacing
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -37,7 +37,8 @@ def sections(n: int = 5, n_sections: int = 3) -> tuple[np.ndarray, np.ndarray, n
 
 
 def build(xyz, section, radius, features=None, **changes):
-    return build_graph(xyz, section, radius, features, **(OPTIONS | changes))
+    misplaced = changes.pop("misplaced", None)
+    return build_graph(xyz, section, radius, features, EdgeRules(**(OPTIONS | changes)), misplaced=misplaced)
 
 
 def dense(matrix: sparse.csr_matrix) -> np.ndarray:

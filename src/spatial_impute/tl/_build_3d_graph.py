@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from spatial_impute._graph import build_graph, standardise_by_section, typical_spacing
+from spatial_impute._graph import EdgeRules, build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import StackRecord
 
 
+_LENGTHS = ("max_distance", "bandwidth")
 _MEDIAN_ERROR = float(np.sqrt(2 * np.log(2)))  # median length of a vector with two standard normal components
 
 
@@ -129,38 +131,23 @@ def build_3d_graph(
         )
         require_finite(np.asarray(table.obsm[use_rep]), name=f"{where}[{use_rep!r}]", row_names=table.obs_names)
     require_slot_key(key_added, name="key_added")
-    n_neighs = require_count(n_neighs, name="n_neighs")
-    max_section_gap = require_count(max_section_gap, name="max_section_gap")
-    n_cross_neighs = require_count(n_cross_neighs, name="n_cross_neighs", least=0)
-    n_similar = require_count(n_similar, name="n_similar", least=0)
-    if similarity_weight != 0:
-        similarity_weight = require_positive(similarity_weight, name="similarity_weight")
-    if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
-        msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
-        raise ValueError(msg)
     section = section_ranks(table, record.names)
-    require_current(sdata, record, table, features=use_rep in Keys.LEVELS, measured=False)
     spacing = typical_spacing(xyz, section)
-    max_distance = (
-        3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
-    )
-    features = None if use_rep is None else standardise_by_section(np.asarray(table.obsm[use_rep]), section)
-
-    graph = build_graph(
-        xyz,
-        section,
-        _radii(sdata, record, table),
-        features,
-        n_neighs=n_neighs,
-        n_cross_neighs=n_cross_neighs,
-        max_section_gap=max_section_gap,
-        max_distance=max_distance,
-        n_similar=n_similar,
-        similarity_threshold=similarity_threshold,
-        similarity_weight=similarity_weight,
+    rules = EdgeRules(
+        n_neighs=require_count(n_neighs, name="n_neighs"),
+        n_cross_neighs=require_count(n_cross_neighs, name="n_cross_neighs", least=0),
+        max_section_gap=require_count(max_section_gap, name="max_section_gap"),
+        max_distance=3 * spacing
+        if max_distance is None
+        else require_positive(max_distance, name="max_distance", unit="um"),
+        n_similar=require_count(n_similar, name="n_similar", least=0),
+        similarity_threshold=_require_cosine(similarity_threshold, name="similarity_threshold"),
+        similarity_weight=similarity_weight and require_positive(similarity_weight, name="similarity_weight"),
         bandwidth=spacing,
-        misplaced=_misplaced(record),
     )
+    require_current(sdata, record, table, features=use_rep in Keys.LEVELS, measured=False)
+    features = None if use_rep is None else standardise_by_section(np.asarray(table.obsm[use_rep]), section)
+    graph = build_graph(xyz, section, _radii(sdata, record, table), features, rules, misplaced=_misplaced(record))
     lonely = int((np.diff(graph.weights.indptr) == 0).sum())
     if lonely:
         logger.warning("%d of %d spots have no neighbour in the 3D graph", lonely, table.n_obs)
@@ -172,25 +159,23 @@ def build_3d_graph(
         Keys.graph_overlap(key_added): graph.overlap,
         Keys.graph_similarity(key_added): graph.similarity,
     }
+    params = {f"{name}_um" if name in _LENGTHS else name: value for name, value in asdict(rules).items()}
     parameters = {
         "version": version("spatial-impute"),
         "connectivities_key": Keys.connectivities(key_added),
         "distances_key": Keys.distances(key_added),
-        "params": {
-            "n_neighs": n_neighs,
-            "n_cross_neighs": n_cross_neighs,
-            "max_section_gap": max_section_gap,
-            "max_distance_um": max_distance,
-            "n_similar": n_similar,
-            "similarity_threshold": similarity_threshold,
-            "similarity_weight": similarity_weight,
-            "use_rep": "" if use_rep is None else use_rep,
-            "bandwidth_um": spacing,
-        },
+        "params": params | {"use_rep": "" if use_rep is None else use_rep},
         Keys.STATE: graph_state(table, record, use_rep),
     }
     write_slots(table, table_key, {"obsp": slots, "uns": {Keys.neighbors(key_added): parameters}})
     return None
+
+
+def _require_cosine(value: float, *, name: str) -> float:
+    if not isinstance(value, int | float | np.number) or not -1 <= value < 1:
+        msg = f"`{name}` is a cosine and must lie in [-1, 1), found {value!r}."
+        raise ValueError(msg)
+    return float(value)
 
 
 def _misplaced(record: StackRecord) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 
 import spatial_impute as si
-from spatial_impute._graph import build_graph
+from spatial_impute._graph import EdgeRules, build_graph
 from spatial_impute._scores import HALF_WIDTH, pearson_by_gene
 from spatial_impute._settings import logger
 from spatial_impute._stack.spots import read_spots
@@ -418,9 +418,17 @@ def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
     xyz = np.column_stack([100.0 * (column + 0.5 * (row % 2)), 86.6 * row, 0.0 * row])
     features = rng.normal(size=(len(xyz), 4))
     section = np.zeros(len(xyz), dtype=int)
-    options = {"n_cross_neighs": 0, "max_section_gap": 0, "max_distance": 0.0, "n_similar": 0}
-    options |= {"similarity_threshold": 0.5, "similarity_weight": 1.0, "bandwidth": 100.0}
-    graph = build_graph(xyz, section, np.full(len(xyz), 27.5), None, n_neighs=6, **options)
+    rules = EdgeRules(
+        n_neighs=6,
+        n_cross_neighs=0,
+        max_section_gap=0,
+        max_distance=0.0,
+        n_similar=0,
+        similarity_threshold=0.5,
+        similarity_weight=1.0,
+        bandwidth=100.0,
+    )
+    graph = build_graph(xyz, section, np.full(len(xyz), 27.5), None, rules)
     around = sparse.diags(1 / graph.distances.getnnz(axis=1)) @ (graph.distances > 0) @ features
     truth = np.column_stack([features[:, 0], 2.4 * around[:, 1], 0 * features[:, 0]])
     edge = np.ones((graph.weights.nnz, 1))
