@@ -24,7 +24,7 @@ from spatial_impute.models.asign._network import (
     LabelInputs,
     MSAGNet,
 )
-from spatial_impute.models.asign._training import Batch, regimes, training_step
+from spatial_impute.models.asign._training import Batch, Target, regimes, training_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,14 +139,14 @@ def steps(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
     )
     m = n // 5
     labels = LabelInputs(torch.randn(m, N_GENES), torch.randn(m, N_GENES), torch.rand(m, 1))
-    batch = Batch(inputs, labels, torch.randn(m, N_GENES), torch.ones(m))
+    batch = Batch(inputs, labels, Target.of(torch.randn(m, N_GENES)))
     group = torch.arange(N_GENES) % params.n_gene_groups
     network, bare = MSAGNet(WIDTH_OF_TOKEN, group, params), Bare(params)
     adams = [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (network, bare)]
 
     def bare_step() -> None:
         adams[1].zero_grad()
-        nn.functional.mse_loss(bare(batch, group), batch.expression).backward()
+        nn.functional.mse_loss(bare(batch, group), batch.target.centred).backward()
         adams[1].step()
 
     return lambda: training_step(network, adams[0], batch, params), bare_step

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from spatial_impute.models import AsignParams
 from spatial_impute.models.asign._network import N_EDGE_FEATURES, N_EDGE_TYPES, Edges, GraphInputs, LabelInputs, MSAGNet
-from spatial_impute.models.asign._training import Batch, train
+from spatial_impute.models.asign._training import Batch, Target, train
 
 N, D, G = 10, 4, 3
 
@@ -33,21 +33,17 @@ def batch(k):
     fields = torch.randn(N, 2, D), torch.randn(N, 2, D)
     x = GraphInputs(torch.randn(N, D), *fields, (edges,) * N_EDGE_TYPES, reach=(m,))
     labels = LabelInputs(torch.randn(m, G), torch.randn(m, G), torch.rand(m, 1))
-    return Batch(x, labels, torch.randn(m, G), torch.ones(m))
+    return Batch(x, labels, Target.of(torch.randn(m, G)))
 
 def run():
     return train(build, [batch(0), batch(1)], [], PARAMS, seed=0).state
 
 if __name__ == "__main__":
-    from spatial_impute.models.asign._training import correlation_loss
-
     # What one step on the mean of both gradients gives.
     torch.manual_seed(0)
     net = build()
     for k in (0, 1):
-        e = batch(k)
-        p = e.predict(net)
-        ((p - e.expression).square().mean() + 0.5 * correlation_loss(p, e.expression)).div(2).backward()
+        batch(k).loss(net, PARAMS).div(2).backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.0).step()
 

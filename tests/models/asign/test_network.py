@@ -10,7 +10,7 @@ import torch
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models.asign import _network
 from spatial_impute.models.asign._network import N_EDGE_FEATURES, N_EDGE_TYPES, Edges, GraphInputs, LabelInputs, MSAGNet
-from spatial_impute.models.asign._training import correlation_loss
+from spatial_impute.models.asign._training import Target, correlation_loss
 
 N, T, D, G = 12, 5, 7, 6
 
@@ -174,6 +174,30 @@ def test_correlation_loss_is_one_minus_pearson():
     torch.testing.assert_close(correlation_loss(true[:, :2], true[:, :2], same), torch.tensor(0.0), atol=1e-6, rtol=0)
     tiny = 1e-3 * true[:, :2]
     torch.testing.assert_close(correlation_loss(tiny, tiny, same), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_losses_from_sums_are_those_from_differences():
+    """Both losses, and their gradient, by their definition in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    true = 3 + torch.randn(40, 5, generator=generator)
+    predicted = (0.4 * true + torch.randn(40, 5, generator=generator)).requires_grad_()
+    weight = 0.2 + torch.rand(40, generator=generator)
+    found = Target.of(true, weight).losses(predicted)
+    (gradient,) = torch.autograd.grad(sum(found), predicted)
+
+    other = predicted.detach().double().requires_grad_()
+    difference = other - true.double()
+    squared = (weight.double()[:, None] * difference.square()).mean()
+    both = torch.stack([other, true.double().expand_as(other)])
+    centred = both - torch.einsum("m,kmg->kg", weight.double() / weight.double().sum(), both)[:, None]
+    (pp, pt, tt) = (
+        torch.einsum("m,mg,mg->g", weight.double(), centred[i], centred[j]) for i, j in ((0, 0), (0, 1), (1, 1))
+    )
+    correlation = (1 - pt / (pp * tt).sqrt()).mean()
+    (expected,) = torch.autograd.grad(squared + correlation, other)
+    torch.testing.assert_close(found[0].double(), squared, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1].double(), correlation, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_correlation_loss_counts_a_spot_of_weight_two_twice():

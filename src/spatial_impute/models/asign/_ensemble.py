@@ -23,7 +23,7 @@ from spatial_impute.models.asign._graph_inputs import (
 )
 from spatial_impute.models.asign._network import MSAGNet
 from spatial_impute.models.asign._propagation import KnownGraph
-from spatial_impute.models.asign._training import REGIME_SETTINGS, Batch, TrainingRun, regimes, train
+from spatial_impute.models.asign._training import REGIME_SETTINGS, Batch, Target, TrainingRun, regimes, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -397,8 +397,10 @@ class NetworkFit:
             inputs=graph_inputs(spots, params, targets=targets),
             fields=fields,
             labels=labels.inputs(genes, rows),
-            expression=genes.standardise(spots.expression[of_known]),
-            weight=torch.from_numpy(self.weights[i][of_known].astype(np.float32)),
+            target=Target.of(
+                genes.standardise(spots.expression[of_known]),
+                torch.from_numpy(self.weights[i][of_known].astype(np.float32)),
+            ),
         )
 
 

@@ -219,7 +219,9 @@ class MSAGNet(nn.Module):
         own = states[:, 0] + self.embed_base(labels.base)
         sequence = self.levels(torch.cat([own[:, None], states[:, 1:]], dim=1) + self.place)
         state = self.dropout(sequence.mean(dim=1))
-        merge = torch.tanh(self.merge(torch.cat([state, labels.support], dim=1)))[:, self.group]  # (m, g)
+        merge = torch.tanh(self.merge(torch.cat([state, labels.support], dim=1)))  # (m, groups)
+        # A product with the membership of the genes, because the gradient of an index is slow.
+        merge = merge @ nn.functional.one_hot(self.group, merge.shape[1]).T.to(merge.dtype)  # (m, g)
         return torch.lerp(labels.base + self.correction(state), labels.propagated, merge), sequence
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,23 +37,64 @@ def regimes(params: AsignParams) -> list[AsignParams]:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Values that a network should predict, in the form that both losses need."""
+
+    weight: Tensor  # (m,) of each spot in the losses
+    centred: Tensor  # (m, g) values around the weighted mean of their gene
+    mean: Tensor  # (g,)
+    variance: Tensor  # (g,)
+    varies: Tensor  # (g,) bool
+
+    @classmethod
+    def of(cls, true: Tensor, weight: Tensor | None = None) -> Target:
+        """Shapes: (m, g), (m,). Without `weight` all spots have the same weight."""
+        weight = torch.ones_like(true[:, 0]) if weight is None else weight
+        share = weight / weight.sum()
+        mean = share @ true
+        centred = true - mean
+        variance = share @ centred.square()
+        largest = true.abs().amax(dim=0)
+        return cls(weight, centred, mean, variance, variance.sqrt() > 1e-6 * largest)  # else only rounding errors
+
+    def to(self, device: str) -> Target:
+        return Target(*(getattr(self, part.name).to(device) for part in fields(self)))
+
+    def errors(self, predicted: Tensor) -> Tensor:
+        """(m,) weighted squared error of each spot, mean over the genes."""
+        return self.weight * (predicted - self.mean - self.centred).square().mean(dim=1)
+
+    def losses(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted squared error, and 1 - weighted Pearson correlation across the spots, means over the genes.
+
+        Both follow from three sums over the spots, so that all genes of a tissue take few operations. A prediction that varies
+        less than a tenth as much as the truth is divided by that tenth: around a constant prediction the correlation is
+        not defined, and its gradient would have no bound.
+        """
+        share = self.weight / self.weight.sum()
+        mean, square = share @ predicted, share @ predicted.square()
+        product = share @ (predicted * self.centred)
+        error = square - 2 * (product + self.mean * mean) + self.variance + self.mean.square()
+        squared = self.weight.mean() * error.mean()
+        if not self.varies.any():
+            return squared, predicted.sum() * 0.0
+        variance, least = (square - mean.square())[self.varies], self.variance[self.varies]
+        r = product[self.varies] / (torch.maximum(variance, 0.01 * least).sqrt() * least.sqrt())
+        return squared, (1.0 - r).mean()
+
+
+@dataclass(frozen=True)
 class Batch:
     """The first m spots of a graph, to predict them, with inputs that do not contain their labels."""
 
     inputs: GraphInputs
     labels: LabelInputs  # (m, ...) predictions from the labels of other spots
-    expression: Tensor  # (m, g) standardised
-    weight: Tensor  # (m,) weight of each of them in the loss
+    target: Target  # standardised expression
     fields: Tensor | None = None  # (2, m, g) mean of expression - base over the region and the global field of each
 
     def to(self, device: str) -> Batch:
-        return Batch(
-            self.inputs.to(device),
-            self.labels.to(device),
-            self.expression.to(device),
-            self.weight.to(device),
-            None if self.fields is None else self.fields.to(device),
-        )
+        fields = None if self.fields is None else self.fields.to(device)
+        return Batch(self.inputs.to(device), self.labels.to(device), self.target.to(device), fields)
 
     def predict(self, network: nn.Module) -> Tensor:
         """(m, g)."""
@@ -62,14 +103,13 @@ class Batch:
     def loss(self, network: nn.Module, params: AsignParams) -> Tensor:
         """Squared error and correlation of the spots, and correlations of their larger fields of view."""
         found = network(self.inputs, self.labels, levels=self.fields is not None)
-        predicted = found if self.fields is None else found[0]
-        loss = (self.weight[:, None] * (predicted - self.expression).square()).mean()
-        loss = loss + params.correlation_weight * correlation_loss(predicted, self.expression, self.weight)
+        squared, correlation = self.target.losses(found if self.fields is None else found[0])
+        loss = squared + params.correlation_weight * correlation
         if self.fields is None:
             return loss
         for level, field in zip(found[1:], self.fields, strict=True):
-            loss = loss + params.auxiliary_weight * correlation_loss(level, field, self.weight)
-            own = correlation_loss(self.labels.base + level, self.expression, self.weight)
+            loss = loss + params.auxiliary_weight * correlation_loss(level, field, self.target.weight)
+            own = self.target.losses(self.labels.base + level)[1]
             loss = loss + params.consistency_weight * own
         return loss
 
@@ -101,23 +141,11 @@ class TrainingRun:
 
 
 def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> Tensor:
-    """1 - weighted Pearson correlation of each gene across spots, mean over the genes that vary.
-
-    A prediction that varies less than a tenth as much as the truth is divided by that tenth: around a constant prediction
-    the correlation is not defined, and its gradient would have no bound.
+    """1 - weighted Pearson correlation of each gene across spots, mean over the genes that vary; see :class:`Target`.
 
     Shapes: (m, g), (m, g), (m,) -> scalar. Without `weight` all spots have the same weight.
     """
-    weight = torch.ones_like(true[:, 0]) if weight is None else weight
-    share = (weight / weight.sum())[:, None]
-    p = (predicted - (share * predicted).sum(dim=0)) * share.sqrt()
-    t = (true - (share * true).sum(dim=0)) * share.sqrt()
-    t_norm = t.norm(dim=0)
-    varies = t_norm > 1e-6 * true.abs().amax(dim=0)  # a centred constant is only rounding error
-    if not varies.any():
-        return predicted.sum() * 0.0
-    r = (p * t).sum(dim=0) / (torch.maximum(p.norm(dim=0), 0.1 * t_norm) * t_norm).clamp_min(1e-24)
-    return (1.0 - r[varies]).mean()
+    return Target.of(true, weight).losses(predicted)[1]
 
 
 def train(
@@ -184,9 +212,7 @@ def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float
     network.eval()
     with torch.inference_mode():
         found = [batch.predict(network) for batch in held_out]
-    errors = [
-        (b.weight[:, None] * (p - b.expression).square()).mean(dim=1) for p, b in zip(found, held_out, strict=True)
-    ]
+    errors = [batch.target.errors(p) for p, batch in zip(found, held_out, strict=True)]
     return [p.cpu() for p in found], float(torch.cat(errors).mean())
 
 
