@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
@@ -148,7 +149,7 @@ def _read_geojson(path: Path) -> GeoDataFrame:
     from shapely.geometry import shape
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
         features = content["features"] if isinstance(content, dict) else content
         geometry = [shape(feature["geometry"]) if feature["geometry"] else None for feature in features]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

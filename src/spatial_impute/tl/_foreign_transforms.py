@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._io.text import read_text
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, load_transform, section_levels
 from spatial_impute._validation import require_one_of, require_positive
@@ -188,20 +188,9 @@ def _read_itk(path: Path) -> np.ndarray:
     return np.linalg.inv(matrix)
 
 
-def _read_text(path: Path) -> str:
-    """Text in UTF-8, or in UTF-16 with its mark, as Excel and Windows write it."""
-    content = path.read_bytes()
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        msg = f"{str(path)!r} is no text in UTF-8: {error}. Save it as UTF-8."
-        raise ValueError(msg) from error
-
-
 def _read_numbers(path: Path) -> np.ndarray:
     """Matrix of six or nine numbers whose layout tells rows from columns."""
-    text = _read_text(path).strip()
+    text = read_text(path).strip()
     by_column = re.fullmatch(r"matrix\s*\((.*)\)", text, re.DOTALL)
     text = by_column.group(1) if by_column else text
     mark = "]" if text.count("]") > 1 else ";" if ";" in text else "\n"
@@ -229,7 +218,7 @@ def _read_pairs(path: Path) -> np.ndarray:
     pairs: list[list[float]] = []
     header: list[str] = []
     inactive = unread = 0
-    for line in filter(str.strip, _read_text(path).splitlines()):
+    for line in filter(str.strip, read_text(path).splitlines()):
         # Where semicolons or tabs part the cells, a comma is the decimal point of many countries.
         cells = re.split(r"[;\t]", line.replace(",", ".")) if re.search(r"[;\t]", line) else line.split(",")
         cells = [cell.strip().strip('"').lower() for cell in cells]
