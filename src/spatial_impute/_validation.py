@@ -59,7 +59,7 @@ def require_positive(value: float | None, *, name: str, unit: str = "") -> float
         number = float(value)  # type: ignore[arg-type]
     except (OverflowError, TypeError, ValueError):
         number = float("nan")
-    if not np.isfinite(number) or number <= 0:
+    if not np.isfinite(number) or number <= 0 or isinstance(value, bool):
         msg = f"`{name}` must be a positive number{f' ({unit})' if unit else ''}, found {value!r}."
         raise ValueError(msg)
     return number

@@ -376,3 +376,61 @@ def test_open_image_reads_nothing_of_plain_images_but_their_header(tmp_path, mon
     Image.fromarray(picture(1100, 1100)).save(tmp_path / "a.jpg")
     monkeypatch.setattr(reading, "_decode_plain", lambda *_: pytest.fail("decoded"))
     assert open_image(tmp_path / "a.jpg").levels[3].shape == (3, 138, 138)
+
+
+@pytest.mark.parametrize("name", ["scan?.tif", "scan*.tif", "scan [1].tif", "Schnitt ü.tif"])
+def test_names_of_files_are_no_patterns(tmp_path, name):
+    tifffile.imwrite(tmp_path / "scan1.tif", picture(40, 50, dtype=np.uint8)[::-1], photometric="rgb")
+    tifffile.imwrite(tmp_path / name, picture(40, 50), photometric="rgb")
+    found = open_image(tmp_path / name).levels[0].compute()
+    np.testing.assert_array_equal(np.moveaxis(found, 0, -1), picture(40, 50))
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.fromarray(picture(40, 50)).save(tmp_path / "a.png")
+    assert open_image("~/a.png").levels[0].shape == (3, 40, 50)
+
+
+APERIO = "Aperio Image Library v11\r\n50x40 |AppMag = 20|MPP = {}"
+PER_UM = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}  # 0.25 um
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"description": APERIO.format(0.25), **PER_UM}, 0.25),
+        ({"description": APERIO.format(0.2521), **PER_UM}, 0.2521),
+        ({"description": APERIO.format(0.5), **PER_UM}, None),
+        ({"description": APERIO.format("0.5|x = 1|MPP = 0.25")}, None),
+        ({"description": APERIO.format(0.5), "resolution": (72, 72), "resolutionunit": "INCH"}, 0.5),
+        ({"description": APERIO.format(0), **PER_UM}, 0.25),
+        ({"ome": True, "metadata": {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, **PER_UM}, None),
+        ({"ome": True, "metadata": {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}, **PER_UM}, 0.25),
+        ({"ome": True, "metadata": {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}, **PER_UM}, None),
+    ],
+)
+def test_a_tiff_whose_sizes_contradict_each_other_has_none(tmp_path, caplog, monkeypatch, options, expected):
+    monkeypatch.setattr(reading.logger, "propagate", True)
+    tifffile.imwrite(tmp_path / "a.tif", picture(40, 50), photometric="rgb", **{"metadata": None, **options})
+    opened = open_image(tmp_path / "a.tif")
+    assert opened.mpp == (expected if expected is None else pytest.approx(expected))
+    assert ("a.tif contradicts itself" in caplog.text) == (expected is None)
+
+
+def test_two_images_of_the_largest_size_are_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for k in range(2):  # of different descriptions, which are series of their own
+            writer.write(picture(40, 50), photometric="rgb", description=f"image {k}", compression=[None, "zlib"][k])
+    with pytest.raises(ValueError, match=r"'a\.tif' holds 2 images"):
+        open_image(tmp_path / "a.tif")
+
+
+def test_resolutions_of_an_ome_zarr_in_another_order_are_refused(tmp_path):
+    write_ome_zarr(tmp_path / "a.zarr", picture(40, 60), version="0.4", unit="micrometer", scale=0.5)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r+")
+    multiscales = group.attrs["multiscales"]
+    multiscales[0]["datasets"].reverse()
+    group.attrs["multiscales"] = multiscales
+    with pytest.raises(ValueError, match=r"'a\.zarr' lists its resolutions .*expected the finest one first"):
+        open_image(tmp_path / "a.zarr")

@@ -8,6 +8,8 @@ import geopandas as gpd
 import numpy as np
 import pytest
 from shapely.geometry import LineString, Point, Polygon, mapping
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Affine, Identity
 
 import spatial_impute as si
 from spatial_impute._stack import element_affine
@@ -72,6 +74,43 @@ def test_objects_without_area_are_left_out_and_crossed_ones_repaired(small_stack
     assert list(small_stack.shapes["nuclei"].index) == list("cdef")
     assert small_stack.shapes["nuclei"].geometry.is_valid.all()
     assert "2 of 6 objects have no area" in caplog.text
+
+
+def test_empty_objects_are_counted_and_most_of_them_refused(small_stack, tmp_path, caplog, monkeypatch):
+    from spatial_impute._settings import logger
+
+    monkeypatch.setattr(logger, "propagate", True)
+    features = [{"geometry": None}] + [{"geometry": mapping(square)} for square in SQUARES]
+    (tmp_path / "cells.json").write_text(json.dumps(features))
+    si.pp.add_cells(small_stack, "s1", tmp_path / "cells.json")
+    assert list(small_stack.shapes["s1_cells"].index) == ["1", "2", "3"]
+    assert "1 of 4 objects have no area" in caplog.text
+    with pytest.raises(ValueError, match=r"2 of 3 objects in `cells` .* by type {'none': 1, 'Point': 1}"):
+        si.pp.add_cells(small_stack, "s1", [None, Point(1, 1), SQUARES[0]])
+
+
+@pytest.mark.parametrize("kind", ["list", "series", "array"])
+def test_plain_outlines_are_taken(small_stack, mpp, kind):
+    series = gpd.GeoSeries(SQUARES, index=list("abc"))
+    si.pp.add_cells(small_stack, "s1", {"list": SQUARES, "series": series, "array": series.to_numpy()}[kind])
+    np.testing.assert_allclose(centers(small_stack)[0], np.array([105, 60]) * mpp)
+    assert list(small_stack.shapes["s1_cells"].index) == (list("abc") if kind == "series" else [0, 1, 2])
+
+
+@pytest.mark.parametrize("system", ["s1", "global"])
+def test_shapes_of_another_object_lie_where_they_say(small_stack, mpp, system):
+    """In um of the section, by their own transformation, or in pixels without one."""
+    place = Affine([[0, 2, 7], [3, 0, 5], [0, 0, 1]], ("x", "y"), ("x", "y")) if system == "s1" else Identity()
+    shapes = ShapesModel.parse(gpd.GeoDataFrame(geometry=SQUARES), transformations={system: place})
+    si.pp.add_cells(small_stack, "s1", shapes)
+    expected = [2 * 60 + 7, 3 * 105 + 5] if system == "s1" else np.array([105, 60]) * mpp
+    np.testing.assert_allclose(centers(small_stack)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [bool, float])
+def test_masks_and_labels_of_other_types_are_refused_with_the_way_out(small_stack, dtype):
+    with pytest.raises(TypeError, match=rf"found ndarray of {np.dtype(dtype)} .*skimage\.measure\.label"):
+        si.pp.add_cells(small_stack, "s1", as_labels(small_stack).astype(dtype))
 
 
 @pytest.mark.parametrize("found", ["a: b", {"name": "a: b"}, {"names": ["a", "b"]}])

@@ -743,3 +743,33 @@ def test_slides_of_wsidata_are_sections():
     sdata = si.pp.assemble_stack(slides, section_spacing=5)
     assert sdata.images["a_image"].shape == (3, 200, 260)
     assert [s.mpp for s in load_record(sdata).sections] == [0.5, 0.5]
+
+
+def test_a_series_of_pandas_is_read_by_its_names():
+    scans = {name: image(seed=k) for k, name in enumerate("abc")}
+    names = list("cab")
+    heights, mpp = pd.Series([0.0, 20.0, 10.0], names), pd.Series([4.0, 1.0, 2.0], names)
+    record = load_record(si.pp.assemble_stack(pd.Series(scans), z=heights, mpp=mpp))
+    assert [section.z for section in record.sections] == [20, 10, 0]
+    assert [section.mpp for section in record.sections] == [1, 2, 4]
+    by_place = load_record(si.pp.assemble_stack(scans, z=pd.Series([0.0, 5.0, 7.0]), mpp=1))
+    assert [section.z for section in by_place.sections] == [0, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.ma.masked_less(image(), 10), r"\d+ values of its array are masked"),
+        (xr.DataArray(image(), dims=("y", "x", "band")), r"found \('y', 'x', 'band'\).*rename"),
+        (xr.DataArray(image(), dims=("lat", "lon", "c")), r"expected the dimensions c, y and x"),
+        ((image().astype(int) - 128).astype(np.int8), r"of the pixels of the image are negative"),
+    ],
+)
+def test_arrays_that_are_no_picture_as_they_are_are_refused(array, says):
+    with pytest.raises(ValueError, match=says):
+        si.pp.segment_tissue(si.pp.assemble_stack({"a": array}, mpp=1, section_spacing=1))
+
+
+def test_true_is_no_pixel_size():
+    with pytest.raises(ValueError, match="must be a positive number"):
+        si.pp.assemble_stack({"a": image()}, mpp=True, section_spacing=1)

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 
+import anndata as ad
 import geopandas as gpd
 import h5py
 import numpy as np
@@ -294,6 +295,7 @@ def rewrite(folder, columns, **options):
     path = folder / "spatial" / "tissue_positions_list.csv"
     table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
     path.unlink()
+    table[ORDER[4:]] = table[ORDER[4:]].astype(float)
     table[columns].to_csv(folder / "spatial" / "tissue_positions.csv", **{"index": False, **options})
 
 
@@ -304,8 +306,11 @@ def rewrite(folder, columns, **options):
         ([*ORDER[:4], ORDER[5], ORDER[4]], {}),
         (ORDER[::-1], {"encoding": "utf-8-sig"}),
         (sorted(ORDER), {"index": True}),
+        (ORDER[::-1], {"sep": ";", "encoding": "utf-8-sig"}),
+        (ORDER, {"sep": "\t", "encoding": "utf-16"}),
+        (ORDER, {"sep": ";", "decimal": ",", "float_format": "%.1f"}),
     ],
-    ids=["as written", "x first", "reversed with byte-order mark", "sorted with index"],
+    ids=["as written", "x first", "reversed with mark", "sorted with index", "semicolons", "UTF-16", "decimal commas"],
 )
 def test_columns_of_positions_are_those_that_the_header_names(columns, options, tmp_path, sample):
     expected = si.pp.assemble_stack({"s": sample(tmp_path / "a")}, section_spacing=10).tables["stack"].obsm["spatial"]
@@ -590,3 +595,35 @@ def legacy_with_lowres(scan):
     folder, image = scan
     image.resize((100, 100), Image.BOX).save(folder / "spatial" / "tissue_lowres_image.png")
     return legacy(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[1]", "must hold names with numbers, found list"),
+        (
+            '{"spot_diameter_fullres": null, "tissue_hires_scalef": 0.25}',
+            "`spot_diameter_fullres` must be a positive number",
+        ),
+        (
+            '{"spot_diameter_fullres": 27.5, "tissue_hires_scalef": "x"}',
+            "`tissue_hires_scalef` must be a positive number",
+        ),
+        ('{"microns_per_pixel": true, "bin_size_um": 8}', "`microns_per_pixel` must be a positive number"),
+    ],
+)
+def test_scale_factors_that_are_no_numbers_are_refused_by_name(text, says, tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    (folder / "spatial" / "scalefactors_json.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+def test_backed_tables_and_a_tilde_are_taken(scan, tmp_path, monkeypatch):
+    table = legacy_with_lowres(scan)
+    expected = si.pp.assemble_stack({"s": table}, section_spacing=10).tables["s_counts"]
+    table.write_h5ad(tmp_path / "a.h5ad")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), "~/a.h5ad"):
+        found = si.pp.assemble_stack({"s": source}, section_spacing=10).tables["s_counts"]
+        np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())

@@ -183,3 +183,35 @@ def test_no_result_takes_the_name_of_a_record(small_stack, key):
         with pytest.raises(ValueError, match="would write over data"):
             write(small_stack, key_added=key)
     assert key in small_stack.tables["stack"].uns or key == "X_layer"
+
+
+def test_x_follows_the_layer_that_it_shows(small_stack):
+    table = small_stack.tables["stack"]
+    si.tl.impute_baseline(small_stack, "mean", key_added="mine")
+    table.layers["mine_sd"] = table.X.copy()
+    given = AnnData(np.full(table.shape, 3.0), obs=table.obs[[]], var=table.var[[]])
+    si.tl.add_prediction(small_stack, given, key_added="other")
+    assert not (table.X == 3).any()
+    si.tl.add_prediction(small_stack, given, key_added="mine")
+    assert table.uns["X_layer"] == "mine"
+    assert (table.X == 3).all()
+    assert "mine_sd" not in table.layers
+    assert table.X is not table.layers["mine"]
+
+
+def test_a_base_layer_without_values_at_measured_spots_is_refused_and_a_changed_one_is_said(world, caplog, monkeypatch):
+    from spatial_impute._settings import logger
+
+    sdata = copy.deepcopy(world.sdata)
+    table = sdata.tables["stack"]
+    known = table.obs["measured"].to_numpy()
+    table.layers["half"] = np.where(known[:, None], np.nan, table.layers["good"])
+    with pytest.raises(ValueError, match=rf"`layers\['half'\]` holds no value at the {known.sum()} measured spots"):
+        si.tl.fit_asign(sdata, base_layers={"half": "independent"})
+    model = si.tl.fit_asign(sdata, base_layers={"good": "independent"}, model_params=PARAMS)
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.impute_3d(sdata, model)
+    assert "before its" not in caplog.text
+    table.layers["good"] = table.layers["good"] * 2
+    si.tl.impute_3d(sdata, model)
+    assert "fitted on this stack before its bases changed" in caplog.text

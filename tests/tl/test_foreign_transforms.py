@@ -44,7 +44,7 @@ def test_points_of_bigwarp(tmp_path):
     rows = ['"Pt-0","true","10.0","20.0","30.0","40.0"', '"Pt-1","false","1","2","3","4"']
     rows += ['"Pt-2","true","11","21","Infinity","Infinity"', '"Pt-3","true","12","22","0","32","42","0"']
     (tmp_path / "points.csv").write_text("\n".join(rows))
-    here, there = si.tl.read_transformation(tmp_path / "points.csv", section_unit=2.0)
+    here, there = si.tl.read_transformation(tmp_path / "points.csv", section_unit=2.0, reference_unit=1.0)
     np.testing.assert_allclose(here, [[20, 40], [24, 44]])
     np.testing.assert_allclose(there, [[30, 40], [32, 42]])
 
@@ -62,7 +62,15 @@ def test_pairs_of_points_place_a_section(sdata, tmp_path):
     ("name", "text", "says"),
     [
         ("a.txt", "1 2 3 4", "4 numbers"),
-        ("a.txt", "1 0 0 0 0 0", "invertible"),
+        ("a.txt", "1 0 0\n0 0 0", "invertible"),
+        ("a.txt", "1 0 20 0 1 10", "may stand row by row or column by column"),
+        ("a.txt", "1\n0\n0\n1\n20\n10", "in lines of three"),
+        ("a.txt", "1 0\n0 1\n20 10", "in lines of three"),
+        ("a.txt", "0 1 0 -1 0 0 0 0 1", "in lines of three"),
+        ("a.txt", "1 0 0\n0 1 0\n20 10 1", "last row 0, 0, 1"),
+        ("a.csv", "1,0,20,0,1,10", "Save a matrix as `.txt`"),
+        ("a.csv", "1,0,20\n0,1,10\n0,0,1", "Save a matrix as `.txt`"),
+        ("a.csv", "1,2,3,4\n5,6,7,8\n,,1,2\n,,3,4\n,,5,6", "found 2 such rows, 0 that are not active and 3 others"),
         ("a.csv", "x,y\n1,2\n", "four numbers"),
         ("a.mat", "nonsense", "2D linear transform"),
     ],
@@ -71,6 +79,59 @@ def test_other_files_are_refused(tmp_path, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=says):
         si.tl.read_transformation(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2 3 20\n4 5 10",
+        "[[2, 3, 20],\n [4, 5, 10], [0, 0, 1]]",
+        "[\n [\n 2,\n 3,\n 20\n ],\n [\n 4,\n 5,\n 10\n ]\n]",
+        "[2 3 20; 4 5 10]",
+        "2 3 20 4 5 10 0 0 1",
+        "matrix(2, 4, 3, 5, 20, 10)",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig"])
+def test_matrices_are_read_as_they_are_laid_out(tmp_path, text, encoding):
+    (tmp_path / "m.txt").write_text(text, encoding)
+    np.testing.assert_array_equal(si.tl.read_transformation(tmp_path / "m.txt"), [[2, 3, 20], [4, 5, 10], [0, 0, 1]])
+
+
+def test_text_of_another_encoding_and_one_unit_alone_are_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("é;1;2;3;4\né;1;2;3;5", "latin-1")
+    with pytest.raises(ValueError, match="Save it as UTF-8"):
+        si.tl.read_transformation(tmp_path / "m.csv")
+    for name in ("section_unit", "reference_unit"):
+        with pytest.raises(ValueError, match="Expected both `section_unit` and `reference_unit`"):
+            si.tl.read_transformation(tmp_path / "m.csv", **{name: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "pair"),
+    [
+        ("index,group,section_x,section_y,reference_x,reference_y", "{},7,1,{},3,4", [1, 0, 3, 4]),
+        ("x,y,z,x,y,z", "1,{0},9,3,4,9", [1, 0, 3, 4]),
+        ("id,moving_x,moving_y,fixed_x,fixed_y", "{},1,{},3,4", [1, 0, 3, 4]),
+    ],
+)
+def test_a_header_tells_whether_there_is_z(tmp_path, header, row, pair):
+    (tmp_path / "p.csv").write_text("\n".join([header, *(row.format(i, i) for i in range(3))]))
+    section, reference = si.tl.read_transformation(tmp_path / "p.csv")
+    np.testing.assert_array_equal(np.hstack([section, reference])[0], pair)
+    np.testing.assert_array_equal(section[:, 1], [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["m.txt", "p.csv"])
+def test_rows_that_are_left_out_are_counted_and_other_units_are_said(tmp_path, caplog, monkeypatch, name):
+    from spatial_impute._settings import logger
+
+    monkeypatch.setattr(logger, "propagate", True)
+    text = {"m.txt": "2 0 20\n0 2 10", "p.csv": "1,2,3,4\n5,6,11,12\n9,9,19,18\na,,,\nb,false,1,2,3,4"}[name]
+    (tmp_path / name).write_text(text)
+    si.tl.read_transformation(tmp_path / name)
+    assert "2 times as large in um; check `section_unit`" in caplog.text
+    assert ("3 pairs; 1 rows are not active and 1 hold no pair" in caplog.text) == (name == "p.csv")
 
 
 @pytest.mark.parametrize("sep", [";", "\t"])

@@ -49,10 +49,46 @@ def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):
     from spatial_impute.tl import _match_sections
 
     found = iter([0.5, 0.4])
-    monkeypatch.setattr(_match_sections, "_held_out_r", lambda spots: next(found))
+    monkeypatch.setattr(_match_sections, "_held_out_r", lambda spots, prepare: next(found))
     si.tl.match_sections(stack, key_added="again")
     table = stack.tables["stack"]
     assert not table.uns["again"]["used"]
     np.testing.assert_array_equal(
         table.layers["again"][table.obs["measured"]], table.layers["measured"][table.obs["measured"]]
     )
+
+
+def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monkeypatch):
+    from spatial_impute.models import _match
+    from spatial_impute.models.asign import _baselines
+
+    original, matched, predicted = _match.match_sections, [], []
+
+    def match(spots):
+        matched.append(set(spots.section[spots.known]))
+        return original(spots)
+
+    def kernel(spots):
+        predicted.append(set(spots.section[spots.known]))
+        return np.nan_to_num(np.random.default_rng(0).normal(size=(len(spots.known), spots.expression.shape[1])))
+
+    monkeypatch.setattr(_match, "match_sections", match)
+    monkeypatch.setattr(_baselines, "kernel", kernel)
+    monkeypatch.setattr(_baselines, "cokriging", kernel)
+    si.tl.match_sections(stack, key_added="again")
+    everything = {0, 1, 2, 4}
+    assert matched == [everything, *(everything - {code} for code in sorted(everything))]
+    assert predicted[-4:] == matched[1:]
+
+
+def test_two_sections_stay_as_they_are(caplog, monkeypatch):
+    from spatial_impute._settings import logger
+
+    sdata = si.datasets.synthetic_stack(3, measured=["s0", "s2"], extent=1400.0, n_genes=9)
+    si.tl.register_stack(sdata, method="rigid")
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.match_sections(sdata)
+    record = sdata.tables["stack"].uns["matched"]
+    assert not record["used"]
+    assert record["r_matched"] == record["r_as_measured"]
+    assert "cannot show whether matching helps" in caplog.text

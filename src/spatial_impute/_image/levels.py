@@ -84,7 +84,7 @@ def _full(array: DataArray) -> tuple[float, float]:
     """
     whole = np.issubdtype(array.dtype, np.integer)
     most = float(np.iinfo(array.dtype).max) if whole else np.inf
-    if most <= _DEPTHS[0]:
+    if array.dtype == np.uint8:
         return most, most
     # Decided once for the whole image, on a sample of its pixels: a single window may be dark.
     step = max(1, max(array.sizes["y"], array.sizes["x"]) // 256)

@@ -26,6 +26,8 @@ _NAMES = {
 }
 _UM_PER_UNIT = {name: um for um, names in _NAMES.items() for name in names.split()}
 _UM_PER_TAG = {2: 25_400.0, 3: 10_000.0, 4: 1e3, 5: 1.0}  # ResolutionUnit: inch, cm, and the mm and um of ImageJ
+SAME = 1.05
+"""Sizes that differ by less are the same: magnifications differ by a factor of 2, scanners state theirs to a few per cent."""
 _PRINT = 2.0  # um; print and desktop scanners reach 12,700 dots per inch, coarser pixels may be theirs
 _SLIDE = 130_000.0  # um; the largest slides of pathology measure 102 x 127 mm
 _MOST_OBLONG = 3.0
@@ -39,18 +41,36 @@ def um_per_unit(unit: str | None) -> float | None:
 
 
 def tiff_pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:
-    """Um per pixel (x, y) of a page as it is stored: from OME-XML, the text of the scanner or ImageJ, or the resolution tags."""
-    if tiff.ome_metadata:
-        return _from_ome(tiff.ome_metadata, page)
+    """Um per pixel (x, y) of a page as it is stored; None if the file does not tell, or contradicts itself.
+
+    Sources are OME-XML, the text of the scanner or ImageJ, and the resolution tags.
+    """
     text = page.description or ""
-    if found := re.search(r"\bMPP\s*=\s*([0-9.,]+)", text):
-        size = float(found.group(1).replace(",", "."))
-        return (size, size) if size > 0 else None
+    if tiff.ome_metadata:
+        said = [_from_ome(tiff.ome_metadata, page)]
+        if said == [None]:
+            return None
+    else:
+        numbers = (float(n.replace(",", ".")) for n in re.findall(r"\bMPP\s*=\s*([0-9.,]+)", text))
+        said = [(size, size) for size in numbers if size > 0]
     if tiff.is_philips and (
         found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', _unquoted(text))
     ):
         y, x = (1e3 * float(value) for value in found.groups())
-        return x, y
+        said = [(x, y)]
+    sizes = [size for size in (*said, _from_tags(tiff, page)) if size is not None]
+    if any(max(along) > SAME * min(along) for along in zip(*sizes, strict=True)):
+        logger.warning(
+            "%s contradicts itself: its texts and resolution tags give pixels of %s um; they are not used",
+            tiff.filename,
+            " and ".join(f"{x:.4g} x {y:.4g}" for x, y in sizes),
+        )
+        return None
+    return sizes[0] if sizes else None
+
+
+def _from_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:
+    """Size by the resolution tags, in the unit of ImageJ or of the tags; None for prints and screens."""
     unit = page.tags.get("ResolutionUnit")
     um = None if unit is None else _UM_PER_TAG.get(int(unit.value))
     if tiff.imagej_metadata and (named := str(tiff.imagej_metadata.get("unit", ""))):

@@ -81,7 +81,7 @@ def open_image(path: str | Path) -> ImageFile:
     The image is upright, and grey, RGB, or RGB with straight alpha. Raises a ``FileNotFoundError`` for a missing file, a
     ``ValueError`` for another format, for pixels that are no brightfield image, or a damaged file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         msg = f"No image at {str(path)!r}."
         raise FileNotFoundError(msg)
@@ -140,7 +140,7 @@ def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
         if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
             raise  # the message names the file
         msg = (
-            f"{str(path)!r} cannot be read as an image: {error}. Check that the file is complete and that its suffix "
+            f"{str(path)!r} cannot be read as an image: {str(error).rstrip('.')}. Check that the file is complete and that its suffix "
             "fits its format."
         )
         raise ValueError(msg) from error
@@ -297,6 +297,9 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     arrays = [cast("zarr.Array", group[dataset["path"]]) for dataset in first["datasets"]]
     for array in arrays:
         require_plausible(array, path)
+    if arrays != sorted(arrays, key=lambda array: -array.shape[names.index("X")]):
+        msg = f"{path.name!r} lists its resolutions {[array.shape for array in arrays]}, expected the finest one first."
+        raise ValueError(msg)
     labels = [channel.get("label") or "" for channel in found.get("omero", {}).get("channels", ())]
     levels = [_channels_first(_lazy(array, names), names) for array in arrays]
     order = rgb_order(labels, levels[0].shape[0])

@@ -66,7 +66,8 @@ class TiffLevel:
         with self._lock:
             if self._array is None:
                 path, series, level = self._where
-                store = tifffile.imread(path, series=series, level=level, aszarr=True)
+                with tifffile.TiffFile(path) as tiff:  # `imread` takes names with "?" and "*" for patterns
+                    store = tiff.aszarr(series=series, level=level)
                 self._array = zarr.open(store, mode="r")
                 weakref.finalize(self, store.close)
             return self._array
@@ -107,7 +108,7 @@ def open_tiff(path: Path) -> TiffImage:
         series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
         which, n_levels = tiff.series.index(series), len(series.levels)
         page: Any = series.keyframe
-        _require_one_plane(series, path)
+        _require_one_image(tiff, series, path)
         require_whole(tiff, series)
         samples, order = _samples(tiff, series, path)
         axes, pixel_size = series.axes.replace("S", "C"), tiff_pixel_size(tiff, page)
@@ -134,7 +135,13 @@ def _xmp(page: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _require_one_plane(series: tifffile.TiffPageSeries, path: Path) -> None:
+def _require_one_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> None:
+    if (n := sum(other.shape == series.shape for other in tiff.series)) > 1:
+        msg = (
+            f"{path.name!r} holds {n} images of the largest size, {series.shape} ({series.axes}), and does not say which one to "
+            "take. Save one of them, e.g. with `tifffile.imwrite(new, tifffile.imread(path, series=k), photometric='rgb')`."
+        )
+        raise ValueError(msg)
     names = {"Z": "focal planes", "T": "points in time"}
     for axis, size in zip(series.axes, series.shape, strict=True):
         if axis not in "YXSC" and size > 1:

@@ -211,11 +211,16 @@ def registered_spots(table: AnnData, table_key: str) -> np.ndarray:
 
 
 def write_slots(table: AnnData, table_key: str, slots: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write results to slots of a table (``{"layers": {key: values}, ...}``) and log each key."""
+    """Write results to slots of a table (``{"layers": {key: values}, ...}``), also to X if it shows a layer; log each."""
     for slot, results in slots.items():
         for key, values in results.items():
             getattr(table, slot)[key] = values
             log_added(f"tables[{table_key!r}].{slot}[{key!r}]")
+    shown = table.uns.get(Keys.X_LAYER)
+    if shown in slots.get("layers", {}):
+        # A copy: scanpy changes X in place (`sc.pp.scale`), and the layer must stay as it is.
+        table.X = table.layers[shown].copy()
+        log_added(f"tables[{table_key!r}].X")
 
 
 def values_by_spot(table: AnnData, section: str, values: np.ndarray, index: pd.Index) -> np.ndarray:

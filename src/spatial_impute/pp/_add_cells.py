@@ -9,20 +9,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
 from spatial_impute._validation import require_key, require_slot_key
 
 if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
+    from collections.abc import Sequence
+
+    from geopandas import GeoDataFrame, GeoSeries
+    from shapely import Polygon
     from spatialdata import SpatialData
 
+_LEAST_WITH_AREA = 0.5  # of the objects: with fewer polygons, it is a file of something else
 _MOST_OUTSIDE = 0.5  # of the outlines: above it, the pixels are those of another image
 
 
 def add_cells(
-    sdata: SpatialData, section: str, cells: str | Path | GeoDataFrame | np.ndarray, *, key_added: str | None = None
+    sdata: SpatialData,
+    section: str,
+    cells: str | Path | GeoDataFrame | GeoSeries | Sequence[Polygon] | np.ndarray,
+    *,
+    key_added: str | None = None,
 ) -> None:
     """Add the outlines of cells, nuclei or superpixels to a section, to predict the expression of each.
 
@@ -37,22 +46,25 @@ def add_cells(
         Section on whose image the cells were found.
     cells
         Outlines in pixels of the full-resolution image of the section: a GeoJSON file, such as an export of QuPath; a
-        :class:`geopandas.GeoDataFrame` with polygons; or labels (y, x) of the size of that image, 0 for none.
+        :class:`geopandas.GeoDataFrame`, GeoSeries or list of polygons; or labels (y, x) of the size of that image, 0 for
+        none. Shapes of a SpatialData object with a transformation to the coordinate system `section` are placed by it.
     key_added
         Shapes to write; ``"{section}_cells"`` by default.
 
     Returns
     -------
     ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class`` from a
-    GeoJSON file. Objects without an area (points, lines) are left out, with a warning.
+    GeoJSON file. Objects without an area (points, lines, empty ones) are left out, with a warning.
 
     Raises
     ------
     KeyError
         If the section does not exist.
+    TypeError
+        If `cells` is none of these, such as a mask of True and False.
     ValueError
-        If there is no polygon, most of them lie outside the image, labels have another size than the image, or the file is
-        no GeoJSON.
+        If most objects have no area, most polygons lie outside the image, labels have another size than the image or are
+        negative, shapes lie in another coordinate system, or the file is no GeoJSON.
 
     Examples
     --------
@@ -75,26 +87,56 @@ def add_cells(
     require_slot_key(key, name="key_added", taken=[str(one.spots) for one in record.sections] + others)
     image = record[section].image
     size = section_levels(sdata, record[section])[0].shape
+    to_um = element_affine(sdata.images[image], section)
     found = _with_area(_outlines(cells, size))
+    if (own := _own_place(cells, section)) is not None:
+        (a, b, x), (d, e, y), _ = np.linalg.inv(to_um) @ own
+        found = found.set_geometry(found.geometry.affine_transform([a, b, d, e, x, y]))
     _require_on_image(found, size, image)
-    to_um = plane_affine(element_affine(sdata.images[image], section))
-    sdata.shapes[key] = ShapesModel.parse(found, transformations=to_frames(record, section, to_um))
+    sdata.shapes[key] = ShapesModel.parse(found, transformations=to_frames(record, section, plane_affine(to_um)))
     log_added(f"shapes[{key!r}]")
+
+
+def _own_place(cells: Any, section: str) -> np.ndarray | None:
+    """Matrix to the frame of the section of a shapes element that has one; None for plain outlines, which are in pixels."""
+    from spatialdata.transformations import Identity
+
+    places = getattr(cells, "attrs", {}).get("transform") or {}
+    if section in places:
+        return element_affine(cells, section)
+    if all(place == Identity() for place in places.values()):
+        return None
+    msg = (
+        f"`cells` is placed in the coordinate systems {sorted(places)}, expected {section!r}. Set a transformation to it with "
+        "`spatialdata.transformations.set_transformation`, or give the outlines alone, in pixels: `cells.geometry.to_numpy()`."
+    )
+    raise ValueError(msg)
 
 
 def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
     """Outlines in pixels, with unique names."""
     import geopandas as gpd
+    from shapely.geometry.base import BaseGeometry
 
     if isinstance(cells, str | Path):
-        found = _read_geojson(Path(cells))
+        found = _read_geojson(Path(cells).expanduser())
     elif isinstance(cells, gpd.GeoDataFrame):
         found = gpd.GeoDataFrame(cells.drop(columns=cells.geometry.name), geometry=cells.geometry.to_numpy())
+    elif isinstance(cells, gpd.GeoSeries):
+        found = gpd.GeoDataFrame(geometry=cells.to_numpy(), index=cells.index)
     elif getattr(cells, "ndim", 0) == 2 and np.dtype(cells.dtype).kind in "iu":
         found = _from_labels(cells, size)
+    elif isinstance(cells, list | tuple | np.ndarray) and all(c is None or isinstance(c, BaseGeometry) for c in cells):
+        found = gpd.GeoDataFrame(geometry=list(cells))
     else:
-        msg = f"`cells` must be a GeoJSON file, a GeoDataFrame, or whole numbers (y, x), found {type(cells).__name__}."
+        kind = f" of {cells.dtype} and shape {cells.shape}" if hasattr(cells, "dtype") else ""
+        msg = (
+            "`cells` must be a GeoJSON file, a GeoDataFrame, a GeoSeries or list of polygons, or labels as whole numbers (y, x), "
+            f"found {type(cells).__name__}{kind}. Number the cells of a mask with `skimage.measure.label(mask)`; make labels of "
+            "another type whole with `labels.astype(int)`."
+        )
         raise TypeError(msg)
+    found.attrs = {}  # the place of a shapes element is applied by itself
     if not found.index.is_unique:
         msg = f"The index of `cells` must be unique, but {found.index[found.index.duplicated()][0]!r} occurs more than once."
         raise ValueError(msg)
@@ -107,9 +149,9 @@ def _read_geojson(path: Path) -> GeoDataFrame:
     from shapely.geometry import shape
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
         features = content["features"] if isinstance(content, dict) else content
-        geometry = [shape(feature["geometry"]) for feature in features]
+        geometry = [shape(feature["geometry"]) if feature["geometry"] else None for feature in features]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"'{path}' is no GeoJSON file with features: {error!r}."
         raise ValueError(msg) from error
@@ -135,6 +177,12 @@ def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
         msg = f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found {labels.shape}."
         raise ValueError(msg)
     values = np.asarray(labels)
+    if values.min(initial=0) < 0:
+        msg = (
+            f"Labels must be 0 where there is no cell, and positive in cells, found {values.min()}. If that is the background, "
+            "add 1 to labels that begin with 0, or take `np.maximum(labels, 0)`."
+        )
+        raise ValueError(msg)
     first = np.ones(values.shape, dtype=bool)  # of a run of equal labels in a row
     first[:, 1:] = values[:, 1:] != values[:, :-1]
     y, x = np.nonzero(first)
@@ -152,8 +200,12 @@ def _with_area(found: GeoDataFrame) -> GeoDataFrame:
     if crossed.any():
         found = found.set_geometry(found.geometry.where(~crossed, found.geometry.make_valid()))
     kept = found.geometry.geom_type.isin(["Polygon", "MultiPolygon"]) & (found.geometry.area > 0)
-    if not kept.any():
-        msg = f"`cells` holds no polygon, found {sorted(set(found.geometry.geom_type.astype(str)))}."
+    if not kept.mean() >= _LEAST_WITH_AREA:
+        kinds = found.geometry[~kept].geom_type.fillna("none").value_counts().to_dict()
+        msg = (
+            f"{int((~kept).sum())} of {len(kept)} objects in `cells` are no polygon with an area, by type {kinds}. Give outlines; "
+            "make polygons of circles with `spatialdata.to_polygons`."
+        )
         raise ValueError(msg)
     if not kept.all():
         logger.warning("%d of %d objects have no area and are left out", int((~kept).sum()), len(kept))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._image.pixel_size import RANGE
@@ -133,9 +134,9 @@ def assemble_stack(
     """
     from spatialdata import SpatialData
 
-    inputs = _named_inputs(sections, coordinate_system, image_key)
+    inputs = _named_inputs(_by_name(sections), coordinate_system, image_key)
     names = list(inputs)
-    heights = _heights(names, z, section_spacing)
+    heights = _heights(names, _by_name(z), section_spacing)
     given = {
         "mpp": mpp,
         "spot_pitch": spot_pitch,
@@ -146,6 +147,7 @@ def assemble_stack(
         "fullres_image": fullres_image,
         "bin_size": bin_size,
     }
+    given = {argument: _by_name(value) for argument, value in given.items()}
     for argument, value in given.items():
         for name in value if isinstance(value, Mapping) else ():
             require_key(name, names, where="sections", then=f"`{argument}` names a section that does not exist.")
@@ -226,6 +228,12 @@ def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -
     return section
 
 
+def _by_name(value: Any) -> Any:
+    """Series of pandas as mapping if its index holds names; its order says nothing then."""
+    named = isinstance(value, pd.Series) and value.index.dtype.kind not in "iu"
+    return value.to_dict() if named else value
+
+
 def _named_inputs(
     sections: Mapping[str, Any] | Sequence[tuple[str, Any]], *choices: str | Mapping[str, str] | None
 ) -> dict[str, Any]:
@@ -241,9 +249,10 @@ def _named_inputs(
         msg = "`sections` is empty; expected a mapping of section names to images or SpatialData objects."
         raise ValueError(msg)
     require_section_names([name for name, _ in pairs])
+    pairs = [(name, Path(value).expanduser() if isinstance(value, str | Path) else value) for name, value in pairs]
     seen_inputs: dict[object, str] = {}
     for name, value in pairs:
-        identity: Any = str(Path(value).resolve()) if isinstance(value, str | Path) else id(value)
+        identity: Any = str(value.resolve()) if isinstance(value, Path) else id(value)
         if is_spatialdata(value):
             identity = (identity, *(_for_section(choice, name) for choice in choices))
         if identity in seen_inputs:

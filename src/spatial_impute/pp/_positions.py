@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from spatial_impute._io.text import read_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,11 +92,14 @@ def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
-    with path.open(encoding="utf-8-sig") as file:
-        head = file.readline()
-    if set(COLUMNS) & {field.strip().strip('"') for field in head.split(",")}:
-        return pd.read_csv(path, encoding="utf-8-sig", skipinitialspace=True)
-    table = pd.read_csv(path, encoding="utf-8-sig", header=None)
+    text = read_text(path)
+    head = text.split("\n", 1)[0]
+    separator = max(",;\t", key=head.count)
+    # Where semicolons part the cells, a comma is the decimal point of many countries.
+    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
+    if set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)}:
+        return pd.read_csv(io.StringIO(text), **options)
+    table = pd.read_csv(io.StringIO(text), header=None, **options)
     if table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf":
         first = table[0].iloc[:1].tolist()[0]
         msg = (

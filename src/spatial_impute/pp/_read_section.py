@@ -12,6 +12,7 @@ import pandas as pd
 
 from spatial_impute._expression import require_unique_genes
 from spatial_impute._geometry import linear_scale
+from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 
 _FEW_GENES = 4  # named in a message
-_SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionPar
         )
         raise ValueError(msg)
     x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
-    if mpp is not None and known is not None and max(x, known[0]) > _SAME_MPP * min(x, known[0]):
+    if mpp is not None and known is not None and max(x, known[0]) > SAME * min(x, known[0]):
         logger.warning("Section %s: `mpp=%g` differs from %g in its file; `mpp` is used", name, mpp, known[0])
     source = "metadata" if mpp is None else "argument"
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
@@ -187,7 +187,16 @@ def _array_levels(name: str, value: Any) -> list[Any]:
     if hasattr(value, "children") and hasattr(value, "to_dict"):
         scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
         return [level for scale in scales for level in _array_levels(name, scale)]
-    if hasattr(value, "dims") and hasattr(value, "transpose") and {"y", "x"} <= set(value.dims):
+    if np.ma.is_masked(value):
+        msg = f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: `image.filled(255)`."
+        raise ValueError(msg)
+    if hasattr(value, "dims") and hasattr(value, "transpose"):
+        if not {"y", "x"} <= set(value.dims) <= {"c", "y", "x"}:
+            msg = (
+                f"Section {name!r}: expected the dimensions c, y and x, found {value.dims} of sizes {value.shape}. Rename them, "
+                "e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
+            )
+            raise ValueError(msg)
         return [_rgb((value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x"), name).data]
     is_array = hasattr(value, "astype")  # unlike a tensor of torch
     shape = tuple(getattr(value, "shape", ()))

@@ -12,8 +12,10 @@ import pandas as pd
 
 from spatial_impute._geometry import lattice_of, linear_scale, scaling
 from spatial_impute._image.levels import image_levels, read_thumbnail
+from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import open_image
+from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
@@ -36,7 +38,6 @@ _IMAGES = (("hires", "tissue_hires_image.png"), ("lowres", "tissue_lowres_image.
 _COLUMN_STEP, _ROW_STEP = 50.0, 100.0 * np.sqrt(3) / 2
 _SPOT_SIZES = (25.0, 100.0)  # um; 55 by the maker, and Space Ranger writes up to 70
 _LATTICE_TOLERANCE = 15.0  # um; positions are whole pixels of the scan, which may be coarse
-_SAME_MPP = 1.05  # magnifications differ by a factor of 2; scanners state theirs to a few per cent
 _OTHER_PICTURE = 0.3  # correlation of the scan with the small image of the folder
 _BETTER = 0.1  # by which a turned scan must fit better: tissue is never so symmetric
 
@@ -83,7 +84,10 @@ def read_spaceranger(
     `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other than
     that of the folder raises a ``ValueError``.
     """
-    factors = json.loads((folder / "spatial" / SCALEFACTORS).read_text())
+    factors = json.loads(read_text(folder / "spatial" / SCALEFACTORS))
+    if not isinstance(factors, dict):
+        msg = f"{folder / 'spatial' / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy it again."
+        raise ValueError(msg)
     found = factors.get("bin_size_um")
     if bin_size is not None and (found is None or float(found) != float(bin_size)):
         holds = "spots, which have no `bin_size`" if found is None else f"bins of {float(found):g} um"
@@ -128,7 +132,7 @@ def read_legacy(
         pxl_row_in_fullres=np.asarray(centers)[:, 1],
         pxl_col_in_fullres=np.asarray(centers)[:, 0],
     )
-    counts = table.copy()
+    counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
     images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
     factors = library.get("scalefactors", {})
@@ -143,11 +147,11 @@ def _section(sample: _Sample, fullres_image: str | Path | None) -> tuple[Spatial
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
         positions, counts = _spots_under_tissue(sample)
     if "microns_per_pixel" in factors:
-        mpp, source = float(factors["microns_per_pixel"]), "metadata"
-        radius = float(factors["bin_size_um"]) / mpp / 2
+        mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
+        radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
     else:
         mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
-        radius = float(factors["spot_diameter_fullres"]) / 2
+        radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
         _require_spot_size(sample.where, 2 * radius * mpp)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
@@ -238,7 +242,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
     off = float(np.median(np.linalg.norm(pixels - place @ matrix, axis=1))) * mpp
     stretch = np.linalg.cond(matrix)
-    if stretch > _SAME_MPP or off > _LATTICE_TOLERANCE:
+    if stretch > SAME or off > _LATTICE_TOLERANCE:
         msg = (
             f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times between its "
             f"directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what its name says: "
@@ -291,7 +295,7 @@ def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -
     if fullres_image is not None:
         opened = open_image(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
-        if opened.mpp is not None and not 1 / _SAME_MPP < opened.mpp / (pixel * mpp) < _SAME_MPP:
+        if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
             logger.warning(
                 "%s: the metadata of `fullres_image` give %.3g um per pixel, the spots give %.3g; the latter is used",
                 sample.where,

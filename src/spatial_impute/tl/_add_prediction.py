@@ -51,7 +51,8 @@ def add_prediction(
     ``None``. Writes to `sdata.tables['stack']`:
 
     `.layers[key_added]` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have.
+        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have. ``X`` follows if it is a
+        copy of this layer (``uns["X_layer"]``). The record and ``_sd`` of an earlier layer of that name are dropped.
 
     Raises
     ------
@@ -102,7 +103,9 @@ def add_prediction(
     n_spots, n_genes = table.shape
     logger.info("%r has %d of %d spots and %d of %d genes", key_added, len(found), n_spots, len(genes), n_genes)
     write_slots(table, table_key, {"layers": {key_added: values}})
-    table.uns.pop(key_added, None)  # the record of a layer that was there before
+    # The record of a layer that was there before, and its error.
+    table.uns.pop(key_added, None)
+    table.layers.pop(Keys.sd(key_added), None)
 
 
 def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:

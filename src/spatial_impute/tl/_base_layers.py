@@ -55,7 +55,7 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
-        _require_values(name, kind, found[name])
+        _require_values(name, kind, found[name], spots.known)
         if kind == INDEPENDENT:
             _require_independent(name, table, found[name], spots)
     names = frozenset(name for name, kind in kinds.items() if kind == INDEPENDENT)
@@ -70,8 +70,8 @@ _WRITERS = {
 }
 
 
-def _require_values(name: str, kind: str, values: np.ndarray) -> None:
-    """Raise a ``ValueError`` for infinite values, and for NaN in a layer that must have a value everywhere."""
+def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray) -> None:
+    """Raise a ``ValueError`` for infinite values, NaN in a layer that must have a value everywhere, and nothing to fit to."""
     bad = np.isinf(values) if kind == INDEPENDENT else ~np.isfinite(values)
     if bad.any():
         allowed = "may be NaN but not infinite" if kind == INDEPENDENT else "must be finite at all spots"
@@ -79,6 +79,12 @@ def _require_values(name: str, kind: str, values: np.ndarray) -> None:
         raise ValueError(msg)
     if not np.isfinite(values).any():
         msg = f"`layers[{name!r}]` holds no value at all. Leave it out of `base_layers`."
+        raise ValueError(msg)
+    if known.any() and not np.isfinite(values[known]).any():
+        msg = (
+            f"`layers[{name!r}]` holds no value at the {int(known.sum())} measured spots, so it cannot be compared with the "
+            "measurement. Predict these spots as well, or leave it out of `base_layers`."
+        )
         raise ValueError(msg)
 
 

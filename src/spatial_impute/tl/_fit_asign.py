@@ -128,9 +128,11 @@ def fit_asign(
     folder = None if checkpoint is None else require_folder(checkpoint, name="checkpoint")
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
-    data = TrainingSet.from_tables(tables, spots, kinds_of_bases(base_layers), params, seed=seed)
+    bases = kinds_of_bases(base_layers)
+    data = TrainingSet.from_tables(tables, spots, bases, params, seed=seed)
     data.config["stacks"] = [
-        fitted_state(one, table, layer=layer, graph_key=graph_key) for one, table in zip(stacks, tables, strict=True)
+        fitted_state(one, table, layer=layer, graph_key=graph_key, base_layers=bases)
+        for one, table in zip(stacks, tables, strict=True)
     ]
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []

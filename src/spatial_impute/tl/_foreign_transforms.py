@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import scaling
+from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._io.text import read_text
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, load_transform, section_levels
 from spatial_impute._validation import require_one_of, require_positive
@@ -21,25 +22,30 @@ _ITK_HEADER = "#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _LATTICE = 12  # points along a side of the image: a deformation bends less than between two of them
 _FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
+_MOST_SCALE = 1.5  # serial sections shrink or stretch by some per cent; magnifications of scans differ by a factor of 2
 _MARGIN = 0.02  # of the side of the image: points lie inside
 
 
 def read_transformation(
-    path: str | Path, *, section_unit: float = 1.0, reference_unit: float = 1.0
+    path: str | Path, *, section_unit: float | None = None, reference_unit: float | None = None
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
 
     - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
     - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference), or in
-      six with z, as BigWarp exports them. Rows that BigWarp marks as not active, and other rows, are left out.
-    - A matrix (``.txt``, ``.json``): six or nine numbers, row by row, from the section to the reference.
+      six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows, with a
+      warning.
+    - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers row by
+      row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or column by
+      column, and are refused.
 
     Parameters
     ----------
     path
         File.
     section_unit, reference_unit
-        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels.
+        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels. Give both, or none if
+        both are um.
 
     Returns
     -------
@@ -48,7 +54,9 @@ def read_transformation(
     Raises
     ------
     ValueError
-        If the file holds none of these.
+        If the file holds none of these, one unit is given without the other, or most rows hold no pair of points.
+    FileNotFoundError
+        If there is no such file.
 
     Examples
     --------
@@ -58,23 +66,41 @@ def read_transformation(
     >>> si.tl.read_transformation("s1.txt", section_unit=0.5, reference_unit=0.5)[:2, 2]
     array([10.,  5.])
     """
-    path = Path(path)
-    units = require_positive(section_unit, name="section_unit"), require_positive(reference_unit, name="reference_unit")
+    path = Path(path).expanduser()
+    if (section_unit is None) != (reference_unit is None):
+        msg = (
+            "Expected both `section_unit` and `reference_unit`, found one of them. Give 1.0 for the one that is in um, or the "
+            "same number twice."
+        )
+        raise ValueError(msg)
+    given = {"section_unit": section_unit, "reference_unit": reference_unit}
+    here, there = (require_positive(1.0 if unit is None else unit, name=name) for name, unit in given.items())
     if not path.is_file():
         msg = f"`path` must be a file with a transformation, found nothing at {str(path)!r}."
         raise FileNotFoundError(msg)
     if path.suffix.lower() in (".csv", ".tsv"):
         pairs = _read_pairs(path)
-        return pairs[:, :2] * units[0], pairs[:, 2:] * units[1]
+        section, reference = pairs[:, :2] * here, pairs[:, 2:] * there
+        _warn_of_units(path, np.sqrt(reference.var(axis=0).sum() / max(section.var(axis=0).sum(), 1e-12)))
+        return section, reference
     try:
         matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
-        return check_matrix(scaling(units[1]) @ matrix @ scaling(1 / units[0]))
+        matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
             f"Expected a 2D linear transform of ITK, or six or nine numbers of a matrix, found something else in {str(path)!r}: "
             f"{error} Give a deformation as pairs of points (`.csv`)."
         )
         raise ValueError(msg) from error
+    _warn_of_units(path, linear_scale(matrix))
+    return matrix
+
+
+def _warn_of_units(path: Path, scale: float) -> None:
+    if not 1 / _MOST_SCALE < scale < _MOST_SCALE:
+        logger.warning(
+            "%s makes the section %.3g times as large in um; check `section_unit` and `reference_unit`", path, scale
+        )
 
 
 def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> None:
@@ -163,35 +189,69 @@ def _read_itk(path: Path) -> np.ndarray:
 
 
 def _read_numbers(path: Path) -> np.ndarray:
-    text = path.read_text()
-    found = [float(number) for number in re.findall(_NUMBER, text)]
-    if len(found) not in (6, 9) or re.search(r"[A-DF-Za-df-z]", text):
-        msg = f"it holds {len(found)} numbers."
+    """Matrix of six or nine numbers whose layout tells rows from columns."""
+    text = read_text(path).strip()
+    by_column = re.fullmatch(r"matrix\s*\((.*)\)", text, re.DOTALL)
+    text = by_column.group(1) if by_column else text
+    mark = "]" if text.count("]") > 1 else ";" if ";" in text else "\n"
+    rows = [[float(n) for n in re.findall(_NUMBER, row)] for row in text.split(mark)]
+    rows = [row for row in rows if row]
+    found = np.array([number for row in rows for number in row])
+    if found.size not in (6, 9) or re.search(r"[A-DF-Za-df-z]", text):
+        msg = f"it holds {found.size} numbers."
+        raise ValueError(msg)
+    if by_column and found.size == 6:
+        return np.vstack([found.reshape(3, 2).T, [0, 0, 1]])
+    # Nine numbers in one row end in 0, 0, 1; column by column they do so only without a shift.
+    plain = found.size == 9 and (found[[2, 5]].any() or found[1] == found[3])
+    if {len(row) for row in rows} != {3} and not plain:
+        msg = (
+            f"its {found.size} numbers may stand row by row or column by column. Write them in lines of three: a b c, then "
+            "d e f, for x' = a x + b y + c and y' = d x + e y + f."
+        )
         raise ValueError(msg)
     return np.array([*found, 0, 0, 1][:9], float).reshape(3, 3)
 
 
 def _read_pairs(path: Path) -> np.ndarray:
     """(n, 4) points: x, y in the section and x, y in the reference."""
-    rows: list[list[float]] = []
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
+    pairs: list[list[float]] = []
+    header: list[str] = []
+    inactive = unread = 0
+    for line in filter(str.strip, read_text(path).splitlines()):
         # Where semicolons or tabs part the cells, a comma is the decimal point of many countries.
         cells = re.split(r"[;\t]", line.replace(",", ".")) if re.search(r"[;\t]", line) else line.split(",")
-        cells = [cell.strip().strip('"') for cell in cells]
+        cells = [cell.strip().strip('"').lower() for cell in cells]
         numbers = _trailing_numbers(cells)
-        if not numbers and not rows:
-            _require_order([cell.lower() for cell in cells], path)
-        if "false" in (cell.lower() for cell in cells) or len(numbers) not in (4, 6):
-            continue
-        if np.isfinite(numbers).all():
-            rows.append(numbers if len(numbers) == 4 else [*numbers[:2], *numbers[3:5]])
-    if not rows:
+        if not numbers and not (pairs or inactive or unread):
+            header = cells
+            _require_order(header, path)
+        elif "false" in cells:
+            inactive += 1
+        elif (pair := _pair(numbers, header)) is None:
+            unread += 1
+        else:
+            pairs.append(pair)
+    if len(pairs) < 2 or unread > len(pairs):
         msg = (
             f"Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, found "
-            f"none in {str(path)!r}."
+            f"{len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At least two pairs "
+            "are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines of three numbers."
         )
         raise ValueError(msg)
-    return np.array(rows, float)
+    if inactive or unread:
+        log = logger.warning if unread else logger.info
+        log("%s: %d pairs; %d rows are not active and %d hold no pair", path, len(pairs), inactive, unread)
+    return np.array(pairs, float)
+
+
+def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
+    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells whether there is z."""
+    with_z = any(re.search("(^|[^a-z])z$", name) for name in header) if header else len(numbers) == 6
+    if with_z:
+        numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []
+    wanted = numbers[-4:] if header else numbers
+    return wanted if len(wanted) == 4 and np.isfinite(wanted).all() else None
 
 
 def _require_order(header: list[str], path: Path) -> None:

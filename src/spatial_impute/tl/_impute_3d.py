@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, section_images, spots_fingerprint
+from spatial_impute._stack import load_record, section_images
 from spatial_impute._stack.spots import read_spots, require_same_units, units
 from spatial_impute._validation import (
     require_device,
@@ -22,6 +22,7 @@ from spatial_impute._validation import (
 from spatial_impute.tl._base_layers import kinds_of_bases, with_bases
 from spatial_impute.tl._provenance import (
     ImputedLayer,
+    bases_state,
     compare_with_fit,
     encoder,
     feature_settings,
@@ -159,7 +160,7 @@ def impute_3d(
     origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
     if base_layers:
         origin["base_layers"] = base_layers
-        origin[Keys.STATE]["bases"] = spots_fingerprint(table, record, *(table.layers[name] for name in base_layers))
+        origin[Keys.STATE] |= bases_state(table, record, base_layers)
     if not spots.known.any():
         del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
     if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):

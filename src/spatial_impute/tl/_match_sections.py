@@ -15,6 +15,8 @@ from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_slot_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spatialdata import SpatialData
 
     from spatial_impute.models._spots import Spots
@@ -44,8 +46,8 @@ def match_sections(
         Registered stack with two or more measured sections.
     choose
         Hold out each measured section, predict it by co-kriging (or the kernel, without features) from the others as they
-        are and as they are matched, and keep them as they are unless matching gives the higher correlation. False always
-        matches.
+        are and as they are matched among themselves, and keep them as they are unless matching gives the higher correlation.
+        This needs three measured sections; of three only the scale is judged. False always matches.
     table_key
         Name of the stack table.
     layer
@@ -107,8 +109,12 @@ def match_sections(
     if choose:
         if Keys.X_SPOT in table.obsm:
             spots = read_spots(sdata, table_key=table_key, layer=layer, graph=False)[1]
-        scores = _held_out_r(spots), _held_out_r(replace(spots, expression=found.expression))
+        scores = _held_out_r(spots, lambda left: left), _held_out_r(spots, _matched)
         logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
+        if len(measured) == 2:
+            logger.warning(
+                "Two measured sections cannot show whether matching helps; `choose=False` matches them anyway"
+            )
     used = not choose or scores[1] > scores[0]
     values = np.full(table.shape, np.nan, dtype=np.float32)
     values[spots.known] = found.expression if used else spots.expression
@@ -126,8 +132,17 @@ def match_sections(
     write_slots(table, table_key, {"layers": {key_added: values}, "varm": varm, "uns": {key_added: origin}})
 
 
-def _held_out_r(spots: Spots) -> float:
-    """Mean correlation of the genes within sections, each predicted from the other measured sections."""
+def _matched(spots: Spots) -> Spots:
+    """Spots whose measured sections are matched; a single one is left as it is."""
+    from spatial_impute.models._match import match_sections as match
+
+    if len(np.unique(spots.section[spots.known])) < 2:
+        return spots
+    return replace(spots, expression=match(spots).expression)
+
+
+def _held_out_r(spots: Spots, prepare: Callable[[Spots], Spots]) -> float:
+    """Mean correlation of the genes within sections, each predicted from the others, which are prepared without it."""
     from spatial_impute._scores import pearson_by_gene
     from spatial_impute.models.asign._baselines import cokriging, kernel
 
@@ -135,5 +150,5 @@ def _held_out_r(spots: Spots) -> float:
     section, scores = spots.section[spots.known], []
     for code in np.unique(section):
         fold = spots.known & (spots.section == code)
-        scores.append(pearson_by_gene(method(spots.hide(fold))[fold], spots.expression[section == code]))
+        scores.append(pearson_by_gene(method(prepare(spots.hide(fold)))[fold], spots.expression[section == code]))
     return float(np.nanmean(np.nanmean(scores, axis=0)))

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import fingerprint, load_record, measured_ids, section_image, table_state, write_slots
+from spatial_impute._settings import logger
+from spatial_impute._stack import (
+    fingerprint,
+    load_record,
+    measured_ids,
+    section_image,
+    spots_fingerprint,
+    table_state,
+    write_slots,
+)
 from spatial_impute._stack.spots import units
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -38,13 +46,10 @@ class ImputedLayer:
     var: dict[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, table: AnnData, table_key: str) -> None:
-        """Write everything to the stack table, and the imputed values to ``X`` as well."""
+        """Write everything to the stack table, the imputed values also to ``X``."""
         layers = {self.key: self.values, **self.layers}
         uns = {self.key: self.origin, Keys.X_LAYER: self.key}
         write_slots(table, table_key, {"layers": layers, "obs": self.obs, "var": self.var, "uns": uns})
-        # A copy: scanpy changes X in place (`sc.pp.scale`), and the layer must stay as it is.
-        table.X = self.values.copy()
-        log_added(f"tables[{table_key!r}].X")
 
     def to_anndata(self, table: AnnData) -> AnnData:
         """New AnnData with the imputed values in ``X``, and with the coordinates and graphs of the table."""
@@ -117,11 +122,19 @@ def feature_settings(table: AnnData) -> dict[str, Any]:
     }
 
 
-def fitted_state(sdata: SpatialData, table: AnnData, *, layer: str, graph_key: str) -> dict[str, Any]:
+def fitted_state(
+    sdata: SpatialData, table: AnnData, *, layer: str, graph_key: str, base_layers: Iterable[str] = ()
+) -> dict[str, Any]:
     """Fingerprints of a stack that a model is fitted on, and of its measured sections."""
     record = load_record(sdata)
     slots = table_state(table, record, layer=layer, features=True, graph=graph_key)
-    return {**slots, "sections": learned_state(sdata, record, table)}
+    return {**slots, **bases_state(table, record, base_layers), "sections": learned_state(sdata, record, table)}
+
+
+def bases_state(table: AnnData, record: StackRecord, base_layers: Iterable[str]) -> dict[str, str]:
+    """Fingerprint of the base layers that a model reads; empty without any."""
+    layers = [table.layers[name] for name in base_layers]
+    return {"bases": spots_fingerprint(table, record, *layers)} if layers else {}
 
 
 def compare_with_fit(
@@ -137,7 +150,8 @@ def compare_with_fit(
     for stack in model.config.get("stacks", ()):
         seen = sections_seen(sdata, record, table, stack["sections"])
         leaked += [n for n, then in seen.items() if n in hidden and ids[n] != stack["sections"][then]["measured"]]
-        changed = [k for k in ("positions", "features", "graph", "measured") if now.get(k, stack[k]) != stack[k]]
+        slots = [k for k in ("positions", "features", "graph", "measured", "bases") if k in stack]
+        changed = [k for k in slots if now.get(k, stack[k]) != stack[k]]
         if seen and changed:
             logger.warning(
                 "The model was fitted on this stack before its %s changed. Fit it again with `si.tl.fit_asign(sdata)`.",

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from shapely.geometry import box
-from spatialdata.transformations import remove_transformation
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Scale, remove_transformation
 
 import spatial_impute as si
 from bad_inputs import answers, refuses
@@ -442,7 +443,28 @@ REGISTRATION = [
         "a unit of length of zero",
         ValueError,
         "section_unit",
-        lambda w: si.tl.read_transformation("m.txt", section_unit=0),
+        lambda w: si.tl.read_transformation("m.txt", section_unit=0, reference_unit=1),
+    ),
+    refuses(
+        "tl.read_transformation",
+        "one unit of length without the other",
+        ValueError,
+        "Expected both `section_unit` and `reference_unit`",
+        lambda w: si.tl.read_transformation("m.txt", section_unit=0.5),
+    ),
+    refuses(
+        "tl.read_transformation",
+        "six numbers of a matrix in one line",
+        ValueError,
+        "may stand row by row or column by column",
+        lambda w: si.tl.read_transformation(write(w.tmp / "m.txt", b"1 0 20 0 1 10")),
+    ),
+    refuses(
+        "tl.read_transformation",
+        "a matrix as a csv file",
+        ValueError,
+        "Save a matrix as `.txt`",
+        lambda w: si.tl.read_transformation(write(w.tmp / "m.csv", b"1,0,20,0,1,10")),
     ),
     refuses(
         "tl.write_transformation",
@@ -621,7 +643,7 @@ CELLS = [
         "pp.add_cells",
         "points instead of outlines",
         ValueError,
-        "`cells` holds no polygon, found ['Point']",
+        "objects in `cells` are no polygon with an area, by type {'Point': 1}",
         lambda w: cells(w, gpd.GeoDataFrame(geometry=gpd.points_from_xy([5.0], [5.0]))),
     ),
     refuses(
@@ -632,6 +654,23 @@ CELLS = [
         lambda w: cells(w, write(w.tmp / "cells.geojson", b"x,y")),
     ),
     refuses("pp.add_cells", "an image", TypeError, "whole numbers (y, x)", lambda w: cells(w, np.ones((5, 5, 3)))),
+    refuses(
+        "pp.add_cells", "a mask", TypeError, "skimage.measure.label(mask)", lambda w: cells(w, np.ones((5, 5), bool))
+    ),
+    refuses(
+        "pp.add_cells",
+        "labels with a background of -1",
+        ValueError,
+        "Labels must be 0 where there is no cell",
+        lambda w: cells(w, np.full(w.sdata.images["s1_image"].shape[1:], -1)),
+    ),
+    refuses(
+        "pp.add_cells",
+        "shapes of another coordinate system",
+        ValueError,
+        "is placed in the coordinate systems ['slide'], expected 's1'",
+        lambda w: cells(w, ShapesModel.parse(squares((10, 10)), transformations={"slide": Scale([2, 2], ("x", "y"))})),
+    ),
 ]
 CASES = [*PP, *CELLS, *REGISTRATION, *GRAPH]
 _ = pd, sparse
