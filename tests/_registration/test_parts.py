@@ -139,11 +139,13 @@ def test_errors_of_a_path_add_up():
         "b": ChainResult(np.eye(3), ("b", "a"), "direct", 1.0, "ok"),
         "c": ChainResult(np.eye(3), ("c", "b", "a"), "sequential", 1.0, "ok"),
     }
-    found = section_errors(pairs, placed, {})
+    found = section_errors(pairs, placed, {}, {})
     assert [found[name]["error_um"] for name in "abc"] == pytest.approx([0, 30, 30 * 2**0.5])
-    apart = section_errors(pairs, placed | {"c": replace(placed["c"], disagreement=200.0)}, {})
+    apart = section_errors(pairs, placed | {"c": replace(placed["c"], disagreement=200.0)}, {}, {})
     assert apart["c"]["error_um"] > 100
-    deformed = section_errors(pairs, placed | {"c": replace(placed["c"], confirmed=True)}, {"c": {"error_um": 20.0}})
+    deformed = section_errors(
+        pairs, placed | {"c": replace(placed["c"], confirmed=True)}, {"c": {"error_um": 20.0}}, {}
+    )
     assert deformed["c"] == {"error_um": 20.0, "error_p90_um": None}
 
 

@@ -12,7 +12,7 @@ import pytest
 from spatialdata.transformations import Affine, get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import element_affine, load_record
+from spatial_impute._stack import element_affine, load_record, registration_state
 
 # A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
 QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
@@ -310,3 +310,60 @@ def test_wrong_tissue_keys(sdata):
         place_of(sdata, tissue_key={"s1": "s0_tissue"})
     with pytest.raises(ValueError, match=r"mapping of sections.*found 's0_tissue'"):
         place_of(sdata, tissue_key="s0_tissue")
+
+
+@pytest.fixture
+def decided(affine, tmp_path):
+    """The registered stack, and a function that saves decisions on it."""
+    sdata = copy.deepcopy(affine)
+
+    def save(sections: dict, **change) -> str:
+        content = {"registration": registration_state(load_record(sdata)), "sections": sections, **change}
+        (tmp_path / "checked.json").write_text(json.dumps(content))
+        return str(tmp_path / "checked.json")
+
+    return sdata, save
+
+
+def test_approved_section_stays_and_the_rejected_one_moves(decided):
+    sdata, save = decided
+    before = rows(sdata)
+    place = np.array(before["s2"]["matrix"]) @ np.array([[1, 0, 30], [0, 1, 0], [0, 0, 1.0]])
+    si.tl.register_stack(sdata, checked=save({"s0": "approved", "s2": "rejected"}), transformations={"s2": place})
+    after = rows(sdata)
+    assert after["s0"]["matrix"] == before["s0"]["matrix"]
+    assert after["s0"]["error_um"] == before["s0"]["error_um"]
+    assert after["s0"]["reasons"][0] == "Approved by a person."
+    np.testing.assert_allclose(after["s2"]["matrix"], place)
+    assert load_record(sdata).registration["approved"] == ["s0"]
+
+
+def test_approved_section_keeps_its_deformation(syn, tmp_path):
+    sdata = copy.deepcopy(syn)
+    (name,) = [n for n, row in rows(sdata).items() if row["deformed"]][:1]
+    other = next(n for n in ("s0", "s2") if n != name)
+    places = sdata.tables["stack"].obsm["spatial_3d"].copy()
+    content = {"registration": registration_state(load_record(sdata)), "sections": {name: "approved"}}
+    (tmp_path / "checked.json").write_text(json.dumps(content))
+    si.tl.register_stack(sdata, checked=tmp_path / "checked.json", transformations={other: np.eye(3)})
+    own = (sdata.tables["stack"].obs["section"] == name).to_numpy()
+    np.testing.assert_allclose(sdata.tables["stack"].obsm["spatial_3d"][own], places[own], atol=1e-6)
+    assert rows(sdata)[name]["deformed"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "change", "kwargs", "match"),
+    [
+        ({"s0": "rejected"}, {}, {}, r"Sections \['s0'\] are rejected"),
+        ({"s0": "maybe"}, {}, {}, "found other content"),
+        ({"s0": "approved"}, {"registration": "0"}, {}, "Make the page again"),
+        ({"s0": "approved"}, {}, {"initial": {"s0": np.eye(3)}}, "Use one of them"),
+        ({"s0": "approved"}, {}, {"reference": "s0"}, "Use the same one"),
+    ],
+)
+def test_wrong_decisions(decided, sections, change, kwargs, match):
+    sdata, save = decided
+    before = rows(sdata)
+    with pytest.raises(ValueError, match=match):
+        si.tl.register_stack(sdata, checked=save(sections, **change), **kwargs)
+    assert rows(sdata) == before

@@ -82,18 +82,20 @@ def section_errors(
     pairs: Mapping[tuple[str, str], PairResult],
     placed: Mapping[str, ChainResult],
     deformed: Mapping[str, dict[str, Any]],
+    known: Mapping[str, dict[str, Any]],
 ) -> dict[str, dict[str, float | None]]:
     """Expected error of each section in the common frame: ``error_um`` and ``error_p90_um``.
 
     The errors of the pairs on the path are independent, so their squares add up. Two ways through the stack that differ
     by more than that raise the error. `deformed` is the quality of the deformations that are used.
+    `known` has the errors of sections with a given place; others of these have none.
     """
     found: dict[str, dict[str, float | None]] = {}
 
     def error(name: str, key: str, scale: float) -> float | None:
         result = placed[name]
         if len(result.path) < 2 or result.route == "given":
-            return 0.0
+            return known.get(name, {}).get(key, 0.0)
         own, parent = deformed.get(name), result.path[1]
         if own is None:
             own = next(pairs[pair].quality for pair in ((parent, name), (name, parent)) if pair in pairs)

@@ -38,17 +38,20 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
+from spatial_impute.tl._checked_places import approved_places
 from spatial_impute.tl._given_tissue import TissueReader
 from spatial_impute.tl._given_transforms import PlaceReader, check_skip
 from spatial_impute.tl._write_registration import write_registration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from spatialdata import SpatialData
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
+    from spatial_impute.tl._checked_places import Approved
     from spatial_impute.tl._given_transforms import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
@@ -82,6 +85,7 @@ def register_stack(
     initial: Mapping[str, Placement] | None = None,
     skip: str | Sequence[str] = (),
     tissue_key: str | Mapping[str, str] | None = None,
+    checked: str | Path | None = None,
     registration_params: RegistrationParams | Mapping[str, Any] | None = None,
     target_coordinate_system: str = Keys.ALIGNED,
     seed: int = 0,
@@ -133,6 +137,10 @@ def register_stack(
         word ``{section}`` in it (``"{section}_tissue"``, after a correction of what
         :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
         other sections, the tissue is found on the image.
+    checked
+        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present registration.
+        Approved sections stay where they are, with their deformation; the others are registered to them. A
+        rejected section needs an entry in `transformations`, `initial` or `skip`.
     registration_params
         Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
@@ -163,7 +171,7 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, or a section fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or rejects a section without help, or a section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -186,6 +194,8 @@ def register_stack(
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
+    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *name_list(skip, name="skip")})
+    given |= {name: place.transform.matrix for name, place in approved.items()}
     skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     tissue = TissueReader.of(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
@@ -201,8 +211,9 @@ def register_stack(
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
         "tissue": tissue.keys,
+        "approved": list(approved),
     }
-    request = _Request(reference, settings, params, given, starts, tissue, on_failure, show_progress_bar)
+    request = _Request(reference, settings, params, given, starts, approved, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
@@ -230,6 +241,7 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
+    approved: dict[str, Approved]
     tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
@@ -346,7 +358,8 @@ class _Result:
     def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
         base = found.to_section[request.reference]
         deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
-        errors = section_errors(found.pairs, found.placed, deformed)
+        known = {name: place.row for name, place in request.approved.items()}
+        errors = section_errors(found.pairs, found.placed, deformed, known)
         transforms, rows = {}, {}
         for name in record.names:
             if name in found.placed:
@@ -359,6 +372,8 @@ class _Result:
                 placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
                 transforms[name] = SectionTransform(placed.matrix)
                 rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
+        transforms |= {name: place.transform for name, place in request.approved.items()}
+        rows |= known
         pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
         return cls(transforms, rows, pairs)
 

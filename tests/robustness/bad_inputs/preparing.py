@@ -395,6 +395,13 @@ REGISTRATION = [
     ),
     refuses(
         "tl.register_stack",
+        "decisions that are no decisions",
+        ValueError,
+        "found other content",
+        lambda w: register(w, checked=write(w.tmp / "checked.json", b'{"sections": {"s0": 1}}')),
+    ),
+    refuses(
+        "tl.register_stack",
         "an image without its transformation",
         KeyError,
         "not found in `coordinate systems of sdata.images['s0_image']`",
