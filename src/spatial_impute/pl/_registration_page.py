@@ -74,8 +74,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>
 <body style="--tile:{tile}"><h1>{title}</h1>
 <p>First picture: the reference is magenta, the section is green, and where both have tissue it is grey. Second picture: tiles
-of the reference and of the section in turn, the upper left tile is of the reference. Vessels, glands and the outline should
-go on from tile to tile. Reject a section if they do not.</p>
+of {tile_um:g} µm of the reference and of the section in turn; the upper left one is of the reference. Vessels, glands and the
+outline should go on from tile to tile. Reject a section if they do not.</p>
 {parts}
 <footer><div><button id="save">Save decisions</button><span id="count"></span></div></footer>
 <script>{script}</script></body></html>
@@ -150,6 +150,7 @@ def registration_page(
         title=f"Registration of {len(parts)} section{'s' if len(parts) > 1 else ''} on {record.reference}",
         style=_STYLE,
         tile=f"{100 * tile / canvas.width:.3f}% {100 * tile / canvas.height:.3f}%",
+        tile_um=tile,
         parts="\n".join(parts),
         script=_SCRIPT.replace("REGISTRATION", json.dumps(registration_state(record))),
     )

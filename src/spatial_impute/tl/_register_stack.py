@@ -24,6 +24,7 @@ from spatial_impute._registration import (
     StackTask,
     deform_stack,
     exchanged_sections,
+    in_inferred_order,
     register_chain,
     run_all,
     section_errors,
@@ -79,6 +80,7 @@ def register_stack(
     reference: str | None = None,
     method: str = "affine",
     policy: str = "auto",
+    order: str = "given",
     on_failure: str = "raise",
     resolution: float | None = None,
     transformations: Mapping[str, Placement] | None = None,
@@ -115,6 +117,10 @@ def register_stack(
     policy
         ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
+    order
+        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first, and are
+        put in the order in which neighbors are most alike. They share out their heights in this order. Images do not show
+        which end is the upper one; the direction is the one nearer to the present order.
     on_failure
         ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
     resolution
@@ -186,6 +192,7 @@ def register_stack(
     require_key(reference, record.names, where="the stack's sections", then="Choose one of them with `reference=`.")
     require_one_of(method, {"rigid", "affine", "syn", "auto"}, name="method")
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
+    require_one_of(order, {"given", "infer"}, name="order")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
@@ -205,6 +212,7 @@ def register_stack(
         "version": version("spatial-impute"),
         "method": method,
         "policy": policy,
+        "order": order,
         "seed": seed,
         "resolution_um": resolution,
         "coordinate_system": target_coordinate_system,
@@ -215,6 +223,11 @@ def register_stack(
     }
     request = _Request(reference, settings, params, given, starts, approved, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
+    if order == "infer":
+        logger.warning(
+            "Order of the sections by their likeness: %s. The direction is not known", ", ".join(found.placed)
+        )
+        record = record.in_order(list(found.placed))
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
         logger.warning(
@@ -298,7 +311,10 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     method, policy, seed = (request.settings[key] for key in ("method", "policy", "seed"))
     run = partial(run_all, show=request.show_progress_bar)
     kind = "rigid" if method == "rigid" else "affine"
-    pairs, placed = register_chain(StackTask(images, reference, policy, kind, given, starts, request.params, seed), run)
+    task, known = StackTask(images, reference, policy, kind, given, starts, request.params, seed), None
+    if request.settings["order"] == "infer":
+        task, known = in_inferred_order(task, run)
+    pairs, placed = register_chain(task, run, known)
     failed = any(result.verdict == "failed" for result in placed.values())
     fields = {}
     if method in ("syn", "auto") and not (failed and request.on_failure == "raise"):

@@ -395,6 +395,13 @@ REGISTRATION = [
     ),
     refuses(
         "tl.register_stack",
+        "an unknown order",
+        ValueError,
+        "`order` must be one of",
+        lambda w: register(w, order="up"),
+    ),
+    refuses(
+        "tl.register_stack",
         "decisions that are no decisions",
         ValueError,
         "found other content",
