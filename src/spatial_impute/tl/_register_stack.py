@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
-    from spatial_impute.tl._checked_places import Approved
     from spatial_impute.tl._given_transforms import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
@@ -128,7 +127,7 @@ def register_stack(
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
         Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
-        (um), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
+        (um), a transformation (as :func:`read_transformation` returns for a field), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
         that is aligned already. ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the
         frame of the section is that of the reference. These places are used without a fit and without deformation;
         neighbours are registered to them.
@@ -203,6 +202,8 @@ def register_stack(
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
     approved = approved_places(sdata, record, checked, reference, {*given, *starts, *name_list(skip, name="skip")})
     given |= {name: place.transform.matrix for name, place in approved.items()}
+    kept = {name: place for name, place in (transformations or {}).items() if isinstance(place, SectionTransform)}
+    kept |= {name: place.transform for name, place in approved.items()}
     skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     tissue = TissueReader.of(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
@@ -221,7 +222,8 @@ def register_stack(
         "tissue": tissue.keys,
         "approved": list(approved),
     }
-    request = _Request(reference, settings, params, given, starts, approved, tissue, on_failure, show_progress_bar)
+    rows = {name: place.row for name, place in approved.items()}
+    request = _Request(reference, settings, params, given, starts, kept, rows, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
         logger.warning(
@@ -254,7 +256,10 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
-    approved: dict[str, Approved]
+    kept: dict[str, SectionTransform]
+    """Places of `given` that are used as they are, with their deformation."""
+    approved: dict[str, dict[str, Any]]
+    """Rows of approved sections."""
     tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
@@ -374,22 +379,20 @@ class _Result:
     def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
         base = found.to_section[request.reference]
         deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
-        known = {name: place.row for name, place in request.approved.items()}
-        errors = section_errors(found.pairs, found.placed, deformed, known)
+        errors = section_errors(found.pairs, found.placed, deformed, request.approved)
         transforms, rows = {}, {}
         for name in record.names:
             if name in found.placed:
                 placed = found.placed[name]
                 field, deformation = found.fields.get(name, (None, None))
                 matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
-                transforms[name] = SectionTransform.from_field(matrix, field, base)
+                transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
                 rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
             elif name in request.given:
                 placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
-                transforms[name] = SectionTransform(placed.matrix)
+                transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
                 rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
-        transforms |= {name: place.transform for name, place in request.approved.items()}
-        rows |= known
+        rows |= request.approved
         pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
         return cls(transforms, rows, pairs)
 
