@@ -1,6 +1,6 @@
 """Measure the registration against its bars: ``python benchmarks/registration.py [--quick] [--only landmarks ...]``.
 
-Data are read from ``SPATIAL_IMPUTE_DATA_DIR`` (folders ``landmarks``, ``her2st``, ``dlpfc``); what is missing is skipped.
+Data are read from ``SPATIAL_IMPUTE_DATA_DIR`` (folders ``landmarks``, ``her2st``, ``mob_st4``, ``dlpfc``); what is missing is skipped.
 For comparable times: ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1 OMP_NUM_THREADS=1``.
 """
 
@@ -311,8 +311,8 @@ def there_and_back(sdata: object, name: str) -> dict[str, float]:
     }
 
 
-def expression_check(sdata: object, truth: object) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per section (spots, 250 genes): its own expression, and that of the nearest spot of C4."""
+def expression_check(sdata: object, truth: object, reference: str = "C4") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per section (spots, 250 genes): its own expression, and that of the nearest spot of the reference."""
     from scipy.spatial import cKDTree
 
     spots = sdata.tables["stack"]
@@ -320,14 +320,14 @@ def expression_check(sdata: object, truth: object) -> dict[str, tuple[np.ndarray
     values = truth[spots.obs_names].X
     values = np.asarray(values.toarray() if hasattr(values, "toarray") else values, float)
     section = spots.obs["section"].astype(str).to_numpy()
-    fixed = section == "C4"
+    fixed = section == reference
     values = values[:, np.argsort(-values[fixed].mean(axis=0))[:250]]
     xy = spots.obsm["spatial_3d"][:, :2]
     nearest = cKDTree(xy[fixed]).query(xy)[1]
     return {
         name: (values[section == name], values[fixed][nearest[section == name]])
         for name in dict.fromkeys(section)
-        if name != "C4"
+        if name != reference
     }
 
 
@@ -345,6 +345,31 @@ def gain_interval(before: tuple, after: tuple, *, n: int = 500) -> str:
         rows = rng.integers(0, len(before[0]), len(before[0]))
         changes.append(mean_r(*(v[rows] for v in after)) - mean_r(*(v[rows] for v in before)))
     return "{:+.4f} to {:+.4f}".format(*np.percentile(changes, [2.5, 97.5]))
+
+
+# ---------------------------------------------------------------- olfactory bulb
+
+
+def bench_bulb(*, quick: bool) -> None:
+    """Four sections with a printed frame, by the default call and with `auto`."""
+    from other_stacks import olfactory_bulb
+
+    import spatial_impute as si
+
+    sdata, truth = olfactory_bulb()
+    rows = []
+    for method in ("affine",) if quick else ("affine", "auto"):
+        if method != "affine":  # the default, which the stack comes with
+            si.tl.register_stack(sdata, method=method, on_failure="warn", show_progress_bar=False)
+        found = sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"]
+        for name, pair in expression_check(sdata, truth, "MOB2").items():
+            matrix, own = np.array(found[name]["matrix"]), found[name]
+            row = {"section": name, "method": method, "deformed": own["deformed"], "verdict": own["verdict"]}
+            row["rotation"] = round(float(np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0]))))
+            row |= {"mirrored": np.linalg.det(matrix[:2, :2]) < 0, "error_um": own["error_um"], "r": mean_r(*pair)}
+            rows.append(row)
+            print(row, own["reasons"], flush=True)
+    table(rows, "Olfactory bulb on MOB2 (bar: all ok; rotation -10, 5, 175 degrees, none mirrored)")
 
 
 # ---------------------------------------------------------------- layers of the cortex
@@ -455,6 +480,7 @@ PARTS = {
     "landmarks": bench_landmarks,
     "synthetic": bench_synthetic,
     "real": bench_real,
+    "bulb": bench_bulb,
     "dlpfc": bench_dlpfc,
     "size": bench_size,
 }
@@ -471,7 +497,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     pd.set_option("display.width", 250, "display.max_columns", 50)
-    folders = {"landmarks": "landmarks", "synthetic": "her2st", "real": "her2st", "dlpfc": "dlpfc"}
+    folders = {"landmarks": "landmarks", "synthetic": "her2st", "real": "her2st", "bulb": "mob_st4", "dlpfc": "dlpfc"}
     for name in arguments.only:
         if name in folders and not (ROOT / folders[name]).is_dir():
             print(f"\n## {name}: no data in {ROOT / folders[name]}, skipped")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import Likeness, RegistrationParams, SectionImage, exchanged_sections
+from spatial_impute._registration.order import most_alike
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +69,29 @@ def test_an_odd_section_is_not_said_to_be_exchanged(order):
         return near.get(frozenset((a, b)), 0.2) + own
 
     assert exchanged_sections(order, likeness) == []
+
+
+@pytest.mark.parametrize("order", ["abcd", "acbd", "cabd", "dcba"])
+def test_order_is_inferred(block, order):
+    values = np.array([[0.0 if a == b else block(a, b).mean() for b in order] for a in order])
+    found = "".join(order[i] for i in most_alike(values))
+    assert found in ("abcd", "dcba")
+    assert (found == "dcba") == (order == "dcba")  # the direction nearer to the present order
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_inferred_order_has_the_largest_likeness_of_all(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.random((7, 7))
+    values += values.T
+
+    def total(order):
+        return values[list(order[:-1]), list(order[1:])].sum()
+
+    assert total(most_alike(values)) == pytest.approx(max(map(total, permutations(range(7)))))
+
+
+def test_shuffled_line_of_forty_sections():
+    place = np.random.default_rng(0).permutation(40)
+    found = most_alike(np.exp(-np.abs(place[:, None] - place) / 5.0))
+    assert np.all(np.abs(np.diff(place[found])) == 1)

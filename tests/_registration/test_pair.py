@@ -75,6 +75,17 @@ def test_rigid_recovers_rotation_shift_and_mirror(fixed, angle, mirrored, shift)
     assert abs((result.quality["start_rotation_deg"] - angle + 180) % 360 - 180) <= 10
 
 
+def test_no_error_is_stated_for_a_pose_that_is_not_clear(fixed):
+    """Another section that fits as well in another pose may be wrong by any distance."""
+    params = {"working_side": 320, "search_side": 80}
+    clear = register_pair(fixed, fixed, method="rigid", params=RegistrationParams(**params))
+    unclear = register_pair(fixed, fixed, method="rigid", params=RegistrationParams(**params, min_margin=1.0))
+    assert clear.quality["error_um"] < 20
+    assert unclear.verdict == "weak"
+    assert unclear.quality["error_um"] is None
+    assert unclear.quality["error_p90_um"] is None
+
+
 @pytest.mark.parametrize("angle", [0, 180])
 def test_content_decides_where_the_outline_cannot(angle):
     image = tissue_image(symmetric=True, seed=3)

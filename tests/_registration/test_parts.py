@@ -139,12 +139,34 @@ def test_errors_of_a_path_add_up():
         "b": ChainResult(np.eye(3), ("b", "a"), "direct", 1.0, "ok"),
         "c": ChainResult(np.eye(3), ("c", "b", "a"), "sequential", 1.0, "ok"),
     }
-    found = section_errors(pairs, placed, {})
+    found = section_errors(pairs, placed, {}, {})
     assert [found[name]["error_um"] for name in "abc"] == pytest.approx([0, 30, 30 * 2**0.5])
-    apart = section_errors(pairs, placed | {"c": replace(placed["c"], disagreement=200.0)}, {})
+    apart = section_errors(pairs, placed | {"c": replace(placed["c"], disagreement=200.0)}, {}, {})
     assert apart["c"]["error_um"] > 100
-    deformed = section_errors(pairs, placed | {"c": replace(placed["c"], confirmed=True)}, {"c": {"error_um": 20.0}})
+    deformed = section_errors(
+        pairs, placed | {"c": replace(placed["c"], confirmed=True)}, {"c": {"error_um": 20.0}}, {}
+    )
     assert deformed["c"] == {"error_um": 20.0, "error_p90_um": None}
+
+
+def test_error_of_an_uncertain_pose_stays_unknown_in_the_stack():
+    """A deformation tells how well a section lies near its place, not if the place is right."""
+    unclear = PairResult(np.eye(3), "affine", {"error_um": None, "error_p90_um": None})
+    placed = {
+        "a": ChainResult(np.eye(3), ("a",), "reference", 1.0, "ok"),
+        "b": ChainResult(np.eye(3), ("b", "a"), "direct", 1.0, "weak"),
+    }
+    found = section_errors({("a", "b"): unclear}, placed, {"b": {"error_um": 20.0, "error_p90_um": 40.0}}, {})
+    assert found["b"] == {"error_um": None, "error_p90_um": None}
+
+
+def test_error_of_a_given_place_is_that_of_its_approval():
+    placed = {
+        "a": ChainResult(np.eye(3), ("a",), "reference", 1.0, "ok"),
+        "b": ChainResult(np.eye(3), ("b", "a"), "given", 1.0, "ok"),
+    }
+    assert section_errors({}, placed, {}, {})["b"]["error_um"] == 0.0
+    assert section_errors({}, placed, {}, {"b": {"error_um": 33.0}})["b"]["error_um"] == 33.0
 
 
 def test_edges_do_not_see_the_outline_nor_the_sign():

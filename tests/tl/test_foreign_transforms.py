@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import ants
 import numpy as np
 import pytest
 
 import spatial_impute as si
+from spatial_impute._registration import SectionTransform
 
 MATRIX = np.array([[0.9, -0.3, 40.0], [0.28, 0.95, -25.0], [0, 0, 1]])
 
@@ -164,3 +167,58 @@ def test_columns_in_the_expected_order_are_read(tmp_path):
     section, reference = si.tl.read_transformation(tmp_path / "pairs.csv")
     np.testing.assert_array_equal(section, [[1, 2], [5, 6]])
     np.testing.assert_array_equal(reference, [[3, 4], [7, 8]])
+
+
+@pytest.fixture(scope="module")
+def bent() -> SectionTransform:
+    """A bend of up to 20 um on top of a matrix."""
+    y, x = np.mgrid[:60, :60] * 40.0 + 20.0
+    shift = np.stack([20 * np.sin(y / 400), 20 * np.cos(x / 500)], axis=-1).astype(np.float32)
+    grid = np.diag([40.0, 40.0, 1.0])
+    return SectionTransform(
+        MATRIX, shift, -shift, grid
+    )  # the way back is exact to a few um; tests use the one from the file
+
+
+@pytest.mark.parametrize("end", [".nii.gz", ".nrrd"])
+def test_fields_come_back_and_place_the_section(sdata, bent, tmp_path, end):
+    sdata = copy.deepcopy(sdata)
+    places = {"s0": bent, "s2": np.eye(3)}
+    si.tl.register_stack(sdata, transformations=places, show_progress_bar=False)
+    assert sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"]["s0"]["deformed"]
+    si.tl.write_transformation(sdata, "s0", tmp_path / f"s0{end}")
+    found = si.tl.read_transformation(tmp_path / f"s0{end}")
+    reference = np.random.default_rng(0).uniform(300, 2100, (50, 2))
+    np.testing.assert_allclose(found.inverse(reference), bent.inverse(reference), atol=0.2)
+    np.testing.assert_allclose(found.points(found.inverse(reference)), reference, atol=0.2)
+    si.tl.register_stack(sdata, transformations=places | {"s0": found}, show_progress_bar=False)
+    table = sdata.tables["stack"][sdata.tables["stack"].obs["section"] == "s0"]
+    np.testing.assert_allclose(table.obsm["spatial_3d"][:, :2], found.points(table.obsm["spatial"][:, :2]), atol=0.2)
+
+
+def test_ants_reads_the_field(sdata, bent, tmp_path):
+    """antspyx itself, given the file, must sample the section where the transformation says."""
+    sdata = copy.deepcopy(sdata)
+    si.tl.register_stack(sdata, transformations={"s0": bent, "s2": np.eye(3)}, show_progress_bar=False)
+    si.tl.write_transformation(sdata, "s0", tmp_path / "s0.nii.gz")
+    ramp = np.mgrid[:600, :600].astype(np.float32) * 4.0  # x and y of each pixel, 4 um apart
+    images = [ants.from_numpy(axis, spacing=(4.0, 4.0)) for axis in ramp]
+    moved = np.stack([ants.apply_transforms(i, i, [str(tmp_path / "s0.nii.gz")]).numpy() for i in images], axis=-1)
+    index = np.random.default_rng(0).integers(150, 450, (50, 2))
+    np.testing.assert_allclose(moved[index[:, 0], index[:, 1]], bent.inverse(index * 4.0), atol=0.2)
+
+
+def test_units_of_a_field(tmp_path):
+    """A field in mm between images in um of half the size."""
+    field = np.zeros((20, 20, 2), np.float32)
+    field[..., 0] = 0.5
+    ants.image_write(ants.from_numpy(field, spacing=(0.1, 0.1), has_components=True), str(tmp_path / "f.nrrd"))
+    found = si.tl.read_transformation(tmp_path / "f.nrrd", section_unit=500.0, reference_unit=1000.0)
+    np.testing.assert_allclose(found.inverse([[1000.0, 800.0]]), [[750.0, 400.0]], atol=0.01)
+    np.testing.assert_allclose(found.points([[750.0, 400.0]]), [[1000.0, 800.0]], atol=0.01)
+
+
+def test_image_that_is_no_field(tmp_path):
+    ants.image_write(ants.from_numpy(np.zeros((20, 20), np.float32)), str(tmp_path / "f.nii.gz"))
+    with pytest.raises(ValueError, match="1 values per pixel"):
+        si.tl.read_transformation(tmp_path / "f.nii.gz")

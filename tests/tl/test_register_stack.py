@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 from spatialdata.transformations import Affine, get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import element_affine, load_record
+from spatial_impute._stack import element_affine, load_record, registration_state, require_current
 
 # A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
 QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
@@ -204,13 +205,16 @@ def test_skipped_section_is_bridged_and_left_out():
     assert si.pl.registration(stack, return_ax=True).shape == (1, 3)
 
 
-def test_failure_is_loud_and_writes_nothing(sdata):
-    rng = np.random.default_rng(0)
+def strip(sdata) -> None:
+    """Replace the tissue of section s2 by a strip of something else."""
     image = sdata.images["s2_image"]
-    other = np.asarray(image.data).astype(float)
-    noise = rng.integers(90, 200, other.shape)
-    y, x = np.mgrid[: other.shape[1], : other.shape[2]]
-    image.data = np.where((x < 90) & (y > 60) & (y < 330), noise, 240).astype(np.uint8)  # a strip of something else
+    noise = np.random.default_rng(0).integers(90, 200, image.shape)
+    y, x = np.mgrid[: image.shape[1], : image.shape[2]]
+    image.data = np.where((x < 90) & (y > 60) & (y < 330), noise, 240).astype(np.uint8)
+
+
+def test_failure_is_loud_and_writes_nothing(sdata):
+    strip(sdata)
     with pytest.raises(ValueError, match=r"failed for 1 of 3 sections\. s2: .*pl\.registration.*skip"):
         si.tl.register_stack(sdata, method="syn", registration_params=QUICK)
     assert load_record(sdata).registration is None
@@ -310,3 +314,88 @@ def test_wrong_tissue_keys(sdata):
         place_of(sdata, tissue_key={"s1": "s0_tissue"})
     with pytest.raises(ValueError, match=r"mapping of sections.*found 's0_tissue'"):
         place_of(sdata, tissue_key="s0_tissue")
+
+
+@pytest.fixture
+def decided(affine, tmp_path):
+    """The registered stack, and a function that saves decisions on it."""
+    sdata = copy.deepcopy(affine)
+
+    def save(sections: dict, **change) -> str:
+        content = {"registration": registration_state(load_record(sdata)), "sections": sections, **change}
+        (tmp_path / "checked.json").write_text(json.dumps(content))
+        return str(tmp_path / "checked.json")
+
+    return sdata, save
+
+
+def test_approved_section_stays_and_the_rejected_one_moves(decided):
+    sdata, save = decided
+    before = rows(sdata)
+    place = np.array(before["s2"]["matrix"]) @ np.array([[1, 0, 30], [0, 1, 0], [0, 0, 1.0]])
+    si.tl.register_stack(sdata, checked=save({"s0": "approved", "s2": "rejected"}), transformations={"s2": place})
+    after = rows(sdata)
+    assert after["s0"]["matrix"] == before["s0"]["matrix"]
+    assert after["s0"]["error_um"] == before["s0"]["error_um"]
+    assert after["s0"]["reasons"][0] == "Approved by a person."
+    np.testing.assert_allclose(after["s2"]["matrix"], place)
+    assert load_record(sdata).registration["approved"] == ["s0"]
+
+
+def test_approved_section_keeps_its_deformation(syn, tmp_path):
+    sdata = copy.deepcopy(syn)
+    (name,) = [n for n, row in rows(sdata).items() if row["deformed"]][:1]
+    other = next(n for n in ("s0", "s2") if n != name)
+    places = sdata.tables["stack"].obsm["spatial_3d"].copy()
+    content = {"registration": registration_state(load_record(sdata)), "sections": {name: "approved"}}
+    (tmp_path / "checked.json").write_text(json.dumps(content))
+    si.tl.register_stack(sdata, checked=tmp_path / "checked.json", transformations={other: np.eye(3)})
+    own = (sdata.tables["stack"].obs["section"] == name).to_numpy()
+    np.testing.assert_allclose(sdata.tables["stack"].obsm["spatial_3d"][own], places[own], atol=1e-6)
+    assert rows(sdata)[name]["deformed"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "change", "kwargs", "match"),
+    [
+        ({"s0": "rejected"}, {}, {}, r"Sections \['s0'\] are rejected"),
+        ({"s0": "maybe"}, {}, {}, "found other content"),
+        ({"s0": "approved"}, {"registration": "0"}, {}, "Make the page again"),
+        ({"s0": "approved"}, {}, {"initial": {"s0": np.eye(3)}}, "Use one of them"),
+        ({"s0": "approved"}, {}, {"reference": "s0"}, "Use the same one"),
+    ],
+)
+def test_wrong_decisions(decided, sections, change, kwargs, match):
+    sdata, save = decided
+    before = rows(sdata)
+    with pytest.raises(ValueError, match=match):
+        si.tl.register_stack(sdata, checked=save(sections, **change), **kwargs)
+    assert rows(sdata) == before
+
+
+def test_order_of_shuffled_sections_is_inferred():
+    """Five sections whose tissue changes from one to the next, given in a wrong order."""
+    made = si.datasets.synthetic_stack(5, extent=1400.0, section_spacing=60.0, n_genes=9, measured=["s2"])
+    shuffled = ["s3", "s0", "s2", "s4", "s1"]
+    frames = {name: name for name in shuffled}
+    sdata = si.pp.assemble_stack(dict.fromkeys(shuffled, made), mpp=1.0, section_spacing=60.0, coordinate_system=frames)
+    si.tl.register_stack(sdata, order="infer", registration_params=QUICK)
+    record = load_record(sdata)
+    assert list(record.names) in ([f"s{i}" for i in range(5)], [f"s{i}" for i in range(5)][::-1])
+    assert [section.z for section in record.sections] == [0.0, 60.0, 120.0, 180.0, 240.0]
+    table = sdata.tables["stack"]
+    assert list(table.obs["section"].cat.categories) == list(record.names)
+    heights = {section.name: section.z for section in record.sections}
+    assert (table.obs["z"] == table.obs["section"].map(heights).astype(float)).all()
+    assert (table.obsm["spatial_3d"][:, 2] == table.obs["z"]).all()
+    pairs = {frozenset((row["fixed"], row["moving"])) for row in record.registration["pairs"]}
+    assert set(map(frozenset, pairwise(record.names))) <= pairs
+    require_current(sdata, record, table, measured=False)
+
+
+def test_order_needs_all_sections_on_the_reference(sdata):
+    """A section that fails there has no place to compare it at; nothing is written."""
+    strip(sdata)
+    with pytest.raises(ValueError, match=r"\['s2'\] could not be placed there"):
+        si.tl.register_stack(sdata, order="infer", registration_params=QUICK)
+    assert load_record(sdata).registration is None

@@ -11,7 +11,7 @@ from spatial_impute._registration.chain import (
 )
 from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.error import section_errors
-from spatial_impute._registration.order import Likeness, exchanged_sections
+from spatial_impute._registration.order import Likeness, exchanged_sections, in_inferred_order
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.transform import DisplacementField, SectionTransform
 from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
@@ -28,6 +28,7 @@ __all__ = [
     "chain_to_reference",
     "deform_stack",
     "exchanged_sections",
+    "in_inferred_order",
     "register_chain",
     "register_pair",
     "run_all",

@@ -219,14 +219,15 @@ class StackTask:
     seed: int
 
 
-def register_chain(task: StackTask, run: Run) -> tuple[Pairs, dict[str, ChainResult]]:
+def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tuple[Pairs, dict[str, ChainResult]]:
     """Register the pairs of a stack and place every section.
 
-    `run` calls a function for each tuple of arguments, in parallel or not, and returns the results in order.
+    Pairs that are `known` are not registered again. `run` calls a function for each tuple of arguments, in parallel or not, and returns the results in order.
     """
     names, middle = list(task.images), list(task.images).index(task.reference)
-    pairs: Pairs = {}
     wanted = [pair for pair in wanted_pairs(names, task.reference, task.policy) if pair[1] not in task.given]
+    pairs: Pairs = {pair: known[pair] for pair in wanted if pair in known} if known else {}
+    wanted = [pair for pair in wanted if pair not in pairs]
 
     def register(some: list[tuple[str, str]], starts: Sequence[NDArray | None]) -> None:
         fit = partial(_register, method=task.method, params=task.params, seed=task.seed)

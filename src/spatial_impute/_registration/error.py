@@ -37,6 +37,7 @@ _MOST = 10.0  # times the mean square of the patches: then they lie in one place
 _LIMIT = 1.28  # standard errors: nine of ten estimates of a normal distribution lie below
 # Root mean square to median and to 90th percentile of the length of a vector with two normal components.
 _MEDIAN, _P90 = 0.83, 1.52
+NO_ERROR: dict[str, float | int | None] = {"error_um": None, "error_p90_um": None, "error_patches": 0}
 
 
 def expected_error(
@@ -72,7 +73,7 @@ def expected_error(
     agree = [np.hypot(*(a - b)) < _NEAR for a, b in looks.values()]
     square = _upper_square(looks) if agree and np.mean(agree) >= _AGREE else None
     if square is None:
-        return {"error_um": None, "error_p90_um": None, "error_patches": len(looks)}
+        return NO_ERROR | {"error_patches": len(looks)}
     square = square * _outside(tissue, list(looks)) + 0.25
     error = float(np.sqrt(square * fixed.size**2 + halves**2))
     return {"error_um": _MEDIAN * error, "error_p90_um": _P90 * error, "error_patches": len(looks)}
@@ -82,22 +83,24 @@ def section_errors(
     pairs: Mapping[tuple[str, str], PairResult],
     placed: Mapping[str, ChainResult],
     deformed: Mapping[str, dict[str, Any]],
+    known: Mapping[str, dict[str, Any]],
 ) -> dict[str, dict[str, float | None]]:
     """Expected error of each section in the common frame: ``error_um`` and ``error_p90_um``.
 
     The errors of the pairs on the path are independent, so their squares add up. Two ways through the stack that differ
     by more than that raise the error. `deformed` is the quality of the deformations that are used.
+    `known` has the errors of sections with a given place; others of these have none.
     """
     found: dict[str, dict[str, float | None]] = {}
 
     def error(name: str, key: str, scale: float) -> float | None:
         result = placed[name]
         if len(result.path) < 2 or result.route == "given":
-            return 0.0
-        own, parent = deformed.get(name), result.path[1]
-        if own is None:
-            own = next(pairs[pair].quality for pair in ((parent, name), (name, parent)) if pair in pairs)
-        elif result.confirmed:  # deformed onto the reference itself
+            return known.get(name, {}).get(key, 0.0)
+        parent = result.path[1]
+        pair = next(pairs[names].quality for names in ((parent, name), (name, parent)) if names in pairs)
+        own = pair if pair.get(key) is None else deformed.get(name, pair)  # a deformation does not make a pose certain
+        if own is not pair and result.confirmed:  # deformed onto the reference itself
             parent = result.path[-1]
         steps = own.get(key), error(parent, key, scale)
         if steps[0] is None or steps[1] is None:

@@ -1,28 +1,32 @@
-"""Check of the order of sections: neighbors in the tissue are more alike than sections further apart."""
+"""Order of sections, checked or inferred: neighbors in the tissue are more alike than sections further apart."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import norm
 
+from spatial_impute._registration.chain import register_chain
 from spatial_impute._registration.channel import registration_channel
 from spatial_impute._registration.deform import Placed
 from spatial_impute._registration.quality import correlations_without, edges_inside, masked_blur
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from spatial_impute._registration.chain import Pairs, Run, StackTask
     from spatial_impute._registration.channel import Channel
     from spatial_impute._registration.types import ChainResult, RegistrationParams, SectionImage
 
 _RIM = 100.0  # um around the tissue
 _BLUR = 1.0  # pixels of the search, twice the working pixel
 _TILE = 20  # pixels: an eighth of the section, larger than the structure that sections share
+_MOST_STARTS = 8  # orders that are improved step by step
 _FALSE_ALARM = 0.05  # chance of a warning for a stack in order, over all exchanges
 
 
@@ -96,6 +100,62 @@ def exchanged_sections(names: Sequence[str], likeness: Likeness) -> list[tuple[s
         if _clear(gain, limit) and _clear(odd, 1.0):
             found.append((a, b, float(gain.mean())))
     return found
+
+
+def in_inferred_order(task: StackTask, run: Run) -> tuple[StackTask, Pairs]:
+    """Stack in the order in which neighbors are most alike, and the registrations to the reference that show it.
+
+    A section that cannot be placed on the reference directly raises a ``ValueError``.
+    """
+    pairs, placed = register_chain(replace(task, policy="star"), run)
+    failed = [name for name, result in placed.items() if result.verdict == "failed"]
+    if failed:
+        msg = (
+            f"`order='infer'` compares the sections on the reference {task.reference!r}, but {failed} could not be placed there. "
+            "Give their places (`transformations`) or starts (`initial`), or give the order yourself."
+        )
+        raise ValueError(msg)
+    names = list(task.images)
+    likeness = Likeness(task.images, placed, task.params)
+    values = np.array([[0.0 if a == b else likeness(a, b).mean() for b in names] for a in names])
+    order = most_alike(values)
+    return replace(task, images={names[i]: task.images[names[i]] for i in order}), pairs
+
+
+def most_alike(likeness: NDArray[np.float64]) -> list[int]:
+    """Order in which the sum of the likeness ``(n, n)`` of neighbors is largest, in the direction nearer to the present one.
+
+    From each section, the most alike one that is left comes next. The best of these orders are improved by turning parts of
+    them round and by moving single sections, until nothing is gained.
+    """
+    n = len(likeness)
+
+    def total(order: list[int]) -> float:
+        return float(likeness[order[:-1], order[1:]].sum())
+
+    starts = sorted((_greedy(likeness, first) for first in range(n)), key=total)[-_MOST_STARTS:]
+    for i, order in enumerate(starts):
+        while (better := next((o for o in _changed(order) if total(o) > total(order) + 1e-12), None)) is not None:
+            order = better
+        starts[i] = order
+    best = max(starts, key=total)
+    return best if np.corrcoef(best, range(n))[0, 1] >= 0 else best[::-1]
+
+
+def _greedy(likeness: NDArray[np.float64], first: int) -> list[int]:
+    order, left = [first], set(range(len(likeness))) - {first}
+    while left:
+        order.append(max(left, key=lambda i: likeness[order[-1], i]))
+        left.remove(order[-1])
+    return order
+
+
+def _changed(order: list[int]) -> Iterator[list[int]]:
+    """Orders with one part turned round, or one section moved."""
+    for i, j in combinations(range(len(order)), 2):
+        part = order[i : j + 1]
+        for new in (part[::-1], [*part[1:], part[0]], [part[-1], *part[:-1]]):
+            yield [*order[:i], *new, *order[j + 1 :]]
 
 
 def _clear(left_out: NDArray[np.float64], limit: float) -> bool:

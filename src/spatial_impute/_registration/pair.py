@@ -10,10 +10,11 @@ import numpy as np
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration.deform import fit_deformation
-from spatial_impute._registration.error import expected_error
+from spatial_impute._registration.error import NO_ERROR, expected_error
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
     StructureScore,
+    clear_pose,
     disagreement,
     is_sane,
     mutual_information,
@@ -97,10 +98,9 @@ def register_pair(
     start = _start(starts[best]) | {"look": score.look, "looks_agree": choice.agreed}
     halves = fitter.halves(matrix, "Rigid" if used == "rigid" else "Affine")
     quality = start | _quality(score, matrix, None, choice.runner_up)
-    quality |= expected_error(fitter.target, fitter.source, matrix, None, halves)
-    field = None
+    field, failed = None, verdict(quality, params)[0] == "failed"
     # A deformation would only make a wrong pose look better.
-    if method in ("syn", "auto") and verdict(quality, params)[0] != "failed":
+    if method in ("syn", "auto") and not failed:
         found = fitter.deformation(matrix, certain=method == "auto")
         field = found.field
         if field is None:
@@ -108,7 +108,10 @@ def register_pair(
             quality |= found.quality
         else:
             used, quality = "syn", start | _quality(score, matrix, field, choice.runner_up) | found.quality
-            quality |= expected_error(fitter.target, fitter.source, matrix, field, found.quality["halves_um"])
+            halves = found.quality["halves_um"]
+    # Patches are matched near the pose: they tell how exact it is, not if it is another one.
+    known = clear_pose(quality, params) and not failed
+    quality |= expected_error(fitter.target, fitter.source, matrix, field, halves) if known else NO_ERROR
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
     return PairResult(matrix, used, quality, moving.tissue_box, field)

@@ -108,6 +108,11 @@ def field_quality(field: DisplacementField, mask: NDArray[np.bool_]) -> dict[str
     }
 
 
+def clear_pose(quality: dict, params: RegistrationParams) -> bool:
+    """True if structure agrees, and more than in any other pose."""
+    return bool(quality["score"] >= params.min_score and quality["margin"] >= params.min_margin)
+
+
 def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     """``"ok"``, ``"weak"`` or ``"failed"``, with one sentence per reason.
 
@@ -116,8 +121,7 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
     tissue is missing.
     """
     reasons: list[str] = []
-    clear = quality["score"] >= params.min_score and quality["margin"] >= params.min_margin
-    found = clear and quality.get("looks_agree", False)
+    found = clear_pose(quality, params) and quality.get("looks_agree", False)
     failed = False
     if quality["dice_after"] < params.min_dice:
         failed |= quality["dice_after"] < params.failed_dice and not (params.partial_tissue or found)

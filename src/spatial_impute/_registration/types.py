@@ -146,8 +146,8 @@ class SectionImage:
             raise ValueError(msg)
         if not mask.any():
             msg = (
-                "No tissue found: the image is blank or the mask is empty. Expected stained tissue on a bright "
-                "background. Check that this is the right image, leave the section out, or give a tissue mask."
+                "No tissue found: the image is blank, the mask is empty, or pale tissue fills the image, so that there is no "
+                "glass to compare it with. Check that this is the right image, leave the section out, or give its tissue as a mask."
             )
             raise ValueError(msg)
         density = optical_density(rgb)

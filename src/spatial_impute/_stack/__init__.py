@@ -9,6 +9,7 @@ from spatial_impute._stack.elements import (
     load_transform,
     plane_affine,
     registered_radius,
+    registration_state,
     require_element_key,
     require_registration,
     rows_of_spots,

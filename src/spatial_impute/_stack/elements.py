@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -261,6 +263,12 @@ def require_registration(record: StackRecord) -> dict:
         msg = "The stack is not registered. Run `si.tl.register_stack(sdata)` first."
         raise KeyError(msg)
     return record.registration
+
+
+def registration_state(record: StackRecord) -> str:
+    """Short hash of the places and qualities of all sections: it tells one registration from another."""
+    text = json.dumps(require_registration(record)["sections"], sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def load_transform(sdata: SpatialData, record: StackRecord, section: str) -> SectionTransform:

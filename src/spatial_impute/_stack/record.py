@@ -60,6 +60,14 @@ class StackRecord:
         """Return a copy in which one section is replaced by the given one of the same name."""
         return replace(self, sections=tuple(section if s.name == section.name else s for s in self.sections))
 
+    def in_order(self, names: Sequence[str]) -> StackRecord:
+        """Return a copy in which the named sections share out their heights in the order of the names; others keep theirs."""
+        places = [i for i, section in enumerate(self.sections) if section.name in names]
+        sections = list(self.sections)
+        for i, name in zip(places, names, strict=True):
+            sections[i] = replace(self[name], z=self.sections[i].z)
+        return replace(self, sections=tuple(sections))
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict for ``sdata.attrs``."""
         return {

@@ -7,6 +7,7 @@ from spatial_impute.pl._graph_3d import graph_3d
 from spatial_impute.pl._imputed import imputed
 from spatial_impute.pl._metrics import metrics
 from spatial_impute.pl._registration import registration
+from spatial_impute.pl._registration_page import registration_page
 from spatial_impute.pl._stack import stack
 from spatial_impute.pl._training import training
 from spatial_impute.pl._volume import volume
@@ -19,6 +20,7 @@ __all__ = [
     "imputed",
     "metrics",
     "registration",
+    "registration_page",
     "stack",
     "training",
     "volume",

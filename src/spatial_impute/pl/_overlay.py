@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage as ndi
@@ -136,6 +136,36 @@ class Canvas:
         y, x = ((np.arange(n) + 0.5) * self.pixel // tile for n in self.shape)
         odd = (y[:, None] + x) % 2 == 1
         return np.where(odd[..., None], second.rgb, first.rgb)
+
+
+def on_reference(
+    sdata: SpatialData, record: StackRecord, sections: list[Section], resolution: float | None
+) -> tuple[Canvas, Drawn, list[tuple[Drawn, Drawn]]]:
+    """Canvas around the reference and some sections, the reference on it, and each section before and after registration."""
+    transforms = [load_transform(sdata, record, section.name) for section in sections]
+    fixed = read_scan(section_levels(sdata, record[record.reference]), resolution)
+    scans = [read_scan(section_levels(sdata, section), resolution) for section in sections]
+    corners = [fixed.tissue_corners(np.eye(3))]
+    for scan, transform in zip(scans, transforms, strict=True):
+        corners += [scan.tissue_corners(np.eye(3)), scan.tissue_corners(transform.matrix)]
+    canvas = Canvas.around(np.concatenate(corners))
+    drawn = [
+        (canvas.draw(scan, np.eye(3)), canvas.draw(scan, transform))
+        for scan, transform in zip(scans, transforms, strict=True)
+    ]
+    return canvas, canvas.draw(fixed, np.eye(3)), drawn
+
+
+def compared_sections(record: StackRecord, sections: list[Section], registered: dict[str, Any] | None) -> list[Section]:
+    """Sections to compare with the reference; only the `registered` ones if these are given."""
+    found = [section for section in sections if section.name != record.reference]
+    found = [section for section in found if registered is None or section.name in registered]
+    if not found:
+        others = [name for name in record.names if name != record.reference]
+        then = f"`sections` must name some of {others}" if others else "the stack has no other section"
+        msg = f"Nothing to compare with the reference {record.reference!r}; {then}."
+        raise ValueError(msg)
+    return found
 
 
 def section_images(

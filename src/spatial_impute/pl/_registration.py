@@ -14,7 +14,6 @@ from spatial_impute._stack import (
     load_transform,
     registration_problems,
     require_registration,
-    section_levels,
     warn,
 )
 from spatial_impute._validation import require_positive
@@ -33,7 +32,7 @@ from spatial_impute.pl._figure import (
     show_image,
     titles_for,
 )
-from spatial_impute.pl._overlay import Canvas, Drawn, overlay, read_scan, tissue_dice
+from spatial_impute.pl._overlay import Canvas, Drawn, compared_sections, on_reference, overlay, tissue_dice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import Section, StackRecord
 
 _COLUMNS = ("before", "after", "checkerboard, after")
 _REFERENCE, _MOVED, _BOTH = "#FF00FF", "#00FF00", "0.4"  # readers with color blindness can tell magenta from green
@@ -136,19 +134,11 @@ def registration(
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     warn(registration_problems(sdata, record))
-    reference = record[record.reference]
-    wanted = _compared(record, sections_in_z(record, sections), rows if sections is None else None)
+    wanted = compared_sections(record, sections_in_z(record, sections), rows if sections is None else None)
     transforms = [load_transform(sdata, record, section.name) for section in wanted]
     titles = titles_for(title, [""] * len(wanted), "per section")
     resolution = _check_options(resolution, n_tiles, show_table=show_table, ax=ax)
-    fixed = read_scan(section_levels(sdata, reference), resolution)
-    scans = [read_scan(section_levels(sdata, section), resolution) for section in wanted]
-    corners = [fixed.tissue_corners(np.eye(3))]
-    for scan, transform in zip(scans, transforms, strict=True):
-        corners += [scan.tissue_corners(np.eye(3)), scan.tissue_corners(transform.matrix)]
-    canvas = Canvas.around(np.concatenate(corners))
-    on_canvas = canvas.draw(fixed, np.eye(3))
-
+    canvas, on_canvas, drawn = on_reference(sdata, record, wanted, resolution)
     deformed = any(transform.deforms for transform in transforms)
     quality = registration_quality(sdata) if show_table else None
     axes = make_panels(
@@ -162,20 +152,19 @@ def registration(
     ).reshape(-1, 3 + deformed)
     if quality is not None:
         _draw_table(axes[0, 0].get_figure(root=True).axes[-1], quality)
-    moved = [canvas.draw(scan, transform) for scan, transform in zip(scans, transforms, strict=True)]
     tile = nice_length(max(canvas.width, canvas.height) / n_tiles)
-    for panels, section, scan, after, text in zip(axes, wanted, scans, moved, titles, strict=True):
-        before, row = canvas.draw(scan, np.eye(3)), rows[section.name]
+    for panels, section, (before, after), text in zip(axes, wanted, drawn, titles, strict=True):
+        row = rows[section.name]
         _draw_row(panels, canvas, (on_canvas, before, after), tile)
         if title is None:
             text = _describe(section.name, row, tissue_dice(on_canvas, before), tissue_dice(on_canvas, after))
         label_row(panels[0], text, color="black" if row["verdict"] == "ok" else _ALARM)
     if deformed:
-        _draw_deformations(axes[:, 3], canvas, moved, transforms)
+        _draw_deformations(axes[:, 3], canvas, [after for _, after in drawn], transforms)
     for panel, head in zip(axes[0], _COLUMNS, strict=False):
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
-    _add_legend(axes[-1, 1], reference.name)
+    _add_legend(axes[-1, 1], record.reference)
     return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
@@ -190,18 +179,6 @@ def _check_options(
         msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
         raise ValueError(msg)
     return None if resolution is None else require_positive(resolution, name="resolution", unit="um per pixel")
-
-
-def _compared(record: StackRecord, sections: list[Section], registered: dict[str, Any] | None) -> list[Section]:
-    """Sections to compare with the reference; only the `registered` ones if these are given."""
-    found = [section for section in sections if section.name != record.reference]
-    found = [section for section in found if registered is None or section.name in registered]
-    if not found:
-        others = [name for name in record.names if name != record.reference]
-        then = f"`sections` must name some of {others}" if others else "the stack has no other section"
-        msg = f"Nothing to compare with the reference {record.reference!r}; {then}."
-        raise ValueError(msg)
-    return found
 
 
 def _add_legend(ax: Axes, reference: str) -> None:

@@ -1,4 +1,4 @@
-"""Places of sections in files of other programs: ITK and ANTs matrices, pairs of points, plain matrices."""
+"""Places of sections in files of other programs: ITK and ANTs matrices and fields, pairs of points, plain matrices."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from spatial_impute._io.text import read_text
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, load_transform, section_levels
 from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute.tl._displacement_files import FIELDS, read_field, write_field
 from spatial_impute.tl._given_transforms import check_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+    from spatial_impute._registration import SectionTransform
 
 _ITK_HEADER = "#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -28,10 +31,12 @@ _MARGIN = 0.02  # of the side of the image: points lie inside
 
 def read_transformation(
     path: str | Path, *, section_unit: float | None = None, reference_unit: float | None = None
-) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray | tuple[np.ndarray, np.ndarray] | SectionTransform:
     """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
 
     - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
+    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all the way to
+      the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
     - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference), or in
       six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows, with a
       warning.
@@ -49,7 +54,8 @@ def read_transformation(
 
     Returns
     -------
-    A (3, 3) matrix, or two arrays (n, 2) of points in the section and in the reference, um.
+    A (3, 3) matrix, two arrays (n, 2) of points in the section and in the reference, or for a field a transformation with
+    ``points`` and ``inverse``, um.
 
     Raises
     ------
@@ -84,12 +90,14 @@ def read_transformation(
         _warn_of_units(path, np.sqrt(reference.var(axis=0).sum() / max(section.var(axis=0).sum(), 1e-12)))
         return section, reference
     try:
+        if path.name.lower().endswith(FIELDS):
+            return read_field(path, (here, there))
         matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
-            f"Expected a 2D linear transform of ITK, or six or nine numbers of a matrix, found something else in {str(path)!r}: "
-            f"{error} Give a deformation as pairs of points (`.csv`)."
+            f"Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine numbers of a "
+            f"matrix, found something else in {str(path)!r}: {error}"
         )
         raise ValueError(msg) from error
     _warn_of_units(path, linear_scale(matrix))
@@ -115,7 +123,8 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
     path
         File to write. ``.mat`` and ``.tfm``: affine part as an ITK transform with the reference as the fixed image, for
         ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
-        of points, deformation included (x, y in the section, x, y in the reference).
+        of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and ``.nrrd``:
+        displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
 
     Returns
     -------
@@ -143,7 +152,9 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
     if not path.parent.is_dir():
         msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
         raise FileNotFoundError(msg)
-    require_one_of(path.suffix.lower(), {".mat", ".tfm", ".txt", ".csv"}, name="end of path")
+    field = path.name.lower().endswith(FIELDS)
+    if not field:
+        require_one_of(path.suffix.lower(), {".mat", ".tfm", ".txt", ".csv", *FIELDS}, name="end of path")
     transform = load_transform(sdata, record, section)
     if path.suffix.lower() == ".csv":
         level = section_levels(sdata, record[section])[0]
@@ -153,9 +164,12 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
         header = "section_x,section_y,reference_x,reference_y"
         np.savetxt(path, np.hstack([points, transform.points(points)]), "%.4f", ",", header=header, comments="")
         return
+    if field:
+        write_field(path, transform, section_levels(sdata, record[record.reference])[0])
+        return
     if transform.deforms:
         logger.warning(
-            "Section %s is deformed; %s holds the affine part only. Pairs of points hold both", section, path
+            "Section %s is deformed; %s holds the affine part only. Pairs of points and fields hold both", section, path
         )
     if path.suffix.lower() == ".txt":
         np.savetxt(path, transform.matrix, "%.12g")

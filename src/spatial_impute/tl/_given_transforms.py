@@ -10,6 +10,7 @@ import numpy as np
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
+from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine
 from spatial_impute._validation import require_key, require_one_of
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._stack import StackRecord
 
-    Placement = str | np.ndarray | Sequence
+    Placement = str | np.ndarray | Sequence | SectionTransform
 
 _MIN_SPREAD = 1e-3  # of the longer extent of the landmarks: thinner clouds fix no second direction
 
@@ -62,6 +63,8 @@ class PlaceReader:
         if isinstance(place, str):
             require_one_of(place, {"aligned"}, name=f"{argument}[{name!r}]")
             return self._present_matrix(name)
+        if isinstance(place, SectionTransform):
+            return check_matrix(place.matrix)
         if not (isinstance(place, list | tuple) and len(place) == 2):
             return check_matrix(place)
         matrix = landmark_matrix(place[0], place[1], self.kind)

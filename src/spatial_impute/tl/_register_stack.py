@@ -24,6 +24,7 @@ from spatial_impute._registration import (
     StackTask,
     deform_stack,
     exchanged_sections,
+    in_inferred_order,
     register_chain,
     run_all,
     section_errors,
@@ -38,12 +39,14 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
+from spatial_impute.tl._checked_places import approved_places
 from spatial_impute.tl._given_tissue import TissueReader
 from spatial_impute.tl._given_transforms import PlaceReader, check_skip
 from spatial_impute.tl._write_registration import write_registration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from spatialdata import SpatialData
 
@@ -76,12 +79,14 @@ def register_stack(
     reference: str | None = None,
     method: str = "affine",
     policy: str = "auto",
+    order: str = "given",
     on_failure: str = "raise",
     resolution: float | None = None,
     transformations: Mapping[str, Placement] | None = None,
     initial: Mapping[str, Placement] | None = None,
     skip: str | Sequence[str] = (),
     tissue_key: str | Mapping[str, str] | None = None,
+    checked: str | Path | None = None,
     registration_params: RegistrationParams | Mapping[str, Any] | None = None,
     target_coordinate_system: str = Keys.ALIGNED,
     seed: int = 0,
@@ -111,6 +116,10 @@ def register_stack(
     policy
         ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
+    order
+        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first, and are
+        put in the order in which neighbors are most alike. They share out their heights in this order. Images do not show
+        which end is the upper one; the direction is the one nearer to the present order.
     on_failure
         ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
     resolution
@@ -118,7 +127,7 @@ def register_stack(
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
         Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
-        (um), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
+        (um), a transformation (as :func:`read_transformation` returns for a field), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
         that is aligned already. ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the
         frame of the section is that of the reference. These places are used without a fit and without deformation;
         neighbours are registered to them.
@@ -133,6 +142,10 @@ def register_stack(
         word ``{section}`` in it (``"{section}_tissue"``, after a correction of what
         :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
         other sections, the tissue is found on the image.
+    checked
+        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present registration.
+        Approved sections stay where they are, with their deformation; the others are registered to them. A
+        rejected section needs an entry in `transformations`, `initial` or `skip`.
     registration_params
         Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
@@ -163,7 +176,7 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, or a section fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or rejects a section without help, or a section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -178,6 +191,7 @@ def register_stack(
     require_key(reference, record.names, where="the stack's sections", then="Choose one of them with `reference=`.")
     require_one_of(method, {"rigid", "affine", "syn", "auto"}, name="method")
     require_one_of(policy, {"auto", "sequential", "star"}, name="policy")
+    require_one_of(order, {"given", "infer"}, name="order")
     require_one_of(on_failure, {"raise", "warn"}, name="on_failure")
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
@@ -186,6 +200,10 @@ def register_stack(
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
+    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *name_list(skip, name="skip")})
+    given |= {name: place.transform.matrix for name, place in approved.items()}
+    kept = {name: place for name, place in (transformations or {}).items() if isinstance(place, SectionTransform)}
+    kept |= {name: place.transform for name, place in approved.items()}
     skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
     tissue = TissueReader.of(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
@@ -195,15 +213,23 @@ def register_stack(
         "version": version("spatial-impute"),
         "method": method,
         "policy": policy,
+        "order": order,
         "seed": seed,
         "resolution_um": resolution,
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
         "tissue": tissue.keys,
+        "approved": list(approved),
     }
-    request = _Request(reference, settings, params, given, starts, tissue, on_failure, show_progress_bar)
+    rows = {name: place.row for name, place in approved.items()}
+    request = _Request(reference, settings, params, given, starts, kept, rows, tissue, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
+    if order == "infer":
+        logger.warning(
+            "Order of the sections by their likeness: %s. The direction is not known", ", ".join(found.placed)
+        )
+        record = record.in_order(list(found.placed))
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
         logger.warning(
@@ -230,6 +256,10 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
+    kept: dict[str, SectionTransform]
+    """Places of `given` that are used as they are, with their deformation."""
+    approved: dict[str, dict[str, Any]]
+    """Rows of approved sections."""
     tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
@@ -286,7 +316,10 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     method, policy, seed = (request.settings[key] for key in ("method", "policy", "seed"))
     run = partial(run_all, show=request.show_progress_bar)
     kind = "rigid" if method == "rigid" else "affine"
-    pairs, placed = register_chain(StackTask(images, reference, policy, kind, given, starts, request.params, seed), run)
+    task, known = StackTask(images, reference, policy, kind, given, starts, request.params, seed), None
+    if request.settings["order"] == "infer":
+        task, known = in_inferred_order(task, run)
+    pairs, placed = register_chain(task, run, known)
     failed = any(result.verdict == "failed" for result in placed.values())
     fields = {}
     if method in ("syn", "auto") and not (failed and request.on_failure == "raise"):
@@ -346,19 +379,20 @@ class _Result:
     def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
         base = found.to_section[request.reference]
         deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
-        errors = section_errors(found.pairs, found.placed, deformed)
+        errors = section_errors(found.pairs, found.placed, deformed, request.approved)
         transforms, rows = {}, {}
         for name in record.names:
             if name in found.placed:
                 placed = found.placed[name]
                 field, deformation = found.fields.get(name, (None, None))
                 matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
-                transforms[name] = SectionTransform.from_field(matrix, field, base)
+                transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
                 rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
             elif name in request.given:
                 placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
-                transforms[name] = SectionTransform(placed.matrix)
+                transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
                 rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
+        rows |= request.approved
         pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
         return cls(transforms, rows, pairs)
 

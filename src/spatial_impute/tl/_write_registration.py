@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
@@ -38,7 +39,7 @@ def write_registration(
     elements: dict[str, Any] = {}
     for name, transform in transforms.items():
         elements |= displacement_elements(transform, name, target)
-    slots = _coordinates(sdata, record, transforms)
+    slots = _coordinates(sdata, record, transforms, inferred=registration["order"] == "infer")
     _write_transformations(sdata, record, transforms, target)
     for name in record.names:  # also those of an earlier registration
         for key in (Keys.displacement(name), Keys.displacement_inverse(name)):
@@ -48,7 +49,7 @@ def write_registration(
         sdata.images[key] = element
         log_added(f"images[{key!r}]")
     if slots:
-        write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, {"obsm": slots})
+        write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, slots)
     registration = {**registration, Keys.STATE: _state(sdata, record, registration)}
     save_record(sdata, replace(record, registration=registration))
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
@@ -93,20 +94,24 @@ def _write_transformations(
 
 
 def _coordinates(
-    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform]
-) -> dict[str, np.ndarray]:
-    """(n_spots, 3) registered coordinates of all spots in the stack table, and those in the sections if circles were moved."""
+    sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], *, inferred: bool
+) -> dict[str, dict[str, Any]]:
+    """Slots of the stack table: (n_spots, 3) registered coordinates, positions if circles were moved, heights of an `inferred` order."""
     if Keys.STACK_TABLE not in sdata.tables:
         return {}
     table = sdata.tables[Keys.STACK_TABLE]
-    own, slots = np.array(table.obsm[Keys.SPATIAL], float), {}
+    own, obsm, obs = np.array(table.obsm[Keys.SPATIAL], float), {}, {}
     for section, centers, _, rows in spots_by_section(sdata, record, table):
         if not np.allclose(own[rows, :2], centers, atol=1e-6):
             logger.warning("Spots of section %s were moved; their positions are read anew", section.name)
             own[rows, :2] = centers
-            slots[Keys.SPATIAL] = own
-    xyz = np.column_stack([own[:, :2], table.obs[Keys.Z].to_numpy(float)])
+            obsm[Keys.SPATIAL] = own
+    names, z = table.obs[Keys.SECTION], table.obs[Keys.Z].to_numpy(float)
+    if inferred:
+        z = np.array([record[name].z for name in names])
+        obs = {Keys.SECTION: pd.Categorical(names.astype(str), list(record.names), ordered=True), Keys.Z: z}
+    xyz = np.column_stack([own[:, :2], z])
     for name, transform in transforms.items():
-        rows = np.flatnonzero(table.obs[Keys.SECTION] == name)
+        rows = np.flatnonzero(names == name)
         xyz[rows, :2] = transform.points(own[rows, :2])
-    return {**slots, Keys.SPATIAL_3D: xyz}
+    return {"obs": obs, "obsm": {**obsm, Keys.SPATIAL_3D: xyz}}

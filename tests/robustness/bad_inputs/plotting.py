@@ -27,6 +27,21 @@ CASES = [
         change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
     ),
     refuses(
+        "pl.registration_page",
+        "a stack that is not registered",
+        KeyError,
+        "Run `si.tl.register_stack(sdata)` first.",
+        lambda w: si.pl.registration_page(w.sdata, w.tmp / "check.html"),
+        change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
+    ),
+    refuses(
+        "pl.registration_page",
+        "a file of another kind",
+        ValueError,
+        "`path` must end in .html",
+        lambda w: si.pl.registration_page(w.sdata, w.tmp / "check.pdf"),
+    ),
+    refuses(
         "pl.imputed",
         "a stack that is not registered",
         KeyError,

@@ -396,6 +396,20 @@ REGISTRATION = [
     ),
     refuses(
         "tl.register_stack",
+        "an unknown order",
+        ValueError,
+        "`order` must be one of",
+        lambda w: register(w, order="up"),
+    ),
+    refuses(
+        "tl.register_stack",
+        "decisions that are no decisions",
+        ValueError,
+        "found other content",
+        lambda w: register(w, checked=write(w.tmp / "checked.json", b'{"sections": {"s0": 1}}')),
+    ),
+    refuses(
+        "tl.register_stack",
         "an image without its transformation",
         KeyError,
         "not found in `coordinate systems of sdata.images['s0_image']`",
