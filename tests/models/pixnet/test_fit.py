@@ -135,10 +135,12 @@ def make_data(n: int = 150, n_features: int = 40, n_genes: int = 60):
 def test_base_shrinks_patterns_that_are_noise():
     x, signal, y, block = make_data()
     base = fit_base(x, y, np.zeros(len(x)), block, n_components=40)
-    assert base.shrinkage[:2].min() > 0.6
-    assert base.shrinkage[10:].max() < 0.3
-    assert (np.diff(base.shrinkage) <= 1e-12).all()
-    full = fit_base(x, y, np.zeros(len(x)), block, n_components=40, choice=(base.penalty, np.ones(40)))
+    shrinkage = base.choice.shrinkage
+    assert shrinkage[:2].min() > 0.6
+    assert shrinkage[10:].max() < 0.3
+    assert (np.diff(shrinkage) <= 1e-12).all()
+    alike = replace(base.choice, shrinkage=np.ones(40))
+    full = fit_base(x, y, np.zeros(len(x)), block, n_components=40, choice=alike)
     errors = [np.mean((b.predict(x) - y.mean(axis=0) - signal + signal.mean(axis=0)) ** 2) for b in (base, full)]
     assert errors[0] < 0.7 * errors[1]
 
@@ -184,6 +186,22 @@ def test_base_of_large_regions_can_be_read_at_cells():
         true = np.repeat(field[held], n_cells, axis=0) @ (base.predict(x).T @ field / (field**2).sum()).T
         r[name] = np.mean([np.corrcoef(found[:, g], true[:, g])[0, 1] for g in range(20)])
     assert r["cells"] > 0.85 > 0.7 > r["regions"]
+
+
+@pytest.mark.parametrize("informative", ["fine", "wide"])
+def test_base_finds_few_fine_features_among_many_wide_ones(informative):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 220))
+    extent = np.repeat([8.0, 400.0], [20, 200])
+    signal = x[:, :4] if informative == "fine" else x[:, 20:40]
+    y = signal @ rng.normal(size=(signal.shape[1], 30)) + 2 * rng.normal(size=(300, 30))
+    rows, block = np.arange(300) < 200, np.arange(200) // 5
+    base, alike = (
+        fit_base(x[rows], y[rows], np.zeros(200), block, n_components=128, extent=value) for value in (extent, 1.0)
+    )
+    r = [np.corrcoef(b.predict(x[~rows]).ravel(), y[~rows].ravel())[0, 1] for b in (base, alike)]
+    assert (base.choice.decay > 0) == (informative == "fine")
+    assert r[0] > r[1] + 0.1 if informative == "fine" else r[0] == r[1]
 
 
 def test_network_computes_its_base():

@@ -59,3 +59,5 @@ def test_levels_in_part_are_cut_from_the_whole(cells):
         maps = network.eval().encode(rgb)
         whole, part = network.levels(maps), network.levels(maps, cells)
     torch.testing.assert_close(part, whole[..., y0:y1, x0:x1])
+    assert network.extent.shape == (network.n_levels,)
+    assert network.extent[::128].tolist() == [8, 16, 32, 64, 128, 192, 192, 320, 320]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,9 +14,21 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _PENALTIES = tuple(float(10.0**k) for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
+# Features that see n times as far are scaled down by n to one of these powers.
+_DECAYS = (0.0, 0.5, 1.0, 1.5, 2.0)
 _MAX_REGIONS = 20_000  # a sample of this size is enough for a regression on hundreds of features
+_MAX_REGIONS_FOR_DECAY = 2_000  # each decay needs principal components of its own
 _SMALLEST_SPREAD = 1e-6
 _N_FOLDS = 5  # of the cross-validation
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """Settings of a base, chosen by held-out blocks."""
+
+    decay: float  # Power of the extent of a feature by which it is scaled down
+    penalty: float
+    shrinkage: np.ndarray  # (n_patterns,) 0-1: factor on each pattern of genes
 
 
 @dataclass(frozen=True)
@@ -27,8 +39,7 @@ class Base:
     offset: np.ndarray  # (n_components,) to subtract
     weights: np.ndarray  # (n_components, n_genes)
     intercept: np.ndarray  # (n_genes,)
-    penalty: float
-    shrinkage: np.ndarray  # (n_patterns,) 0-1: factor on each pattern of genes, set by held-out blocks
+    choice: BaseChoice
 
     def components(self, features: np.ndarray) -> np.ndarray:
         """(n, n_components)."""
@@ -57,7 +68,8 @@ def fit_base(
     *,
     n_components: int,
     within: np.ndarray | float = 0.0,
-    choice: tuple[float, np.ndarray] | None = None,
+    extent: np.ndarray | float = 1.0,
+    choice: BaseChoice | None = None,
     seed: int = 0,
 ) -> Base:
     """Ridge regression on principal components, with shrinkage of gene patterns, around the mean of each slide.
@@ -71,33 +83,56 @@ def fit_base(
     Features are scaled by their variation over the cells of the map, to which `within` (n_features,) adds the mean variance
     over the cells of a region. Features of single nuclei average out within a region. Scaled by their small variation over
     regions, they would enter the map at full strength, as noise.
+
+    `extent` (n_features,) is how far each feature sees. Most features are means and spreads over wide windows. Where genes
+    depend on the nuclei of a place, they are noise that hides the few fine features; elsewhere they tell more than these.
+    Held-out blocks choose the power of the extent by which features are scaled down.
     """
     rng = np.random.default_rng(seed)
-    if len(data.features) > _MAX_REGIONS:
-        data = data.take(np.sort(rng.choice(len(data.features), _MAX_REGIONS, replace=False)))
-    x = np.asarray(data.features, dtype=np.float64)
-    y = np.asarray(data.target, dtype=np.float64)
-    x_centred, y_centred = _centre_by(x, data.slide), _centre_by(y, data.slide)
-    spread = np.sqrt(x_centred.var(axis=0) + within)
-    spread[spread < _SMALLEST_SPREAD * max(1.0, np.abs(x).max(initial=0))] = np.inf  # constant features have no effect
-    z = x_centred / spread
-    spread *= np.sqrt(max((z**2).mean(), 1e-300))  # penalties are per unit of variance of the means
-    z = x_centred / spread
+    data = _sample(data, _MAX_REGIONS, rng)
+    if choice is None:
+        few = _sample(data, _MAX_REGIONS_FOR_DECAY, rng)
+        decays = _DECAYS if np.ptp(extent) else (0.0,)
+        tried = [_choose(few, _project(few, n_components, within, extent, decay)[1], decay, seed) for decay in decays]
+        decay = min(tried, key=lambda found: found[1])[0].decay
+    else:
+        decay = choice.decay
+    projection, t = _project(data, n_components, within, extent, decay)
+    if choice is None:
+        choice, _ = _choose(data, t, decay, seed)
+    weights = _ridge(t, _centre_by(data.target, data.slide), choice.penalty)
+    patterns = _patterns(t @ weights)[:, : len(choice.shrinkage)]
+    weights = weights @ (patterns * choice.shrinkage[: patterns.shape[1]]) @ patterns.T
+    offset = data.features.mean(axis=0) @ projection
+    if pad := n_components - projection.shape[1]:
+        projection = np.pad(projection, ((0, 0), (0, pad)))
+        offset, weights = np.pad(offset, (0, pad)), np.pad(weights, ((0, pad), (0, 0)))
+    return Base(projection, offset, weights, data.target.mean(axis=0), choice)
+
+
+def _sample(data: BaseData, n: int, rng: np.random.Generator) -> BaseData:
+    """At most `n` regions, in double precision."""
+    if len(data.features) > n:
+        data = data.take(np.sort(rng.choice(len(data.features), n, replace=False)))
+    return replace(data, features=np.asarray(data.features, np.float64), target=np.asarray(data.target, np.float64))
+
+
+def _project(
+    data: BaseData, n_components: int, within: np.ndarray | float, extent: np.ndarray | float, decay: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Principal components of the scaled features: (n_features, rank) that act on raw features, and (n, rank) their values."""
+    centred = _centre_by(data.features, data.slide)
+    spread = np.sqrt(centred.var(axis=0) + within)
+    largest = np.abs(data.features).max(initial=0)
+    spread[spread < _SMALLEST_SPREAD * max(1.0, largest)] = np.inf  # constant features have no effect
+    spread *= (np.asarray(extent, np.float64) / np.min(extent)) ** decay
+    z = centred / spread
+    size = np.sqrt(max((z**2).mean(), 1e-300))  # penalties are per unit of variance of the means
+    z /= size
     _, s, vt = np.linalg.svd(z, full_matrices=False)
     rank = max(1, min(n_components, int((s > 1e-8 * s.max(initial=1e-300)).sum()), len(z) - 1))
     v = vt[:rank].T
-    t = z @ v
-    penalty, shrinkage = choice or _choose(t, y_centred, data.block, rng)
-    weights = _ridge(t, y_centred, penalty)
-    patterns = _patterns(t @ weights)[:, : len(shrinkage)]
-    weights = weights @ (patterns * shrinkage[: patterns.shape[1]]) @ patterns.T
-    projection = v / spread[:, None]
-    offset = x.mean(axis=0) @ projection
-    if rank < n_components:
-        pad = n_components - rank
-        projection = np.pad(projection, ((0, 0), (0, pad)))
-        offset, weights = np.pad(offset, (0, pad)), np.pad(weights, ((0, pad), (0, 0)))
-    return Base(projection, offset, weights, y.mean(axis=0), penalty, shrinkage)
+    return v / (size * spread)[:, None], z @ v
 
 
 def _ridge(t: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
@@ -110,15 +145,16 @@ def _patterns(fitted: np.ndarray) -> np.ndarray:
     return np.linalg.svd(fitted, full_matrices=False)[2].T
 
 
-def _choose(t: np.ndarray, y: np.ndarray, block: np.ndarray, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-    """Penalty with the lowest error on held-out blocks, and its shrinkage."""
-    names, block = np.unique(block, return_inverse=True)
+def _choose(data: BaseData, t: np.ndarray, decay: float, seed: int) -> tuple[BaseChoice, float]:
+    """Penalty with the lowest error on held-out blocks, and its shrinkage; the error is up to a constant."""
+    y = _centre_by(data.target, data.slide)
+    names, block = np.unique(data.block, return_inverse=True)
     n_folds = min(_N_FOLDS, len(names))
     n_patterns = min(y.shape[1], *t.shape)
+    best = BaseChoice(decay, 1.0, np.ones(n_patterns)), np.inf
     if n_folds < 2:
-        return 1.0, np.ones(n_patterns)  # no comparison possible: as much penalty as variance
-    fold = (rng.permutation(len(names)) % n_folds)[block]
-    best, best_error = (1.0, np.ones(n_patterns)), np.inf
+        return best  # no comparison possible: as much penalty as variance
+    fold = (np.random.default_rng(seed).permutation(len(names)) % n_folds)[block]  # the same for all decays
     for penalty in _PENALTIES:
         product, square = np.zeros(n_patterns), np.zeros(n_patterns)
         for k in range(n_folds):
@@ -130,9 +166,9 @@ def _choose(t: np.ndarray, y: np.ndarray, block: np.ndarray, rng: np.random.Gene
             product[:n] += (predicted * true).sum(axis=0)[:n]
             square[:n] += (predicted**2).sum(axis=0)[:n]
         shrinkage = _decreasing(product, square)
-        error = float((shrinkage**2 * square - 2 * shrinkage * product).sum())  # up to a constant
-        if error < best_error:
-            best, best_error = (float(penalty), shrinkage), error
+        error = float((shrinkage**2 * square - 2 * shrinkage * product).sum())
+        if error < best[1]:
+            best = BaseChoice(decay, float(penalty), shrinkage), error
     return best
 
 

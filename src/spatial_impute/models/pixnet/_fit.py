@@ -83,7 +83,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
         _fold_scale_into_head(network, centre, scale)
     network.requires_grad_(False)
     network.precision = "float32"  # of a prediction: its caller chooses
-    penalty = float("nan") if base is None else base.fitted.penalty
+    penalty = float("nan") if base is None else base.fitted.choice.penalty
     return FittedPixNet(network, history, penalty, pd.Series(r, index=var_names))
 
 
@@ -146,7 +146,8 @@ class LinearBase:
         data = BaseData(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(BaseData)))
         within = np.concatenate(variances).mean(axis=0)
         training = data.take(np.concatenate(trained))
-        base = fit_base(training, n_components=network.n_base, within=within, seed=settings.seed)
+        extent = network.extent
+        base = fit_base(training, n_components=network.n_base, within=within, extent=extent, seed=settings.seed)
         set_base(network, base)
         standardise_decoder(network, training.features, within)
         with_base = []
@@ -159,10 +160,16 @@ class LinearBase:
         return cls(base, data, within, with_base)
 
     def refit(self, network: PixNetNetwork, settings: FitSettings) -> None:
-        """Fit the base to all regions with the same penalty; the decoder does not change."""
+        """Fit the base to all regions with the same settings; the decoder does not change."""
         base = self.fitted
-        choice = base.penalty, base.shrinkage
-        full = fit_base(self.data, n_components=network.n_base, within=self.within, choice=choice, seed=settings.seed)
+        full = fit_base(
+            self.data,
+            n_components=network.n_base,
+            within=self.within,
+            extent=network.extent,
+            choice=base.choice,
+            seed=settings.seed,
+        )
         bias = network.head_bias.detach().clone() - torch.from_numpy(base.intercept).to(network.head_bias)
         set_base(network, full)
         with torch.no_grad():

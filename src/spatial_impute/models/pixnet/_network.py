@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,6 +147,7 @@ class WindowStatistics(nn.Module):
         super().__init__()
         self.factor = cell // stride
         self.n_cells = tuple(2 * max(0, round((window / cell - 1) / 2)) + 1 for window in windows)
+        self.edges = tuple(n * cell for n in self.n_cells)
 
     def forward(self, maps: Tensor, cells: Cells) -> Tensor:
         mean = F.avg_pool2d(maps, self.factor)
@@ -223,14 +225,18 @@ class PixNetNetwork(nn.Module):
         self.n_base, self.width, self.rates = n_base, width, rates
         self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
         self.windows: WindowStatistics | None = None
-        widths = list(channels)
+        widths, extents = list(channels), list(strides)
         if n_base and context:
             source = max(range(len(pyramid.strides))[pyramid.context_level], self.first)
             self.window_level = source - self.first
             cell = window_cell(pyramid.strides[source], self.multiple, min(context))
             self.windows = WindowStatistics(pyramid.strides[source], cell, tuple(context))
             widths += [pyramid.channels[source]] * (2 * len(context))
+            extents += [edge for edge in self.windows.edges for _ in range(2)]
         self.n_levels = sum(widths)
+        self.extent = np.repeat(
+            np.array(extents, np.float64), widths
+        )  # (n_levels,) px that each input of the base sees
         self.base = nn.ModuleList(
             [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(widths)] if n_base else []
         )
