@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, section_images
+from spatial_impute._stack import load_record, section_images, stack_table
 from spatial_impute._stack.spots import read_spots, require_same_units, units
 from spatial_impute._validation import (
     require_device,
@@ -78,7 +78,8 @@ def impute_3d(
     measured
         Values of measured spots in the result. ``"keep"``: the measurement, with its counting noise. ``"denoise"``: the
         expression that the model expects there from the other measured spots and the image, without the measurement of the
-        spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
+        spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is then of
+        one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
         A fifth of the measured spots is left out at a time, so that this takes six times as long.
         ``layers['measured']`` stays the measurement, from which everything is fitted and scored.
     parts
@@ -103,8 +104,7 @@ def impute_3d(
         (n_spots, n_genes) standard deviation of a measurement around the imputed value. Intervals of 1.645 standard
         deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots that
         keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
-        held-out block can show
-        that.
+        held-out block can show that.
     `.X`, `.uns['X_layer']`
         A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
     `.layers['asign_base']`, `.layers['asign_network_alone']`, `.layers['asign_without_network']` : (``float32``)
@@ -138,74 +138,97 @@ def impute_3d(
     See :func:`~spatial_impute.tl.fit_asign`, whose example ends with this call.
     """
     from spatial_impute.models import AsignModel, AsignPanels
-    from spatial_impute.models.asign._model import CohortModel
 
     require_model(model, (AsignModel, AsignPanels), made_by="si.tl.fit_asign(sdata)")
     require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT))
     require_one_of(measured, ("keep", "denoise"), name="measured")
     device = require_device(device)
-    record = load_record(sdata)
-    cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
-    table, spots = read_spots(
-        sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
-    )
-    target = table
-    if model is cohort:
-        table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
-    elif cohort is not None and not spots.known.any():
-        model = cohort
-    _require_fit(table, model)
-    base_layers = kinds_of_bases(model.config.get("base_layers", {}))
-    spots = with_bases(spots, table, base_layers)
-    origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
-    if base_layers:
-        origin["base_layers"] = base_layers
-        origin[Keys.STATE] |= bases_state(table, record, base_layers)
-    if not spots.known.any():
-        del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
-    if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
-        origin[Keys.SEEN] = section_images(sdata, record, seen)
-    wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
-    found = model._impute(spots, depth=wanted, device=device, parts=parts)
-    kept = spots.known
+    stack = _Stack.read(sdata, model, table_key=table_key, layer=layer, graph_key=graph_key)
+    wanted = _wanted_depth(depth, stack.table, stack.spots, where=f"sdata.tables[{table_key!r}].obs")
+    found = stack.model._impute(stack.spots, depth=wanted, device=device, parts=parts)
+    kept = stack.spots.known
     if measured == "denoise" and kept.sum() > 1:  # a single spot has no other to be expected from
-        _leave_out(model, spots, found, depth=wanted, device=device)
+        _leave_out(stack.model, stack.spots, found, depth=wanted, device=device)
         kept = np.zeros_like(kept)
+    settings = {
+        "measured": measured,
+        "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
+    }
+    result = _as_layer(key_added, found, kept, stack.model, stack.origin | settings)
+    target = stack_table(sdata, table_key)
+    if not inplace:
+        return result.to_anndata(target)
+    result.write(target, table_key)
+    return None
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What a model reads of a stack."""
+
+    table: AnnData
+    spots: Spots
+    model: AsignModel | AsignPanels  # or the part of it that predicts a stack without a measured spot
+    origin: dict[str, Any]  # provenance
+
+    @classmethod
+    def read(
+        cls, sdata: SpatialData, model: AsignModel | AsignPanels, *, table_key: str, layer: str, graph_key: str
+    ) -> _Stack:
+        """Read the spots and compare them with those of the fit."""
+        from spatial_impute.models.asign._model import CohortModel
+
+        record = load_record(sdata)
+        cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
+        table, spots = read_spots(
+            sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
+        )
+        if model is cohort:
+            table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
+        elif cohort is not None and not spots.known.any():
+            model = cohort
+        _require_fit(table, model)
+        base_layers = kinds_of_bases(model.config.get("base_layers", {}))
+        spots = with_bases(spots, table, base_layers)
+        origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
+        if base_layers:
+            origin["base_layers"] = base_layers
+            origin[Keys.STATE] |= bases_state(table, record, base_layers)
+        if not spots.known.any():
+            del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
+        if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
+            origin[Keys.SEEN] = section_images(sdata, record, seen)
+        return cls(table, spots, model, origin)
+
+
+def _as_layer(
+    key: str, found: Imputation, kept: np.ndarray, model: AsignModel | AsignPanels, origin: dict[str, Any]
+) -> ImputedLayer:
+    """Result with everything to write beside it; the (n,) `kept` spots have their measurement."""
     sources = np.where(kept, 0, np.where(found.support > 0, 1, 2))
-    result = ImputedLayer(
-        key_added,
+    parts = {Keys.part(key, name.replace(" ", "_")): part.astype(np.float32) for name, part in found.parts.items()}
+    of_model = {
+        "model": model.identity,
+        "model_params": asdict(model.params),
+        "seed": int(model.config["seed"]),
+        "weights": {name: float(w) for name, w in model.weights.mean().items()},
+        "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
+    }
+    return ImputedLayer(
+        key,
         found.expression,
-        origin
-        | {
-            "model": model.identity,
-            "model_params": asdict(model.params),
-            "seed": int(model.config["seed"]),
-            "weights": {name: float(w) for name, w in model.weights.mean().items()},
-            "cross_validated_r": float(model.cross_validation.loc["asign", "pearson_gene"]),
-            "measured": measured,
-            "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
-        },
-        layers={
-            Keys.sd(key_added): found.sd,
-            **{
-                Keys.part(key_added, name.replace(" ", "_")): values.astype(np.float32)
-                for name, values in found.parts.items()
-            },
-        },
+        origin | of_model,
+        layers={Keys.sd(key): found.sd, **parts},
         obs={
             Keys.SUPPORT: found.support,
             Keys.SOURCE: pd.Categorical.from_codes(sources, ["measured", "labels and image", "image"]),
             Keys.DEPTH: found.depth.astype(np.float32),
         },
         var={
-            Keys.PREDICTABILITY: model.predictability.reindex(table.var_names).to_numpy(),
-            Keys.PREDICTABLE: model.predictable.reindex(table.var_names).to_numpy(dtype=bool),
+            Keys.PREDICTABILITY: model.predictability.reindex(model.var_names).to_numpy(),
+            Keys.PREDICTABLE: model.predictable.reindex(model.var_names).to_numpy(dtype=bool),
         },
     )
-    if not inplace:
-        return result.to_anndata(target)
-    result.write(target, table_key)
-    return None
 
 
 def _without_measurement(table: AnnData) -> AnnData:
