@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCRIPT = """
 import sys
@@ -56,11 +60,66 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_train_one_network(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+FITS = """
+import sys
+from pathlib import Path
+
+import spatialdata as sd
+import torch
+from torch import distributed
+
+import spatial_impute as si
+from spatial_impute.models._processes import mean_gradient
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+
+    # The mean of the gradients of the processes that have a batch; the second one has none.
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    if rank == 0:
+        (3 * layer.weight).sum().backward()
+    assert mean_gradient(layer, optimizer, 2.0 if rank == 0 else None) == 2.0
+    assert layer.weight.grad.item() == 3.0
+    assert mean_gradient(layer, optimizer, None) is None
+
+    sdata = sd.read_zarr("stack.zarr")
+    asign = si.tl.fit_asign(
+        sdata, model_params={"n_steps": 3, "width": 8, "n_heads": 2, "n_folds": 2}, checkpoint=Path("asign")
+    )
+    pixnet = si.tl.fit_pixnet(
+        sdata, "s1_image", "s1_spots", checkpoint=Path("pixnet"),
+        model_params={"n_steps": 4, "n_steps_per_check": 2, "width": 8, "n_base": 8, "resolution": 8.0, "crop": 64,
+                      "margin": 8, "n_cached_crops": 4},
+    )
+    found = [None, None]
+    distributed.all_gather_object(found, (asign.identity, pixnet.identity, pixnet.history.to_json()))
+    assert found[0] == found[1], found
+    sys.stdout.write(f"same in process {rank}\\n")
+    distributed.destroy_process_group()
+"""
+
+
+def run_two(script: Path) -> None:
+    """Run a script in two processes, which must both end with the same."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=script.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert "same in process 0" in done.stdout
     assert "same in process 1" in done.stdout
+
+
+def test_two_processes_train_one_network(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    run_two(script)
+
+
+def test_two_processes_fit_the_same_models_and_one_writes(small_stack, tmp_path):
+    small_stack.write(tmp_path / "stack.zarr")
+    script = tmp_path / "fits.py"
+    script.write_text(FITS)
+    run_two(script)
+    assert list((tmp_path / "asign").glob("*.safetensors"))
+    assert list((tmp_path / "pixnet").glob("*.safetensors"))

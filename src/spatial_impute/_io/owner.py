@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from spatial_impute._io.workers import rank_and_size
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
@@ -54,8 +56,12 @@ def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> It
 
 
 def owned_folder(folder: Path | None, *, what: str) -> AbstractContextManager[None]:
-    """Own a folder while the block runs; nothing for None."""
-    return nullcontext() if folder is None else owned(folder / ".owner.json", what=f"{what} {str(folder)!r}")
+    """Own a folder while the block runs; nothing for None. Of processes that train together the first one owns it for all."""
+    return (
+        nullcontext()
+        if folder is None or rank_and_size()[0]
+        else owned(folder / ".owner.json", what=f"{what} {str(folder)!r}")
+    )
 
 
 def _owner(file: Path) -> str:

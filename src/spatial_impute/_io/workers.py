@@ -1,4 +1,4 @@
-"""Threads of this process, and tasks on the workers of a dask client."""
+"""Threads of this process, its rank in a training, and tasks on the workers of a dask client."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ def _torch_threads(n_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process among those that train together (``torchrun``), and their number; 0 and 1 if it is alone."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 _ATTEMPTS = 4  # as many as dask makes for a task whose workers die

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spatial_impute._io.owner import owned_folder
+from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
@@ -213,8 +214,14 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, Any]) -> None:
-    """Write the state of a training as one file, which an interruption leaves as it was or replaces as a whole."""
+    """Write the state of a training as one file, which an interruption leaves as it was or replaces as a whole.
+
+    Of several processes with the same state only the first one writes.
+    """
     from safetensors.torch import save
+
+    if rank_and_size()[0]:
+        return
 
     rows = [{key: None if v != v else v for key, v in row.items()} for row in checkpoint.history]  # NaN is no JSON
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in checkpoint.tensors.items()}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from spatial_impute._io.workers import rank_and_size
 from spatial_impute.models._storage import Checkpoint, tensors_below
 
 if TYPE_CHECKING:
@@ -178,10 +179,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build().to(device)
-        rank, n_ranks = 0, 1
+        rank, n_ranks = rank_and_size()
         trained: nn.Module = network
-        if distributed.is_available() and distributed.is_initialized():
-            rank, n_ranks = distributed.get_rank(), distributed.get_world_size()
+        if n_ranks > 1:
             trained = DistributedDataParallel(network)
             torch.manual_seed(seed + 7919 * rank)  # another dropout in each process
         optimizer = _optimizer(network, params)

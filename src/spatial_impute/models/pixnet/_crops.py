@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from spatial_impute._io.workers import rank_and_size
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, Stencil, build_stencil
 
 if TYPE_CHECKING:
-    from spatial_impute._image.resampling import ResampledImage
-    from spatial_impute.models.pixnet._network import Stain
+    from torch import Tensor
 
+    from spatial_impute._image.resampling import ResampledImage
+    from spatial_impute.models._params import PixNetParams
+    from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
+
+_MIN_REGIONS = 24  # per batch, from more crops where regions are sparse: the correlation of few regions is noise
 _N_BLOCKS = 30  # per slide: enough to hold out several, each with several spots
 
 
@@ -177,3 +182,57 @@ def cover(slide: TrainingSlide, size: int, margin: int) -> list[tuple[np.ndarray
         windows.append((np.array([x, first[1]]) - margin + size / 2, rows))
         left[rows] = False
     return windows
+
+
+class CropSampler:
+    """Batches of crops: from a pool of encoded crops, or new crops in every step if the encoder is trained."""
+
+    def __init__(
+        self,
+        network: PixNetNetwork,
+        slides: list[TrainingSlide],
+        size: CropSettings,
+        *,
+        params: PixNetParams,
+        seed: int,
+        device: str,
+    ) -> None:
+        self.network, self.slides, self.size = network, slides, size
+        self.params, self.seed, self.device = params, seed, device
+        self.encoder_trained = params.encoder_learning_rate > 0
+        self.pool: list[tuple[Crop, list[Tensor]]] = []
+        if not self.encoder_trained and params.n_steps:
+            rank, n_processes = rank_and_size()
+            rng = np.random.default_rng([seed, 0, rank] if rank else [seed, 0])
+            for _ in range(-(-params.n_cached_crops // n_processes)):
+                crop = self._draw(rng)
+                if len(crop.rows):
+                    # Half precision: the rounding error is much smaller than the noise of augmentation.
+                    maps = [m.half() for m in self._encode([crop])]
+                    self.pool.append((replace(crop, rgb=crop.rgb[:, :0, :0]), maps))
+
+    def _draw(self, rng: np.random.Generator) -> Crop:
+        flips, jitter = self.params.flips, self.params.stain_jitter
+        return random_crop(self.slides, self.size, flips=flips, stain_jitter=jitter, rng=rng)
+
+    def _encode(self, crops: list[Crop]) -> list[Tensor]:
+        with torch.set_grad_enabled(self.encoder_trained):
+            return self.network.encode(torch.stack([crop.rgb for crop in crops]).to(self.device))
+
+    def batch(self, step: int) -> tuple[list[Crop], list[Tensor]]:
+        """Crops of a step and their maps. Each step has its own random generator, so that a training can be resumed."""
+        rng = np.random.default_rng([self.seed, step])
+        n_crops = self.params.n_crops
+        if self.pool:
+            order = rng.permutation(len(self.pool))
+            n_regions = np.cumsum([len(self.pool[k][0].rows) for k in order])
+            chosen = order[: max(n_crops, int(np.searchsorted(n_regions, _MIN_REGIONS)) + 1)]
+            levels = zip(*(self.pool[k][1] for k in chosen), strict=True)
+            return [self.pool[k][0] for k in chosen], [torch.cat(level).float() for level in levels]
+        crops: list[Crop] = []
+        for k in range(_MIN_REGIONS * n_crops):
+            if k >= n_crops and sum(len(crop.rows) for crop in crops) >= _MIN_REGIONS:
+                break
+            crops.append(self._draw(rng))
+        crops = [crop for crop in crops if len(crop.rows)]
+        return crops, self._encode(crops) if crops else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatial_impute._io.workers import rank_and_size
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
+from spatial_impute.models._processes import mean_gradient, of_first_process
 from spatial_impute.models._spots import given
 from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.asign._training import correlation_loss
 from spatial_impute.models.pixnet._crops import (
     Crop,
+    CropSampler,
     CropSettings,
     TrainingSlide,
     cover,
     crop_size,
     make_crop,
-    random_crop,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = "state.safetensors"
 _MAX_HELD_OUT_CROPS = 48  # more would take longer than the steps between two checks
-_MIN_REGIONS = 24  # per batch, from more crops where regions are sparse: the correlation of few regions is noise
 _SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
 _WARM_UP = 0.1  # share of the steps in which the step size rises
@@ -279,7 +280,7 @@ def train(
     for _ in range(first - 1):
         on_step()
     head_of_base = head["head.weight"][:, : network.n_base].to(settings.device)
-    sampler = CropSampler(network, slides, size, settings)
+    sampler = CropSampler(network, slides, size, params=params, seed=settings.seed, device=settings.device)
     losses = []
     for step in range(first, params.n_steps + 1):
         if state.stagnates(params):
@@ -297,7 +298,7 @@ def train(
         losses.append(value)
         if step % params.n_steps_per_check and step != params.n_steps:
             continue
-        found = evaluate(network, windows, loss, settings.device) if windows else None
+        found = of_first_process(evaluate(network, windows, loss, settings.device) if windows else None)
         state.add(network, step, float(np.mean(losses)), found)
         losses = []
         _save_state(network, optimizer, loss, state, settings)
@@ -369,65 +370,24 @@ def _resume(
     )
 
 
-class CropSampler:
-    """Batches of crops: from a pool of encoded crops, or new crops in every step if the encoder is trained."""
-
-    def __init__(
-        self, network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, settings: FitSettings
-    ) -> None:
-        self.network, self.slides, self.size, self.settings = network, slides, size, settings
-        self.encoder_trained = settings.params.encoder_learning_rate > 0
-        self.pool: list[tuple[Crop, list[Tensor]]] = []
-        if not self.encoder_trained and settings.params.n_steps:
-            rng = np.random.default_rng([settings.seed, 0])
-            for _ in range(settings.params.n_cached_crops):
-                crop = self._draw(rng)
-                if len(crop.rows):
-                    # Half precision: the rounding error is much smaller than the noise of augmentation.
-                    maps = [m.half() for m in self._encode([crop])]
-                    self.pool.append((replace(crop, rgb=crop.rgb[:, :0, :0]), maps))
-
-    def _draw(self, rng: np.random.Generator) -> Crop:
-        params = self.settings.params
-        return random_crop(self.slides, self.size, flips=params.flips, stain_jitter=params.stain_jitter, rng=rng)
-
-    def _encode(self, crops: list[Crop]) -> list[Tensor]:
-        with torch.set_grad_enabled(self.encoder_trained):
-            return self.network.encode(torch.stack([crop.rgb for crop in crops]).to(self.settings.device))
-
-    def batch(self, step: int) -> tuple[list[Crop], list[Tensor]]:
-        """Crops of a step and their maps. Each step has its own random generator, so that a training can be resumed."""
-        rng = np.random.default_rng([self.settings.seed, step])
-        n_crops = self.settings.params.n_crops
-        if self.pool:
-            order = rng.permutation(len(self.pool))
-            n_regions = np.cumsum([len(self.pool[k][0].rows) for k in order])
-            chosen = order[: max(n_crops, int(np.searchsorted(n_regions, _MIN_REGIONS)) + 1)]
-            levels = zip(*(self.pool[k][1] for k in chosen), strict=True)
-            return [self.pool[k][0] for k in chosen], [torch.cat(level).float() for level in levels]
-        crops: list[Crop] = []
-        for k in range(_MIN_REGIONS * n_crops):
-            if k >= n_crops and sum(len(crop.rows) for crop in crops) >= _MIN_REGIONS:
-                break
-            crops.append(self._draw(rng))
-        crops = [crop for crop in crops if len(crop.rows)]
-        return crops, self._encode(crops) if crops else []
-
-
 def _take_step(
     network: PixNetNetwork, sampler: CropSampler, loss: RegionLoss, optimizer: torch.optim.Optimizer, step: int
 ) -> float | None:
-    """Train on one batch; return its loss, or None if no crop holds a region."""
+    """Train on one batch per process; return the loss, or None if no crop holds a region."""
     network.train()
-    crops, maps = sampler.batch(step)
-    if not crops:
-        return None
-    true = torch.from_numpy(np.concatenate([crop.expression for crop in crops])).float()
-    value = loss(predict_crops(network, maps, crops), true.to(sampler.settings.device))
+    rank, n_processes = rank_and_size()
+    crops, maps = sampler.batch(step * n_processes + rank)
     optimizer.zero_grad()
-    value.backward()
-    optimizer.step()
-    return float(value.detach())
+    value = None
+    if crops:
+        true = torch.from_numpy(np.concatenate([crop.expression for crop in crops])).float()
+        found = loss(predict_crops(network, maps, crops), true.to(sampler.device))
+        found.backward()
+        value = float(found.detach())
+    value = mean_gradient(network, optimizer, value)
+    if value is not None:
+        optimizer.step()
+    return value
 
 
 def _cpu_state(network: PixNetNetwork) -> dict[str, Tensor]:
