@@ -125,6 +125,8 @@ REGISTER = (
     "reference",
     "method",
     "policy",
+    "order",
+    "checked",
     "on_failure",
     "resolution",
     "transformations",

@@ -35,6 +35,9 @@ def approved_places(
     """Places that the file of a page approves; an error for rejected sections that are not `answered` by another argument."""
     if path is None:
         return {}
+    if not isinstance(path, str | Path):
+        msg = f"`checked` must be the path of the file that the page of {_PAGE} saves, found {path!r}."
+        raise ValueError(msg)
     decisions = _decisions(Path(path).expanduser(), registration_state(record))
     if reference != record.reference:
         msg = f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the same one."
