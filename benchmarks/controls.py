@@ -153,11 +153,7 @@ def without_decoder(model: si.models.PixNetModel) -> si.models.PixNetModel:
 
 def scores(model: si.models.PixNetModel, slide: SpatialData, key: str) -> pd.Series:
     """R of each kind of genes against the noise-free values."""
-    found = (
-        si.tl.predict_regions(slide, key, model, image_key="he", table_key=f"{key}_scores", inplace=False, **FRAME)
-        if False
-        else si.tl.predict_regions(slide, key, model, image_key="he", inplace=False, **FRAME)
-    )
+    found = si.tl.predict_regions(slide, key, model, image_key="he", inplace=False, **FRAME)
     r = pearson_by_gene(np.asarray(found.X), slide.tables[f"{key}_table"].layers["true"])
     return pd.Series(r, index=KINDS).groupby(level=0, sort=False).mean()
 

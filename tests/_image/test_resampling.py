@@ -143,3 +143,16 @@ def test_survey_sees_glass_tissue_and_stain():
     np.testing.assert_array_equal(
         found.covers(np.array([[600.0, 600.0], [50.0, 50.0], [-9.0, 5.0]])), [True, False, False]
     )
+
+
+def test_without_glass_stain_is_measured_from_white():
+    """The palest places of a slide full of tissue are not glass: twice the nuclei are not twice the stain."""
+    rng = np.random.default_rng(0)
+    density = []
+    for share in (0.1, 0.2):
+        rgb = np.tile(np.array([240, 185, 242], np.uint8)[:, None, None], (1, 1200, 1200))
+        rgb[:, rng.random((1200, 1200)) < share] = np.array([110, 60, 150], np.uint8)[:, None]
+        found = slide_overview([level(rgb, 1.0, chunks=512)])
+        assert found.background == (255.0, 255.0, 255.0)
+        density.append(found.density[1])
+    assert density[1] < 1.5 * density[0]

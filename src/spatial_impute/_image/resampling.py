@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
 
+_COLORED = 0.85  # the palest channel of glass is at least this share of the brightest
 _OVERVIEW = 16.0  # um per pixel; fine enough for tissue and for the mean stain
 _WHITE = 255.0
 _MAX_ENLARGEMENT = 2.0  # an image a little coarser than the training images of the encoder does little harm
@@ -233,16 +234,24 @@ class SlideOverview:
 
 
 def slide_overview(levels: list[Level]) -> SlideOverview:
-    """Overview of a slide. If no tissue is visible, the whole slide counts as tissue."""
+    """Overview of a slide. If no tissue is visible, the whole slide counts as tissue.
+
+    Where tissue fills the image, its palest places would pass for glass. They are colored, glass is not: white is then the
+    color of the glass. Else only what is darker than these places would count as stain, and the stain of such slides could
+    not be compared.
+    """
     rgb, to_um = read_thumbnail(levels, _OVERVIEW)
     size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
     mask = tissue_mask(rgb, (size_x, size_y))
     if not mask.any():
         mask = np.ones_like(mask)
     density = optical_density(rgb)
-    stained = np.maximum(density[mask].mean(axis=0), 1e-3)
     # The color that optical_density used for the glass: rgb = glass * exp(-density).
     glass = np.median((rgb * np.exp(density)).reshape(-1, 3), axis=0)
+    if glass.min() < _COLORED * glass.max():
+        glass = np.full(3, _WHITE)
+        density = -np.log(np.maximum(rgb, 1.0) / _WHITE)
+    stained = np.maximum(density[mask].mean(axis=0), 1e-3)
     red, green, blue = map(float, np.clip(glass, 1, 255))
     r, g, b = map(float, stained)
     return SlideOverview(mask, to_um, background=(red, green, blue), density=(r, g, b))

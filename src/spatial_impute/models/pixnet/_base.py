@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _PENALTIES = tuple(float(10.0**k) for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
-# Features that see n times as far are scaled down by n to one of these powers.
-_DECAYS = (0.0, 0.5, 1.0, 1.5, 2.0)
+# Features that see n times as far are scaled down by n to one of these powers, or up if it is negative.
+_DECAYS = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 _MAX_REGIONS = 20_000  # a sample of this size is enough for a regression on hundreds of features
 _MAX_REGIONS_FOR_DECAY = 2_000  # each decay needs principal components of its own
 _SMALLEST_SPREAD = 1e-6
