@@ -179,11 +179,11 @@ def _rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
     return np.clip(np.rint(values), 0, _most(dtype)).astype(dtype) if np.dtype(dtype).kind in "iu" else values
 
 
-def names_by_color(names: Sequence[str], colors: Sequence[int | None]) -> list[str]:
+def names_by_color(names: Sequence[object], colors: Sequence[int | None]) -> list[str]:
     """Names of channels; three without a name are named by their colors (0xRRGGBB) if these are red, green and blue."""
     pure = [_PURE.get(color, "") for color in colors]
-    unnamed = all(_UNNAMED.fullmatch(name.strip()) for name in names)
-    return pure if unnamed and sorted(pure) == ["b", "g", "r"] else list(names)
+    unnamed = all(_UNNAMED.fullmatch(str(name).strip()) for name in names)
+    return pure if unnamed and sorted(pure) == ["b", "g", "r"] else [str(name) for name in names]
 
 
 def rgb_order(names: Sequence[str] | None, n: int) -> list[int]:
