@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from spatial_impute._settings import logger
+
 if TYPE_CHECKING:
     from anndata import AnnData
 
@@ -76,6 +78,18 @@ def require_unique_genes(table: AnnData, where: str) -> dict[str, str]:
     renamed = dict(zip(ids[repeated], table.var_names[repeated].astype(str), strict=True))
     table.var_names = np.where(repeated, ids, table.var_names)
     return renamed
+
+
+def genes_only(table: AnnData, where: str) -> AnnData:
+    """Table without antibodies and other features that ``var['feature_types']`` tells from genes: they would count as expression."""
+    if "feature_types" not in table.var:
+        return table
+    kinds = table.var["feature_types"].astype(str)
+    others = (kinds != "Gene Expression").to_numpy()
+    if others.all() or not others.any():
+        return table
+    logger.warning("%s: features that are no genes are left out: %s", where, kinds[others].value_counts().to_dict())
+    return table[:, ~others].copy()
 
 
 def log_normalize(counts: np.ndarray | sparse.spmatrix, target_sum: float) -> np.ndarray | sparse.csr_matrix:

@@ -434,3 +434,20 @@ def test_resolutions_of_an_ome_zarr_in_another_order_are_refused(tmp_path):
     group.attrs["multiscales"] = multiscales
     with pytest.raises(ValueError, match=r"'a\.zarr' lists its resolutions .*expected the finest one first"):
         open_image(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("kind", ["OME-TIFF", "OME-Zarr"])
+@pytest.mark.parametrize(("names", "obeyed"), [(["C0", "C1", "C2"], True), (["red", "green", "blue"], False)])
+def test_channels_without_names_are_those_of_their_colors(tmp_path, kind, names, obeyed):
+    """Stored as blue, green, red; names say more than colors."""
+    path, image = tmp_path / ("a.ome.tif" if kind == "OME-TIFF" else "a.zarr"), picture(40, 60)
+    if kind == "OME-TIFF":
+        colors = [0x0000FFFF, 0x00FF00FF, 0xFF0000FF - 2**32]
+        metadata = {"axes": "CYX", "Channel": {"Name": names, "Color": colors}}
+        tifffile.imwrite(path, np.moveaxis(image, -1, 0)[::-1], photometric="minisblack", metadata=metadata)
+    else:
+        write_ome_zarr(path, image[..., ::-1], version="0.4", unit=None, scale=1)
+        channels = [{"label": n, "color": c} for n, c in zip(names, ["0000FF", "00ff00", "FF0000"], strict=True)]
+        zarr.open_group(path, mode="r+").attrs["omero"] = {"channels": channels}
+    found = np.moveaxis(open_image(path).levels[0].compute(), 0, -1)
+    np.testing.assert_array_equal(found if obeyed else found[..., ::-1], image)

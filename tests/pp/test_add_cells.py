@@ -91,10 +91,11 @@ def test_empty_objects_are_counted_and_most_of_them_refused(small_stack, tmp_pat
 
 @pytest.mark.parametrize("kind", ["list", "series", "array"])
 def test_plain_outlines_are_taken(small_stack, mpp, kind):
-    series = gpd.GeoSeries(SQUARES, index=list("abc"))
+    series = gpd.GeoSeries(SQUARES, index=list("abc")).force_3d(5)
     si.pp.add_cells(small_stack, "s1", {"list": SQUARES, "series": series, "array": series.to_numpy()}[kind])
     np.testing.assert_allclose(centers(small_stack)[0], np.array([105, 60]) * mpp)
     assert list(small_stack.shapes["s1_cells"].index) == (list("abc") if kind == "series" else [0, 1, 2])
+    assert not small_stack.shapes["s1_cells"].has_z.any()
 
 
 @pytest.mark.parametrize("system", ["s1", "global"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import dask.array as da
 import geopandas as gpd
@@ -773,3 +774,10 @@ def test_arrays_that_are_no_picture_as_they_are_are_refused(array, says):
 def test_true_is_no_pixel_size():
     with pytest.raises(ValueError, match="must be a positive number"):
         si.pp.assemble_stack({"a": image()}, mpp=True, section_spacing=1)
+
+
+def test_two_sections_in_one_table_are_refused():
+    from spatial_impute.pp import _assemble_stack as module
+
+    with pytest.raises(ValueError, match="its 4 spots lie at 2 places only, as those of several sections"):
+        module._require_separate(SimpleNamespace(name="a"), np.repeat(CENTERS[:2], 2, axis=0), np.ones(4))

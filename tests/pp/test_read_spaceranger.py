@@ -627,3 +627,45 @@ def test_backed_tables_and_a_tilde_are_taken(scan, tmp_path, monkeypatch):
     for source in (ad.read_h5ad(tmp_path / "a.h5ad", backed="r"), "~/a.h5ad"):
         found = si.pp.assemble_stack({"s": source}, section_spacing=10).tables["s_counts"]
         np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+
+
+def test_an_anndata_of_cellxgene_brings_its_scan(scan):
+    folder, image = scan
+    table = legacy_with_lowres(scan)
+    mpp = load_record(si.pp.assemble_stack({"s": folder}, section_spacing=10))["s"].mpp
+    table.uns["spatial"]["is_single"] = True
+    next(iter(table.uns["spatial"].values()))["images"]["fullres"] = np.asarray(image)
+    found = si.pp.assemble_stack({"s": table}, section_spacing=10)
+    assert load_record(found)["s"].mpp == pytest.approx(mpp / 4)
+    assert section_levels(found, load_record(found)["s"])[0].shape == image.size[::-1]
+
+
+@pytest.mark.parametrize("kind", ["h5", "AnnData"])
+def test_antibodies_are_no_genes(kind, tmp_path, sample, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = sample(tmp_path / "a")
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        group = file["matrix"]
+        n = group["shape"][1]
+        for key in ("shape", "data", "indices", "indptr"):
+            del group[key]
+        group["shape"], group["data"] = np.array([2, n], np.int32), np.tile([3, 70], n).astype(np.int32)
+        group["indices"], group["indptr"] = np.tile([0, 1], n), 2 * np.arange(n + 1)
+        kinds = {"name": ["A", "CD3"], "id": ["E1", "CD3"], "feature_type": ["Gene Expression", "Antibody Capture"]}
+        for key, values in {**kinds, "genome": ["x", ""]}.items():
+            del group["features"][key]
+            group["features"][key] = np.array(values, "S")
+    source = folder
+    if kind == "AnnData":
+        image = Image.open(folder / "spatial" / "tissue_hires_image.png")
+        image.resize((100, 100)).save(folder / "spatial" / "tissue_lowres_image.png")
+        source = legacy(folder)
+        source = (
+            ad.concat([source, source], axis="var", merge="first", uns_merge="first") if source.n_vars == 1 else source
+        )
+        source.var["feature_types"] = kinds["feature_type"]
+        source.var_names = kinds["name"]
+    counts = si.pp.assemble_stack({"s": source}, section_spacing=10).tables["s_counts"]
+    assert list(counts.var_names) == ["A"]
+    assert counts.X.max() == 3
+    assert "features that are no genes are left out: {'Antibody Capture': 1}" in caplog.text

@@ -145,6 +145,8 @@ def test_select_genes_takes_only_genes_that_all_sections_measured():
     assert set(sdata.tables["stack"].var_names) == {"low", "high", "mid", "none"}
     with pytest.raises(KeyError, match=r"1 of `genes` are not measured on section 'b', e.g. \['top'\]"):
         si.pp.select_genes(sdata, genes=["top", "low"])
+    with pytest.raises(KeyError, match="Did you mean 'low'"):
+        si.pp.select_genes(sdata, genes=["LOW"])
 
 
 def test_select_genes_of_sections_without_a_common_gene_raises():

@@ -27,6 +27,7 @@ _N_COLORS = {
     "CMYK": 4,
 }
 _COLORS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
+_PURE: dict[int | None, str] = {0xFF0000: "r", 0x00FF00: "g", 0x0000FF: "b"}
 _UNNAMED = re.compile(r"(image|channel|chan|ch|c|s|band)?[\s_:.#-]*\d*([\s_:.-]*\d+)*", re.IGNORECASE)
 _DYES = re.compile(
     r"dapi|hoechst|draq|fitc|tritc|rhodamine|texas|cy\s*-?\d|alexa|\baf\s*-?\d|opal|atto|gfp|rfp|yfp|cfp|mcherry|"
@@ -176,6 +177,13 @@ def _most(dtype: Any) -> int:
 
 def _rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
     return np.clip(np.rint(values), 0, _most(dtype)).astype(dtype) if np.dtype(dtype).kind in "iu" else values
+
+
+def names_by_color(names: Sequence[object], colors: Sequence[int | None]) -> list[str]:
+    """Names of channels; three without a name are named by their colors (0xRRGGBB) if these are red, green and blue."""
+    pure = [_PURE.get(color, "") for color in colors]
+    unnamed = all(_UNNAMED.fullmatch(str(name).strip()) for name in names)
+    return pure if unnamed and sorted(pure) == ["b", "g", "r"] else [str(name) for name in names]
 
 
 def rgb_order(names: Sequence[str] | None, n: int) -> list[int]:

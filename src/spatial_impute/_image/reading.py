@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from spatial_impute._image.brightfield import Samples, brightfield, rgb_order, upright
+from spatial_impute._image.brightfield import Samples, brightfield, names_by_color, rgb_order, upright
 from spatial_impute._image.pixel_size import zarr_pixel_size
 from spatial_impute._image.tiff import how_to_convert, open_tiff, require_plausible
 from spatial_impute._settings import logger
@@ -137,12 +138,11 @@ def _readable(opener: Callable[[Path], ImageFile], path: Path) -> ImageFile:
     try:
         return opener(path)
     except Exception as error:
-        if isinstance(error, PermissionError | MemoryError) or (type(error) is ValueError and path.name in str(error)):
+        plain = type(error) is ValueError  # mostly ours, which says what to do
+        if isinstance(error, PermissionError | MemoryError) or (plain and path.name in str(error)):
             raise  # the message names the file
-        msg = (
-            f"{str(path)!r} cannot be read as an image: {str(error).rstrip('.')}. Check that the file is complete and that its suffix "
-            "fits its format."
-        )
+        advice = "" if plain else " Check that the file is complete and that its suffix fits its format."
+        msg = f"{str(path)!r} cannot be read as an image: {str(error).rstrip('.')}.{advice}"
         raise ValueError(msg) from error
 
 
@@ -300,7 +300,9 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     if arrays != sorted(arrays, key=lambda array: -array.shape[names.index("X")]):
         msg = f"{path.name!r} lists its resolutions {[array.shape for array in arrays]}, expected the finest one first."
         raise ValueError(msg)
-    labels = [channel.get("label") or "" for channel in found.get("omero", {}).get("channels", ())]
+    channels = found.get("omero", {}).get("channels", ())
+    colors = [int(text, 16) if re.fullmatch("[0-9A-Fa-f]{6}", text := str(c.get("color"))) else None for c in channels]
+    labels = names_by_color([channel.get("label") or "" for channel in channels], colors)
     levels = [_channels_first(_lazy(array, names), names) for array in arrays]
     order = rgb_order(labels, levels[0].shape[0])
     if order != sorted(order):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._image.brightfield import Samples, rgb_order
+from spatial_impute._image.brightfield import Samples, names_by_color, rgb_order
 from spatial_impute._image.pixel_size import ome_pixels, tiff_pixel_size
 from spatial_impute._settings import logger
 
@@ -259,12 +259,13 @@ def _rationals(value: Any) -> tuple[float, ...]:
 def _channel_names(tiff: tifffile.TiffFile, pixels: Any) -> list[str] | None:
     """Names of the channels in OME-XML or ImageJ; what lights up is named by its dye or by its light."""
     if pixels is not None:
-        names = []
+        names, colors = [], []
         for channel in pixels.findall("{*}Channel"):
             light = channel.get("Fluor") or (channel.get("EmissionWavelength") and "fluorescence")
             light = light or ("fluorescence" if channel.get("ContrastMethod") == "Fluorescence" else None)
             names.append(light or channel.get("Name") or "")
-        return names
+            colors.append((int(channel.get("Color", -1)) >> 8) & 0xFFFFFF)  # of 0xRRGGBBAA, with a sign
+        return names_by_color(names, colors)
     found = tiff.imagej_metadata or {}
     # A color image of ImageJ is stored as RGB; its channels are something else, unless their labels say so.
     n = int(found.get("channels", 1))

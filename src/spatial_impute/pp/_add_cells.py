@@ -136,6 +136,7 @@ def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
             "another type whole with `labels.astype(int)`."
         )
         raise TypeError(msg)
+    found = found.set_geometry(found.geometry.force_2d())
     found.attrs = {}  # the place of a shapes element is applied by itself
     if not found.index.is_unique:
         msg = f"The index of `cells` must be unique, but {found.index[found.index.duplicated()][0]!r} occurs more than once."

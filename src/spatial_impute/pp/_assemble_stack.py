@@ -191,9 +191,16 @@ def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
 
 
 def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray) -> None:
-    """Raise a ``ValueError`` if circles are several times wider than the distance to their neighbors."""
+    """Raise a ``ValueError`` if circles are several times wider than the distance to their neighbors, or lie on each other."""
     if len(centers) < 2:
         return
+    n_places = len(np.unique(centers, axis=0))
+    if n_places <= len(centers) / 2:
+        msg = (
+            f"Section {section.name!r}: its {len(centers)} spots lie at {n_places} places only, as those of several sections in one "
+            "table do. Separate them first, e.g. by the column of `obs` that names the section."
+        )
+        raise ValueError(msg)
     width, distance = 2 * float(np.median(radius)), typical_spacing(centers, np.zeros(len(centers)))
     if width > _WIDEST * distance > 0:
         msg = (

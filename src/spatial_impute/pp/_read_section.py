@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from spatial_impute._expression import require_unique_genes
+from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
 from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.reading import open_image, open_slide
@@ -421,7 +421,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     rows = (table.obs[attrs["region_key"]] == shapes_key).to_numpy()
     with warnings.catch_warnings():  # logged below
         warnings.filterwarnings("ignore", "Variable names are not unique")
-        counts = table[rows].to_memory() if table.isbacked else table[rows].copy()
+        counts = genes_only(table[rows].to_memory() if table.isbacked else table[rows].copy(), where)
     if renamed := require_unique_genes(counts, where):
         few = dict(list(renamed.items())[:_FEW_GENES])
         logger.warning("%s: %d genes that share a name are named by their id, e.g. %s", where, len(renamed), few)

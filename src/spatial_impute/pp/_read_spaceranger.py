@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from spatial_impute._geometry import lattice_of, linear_scale, scaling
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
-from spatial_impute._image.reading import open_image
+from spatial_impute._image.reading import ImageFile, open_image
 from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -114,7 +115,8 @@ def read_legacy(
 
     Raises a ``ValueError`` if the table does not hold the images and the lattice of one Visium sample.
     """
-    libraries = table.uns.get(Keys.SPATIAL, {})
+    # CELLxGENE writes a flag beside the library.
+    libraries = {key: part for key, part in table.uns.get(Keys.SPATIAL, {}).items() if isinstance(part, Mapping)}
     centers = table.obsm.get(Keys.SPATIAL)
     lacks = [column for column in COLUMNS[2:4] if column not in table.obs]
     if len(libraries) != 1 or centers is None or lacks:
@@ -135,12 +137,13 @@ def read_legacy(
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
     images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
+    scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), fullres_image)
+    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
 
 
-def _section(sample: _Sample, fullres_image: str | Path | None) -> tuple[SpatialData, float, str]:
+def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
     """See :func:`read_spaceranger`."""
     factors = sample.factors
     with warnings.catch_warnings():
@@ -219,10 +222,10 @@ def _read_counts(folder: Path) -> AnnData:
                 msg = f"{folder} holds the counts of several samples, {[p.name for p in paths]}; keep one of them."
                 raise ValueError(msg)
             if paths:
-                return sc.read_10x_h5(paths[0])
+                return sc.read_10x_h5(paths[0], gex_only=False)
         for name in _COUNT_FOLDERS:
             if (folder / name).is_dir():
-                return sc.read_10x_mtx(folder / name, make_unique=False)
+                return sc.read_10x_mtx(folder / name, make_unique=False, gex_only=False)
     msg = (
         f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. "
         "Copy it from the output of Space Ranger, or give the image alone for an unmeasured section."
@@ -282,7 +285,7 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))
 
 
-def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -> Any:
+def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
     small = {
         kind: (
@@ -293,7 +296,11 @@ def _read_image(sample: _Sample, fullres_image: str | Path | None, mpp: float) -
         if (image := sample.images.get(kind)) is not None and f"tissue_{kind}_scalef" in sample.factors
     }
     if fullres_image is not None:
-        opened = open_image(fullres_image)
+        opened = (
+            ImageFile(_levels(fullres_image), None)
+            if isinstance(fullres_image, np.ndarray)
+            else open_image(fullres_image)
+        )
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
         if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
             logger.warning(

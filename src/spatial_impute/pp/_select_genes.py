@@ -14,7 +14,14 @@ from spatial_impute._expression import log_normalize, look_normalized, looks_lik
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import counts_state, load_record, stack_table
-from spatial_impute._validation import name_list, require_count, require_key, require_one_of, require_positive
+from spatial_impute._validation import (
+    did_you_mean,
+    name_list,
+    require_count,
+    require_key,
+    require_one_of,
+    require_positive,
+)
 from spatial_impute.pp._rank_genes import FLAVORS, is_mitochondrial, is_ribosomal, name_housekeeping, rank_genes
 
 if TYPE_CHECKING:
@@ -277,7 +284,8 @@ def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str
         missing = [gene for gene in wanted if gene not in names]
         if missing:
             msg = (
-                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}. Leave them out, "
+                f"{len(missing)} of `genes` are not measured on section {name!r}, e.g. {missing[:5]}."
+                f"{did_you_mean(missing[0], names)} Leave them out, "
                 "or pass `join='outer'` if sections were measured with different panels."
             )
             raise KeyError(msg)

@@ -47,6 +47,19 @@ def _truncated(world, name: str):
     return write(path, path.read_bytes()[:2000])
 
 
+def _contradicting(world):
+    tags = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER", "metadata": None}  # 0.25 um
+    tifffile.imwrite(world.tmp / "a.tif", scan(), photometric="rgb", description="Aperio |MPP = 0.5", **tags)
+    return world.tmp / "a.tif"
+
+
+def _twins(world):
+    with tifffile.TiffWriter(world.tmp / "a.tif") as writer:
+        for compression in (None, "zlib"):
+            writer.write(scan(), photometric="rgb", compression=compression)
+    return world.tmp / "a.tif"
+
+
 def _nan_spot():
     centers = CENTERS.copy()
     centers[2] = np.nan
@@ -264,6 +277,31 @@ FILES = [
         lambda w: one(write(w.tmp / "a.png", b"")),
     ),
     refused("a truncated TIFF", ValueError, "a.tif' is truncated", lambda w: one(_truncated(w, "a.tif"))),
+    refused(
+        "a TIFF whose text and resolution tags give different pixel sizes",
+        ValueError,
+        "Pixel size of section 's' is unknown",
+        lambda w: one(_contradicting(w), mpp=None),
+    ),
+    refused("a TIFF of two images of one size", ValueError, "a.tif' holds 2 images", lambda w: one(_twins(w))),
+    refused(
+        "an array with masked pixels",
+        ValueError,
+        "values of its array are masked",
+        lambda w: one(np.ma.masked_less(scan(), 100)),
+    ),
+    refused(
+        "a DataArray with other dimensions",
+        ValueError,
+        "expected the dimensions c, y and x, found ('y', 'x', 'band')",
+        lambda w: one(xr.DataArray(scan(), dims=("y", "x", "band"))),
+    ),
+    answered(
+        "a Series of pixel sizes in another order than the sections",
+        "its index names the sections",
+        lambda w: si.pp.assemble_stack({"a": scan(), "s": scan()[::-1]}, z=[0, 1], mpp=pd.Series({"s": 2.0, "a": 1.0})),
+        lambda w, sdata: [s["mpp"] for s in sdata.attrs["spatial_impute"]["stack"]["sections"]] == [1, 2],
+    ),
     refused("an OME-Zarr that is none", ValueError, "cannot be read as an image", lambda w: one(_folder(w, "a.zarr"))),
     refused(
         "a folder that is neither of Space Ranger nor zarr",
