@@ -79,11 +79,11 @@ def drop_spots(sdata: SpatialData, rng: np.random.Generator) -> None:
     table = sdata.tables["stack"]
     keep = rng.random(table.n_obs) > 0.1
     table = sdata.tables["stack"] = table[keep].copy()
-    for name in table.obs["section"].cat.categories:
-        spots = sdata.shapes.get(f"{name}_spots")
+    for section in sdata.attrs["spatial_impute"]["stack"]["sections"]:
+        spots = sdata.shapes.get(section["spots"])
         if spots is not None:
-            kept = set(table.obs["instance_id"][table.obs["section"] == name].astype(str))
-            sdata.shapes[f"{name}_spots"] = spots[spots.index.astype(str).isin(kept)]
+            kept = set(table.obs["instance_id"][table.obs["section"] == section["name"]].astype(str))
+            sdata.shapes[section["spots"]] = spots[spots.index.astype(str).isin(kept)]
 
 
 def drop_section(sdata: SpatialData, rng: np.random.Generator) -> None:
