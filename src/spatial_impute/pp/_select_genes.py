@@ -128,30 +128,25 @@ def select_genes(
         for name, counts in tables.items()
     }
     var_names = _gene_names(tables)
-    places = {name: _places(table, name, counts) for name, counts in tables.items()}
+    found = {name: _at_spots(table, name, tables[name], values[name]) for name in tables}
     if genes is not None:
         chosen = _given_genes(genes, var_names, join)
     else:
-        at_spots = {
-            name: values[name][present] if len(present) < len(tables[name].table) else values[name]
-            for name, (present, _) in places.items()
-        }
-        xy = {name: np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[rows] for name, (_, rows) in places.items()}
-        ranked = rank_genes(at_spots, xy, var_names, flavor=flavor, join=join)
+        xy = {name: np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[part.rows] for name, part in found.items()}
+        log_values = {name: part.values for name, part in found.items()}
+        ranked = rank_genes(log_values, xy, var_names, flavor=flavor, join=join)
         _warn_of_few_common(var_names, len(ranked), n_top_genes)
         chosen = ranked[:n_top_genes]
         name_housekeeping(chosen)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
-    counted = np.zeros(table.n_obs, dtype=bool)
-    for name, (present, rows) in places.items():
+    for name, part in found.items():
         columns = var_names[name].get_indexer(chosen)
-        counted[rows] = True
-        has = columns >= 0
-        picked = values[name][present][:, columns[has]]
-        expression[np.ix_(rows, has)] = picked.toarray() if hasattr(picked, "toarray") else picked
-        totals[rows] = np.asarray(tables[name].matrix.sum(axis=1)).ravel()[present]
+        picked = part.values[:, columns[columns >= 0]]
+        expression[np.ix_(part.rows, columns >= 0)] = picked.toarray() if hasattr(picked, "toarray") else picked
+        totals[part.rows] = part.totals
+    counted = np.isfinite(totals)
 
     _write(sdata, table, expression, chosen, counted=counted, totals=None if log_normalized else totals)
     sdata.tables[Keys.STACK_TABLE].uns[Keys.NORMALIZATION] = {
@@ -179,54 +174,86 @@ class _Counts:
         return ".X" if self.layer is None else f".layers[{self.layer!r}]"
 
     @property
+    def where(self) -> str:
+        """Table and slot, for messages."""
+        return self.name + self.slot
+
+    @property
     def matrix(self) -> Any:
         """Values of that slot."""
         return self.table.X if self.layer is None else self.table.layers[self.layer]
 
+    @property
+    def stored(self) -> np.ndarray:
+        """Stored numbers of the matrix, in any shape."""
+        return self.matrix.data if sparse.issparse(self.matrix) else np.asarray(self.matrix)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """(n,) sum of each row."""
+        return np.asarray(self.matrix.sum(axis=1)).ravel()
+
+    def spots(self, rows: np.ndarray) -> np.ndarray:
+        """Ids of some spots, for messages."""
+        return self.table.obs[Keys.INSTANCE].to_numpy()[rows]
+
 
 def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> np.ndarray | sparse.csr_matrix:
     """Log-normalised expression of one measured table, after a check of its values."""
-    table, where = given.table, given.name + given.slot
+    _require_finite_values(given)
+    if not log_normalized:
+        _require_counts(given)
+        return log_normalize(given.matrix, target_sum)
+    _require_log_values(given)
+    return given.matrix.tocsr() if sparse.issparse(given.matrix) else np.asarray(given.matrix)
+
+
+def _require_finite_values(given: _Counts) -> None:
+    table = given.table
     if given.layer is not None:
         require_key(given.layer, table.layers, where=f"{given.name}.layers")
     elif table.X is None:
-        msg = f"`{where}` is empty; name the layer that holds the counts with `layer=`, one of {sorted(table.layers)}."
+        layers = sorted(table.layers)
+        msg = f"`{given.where}` is empty; name the layer that holds the counts with `layer=`, one of {layers}."
         raise ValueError(msg)
     _warn_of_other_features(table, given.name)
-    matrix = given.matrix
-    data = matrix.data if sparse.issparse(matrix) else np.asarray(matrix)
-    if not np.isfinite(data).all():
-        rows = np.asarray(abs(matrix).sum(axis=1)).ravel()
-        bad = table.obs[Keys.INSTANCE].to_numpy()[~np.isfinite(rows)]
+    if not np.isfinite(given.stored).all():
+        bad = given.spots(~np.isfinite(np.asarray(abs(given.matrix).sum(axis=1)).ravel()))
         msg = (
-            f"`{where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove those spots or genes first."
+            f"`{given.where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove those spots or genes "
+            "first."
         )
         raise ValueError(msg)
-    counts = looks_like_counts(data)
-    if log_normalized:
-        if counts:
-            msg = f"`{where}` holds raw counts (integers up to {data.max():g}), but `log_normalized=True` was given."
-            raise ValueError(msg)
-        if data.size and (data < 0).any():
-            logger.warning(
-                "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores or "
-                "residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
-                where,
-                data.min(),
-            )
-        return matrix.tocsr() if sparse.issparse(matrix) else np.asarray(matrix)
-    if data.size and ((data < 0).any() or (data != np.round(data)).any()):
+
+
+def _require_log_values(given: _Counts) -> None:
+    values = given.stored
+    if looks_like_counts(values):
         msg = (
-            f"`{where}` must hold raw counts (non-negative integers), found {data.min():g} to {data.max():g} with "
+            f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized=True` was given."
+        )
+        raise ValueError(msg)
+    if values.size and (values < 0).any():
+        logger.warning(
+            "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores or "
+            "residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
+            given.where,
+            values.min(),
+        )
+
+
+def _require_counts(given: _Counts) -> None:
+    values, totals = given.stored, given.totals
+    if values.size and ((values < 0).any() or (values != np.round(values)).any()):
+        msg = (
+            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} with "
             "fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
         )
         raise ValueError(msg)
-    totals = np.asarray(matrix.sum(axis=1)).ravel()
     if (totals == 0).any():
-        empty = table.obs[Keys.INSTANCE].to_numpy()[totals == 0]
-        name = given.name
+        empty, name = given.spots(totals == 0), given.name
         msg = (
-            f"`{where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
+            f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
             f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
@@ -234,17 +261,24 @@ def _log_values(given: _Counts, *, log_normalized: bool, target_sum: float) -> n
         logger.warning(
             "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded CPM and no "
             "counts; give the raw counts",
-            where,
+            given.where,
             totals.mean(),
         )
-    return log_normalize(matrix, target_sum)
 
 
-def _places(table: AnnData, section: str, counts: _Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the counts that have a spot in the stack, and the rows of these spots in the stack table."""
+@dataclass(frozen=True)
+class _Measured:
+    """Expression of a measured section at the spots that the stack has."""
+
+    rows: np.ndarray  # (m,) of the stack table
+    values: np.ndarray | sparse.csr_matrix  # (m, n_genes) log-normalised
+    totals: np.ndarray  # (m,) counts of each spot
+
+
+def _at_spots(table: AnnData, section: str, counts: _Counts, values: np.ndarray | sparse.csr_matrix) -> _Measured:
     row_of = table.obs_names.get_indexer([f"{section}_{i}" for i in counts.table.obs[Keys.INSTANCE]])
-    present = np.flatnonzero(row_of >= 0)
-    return present, row_of[present]
+    present = row_of >= 0
+    return _Measured(row_of[present], values if present.all() else values[present], counts.totals[present])
 
 
 def _gene_names(tables: dict[str, _Counts]) -> dict[str, pd.Index]:
