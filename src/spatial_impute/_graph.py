@@ -49,7 +49,7 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class EdgeRules:
-    """Which spots are linked, and the weights of the edges."""
+    """Rules by which spots are linked and edges get their weights."""
 
     n_neighs: int
     """Nearest spots of the same section to link."""
@@ -100,7 +100,7 @@ def build_graph(
     features
         (n, d) image features for the similarity edges, comparable across sections; None for none.
     rules
-        Which spots are linked.
+        Rules for edges and weights.
     misplaced
         (k, k) standard deviation, along one axis, of the error of the place of one section on another, um, by rank;
         None for sections exactly in place.

@@ -33,10 +33,15 @@ PIXNET = {"n_steps": 2, "width": 8, "n_base": 8, "resolution": 8.0, "crop": 64, 
 @contextlib.contextmanager
 def cluster(n_workers: int):
     """Client of worker processes of one thread each."""
+    from distributed import Client, LocalCluster
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of distributed, on ports, event loops and workers that end
-        with local_workers(n_workers):
-            yield active_client()
+        with (
+            LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=None) as local,
+            Client(local) as client,
+        ):
+            yield client
 
 
 @pytest.fixture
@@ -138,9 +143,9 @@ def test_fit_on_two_workers_is_the_same_model(still, one_thread, tmp_path):
     sdata = copy.deepcopy(still[0])
     params = {"base": "mean", "n_steps": 4, "width": 8, "n_heads": 2, "n_folds": 3}
     expected = si.tl.fit_asign(sdata, model_params=params)
-    with cluster(2) as client:
+    with local_workers(2):
         found = si.tl.fit_asign(sdata, model_params=params, checkpoint=tmp_path)
-        tasks = client.run(lambda dask_worker: dask_worker.state.executed_count)
+        tasks = active_client().run(lambda dask_worker: dask_worker.state.executed_count)
     assert sum(tasks.values()) == 6  # a co-kriging and a network of each fold
     assert found.identity == expected.identity
     assert found.cross_validation.equals(expected.cross_validation)

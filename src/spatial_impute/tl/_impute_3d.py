@@ -164,7 +164,7 @@ def impute_3d(
 
 @dataclass(frozen=True)
 class _Stack:
-    """What a model reads of a stack."""
+    """Parts of a stack that a model reads."""
 
     table: AnnData
     spots: Spots
