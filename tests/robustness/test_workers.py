@@ -152,6 +152,18 @@ def test_fit_on_two_workers_is_the_same_model(still, one_thread, tmp_path):
     assert len(list(tmp_path.glob("mean-network*"))) == 3
 
 
+def test_fit_on_workers_that_are_threads_is_the_same_model(still, one_thread):
+    """Threads share the random state of torch."""
+    from distributed import Client
+
+    sdata = copy.deepcopy(still[0])
+    params = {"base": "mean", "n_steps": 20, "width": 8, "n_heads": 2, "n_folds": 3}
+    expected = si.tl.fit_asign(sdata, model_params=params)
+    with Client(processes=False, n_workers=1, threads_per_worker=3, dashboard_address=None):
+        found = si.tl.fit_asign(sdata, model_params=params)
+    assert found.identity == expected.identity
+
+
 def test_map_of_two_workers_is_the_same_bytes_also_if_one_is_killed(stored, dying_pixnet, pair, note, one_thread):
     sdata, store = stored
     expected = values(dense(sdata, dying_pixnet))

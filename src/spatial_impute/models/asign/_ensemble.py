@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -38,6 +39,7 @@ _BATCH = 500  # spots to predict in one step; larger batches take longer and lea
 _N_TRIALS = 2  # folds on which all regimes are tried
 _N_NETWORKS = 5  # that predict together; one per fold, or with fewer folds networks trained on all spots
 _N_REFITS = 4
+_ONE_TRAINING = Lock()  # random state and threads of torch belong to the process, and workers may be threads of it
 _FEW = 150  # known spots, below which the choice between regimes would be chance
 
 
@@ -333,7 +335,7 @@ class NetworkFit:
             self._skip_steps(params)
             return TrainingRun.from_checkpoint(found)
         n_spots = max(len(spots.known) for spots in self.data.stacks)
-        with suitable_threads(n_spots, params.width):
+        with _ONE_TRAINING, suitable_threads(n_spots, params.width):
             run = train(
                 lambda: self._build(k, params),
                 batches,
