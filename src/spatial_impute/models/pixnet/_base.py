@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _PENALTIES = tuple(float(10.0**k) for k in np.arange(-4, 3.01, 0.5))  # per region, of standardised features
-# Features that see n times as far are scaled down by n to one of these powers, or up if it is negative.
-_DECAYS = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+_DECAYS = (0.0, 0.5, 1.0, 1.5, 2.0)  # features that see n times as far are scaled down by n to one of these powers
 _MAX_REGIONS = 20_000  # a sample of this size is enough for a regression on hundreds of features
 _MAX_REGIONS_FOR_DECAY = 2_000  # each decay needs principal components of its own
 _SMALLEST_SPREAD = 1e-6
@@ -86,7 +85,7 @@ def fit_base(
 
     `extent` (n_features,) is how far each feature sees. Most features are means and spreads over wide windows. Where genes
     depend on the nuclei of a place, they are noise that hides the few fine features; elsewhere they tell more than these.
-    Held-out blocks choose the power of the extent by which features are scaled down.
+    Held-out blocks choose the power of the extent by which features are scaled down, if that is better by more than chance.
     """
     rng = np.random.default_rng(seed)
     data = _sample(data, _MAX_REGIONS, rng)
@@ -94,7 +93,7 @@ def fit_base(
         few = _sample(data, _MAX_REGIONS_FOR_DECAY, rng)
         decays = _DECAYS if np.ptp(extent) else (0.0,)
         tried = [_choose(few, _project(few, n_components, within, extent, decay)[1], decay, seed) for decay in decays]
-        decay = min(tried, key=lambda found: found[1])[0].decay
+        decay = _better_decay({found.decay: error for found, error in tried}, few.block)
     else:
         decay = choice.decay
     projection, t = _project(data, n_components, within, extent, decay)
@@ -145,31 +144,40 @@ def _patterns(fitted: np.ndarray) -> np.ndarray:
     return np.linalg.svd(fitted, full_matrices=False)[2].T
 
 
-def _choose(data: BaseData, t: np.ndarray, decay: float, seed: int) -> tuple[BaseChoice, float]:
-    """Penalty with the lowest error on held-out blocks, and its shrinkage; the error is up to a constant."""
+def _choose(data: BaseData, t: np.ndarray, decay: float, seed: int) -> tuple[BaseChoice, np.ndarray]:
+    """Penalty with the lowest error on held-out blocks, and its shrinkage; (n,) errors of the regions, up to a constant each."""
     y = _centre_by(data.target, data.slide)
     names, block = np.unique(data.block, return_inverse=True)
     n_folds = min(_N_FOLDS, len(names))
     n_patterns = min(y.shape[1], *t.shape)
-    best = BaseChoice(decay, 1.0, np.ones(n_patterns)), np.inf
+    best = BaseChoice(decay, 1.0, np.ones(n_patterns)), np.full(len(y), np.inf)
     if n_folds < 2:
         return best  # no comparison possible: as much penalty as variance
     fold = (np.random.default_rng(seed).permutation(len(names)) % n_folds)[block]  # the same for all decays
     for penalty in _PENALTIES:
-        product, square = np.zeros(n_patterns), np.zeros(n_patterns)
+        product, square = np.zeros((len(y), n_patterns)), np.zeros((len(y), n_patterns))
         for k in range(n_folds):
             out = fold == k
             weights = _ridge(t[~out], y[~out], penalty)
-            patterns = _patterns(t[~out] @ weights)
-            predicted, true = t[out] @ weights @ patterns, y[out] @ patterns
-            n = min(n_patterns, patterns.shape[1])
-            product[:n] += (predicted * true).sum(axis=0)[:n]
-            square[:n] += (predicted**2).sum(axis=0)[:n]
-        shrinkage = _decreasing(product, square)
-        error = float((shrinkage**2 * square - 2 * shrinkage * product).sum())
-        if error < best[1]:
+            patterns = _patterns(t[~out] @ weights)[:, :n_patterns]
+            predicted = t[out] @ weights @ patterns
+            n = patterns.shape[1]
+            product[out, :n], square[out, :n] = predicted * (y[out] @ patterns), predicted**2
+        shrinkage = _decreasing(product.sum(axis=0), square.sum(axis=0))
+        error = square @ shrinkage**2 - 2 * product @ shrinkage
+        if error.sum() < best[1].sum():
             best = BaseChoice(decay, float(penalty), shrinkage), error
     return best
+
+
+def _better_decay(errors: dict[float, np.ndarray], block: np.ndarray) -> float:
+    """Decay with the lowest error, if the blocks show that it is better than none by more than two standard errors."""
+    best = min(errors, key=lambda decay: errors[decay].sum())
+    if best == 0.0:
+        return best
+    _, code = np.unique(block, return_inverse=True)
+    gain = np.bincount(code, errors[0.0] - errors[best])
+    return best if gain.mean() > 2 * gain.std() / np.sqrt(len(gain)) else 0.0
 
 
 def _decreasing(product: np.ndarray, square: np.ndarray) -> np.ndarray:
