@@ -57,11 +57,9 @@ def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> It
 
 def owned_folder(folder: Path | None, *, what: str) -> AbstractContextManager[None]:
     """Own a folder while the block runs; nothing for None. Of processes that train together the first one owns it for all."""
-    return (
-        nullcontext()
-        if folder is None or rank_and_size()[0]
-        else owned(folder / ".owner.json", what=f"{what} {str(folder)!r}")
-    )
+    if folder is None or rank_and_size()[0]:
+        return nullcontext()
+    return owned(folder / ".owner.json", what=f"{what} {str(folder)!r}")
 
 
 def _owner(file: Path) -> str:

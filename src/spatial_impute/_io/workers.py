@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Below this many numbers per layer, threads wait for each other longer than they compute.
 _WORTH_THREADS = 500_000
-_MAX_WORKERS = 5
+_MAX_WORKERS = 5  # a fit trains five networks
 
 
 def requested_threads() -> AbstractContextManager[None]:

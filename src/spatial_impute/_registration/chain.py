@@ -222,7 +222,8 @@ class StackTask:
 def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tuple[Pairs, dict[str, ChainResult]]:
     """Register the pairs of a stack and place every section.
 
-    Pairs that are `known` are not registered again. `run` calls a function for each tuple of arguments, in parallel or not, and returns the results in order.
+    Pairs that are `known` are not registered again. `run` calls a function for each tuple of arguments, in parallel or not,
+    and returns the results in order.
     """
     names, middle = list(task.images), list(task.images).index(task.reference)
     wanted = [pair for pair in wanted_pairs(names, task.reference, task.policy) if pair[1] not in task.given]

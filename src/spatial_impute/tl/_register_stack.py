@@ -127,10 +127,10 @@ def register_stack(
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
         Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
-        (um), a transformation (as :func:`read_transformation` returns for a field), a pair of landmark arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section
-        that is aligned already. ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the
-        frame of the section is that of the reference. These places are used without a fit and without deformation;
-        neighbours are registered to them.
+        (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark arrays (n, 2) in um
+        (in the section, in the reference), or ``"aligned"`` for a section that is aligned already. ``"aligned"`` keeps the
+        transformation to `target_coordinate_system`; without one, the frame of the section is that of the reference. These
+        places are used as they are, without a fit; neighbours are registered to them.
     initial
         Starts, in the same form: such a section is fitted from its start, and no other pose is searched.
     skip
@@ -176,7 +176,8 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, `checked` belongs to another registration or rejects a section without help, or a section fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or rejects a section without help, or a section fails and
+        ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------

@@ -96,7 +96,7 @@ def _write_transformations(
 def _coordinates(
     sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], *, inferred: bool
 ) -> dict[str, dict[str, Any]]:
-    """Slots of the stack table: (n_spots, 3) registered coordinates, positions if circles were moved, heights of an `inferred` order."""
+    """Slots of the stack table: (n_spots, 3) registered coordinates; positions if circles were moved; heights if `inferred`."""
     if Keys.STACK_TABLE not in sdata.tables:
         return {}
     table = sdata.tables[Keys.STACK_TABLE]

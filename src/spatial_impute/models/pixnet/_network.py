@@ -234,9 +234,8 @@ class PixNetNetwork(nn.Module):
             widths += [pyramid.channels[source]] * (2 * len(context))
             extents += [edge for edge in self.windows.edges for _ in range(2)]
         self.n_levels = sum(widths)
-        self.extent = np.repeat(
-            np.array(extents, np.float64), widths
-        )  # (n_levels,) px that each input of the base sees
+        # (n_features,) how far each input of the base sees, px.
+        self.extent = np.repeat(np.array(extents, np.float64), widths)
         self.base = nn.ModuleList(
             [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(widths)] if n_base else []
         )
