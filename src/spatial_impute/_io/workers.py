@@ -25,16 +25,16 @@ def requested_threads() -> AbstractContextManager[None]:
     With more threads than free cores, threads wait for each other, which can take ten times as long.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return _torch_threads(int(wanted) if wanted.isdigit() and wanted != "0" else None)
+    return torch_threads(int(wanted) if wanted.isdigit() and wanted != "0" else None)
 
 
 def suitable_threads(n_rows: int, width: int) -> AbstractContextManager[None]:
     """Run small networks on one thread: those with few rows (spots, cells) times channels."""
-    return _torch_threads(1 if n_rows * width < _WORTH_THREADS else None)
+    return torch_threads(1 if n_rows * width < _WORTH_THREADS else None)
 
 
 @contextmanager
-def _torch_threads(n_threads: int | None) -> Iterator[None]:
+def torch_threads(n_threads: int | None) -> Iterator[None]:
     """Set the number of torch threads, where torch is imported and a number is given; restore it afterwards."""
     torch = sys.modules.get("torch")
     if torch is None:

@@ -10,6 +10,7 @@ import numpy as np
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
+from spatial_impute._settings import settings
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.state import require_current
 from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
@@ -111,6 +112,7 @@ def read_spots(
         field_um=_field_um(table),
         edge_features=edge_features,
         total_counts=_read_totals(table, known, where),
+        device=settings.device,
     )
     return table, spots
 

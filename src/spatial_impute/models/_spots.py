@@ -49,6 +49,12 @@ class Spots:
     independent: frozenset[str] = frozenset()
     """Names of the `bases` that saw no spot of this tissue. They are NaN where there is no prediction."""
     total_counts: np.ndarray | None = None  # (n_known,) counts of a spot over all genes, if they are known
+    device: str = "cpu"  # torch device that methods compute on
+
+    @property
+    def solver_device(self) -> str:
+        """Torch device for systems of equations, in double precision, which MPS does not have."""
+        return "cpu" if self.device.startswith("mps") else self.device
 
     @property
     def counting_noise(self) -> np.ndarray:
@@ -116,6 +122,7 @@ def concatenate(stacks: Sequence[Spots]) -> Spots:
         bases={name: np.concatenate([given(s.bases)[name] for s in stacks]) for name in names},
         independent=names,
         total_counts=np.concatenate(totals) if len(totals) == len(stacks) else None,
+        device=stacks[0].device,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _cokriging
@@ -200,13 +201,13 @@ def test_cokriging_fit_stays_where_numbers_are_finite(size):
     """Targets without noise, or far from the size that the prior expects, push parameters outwards."""
     spots, _ = field_spots(side=8, features=True)
     inputs = _cokriging._AllInputs(spots).of(np.flatnonzero(spots.known))
-    theta = _cokriging._Posterior(inputs, np.ones(len(inputs.image))).mode(size * inputs.image[:, 0])
+    theta = _cokriging._Posterior(inputs, np.ones(len(inputs.image))).mode(size * inputs.image[:, 0].numpy())
     assert (np.abs(theta - _cokriging._PRIOR_MEAN) <= 4 * _cokriging._PRIOR_SD + 1e-9).all()
 
 
 def test_cokriging_of_several_components_is_that_of_each_covariance():
     rng = np.random.default_rng(0)
-    known, others = (_cokriging._Inputs(rng.normal(size=(n, 3)), rng.normal(size=(n, 5))) for n in (40, 25))
+    known, others = (_cokriging._Inputs(*(torch.from_numpy(rng.normal(size=(n, d))) for d in (3, 5))) for n in (40, 25))
     kernels = _cokriging._Kernels(known)
     thetas = [rng.normal(size=6) for _ in range(3)]
     duals = rng.normal(size=(40, 3))
@@ -215,6 +216,32 @@ def test_cokriging_of_several_components_is_that_of_each_covariance():
         for theta, dual in zip(thetas, duals.T, strict=True)
     ]
     np.testing.assert_allclose(kernels.predict(others, thetas, duals), np.stack(expected, axis=1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [np.arange(30), np.arange(30) // 5])
+def test_left_out_predictions_are_those_of_the_conditional_distribution(groups):
+    rng = np.random.default_rng(0)
+    place, target, noise = rng.normal(size=(30, 2)), rng.normal(size=30), rng.gamma(3.0, size=30)
+    covariance = np.exp(-((place[:, None] - place) ** 2).sum(axis=2))
+    dual, left_out = _cokriging._solve(covariance.copy(), target, noise, groups)
+    np.testing.assert_allclose(dual, np.linalg.solve(covariance + np.diag(noise), target), rtol=1e-9)
+    for group in np.unique(groups):
+        own, rest = groups == group, groups != group
+        among = covariance[rest][:, rest] + np.diag(noise[rest])
+        expected = covariance[own][:, rest] @ np.linalg.solve(among, target[rest])
+        np.testing.assert_allclose(left_out[own], expected, rtol=1e-8)
+
+
+def test_solver_runs_on_the_device_of_the_spots_but_mps_has_no_double_precision(monkeypatch):
+    spots, _ = field_spots(side=4)
+    assert replace(spots, device="cuda:1").solver_device == "cuda:1"
+    assert replace(spots, device="mps").solver_device == "cpu"
+    devices, as_tensor = set(), torch.as_tensor
+    monkeypatch.setattr(
+        _cokriging.torch, "as_tensor", lambda *a, device="cpu", **k: devices.add(device) or as_tensor(*a, **k)
+    )
+    cokriging(replace(spots, device="cuda:1"))
+    assert "cuda:1" in devices
 
 
 def test_cokriging_of_many_known_spots_takes_half_the_memory(monkeypatch):

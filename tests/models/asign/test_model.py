@@ -347,6 +347,19 @@ def test_impute_says_what_it_rests_on(small_stack, model):
     assert r[table.var["imputable"]].min() > 0
 
 
+def test_imputation_computes_on_the_device_that_is_asked_for(small_stack, model, monkeypatch):
+    from spatial_impute.models.asign import _graph_inputs
+
+    seen, original = [], _graph_inputs.krige
+    monkeypatch.setattr(
+        _graph_inputs, "krige", lambda spots, **options: seen.append(spots.device) or original(spots, **options)
+    )
+    found = si.tl.impute_3d(small_stack, model, device="cpu:0", inplace=False)
+    assert seen
+    assert set(seen) == {"cpu:0"}
+    np.testing.assert_array_equal(found.X, si.tl.impute_3d(small_stack, model, device="cpu", inplace=False).X)
+
+
 def test_large_stacks_are_learned_from_regions_and_imputed_whole(small_stack, monkeypatch):
     from spatial_impute.models import _spots
     from spatial_impute.models.asign import _cokriging, _ensemble, _network

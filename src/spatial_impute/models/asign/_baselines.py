@@ -70,7 +70,7 @@ def kernel(spots: Spots) -> np.ndarray:
 
 def propagation(spots: Spots) -> np.ndarray:
     """Clamped label propagation on the 3D graph; the section mean for spots that no label reaches."""
-    values, mass = propagate(given(spots.graph), spots.known, spots.expression)
+    values, mass = propagate(given(spots.graph), spots.known, spots.expression, device=spots.solver_device)
     values[mass == 0] = _mean_profile(spots)
     return values
 

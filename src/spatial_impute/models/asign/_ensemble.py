@@ -88,7 +88,7 @@ class TrainingSet:
     @cached_property
     def graphs(self) -> list[KnownGraph]:
         """Graph between the known spots of each stack."""
-        return [KnownGraph.of(given(spots.graph), spots.known) for spots in self.stacks]
+        return [KnownGraph.of(given(spots.graph), spots.known, device=spots.solver_device) for spots in self.stacks]
 
     @cached_property
     def n_features(self) -> int:

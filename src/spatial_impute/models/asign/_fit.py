@@ -57,6 +57,7 @@ BASES = ("mean", "propagation", "cokriging", TWO_VIEWS)
 def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> AsignModel:
     """Fit a model on the known spots of one or several stacks."""
     params = settings.params
+    stacks = [replace(spots, device=settings.device) for spots in stacks]
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
     on_step = settings.progress(_n_steps(data, params))
     found = _HeldOut.by_baselines(data, on_step)

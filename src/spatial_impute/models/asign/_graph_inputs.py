@@ -102,7 +102,8 @@ def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Kriging]) -> L
 
     `kriged` are the predictions by co-kriging that the base is made of; see :func:`krige_for`.
     """
-    propagated, support = propagate(given(spots.graph), spots.known, spots.expression, dtype=np.float32)
+    graph = given(spots.graph)
+    propagated, support = propagate(graph, spots.known, spots.expression, dtype=np.float32, device=spots.solver_device)
     found = base_prediction(base, kriged, propagated, section_mean(spots))
     # Where no label arrives, the base takes the place of propagated labels.
     np.copyto(propagated, found, where=~np.isfinite(propagated))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +166,7 @@ class AsignModel:
                 "Run `si.pp.extract_features` as for the training data."
             )
             raise ValueError(msg)
-        spots = with_components(spots)
+        spots = replace(with_components(spots), device=device)
         # For the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
         labels, views = self._labels(spots)
         support = labels.support

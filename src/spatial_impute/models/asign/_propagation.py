@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
 
 from spatial_impute._settings import logger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LEAK = 3.6
 _MAX_VALUES = 1_000_000  # solved for at a time: arrays of 8 MB, which stay in the cache
@@ -24,6 +30,7 @@ def propagate(
     *,
     leak: float = _LEAK,
     dtype: type = np.float64,
+    device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Spread known values over a graph until they converge.
 
@@ -45,6 +52,8 @@ def propagate(
         as the neighbours on the same section.
     dtype
         Precision of the computation and of the returned values.
+    device
+        Torch device of the computation.
 
     Returns
     -------
@@ -79,7 +88,7 @@ def propagate(
     from_known = weights[unknown][:, np.flatnonzero(known)]
 
     def solve(columns: np.ndarray) -> np.ndarray:
-        return _conjugate_gradients(system, from_known @ columns, degree)
+        return _conjugate_gradients(system, from_known @ columns, degree, device)
 
     reached = np.clip(solve(np.ones((len(values), 1), dtype)), np.finfo(dtype).tiny, 1.0)
     mass[unknown] = reached[:, 0]
@@ -102,7 +111,9 @@ class KnownGraph:
     matrix: np.ndarray  # (n_known, n_known) Schur complement of the system
 
     @classmethod
-    def of(cls, weights: sparse.csr_matrix, known: np.ndarray, *, leak: float = _LEAK) -> KnownGraph:
+    def of(
+        cls, weights: sparse.csr_matrix, known: np.ndarray, *, leak: float = _LEAK, device: str = "cpu"
+    ) -> KnownGraph:
         """Eliminate the spots that are not known from a graph; see :func:`propagate`."""
         weights = sparse.csr_matrix(weights, dtype=np.float32)
         rows, others = np.flatnonzero(known), np.flatnonzero(~known)
@@ -113,7 +124,8 @@ class KnownGraph:
             n_columns = max(1, _MAX_VALUES // len(others))
             for start in range(0, len(rows), n_columns):
                 part = slice(start, start + n_columns)
-                matrix[:, part] -= to_known @ _conjugate_gradients(system, to_known[part].T.toarray(), degree)
+                found = _conjugate_gradients(system, to_known[part].T.toarray(), degree, device)
+                matrix[:, part] -= to_known @ found
         return cls((matrix + matrix.T) / 2)
 
     def hide(self, hidden: np.ndarray) -> KnownGraph:
@@ -145,28 +157,43 @@ def _system(weights: sparse.csr_matrix, rows: np.ndarray, leak: float) -> tuple[
     return (sparse.diags(degree) - weights[rows][:, rows]).tocsr(), degree
 
 
-def _conjugate_gradients(system: sparse.csr_matrix, source: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+def _conjugate_gradients(
+    system: sparse.csr_matrix, source: np.ndarray, diagonal: np.ndarray, device: str
+) -> np.ndarray:
     """Solve a symmetric positive definite system for all columns at once, preconditioned by its diagonal."""
-    solution = source / diagonal[:, None]
-    residual = source - system @ solution
-    direction = residual / diagonal[:, None]
-    rho = (residual * direction).sum(axis=0)
-    target = _TOLERANCE[source.dtype] * np.maximum(np.linalg.norm(source, axis=0), np.finfo(source.dtype).tiny)
+    matrix = _on_device(system, device)
+    rhs, scale = torch.as_tensor(source, device=device), torch.as_tensor(1.0 / diagonal, device=device)[:, None]
+    solution = rhs * scale
+    residual = rhs - matrix @ solution
+    direction = residual * scale
+    rho = (residual * direction).sum(dim=0)
+    target = _TOLERANCE[source.dtype] * rhs.norm(dim=0).clamp(min=torch.finfo(rhs.dtype).tiny)
     for _ in range(_MAX_STEPS):
-        active = np.linalg.norm(residual, axis=0) > target
+        active = residual.norm(dim=0) > target
         if not active.any():
-            return solution
-        image = system @ direction
-        curvature = (direction * image).sum(axis=0)
-        step = np.where(active & (curvature > 0), rho / np.where(curvature > 0, curvature, 1.0), 0.0)
-        solution += step * direction
-        residual -= step * image
-        scaled = residual / diagonal[:, None]
-        following = (residual * scaled).sum(axis=0)
-        direction = scaled + np.where(rho > 0, following / np.where(rho > 0, rho, 1.0), 0.0) * direction
+            return solution.cpu().numpy()
+        image = matrix @ direction
+        curvature = (direction * image).sum(dim=0)
+        step = torch.where(active & (curvature > 0), rho / curvature, 0.0)
+        solution.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1)
+        scaled = residual * scale
+        following = (residual * scaled).sum(dim=0)
+        direction = torch.addcmul(scaled, direction, torch.where(rho > 0, following / rho, 0.0), out=direction)
         rho = following
     logger.warning("Label propagation stopped after %d steps before it converged", _MAX_STEPS)
-    return solution
+    return solution.cpu().numpy()
+
+
+def _on_device(system: sparse.csr_matrix, device: str) -> Tensor:
+    """A sparse matrix of torch, which wants the columns of a row in order."""
+    system = system.sorted_indices()
+    first, column, values = (
+        torch.as_tensor(part, device=device) for part in (system.indptr, system.indices, system.data)
+    )
+    with warnings.catch_warnings():  # the format is new in torch; only a product is used here
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(first, column, values, size=system.shape, check_invariants=True)
 
 
 def _reachable(weights: sparse.csr_matrix, known: np.ndarray) -> np.ndarray:
