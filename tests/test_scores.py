@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
+from scipy import ndimage as ndi
 
+from spatial_impute import _scores
 from spatial_impute._scores import moran_gap, pearson_by_gene, pearson_by_spot, structural_similarity, summarise
 
 
@@ -158,6 +160,20 @@ def test_structural_similarity_ranks_predictions(lattice):
     scores = [structural_similarity(true + s * rng.normal(size=true.shape), true, lattice) for s in (0.0, 0.2, 1.0)]
     assert scores[0] == pytest.approx(1)
     assert scores[0] > scores[1] > scores[2]
+
+
+def test_structural_similarity_of_all_genes_is_that_of_scikit_image(monkeypatch):
+    from skimage.metrics import structural_similarity as of_one_gene
+
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:12, :9]
+    true, predicted = (ndi.gaussian_filter(rng.normal(size=(12, 9, 5)), (1, 1, 0)) for _ in range(2))
+    low, high = true.min(axis=(0, 1)), true.max(axis=(0, 1))
+    grids = [(values - low) / (high - low) for values in (predicted, true)]
+    expected = [of_one_gene(*(grid[..., k] for grid in grids), data_range=1.0, full=True)[1].mean() for k in range(5)]
+    xy = np.column_stack([y.ravel(), x.ravel()]).astype(float)
+    monkeypatch.setattr(_scores, "_GENES_AT_A_TIME", 2)
+    found = structural_similarity(predicted.reshape(-1, 5), true.reshape(-1, 5), xy)
+    assert found == pytest.approx(np.mean(expected), rel=1e-10)
 
 
 def test_structural_similarity_does_not_depend_on_place_or_order(lattice):

@@ -5,15 +5,19 @@ Arrays in, arrays out; lengths are micrometres, images are indexed ``(y, x)``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 from scipy import ndimage as ndi
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+_P = ParamSpec("_P")
 
 # All levels are relative to the image's own white level, so uint8, uint16 and float images need no flag.
 _BLACK_LEVEL = 0.2  # darker than stained tissue in all channels: fill value, slide holder, background of fluorescence
@@ -32,6 +36,7 @@ _MIN_SHARE = 0.01  # of the pixels: fewer are specks, not a kind of texture
 _NEAR_GLASS, _NEAR_TISSUE = 500.0, 150.0  # um: glass changes slowly (haze), tissue within a region
 _MIN_DENSITY = 0.02  # 2 % absorption: less is no stain
 _LESS, _MUCH_LESS = 2 / 3, 1 / 3  # print against the main tissue: shares of texture, hue and density
+_KEPT_MASKS = 64
 _NARROW = 400.0  # um: half width of the frame of an array
 
 
@@ -70,6 +75,24 @@ def _density(image: NDArray[np.float32], visible: NDArray[np.bool_]) -> NDArray[
     return density
 
 
+def _remember(function: Callable[_P, NDArray[np.bool_]]) -> Callable[_P, NDArray[np.bool_]]:
+    """Keep the masks of the images seen last: every plot of a section needs its mask again."""
+    kept: dict[tuple, NDArray[np.bool_]] = {}
+
+    @wraps(function)
+    def remembered(*args: _P.args, **options: _P.kwargs) -> NDArray[np.bool_]:
+        image = np.asarray(args[0])
+        key = hashlib.sha256(image.tobytes()).digest(), image.shape, image.dtype.str, repr((args[1:], options))
+        if key not in kept:
+            kept[key] = function(*args, **options)
+            if len(kept) > _KEPT_MASKS:
+                del kept[next(iter(kept))]
+        return kept[key].copy()
+
+    return remembered
+
+
+@_remember
 def tissue_mask(
     rgb: ArrayLike,
     pixel_size: float | Sequence[float],

@@ -23,7 +23,7 @@ from spatial_impute.pl._figure import (
     sections_in_z,
     show_image,
 )
-from spatial_impute.pl._overlay import Canvas, section_images
+from spatial_impute.pl._overlay import Canvas, images_on_canvas
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +142,7 @@ def gene_report(
     aspect = canvas.height / canvas.width
     axes = make_panels(1, 4, aspect=max(aspect, 0.75), ax=ax, figsize=figsize, margin=(1.0, 0.9))
     norm = color_limits(np.concatenate([seen[rows[0]], found[rows[1]]]), "p1", "p99")
-    images = section_images(sdata, record, [own, other], canvas) if img_alpha > 0 else []
+    images = images_on_canvas(sdata, record, [own, other], canvas) if img_alpha > 0 else []
     heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
     if not expected:
         heads[1] = f"{other.name}, imputed\nz = {other.z:g} µm"

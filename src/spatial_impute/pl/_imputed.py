@@ -40,7 +40,7 @@ from spatial_impute.pl._figure import (
     show_image,
     titles_for,
 )
-from spatial_impute.pl._overlay import Canvas, section_images
+from spatial_impute.pl._overlay import Canvas, images_on_canvas
 
 _VARIES = 0.2  # of the support: smaller differences cannot be told apart on the scale from 0 to 1
 
@@ -187,7 +187,7 @@ def imputed(
         rows.append(_support_row(support, support_cmap))
 
     canvas = Canvas.around(np.concatenate([xyz[shown, :2] - radius[shown].max(), xyz[shown, :2] + radius[shown].max()]))
-    images = section_images(sdata, record, wanted, canvas) if img_alpha > 0 else []
+    images = images_on_canvas(sdata, record, wanted, canvas) if img_alpha > 0 else []
     aspect = canvas.height / canvas.width
     axes = make_panels(len(rows), len(wanted), aspect=aspect, ax=ax, figsize=figsize, margin=(2.2, 0.8))
     axes = axes.reshape(len(rows), len(wanted))

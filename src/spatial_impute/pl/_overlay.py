@@ -56,11 +56,14 @@ def read_scan(levels: list[Level], resolution: float | None) -> Scan:
     size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
     mask = tissue_mask(rgb, (size_x, size_y))
     density = optical_density(rgb)
-    # Background of any tint becomes white, or the tiles of the checkerboard would show off the tissue.
-    balanced = 255.0 * np.exp(-density)
     stain = ndi.gaussian_filter(density.sum(axis=-1), (_BLUR / size_y, _BLUR / size_x))
     densest = np.percentile(stain[mask], _CLIP_PERCENTILE) if mask.any() else 1.0
-    return Scan(balanced, _FULL_INK * np.clip(stain / max(densest, 1e-6), 0, 1) * mask, mask, to_um)
+    return Scan(_on_white(density), _FULL_INK * np.clip(stain / max(densest, 1e-6), 0, 1) * mask, mask, to_um)
+
+
+def _on_white(density: np.ndarray) -> np.ndarray:
+    """(y, x, 3) in 0-255. Background of any tint is white, or the tiles of a checkerboard would show off the tissue."""
+    return 255.0 * np.exp(-density)
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,20 @@ class Canvas:
 
     def draw(self, scan: Scan, place: np.ndarray | SectionTransform) -> Drawn:
         """Resample a section that a matrix or a transform (um to um) places in the frame of the reference."""
-        if isinstance(place, np.ndarray):
-            return _sample_all(scan, self._affine_sampler(scan, place))
-        return _sample_all(
-            scan, self._sampler(scan, place) if place.deforms else self._affine_sampler(scan, place.matrix)
-        )
+        sample = self.sampler(scan.to_um, place)
+        mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
+        parts = sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5
+        return Drawn(_sample_rgb(scan.rgb, sample), *parts)
 
-    def _affine_sampler(self, scan: Scan, matrix: np.ndarray) -> Sampler:
+    def sampler(self, to_um: np.ndarray, place: np.ndarray | SectionTransform) -> Sampler:
+        """Function that resamples an image, given its affine to um."""
+        if isinstance(place, np.ndarray):
+            return self._affine_sampler(to_um, place)
+        return self._sampler(to_um, place) if place.deforms else self._affine_sampler(to_um, place.matrix)
+
+    def _affine_sampler(self, to_um: np.ndarray, matrix: np.ndarray) -> Sampler:
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])  # from indices to pixel corners
-        to_scan = np.linalg.inv(half) @ np.linalg.inv(matrix @ scan.to_um) @ self.to_um @ half
+        to_scan = np.linalg.inv(half) @ np.linalg.inv(matrix @ to_um) @ self.to_um @ half
         rows_columns = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
 
         def sample(image: np.ndarray, outside: float) -> np.ndarray:
@@ -121,10 +129,10 @@ class Canvas:
 
         return sample
 
-    def _sampler(self, scan: Scan, transform: SectionTransform) -> Sampler:
+    def _sampler(self, to_um: np.ndarray, transform: SectionTransform) -> Sampler:
         rows, columns = np.indices(self.shape).reshape(2, -1) + 0.5
         points = transform.inverse(apply_affine(np.column_stack([columns, rows]), self.to_um))
-        x, y = apply_affine(points, np.linalg.inv(scan.to_um)).T - 0.5
+        x, y = apply_affine(points, np.linalg.inv(to_um)).T - 0.5
 
         def sample(image: np.ndarray, outside: float) -> np.ndarray:
             return ndi.map_coordinates(image, [y, x], order=1, cval=outside).reshape(self.shape)
@@ -168,7 +176,7 @@ def compared_sections(record: StackRecord, sections: list[Section], registered: 
     return found
 
 
-def section_images(
+def images_on_canvas(
     sdata: SpatialData, record: StackRecord, sections: list[Section], canvas: Canvas
 ) -> list[np.ndarray]:
     """(y, x, 3) H&E of each section on the canvas; white where nothing places a section in the common frame."""
@@ -176,17 +184,16 @@ def section_images(
     found = []
     for section in sections:
         if section.name in placed:
-            scan = read_scan(section_levels(sdata, section), canvas.pixel)
-            found.append(canvas.draw(scan, load_transform(sdata, record, section.name)).rgb)
+            rgb, to_um = read_thumbnail(section_levels(sdata, section), canvas.pixel)
+            sample = canvas.sampler(to_um, load_transform(sdata, record, section.name))
+            found.append(_sample_rgb(_on_white(optical_density(rgb)), sample))
         else:
             found.append(np.full((1, 1, 3), 255.0))
     return found
 
 
-def _sample_all(scan: Scan, sample: Sampler) -> Drawn:
-    rgb = np.stack([sample(channel, 255.0) for channel in np.moveaxis(scan.rgb, -1, 0)], axis=-1)
-    mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
-    return Drawn(rgb, sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5)
+def _sample_rgb(rgb: np.ndarray, sample: Sampler) -> np.ndarray:
+    return np.stack([sample(channel, 255.0) for channel in np.moveaxis(rgb, -1, 0)], axis=-1)
 
 
 def overlay(reference: Drawn, moved: Drawn) -> np.ndarray:
