@@ -1,6 +1,6 @@
 """Controls of ASIGN: spots with random features, and genes of which only some methods can know the answer.
 
-Run ``python benchmarks/asign_controls.py [neighbors shuffled large noise] [--seed 0] [--draws 40]``.
+Run ``python benchmarks/asign_controls.py [neighbors shuffled large noise refit] [--seed 0] [--draws 40]``.
 
 ``neighbors``  three sections of 18 x 18 spots, the first and the last measured; genes that are a feature of the spot, the mean of a
                feature over the neighbors in the section, and products of these; and genes of noise alone
@@ -8,6 +8,8 @@ Run ``python benchmarks/asign_controls.py [neighbors shuffled large noise] [--se
 ``large``      one measured section of 4,000 spots and one that is not; genes that are linear in the features, or not
 ``noise``      draws of 150 genes of noise on two sections, one measured: share of genes called imputable (mean and its standard error
                over the draws), and mean held-out r of each method
+``refit``      mean held-out r of a fit (``model.cross_validation``) beside that of fits that never saw the fold
+               (``tl.cross_validate``): on ``--draws`` stacks of noise, and on HER2ST with C4 measured, where its files are
 
 Otherwise each line gives r per gene of a method against the noise-free values on the section that is not measured, by kind of gene.
 """
@@ -48,6 +50,11 @@ def main() -> None:
     for part in options.parts:
         if part == "noise":
             print(f"\nnoise, {options.draws} draws\n{score_noise(options.draws).round(4).to_string()}", flush=True)
+            continue
+        if part == "refit":
+            for seed in range(options.draws):
+                print(f"\nnoise, draw {seed}\n{compare_refit(noise_stack(seed, 150)).round(4).to_string()}", flush=True)
+            print(f"\nHER2ST, C4 measured\n{compare_refit(her2st()).round(4).to_string()}", flush=True)
             continue
         start = time.perf_counter()
         side = 64 if part == "large" else 18
@@ -103,13 +110,33 @@ def score_noise(n_draws: int, n_genes: int = 150, side: int = 18) -> pd.DataFram
     """Mean and standard error over the draws of the share of imputable genes and of the held-out r of each method."""
     rows = []
     for seed in range(n_draws):
-        rng, centers = np.random.default_rng(seed), lattice(side)
-        noise = rng.normal(size=(2, len(centers), n_genes))
-        model = si.tl.fit_asign(
-            with_graph(["a", "b"], ["a"], centers, noise, rng.normal(size=(2, len(centers), N_FEATURES)))
-        )
+        model = si.tl.fit_asign(noise_stack(seed, n_genes, side))
         rows.append({"imputable": model.predictable.mean(), **model.cross_validation["pearson_gene"]})
     return pd.DataFrame(rows).agg(["mean", "sem"]).T
+
+
+def noise_stack(seed: int, n_genes: int, side: int = 18) -> SpatialData:
+    """Two sections, one measured, with genes and features that are independent noise."""
+    rng, centers = np.random.default_rng(seed), lattice(side)
+    noise = rng.normal(size=(2, len(centers), n_genes))
+    return with_graph(["a", "b"], ["a"], centers, noise, rng.normal(size=(2, len(centers), N_FEATURES)))
+
+
+def her2st() -> SpatialData:
+    """HER2ST with C4 measured, ready to fit."""
+    sdata = si.datasets.her2st("C", measured=["C4"])
+    si.tl.register_stack(sdata)
+    si.pp.extract_features(sdata)
+    si.tl.build_3d_graph(sdata)
+    return sdata
+
+
+def compare_refit(sdata: SpatialData) -> pd.DataFrame:
+    """Mean held-out r of each method by one fit, and by fits without each fold."""
+    fitted = si.tl.fit_asign(sdata).cross_validation["pearson_gene"]
+    refitted = si.tl.cross_validate(sdata, ["mean", *METHODS, "asign"], split="block")["pearson_gene"]
+    table = pd.DataFrame({"fitted": fitted, "refitted": refitted}).dropna()
+    return table.assign(difference=table["fitted"] - table["refitted"])
 
 
 def genes_of(own: np.ndarray, around: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
