@@ -1,0 +1,74 @@
+"""Place of a section from layers of napari that were dragged, or that hold landmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spatial_impute._validation import require_key
+
+# Axes of napari are y, x.
+_SWAP = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
+
+
+def landmarks_layer(name: str) -> str:
+    """Name of the layer with the landmarks of a section."""
+    return f"{name} landmarks"
+
+
+def to_napari(matrix: np.ndarray) -> np.ndarray:
+    """(3, 3) affine of x, y as one of y, x, and back."""
+    return _SWAP @ matrix @ _SWAP
+
+
+def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Read the place of a section from the window of :func:`spatial_impute.pl.place_by_hand`.
+
+    Parameters
+    ----------
+    viewer
+        Viewer of napari, after a section was dragged or landmarks were clicked.
+    section
+        Name of the section.
+
+    Returns
+    -------
+    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3) matrix from the
+    section to the reference to which the image was dragged. Both are taken by
+    ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+
+    Raises
+    ------
+    KeyError
+        If the viewer has no layers of this section.
+    ValueError
+        If the section and the reference have different numbers of landmarks, or only one each.
+
+    Examples
+    --------
+    .. code-block:: python
+
+        viewer = si.pl.place_by_hand(sdata, "s1")  # drag the image, or click landmarks
+        si.tl.register_stack(sdata, initial={"s1": si.tl.read_placement(viewer, "s1")})
+    """
+    layers = {layer.name: layer for layer in viewer.layers}
+    there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
+    require_key(section, layers, where="the layers of the viewer", then=there)
+    image = layers[section]
+    require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
+    points = []
+    for name in (section, image.metadata["reference"]):
+        require_key(landmarks_layer(name), layers, where="the layers of the viewer", then=there)
+        points.append(np.asarray(layers[landmarks_layer(name)].data, float).reshape(-1, 2)[:, ::-1])
+    in_section, in_reference = points
+    if len(in_section) == len(in_reference) == 0:
+        return to_napari(np.asarray(image.affine.affine_matrix, float)[-3:, -3:])
+    if len(in_section) != len(in_reference) or len(in_section) < 2:
+        msg = (
+            f"Expected the same number of landmarks, at least two, in the layers {landmarks_layer(section)!r} and "
+            f"{landmarks_layer(image.metadata['reference'])!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
+            "Click the missing ones, or delete all of them to use the place of the image."
+        )
+        raise ValueError(msg)
+    return in_section, in_reference
