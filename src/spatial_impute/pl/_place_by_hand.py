@@ -117,7 +117,7 @@ def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:
 
     centers = to_um @ np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
     found = Affine(affine_matrix=to_napari(centers), ndim=2)
-    return {"scale": found.scale, "rotate": found.rotate, "shear": found.shear, "translate": found.translate}
+    return {"scale": found.scale, "rotate": found.rotate, "shear": found.shear[:1], "translate": found.translate}
 
 
 def _start(record: StackRecord, section: str, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
