@@ -78,6 +78,8 @@ class Keys:
     carried = "{}_on_{}".format  # copy of shapes in the frame of another section
     expression = "{}_expression".format  # dense map of an image, or table of predictions at shapes
 
+    landmarks = "{} landmarks".format  # layer of napari
+
     # names of slots that are derived from a key; connectivities, distances and neighbors as squidpy names them
     connectivities = "{}_connectivities".format  # edge weights in obsp
     distances = "{}_distances".format  # edge lengths in obsp

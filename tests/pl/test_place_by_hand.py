@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import spatial_impute as si
-from spatial_impute._geometry import apply_affine
-from spatial_impute.tl._placement_layers import landmarks_layer, to_napari
+from spatial_impute._geometry import apply_affine, exchanged_axes
+from spatial_impute._keys import Keys
 
 PLACE = np.array([[0.0, -1.0, 1400.0], [1.0, 0.0, 30.0], [0.0, 0.0, 1.0]])  # a quarter, um
 IN_SECTION = np.array([[400.0, 500.0], [900.0, 450.0], [800.0, 900.0]])  # um
@@ -47,7 +47,7 @@ def test_landmarks_become_a_place(stack, viewer):
     si.pl.place_by_hand(stack, "s0", viewer=viewer)
     clicks = {"s0": IN_SECTION, "s1": apply_affine(IN_SECTION, PLACE)}
     for name, points in clicks.items():
-        layer = viewer.layers[landmarks_layer(name)]
+        layer = viewer.layers[Keys.landmarks(name)]
         for x, y in points:  # where the pointer is, in the world
             layer.add(layer.world_to_data(to_world(viewer, name, x, y)))
     place = si.tl.read_placement(viewer, "s0")
@@ -57,7 +57,7 @@ def test_landmarks_become_a_place(stack, viewer):
 
 def to_world(viewer, name, x, y):
     """Place in the world, (y, x), of a point in um of a section."""
-    matrix = to_napari(np.asarray(viewer.layers[name].affine.affine_matrix)[-3:, -3:])
+    matrix = exchanged_axes(np.asarray(viewer.layers[name].affine.affine_matrix)[-3:, -3:])
     return apply_affine(np.array([[x, y]]), matrix)[0, ::-1]
 
 
@@ -65,11 +65,11 @@ def to_world(viewer, name, x, y):
 def test_a_dragged_image_becomes_a_place(stack, viewer):
     si.pl.place_by_hand(stack, "s0", viewer=viewer)
     image = viewer.layers["s0"]
-    image.affine = to_napari(PLACE)  # as the handles in the mode "transform" do
+    image.affine = exchanged_axes(PLACE)  # as the handles in the mode "transform" do
     np.testing.assert_allclose(si.tl.read_placement(viewer, "s0"), PLACE)
     np.testing.assert_allclose(placed(stack, si.tl.read_placement(viewer, "s0")), PLACE)
     # Landmarks of the section move with it.
-    np.testing.assert_allclose(viewer.layers[landmarks_layer("s0")].affine.affine_matrix, image.affine.affine_matrix)
+    np.testing.assert_allclose(viewer.layers[Keys.landmarks("s0")].affine.affine_matrix, image.affine.affine_matrix)
 
 
 @needs_napari
@@ -116,14 +116,14 @@ def window(n_section, n_reference, affine=None):
     return SimpleNamespace(
         layers=[
             layer("s0", affine=place, metadata={"reference": "s1"}),
-            layer(landmarks_layer("s0"), data=np.random.default_rng(0).random((n_section, 2))),
-            layer(landmarks_layer("s1"), data=np.zeros((n_reference, 2))),
+            layer(Keys.landmarks("s0"), data=np.random.default_rng(0).random((n_section, 2))),
+            layer(Keys.landmarks("s1"), data=np.zeros((n_reference, 2))),
         ]
     )
 
 
 def test_axes_are_exchanged():
-    np.testing.assert_array_equal(si.tl.read_placement(window(0, 0, to_napari(PLACE)), "s0"), PLACE)
+    np.testing.assert_array_equal(si.tl.read_placement(window(0, 0, exchanged_axes(PLACE)), "s0"), PLACE)
     shown = window(3, 3)
     np.testing.assert_array_equal(si.tl.read_placement(shown, "s0")[0], shown.layers[1].data[:, ::-1])
 

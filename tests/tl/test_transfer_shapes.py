@@ -112,7 +112,9 @@ def test_geojson_of_qupath_in_carried_and_out(sdata, tmp_path):
 
 
 def test_circles_become_polygons_and_numbers_measurements(sdata, tmp_path):
-    circles = gpd.GeoDataFrame({"radius": [50.0], "ERBB2": [2.5], "n": [np.nan]}, geometry=gpd.points_from_xy([500], [600]))
+    circles = gpd.GeoDataFrame(
+        {"radius": [50.0], "ERBB2": [2.5], "n": [np.nan]}, geometry=gpd.points_from_xy([500], [600])
+    )
     sdata.shapes["mine_c"] = ShapesModel.parse(circles, transformations={"s1": Identity()})
     si.tl.transfer_shapes(sdata, "mine_c", sections=["s0"])
     assert sdata.shapes["mine_c_on_s0"]["radius"].iloc[0] == pytest.approx(50.0)

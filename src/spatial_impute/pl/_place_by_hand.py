@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, exchanged_axes
 from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.tl._placement_layers import landmarks_layer, to_napari
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._keys import Keys
+from spatial_impute._stack import StackRecord
 
 _PIXELS = 1500  # along the longer side of an image
 _SHARE = 0.01  # of the longer side: size of a landmark
@@ -79,7 +80,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     viewer = napari.Viewer() if viewer is None else viewer
     for name, place, opacity in ((record.reference, np.eye(3), 1.0), (section, start, _SEEN)):
         rgb, to_um = pictures[name]
-        affine = to_napari(place)
+        affine = exchanged_axes(place)
         image = viewer.add_image(
             rgb,
             name=name,
@@ -92,7 +93,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
         size = _SHARE * max(rgb.shape) * float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
         color = "magenta" if name == record.reference else "lime"
         points = viewer.add_points(
-            np.empty((0, 2)), name=landmarks_layer(name), affine=affine, size=size, face_color=color, ndim=2
+            np.empty((0, 2)), name=Keys.landmarks(name), affine=affine, size=size, face_color=color, ndim=2
         )
         viewer.layers.link_layers([image, points], ["affine"])
     viewer.scale_bar.visible, viewer.scale_bar.unit = True, "um"
@@ -116,7 +117,7 @@ def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:
     from napari.utils.transforms import Affine
 
     centers = to_um @ np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
-    found = Affine(affine_matrix=to_napari(centers), ndim=2)
+    found = Affine(affine_matrix=exchanged_axes(centers), ndim=2)
     return {"scale": found.scale, "rotate": found.rotate, "shear": found.shear[:1], "translate": found.translate}
 
 

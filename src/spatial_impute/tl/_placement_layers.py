@@ -6,20 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from spatial_impute._geometry import exchanged_axes
+from spatial_impute._keys import Keys
 from spatial_impute._validation import require_key
-
-# Axes of napari are y, x.
-_SWAP = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1.0]])
-
-
-def landmarks_layer(name: str) -> str:
-    """Name of the layer with the landmarks of a section."""
-    return f"{name} landmarks"
-
-
-def to_napari(matrix: np.ndarray) -> np.ndarray:
-    """(3, 3) affine of x, y as one of y, x, and back."""
-    return _SWAP @ matrix @ _SWAP
 
 
 def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -59,15 +48,15 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
     points = []
     for name in (section, image.metadata["reference"]):
-        require_key(landmarks_layer(name), layers, where="the layers of the viewer", then=there)
-        points.append(np.asarray(layers[landmarks_layer(name)].data, float).reshape(-1, 2)[:, ::-1])
+        require_key(Keys.landmarks(name), layers, where="the layers of the viewer", then=there)
+        points.append(np.asarray(layers[Keys.landmarks(name)].data, float).reshape(-1, 2)[:, ::-1])
     in_section, in_reference = points
     if len(in_section) == len(in_reference) == 0:
-        return to_napari(np.asarray(image.affine.affine_matrix, float)[-3:, -3:])
+        return exchanged_axes(np.asarray(image.affine.affine_matrix, float)[-3:, -3:])
     if len(in_section) != len(in_reference) or len(in_section) < 2:
         msg = (
-            f"Expected the same number of landmarks, at least two, in the layers {landmarks_layer(section)!r} and "
-            f"{landmarks_layer(image.metadata['reference'])!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
+            f"Expected the same number of landmarks, at least two, in the layers {Keys.landmarks(section)!r} and "
+            f"{Keys.landmarks(image.metadata['reference'])!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
             "Click the missing ones, or delete all of them to use the place of the image."
         )
         raise ValueError(msg)

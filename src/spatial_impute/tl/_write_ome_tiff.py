@@ -114,7 +114,9 @@ def write_ome_tiff(
         write_pyramid(path, image, _compression(compression, image, labels=key in sdata.labels), bar.update)
     finally:
         bar.close()
-    logger.info("Wrote %s: %d x %d px at %.4g um, %d levels", path, *image.shape[1::-1], image.pixel_size, image.n_levels)
+    logger.info(
+        "Wrote %s: %d x %d px at %.4g um, %d levels", path, *image.shape[1::-1], image.pixel_size, image.n_levels
+    )
 
 
 def _grid(
