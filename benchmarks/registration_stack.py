@@ -13,14 +13,17 @@ import resource
 import time
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import dask.array as da
 import numpy as np
-import xarray as xr
 from scipy import ndimage as ndi
 
 import spatial_impute as si
 from spatial_impute._registration.orientation import pose
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 SIDE, MPP, LEVELS = 20_000, 0.5, 5  # px and um of the finest level; halved from level to level
 SMALL = SIDE // 2 ** (LEVELS - 1)

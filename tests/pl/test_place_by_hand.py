@@ -86,7 +86,7 @@ def test_drag_by_the_mouse(stack, viewer):
     start = to_world(viewer, "s0", 600.0, 600.0)
     common = {"pos": np.array([0, 0]), "modifiers": [], "dims_displayed": [0, 1]}
     mouse_press_callbacks(image, event(type="mouse_press", is_dragging=False, position=tuple(start), **common))
-    moved = {"is_dragging": True, "position": tuple(start + [40.0, 100.0])}
+    moved = {"is_dragging": True, "position": tuple(np.add(start, [40.0, 100.0]))}
     mouse_move_callbacks(image, event(type="mouse_move", **moved, **common))
     mouse_release_callbacks(image, event(type="mouse_release", **moved, **common))
     shift = si.tl.read_placement(viewer, "s0") - before

@@ -51,12 +51,19 @@ def test_files_of_a_stack_have_the_pixels_of_the_reference(placed, tmp_path):
     from spatial_impute._stack import element_affine
 
     for name in ("s0", "s1"):
-        si.tl.write_ome_tiff(placed, f"{name}_image", tmp_path / f"{name}.ome.tif", pixel_size=5.0)
+        si.tl.write_ome_tiff(placed, f"{name}_image", tmp_path / f"{name}.ome.tif", compression="deflate")
     images = [tifffile.imread(tmp_path / f"{name}.ome.tif") for name in ("s0", "s1")]
-    assert images[0].shape == images[1].shape
+    own = np.moveaxis(np.asarray(placed.images["s1_image"].data), 0, -1)
+    np.testing.assert_array_equal(images[1], own)  # the reference is not resampled
+    # A quarter turn of pixels of the same size, up to 30 um along y.
+    turned = np.rot90(np.moveaxis(np.asarray(placed.images["s0_image"].data), 0, -1), -1)
     mpp = element_affine(placed.images["s1_image"], "s1")[0, 0]
-    height, width = placed.images["s1_image"].shape[1:]
-    assert images[1].shape == (round(height * mpp / 5), round(width * mpp / 5), 3)
+    shift = 30 / mpp
+    assert images[0].shape == images[1].shape
+    assert shift == pytest.approx(round(shift), abs=0.51)
+    down = round(shift)
+    difference = np.abs(images[0][down:].astype(int) - turned[: len(turned) - down])
+    assert np.median(difference) <= 12
 
 
 def test_metadata_are_read_by_this_package(placed, tmp_path):

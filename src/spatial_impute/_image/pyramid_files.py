@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ def write_pyramid(path: Path, image: Pyramid, compression: str, on_strip: Callab
                 file.write(
                     tiles, shape=shape, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", **common, **own
                 )
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

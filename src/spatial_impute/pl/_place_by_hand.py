@@ -15,11 +15,11 @@ from spatial_impute._validation import require_key, require_positive
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from spatial_impute._keys import Keys
-from spatial_impute._stack import StackRecord
+    from spatial_impute._stack import StackRecord
 
 _PIXELS = 1500  # along the longer side of an image
 _SHARE = 0.01  # of the longer side: size of a landmark
+_COLORS = ("blue", "orange")  # landmarks of the reference and of the section, to be seen on H&E
 _SEEN = 0.6  # opacity of the section, so that the reference shows below
 
 
@@ -78,25 +78,20 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     pictures = {name: _picture(sdata, record, name, resolution) for name in (record.reference, section)}
     start = _start(record, section, pictures)
     viewer = napari.Viewer() if viewer is None else viewer
+    layers = []
     for name, place, opacity in ((record.reference, np.eye(3), 1.0), (section, start, _SEEN)):
         rgb, to_um = pictures[name]
-        affine = exchanged_axes(place)
-        image = viewer.add_image(
-            rgb,
-            name=name,
-            rgb=True,
-            affine=affine,
-            opacity=opacity,
-            metadata={"reference": record.reference},
-            **_pixels_to_um(to_um),
-        )
-        size = _SHARE * max(rgb.shape) * float(np.sqrt(abs(np.linalg.det(to_um[:2, :2]))))
-        color = "magenta" if name == record.reference else "lime"
+        common = {"affine": exchanged_axes(place), "units": ("um", "um")}
+        shown = {"rgb": True, "opacity": opacity, "metadata": {"reference": record.reference}}
+        layers.append(viewer.add_image(rgb, name=name, **common, **shown, **_pixels_to_um(to_um)))
+    for image, color in zip(layers, _COLORS, strict=True):
+        common = {"affine": image.affine.affine_matrix, "units": ("um", "um")}
+        size = _SHARE * max(image.data.shape) * float(np.prod(image.scale)) ** 0.5
         points = viewer.add_points(
-            np.empty((0, 2)), name=Keys.landmarks(name), affine=affine, size=size, face_color=color, ndim=2
+            np.empty((0, 2)), name=Keys.landmarks(image.name), size=size, face_color=color, ndim=2, **common
         )
         viewer.layers.link_layers([image, points], ["affine"])
-    viewer.scale_bar.visible, viewer.scale_bar.unit = True, "um"
+    viewer.scale_bar.visible = True
     viewer.reset_view()
     viewer.layers.selection.active = viewer.layers[section]
     return viewer

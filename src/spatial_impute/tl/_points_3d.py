@@ -93,9 +93,7 @@ def points_3d(
         frame[name] = _column(table, name, layer)
     if inplace:
         require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
-    points = PointsModel.parse(
-        frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()}, sort=False
-    )
+    points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})
     if not inplace:
         return points
     sdata.points[key_added] = points

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import (
@@ -26,6 +24,7 @@ from spatial_impute.tl._warp_element import SET_TRANSFORMATION, Warp, section_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
