@@ -93,6 +93,8 @@ def write_ome_tiff(
 
     record, path = load_record(sdata), Path(path).expanduser()
     require_one_of(canvas, {"reference", "section"}, name="canvas")
+    if pixel_size is not None:
+        pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
     if not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
         msg = f"`path` must end in .ome.tif, found {str(path)!r}."
         raise ValueError(msg)
@@ -124,10 +126,10 @@ def _grid(
 ) -> PixelGrid:
     """Pixels to write."""
     if canvas == "reference":
-        size = require_positive(pixel_size or reference.pixel_size, name="pixel_size", unit="um")
+        size = pixel_size or reference.pixel_size
         return output_grid(reference.shape, reference.to_um, SectionTransform(np.eye(3)), size)
     size = pixel_size or finest.pixel_size * linear_scale(transform.matrix)
-    return output_grid(finest.shape, finest.to_um, transform, require_positive(size, name="pixel_size", unit="um"))
+    return output_grid(finest.shape, finest.to_um, transform, size)
 
 
 def _compression(wanted: str | None, image: Pyramid, *, labels: bool) -> str:
