@@ -62,7 +62,7 @@ data, folder = np.load(sys.argv[1]), sys.argv[3]
 start = time.process_time()
 registrar = registration.Valis(folder, folder + "_out", reference_img_f="fixed.png", align_to_reference=True,
     imgs_ordered=True, check_for_reflections=True)
-registrar.register(reader_cls=slide_io.ImageReader)
+registrar.register(reader_cls=slide_io.VipsSlideReader)
 seconds = time.process_time() - start
 fixed, moving = (registrar.get_slide(name) for name in ("fixed", "moving"))
 for non_rigid in (False, True):
@@ -162,7 +162,7 @@ def child(python: str, code: str, fixed: Spots, moving: Spots, method: str) -> d
         )
         if run.returncode:
             lost = np.full_like(moving.xy, np.inf)
-            print(method, "stopped:", run.stderr.strip().splitlines()[-1:], flush=True)
+            print(method, "stopped:", run.stderr.strip().splitlines()[-3:], flush=True)
             return {method: (lost, np.nan, "error")}
         found = {method: np.load(f"{folder}/out.npz")}
         if (rigid := Path(folder) / "out.npz_rigid.npz").exists():
