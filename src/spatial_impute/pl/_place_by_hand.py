@@ -58,10 +58,10 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
 
     Examples
     --------
-    .. code-block:: python
-
-        viewer = si.pl.place_by_hand(sdata, "s1")
-        si.tl.register_stack(sdata, transformations={"s1": si.tl.read_placement(viewer, "s1")})
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> viewer = si.pl.place_by_hand(sdata, "s0")  # doctest: +SKIP
+    >>> si.tl.register_stack(sdata, initial={"s0": si.tl.read_placement(viewer, "s0")})  # doctest: +SKIP
     """
     record = load_record(sdata)
     require_key(section, record.names, where="the stack's sections")

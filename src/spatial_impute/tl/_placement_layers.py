@@ -36,10 +36,7 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
 
     Examples
     --------
-    .. code-block:: python
-
-        viewer = si.pl.place_by_hand(sdata, "s1")  # drag the image, or click landmarks
-        si.tl.register_stack(sdata, initial={"s1": si.tl.read_placement(viewer, "s1")})
+    See :func:`spatial_impute.pl.place_by_hand`.
     """
     layers = {layer.name: layer for layer in viewer.layers}
     there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
