@@ -75,8 +75,8 @@ def points_3d(
     >>> sdata = si.datasets.synthetic_stack()
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.points_3d(sdata, ["smooth_0"], layer="measured")
-    >>> sorted(sdata.points["stack_points"].compute()["z"].unique())
-    [0.0, 50.0, 100.0]
+    >>> sdata.points["stack_points"].compute()["z"].nunique()
+    3
     """
     from spatialdata.models import PointsModel
     from spatialdata.transformations import Identity
