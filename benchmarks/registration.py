@@ -176,12 +176,12 @@ def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> PairResul
     return PairResult(result.matrix, "syn", result.quality, result.moving_box, field)
 
 
-def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int) -> None:
+def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int, first: int = 0) -> None:
     """Every section, moved in a known way, to C4: 24 rotations, on either face.
 
     For C4 the truth is known. For the others it is the place found for the unmoved section, deformed whether or not
     that is worth it: then a repeated registration should come out at the same place. Fewer `starts` than 48 are spread
-    over the rotations, every other one mirrored; each start is the same however many are run.
+    over the rotations, every other one mirrored; each start is the same however many are run, so a run can go on at `first`.
     """
     images = her2st_images()
     if quick:
@@ -189,7 +189,7 @@ def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int) -> Non
     rows = []
     for name in sections:
         image, still = images[name], None if name == "C4" else deformed_in_any_case(images["C4"], images[name])
-        for number in np.arange(starts) * 29 % 48:
+        for number in np.arange(first, starts) * 29 % 48:
             angle, mirrored = 15.0 * (number // 2), bool(number % 2)
             rng = np.random.default_rng([int(name[1:]), number])
             moving, points, origin = moved_section(image, rng, angle=angle, mirrored=mirrored)
@@ -494,6 +494,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--sections", nargs="+", default=["C4", "C2", "C3", "C5", "C6"], help="of the known motions")
     parser.add_argument("--starts", type=int, default=48, help="of the known motions, per section")
+    parser.add_argument("--first", type=int, default=0, help="start of the known motions to begin with")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     pd.set_option("display.width", 250, "display.max_columns", 50)
@@ -503,7 +504,8 @@ def main() -> None:
             print(f"\n## {name}: no data in {ROOT / folders[name]}, skipped")
             continue
         start = time.perf_counter()
-        options = {"sections": arguments.sections, "starts": arguments.starts} if name == "synthetic" else {}
+        motions = {key: getattr(arguments, key) for key in ("sections", "starts", "first")}
+        options = motions if name == "synthetic" else {}
         PARTS[name](quick=arguments.quick, **options)
         print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
 

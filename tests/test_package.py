@@ -126,6 +126,7 @@ def test_signatures_follow_the_convention(namespace, function):
     assert all(p.annotation is not p.empty for p in parameters)
     if namespace in {"pp", "tl", "pl", "metrics"} and function.__name__ not in {
         "assemble_stack",
+        "read_placement",
         "read_transformation",
         "training",
     }:

@@ -34,6 +34,11 @@ def scaling(x: float, y: float | None = None) -> np.ndarray:
     return np.diag([x, x if y is None else y, 1.0])
 
 
+def exchanged_axes(matrix: np.ndarray) -> np.ndarray:
+    """(3, 3) affine of x, y as one of y, x (napari), and back."""
+    return matrix[np.ix_([1, 0, 2], [1, 0, 2])]
+
+
 def linear_scale(matrix: np.ndarray) -> float:
     """Mean length factor of an affine map, the square root of its absolute determinant."""
     return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))

@@ -60,6 +60,8 @@ class Keys:
     PIXNET = "pixnet"
     N_PIXELS = "n_pixels"
 
+    STACK_POINTS = "stack_points"  # spots as points with x, y and z
+
     LEVELS = (X_SPOT, X_REGION, X_GLOBAL)
 
     # names of the elements of a section
@@ -73,7 +75,10 @@ class Keys:
 
     # names of elements that are derived from another one
     aligned = "{}_aligned".format  # copy in the common frame, deformation included
+    carried = "{}_on_{}".format  # copy of shapes in the frame of another section
     expression = "{}_expression".format  # dense map of an image, or table of predictions at shapes
+
+    landmarks = "{} landmarks".format  # layer of napari
 
     # names of slots that are derived from a key; connectivities, distances and neighbors as squidpy names them
     connectivities = "{}_connectivities".format  # edge weights in obsp

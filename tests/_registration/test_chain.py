@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from spatial_impute._registration import (
     ChainResult,
     DisplacementField,
+    KeptDeformation,
     PairResult,
     RegistrationParams,
     SectionImage,
+    SectionTransform,
     chain_to_reference,
     deform_stack,
     warp_along_path,
@@ -106,6 +110,36 @@ def test_confirmed_sections_are_deformed_onto_the_reference(confirmed):
 
     deform_stack(images, placed, "a", params=RegistrationParams(), seed=0, run=run)
     assert targets == {10: 0, 20: 0 if confirmed else 10}
+
+
+def test_a_section_follows_the_deformation_of_a_given_neighbor():
+    """A target whose place and deformation are given is drawn with both."""
+    glass = np.full((60, 60, 3), 240.0)
+    glass[15:45, 12:40] = 120
+    images = dict.fromkeys("abc", SectionImage(glass, (20.0, 20.0)))
+    placed = {
+        "a": ChainResult(np.eye(3), ("a",), "reference", 1.0, "ok"),
+        "b": ChainResult(np.eye(3), ("b", "a"), "given", 1.0, "ok"),
+        "c": ChainResult(np.eye(3), ("c", "b", "a"), "sequential", 1.0, "ok"),
+    }
+    # In the common frame 100 um to the right; the frame of the thumbnails is turned by a quarter against it.
+    pull = np.zeros((80, 80, 2), np.float32)
+    pull[..., 0] = -100
+    to_common = np.array([[0, -1, 1200], [1, 0, 0], [0, 0, 1.0]])
+    grid = np.array([[20, 0, -200], [0, 20, -200], [0, 0, 1.0]])
+    kept = {"b": KeptDeformation(SectionTransform(np.eye(3), pull, -pull, grid), to_common)}
+    found = {}
+
+    def run(function, tasks, label):
+        found["target"] = tasks[0][0]
+        return [(None, {})] * len(tasks)
+
+    deform_stack(images, placed, "a", params=RegistrationParams(), seed=0, run=run, kept=kept)
+    masks = [replace(found["target"], field=field).drawn(np.zeros(2), (80, 80)).mask for field in (kept["b"], None)]
+    assert found["target"].field is kept["b"]
+    middles = [np.argwhere(mask).mean(axis=0) * found["target"].channel.size for mask in masks]
+    # 100 um along x of the common frame are 100 um up in the thumbnails.
+    np.testing.assert_allclose(middles[0] - middles[1], [-100, 0], atol=6)
 
 
 @pytest.mark.parametrize(("score", "route", "x"), [(0.9, "direct", 400), (0.1, "sequential", 20)])

@@ -13,7 +13,7 @@ import pytest
 from spatialdata.transformations import Affine, get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import element_affine, load_record, registration_state, require_current
+from spatial_impute._stack import element_affine, load_record, load_transform, registration_state, require_current
 
 # A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
 QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
@@ -353,6 +353,29 @@ def test_approved_section_keeps_its_deformation(syn, tmp_path):
     own = (sdata.tables["stack"].obs["section"] == name).to_numpy()
     np.testing.assert_allclose(sdata.tables["stack"].obsm["spatial_3d"][own], places[own], atol=1e-6)
     assert rows(sdata)[name]["deformed"]
+
+
+def test_neighbors_are_deformed_onto_the_approved_deformation(syn, tmp_path, monkeypatch):
+    sdata = copy.deepcopy(syn)
+    name = next(n for n, row in rows(sdata).items() if row["deformed"])
+    content = {"registration": registration_state(load_record(sdata)), "sections": {name: "approved"}}
+    (tmp_path / "checked.json").write_text(json.dumps(content))
+    seen = {}
+
+    def deform_stack(images, placed, reference, **options):
+        seen.update(options["kept"])
+        return {}
+
+    monkeypatch.setattr("spatial_impute.tl._register_stack.deform_stack", deform_stack)
+    other = next(n for n in ("s0", "s2") if n != name)
+    si.tl.register_stack(
+        sdata, checked=tmp_path / "checked.json", method="syn", transformations={other: np.eye(3)}, inplace=False
+    )
+    assert list(seen) == [name]
+    points = np.array([[500.0, 600.0], [900.0, 800.0]])
+    expected = load_transform(sdata, load_record(sdata), name).pulled(points)
+    np.testing.assert_allclose(seen[name].pulled(points), expected, atol=1e-3)
+    assert np.abs(expected - points).max() > 0.1
 
 
 @pytest.mark.parametrize(

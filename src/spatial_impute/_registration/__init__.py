@@ -13,12 +13,13 @@ from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.error import section_errors
 from spatial_impute._registration.order import Likeness, exchanged_sections, in_inferred_order
 from spatial_impute._registration.pair import register_pair
-from spatial_impute._registration.transform import DisplacementField, SectionTransform
+from spatial_impute._registration.transform import DisplacementField, KeptDeformation, SectionTransform
 from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
 
 __all__ = [
     "ChainResult",
     "DisplacementField",
+    "KeptDeformation",
     "Likeness",
     "PairResult",
     "RegistrationParams",

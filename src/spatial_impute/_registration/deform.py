@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from spatial_impute._registration.transform import DisplacementField
+    from spatial_impute._registration.transform import DisplacementField, PullBack
     from spatial_impute._registration.types import ChainResult, RegistrationParams, SectionImage
 
 _BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
@@ -255,7 +255,7 @@ class Placed:
     channel: Channel
     """In the section's own frame."""
     matrix: NDArray[np.float64]
-    field: DisplacementField | None = None
+    field: PullBack | None = None
 
     def drawn(self, origin: NDArray[np.float64], shape: tuple[int, int]) -> Channel:
         """The section on a grid of the common frame."""
@@ -284,6 +284,7 @@ def deform_stack(
     seed: int,
     run: Callable[[Callable, list[tuple], str], list],
     certain: bool = False,
+    kept: Mapping[str, PullBack] | None = None,
 ) -> dict[str, tuple[DisplacementField | None, dict[str, Any]]]:
     """One deformation per section on top of its matrix, onto the reference or onto its placed neighbour.
 
@@ -304,14 +305,18 @@ def deform_stack(
         Function that calls another one for each tuple of arguments, and returns the results in order.
     certain
         Keep a deformation only if hidden tissue fits clearly better with it.
+    kept
+        Deformations of given sections, in the frame of the reference. Sections that are deformed onto these follow them.
 
     Returns
     -------
     Field (None if none is kept) and quality of every section that was tried.
     """
     size = max(working_pixel(i, images[reference], params, side=params.syn_side) for i in images.values())
+    kept = {} if kept is None else kept
+    margin = _margin(size, params)
     sections = {
-        name: Placed(deformation_channel(image, size, _margin(size, params)), np.asarray(placed[name].matrix, float))
+        name: Placed(deformation_channel(image, size, margin), np.asarray(placed[name].matrix, float), kept.get(name))
         for name, image in images.items()
     }
     done = {name: own for name, own in sections.items() if placed[name].route in ("reference", "given")}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from spatial_impute._registration.channel import Channel
-    from spatial_impute._registration.transform import DisplacementField
+    from spatial_impute._registration.transform import DisplacementField, PullBack
     from spatial_impute._registration.types import RegistrationParams
 
 _MIN_SEEN = 0.5  # see common_tissue
@@ -22,7 +22,7 @@ _SAME_POSE = 0.2  # of the radius of the tissue: poses that differ by less are t
 
 
 def pull_back(
-    image: NDArray, moving: Channel, fixed: Channel, matrix: NDArray, field: DisplacementField | None = None
+    image: NDArray, moving: Channel, fixed: Channel, matrix: NDArray, field: PullBack | None = None
 ) -> NDArray[np.float32]:
     """`image` on the grid of `moving`, resampled on that of `fixed` through `matrix` and `field`; 0 outside."""
     image = image.astype(np.float32, copy=False)

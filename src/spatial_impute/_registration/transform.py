@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from scipy import ndimage as ndi
@@ -12,6 +12,14 @@ from spatial_impute._geometry import apply_affine
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+
+class PullBack(Protocol):
+    """Deformation, as images are sampled through it."""
+
+    def pulled(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the fixed frame, um, moved to where the aligned image is sampled."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,11 +104,28 @@ class SectionTransform:
 
     def inverse(self, points: ArrayLike) -> NDArray[np.float64]:
         """Points ``(n, 2)`` of the common frame in the section, where its image is sampled."""
-        points = self._moved(np.asarray(points, float).reshape(-1, 2), self.pull)
-        return apply_affine(points, np.linalg.inv(self.matrix))
+        return apply_affine(self.pulled(points), np.linalg.inv(self.matrix))
+
+    def pulled(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of the common frame, before the deformation."""
+        return self._moved(np.asarray(points, float).reshape(-1, 2), self.pull)
 
     def _moved(self, points: NDArray[np.float64], displacement: NDArray | None) -> NDArray[np.float64]:
         if displacement is None:
             return points
         x, y = apply_affine(points, np.linalg.inv(cast("NDArray", self.grid))).T
         return points + _sample(displacement, y - 0.5, x - 0.5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptDeformation:
+    """Deformation of a section whose place is given, in another frame than the common one."""
+
+    transform: SectionTransform
+    to_common: NDArray[np.float64]
+    """``(3, 3)``: from that frame to the common one."""
+
+    def pulled(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Points ``(n, 2)`` of that frame, before the deformation."""
+        points = apply_affine(np.asarray(points, float).reshape(-1, 2), self.to_common)
+        return apply_affine(self.transform.pulled(points), np.linalg.inv(self.to_common))

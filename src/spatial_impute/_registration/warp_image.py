@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spatial_impute._registration.transform import SectionTransform
 
 _BORDER = 64  # points along an edge of an image: a deformation may bend the edge
+_WHOLE = 1e-6  # px: an edge that is so near to a pixel border lies on it
 _MAX_PIXELS = 2**36  # of a result: far more than any slide, so only an absurd pixel size is refused
 
 
@@ -75,8 +76,8 @@ def output_grid(
             "larger one."
         )
         raise ValueError(msg)
-    low = np.floor(border.min(axis=0) / pixel_size)
-    width, height = (np.ceil(border.max(axis=0) / pixel_size) - low).astype(int)
+    low = np.floor(border.min(axis=0) / pixel_size + _WHOLE)
+    width, height = (np.ceil(border.max(axis=0) / pixel_size - _WHOLE) - low).astype(int)
     matrix = scaling(pixel_size)
     matrix[:2, 2] = low * pixel_size
     return PixelGrid(matrix, (int(height), int(width)))

@@ -36,7 +36,8 @@ def add_cells(
     """Add the outlines of cells, nuclei or superpixels to a section, to predict the expression of each.
 
     Other tools find them: QuPath, StarDist, InstanSeg, Cellpose, LazySlide. Then
-    ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each.
+    ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each. Annotations of
+    QuPath come in the same way; :func:`~spatial_impute.tl.transfer_shapes` carries them to the other sections.
 
     Parameters
     ----------
@@ -53,8 +54,8 @@ def add_cells(
 
     Returns
     -------
-    ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class`` from a
-    GeoJSON file. Objects without an area (points, lines, empty ones) are left out, with a warning.
+    ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class``, ``name``
+    and ``objectType`` from a GeoJSON file. Objects without an area (points, lines, empty ones) are left out, with a warning.
 
     Raises
     ------
@@ -157,9 +158,13 @@ def _read_geojson(path: Path) -> GeoDataFrame:
         msg = f"'{path}' is no GeoJSON file with features: {error!r}."
         raise ValueError(msg) from error
     properties = [feature.get("properties") or {} for feature in features]
-    names = [_class_name(part.get("classification") or {}) for part in properties]
+    columns = {
+        "class": [_class_name(part.get("classification") or {}) for part in properties],
+        "name": [str(part.get("name") or "") for part in properties],
+        "objectType": [str(part.get("objectType") or "") for part in properties],
+    }
     ids = pd.Index([str(feature.get("id", i)) for i, feature in enumerate(features)])
-    return gpd.GeoDataFrame({"class": names} if any(names) else None, geometry=geometry, index=ids)
+    return gpd.GeoDataFrame({key: v for key, v in columns.items() if any(v)}, geometry=geometry, index=ids)
 
 
 def _class_name(found: Any) -> str:

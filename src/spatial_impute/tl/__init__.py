@@ -11,10 +11,15 @@ from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
 from spatial_impute.tl._match_sections import match_sections
+from spatial_impute.tl._placement_layers import read_placement
+from spatial_impute.tl._points_3d import points_3d
 from spatial_impute.tl._predict_dense import predict_dense
 from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack
+from spatial_impute.tl._transfer_shapes import transfer_shapes
 from spatial_impute.tl._warp_element import warp_element
+from spatial_impute.tl._write_geojson import write_geojson
+from spatial_impute.tl._write_ome_tiff import write_ome_tiff
 
 __all__ = [
     "add_prediction",
@@ -27,10 +32,15 @@ __all__ = [
     "impute_baseline",
     "impute_pixnet",
     "match_sections",
+    "points_3d",
     "predict_dense",
     "predict_regions",
+    "read_placement",
     "read_transformation",
     "register_stack",
+    "transfer_shapes",
     "warp_element",
+    "write_geojson",
+    "write_ome_tiff",
     "write_transformation",
 ]

@@ -17,6 +17,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
+    KeptDeformation,
     Likeness,
     RegistrationParams,
     SectionImage,
@@ -324,7 +325,10 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     failed = any(result.verdict == "failed" for result in placed.values())
     fields = {}
     if method in ("syn", "auto") and not (failed and request.on_failure == "raise"):
+        base = to_section[reference]
+        kept = {n: KeptDeformation(place, base) for n, place in request.kept.items() if n in images and place.deforms}
         options: dict[str, Any] = {"params": request.params, "seed": seed, "run": run, "certain": method == "auto"}
+        options["kept"] = kept
         fields = deform_stack(images, placed, reference, **options)
     sound = {name: image for name, image in images.items() if placed[name].verdict != "failed"}
     exchanged = exchanged_sections(list(sound), Likeness(sound, placed, request.params)) if len(sound) > 2 else []

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
+    from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import StackRecord
 
 _CHUNK = 2048  # px; also for pyramids, whose levels spatialdata would otherwise cut into pieces of 256 px
-_SET = "Set a transformation of the element to the frame of the section (um)."
+SET_TRANSFORMATION = "Set a transformation of the element to the frame of the section (um)."
 _SMALLEST_LEVEL = 256  # px along the longer side of the coarsest level of a pyramid
 
 
@@ -106,9 +107,9 @@ def warp_element(
     require_key(key, names, where="the points, shapes, images and labels of sdata")
     element = sdata[key]
     own = get_transformation(element, get_all=True)
-    section = _section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=_SET)
-    warp = _Warp(element_affine(element, section), load_transform(sdata, record, section), target)
+    section = section_of(own, key, record) if section is None else section
+    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    warp = Warp(element_affine(element, section), load_transform(sdata, record, section), target)
     key_added = Keys.aligned(key) if key_added is None else key_added
     if key_added == key:
         msg = f"`key_added` must differ from {key!r}: the element itself is never overwritten."
@@ -128,7 +129,8 @@ def warp_element(
     return None
 
 
-def _section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
+def section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
+    """The one section that an element with the transformations `own` belongs to."""
     found = [name for name in record.names if name in own]
     if len(found) == 1:
         return found[0]
@@ -139,7 +141,13 @@ def _section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
     raise ValueError(msg)
 
 
-def _warped(element: Any, warp: _Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
+def fill_value(level: Level, *, white: bool) -> int:
+    """Value of pixels outside an image: 0, or full brightness."""
+    dtype = level.data.dtype
+    return int(np.iinfo(dtype).max) if white and np.issubdtype(dtype, np.integer) else int(white)
+
+
+def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
     if kind in ("labels", "images"):
         return warp.raster(element, pixel_size, white=white)
     if pixel_size is not None:
@@ -149,7 +157,7 @@ def _warped(element: Any, warp: _Warp, pixel_size: float | None, *, kind: str, w
 
 
 @dataclass(frozen=True)
-class _Warp:
+class Warp:
     """Transformation of an element to the common frame."""
 
     to_section: np.ndarray
@@ -161,6 +169,11 @@ class _Warp:
     def __call__(self, xy: np.ndarray) -> np.ndarray:
         """(n, 2) coordinates of the element in the common frame."""
         return self.transform.points(apply_affine(xy, self.to_section))
+
+    @property
+    def grids(self) -> list[np.ndarray]:
+        """Grids of the deformations on the way."""
+        return [] if self.transform.grid is None else [self.transform.grid]
 
     def points(self, points: Any) -> Any:
         from spatialdata.models import PointsModel
@@ -190,9 +203,9 @@ class _Warp:
             moved["radius"] = radius * self._local_scale(centers, radius)
         else:
             geometry = shapes.geometry.to_numpy()
-            if self.transform.grid is not None:
+            if self.grids:
                 # Half a grid pixel: between two such vertices the displacement is linear.
-                step = 0.5 * linear_scale(self.transform.grid) / linear_scale(self.transform.matrix @ self.to_section)
+                step = 0.5 * min(map(linear_scale, self.grids)) / linear_scale(self.transform.matrix @ self.to_section)
                 geometry = shapely.segmentize(geometry, step)
             geometry = shapely.transform(geometry, self)
             invalid = ~shapely.is_valid(geometry)
@@ -216,8 +229,7 @@ class _Warp:
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
         level = best_level(levels, pixel_size / scale)
         is_labels = "c" not in level.data.dims
-        dtype = level.data.dtype
-        fill = np.iinfo(dtype).max if white and np.issubdtype(dtype, np.integer) else int(white)
+        fill = fill_value(level, white=white)
         grid = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
         data = resampled(level, self.transform, grid, nearest=is_labels, fill=fill, chunk=_CHUNK)
         kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid.matrix)}}

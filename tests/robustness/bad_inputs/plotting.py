@@ -27,6 +27,20 @@ CASES = [
         change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
     ),
     refuses(
+        "pl.place_by_hand",
+        "an unknown section",
+        KeyError,
+        "not found in `the stack's sections`",
+        lambda w: si.pl.place_by_hand(w.sdata, "x"),
+    ),
+    refuses(
+        "pl.place_by_hand",
+        "the reference",
+        ValueError,
+        "must not be the reference",
+        lambda w: si.pl.place_by_hand(w.sdata, w.sdata.attrs["spatial_impute"]["stack"]["reference"]),
+    ),
+    refuses(
         "pl.registration_page",
         "a stack that is not registered",
         KeyError,

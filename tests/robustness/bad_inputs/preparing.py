@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import dask.array as da
 import geopandas as gpd
 import numpy as np
@@ -493,6 +495,91 @@ REGISTRATION = [
         ValueError,
         "`end of path` must be one of",
         lambda w: si.tl.write_transformation(w.sdata, "s0", w.tmp / "s0.xlsx"),
+    ),
+    refuses(
+        "tl.transfer_shapes",
+        "an unknown element",
+        KeyError,
+        "not found in `sdata.shapes`",
+        lambda w: si.tl.transfer_shapes(w.sdata, "x"),
+    ),
+    refuses(
+        "tl.transfer_shapes",
+        "one name for the shapes of all sections",
+        ValueError,
+        "must contain the word {section}",
+        lambda w: si.tl.transfer_shapes(w.sdata, "s0_spots", key_added="x"),
+    ),
+    refuses(
+        "tl.transfer_shapes",
+        "a stack that is not registered",
+        KeyError,
+        "si.tl.register_stack",
+        lambda w: si.tl.transfer_shapes(w.sdata, "s0_spots"),
+        change=lambda w: w.sdata.attrs["spatial_impute"]["stack"].update(registration=None),
+    ),
+    refuses(
+        "tl.points_3d",
+        "an unknown gene or column",
+        KeyError,
+        "not found in `the genes and the columns of obs of the stack table`",
+        lambda w: si.tl.points_3d(w.sdata, "x"),
+    ),
+    refuses(
+        "tl.points_3d",
+        "the name of another element for the result",
+        ValueError,
+        "would write over `sdata.shapes['s0_spots']`",
+        lambda w: si.tl.points_3d(w.sdata, key_added="s0_spots"),
+    ),
+    refuses(
+        "tl.write_ome_tiff",
+        "an unknown element",
+        KeyError,
+        "not found in `the images and labels of sdata`",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "x", w.tmp / "x.ome.tif"),
+    ),
+    refuses(
+        "tl.write_ome_tiff",
+        "a file of another kind",
+        ValueError,
+        "must end in .ome.tif",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", w.tmp / "x.png"),
+    ),
+    refuses(
+        "tl.write_ome_tiff",
+        "an unknown compression",
+        ValueError,
+        "`compression` must be one of",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", w.tmp / "x.ome.tif", compression="zip"),
+    ),
+    refuses(
+        "tl.write_ome_tiff",
+        "a pixel size of zero",
+        ValueError,
+        "pixel_size",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", w.tmp / "x.ome.tif", pixel_size=0),
+    ),
+    refuses(
+        "tl.write_geojson",
+        "an unknown element",
+        KeyError,
+        "not found in `sdata.shapes`",
+        lambda w: si.tl.write_geojson(w.sdata, "x", w.tmp / "x.geojson"),
+    ),
+    refuses(
+        "tl.write_geojson",
+        "a file of another kind",
+        ValueError,
+        "must end in .geojson or .json",
+        lambda w: si.tl.write_geojson(w.sdata, "s0_spots", w.tmp / "x.csv"),
+    ),
+    refuses(
+        "tl.read_placement",
+        "a viewer without the section",
+        KeyError,
+        "not found in `the layers of the viewer`",
+        lambda w: si.tl.read_placement(SimpleNamespace(layers=[]), "s0"),
     ),
     refuses(
         "metrics.registration_quality",
