@@ -147,8 +147,8 @@ def test_her2st_truth_is_aligned_to_the_stack(her2st, data_dir):
 
 def test_her2st_unmeasured_counts_are_not_even_read(data_dir, monkeypatch):
     read = []
-    original = _her2st._read_counts
-    monkeypatch.setattr(_her2st, "_read_counts", lambda path: read.append(path.name) or original(path))
+    original = _her2st.read_counts
+    monkeypatch.setattr(_her2st, "read_counts", lambda path: read.append(path.name) or original(path))
     sdata = si.datasets.her2st("C", measured="C5", n_top_genes=None)
     assert read == ["C5.tsv.gz"]
     assert load_record(sdata).reference == "C5"

@@ -136,7 +136,7 @@ def her2st(
     section_spacing = require_positive(section_spacing, name="section_spacing", unit="um")
 
     files = {name: _fetch_section(name, image) for name, image in paths.items()}
-    counts = {name: _read_counts(files[name]["counts"]) for name in paths if truth or name in measured}
+    counts = {name: read_counts(files[name]["counts"]) for name in paths if truth or name in measured}
     make = _section if images else _drawn_section
     sdata = assemble_stack(
         {name: make(name, files[name], counts[name] if name in measured else None) for name in paths},
@@ -186,7 +186,7 @@ def _fetch_section(name: str, image: str | None) -> dict[str, Path]:
     }
 
 
-def _read_counts(path: Path) -> AnnData:
+def read_counts(path: Path) -> AnnData:
     """Counts of one section: rows are spots "XxY", columns genes."""
     from anndata import AnnData
 
@@ -198,7 +198,8 @@ def _read_counts(path: Path) -> AnnData:
     )
 
 
-def _spot_ids(spots: pd.DataFrame) -> list[str]:
+def array_ids(spots: pd.DataFrame) -> list[str]:
+    """Names of spots by their place on the array, "XxY"."""
     return list(spots["x"].astype(str) + "x" + spots["y"].astype(str))
 
 
@@ -210,7 +211,7 @@ def _section(name: str, files: dict[str, Path], counts: AnnData | None) -> Spati
         image_element(open_image(files["image"]).levels, "global", 1.0),
         centers=spots[["pixel_x", "pixel_y"]].to_numpy(float),
         radius=_SPOT_DIAMETER / 2 / _MPP,
-        ids=_spot_ids(spots),
+        ids=array_ids(spots),
         table=None if counts is None else counts.copy(),
     )
 
@@ -232,6 +233,6 @@ def _drawn_section(name: str, files: dict[str, Path], counts: AnnData | None) ->
         image_element([da.from_array(pixels)], "global", 1.0),
         centers=centers,
         radius=_SPOT_DIAMETER / 2 / _DRAWN_MPP,
-        ids=_spot_ids(spots),
+        ids=array_ids(spots),
         table=None if counts is None else counts.copy(),
     )

@@ -504,6 +504,28 @@ DATASETS = [
         change=_offline,
     ),
     refuses(
+        "datasets.olfactory_bulb",
+        "nothing measured",
+        ValueError,
+        "`measured` is empty",
+        lambda w: si.datasets.olfactory_bulb(measured=[]),
+    ),
+    refuses(
+        "datasets.olfactory_bulb",
+        "an unknown section",
+        KeyError,
+        "not found in `sections of the olfactory bulb`",
+        lambda w: si.datasets.olfactory_bulb(measured=["MOB5"]),
+    ),
+    refuses(
+        "datasets.olfactory_bulb",
+        "a folder without the files, and no network",
+        ConnectionError,
+        "or put the file (sha256",
+        lambda w: si.datasets.olfactory_bulb(),
+        change=_offline,
+    ),
+    refuses(
         "datasets.synthetic_stack",
         "no section",
         ValueError,
