@@ -163,6 +163,17 @@ def test_counts_must_lie_on_the_image(inputs, tmp_path, change, message):
         assemble(read_config(inputs / "wrong.yaml"))
 
 
+def test_positions_in_a_table_are_read_by_the_names_of_its_columns(inputs, tmp_path):
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    wanted = table.obsm["spatial"]
+    table.obsm["spatial"] = pd.DataFrame(wanted[:, ::-1], columns=["y", "x"], index=table.obs_names)
+    table.write_h5ad(tmp_path / "named.h5ad")
+    (inputs / "named.yaml").write_text(RUN.replace("middle.h5ad", str(tmp_path / "named.h5ad")))
+    stack = assemble(read_config(inputs / "named.yaml")).tables["stack"]
+    middle = stack[stack.obs["section"] == "middle"]
+    np.testing.assert_allclose(middle.obsm["spatial"], 4.0 * wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("place", ["layer", "raw", "spatialdata"])
 def test_counts_may_lie_in_a_layer_or_in_raw(inputs, tmp_path, place):
     expected = assemble(read_config(inputs / "run.yaml")).tables["stack"].layers["measured"]
