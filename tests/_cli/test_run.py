@@ -330,13 +330,13 @@ def said(results) -> dict[str, str]:
 
 def test_verdicts_tell_what_this_run_shows(results):
     text = said(results)
-    assert "The model is not shown to be better than the simple method ridge (r +0.100" in text[CARE]
+    assert "This run does not show that the model is better than the simple method ridge (r +0.100" in text[CARE]
     assert "5 of 9 genes are predicted better than by chance" in text[CARE]
     assert "All 3 sections fit on each other" in text[GOOD]
     assert "Every spot has measured spots nearby" in text[GOOD]
     assert not text[BAD]
     results.sdata.tables["stack"].obs.loc["s0_0", "imputation_support"] = 0.0
-    assert "1 spots have no measured spot nearby and rest on the image alone (support 0): s0 1." in said(results)[CARE]
+    assert "1 spots have no measured spot nearby. Their values come from the image alone (support 0): s0 1." in said(results)[CARE]
     results.scores.loc["asign", "vs_best_low"] = 0.05
     assert "better than the best simple method, ridge" in said(results)[GOOD]
     results.scores = None
