@@ -336,7 +336,10 @@ def test_verdicts_tell_what_this_run_shows(results):
     assert "Every spot has measured spots nearby" in text[GOOD]
     assert not text[BAD]
     results.sdata.tables["stack"].obs.loc["s0_0", "imputation_support"] = 0.0
-    assert "1 spots have no measured spot nearby. Their values come from the image alone (support 0): s0 1." in said(results)[CARE]
+    assert (
+        "1 spots have no measured spot nearby. Their values come from the image alone (support 0): s0 1."
+        in said(results)[CARE]
+    )
     results.scores.loc["asign", "vs_best_low"] = 0.05
     assert "better than the best simple method, ridge" in said(results)[GOOD]
     results.scores = None
