@@ -50,13 +50,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--held-out", type=float, default=0.0, help="share of the counts to put aside, 0 to 1")
+    parser.add_argument("--methods", nargs="+", help="of the run; all by default")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sample, aside = si.settings.data_dir / "visium" / "muscle_vis5a", None
     if options.held_out:
         sample, aside = hold_out(sample, folder / "thinned", options.held_out)
-    shape = make_files(sample, folder)
+    shape = make_files(sample, folder, options.methods)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "spatial_impute", "run", "run.yaml"], cwd=folder, check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -88,7 +89,7 @@ def hold_out(sample: Path, folder: Path, share: float) -> tuple[Path, AnnData]:
     return folder, aside
 
 
-def make_files(sample: Path, folder: Path) -> tuple[int, int]:
+def make_files(sample: Path, folder: Path, methods: list[str] | None) -> tuple[int, int]:
     """Warped copies of the low-resolution image of a Space Ranger folder, and the file of the run; the size of the image."""
     factors = json.loads((sample / "spatial" / "scalefactors_json.json").read_text())
     mpp = SPOT_UM / factors["spot_diameter_fullres"] / factors["tissue_lowres_scalef"]
@@ -99,7 +100,9 @@ def make_files(sample: Path, folder: Path) -> tuple[int, int]:
         channels = [map_coordinates(rgb[..., k], places, order=1, mode="nearest") for k in range(3)]
         Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)).save(folder / f"{name}.png")
         lines.append(f"  {name}: {{image: {name}.png, mpp: {mpp * how.get('factor', 1.0):.4f}}}")
-    (folder / "run.yaml").write_text("\n".join([*lines, "section_spacing: 10", "output: results", "genes: 250", ""]))
+    lines += ["section_spacing: 10", "output: results", "genes: 250"]
+    lines += [f"methods: [{', '.join(methods)}]"] if methods else []
+    (folder / "run.yaml").write_text("\n".join([*lines, ""]))
     return rgb.shape[:2]
 
 
