@@ -342,8 +342,10 @@ def test_verdicts_tell_what_this_run_shows(results):
     )
     results.scores.loc["asign", "vs_best_low"] = 0.05
     assert "better than the best simple method, ridge" in said(results)[GOOD]
+    assert "All tests used spots of measured sections" in said(results)[CARE]
     results.scores = None
     assert "Nothing was held out" in said(results)[CARE]
+    assert "All tests" not in said(results)[CARE]
     results.sdata.tables["stack"].var["imputable"] = False
     assert "0 of 9 genes are predicted better than by chance" in said(results)[BAD]
 

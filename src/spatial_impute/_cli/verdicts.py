@@ -35,12 +35,11 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
         found.append(_of_genes(table))
     if Keys.SUPPORT in table.obs:
         found += _of_support(table)
+    if scores is not None:
+        text = "All tests used spots of measured sections. No test shows how good the maps of the other sections are. Expect them to be worse."
+        found.append(Verdict(CARE, text))
     return [
         *found,
-        Verdict(
-            CARE,
-            "All tests used spots of measured sections. No test shows how good the maps of the other sections are. Expect them to be worse.",
-        ),
         Verdict(
             CARE,
             "Imputed values are estimates, not measurements. They are smoother, and neighboring spots are not independent. So do not "
