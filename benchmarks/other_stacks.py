@@ -14,11 +14,9 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING
 
-import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-from PIL import Image
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 
@@ -107,29 +105,17 @@ def every_other_row(folder: str) -> tuple[SpatialData, AnnData]:
 
 
 def olfactory_bulb(*, by_counts: bool = False) -> tuple[SpatialData, AnnData]:
-    """Four sections on arrays with a pitch of 141 um, MOB2 measured; and the expression of the spots under tissue.
+    """Four registered sections, MOB2 measured, and the expression of all.
 
     The genes are those of the highest mean log-normalised value, or of the most counts.
     """
-    folder, sections, truths, genes = si.settings.data_dir / "mob_st4", {}, [], None
-    for name in ("MOB1", "MOB2", "MOB3", "MOB4"):
-        places = pd.read_csv(folder / f"alignment_table_{name}.tsv", sep="\t").query("selected == 1")
-        places.index = places["x"].astype(str) + "x" + places["y"].astype(str)
-        counts = pd.read_csv(folder / f"{name}.tsv.gz", sep="\t", index_col=0)
-        centers = places.loc[places.index.isin(counts.index), ["pixel_x", "pixel_y"]].set_axis(["x", "y"], axis=1)
-        table = ad.AnnData(counts.loc[centers.index].astype(np.float32))
-        if name == "MOB2" and by_counts:
-            genes = list(counts.mean().nlargest(250).index)
-        pixels = np.asarray(Image.open(folder / f"{name}.jpg").convert("RGB")).transpose(2, 0, 1)
-        sections[name] = section(name, pixels, centers, 50 / 4.22, table if name == "MOB2" else None)
-        table.X = log_normalize(table.X, 1e4)
-        table.obs["section"] = name
-        table.obs_names = f"{name}_" + table.obs_names
-        truths.append(table)
-    sdata = si.pp.assemble_stack(sections, mpp=4.22, z=[100, 120, 130, 140])
-    si.pp.select_genes(sdata, n_top_genes=250, genes=genes)
+    sdata, truth = si.datasets.olfactory_bulb(truth=True)
+    if by_counts:
+        file = next((si.settings.data_dir / "mob_st4").glob("MOB2.tsv*"))  # of the whole array
+        counts = pd.read_csv(file, sep="\t", index_col=0)
+        si.pp.select_genes(sdata, genes=list(counts.mean().nlargest(250).index))
     si.tl.register_stack(sdata, on_failure="warn")
-    return sdata, ad.concat(truths)
+    return sdata, truth
 
 
 def upside_down() -> tuple[SpatialData, AnnData]:

@@ -37,6 +37,23 @@ def test_meta_yaml_agrees_with_the_package(meta):
     assert meta["documentation_home"] == PROJECT["urls"]["Documentation"]
 
 
+def test_conda_recipe_agrees_with_the_package():
+    text = (ROOT / "conda" / "recipe.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    renamed = {"matplotlib": "matplotlib-base", "torch": "pytorch", "torch-geometric": "pytorch_geometric"}
+    wanted = [f"python {PROJECT['requires-python']}"]
+    for requirement in PROJECT["dependencies"]:
+        name, bound = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+        wanted.append(f"{renamed.get(name, name)} {bound}".strip())
+    assert sorted(recipe["requirements"]["run"]) == sorted(wanted)
+    assert recipe["package"]["name"] == PROJECT["name"]
+    assert recipe["about"]["license"] == PROJECT["license"]
+    assert recipe["about"]["homepage"] == PROJECT["urls"]["Source"]
+    # The changelog begins with the version of the recipe, or with changes after it.
+    first = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert any(recipe["context"]["version"] in heading for heading in first[:2])
+
+
 def test_python_versions_agree():
     classifiers = [c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yaml").read_text())

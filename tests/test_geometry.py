@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 
-from spatial_impute._geometry import anisotropy, apply_affine, disc_iou, grid_in_box, linear_scale, scaling
+from spatial_impute._geometry import anisotropy, apply_affine, disc_iou, grid_in_box, linear_scale, scaling, xy_of
 
 
 def rotation(degrees: float) -> np.ndarray:
@@ -29,6 +30,25 @@ def test_apply_affine_leaves_its_input():
     points = np.ones((2, 2))
     apply_affine(points, scaling(3.0))
     assert (points == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "order"),
+    [
+        (["x", "y"], (0, 1)),
+        (["y", "x"], (1, 0)),
+        (["Y_px", "X_px"], (1, 0)),
+        (["spatial1", "spatial2"], (0, 1)),
+        (["id", "x_um", "y_um"], (1, 2)),
+        (["x", "y", "x_raw", "y_raw"], (0, 1)),  # which of two is not known
+        (["array_row", "array_col"], (1, 0)),
+        (["max", "yes"], (0, 1)),
+    ],
+)
+def test_positions_in_a_table_are_found_by_name(columns, order):
+    values = np.arange(2.0 * len(columns)).reshape(2, -1)
+    np.testing.assert_array_equal(xy_of(pd.DataFrame(values, columns=columns)), values[:, list(order)])
+    np.testing.assert_array_equal(xy_of(values), values[:, :2])
 
 
 def test_scaling_of_one_and_two_factors():

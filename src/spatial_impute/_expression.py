@@ -114,6 +114,16 @@ def looks_like_counts(values: np.ndarray) -> bool:
     return bool((sample >= 0).all() and (sample == np.round(sample)).all() and (sample > 1).any())
 
 
+def require_amounts(values: np.ndarray, *, where: str) -> None:
+    """Raise a ``ValueError`` if `values` are True and False where expression is expected."""
+    if np.asarray(values).dtype == bool:
+        msg = (
+            f"`{where}` holds True and False, which say if a gene was seen and not how often. Give the raw counts; if another "
+            "layer holds them, name it with `layer=`."
+        )
+        raise ValueError(msg)
+
+
 def require_log_values(values: np.ndarray, *, where: str) -> None:
     """Raise a ``ValueError`` if `values` are raw counts or negative infinities where log values are expected."""
     if looks_like_counts(values):

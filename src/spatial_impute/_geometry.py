@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_AXES = {"x": ("x", "col", "column"), "y": ("y", "row")}  # words in the names of columns
 _SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
 
@@ -27,6 +29,25 @@ def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Map points (n, 2) by a (3, 3) affine matrix that acts on columns (x, y, 1)."""
     points = np.asarray(points, dtype=float)
     return points @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def xy_of(positions: Any) -> np.ndarray:
+    """Return x and y (n, 2) of positions: the columns of a table that are named so, else the first two columns.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> xy_of(pd.DataFrame({"y": [1.0], "x": [2.0]})).tolist()
+    [[2.0, 1.0]]
+    """
+    values = np.asarray(positions, dtype=float)
+    found = [[i for i, name in enumerate(getattr(positions, "columns", ())) if _is_axis(name, axis)] for axis in _AXES]
+    return values[:, [found[0][0], found[1][0]]] if len(found[0]) == len(found[1]) == 1 else values[:, :2]
+
+
+def _is_axis(name: object, axis: str) -> bool:
+    """True for names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``, by the words in them."""
+    return bool(set(_AXES[axis]) & set(re.split(r"[^a-z]+", str(name).lower())))
 
 
 def scaling(x: float, y: float | None = None) -> np.ndarray:

@@ -163,6 +163,17 @@ def test_counts_must_lie_on_the_image(inputs, tmp_path, change, message):
         assemble(read_config(inputs / "wrong.yaml"))
 
 
+def test_positions_in_a_table_are_read_by_the_names_of_its_columns(inputs, tmp_path):
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    wanted = table.obsm["spatial"]
+    table.obsm["spatial"] = pd.DataFrame(wanted[:, ::-1], columns=["y", "x"], index=table.obs_names)
+    table.write_h5ad(tmp_path / "named.h5ad")
+    (inputs / "named.yaml").write_text(RUN.replace("middle.h5ad", str(tmp_path / "named.h5ad")))
+    stack = assemble(read_config(inputs / "named.yaml")).tables["stack"]
+    middle = stack[stack.obs["section"] == "middle"]
+    np.testing.assert_allclose(middle.obsm["spatial"], 4.0 * wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("place", ["layer", "raw", "spatialdata"])
 def test_counts_may_lie_in_a_layer_or_in_raw(inputs, tmp_path, place):
     expected = assemble(read_config(inputs / "run.yaml")).tables["stack"].layers["measured"]
@@ -319,17 +330,22 @@ def said(results) -> dict[str, str]:
 
 def test_verdicts_tell_what_this_run_shows(results):
     text = said(results)
-    assert "The model is not shown to be better than the simple method ridge (r +0.100" in text[CARE]
+    assert "This run does not show that the model is better than the simple method ridge (r +0.100" in text[CARE]
     assert "5 of 9 genes are predicted better than by chance" in text[CARE]
     assert "All 3 sections fit on each other" in text[GOOD]
     assert "Every spot has measured spots nearby" in text[GOOD]
     assert not text[BAD]
     results.sdata.tables["stack"].obs.loc["s0_0", "imputation_support"] = 0.0
-    assert "1 spots have no measured spot nearby and rest on the image alone (support 0): s0 1." in said(results)[CARE]
+    assert (
+        "1 spots have no measured spot nearby. Their values come from the image alone (support 0): s0 1."
+        in said(results)[CARE]
+    )
     results.scores.loc["asign", "vs_best_low"] = 0.05
     assert "better than the best simple method, ridge" in said(results)[GOOD]
+    assert "All tests used spots of measured sections" in said(results)[CARE]
     results.scores = None
     assert "Nothing was held out" in said(results)[CARE]
+    assert "All tests" not in said(results)[CARE]
     results.sdata.tables["stack"].var["imputable"] = False
     assert "0 of 9 genes are predicted better than by chance" in said(results)[BAD]
 

@@ -147,8 +147,8 @@ def test_her2st_truth_is_aligned_to_the_stack(her2st, data_dir):
 
 def test_her2st_unmeasured_counts_are_not_even_read(data_dir, monkeypatch):
     read = []
-    original = _her2st._read_counts
-    monkeypatch.setattr(_her2st, "_read_counts", lambda path: read.append(path.name) or original(path))
+    original = _her2st.read_counts
+    monkeypatch.setattr(_her2st, "read_counts", lambda path: read.append(path.name) or original(path))
     sdata = si.datasets.her2st("C", measured="C5", n_top_genes=None)
     assert read == ["C5.tsv.gz"]
     assert load_record(sdata).reference == "C5"
@@ -170,8 +170,9 @@ def test_her2st_survives_disk_without_pixels(her2st, tmp_path):
         (
             {"patient": "A"},
             ValueError,
-            r"images of patient 'A' are not provided, only those of \['C'\]. Pass `images=False`",
+            r"images of patient 'A' are not downloaded, only those of \['C'\]. Pass `images=False`, or the folder",
         ),
+        ({"patient": "A", "images": "nowhere"}, FileNotFoundError, "'nowhere' has no image of patient 'A': .*A/A1"),
         ({"patient": "A", "measured": ["A7"], "images": False}, KeyError, "'A7' not found in .*'A6'"),
         ({"measured": []}, ValueError, "`measured` is empty"),
         ({"measured": ["C1"]}, KeyError, r"'C1' not found in .*available: \['C2', 'C3', 'C4', 'C5', 'C6'\]"),
@@ -280,3 +281,28 @@ def test_her2st_without_images_has_the_places_of_the_array(data_dir):
         np.testing.assert_array_equal(drawn, np.tile([[190], [120], [170]], len(centers)))
         assert (image[:, :50] == 240).all()
     np.testing.assert_array_equal(table.obs["measured"], table.obs["section"] == "H1")
+
+
+def test_her2st_takes_images_that_the_user_has(data_dir, tmp_path):
+    """The pixel size is that of the array; a section without an image is left out."""
+    from PIL import Image
+
+    for name in ("H1", "H3"):
+        (tmp_path / "H" / name).mkdir(parents=True)
+        Image.new("RGB", (9200, 9200), "white").save(tmp_path / "H" / name / f"{name}.jpg")
+    sdata = si.datasets.her2st("H", images=tmp_path, n_top_genes=None)
+    record = load_record(sdata)
+    assert list(record.names) == ["H1", "H3"]
+    assert record["H1"].counts is not None
+    assert record["H3"].counts is None
+    for section in record.sections:
+        assert section.mpp == pytest.approx(0.688, rel=0.01)
+        centers, radius, _ = spot_geometry(sdata, section)
+        spots = selection(data_dir, section.name)
+        np.testing.assert_allclose(radius, 50.0)
+        np.testing.assert_allclose(centers, spots[["pixel_x", "pixel_y"]].to_numpy() * section.mpp)
+        for axis, column in (("new_x", 0), ("new_y", 1)):
+            assert np.polyfit(spots[axis], centers[:, column], 1)[0] == pytest.approx(200, rel=0.01)
+    assert _her2st._mpp_of_array(data_dir / "her2st" / "ST-spotfiles" / "A1_selection.tsv") == pytest.approx(
+        0.917, rel=0.01
+    )

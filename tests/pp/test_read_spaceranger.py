@@ -550,7 +550,7 @@ def legacy(folder):
         return sc.read_visium(folder, library_id="lib")
 
 
-@pytest.mark.parametrize("kind", ["AnnData", "h5ad", "lowres only"])
+@pytest.mark.parametrize("kind", ["AnnData", "h5ad", "lowres only", "y before x"])
 def test_what_scanpy_reads_is_the_same_section(kind, scan, tmp_path):
     folder, image = scan
     factors = json.loads((folder / "spatial" / "scalefactors_json.json").read_text())
@@ -560,6 +560,9 @@ def test_what_scanpy_reads_is_the_same_section(kind, scan, tmp_path):
     table = legacy(folder)
     if kind == "lowres only":
         del table.uns["spatial"][next(iter(table.uns["spatial"]))]["images"]["hires"]
+    if kind == "y before x":
+        names = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+        table.obsm["spatial"] = pd.DataFrame(table.obsm["spatial"][:, ::-1], columns=names, index=table.obs_names)
     if kind == "h5ad":
         table.write_h5ad(tmp_path / "a.h5ad")
     found = si.pp.assemble_stack({"s": tmp_path / "a.h5ad" if kind == "h5ad" else table}, section_spacing=10)

@@ -28,8 +28,8 @@ class Promise:
 PROMISES = [
     Promise(
         "R1",
-        "Whatever is killed, interrupted or out of disk: a store shows a result whole or not at all, the same call ends "
-        "it, and nothing of yours is changed before. A dask worker that dies takes no result with it.",
+        "If a call is killed or interrupted, or the disk is full: a store shows the whole result or none of it, the same call "
+        "completes it, and your data are not changed. If a dask worker dies, no result is lost.",
         (
             "robustness/test_interruptions.py::test_dense_map_killed_at_any_instant_is_shown_whole_or_not_at_all",
             "robustness/test_interruptions.py::test_tiles_finished_before_a_kill_are_not_computed_again",
@@ -47,8 +47,8 @@ PROMISES = [
     ),
     Promise(
         "R2",
-        "No silent zeros: what was not predicted is NaN, a map says how many of its tiles were, and shapes without a "
-        "pixel are NaN and counted.",
+        "No silent zeros: values that were not predicted are NaN, a map states how many of its tiles were predicted, and shapes "
+        "without a pixel are NaN and counted.",
         (
             "robustness/test_same_anywhere.py::test_regions_without_a_pixel_are_nan_and_counted",
             "robustness/test_same_anywhere.py::test_a_map_says_how_much_of_it_was_predicted",
@@ -77,7 +77,7 @@ PROMISES = [
     ),
     Promise(
         "R4",
-        "Bad input gets a named error before any work; a loss that is not finite stops the training.",
+        "Bad input raises a named error before any work; a loss that is not finite stops the training.",
         (
             "robustness/test_bad_inputs.py::test_bad_input",
             "robustness/test_bad_inputs.py::test_cases_cover_every_public_function",
@@ -88,8 +88,8 @@ PROMISES = [
     ),
     Promise(
         "R5",
-        "The same seed gives the same bits; tiles and threads change at most the fifth digit; every result says where it "
-        "comes from, in plain JSON.",
+        "The same seed gives the same bits; tiles and threads change at most the fifth digit; every result stores its origin, in "
+        "plain JSON.",
         (
             "robustness/test_provenance.py::test_same_seed_gives_the_same_bits",
             "robustness/test_provenance.py::test_provenance_survives_every_store",
@@ -99,8 +99,8 @@ PROMISES = [
     ),
     Promise(
         "R6",
-        "In memory, backed by a store, read back, pickled, beside or on dask workers, in workers of a data loader: the "
-        "same bytes, and nothing hangs.",
+        "Results have the same bytes in memory, backed by a store, read back, pickled, with and on dask workers, and in workers "
+        "of a data loader; no call waits forever.",
         (
             "robustness/test_same_anywhere.py::test_a_stack_on_disk_or_from_another_process_gives_the_same_bytes",
             "robustness/test_same_anywhere.py::test_images_are_read_in_workers_of_a_data_loader",
@@ -113,8 +113,8 @@ PROMISES = [
     ),
     Promise(
         "R7",
-        "The package itself unpickles nothing, every download of its own has a hash, no name leads out of a store, and sizes are checked before memory "
-        "is taken.",
+        "The package unpickles nothing, each of its downloads has a hash, no name leads out of a store, and sizes are checked "
+        "before memory is used.",
         (
             "robustness/test_security.py::test_source_neither_unpickles_nor_unpacks_nor_starts_programs",
             "robustness/test_security.py::test_every_download_is_https_and_has_a_hash",
@@ -126,8 +126,8 @@ PROMISES = [
     ),
     Promise(
         "R8",
-        "Whatever is called or edited in whatever order: a result is that of the present data, or an error or a warning says "
-        "what it rests on. Two processes at one place store the result of one of them, and replace nothing that is yours.",
+        "After calls and edits in any order, a result belongs to the present data, or an error or a warning says on which data it "
+        "depends. If two processes write to one place, the result of one of them is stored, and none of your files is replaced.",
         (
             "robustness/test_state.py::test_sequence_of_calls_and_edits_gives_present_results_or_says_so",
             "robustness/test_state.py::test_what_was_not_edited_is_used_without_a_word",

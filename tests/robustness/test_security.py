@@ -17,8 +17,7 @@ from PIL import Image
 import spatial_impute as si
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.download import fetch
-from spatial_impute.datasets import _her2st
-from spatial_impute.datasets._her2st_files import SHA256
+from spatial_impute.datasets import _her2st, _olfactory_bulb
 from spatial_impute.encoders import _resnet, _tellez, _weights
 from spatial_impute.encoders._feature_cache import load_tokens
 
@@ -101,8 +100,9 @@ def test_every_download_is_https_and_has_a_hash():
         assert isinstance(file, _weights.WeightFile)
         assert file.url.startswith("https://")
         assert len(bytes.fromhex(file.sha256)) == 32
-    assert _her2st._BASE_URL.startswith("https://")
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in SHA256.values())
+    for data in (_her2st, _olfactory_bulb):
+        assert data._BASE_URL.startswith("https://")
+        assert all(len(bytes.fromhex(digest)) == 32 for digest in data.SHA256.values())
     # Nothing else downloads.
     users = {path.name for path in FILES if "import pooch" in path.read_text()}
     assert users == {"download.py", "_settings.py"}

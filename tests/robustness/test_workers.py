@@ -211,3 +211,20 @@ def test_what_only_the_dead_worker_had_is_sent_again(note):
 def test_errors_of_tasks_come_through(pair):
     with pytest.raises(ZeroDivisionError, match=r"modulo|division"):
         run_on_workers(pair, divmod, [(7, 2), (1, 0)])
+
+
+def test_workers_that_end_too_late_do_not_take_the_results_with_them(monkeypatch, caplog):
+    from distributed import LocalCluster
+
+    close = LocalCluster.close
+
+    def late(cluster, *args, **kwargs):
+        close(cluster, *args, **kwargs)
+        raise TimeoutError
+
+    monkeypatch.setattr(LocalCluster, "close", late)
+    monkeypatch.setattr("spatial_impute._settings.logger.propagate", True)
+    with local_workers(2):
+        found = sum(range(4))
+    assert found == 6
+    assert "The workers did not end in time; the results are complete" in caplog.text

@@ -69,6 +69,7 @@ _TAKES = {
 # Keys whose values are text, also where YAML would read a number, a date, or true and false.
 _TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
 _TEXT |= {"counts_layer", "image_key", "shapes_key", "table_key", "coordinate_system"}
+_SPOT_SIZES = (1.0, 1000.0)  # um; bins measure 2, spots of early arrays 200
 _MOST_NODES = 100_000  # of a file, with aliases written out
 
 
@@ -98,6 +99,14 @@ def _existing(path: Path) -> Path:
         msg = f"There is nothing at '{path}'."
         raise ValueError(msg)
     return path
+
+
+def _plausible(size: float) -> float:
+    low, high = _SPOT_SIZES
+    if not low <= size <= high:
+        msg = f"must be the size of spots in um, {low:g} to {high:g}, found {size:g}. Convert pixels and millimetres first."
+        raise ValueError(msg)
+    return size
 
 
 def _method(name: str) -> str:
@@ -148,6 +157,7 @@ Input = Annotated[Output, AfterValidator(_existing)]
 # Unlike settings of models, sizes of sections are not read from text.
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Length = Annotated[Float, Field(gt=0)]
+Distance = Annotated[Length, AfterValidator(_plausible)]  # diameter or pitch of spots
 
 
 @settings_class
@@ -163,8 +173,8 @@ class SectionConfig:
     bin_size: Length | None = None
     counts: Input | None = None
     counts_layer: Name | None = None
-    spot_diameter: Length | None = None
-    spot_pitch: Length | None = None
+    spot_diameter: Distance | None = None
+    spot_pitch: Distance | None = None
     image_key: Name | None = None
     shapes_key: Name | None = None
     table_key: Name | None = None

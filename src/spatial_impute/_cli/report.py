@@ -53,9 +53,9 @@ _WORDS = [
     "**Section**: one slice of the block. **Spot**: a round piece of a section, for which expression is given.",
     "**Imputed**: estimated, not measured. Framed sections in the maps were measured.",
     "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share of the "
-    "differences between spots that is predicted.",
+    "differences between spots that is explained.",
     "**Support**: how well a spot is linked to measured spots, from 0 to 1. It is the same for all genes.",
-    "**Simple method**: for example the value of the nearest measured spot. A model is worth its effort if it does better.",
+    "**Simple method**: for example, the value of the nearest measured spot. A model is useful if it does better.",
 ]
 
 
@@ -143,7 +143,7 @@ def _gene_blocks(table: AnnData, overview: Block | None) -> list[Block | None]:
         {
             "gene": found.index,
             "r on hidden spots": r.to_numpy(),
-            "differences predicted, %": [f"{100 * max(x, 0.0) ** 2:.0f}" if np.isfinite(x) else "" for x in r],
+            "differences explained, %": [f"{100 * max(x, 0.0) ** 2:.0f}" if np.isfinite(x) else "" for x in r],
             "believe the map": np.where(believed, "yes", "no"),
         }
     )

@@ -15,6 +15,7 @@ from spatial_impute._cli.config import ConfigError, in_words_of_file
 from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
+from spatial_impute._geometry import xy_of
 from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -288,7 +289,7 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
         raise ConfigError(msg)
     table = _of_layer(table, section.counts_layer, f"sections.{name}")
-    centers = np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[:, :2]
+    centers = xy_of(table.obsm[Keys.SPATIAL])
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)
     if outside.any():

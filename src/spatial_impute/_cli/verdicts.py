@@ -35,16 +35,15 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
         found.append(_of_genes(table))
     if Keys.SUPPORT in table.obs:
         found += _of_support(table)
+    if scores is not None:
+        text = "All tests used spots of measured sections. No test shows how good the maps of the other sections are. Expect them to be worse."
+        found.append(Verdict(CARE, text))
     return [
         *found,
         Verdict(
             CARE,
-            "All tests used spots of measured sections. No test shows how right the other sections are: expect less there.",
-        ),
-        Verdict(
-            CARE,
-            "Imputed values are estimates and no measurements. They are smoother, and neighboring spots share their "
-            "information, so do not test them for differential expression as if they were measured.",
+            "Imputed values are estimates, not measurements. They are smoother, and neighboring spots are not independent. So do not "
+            "test them for differential expression as if they were measured.",
         ),
     ]
 
@@ -73,7 +72,7 @@ def _of_positions(sdata: SpatialData) -> list[Verdict]:
 def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
     """Verdict on the model beside the best simple method."""
     if scores is None:
-        text = "Nothing was held out (`cross_validate: false`), so this run cannot tell how good its result is."
+        text = "Nothing was held out (`cross_validate: false`), so this run does not show how good its result is."
         return [Verdict(CARE, text)]
     if Keys.ASIGN not in scores.index or len(scores) < 2:
         return []
@@ -87,11 +86,11 @@ def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
     low, high = scores.loc[row].reindex(columns)
     interval = "" if pd.isna(low) else f", 95 % interval {low:+.3f} to {high:+.3f}"
     if (margin if pd.isna(low) else low) > 0:
-        text = f"The model predicts spots that it has not seen better than the best simple method, {best} (r {margin:+.3f}{interval})."
+        text = f"On hidden spots, the model is better than the best simple method, {best} (r {margin:+.3f}{interval})."
         return [Verdict(GOOD, text)]
     text = (
-        f"The model is not shown to be better than the simple method {best} (r {margin:+.3f}{interval}). Its maps are about "
-        f"as good as those of {best}."
+        f"This run does not show that the model is better than the simple method {best} (r {margin:+.3f}{interval}). Its maps are "
+        f"about as good as those of {best}."
     )
     return [Verdict(CARE, text)]
 
@@ -114,7 +113,7 @@ def _of_support(table: AnnData) -> list[Verdict]:
         return [Verdict(GOOD, "Every spot has measured spots nearby, in its own section or in another one.")]
     where = table.obs[Keys.SECTION][without].value_counts()
     listed = ", ".join(f"{name} {n}" for name, n in where[where > 0].items())
-    text = f"{int(without.sum())} spots have no measured spot nearby and rest on the image alone (support 0): {listed}."
+    text = f"{int(without.sum())} spots have no measured spot nearby. Their values come from the image alone (support 0): {listed}."
     return [Verdict(CARE, text)]
 
 

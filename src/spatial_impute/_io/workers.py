@@ -175,5 +175,22 @@ def local_workers(n_workers: int | None = None, device: str | None = None) -> It
     keys = {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in keep_memory.items()}
     one: dict[str, Any] = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
     one["silence_logs"] = logging.ERROR  # workers that end late are not the user's concern
-    with dask.config.set(keys), LocalCluster(n_workers=n_workers, **one) as cluster, Client(cluster):
-        yield
+    with dask.config.set(keys):
+        cluster = LocalCluster(n_workers=n_workers, **one)
+        client = None
+        try:
+            client = Client(cluster)
+            yield
+        finally:
+            for part in (client, cluster):
+                _close(part)
+
+
+def _close(part: Any) -> None:
+    """Close a client or a cluster; what ends too late on a busy machine must not take the results of the block with it."""
+    if part is None:
+        return
+    try:
+        part.close()
+    except TimeoutError:
+        logger.warning("The workers did not end in time; the results are complete")

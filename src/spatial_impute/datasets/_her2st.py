@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -21,7 +22,6 @@ from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -57,7 +57,7 @@ def her2st(
     measured: Sequence[str] | None = ...,
     section_spacing: float = ...,
     n_top_genes: int | None = ...,
-    images: bool = ...,
+    images: bool | str | Path = ...,
     truth: Literal[False] = ...,
 ) -> SpatialData: ...
 
@@ -69,7 +69,7 @@ def her2st(
     measured: Sequence[str] | None = ...,
     section_spacing: float = ...,
     n_top_genes: int | None = ...,
-    images: bool = ...,
+    images: bool | str | Path = ...,
     truth: Literal[True],
 ) -> tuple[SpatialData, AnnData]: ...
 
@@ -80,7 +80,7 @@ def her2st(
     measured: Sequence[str] | None = None,
     section_spacing: float = 16.0,
     n_top_genes: int | None = 250,
-    images: bool = True,
+    images: bool | str | Path = True,
     truth: bool = False,
 ) -> SpatialData | tuple[SpatialData, AnnData]:
     """Three to six serial sections of a HER2-positive breast tumour :cite:p:`Andersson2021` as a stack.
@@ -91,7 +91,7 @@ def her2st(
     Parameters
     ----------
     patient
-        ``"A"`` to ``"H"``. The H&E images of ``"C"`` are used (C2 to C6); for the others pass ``images=False``.
+        ``"A"`` to ``"H"``. The H&E images of ``"C"`` (C2 to C6) are downloaded; for the others see `images`.
     measured
         Sections whose expression is in the stack; by default C4 with images, and the first section without.
     section_spacing
@@ -101,8 +101,10 @@ def her2st(
         Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
         ``None`` selects no genes.
     images
-        False: all sections of the patient without their H&E. Tissue is drawn where spots are, so that sections can be
-        registered by their shape. Such images say nothing of expression: use methods without features.
+        A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``), which you
+        have downloaded yourself. Sections without an image are left out. False: all sections of the patient without their
+        H&E. Tissue is drawn where spots are, so that sections can be registered by their shape. Such images do not show
+        expression: use methods without features.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 
@@ -117,6 +119,8 @@ def her2st(
         For unknown patients, patients without images, or an empty `measured`.
     KeyError
         For sections that do not exist.
+    FileNotFoundError
+        If the folder of images has none of the patient.
 
     Examples
     --------
@@ -126,7 +130,7 @@ def her2st(
     """
     paths = _image_files(patient, images=images)
     if measured is None:
-        measured = ["C4" if images else next(iter(paths))]
+        measured = ["C4" if images is True else next(iter(paths))]
     measured = name_list(measured, name="measured")
     if not measured:
         msg = f"`measured` is empty; name at least one of {sorted(paths)}."
@@ -136,13 +140,16 @@ def her2st(
     section_spacing = require_positive(section_spacing, name="section_spacing", unit="um")
 
     files = {name: _fetch_section(name, image) for name, image in paths.items()}
-    counts = {name: _read_counts(files[name]["counts"]) for name in paths if truth or name in measured}
-    make = _section if images else _drawn_section
-    sdata = assemble_stack(
-        {name: make(name, files[name], counts[name] if name in measured else None) for name in paths},
-        mpp=_MPP if images else _DRAWN_MPP,
-        section_spacing=section_spacing,
-    )
+    counts = {name: read_counts(files[name]["counts"]) for name in paths if truth or name in measured}
+    sections, mpp = {}, {}
+    for name in paths:
+        table = counts[name].copy() if name in measured else None
+        if images is False:
+            mpp[name], sections[name] = _DRAWN_MPP, _drawn_section(name, files[name], table)
+        else:
+            mpp[name] = _MPP if images is True else _mpp_of_array(files[name]["spots"])
+            sections[name] = _section(name, files[name], table, mpp[name])
+    sdata = assemble_stack(sections, mpp=mpp, section_spacing=section_spacing)
     if n_top_genes is not None:
         select_genes(sdata, n_top_genes=n_top_genes)
     return (sdata, truth_table(counts, join="outer")) if truth else sdata
@@ -162,31 +169,47 @@ def truth_table(counts: Mapping[str, AnnData], **options: Any) -> AnnData:
     )  # a gene that a section does not list was not seen there
 
 
-def _image_files(patient: str, *, images: bool) -> dict[str, str | None]:
-    """Image file of each section of a patient; None without images."""
+def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str | Path | None]:
+    """Image file of each section of a patient, a name below the folder of downloads or a path; None without images."""
     require_one_of(patient, _N_SECTIONS, name="patient")
+    sections = [f"{patient}{k + 1}" for k in range(_N_SECTIONS[patient])]
+    if not isinstance(images, bool):
+        folder = Path(images).expanduser()
+        found = {name: next(iter(sorted((folder / patient / name).glob("*.jpg"))), None) for name in sections}
+        if not any(found.values()):
+            msg = f"'{folder}' has no image of patient {patient!r}: expected '{patient}/{sections[0]}/*.jpg' and so on in it."
+            raise FileNotFoundError(msg)
+        return {name: path for name, path in found.items() if path is not None}
     if not images:
-        return {f"{patient}{k + 1}": None for k in range(_N_SECTIONS[patient])}
+        return dict.fromkeys(sections)
     if patient not in _IMAGES:
         msg = (
-            f"The images of patient {patient!r} are not provided, only those of {sorted(_IMAGES)}. Pass `images=False`."
+            f"The images of patient {patient!r} are not downloaded, only those of {sorted(_IMAGES)}. Pass `images=False`, or the "
+            "folder 'ST-imgs' of the repository of the study: `images='her2st/data/ST-imgs'`."
         )
         raise ValueError(msg)
     return dict(_IMAGES[patient])
 
 
-def _fetch_section(name: str, image: str | None) -> dict[str, Path]:
-    """Paths of the files of a section in the cache; missing ones are downloaded."""
+def _mpp_of_array(path: Path) -> float:
+    """Um per pixel of an image, from its spots, which lie 200 um apart on the array."""
+    spots = pd.read_csv(path, sep="\t")
+    return _PITCH / float(np.mean([np.polyfit(spots[f"new_{axis}"], spots[f"pixel_{axis}"], 1)[0] for axis in "xy"]))
+
+
+def _fetch_section(name: str, image: str | Path | None) -> dict[str, Path]:
+    """Paths of the files of a section: in the cache, where missing ones are downloaded, and of an image that the user has."""
     wanted = {"counts": f"ST-cnts/{name}.tsv.gz", "spots": f"ST-spotfiles/{name}_selection.tsv"}
-    if image is not None:
+    if isinstance(image, str):
         wanted["image"] = image
     urls = {file: _BASE_URL + file for file in SHA256}
-    return {
+    found = {
         kind: fetch(file, folder=settings.data_dir / _FOLDER, sha256=SHA256, urls=urls) for kind, file in wanted.items()
     }
+    return found | ({"image": image} if isinstance(image, Path) else {})
 
 
-def _read_counts(path: Path) -> AnnData:
+def read_counts(path: Path) -> AnnData:
     """Counts of one section: rows are spots "XxY", columns genes."""
     from anndata import AnnData
 
@@ -198,20 +221,21 @@ def _read_counts(path: Path) -> AnnData:
     )
 
 
-def _spot_ids(spots: pd.DataFrame) -> list[str]:
+def array_ids(spots: pd.DataFrame) -> list[str]:
+    """Names of spots by their place on the array, "XxY"."""
     return list(spots["x"].astype(str) + "x" + spots["y"].astype(str))
 
 
-def _section(name: str, files: dict[str, Path], counts: AnnData | None) -> SpatialData:
+def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: float) -> SpatialData:
     """Image, spots and counts of one section."""
     spots = pd.read_csv(files["spots"], sep="\t")
     return section_object(
         name,
         image_element(open_image(files["image"]).levels, "global", 1.0),
         centers=spots[["pixel_x", "pixel_y"]].to_numpy(float),
-        radius=_SPOT_DIAMETER / 2 / _MPP,
-        ids=_spot_ids(spots),
-        table=None if counts is None else counts.copy(),
+        radius=_SPOT_DIAMETER / 2 / mpp,
+        ids=array_ids(spots),
+        table=counts,
     )
 
 
@@ -232,6 +256,6 @@ def _drawn_section(name: str, files: dict[str, Path], counts: AnnData | None) ->
         image_element([da.from_array(pixels)], "global", 1.0),
         centers=centers,
         radius=_SPOT_DIAMETER / 2 / _DRAWN_MPP,
-        ids=_spot_ids(spots),
-        table=None if counts is None else counts.copy(),
+        ids=array_ids(spots),
+        table=counts,
     )

@@ -23,13 +23,14 @@ def predictability(
 ) -> pd.DataFrame:
     """Agreement of each gene between similar measured spots: a quick look before fitting.
 
-    If spots that look alike also express a gene alike, the image can predict the gene; if spots side by side do, the place
-    can. This asks for nothing but the nearest neighbors of each measured spot within its section, and takes about a second. The
-    idea is that of the expression predictability score of Expression Copilot; the score here is another one.
+    If spots with a similar image also have similar expression of a gene, the image can predict the gene. If neighboring spots
+    have similar expression, the position can predict it. This function only compares each measured spot with its nearest
+    neighbors in the same section, and takes about a second. The idea is that of the expression predictability score (EPS) of
+    Expression Copilot, but the score is computed differently.
 
     It is optimistic, because the neighbors of a spot are known here and not on another section. ``var["imputation_r"]``, which
-    :func:`~spatial_impute.tl.impute_3d` writes, comes from held-out blocks, and orders genes better. Use this one to choose
-    genes and encoders before a long fit.
+    :func:`~spatial_impute.tl.impute_3d` writes, comes from held-out blocks, and ranks genes better. Use this
+    function to choose genes and encoders before a long fit.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, xy_of
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_finite, require_key
@@ -112,7 +112,7 @@ def _tiles(
         values, pixels = _from_slide(given, features_key, where)
     elif hasattr(given, "obsm"):
         require_key(spatial_key, given.obsm, where=f"{where}.obsm", then="Name it with `spatial_key=`.")
-        values, pixels = _dense(given.X), np.asarray(given.obsm[spatial_key], dtype=float)[:, :2]
+        values, pixels = _dense(given.X), xy_of(given.obsm[spatial_key])
     else:
         values, pixels = np.asarray(given, dtype=np.float64), None
     if values.ndim != 2 or 0 in values.shape or (pixels is None and len(values) != len(centers)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import lattice_of, linear_scale, scaling
+from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
@@ -129,10 +129,11 @@ def read_legacy(
         )
         raise ValueError(msg)
     library = next(iter(libraries.values()))
+    xy = xy_of(centers)
     positions = table.obs[COLUMNS[2:4]].assign(
         in_tissue=table.obs.get("in_tissue", 1),
-        pxl_row_in_fullres=np.asarray(centers)[:, 1],
-        pxl_col_in_fullres=np.asarray(centers)[:, 0],
+        pxl_row_in_fullres=xy[:, 1],
+        pxl_col_in_fullres=xy[:, 0],
     )
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]

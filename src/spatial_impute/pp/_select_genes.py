@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id
+from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id, require_amounts
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import counts_state, load_record, stack_table
@@ -217,6 +217,7 @@ def _require_finite_values(given: _Counts) -> None:
         msg = f"`{given.where}` is empty; name the layer that holds the counts with `layer=`, one of {layers}."
         raise ValueError(msg)
     _warn_of_other_features(table, given.name)
+    require_amounts(given.stored, where=given.where)
     if not np.isfinite(given.stored).all():
         bad = given.spots(~np.isfinite(np.asarray(abs(given.matrix).sum(axis=1)).ravel()))
         msg = (

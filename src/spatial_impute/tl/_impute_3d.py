@@ -112,7 +112,7 @@ def impute_3d(
     `.obs['imputation_depth']` : (``float32``)
         Total counts of the measurement that ``asign_sd`` describes; NaN if ``obs['total_counts']`` is not known.
     `.obs['imputation_support']` : (``float32``)
-        0-1: share of the measurement that reaches the spot over the 3D graph. 1 at spots that keep their measurement, 0 at
+        0-1: how well the 3D graph links the spot to measured spots. 1 at spots that keep their measurement, 0 at
         spots without a path to a measured one.
     `.obs['imputation_source']` : :class:`~pandas.Categorical`
         Source of the values: ``"measured"``; ``"labels and image"`` if the graph links the spot to measured

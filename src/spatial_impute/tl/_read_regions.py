@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._expression import looks_like_counts
+from spatial_impute._expression import looks_like_counts, require_amounts
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
@@ -297,6 +297,7 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     from spatial_impute._expression import log_normalize
 
     data = values.data if sparse.issparse(values) else np.asarray(values)
+    require_amounts(data, where=where)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:

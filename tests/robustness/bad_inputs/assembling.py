@@ -472,6 +472,13 @@ GENES = [
     refuses("pp.select_genes", "fractions", ValueError, "must hold raw counts", lambda w: select(_with(1, 0.5))),
     refuses(
         "pp.select_genes",
+        "a table of True and False",
+        ValueError,
+        "say if a gene was seen and not how often",
+        lambda w: select(np.ones((4, 3), dtype=bool)),
+    ),
+    refuses(
+        "pp.select_genes",
         "a spot without a count",
         ValueError,
         "without a single count, the first is 'b'",

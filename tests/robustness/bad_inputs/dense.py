@@ -103,6 +103,11 @@ def _without_x(counts):
     return counts
 
 
+def _only_seen(counts):
+    counts.X = counts.X > 0
+    return counts
+
+
 def _one_gene_twice(counts):
     counts.var_names = [counts.var_names[0], *counts.var_names[:-1]]
     return counts
@@ -161,6 +166,14 @@ PIXNET = [
         ValueError,
         "None of the 34 shapes of `sdata.shapes['s0_spots']` was measured",
         lambda w: fit(w, image_key="s0_image", shapes_key="s0_spots"),
+    ),
+    refuses(
+        "tl.fit_pixnet",
+        "a table of True and False",
+        ValueError,
+        "say if a gene was seen and not how often",
+        lambda w: fit(w, table_key="s1_counts"),
+        change=_counts(_only_seen),
     ),
     refuses("tl.fit_pixnet", "raw counts", ValueError, "holds raw counts", lambda w: fit(w, table_key="s1_counts")),
     refuses(
@@ -501,6 +514,28 @@ DATASETS = [
         ConnectionError,
         "Check the connection",
         lambda w: si.datasets.her2st(),
+        change=_offline,
+    ),
+    refuses(
+        "datasets.olfactory_bulb",
+        "nothing measured",
+        ValueError,
+        "`measured` is empty",
+        lambda w: si.datasets.olfactory_bulb(measured=[]),
+    ),
+    refuses(
+        "datasets.olfactory_bulb",
+        "an unknown section",
+        KeyError,
+        "not found in `sections of the olfactory bulb`",
+        lambda w: si.datasets.olfactory_bulb(measured=["MOB5"]),
+    ),
+    refuses(
+        "datasets.olfactory_bulb",
+        "a folder without the files, and no network",
+        ConnectionError,
+        "or put the file (sha256",
+        lambda w: si.datasets.olfactory_bulb(),
         change=_offline,
     ),
     refuses(
