@@ -185,6 +185,14 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
     np.testing.assert_allclose(entry.base, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_without_held_out_regions_the_model_is_the_base(small_prepared, octaves, pixnet_params, monkeypatch):
+    from spatial_impute.models.pixnet import _fit
+
+    monkeypatch.setattr(_fit, "held_out_blocks", lambda slides, *_: [np.zeros(len(s.regions), bool) for s in slides])
+    model, base = (fit(small_prepared, octaves, pixnet_params | n) for n in ({}, {"n_steps": 0}))
+    assert model.identity == base.identity
+
+
 def test_the_published_network_trains_its_encoder(small_prepared):
     """Its settings, on few and small crops and with a narrow decoder: ResNet-18 with random weights, no base."""
     encoder = build_resnet("resnet18")

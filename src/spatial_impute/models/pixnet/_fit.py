@@ -69,6 +69,8 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     training = [s.take(~rows) for s, rows in zip(slides, held_out, strict=True)]
     training = [s for s in training if len(s.regions)]
     watched = [s.take(rows) for s, rows in zip(slides, held_out, strict=True) if rows.any()]
+    if base is not None and not watched:  # nothing can show that a decoder helps
+        settings = replace(settings, params=replace(params, n_steps=0))
     r, weights = np.full(len(var_names), np.nan), None
     with suitable_threads(params.n_crops * (params.crop // network.stride) ** 2, params.width):
         history, best = train(network, training, watched, settings, on_step)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_WINDOWS = 48  # more would take longer than the steps between two checks
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
-_N_FOLDS = 10  # of the blocks; the weights of base and decoder in a fold come from the others
+_N_FOLDS = 12  # of the blocks, which are six per slide; the weights of base and decoder in a fold come from the others
 _SMALLEST_VARIANCE = 1e-8
 
 
