@@ -13,7 +13,6 @@ Each line gives r per gene against the noise-free values on a slide that no trai
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 
@@ -122,33 +121,21 @@ def control_slide(diameters: tuple[float, ...], *, seed: int, side: int, n_most:
     return sdata
 
 
-def fit(
-    slides: list[SpatialData], keys: list[str], options: argparse.Namespace, **kwargs: object
-) -> si.models.PixNetModel:
-    """Fit to all slides at all sizes."""
+def fit(slides: list[SpatialData], keys: list[str], options: argparse.Namespace) -> si.models.PixNetModel:
+    """Fit to all slides at all sizes; ``model.without_training`` is the base alone."""
     pairs = [(slide, key) for slide in slides for key in keys]
-    start = time.process_time()
-    model = si.tl.fit_pixnet(
-        [slide for slide, _ in pairs],
-        "he",
-        [key for _, key in pairs],
-        table_key=[f"{key}_table" for _, key in pairs],
-        encoder=options.encoder,
-        model_params=options.params,
-        seed=options.seed,
+    arguments = ([slide for slide, _ in pairs], "he", [key for _, key in pairs])
+    settings = {
+        "table_key": [f"{key}_table" for _, key in pairs],
+        "encoder": options.encoder,
+        "seed": options.seed,
         **FRAME,
-        **kwargs,
-    )
+    }
+    start = time.process_time()
+    model = si.tl.fit_pixnet(*arguments, model_params=options.params, **settings)
     model.seconds = time.process_time() - start
+    model.without_training = si.tl.fit_pixnet(*arguments, model_params=options.params | {"n_steps": 0}, **settings)
     return model
-
-
-def without_decoder(model: si.models.PixNetModel) -> si.models.PixNetModel:
-    """The base of a model."""
-    base = copy.copy(model)
-    base.network = copy.deepcopy(model.network)
-    base.network.head.weight[:, base.network.n_base :] = 0
-    return base
 
 
 def scores(model: si.models.PixNetModel, slide: SpatialData, key: str) -> pd.Series:
@@ -165,7 +152,7 @@ def kept_step(model: si.models.PixNetModel) -> int:
 
 def beside_base(model: si.models.PixNetModel, slide: SpatialData, key: str) -> pd.DataFrame:
     """Scores of a model and of its base."""
-    return pd.DataFrame({"base": scores(without_decoder(model), slide, key), "pixnet": scores(model, slide, key)})
+    return pd.DataFrame({"base": scores(model.without_training, slide, key), "pixnet": scores(model, slide, key)})
 
 
 def slides_of(options: argparse.Namespace, diameters: tuple[float, ...], **kwargs: int) -> list[SpatialData]:

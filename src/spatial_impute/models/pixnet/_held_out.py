@@ -112,11 +112,15 @@ class _Predictions:
         return result
 
     def blend(self, *parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n_genes, k) best weights of predictions in a sum, and this sum (n, n_genes) with the weights of other blocks."""
+        """(n_genes, k) best weights of predictions in a sum, and this sum (n, n_genes) with the weights of other blocks.
+
+        Of the predictions only the first one, the base, may be used alone: it has learned from all spots what is linear, and
+        few held-out blocks would drop it for a decoder that is better on average over the genes.
+        """
         fold = self.place.groupby(["slide", "block"]).ngroup().to_numpy() % _N_FOLDS
         if not fold.any():  # a single block cannot choose weights for another one: the first prediction alone
             return np.eye(len(parts))[np.zeros(self.true.shape[1], int)], parts[0]
-        return blend_weights(np.stack(parts), self.true, fold, 1 / self.variance)
+        return blend_weights(np.stack(parts), self.true, fold, 1 / self.variance, alone=[0])
 
 
 def evaluate(
