@@ -27,9 +27,10 @@ from spatial_impute.models.pixnet._crops import (
 )
 from spatial_impute.models.pixnet._fit import LinearBase
 from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, is_confirmed
+from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
-from spatial_impute.models.pixnet._training import RegionLoss, history_row
+from spatial_impute.models.pixnet._training import history_row
 
 WHITE = Stain((255.0, 255.0, 255.0))
 CROP = CropSettings(256, 8, margin=8, max_regions=999)

@@ -15,10 +15,11 @@ from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._held_out import Evaluation, evaluate
+from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._slide import Slide, Tiling
 from spatial_impute.models.pixnet._tiles import read_regions
-from spatial_impute.models.pixnet._training import FitSettings, RegionLoss, crop_settings, held_out_crops, train
+from spatial_impute.models.pixnet._training import FitSettings, crop_settings, held_out_crops, train
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide
+    from spatial_impute.models.pixnet._loss import RegionLoss
     from spatial_impute.models.pixnet._network import PixNetNetwork
-    from spatial_impute.models.pixnet._training import RegionLoss
 
 _MAX_WINDOWS = 48  # more would take longer than the steps between two checks
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often

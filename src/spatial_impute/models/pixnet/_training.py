@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 from spatial_impute.models._processes import mean_gradient, of_first_process
 from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
-from spatial_impute.models.asign._training import correlation_loss
 from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
 from spatial_impute.models.pixnet._held_out import Evaluation, HeldOutCrop, cut_windows, evaluate, is_confirmed
+from spatial_impute.models.pixnet._loss import RegionLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _CHECKPOINT = "state.safetensors"
-_SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
 _WARM_UP = 0.1  # share of the steps in which the step size rises
 
 
@@ -44,42 +43,6 @@ class FitSettings:
     precision: str = "float32"  # Of encoder and decoder
     checkpoint: Path | None = None  # Directory for the state of the training
     fingerprint: dict[str, Any] = field(default_factory=dict)  # Content that a checkpoint must have been made from
-
-
-class RegionLoss(nn.Module):
-    """Loss of predicted regions (n, n_genes): ``"mse+pcc"`` (squared error and correlation), ``"poisson"``, or ``"nb"``.
-
-    For counts `predicted` is the expected count; the negative binomial learns a dispersion for each gene.
-    """
-
-    def __init__(self, kind: str, n_genes: int, correlation_weight: float) -> None:
-        super().__init__()
-        self.kind, self.correlation_weight = kind, correlation_weight
-        self.log_dispersion = nn.Parameter(torch.zeros(n_genes)) if kind == "nb" else None
-
-    def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Mean over regions and genes."""
-        value = self.per_region(predicted, true).mean()
-        if self.kind == "mse+pcc":
-            value = value + self.correlation_weight * correlation_loss(predicted, true)
-        return value
-
-    def per_region(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """(n,) squared error, or negative log-likelihood of counts: mean over genes."""
-        if self.kind == "mse+pcc":
-            return (predicted - true).square().mean(dim=1)
-        rate = predicted.clamp_min(_SMALLEST_RATE)
-        if self.log_dispersion is None:
-            return (rate - true * rate.log()).mean(dim=1)
-        total = self.log_dispersion.exp()  # number of failures r: variance is rate + rate^2 / r
-        likelihood = (
-            torch.lgamma(true + total)
-            - torch.lgamma(total)
-            - torch.lgamma(true + 1)
-            + total * (total.log() - (total + rate).log())
-            + true * (rate.log() - (total + rate).log())
-        )
-        return -likelihood.mean(dim=1)
 
 
 @dataclass
