@@ -164,10 +164,10 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
     seen = {}
     evaluate = _training.evaluate
 
-    def spy(network, windows, loss, device):
+    def spy(network, windows, *args, **kwargs):
         seen.setdefault("network", copy.deepcopy(network))
         seen.setdefault("windows", windows)
-        return evaluate(network, windows, loss, device)
+        return evaluate(network, windows, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_training, "evaluate", spy)
@@ -181,8 +181,16 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
         grid = CellGrid(network.stride, genes.shape[1], genes.shape[2])
         box = Box(0, height, 0, width)
         sums, n_pixels = bag(genes, entry.regions, box, grid, box)
-        expected = (sums / n_pixels[:, None] - network.head.bias).numpy()
+        expected = (sums / n_pixels[:, None]).numpy()
     np.testing.assert_allclose(entry.base, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_held_out_regions_the_model_is_the_base(small_prepared, octaves, pixnet_params, monkeypatch):
+    from spatial_impute.models.pixnet import _fit
+
+    monkeypatch.setattr(_fit, "held_out_blocks", lambda slides, *_: [np.zeros(len(s.regions), bool) for s in slides])
+    model, base = (fit(small_prepared, octaves, pixnet_params | n) for n in ({}, {"n_steps": 0}))
+    assert model.identity == base.identity
 
 
 def test_the_published_network_trains_its_encoder(small_prepared):

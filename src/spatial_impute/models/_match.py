@@ -56,7 +56,7 @@ def match_sections(spots: Spots) -> Match:
     if n_blocks < _LEAST_BLOCKS:
         msg = (
             f"The measured sections share only {len(places)} places ({n_blocks} blocks of {_BLOCK:g} spot spacings, at least "
-            f"{_LEAST_BLOCKS} are needed), so their offsets cannot be told from differences of the tissue."
+            f"{_LEAST_BLOCKS} are needed), so their offsets cannot be distinguished from differences of the tissue."
         )
         raise ValueError(msg)
     fields = [

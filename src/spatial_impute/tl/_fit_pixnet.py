@@ -64,8 +64,9 @@ def fit_pixnet(
 
     An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the mean
     (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts spots of
-    any size. The network starts from ridge regression on the feature maps. Training is kept only if held-out
-    blocks of the training slides confirm that it helps. Expression of unmeasured spots is never read.
+    any size. The map of each gene is a weighted sum of ridge regression on the feature maps and of the trained decoder;
+    held-out blocks of the training slides give the weights. The decoder is used only if these blocks confirm that it helps.
+    Expression of unmeasured spots is never read.
 
     Parameters
     ----------

@@ -92,6 +92,21 @@ def test_weights_are_those_of_non_negative_least_squares(case):
             np.testing.assert_allclose(found, best, rtol=1e-5, atol=1e-6 * np.abs(best).max())
 
 
+def test_only_named_predictions_are_used_alone():
+    """A slope that differs by fold makes the blend worse than its best part."""
+    rng = np.random.default_rng(0)
+    folds = np.repeat(np.arange(4), 6)
+    good = rng.normal(size=(24, 5))
+    truth = good * np.array([0.5, 1.5, 0.6, 1.4])[folds][:, None]
+    predictions = np.stack([0.1 * rng.normal(size=good.shape), good])
+    weights, blended = blend_weights(predictions, truth, folds)
+    np.testing.assert_array_equal(weights, np.tile([0.0, 1.0], (5, 1)))
+    np.testing.assert_array_equal(blended, good)
+    weights, other = blend_weights(predictions, truth, folds, alone=[0])
+    assert weights[:, 1].min() > 0.5
+    assert np.abs(other - good).max() > 0.1
+
+
 def test_blend_gives_no_weight_to_rounding(data):
     predictions, truth, folds = data
     weights, _ = blend_weights(np.concatenate([predictions, 1e-6 * truth[None]]), truth, folds)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -23,9 +25,12 @@ from spatial_impute.models.pixnet._crops import (
     make_crop,
     random_crop,
 )
+from spatial_impute.models.pixnet._fit import LinearBase
+from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, is_confirmed
+from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
-from spatial_impute.models.pixnet._training import Evaluation, RegionLoss, history_row, is_confirmed
+from spatial_impute.models.pixnet._training import history_row
 
 WHITE = Stain((255.0, 255.0, 255.0))
 CROP = CropSettings(256, 8, margin=8, max_regions=999)
@@ -222,6 +227,53 @@ def test_network_computes_its_base():
         found = network.genes(network.features(rgb))[0].flatten(1).T
         levels = network.levels(network.encode(rgb))[0].flatten(1).T.numpy()
     np.testing.assert_allclose(found, base.predict(levels), rtol=1e-8, atol=1e-8)
+
+
+def test_result_is_the_weighted_sum_of_base_and_decoder():
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
+
+    torch.manual_seed(0)
+    network = (
+        PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=3, width=4, n_base=5, norm="layer").double().eval()
+    )
+    nn.init.normal_(network.head.weight)
+    nn.init.normal_(network.head.bias)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 6))
+    data = BaseData(x, x @ rng.normal(size=(6, 3)) + rng.normal(size=(50, 3)), np.zeros(50), np.arange(50) // 5)
+    fitted = _base.fit_base(data, n_components=5)
+    rgb = torch.rand(1, 3, 16, 16, dtype=torch.float64) * 255
+    with torch.inference_mode():
+        maps = network.encode(rgb)
+        decoded = network.from_decoded(network.decode(maps)[0].flatten(1).T).numpy()
+        of_base = fitted.predict(network.levels(maps)[0].flatten(1).T.numpy())
+        settings = SimpleNamespace(seed=0)
+        weights = np.array([[1.0, 0.0], [0.2, 1.1], [0.0, 0.7]])
+        LinearBase(fitted, data, np.zeros(6), []).finish(network, weights, settings)
+        found = network.genes(network.features(rgb))[0].flatten(1).T
+        np.testing.assert_allclose(found, of_base * weights[:, 0] + decoded * weights[:, 1], rtol=1e-8, atol=1e-8)
+        LinearBase(fitted, data, np.zeros(6), []).finish(network, None, settings)
+        found = network.genes(network.features(rgb))[0].flatten(1).T
+    np.testing.assert_allclose(found, of_base, rtol=1e-8, atol=1e-8)
+
+
+def test_each_gene_takes_what_predicts_it():
+    """Where the base is noise it has no weight, although it has one for other genes."""
+    rng = np.random.default_rng(0)
+    true, noise = rng.normal(size=(400, 6)), 0.5 * rng.normal(size=(2, 400, 6))
+    base = np.where(np.arange(6) < 3, true, 0) + noise[0]
+    decoded = np.where(np.arange(6) < 3, 0, true) + noise[1]
+    place = pd.DataFrame({"slide": 0, "size": 400, "block": np.arange(400) // 40})
+    weights, blended = _Predictions(decoded, base, true, place).blend(base, decoded)
+    assert weights[:3, 0].min() > 0.6 > 0.2 > weights[3:, 0].max()
+    assert weights[3:, 1].min() > 0.6 > 0.2 > weights[:3, 1].max()
+    alone = [np.mean((part - true) ** 2) for part in (base, decoded)]
+    assert np.mean((blended - true) ** 2) < 0.4 * min(alone)
+    one = _Predictions(decoded, base, true, place.assign(block=0)).blend(base, decoded)
+    np.testing.assert_array_equal(one[0], np.tile([1.0, 0.0], (6, 1)))
+    assert one[1] is base
 
 
 def test_decoder_reads_maps_of_any_scale_alike():

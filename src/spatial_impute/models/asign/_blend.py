@@ -82,6 +82,8 @@ def blend_weights(
     folds: np.ndarray,
     spot_weights: np.ndarray | None = None,
     used: np.ndarray | None = None,
+    *,
+    alone: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Non-negative weights of several predictions for every gene, (g, k), and the blend with weights of the other folds.
 
@@ -97,6 +99,8 @@ def blend_weights(
         (n,) fold of each spot, and weight of its squared error (1 by default).
     used
         (folds + 1, k, g) False where a prediction gets no weight: in each fold, and in the weights from all folds.
+    alone
+        Positions of the predictions that may be used alone; all by default.
     """
     # A network that returned to the mean differs from it by rounding, which must not get a weight.
     predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)
@@ -123,10 +127,12 @@ def blend_weights(
 
     candidates = {strength: without_fold(strength) for strength in _STRENGTHS}
     strength = min(candidates, key=lambda s: error(candidates[s]))
-    alone = [error(np.broadcast_to(one, moment.shape)) for one in np.eye(len(predictions))]
-    best = int(np.argmin(alone))
-    if error(candidates[strength]) >= alone[best]:
-        return np.eye(len(predictions))[best] * allowed[-1], predictions[best]
+    single = np.eye(len(predictions))
+    allowed_alone = range(len(predictions)) if alone is None else alone
+    errors = {k: error(np.broadcast_to(single[k], moment.shape)) for k in allowed_alone}
+    best = min(errors, key=errors.__getitem__)
+    if error(candidates[strength]) >= errors[best]:
+        return single[best] * allowed[-1], predictions[best]
     blended = np.empty(truth.shape)
     for own, weights in zip(rows, candidates[strength], strict=True):
         blended[own] = np.einsum("kng,gk->ng", predictions[:, own], weights)

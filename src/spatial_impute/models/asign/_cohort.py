@@ -11,7 +11,7 @@ import torch
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
 from spatial_impute.models.asign._baselines import apply_linear, fit_ridge
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
-from spatial_impute.models.asign._ensemble import NetworkFit, TrainingSet
+from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
 from spatial_impute.models.asign._intervals import held_out_spread
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
-
-from spatial_impute.models.asign._ensemble import FitSettings
 
 _RIDGE = "ridge"
 

@@ -84,7 +84,7 @@ def fit_base(
     regions, they would enter the map at full strength, as noise.
 
     `extent` (n_features,) is how far each feature sees. Most features are means and spreads over wide windows. Where genes
-    depend on the nuclei of a place, they are noise that hides the few fine features; elsewhere they tell more than these.
+    depend on the nuclei of a place, they are noise that hides the few fine features; elsewhere they are more informative.
     Held-out blocks choose the power of the extent by which features are scaled down, if that is better by more than chance.
     """
     rng = np.random.default_rng(seed)

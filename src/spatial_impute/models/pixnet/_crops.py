@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, Stencil, build_stencil
@@ -33,7 +34,7 @@ class TrainingSlide:
     slide: int  # Number of the image; regions of several sizes may share one
     block: np.ndarray  # (n,) block of neighbouring regions, common to all sizes of regions on a slide
     base: np.ndarray | None = None
-    """(n, n_genes) prediction of the base on the whole slide, because its windows are larger than a crop."""
+    """(n, n_genes) prediction of the base, read on the whole slide because its windows are larger than a crop."""
 
     @property
     def area_um2(self) -> np.ndarray:
@@ -182,6 +183,29 @@ def cover(slide: TrainingSlide, size: int, margin: int) -> list[tuple[np.ndarray
         windows.append((np.array([x, first[1]]) - margin + size / 2, rows))
         left[rows] = False
     return windows
+
+
+def predict_crops(network: PixNetNetwork, maps: list[Tensor], crops: list[Crop]) -> Tensor:
+    """(n_regions, n_genes) prediction of the regions of some crops by the decoder, from the maps of the encoder."""
+    stencils = [crop.stencil for crop in crops]
+    grids = network.genes(network.combine(maps)) if network.rates else network.decode(maps)
+    n, c, height, width = grids.shape
+    table = grids.movedim(1, -1).reshape(n * height * width, c)
+    cells = np.concatenate([s.cells + k * height * width for k, s in enumerate(stencils)])
+    lengths = np.concatenate([np.diff(s.start) for s in stencils])
+    n_pixels = np.concatenate([s.n_pixels for s in stencils])
+    sums = F.embedding_bag(
+        torch.from_numpy(cells).to(table.device),
+        table,
+        torch.from_numpy(np.cumsum(lengths) - lengths).to(table.device),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(np.concatenate([s.weights for s in stencils])).to(table),
+    )
+    means = sums / torch.from_numpy(n_pixels).to(table)[:, None]
+    if network.rates:
+        areas = np.concatenate([crop.slide.area_um2[crop.rows] for crop in crops])
+        return means * torch.from_numpy(areas).to(table)[:, None]
+    return network.from_decoded(means)
 
 
 class CropSampler:

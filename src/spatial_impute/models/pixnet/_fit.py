@@ -1,4 +1,4 @@
-"""Fit of PixNet: the linear base in closed form, then the decoder by gradient steps."""
+"""Fit of PixNet: the linear base in closed form, the decoder by gradient steps, and the weights of both."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
+from spatial_impute.models.pixnet._held_out import Evaluation, evaluate
+from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._slide import Slide, Tiling
 from spatial_impute.models.pixnet._tiles import read_regions
-from spatial_impute.models.pixnet._training import FitSettings, RegionLoss, evaluate, held_out_crops, train
+from spatial_impute.models.pixnet._training import FitSettings, crop_settings, held_out_crops, train
 
 if TYPE_CHECKING:
     from spatial_impute.encoders._pyramids import Pyramid
@@ -68,23 +70,35 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     training = [s.take(~rows) for s, rows in zip(slides, held_out, strict=True)]
     training = [s for s in training if len(s.regions)]
     watched = [s.take(rows) for s, rows in zip(slides, held_out, strict=True) if rows.any()]
-    r = np.full(len(var_names), np.nan)
+    if base is not None and not watched:  # nothing can show that a decoder helps
+        settings = replace(settings, params=replace(params, n_steps=0))
+    r, weights = np.full(len(var_names), np.nan), None
     with suitable_threads(params.n_crops * (params.crop // network.stride) ** 2, params.width):
         history, best = train(network, training, watched, settings, on_step)
         network.load_state_dict(best)
         network.eval()
         if watched:
-            loss = RegionLoss(params.loss, len(var_names), params.correlation_weight).to(settings.device)
-            windows = held_out_crops(network, watched, replace(settings, seed=0))
-            r = evaluate(network, windows, loss, settings.device).r
+            kept = int(history.loc[history["kept"], "step"].iloc[0])
+            found = _evaluate(network, watched, settings, base_alone=base is not None and kept == 0)
+            r, weights = found.r, found.weights
     if base is not None:
-        base.refit(network, settings)
+        base.finish(network, weights, settings)
     if not counts:
         _fold_scale_into_head(network, centre, scale)
     network.requires_grad_(False)
     network.precision = "float32"  # of a prediction: its caller chooses
     penalty = float("nan") if base is None else base.fitted.choice.penalty
     return FittedPixNet(network, history, penalty, pd.Series(r, index=var_names))
+
+
+def _evaluate(
+    network: PixNetNetwork, watched: list[TrainingSlide], settings: FitSettings, *, base_alone: bool
+) -> Evaluation:
+    """Evaluate the final network on the held-out regions."""
+    loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
+    size = crop_settings(network, watched, settings.params)
+    windows = held_out_crops(network, watched, size, replace(settings, seed=0))
+    return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 
 def _standardise(slides: list[TrainingSlide], *, counts: bool) -> tuple[list[TrainingSlide], np.ndarray, np.ndarray]:
@@ -107,7 +121,7 @@ class LinearBase:
     fitted: Base
     data: BaseData  # All regions that were read, including held-out ones
     within: np.ndarray  # (n_features,) mean variance of the features over the cells of a region
-    slides: list[TrainingSlide]  # The slides with the prediction of the base
+    slides: list[TrainingSlide]  # The slides with the prediction of the base for held-out regions; NaN for the others
 
     @classmethod
     def fit(
@@ -151,29 +165,38 @@ class LinearBase:
         set_base(network, base)
         standardise_decoder(network, training.features, within)
         with_base = []
-        for slide, rows, part in zip(slides, read, parts, strict=True):
+        for slide, rows, part, out in zip(slides, read, parts, held_out, strict=True):
             if len(rows) == len(slide.regions):
-                components = base.components(part.features)
+                components = base.components(part.features[out])
             else:  # only a sample was read for the regression
-                components, _ = region_means(slide, network.base_features, network.n_base)
-            with_base.append(replace(slide, base=(components @ base.weights).astype(np.float32)))
+                components, _ = region_means(slide.take(out), network.base_features, network.n_base)
+            found = np.full(slide.expression.shape, np.nan, np.float32)
+            found[out] = components @ base.weights + base.intercept
+            with_base.append(replace(slide, base=found))
         return cls(base, data, within, with_base)
 
-    def refit(self, network: PixNetNetwork, settings: FitSettings) -> None:
-        """Fit the base to all regions with the same settings; the decoder does not change."""
-        base = self.fitted
+    def finish(self, network: PixNetNetwork, weights: np.ndarray | None, settings: FitSettings) -> None:
+        """Fit the base to all regions with the same settings, and write its weighted sum with the decoder into the head.
+
+        `weights` (n_genes, 2) are those of base and decoder; None is the base alone.
+        """
         full = fit_base(
             self.data,
             n_components=network.n_base,
             within=self.within,
             extent=network.extent,
-            choice=base.choice,
+            choice=self.fitted.choice,
             seed=settings.seed,
         )
-        bias = network.head_bias.detach().clone() - torch.from_numpy(base.intercept).to(network.head_bias)
+        if weights is None:
+            weights = np.tile([1.0, 0.0], (len(full.intercept), 1))
+        of_base, of_decoder = (torch.from_numpy(part.copy()).to(network.head.weight) for part in weights.T)
+        bias_of_decoder = network.head_bias.detach().clone()
         set_base(network, full)
         with torch.no_grad():
-            network.head_bias.add_(bias)
+            network.head.weight[:, : network.n_base].mul_(of_base[:, None, None, None])
+            network.head.weight[:, network.n_base :].mul_(of_decoder[:, None, None, None])
+            network.head_bias.mul_(of_base).add_(of_decoder * bias_of_decoder)
 
 
 def _fold_scale_into_head(network: PixNetNetwork, centre: np.ndarray, scale: np.ndarray) -> None:

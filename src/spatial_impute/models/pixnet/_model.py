@@ -61,8 +61,8 @@ class PixNetModel:
     """Genes."""
     history: pd.DataFrame = field(kw_only=True)
     """Loss, and error and mean correlation per gene on the held-out regions, by step; ``kept`` marks the step of the
-    model. Step 0 is the linear base alone. ``held_out_loss`` of log values is the squared error in units of their variance,
-    that of counts the loss."""
+    model. Step 0 is the linear base alone, later steps are the best weighted sum of base and decoder. ``held_out_loss`` of log
+    values is the squared error in units of their variance, that of counts the loss."""
     predictability: pd.Series = field(kw_only=True)
     """Pearson correlation of each gene on held-out regions of the training slides."""
     config: dict[str, Any] = field(kw_only=True)

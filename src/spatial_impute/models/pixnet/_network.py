@@ -174,8 +174,8 @@ class PixNetNetwork(nn.Module):
     """Network of PixNet.
 
     In parallel to the decoder there is a linear base: fixed linear combinations of the maps of the encoder, and of their
-    window statistics, resized to the finest grid. A linear head on it is ridge regression on image features. The decoder
-    is a correction of this base and starts at zero.
+    window statistics, resized to the finest grid. A linear head on it is ridge regression on image features. The head of
+    the decoder starts at zero. In each gene, the result is a weighted sum of both.
 
     Parameters
     ----------
@@ -332,8 +332,8 @@ class PixNetNetwork(nn.Module):
         """Genes of regions from their mean features (n, c); the head is linear, so it may be applied last."""
         return F.linear(features, self.head.weight[:, :, 0, 0], self.head.bias)
 
-    def correction(self, decoded: Tensor) -> Tensor:
-        """Correction of the base in regions, (n, n_genes), from the mean of their decoder features (n, width)."""
+    def from_decoded(self, decoded: Tensor) -> Tensor:
+        """Genes of regions by the decoder alone, (n, n_genes), from the mean of their decoder features (n, width)."""
         return F.linear(decoded, self.head.weight[:, self.n_base :, 0, 0], self.head.bias)
 
     def with_genes(self, index: list[int]) -> PixNetNetwork:

@@ -9,25 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
 from spatial_impute.models._processes import mean_gradient, of_first_process
-from spatial_impute.models._spots import given
 from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
-from spatial_impute.models.asign._training import correlation_loss
-from spatial_impute.models.pixnet._crops import (
-    Crop,
-    CropSampler,
-    CropSettings,
-    TrainingSlide,
-    cover,
-    crop_size,
-    make_crop,
-)
+from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
+from spatial_impute.models.pixnet._held_out import Evaluation, HeldOutCrop, cut_windows, evaluate, is_confirmed
+from spatial_impute.models.pixnet._loss import RegionLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +27,6 @@ if TYPE_CHECKING:
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _CHECKPOINT = "state.safetensors"
-_MAX_HELD_OUT_CROPS = 48  # more would take longer than the steps between two checks
-_SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
-_CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
 _WARM_UP = 0.1  # share of the steps in which the step size rises
 
 
@@ -56,159 +43,6 @@ class FitSettings:
     precision: str = "float32"  # Of encoder and decoder
     checkpoint: Path | None = None  # Directory for the state of the training
     fingerprint: dict[str, Any] = field(default_factory=dict)  # Content that a checkpoint must have been made from
-
-
-class RegionLoss(nn.Module):
-    """Loss of predicted regions (n, n_genes): ``"mse+pcc"`` (squared error and correlation), ``"poisson"``, or ``"nb"``.
-
-    For counts `predicted` is the expected count; the negative binomial learns a dispersion for each gene.
-    """
-
-    def __init__(self, kind: str, n_genes: int, correlation_weight: float) -> None:
-        super().__init__()
-        self.kind, self.correlation_weight = kind, correlation_weight
-        self.log_dispersion = nn.Parameter(torch.zeros(n_genes)) if kind == "nb" else None
-
-    def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """Mean over regions and genes."""
-        value = self.per_region(predicted, true).mean()
-        if self.kind == "mse+pcc":
-            value = value + self.correlation_weight * correlation_loss(predicted, true)
-        return value
-
-    def per_region(self, predicted: Tensor, true: Tensor) -> Tensor:
-        """(n,) squared error, or negative log-likelihood of counts: mean over genes."""
-        if self.kind == "mse+pcc":
-            return (predicted - true).square().mean(dim=1)
-        rate = predicted.clamp_min(_SMALLEST_RATE)
-        if self.log_dispersion is None:
-            return (rate - true * rate.log()).mean(dim=1)
-        total = self.log_dispersion.exp()  # number of failures r: variance is rate + rate^2 / r
-        likelihood = (
-            torch.lgamma(true + total)
-            - torch.lgamma(total)
-            - torch.lgamma(true + 1)
-            + total * (total.log() - (total + rate).log())
-            + true * (rate.log() - (total + rate).log())
-        )
-        return -likelihood.mean(dim=1)
-
-
-def predict_crops(network: PixNetNetwork, maps: list[Tensor], crops: list[Crop]) -> Tensor:
-    """(n_regions, n_genes) of all crops of a batch, from the maps of the encoder and the base of the whole slides."""
-    stencils = [crop.stencil for crop in crops]
-    grids = network.genes(network.combine(maps)) if network.rates else network.decode(maps)
-    n, c, height, width = grids.shape
-    table = grids.movedim(1, -1).reshape(n * height * width, c)
-    cells = np.concatenate([s.cells + k * height * width for k, s in enumerate(stencils)])
-    lengths = np.concatenate([np.diff(s.start) for s in stencils])
-    n_pixels = np.concatenate([s.n_pixels for s in stencils])
-    sums = F.embedding_bag(
-        torch.from_numpy(cells).to(table.device),
-        table,
-        torch.from_numpy(np.cumsum(lengths) - lengths).to(table.device),
-        mode="sum",
-        per_sample_weights=torch.from_numpy(np.concatenate([s.weights for s in stencils])).to(table),
-    )
-    means = sums / torch.from_numpy(n_pixels).to(table)[:, None]
-    if network.rates:
-        areas = np.concatenate([crop.slide.area_um2[crop.rows] for crop in crops])
-        return means * torch.from_numpy(areas).to(table)[:, None]
-    correction = network.correction(means)
-    if not network.n_base:
-        return correction
-    base = np.concatenate([given(crop.slide.base)[crop.rows] for crop in crops])
-    return torch.from_numpy(base).to(correction) + correction
-
-
-@dataclass(frozen=True)
-class HeldOutCrop:
-    """Held-out regions of one window."""
-
-    crop: Crop
-    owned: np.ndarray  # (n_rows,) bool: regions that are evaluated in this window and in no other
-    maps: list[Tensor] | None  # Maps of the encoder, if it is not trained
-
-
-def held_out_crops(network: PixNetNetwork, slides: list[TrainingSlide], settings: FitSettings) -> list[HeldOutCrop]:
-    """Windows that cover the held-out regions; a sample if there are many."""
-    return _cut_windows(network, slides, settings, crop_settings(network, slides, settings.params))
-
-
-def crop_settings(network: PixNetNetwork, slides: list[TrainingSlide], params: PixNetParams) -> CropSettings:
-    """Settings of crops that are large enough for the regions of these slides."""
-    size = crop_size(slides, params.crop, params.margin, network.multiple)
-    return CropSettings(size, network.stride, params.margin, params.max_regions)
-
-
-def _cut_windows(
-    network: PixNetNetwork, slides: list[TrainingSlide], settings: FitSettings, size: CropSettings
-) -> list[HeldOutCrop]:
-    windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
-    if len(windows) > _MAX_HELD_OUT_CROPS:
-        kept = np.random.default_rng(settings.seed).choice(len(windows), _MAX_HELD_OUT_CROPS, replace=False)
-        windows = [windows[k] for k in np.sort(kept)]
-    found = []
-    for slide, center, rows in windows:
-        crop = make_crop(slide, center, size)
-        maps = None
-        if settings.params.encoder_learning_rate == 0:
-            with torch.no_grad():
-                maps = network.encode(crop.rgb[None].to(settings.device))
-        found.append(HeldOutCrop(crop, np.isin(crop.rows, rows), maps))
-    return found
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Errors on the held-out regions."""
-
-    r: np.ndarray  # (n_genes,) correlation of each gene, mean over slides and sizes
-    block: np.ndarray  # (n_blocks, 2) slide and number of each held-out block
-    error: np.ndarray  # (n_blocks,) error of each block, mean over sizes
-
-    @property
-    def half(self) -> np.ndarray:
-        """(n_blocks,) bool: one of two halves that confirm each other's choice, of other slides if there are several."""
-        slide = np.unique(self.block[:, 0], return_inverse=True)[1]
-        return (slide if slide.max(initial=0) else np.arange(len(slide))) % 2 == 0
-
-
-def evaluate(network: PixNetNetwork, windows: list[HeldOutCrop], loss: RegionLoss, device: str) -> Evaluation:
-    """Correlations and errors on the held-out regions.
-
-    The error of log values is in units of their variance at each size, so that small regions, which vary most, do not
-    outweigh the others. That of counts is the loss.
-    """
-    network.eval()
-    groups: dict[tuple[int, int], list[tuple[Tensor, np.ndarray, np.ndarray]]] = {}
-    correlations, errors = [], []
-    with torch.no_grad():
-        for window in windows:
-            crop, owned = window.crop, window.owned
-            maps = network.encode(crop.rgb[None].to(device)) if window.maps is None else window.maps
-            values = predict_crops(network, maps, [crop])[torch.from_numpy(owned).to(device)]
-            group = groups.setdefault((crop.slide.slide, len(crop.slide.regions)), [])
-            group.append((values, crop.expression[owned], crop.slide.block[crop.rows][owned]))
-        for (slide, _), parts in groups.items():
-            predicted, true, block = zip(*parts, strict=True)
-            p = torch.cat(predicted)
-            t = torch.from_numpy(np.concatenate(true)).to(p)
-            correlations.append(pearson_by_gene(p.cpu().numpy(), t.cpu().numpy()))
-            error = loss.per_region(p, t)
-            if loss.kind == "mse+pcc":
-                error = error / t.var(dim=0, correction=0).mean().clamp_min(_SMALLEST_RATE)
-            of_region = pd.DataFrame({"slide": slide, "block": np.concatenate(block), "error": error.cpu().numpy()})
-            errors.append(of_region.groupby(["slide", "block"])["error"].mean())
-    found = pd.concat(errors).groupby(level=[0, 1]).mean()
-    return Evaluation(_mean_of_finite(np.stack(correlations)), np.array(found.index.to_list()), found.to_numpy())
-
-
-def _mean_of_finite(values: np.ndarray) -> np.ndarray:
-    """Mean over rows without NaN; NaN for columns without any number."""
-    known = np.isfinite(values)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
 
 
 @dataclass
@@ -234,22 +68,18 @@ class _TrainingState:
         return waited >= params.patience * params.n_steps_per_check
 
 
-def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
-    """True if training helps where it did not choose: (n_checks, n_blocks) errors, the first check is the start.
+def crop_settings(network: PixNetNetwork, slides: list[TrainingSlide], params: PixNetParams) -> CropSettings:
+    """Settings of crops that are large enough for the regions of these slides."""
+    size = crop_size(slides, params.crop, params.margin, network.multiple)
+    return CropSettings(size, network.stride, params.margin, params.max_regions)
 
-    The check that is best on one half of the blocks is compared with the start on the other half, and the reverse. Over all
-    blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
-    same way from more.
-    """
-    from scipy.stats import ttest_1samp
 
-    gain = np.zeros(errors.shape[1])
-    for chooses in (half, ~half):
-        if chooses.all() or not chooses.any():
-            return False  # one block alone cannot confirm anything
-        chosen = errors[:, chooses].mean(axis=1).argmin()
-        gain[~chooses] = (errors[0] - errors[chosen])[~chooses]
-    return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
+def held_out_crops(
+    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, settings: FitSettings
+) -> list[HeldOutCrop]:
+    """Windows that cover the held-out regions, with their maps if the encoder is not trained."""
+    device = None if settings.params.encoder_learning_rate > 0 else settings.device
+    return cut_windows(network, slides, size, seed=settings.seed, device=device)
 
 
 def train(
@@ -259,18 +89,18 @@ def train(
     settings: FitSettings,
     on_step: Callable[[], None],
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """Train the decoder, and the encoder if it has a learning rate.
+    """Train the decoder, and the encoder if it has a learning rate, to predict expression without the base.
 
-    Return the history, and the best weights on the held-out regions; those of the start if the best are not confirmed. A
+    Checks are of the best weighted sum of base and decoder; the first one is of the base alone. Return the history, and the best weights on the held-out regions; those of the start if the best are not confirmed. A
     loss that is not finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
     size = crop_settings(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
-    windows = _cut_windows(network, held_out, settings, size)
+    windows = held_out_crops(network, held_out, size, settings)
     head = {f"head.{key}": value.detach().cpu().clone() for key, value in network.head.state_dict().items()}
-    start = evaluate(network, windows, loss, settings.device) if windows else None
+    start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
     if state is None:
         state = _TrainingState(_cpu_state(network))

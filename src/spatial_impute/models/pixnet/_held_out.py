@@ -1,0 +1,176 @@
+"""Held-out regions of a training of PixNet: their windows, their errors, and the weights of base and decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spatial_impute._scores import pearson_by_gene
+from spatial_impute.models._spots import given
+from spatial_impute.models.asign._blend import blend_weights
+from spatial_impute.models.pixnet._crops import Crop, cover, make_crop, predict_crops
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide
+    from spatial_impute.models.pixnet._loss import RegionLoss
+    from spatial_impute.models.pixnet._network import PixNetNetwork
+
+_MAX_WINDOWS = 48  # more would take longer than the steps between two checks
+_CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
+_N_FOLDS = 12  # of the blocks, which are six per slide; the weights of base and decoder in a fold come from the others
+_SMALLEST_VARIANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class HeldOutCrop:
+    """Held-out regions of one window."""
+
+    crop: Crop
+    owned: np.ndarray  # (n_rows,) bool: regions that are evaluated in this window and in no other
+    maps: list[Tensor] | None  # Maps of the encoder, if it is not trained
+
+
+def cut_windows(
+    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, *, seed: int, device: str | None
+) -> list[HeldOutCrop]:
+    """Windows that cover the regions of slides, a sample if there are many; encoded on a device if one is given."""
+    windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
+    if len(windows) > _MAX_WINDOWS:
+        kept = np.random.default_rng(seed).choice(len(windows), _MAX_WINDOWS, replace=False)
+        windows = [windows[k] for k in np.sort(kept)]
+    found = []
+    for slide, center, rows in windows:
+        crop = make_crop(slide, center, size)
+        maps = None
+        if device is not None:
+            with torch.no_grad():
+                maps = network.encode(crop.rgb[None].to(device))
+        found.append(HeldOutCrop(crop, np.isin(crop.rows, rows), maps))
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors on the held-out regions."""
+
+    r: np.ndarray  # (n_genes,) correlation of each gene, mean over slides and sizes
+    block: np.ndarray  # (n_blocks, 2) slide and number of each held-out block
+    error: np.ndarray  # (n_blocks,) error of each block, mean over sizes
+    weights: np.ndarray | None = None  # (n_genes, 2) best weights of base and decoder; None if only one of them is used
+
+    @property
+    def half(self) -> np.ndarray:
+        """(n_blocks,) bool: one of two halves that confirm each other's choice, of other slides if there are several."""
+        slide = np.unique(self.block[:, 0], return_inverse=True)[1]
+        return (slide if slide.max(initial=0) else np.arange(len(slide))) % 2 == 0
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Predictions of all held-out regions."""
+
+    decoded: np.ndarray  # (n, n_genes) by the decoder
+    base: np.ndarray | None  # (n, n_genes) by the base, if there is one
+    true: np.ndarray  # (n, n_genes)
+    place: pd.DataFrame  # Slide and block of each region, and the number of regions of its size on the slide
+
+    @classmethod
+    def of(cls, network: PixNetNetwork, windows: list[HeldOutCrop], device: str) -> _Predictions:
+        """Apply the decoder; the base is known."""
+        network.eval()
+        decoded, base, true, place = [], [], [], []
+        for window in windows:
+            crop, owned = window.crop, window.owned
+            with torch.no_grad():
+                maps = network.encode(crop.rgb[None].to(device)) if window.maps is None else window.maps
+                decoded.append(predict_crops(network, maps, [crop]).cpu().numpy()[owned])
+            slide, rows = crop.slide, crop.rows[owned]
+            true.append(slide.expression[rows])
+            base += [given(slide.base)[rows]] if network.n_base else []
+            place.append(pd.DataFrame({"slide": slide.slide, "size": len(slide.regions), "block": slide.block[rows]}))
+        found = np.concatenate(base) if network.n_base else None
+        return cls(np.concatenate(decoded), found, np.concatenate(true), pd.concat(place, ignore_index=True))
+
+    @cached_property
+    def sizes(self) -> list[np.ndarray]:
+        """Regions of each size on each slide."""
+        return list(self.place.groupby(["slide", "size"]).indices.values())
+
+    @cached_property
+    def variance(self) -> np.ndarray:
+        """(n,) variance of the true values of the same size, mean over the genes."""
+        result = np.empty(len(self.true))
+        for rows in self.sizes:
+            result[rows] = max(float(self.true[rows].var(axis=0).mean()), _SMALLEST_VARIANCE)
+        return result
+
+    def blend(self, *parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n_genes, k) best weights of predictions in a sum, and this sum (n, n_genes) with the weights of other blocks.
+
+        Of the predictions only the first one, the base, may be used alone: it has learned from all spots what is linear, and
+        few held-out blocks would drop it for a decoder that is better on average over the genes.
+        """
+        fold = self.place.groupby(["slide", "block"]).ngroup().to_numpy() % _N_FOLDS
+        if not fold.any():  # a single block cannot choose weights for another one: the first prediction alone
+            return np.eye(len(parts))[np.zeros(self.true.shape[1], int)], parts[0]
+        return blend_weights(np.stack(parts), self.true, fold, 1 / self.variance, alone=[0])
+
+
+def evaluate(
+    network: PixNetNetwork, windows: list[HeldOutCrop], loss: RegionLoss, device: str, *, base_alone: bool = False
+) -> Evaluation:
+    """Correlations and errors on the held-out regions: of the weighted sum of base and decoder, or of the base alone.
+
+    The error of log values is in units of their variance at each size, so that small regions, which vary most, do not
+    outweigh the others. That of counts is the loss. The error of the base alone is that with its best factor, so that a
+    decoder without any information does not lower it.
+    """
+    found = _Predictions.of(network, windows, device)
+    weights, predicted, shown = None, found.decoded, found.decoded
+    if base_alone:
+        _, predicted = found.blend(given(found.base))
+        shown = given(found.base)
+    elif found.base is not None:
+        weights, predicted = found.blend(found.base, found.decoded)
+        shown = predicted
+    correlations = [pearson_by_gene(shown[rows], found.true[rows]) for rows in found.sizes]
+    with torch.no_grad():
+        parts = (torch.from_numpy(part.astype(np.float32)).to(device) for part in (predicted, found.true))
+        error = loss.per_region(*parts).cpu().numpy()
+    if loss.kind == "mse+pcc":
+        error = error / found.variance
+    by_size = found.place.assign(error=error).groupby(["slide", "size", "block"])["error"].mean()
+    mean = by_size.groupby(level=["slide", "block"]).mean()
+    return Evaluation(_mean_of_finite(np.stack(correlations)), np.array(mean.index.to_list()), mean.to_numpy(), weights)
+
+
+def _mean_of_finite(values: np.ndarray) -> np.ndarray:
+    """Mean over rows without NaN; NaN for columns without any number."""
+    known = np.isfinite(values)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+
+
+def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
+    """True if training helps where it did not choose: (n_checks, n_blocks) errors, the first check is the start.
+
+    The check that is best on one half of the blocks is compared with the start on the other half, and the reverse. Over all
+    blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
+    same way from more.
+    """
+    from scipy.stats import ttest_1samp
+
+    gain = np.zeros(errors.shape[1])
+    for chooses in (half, ~half):
+        if chooses.all() or not chooses.any():
+            return False  # one block alone cannot confirm anything
+        chosen = errors[:, chooses].mean(axis=1).argmin()
+        gain[~chooses] = (errors[0] - errors[chosen])[~chooses]
+    return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
