@@ -266,14 +266,27 @@ def test_each_gene_takes_what_predicts_it():
     base = np.where(np.arange(6) < 3, true, 0) + noise[0]
     decoded = np.where(np.arange(6) < 3, 0, true) + noise[1]
     place = pd.DataFrame({"slide": 0, "size": 400, "block": np.arange(400) // 40})
-    weights, blended = _Predictions(decoded, base, true, place).blend(base, decoded)
+    weights, blended = _Predictions(decoded, base, true, place).blend()
     assert weights[:3, 0].min() > 0.6 > 0.2 > weights[3:, 0].max()
     assert weights[3:, 1].min() > 0.6 > 0.2 > weights[:3, 1].max()
     alone = [np.mean((part - true) ** 2) for part in (base, decoded)]
     assert np.mean((blended - true) ** 2) < 0.4 * min(alone)
-    one = _Predictions(decoded, base, true, place.assign(block=0)).blend(base, decoded)
+    one = _Predictions(decoded, base, true, place.assign(block=0)).blend()
     np.testing.assert_array_equal(one[0], np.tile([1.0, 0.0], (6, 1)))
     assert one[1] is base
+
+
+def test_genes_that_the_base_predicts_do_not_pay_for_the_others():
+    """The decoder of a gene that the base knows better has no weight, with few blocks too; that of the others has."""
+    rng = np.random.default_rng(1)
+    true = rng.normal(size=(160, 40))
+    linear = np.arange(40) < 20
+    base = np.where(linear, true + 0.3 * rng.normal(size=true.shape), 0.7 * rng.normal(size=true.shape))
+    decoded = true + np.where(linear, 1.2, 0.5) * rng.normal(size=true.shape)
+    place = pd.DataFrame({"slide": 0, "size": 160, "block": np.arange(160) // 16})
+    weights, _ = _Predictions(decoded, base, true, place).blend()
+    assert np.mean(weights[linear, 1] == 0) > 0.85
+    assert (weights[~linear, 1] > 0.5).all()
 
 
 def test_decoder_reads_maps_of_any_scale_alike():

@@ -111,16 +111,40 @@ class _Predictions:
             result[rows] = max(float(self.true[rows].var(axis=0).mean()), _SMALLEST_VARIANCE)
         return result
 
-    def blend(self, *parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n_genes, k) best weights of predictions in a sum, and this sum (n, n_genes) with the weights of other blocks.
+    @cached_property
+    def fold(self) -> np.ndarray:
+        """(n,) fold of each region: its block, or several blocks if there are many."""
+        return self.place.groupby(["slide", "block"]).ngroup().to_numpy() % _N_FOLDS
 
-        Of the predictions only the first one, the base, may be used alone: it has learned from all spots what is linear, and
-        few held-out blocks would drop it for a decoder that is better on average over the genes.
+    @cached_property
+    def scaled_base(self) -> np.ndarray:
+        """(n, n_genes) base with its best factor in the other blocks."""
+        if not self.fold.any():
+            return given(self.base)
+        return blend_weights(given(self.base)[None], self.true, self.fold, 1 / self.variance)[1]
+
+    def blend(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n_genes, 2) best weights of base and decoder in a sum, and this sum (n, n_genes) with the weights of other blocks.
+
+        The decoder has a weight only in genes where the sum is better than the base by more than chance. The base has
+        learned from all spots what is linear. Weights from few blocks would lose some of it in every gene, for a decoder
+        that is better on average.
         """
-        fold = self.place.groupby(["slide", "block"]).ngroup().to_numpy() % _N_FOLDS
-        if not fold.any():  # a single block cannot choose weights for another one: the first prediction alone
-            return np.eye(len(parts))[np.zeros(self.true.shape[1], int)], parts[0]
-        return blend_weights(np.stack(parts), self.true, fold, 1 / self.variance, alone=[0])
+        base = given(self.base)
+        if not self.fold.any():  # a single block cannot choose weights for another one
+            return np.tile([1.0, 0.0], (base.shape[1], 1)), base
+        options = np.stack([base, self.decoded]), self.true, self.fold, 1 / self.variance
+        _, mixed = blend_weights(*options, alone=[0])
+        return blend_weights(*options, self._genes_that_gain(mixed), alone=[0])
+
+    def _genes_that_gain(self, mixed: np.ndarray) -> np.ndarray:
+        """(folds + 1, 2, n_genes) as the argument `used` of :func:`blend_weights`: by the other folds, and by all."""
+        errors = ((self.scaled_base - self.true) ** 2 - (mixed - self.true) ** 2) / self.variance[:, None]
+        gain = pd.DataFrame(errors).groupby(self.fold).mean().to_numpy()
+        parts = [*(np.delete(gain, k, axis=0) for k in range(len(gain))), gain]
+        used = np.ones((len(parts), 2, gain.shape[1]), dtype=bool)
+        used[:, 1] = [_is_gain(part) for part in parts]
+        return used
 
 
 def evaluate(
@@ -135,10 +159,9 @@ def evaluate(
     found = _Predictions.of(network, windows, device)
     weights, predicted, shown = None, found.decoded, found.decoded
     if base_alone:
-        _, predicted = found.blend(given(found.base))
-        shown = given(found.base)
+        predicted, shown = found.scaled_base, given(found.base)
     elif found.base is not None:
-        weights, predicted = found.blend(found.base, found.decoded)
+        weights, predicted = found.blend()
         shown = predicted
     correlations = [pearson_by_gene(shown[rows], found.true[rows]) for rows in found.sizes]
     with torch.no_grad():
@@ -165,12 +188,21 @@ def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
     blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
     same way from more.
     """
-    from scipy.stats import ttest_1samp
-
     gain = np.zeros(errors.shape[1])
     for chooses in (half, ~half):
         if chooses.all() or not chooses.any():
             return False  # one block alone cannot confirm anything
         chosen = errors[:, chooses].mean(axis=1).argmin()
         gain[~chooses] = (errors[0] - errors[chosen])[~chooses]
-    return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
+    return bool(_is_gain(gain[:, None])[0])
+
+
+def _is_gain(gain: np.ndarray) -> np.ndarray:
+    """(m,) bool: columns of (n_blocks, m) gains that are larger than chance (paired t-test)."""
+    from scipy.stats import ttest_1samp
+
+    varies = np.ptp(gain, axis=0) > 0 if len(gain) > 1 else np.zeros(gain.shape[1], dtype=bool)
+    found = np.zeros(gain.shape[1], dtype=bool)
+    if varies.any():
+        found[varies] = ttest_1samp(gain[:, varies], 0.0, alternative="greater").pvalue < _CHANCE
+    return found
