@@ -282,7 +282,7 @@ def test_genes_that_the_base_predicts_do_not_pay_for_the_others():
     true = rng.normal(size=(160, 40))
     linear = np.arange(40) < 20
     base = np.where(linear, true + 0.3 * rng.normal(size=true.shape), 0.7 * rng.normal(size=true.shape))
-    decoded = true + np.where(linear, 1.2, 0.5) * rng.normal(size=true.shape)
+    decoded = true + np.where(linear, 3.0, 0.5) * rng.normal(size=true.shape)
     place = pd.DataFrame({"slide": 0, "size": 160, "block": np.arange(160) // 16})
     weights, _ = _Predictions(decoded, base, true, place).blend()
     assert np.mean(weights[linear, 1] == 0) > 0.85
