@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
-from spatialdata.models import ShapesModel, TableModel
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
@@ -306,6 +306,26 @@ def test_predict_regions_joins_by_id_not_by_row(small_stack, small_pixnet):
     np.testing.assert_allclose(second[first.obs_names].X, first.X, rtol=1e-5, atol=1e-5)
     assert first.var["imputation_r"].equals(small_pixnet.predictability.rename("imputation_r"))
     assert first.uns["spatialdata_attrs"]["region"] == "s0_spots"
+
+
+def test_a_changed_slide_is_named_and_another_slide_with_the_same_grid_is_not(small_stack, small_pixnet, caplog):
+
+    def warnings() -> list[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING", "spatial_impute"):
+            si.tl.predict_regions(small_stack, "s1_spots", small_pixnet, inplace=False)
+        return [text for text in caplog.messages if "was fitted on" in text]
+
+    assert not warnings()
+    small_stack.images["s1_image"] = Image2DModel.parse(
+        255 - small_stack.images["s1_image"].data,
+        dims=("c", "y", "x"),
+        transformations=get_transformation(small_stack.images["s1_image"], get_all=True),
+    )
+    assert "before their image changed" in warnings()[0]
+    table = small_stack.tables["stack"]
+    table.layers["measured"] = 0.9 * table.layers["measured"]
+    assert not warnings()
 
 
 def test_frame_of_another_unit_gives_the_same_values(small_stack, small_pixnet):

@@ -352,9 +352,10 @@ def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
             now = slide_state(sdata, entry["image"], frame, regions, measured)
         except (KeyError, ValueError):  # what it was fitted on cannot be read any more
             now = {}
-        same_slide = not now or now["image"] == then["image"] or now["shapes"] == then["shapes"]
         changed = [key for key in ("image", "shapes", "measured") if now.get(key) != then[key]]
-        if same_slide and changed:
+        # Another slide may have elements of the same names, and spots on the same grid.
+        another_slide = now and {"image", "measured"} <= set(changed)
+        if changed and not another_slide:
             logger.warning(
                 "The model was fitted on %r and %r before their %s changed. Fit it again with `si.tl.fit_pixnet`.",
                 entry["image"],
