@@ -126,9 +126,9 @@ class _Predictions:
     def blend(self) -> tuple[np.ndarray, np.ndarray]:
         """(n_genes, 2) best weights of base and decoder in a sum, and this sum (n, n_genes) with the weights of other blocks.
 
-        The decoder has a weight only in genes where the sum is better than the base by more than chance. The base has
-        learned from all spots what is linear. Weights from few blocks would lose some of it in every gene, for a decoder
-        that is better on average.
+        The decoder has a weight only in genes where the sum is better than the base by more than one standard error. The base
+        has learned from all spots what is linear. Weights from few blocks would lose some of it in every gene, for a
+        decoder that is better on average.
         """
         base = given(self.base)
         if not self.fold.any():  # a single block cannot choose weights for another one
@@ -143,7 +143,7 @@ class _Predictions:
         gain = pd.DataFrame(errors).groupby(self.fold).mean().to_numpy()
         parts = [*(np.delete(gain, k, axis=0) for k in range(len(gain))), gain]
         used = np.ones((len(parts), 2, gain.shape[1]), dtype=bool)
-        used[:, 1] = [_is_gain(part) for part in parts]
+        used[:, 1] = [_exceeds_standard_error(part) for part in parts]
         return used
 
 
@@ -188,21 +188,19 @@ def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
     blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
     same way from more.
     """
+    from scipy.stats import ttest_1samp
+
     gain = np.zeros(errors.shape[1])
     for chooses in (half, ~half):
         if chooses.all() or not chooses.any():
             return False  # one block alone cannot confirm anything
         chosen = errors[:, chooses].mean(axis=1).argmin()
         gain[~chooses] = (errors[0] - errors[chosen])[~chooses]
-    return bool(_is_gain(gain[:, None])[0])
+    return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
 
 
-def _is_gain(gain: np.ndarray) -> np.ndarray:
-    """(m,) bool: columns of (n_blocks, m) gains that are larger than chance (paired t-test)."""
-    from scipy.stats import ttest_1samp
-
-    varies = np.ptp(gain, axis=0) > 0 if len(gain) > 1 else np.zeros(gain.shape[1], dtype=bool)
-    found = np.zeros(gain.shape[1], dtype=bool)
-    if varies.any():
-        found[varies] = ttest_1samp(gain[:, varies], 0.0, alternative="greater").pvalue < _CHANCE
-    return found
+def _exceeds_standard_error(gain: np.ndarray) -> np.ndarray:
+    """(m,) bool: columns of (n, m) gains whose mean is larger than its standard error."""
+    if len(gain) < 2:
+        return np.zeros(gain.shape[1], dtype=bool)
+    return gain.mean(axis=0) > gain.std(axis=0, ddof=1) / np.sqrt(len(gain))
