@@ -179,9 +179,10 @@ def test_data_model_and_result_agree(small_stack, quick_params):
     optional |= {("obs", Keys.N_PIXELS), ("uns", Keys.PIXNET)}
     optional |= {
         ("shapes", "{section}_cells"),
+        ("shapes", "{key}_on_{section}"),
         ("layers", "matched"),
         ("uns", "matched"),
-    }  # test_add_cells.py, test_match_sections.py
+    }  # test_add_cells.py, test_transfer_shapes.py, test_match_sections.py
     optional |= {("layers", Keys.PIXNET), ("obs", Keys.fold(Keys.PIXNET))}  # test_impute_pixnet.py
     assert documented_keys() - optional == written
     text = DATA_MODEL.read_text()

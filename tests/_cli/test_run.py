@@ -102,7 +102,7 @@ def test_report_begins_with_verdicts_then_genes_then_maps(done):
         "Settings",
     ]
     before_maps, maps, _ = re.split(r"^## (?:Maps|What the words mean)$", markdown, flags=re.MULTILINE)
-    assert "Imputed values are estimates and no measurements" in before_maps
+    assert "Imputed values are estimates, not measurements" in before_maps
     assert re.findall(r"figures/(\w+)\.png", before_maps) == ["genes"]
     assert re.findall(r"figures/(\w+)\.png", maps) == ["imputed", "volume"]
     scores = pd.read_csv(done / "scores.csv", index_col=0)

@@ -11,8 +11,8 @@ from spatial_impute.pl._figure import add_scale_bar, frame_panel, nice_length
 
 
 def test_pl_exports():
-    plots = ["dense", "gene_overview", "gene_report", "graph_3d", "imputed", "metrics", "registration"]
-    everything = [*plots, "registration_page", "stack", "training", "volume"]
+    plots = ["dense", "gene_overview", "gene_report", "graph_3d", "imputed", "metrics", "place_by_hand"]
+    everything = [*plots, "registration", "registration_page", "stack", "training", "volume"]
     assert si.pl.__all__ == sorted(si.pl.__all__) == everything
 
 
