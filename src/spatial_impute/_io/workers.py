@@ -193,4 +193,4 @@ def _close(part: Any) -> None:
     try:
         part.close()
     except TimeoutError:
-        logger.warning("The workers did not end in time; the results are complete")
+        logger.warning("The workers did not end in time. This does not change the results.")

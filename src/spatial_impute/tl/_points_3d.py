@@ -18,6 +18,7 @@ from spatial_impute._stack import (
     require_element_key,
     require_registration,
     stack_table,
+    warn_if_old,
 )
 from spatial_impute._validation import name_list, require_key
 
@@ -89,7 +90,10 @@ def points_3d(
     frame = pd.DataFrame({"x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2], "spot": table.obs_names.to_numpy(str)})
     for name in (Keys.SECTION, Keys.MEASURED):
         frame[name] = table.obs[name].to_numpy()
-    for name in name_list(columns, name="columns"):
+    columns = name_list(columns, name="columns")
+    if any(name in table.var_names for name in columns):
+        warn_if_old(sdata, table, [layer])
+    for name in columns:
         frame[name] = _column(table, name, layer)
     if inplace:
         require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
