@@ -20,7 +20,7 @@ _MAX_WORKERS = 5  # a fit trains five networks
 
 
 def requested_threads() -> AbstractContextManager[None]:
-    """Run torch on ``OMP_NUM_THREADS`` threads. Other libraries reset this number when they are imported.
+    """Run torch on ``OMP_NUM_THREADS`` threads. Other libraries (numba, through scanpy) reset this number.
 
     With more threads than free cores, threads wait for each other, which can take ten times as long.
     """
@@ -29,8 +29,8 @@ def requested_threads() -> AbstractContextManager[None]:
 
 
 def suitable_threads(n_rows: int, width: int) -> AbstractContextManager[None]:
-    """Run small networks on one thread: those with few rows (spots, cells) times channels."""
-    return torch_threads(1 if n_rows * width < _WORTH_THREADS else None)
+    """Run small networks on one thread: those with few rows (spots, cells) times channels. Others as requested."""
+    return torch_threads(1) if n_rows * width < _WORTH_THREADS else requested_threads()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from spatial_impute.models.pixnet._crops import (
     random_crop,
 )
 from spatial_impute.models.pixnet._fit import LinearBase
-from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, is_confirmed
+from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, _trust, is_confirmed
 from spatial_impute.models.pixnet._loss import RegionLoss
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
@@ -273,7 +273,7 @@ def test_each_gene_takes_what_predicts_it():
     assert np.mean((blended - true) ** 2) < 0.4 * min(alone)
     one = _Predictions(decoded, base, true, place.assign(block=0)).blend()
     np.testing.assert_array_equal(one[0], np.tile([1.0, 0.0], (6, 1)))
-    assert one[1] is base
+    np.testing.assert_array_equal(one[1], base)
 
 
 def test_genes_that_the_base_predicts_do_not_pay_for_the_others():
@@ -287,6 +287,15 @@ def test_genes_that_the_base_predicts_do_not_pay_for_the_others():
     weights, _ = _Predictions(decoded, base, true, place).blend()
     assert np.mean(weights[linear, 1] == 0) > 0.85
     assert (weights[~linear, 1] > 0.5).all()
+
+
+def test_weights_follow_the_evidence():
+    """Half a standard error of gain counts nothing; two count three quarters; a loss counts nothing."""
+    spread = np.array([-1.0, 0.0, 1.0, -1.0, 0.0, 1.0])[:, None]
+    error = spread.std(ddof=1) / np.sqrt(6)
+    gain = spread + error * np.array([-3.0, 0.5, 1.0, 2.0, 10.0])
+    np.testing.assert_allclose(_trust(gain), [0, 0, 0, 0.75, 0.99], atol=1e-12)
+    np.testing.assert_array_equal(_trust(gain[:1]), np.zeros(5))  # one block is no evidence
 
 
 def test_decoder_reads_maps_of_any_scale_alike():

@@ -109,6 +109,11 @@ class TrainingSet:
             n_before += len(folds)
         return np.concatenate(result)
 
+    @cached_property
+    def n_refits(self) -> int:
+        """Number of networks to train on all known spots, because there are fewer folds than networks that predict."""
+        return 0 if self.n_folds >= _N_NETWORKS else _N_REFITS
+
     def fold(self, k: int) -> list[np.ndarray]:
         """(n,) bool per stack, the spots that network `k` does not see."""
         return [folds[min(k, len(folds) - 1)] for folds in self.folds]
@@ -287,11 +292,14 @@ class NetworkFit:
 
     def _final(self, runs: list[TrainingRun], params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Networks that predict, and the scale of their genes."""
-        if len(runs) >= _N_NETWORKS:
+        if not self.data.n_refits:
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
-        batches = self._batches(None)
+        # More batches than the networks of the folds had: more steps, so that each spot is seen as often.
+        n_steps = round(given(params.n_steps) * len(self._targets(None)) / len(self._targets(0)))
+        params, batches = replace(params, n_steps=n_steps), self._batches(None)
         refits = [
-            self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs)) for j in range(_N_REFITS)
+            self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs))
+            for j in range(self.data.n_refits)
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
 
@@ -362,18 +370,24 @@ class NetworkFit:
 
     def _batches(self, k: int | None) -> list[Batch]:
         """Batches of all spots that network `k` sees; of all known ones for None."""
-        genes = self.data.scale(k)
+        genes, targets = self.data.scale(k), self._targets(k)
+        labels = {i: self.single[i] if k is None else self.nested(i, k) for i in {i for i, _ in targets}}
+        return [self._batch(i, rows, labels[i], genes, self._seen(i, k)) for i, rows in targets]
+
+    def _targets(self, k: int | None) -> list[tuple[int, np.ndarray]]:
+        """Stack and spots of each batch of network `k`."""
         result = []
         for i, spots in enumerate(self.data.stacks):
-            hidden = np.zeros(len(spots.known), dtype=bool) if k is None else self.data.fold(k)[i]
-            targets = np.flatnonzero(spots.known & ~hidden)
-            if not len(targets):
-                continue
-            labels = self.single[i] if k is None else self.nested(i, k)
+            targets = np.flatnonzero(self._seen(i, k))
             plane = spots.xyz[targets, :2]
-            parts = [np.sort(targets[own]) for _, own in plane_tiles(plane, plane, size=_BATCH)]
-            result += [self._batch(i, rows, labels, genes, spots.known & ~hidden) for rows in parts]
+            tiles = plane_tiles(plane, plane, size=_BATCH) if len(targets) else ()
+            result += [(i, np.sort(targets[own])) for _, own in tiles]
         return result
+
+    def _seen(self, i: int, k: int | None) -> np.ndarray:
+        """(n,) bool: known spots of a stack that network `k` sees; all of them for None."""
+        known = self.data.stacks[i].known
+        return known if k is None else known & ~self.data.fold(k)[i]
 
     def _held_out(self, k: int) -> list[Batch]:
         """The spots that network `k` does not see, one batch for each stack that has any."""

@@ -263,6 +263,7 @@ def _n_steps(data: TrainingSet, params: AsignParams) -> int:
     steps = [given(regime.n_steps) for regime in regimes(params)]
     n_methods, n_folds = len(available_methods(data.stacks[0])), sum(map(len, data.folds))
     n_networks = data.n_folds + (len(data.stacks) if len(data.stacks) > 1 else 0)
+    n_networks += 2 * data.n_refits  # each has up to twice as many steps, if there are two folds
     return n_methods * n_folds + n_networks * max(steps) + 4 * sum(steps)
 
 

@@ -116,35 +116,32 @@ class _Predictions:
         """(n,) fold of each region: its block, or several blocks if there are many."""
         return self.place.groupby(["slide", "block"]).ngroup().to_numpy() % _N_FOLDS
 
-    @cached_property
-    def scaled_base(self) -> np.ndarray:
-        """(n, n_genes) base with its best factor in the other blocks."""
-        if not self.fold.any():
-            return given(self.base)
-        return blend_weights(given(self.base)[None], self.true, self.fold, 1 / self.variance)[1]
-
     def blend(self) -> tuple[np.ndarray, np.ndarray]:
         """(n_genes, 2) best weights of base and decoder in a sum, and this sum (n, n_genes) with the weights of other blocks.
 
-        The decoder has a weight only in genes where the sum is better than the base by more than one standard error. The base
-        has learned from all spots what is linear. Weights from few blocks would lose some of it in every gene, for a
-        decoder that is better on average.
+        The base has learned from all spots what is linear. Weights from few blocks would lose some of it in every gene, for a
+        decoder that is better on average. So each gene follows the sum only as far as the blocks show a gain (see
+        :func:`_trust`), and the base with its best factor for the rest.
         """
-        base = given(self.base)
-        if not self.fold.any():  # a single block cannot choose weights for another one
-            return np.tile([1.0, 0.0], (base.shape[1], 1)), base
-        options = np.stack([base, self.decoded]), self.true, self.fold, 1 / self.variance
-        _, mixed = blend_weights(*options, alone=[0])
-        return blend_weights(*options, self._genes_that_gain(mixed), alone=[0])
+        (of_base, scaled), (of_both, mixed) = self.scaled_base, self._weigh([given(self.base), self.decoded])
+        gain = ((scaled - self.true) ** 2 - (mixed - self.true) ** 2) / self.variance[:, None]
+        by_fold = pd.DataFrame(gain).groupby(self.fold).mean().to_numpy()
+        # The trust in a fold comes from the other folds, as its weights do.
+        elsewhere = np.stack([_trust(np.delete(by_fold, k, axis=0)) for k in range(len(by_fold))])[self.fold]
+        trust = _trust(by_fold)[:, None]
+        of_base = np.pad(of_base, [(0, 0), (0, 1)])
+        return of_base + trust * (of_both - of_base), scaled + elsewhere * (mixed - scaled)
 
-    def _genes_that_gain(self, mixed: np.ndarray) -> np.ndarray:
-        """(folds + 1, 2, n_genes) as the argument `used` of :func:`blend_weights`: by the other folds, and by all."""
-        errors = ((self.scaled_base - self.true) ** 2 - (mixed - self.true) ** 2) / self.variance[:, None]
-        gain = pd.DataFrame(errors).groupby(self.fold).mean().to_numpy()
-        parts = [*(np.delete(gain, k, axis=0) for k in range(len(gain))), gain]
-        used = np.ones((len(parts), 2, gain.shape[1]), dtype=bool)
-        used[:, 1] = [_exceeds_standard_error(part) for part in parts]
-        return used
+    @cached_property
+    def scaled_base(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n_genes, 1) best factor of the base, and the base (n, n_genes) with that of the other blocks."""
+        return self._weigh([given(self.base)])
+
+    def _weigh(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(n_genes, k) best weights of some predictions, and their sum (n, n_genes) with the weights of other blocks."""
+        if not self.fold.any():  # a single block cannot choose weights for another one
+            return np.tile([1.0] + [0.0] * (len(parts) - 1), (self.true.shape[1], 1)), parts[0]
+        return blend_weights(np.stack(parts), self.true, self.fold, 1 / self.variance, alone=[0])
 
 
 def evaluate(
@@ -159,7 +156,7 @@ def evaluate(
     found = _Predictions.of(network, windows, device)
     weights, predicted, shown = None, found.decoded, found.decoded
     if base_alone:
-        predicted, shown = found.scaled_base, given(found.base)
+        predicted, shown = found.scaled_base[1], given(found.base)
     elif found.base is not None:
         weights, predicted = found.blend()
         shown = predicted
@@ -199,8 +196,12 @@ def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
     return bool(gain.any()) and bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < _CHANCE)
 
 
-def _exceeds_standard_error(gain: np.ndarray) -> np.ndarray:
-    """(m,) bool: columns of (n, m) gains whose mean is larger than its standard error."""
+def _trust(gain: np.ndarray) -> np.ndarray:
+    """(m,) trust in (n, m) gains, 0 to 1: none below one standard error of their mean, .75 at two, .89 at three.
+
+    One minus the share of chance in the square of the mean, the shrinkage of James and Stein.
+    """
     if len(gain) < 2:
-        return np.zeros(gain.shape[1], dtype=bool)
-    return gain.mean(axis=0) > gain.std(axis=0, ddof=1) / np.sqrt(len(gain))
+        return np.zeros(gain.shape[1])
+    mean, variance = gain.mean(axis=0), gain.var(axis=0, ddof=1) / len(gain)
+    return np.where(mean > 0, np.maximum(0.0, 1 - variance / np.maximum(mean**2, 1e-30)), 0.0)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._io.workers import requested_threads, suitable_threads
+from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, build_stencil
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def forward_tile(
     cells = (top, top + grid.window[0], left, left + grid.window[1])
     # Workers of dask request one thread; two workers with a thread per core each are slower than one worker.
     n_cells = (window.y1 - window.y0) * (window.x1 - window.x0) // stride**2
-    with requested_threads(), suitable_threads(n_cells, network.head.in_channels):
+    with suitable_threads(n_cells, network.head.in_channels):
         maps = slide.encoded.read(network, slide, (window.y0, window.y1, window.x0, window.x1))
         return stage(maps, cells)[0], grid
 
