@@ -21,7 +21,7 @@ from spatial_impute.models.asign import _ensemble
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._fit import _krige_folds, fit
 from spatial_impute.models.asign._graph_inputs import LabelPredictions, nested_predictions, with_components
-from spatial_impute.models.asign._training import TrainingRun, regimes
+from spatial_impute.models.asign._training import TrainingRun, regimes, train
 
 SMALL = {"n_steps": 10, "width": 16, "n_heads": 2, "n_folds": 3, "dropout": 0.2}
 
@@ -84,6 +84,23 @@ def test_held_out_and_trained_spots_are_apart(spots):
         assert len(groups) == rest.known.sum()
         assert len(np.unique(groups)) == len(data.folds[0]) - 1
         assert sum(batch.inputs.n_predicted for batch in fit._batches(k)) == rest.known.sum()
+
+
+def test_networks_of_all_spots_see_each_spot_as_often_as_those_of_the_folds(small_prepared, monkeypatch):
+    """The number of steps was chosen on the folds; all spots can be more batches, of which a step sees one."""
+    seen = []
+
+    def counted(build, batches, held_out, params, **options):
+        seen.append((params.n_steps / len(batches), len(held_out)))
+        return train(build, batches, held_out, params, **options)
+
+    _, spots = read_spots(small_prepared)
+    monkeypatch.setattr(_ensemble, "_BATCH", int(spots.known.sum()) - 1)  # one batch without a fold, two of all
+    monkeypatch.setattr(_ensemble, "train", counted)
+    si.tl.fit_asign(small_prepared, model_params=SMALL | {"n_folds": 2, "base": "mean"})
+    of_folds, of_all = ([visits for visits, n in seen if bool(n) == is_fold] for is_fold in (True, False))
+    assert of_folds and of_all
+    assert {*of_folds} == {*of_all} == {SMALL["n_steps"]}
 
 
 def run_of(errors: list[float]) -> TrainingRun:
