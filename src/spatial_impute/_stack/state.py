@@ -268,14 +268,21 @@ def from_images(rows: Mapping[str, Any], record: StackRecord) -> list[str]:
     return [name for name in record.names if name in rows and rows[name]["route"] != "given"]
 
 
+def changed_images(sdata: SpatialData, record: StackRecord) -> list[str]:
+    """Sections of a registered stack whose image is not the one that was registered."""
+    registration = record.registration or {"sections": {}}
+    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
+    return _changed(
+        recorded, section_images(sdata, record, from_images(registration["sections"], record) if recorded else ())
+    )
+
+
 def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
     """Images that changed after the registration, and sections that are gone."""
     registration = record.registration
     if registration is None:
         return
-    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
-    now = section_images(sdata, record, from_images(registration["sections"], record)) if recorded else {}
-    for name in _changed(recorded, now):
+    for name in changed_images(sdata, record):
         yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
     gone = sorted(set(registration["sections"]) - set(record.names))
     if gone:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spatial_impute._stack import load_transform, registration_state, require_registration
+from spatial_impute._stack import changed_images, load_transform, registration_state, require_registration
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
@@ -54,6 +54,15 @@ def approved_places(
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
             row = rows[name] | {"verdict": "ok", "reasons": [_APPROVED, *reasons]}
             approved[name] = Approved(load_transform(sdata, record, name), row)
+    changed = (
+        [name for name in changed_images(sdata, record) if name in {*approved, record.reference}] if approved else []
+    )
+    if changed:
+        msg = (
+            f"The images of the sections {changed} are not the ones that were registered, so their approval does not count. "
+            "Register them without `checked`, and look at the new page."
+        )
+        raise ValueError(msg)
     if open_:
         msg = (
             f"Sections {open_} are rejected in `checked`; the same fit would find the same place. Give each of them a start "

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, linear_scale
+from spatial_impute._geometry import apply_affine, linear_scale, polygons_of
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._registration.warp_image import output_grid, resampled
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
     answer,
+    are_circles,
     element_affine,
     load_record,
     load_transform,
@@ -196,7 +197,7 @@ class Warp:
 
         moved = shapes.copy()
         moved.attrs = {}
-        if "radius" in shapes:
+        if are_circles(shapes):
             centers = np.column_stack([shapes.geometry.x, shapes.geometry.y])
             radius = shapes["radius"].to_numpy(float)
             moved["geometry"] = shapely.points(self(centers))
@@ -209,7 +210,7 @@ class Warp:
                 geometry = shapely.segmentize(geometry, step)
             geometry = shapely.transform(geometry, self)
             invalid = ~shapely.is_valid(geometry)
-            geometry[invalid] = [_polygonal(g) for g in geometry[invalid]]
+            geometry[invalid] = [polygons_of(g) for g in geometry[invalid]]
             moved["geometry"] = geometry
         return ShapesModel.parse(moved, transformations={self.target: Identity()})
 
@@ -241,14 +242,3 @@ class Warp:
                 chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
                 kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
         return get_model(element).parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)
-
-
-def _polygonal(geometry: Any) -> Any:
-    """Valid polygons of a geometry, without lines and points that the repair may add."""
-    import shapely
-
-    valid = shapely.make_valid(geometry)
-    if valid.geom_type in ("Polygon", "MultiPolygon"):
-        return valid
-    parts = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
-    return shapely.union_all(parts) if parts else geometry

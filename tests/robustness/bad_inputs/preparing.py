@@ -493,8 +493,15 @@ REGISTRATION = [
         "tl.write_transformation",
         "a file of an unknown kind",
         ValueError,
-        "`end of path` must be one of",
+        "`path` must end in .mat",
         lambda w: si.tl.write_transformation(w.sdata, "s0", w.tmp / "s0.xlsx"),
+    ),
+    refuses(
+        "tl.write_transformation",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_transformation(w.sdata, "s0", write(w.tmp / "s0.mat", b"of ANTs")),
     ),
     refuses(
         "tl.transfer_shapes",
@@ -559,6 +566,20 @@ REGISTRATION = [
         ValueError,
         "pixel_size",
         lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", w.tmp / "x.ome.tif", pixel_size=0),
+    ),
+    refuses(
+        "tl.write_ome_tiff",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", write(w.tmp / "s0.ome.tif", b"the scan")),
+    ),
+    refuses(
+        "tl.write_geojson",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_geojson(w.sdata, "s0_spots", write(w.tmp / "s0.geojson", b"{}")),
     ),
     refuses(
         "tl.write_geojson",
