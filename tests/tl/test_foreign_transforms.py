@@ -82,6 +82,30 @@ def test_pixels_become_micrometres(tmp_path):
     np.testing.assert_allclose(matrix @ [10, 20, 1], [30, 22.5, 1])  # 20, 40 px lie at 120, 90 px of 0.25 um
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "ref_x,ref_y,sec_x,sec_y",
+        "section_x,reference_x,section_y,reference_y",
+        "fixed x,fixed y,mov x,mov y",
+        "y,x,y,x",
+    ],
+)
+def test_columns_with_short_names_or_mixed_ones_are_refused(tmp_path, header):
+    (tmp_path / "points.csv").write_text(f"{header}\n1,2,3,4\n5,6,7,9")
+    with pytest.raises(ValueError, match="Change the order of the columns"):
+        si.tl.read_transformation(tmp_path / "points.csv")
+
+
+@pytest.mark.parametrize("header", ["sec_x,sec_y,ref_x,ref_y", "x,y,x,y", "mov x,mov y,z,fix x,fix y,z", "a,b,c,d"])
+def test_columns_in_order_are_read(tmp_path, header):
+    with_z = "z" in header
+    (tmp_path / "points.csv").write_text(f"{header}\n" + ("1,2,0,3,4,0\n5,6,0,7,9,0" if with_z else "1,2,3,4\n5,6,7,9"))
+    here, there = si.tl.read_transformation(tmp_path / "points.csv")
+    np.testing.assert_array_equal(here, [[1, 2], [5, 6]])
+    np.testing.assert_array_equal(there, [[3, 4], [7, 9]])
+
+
 def test_points_of_bigwarp(tmp_path):
     rows = ['"Pt-0","true","10.0","20.0","30.0","40.0"', '"Pt-1","false","1","2","3","4"']
     rows += ['"Pt-2","true","11","21","Infinity","Infinity"', '"Pt-3","true","12","22","0","32","42","0"']

@@ -288,9 +288,11 @@ def _require_order(header: list[str], path: Path) -> None:
     """Raise a ``ValueError`` for a header whose columns stand in another order than x, y in the section, then in the reference."""
     section, reference, x, y = (
         [i for i, name in enumerate(header) if re.search(pattern, name)]
-        for pattern in ("section|moving|source", "reference|fixed|target", "(^|[^a-z])x$", "(^|[^a-z])y$")
+        for pattern in ("sec|mov|source|src", "ref|fix|target|tgt", "(^|[^a-z])x$", "(^|[^a-z])y$")
     )
-    if (section and reference and section[0] > reference[0]) or (x and y and x[0] > y[0]):
+    # x, y, x, y; also not x, x, y, y
+    turned = x != sorted(x + y)[::2] if len(x) == len(y) else bool(x and y and x[0] > y[0])
+    if turned or (section and reference and section[0] > reference[0]):
         msg = (
             f"Expected the columns x, y in the section, then x, y in the reference, found {header} in {str(path)!r}. "
             "Change the order of the columns."
