@@ -152,6 +152,8 @@ def test_landmarks_without_partners(numbers):
 
 
 def test_a_viewer_of_something_else():
+    with pytest.raises(TypeError, match="must be the viewer that"):
+        si.tl.read_placement(None, "s0")
     with pytest.raises(KeyError, match="the layers of the viewer"):
         si.tl.read_placement(window(0, 0), "s2")
 

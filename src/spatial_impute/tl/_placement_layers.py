@@ -29,6 +29,8 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
 
     Raises
     ------
+    TypeError
+        If `viewer` is no viewer.
     KeyError
         If the viewer has no layers of this section.
     ValueError
@@ -38,6 +40,9 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     --------
     See :func:`spatial_impute.pl.place_by_hand`.
     """
+    if not hasattr(viewer, "layers"):
+        msg = f"`viewer` must be the viewer that `si.pl.place_by_hand` returned, found {viewer!r}."
+        raise TypeError(msg)
     layers = {layer.name: layer for layer in viewer.layers}
     there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
     require_key(section, layers, where="the layers of the viewer", then=there)

@@ -142,10 +142,9 @@ def section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
     raise ValueError(msg)
 
 
-def fill_value(level: Level, *, white: bool) -> int:
-    """Value of pixels outside an image: 0, or full brightness."""
-    dtype = level.data.dtype
-    return int(np.iinfo(dtype).max) if white and np.issubdtype(dtype, np.integer) else int(white)
+def fill_value(level: Level, *, white: bool) -> float:
+    """Value of pixels outside an image: 0, or full brightness, which for 12 bits in 16 is 4095."""
+    return level.white if white else 0
 
 
 def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
