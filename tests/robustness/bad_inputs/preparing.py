@@ -533,6 +533,13 @@ REGISTRATION = [
         lambda w: si.tl.points_3d(w.sdata, "x"),
     ),
     refuses(
+        "tl.transfer_shapes",
+        "the section of the shapes as the only one to carry them to",
+        ValueError,
+        "there is no other section to carry it to",
+        lambda w: si.tl.transfer_shapes(w.sdata, "s0_spots", sections="s0"),
+    ),
+    refuses(
         "tl.points_3d",
         "the name of another element for the result",
         ValueError,
@@ -594,6 +601,13 @@ REGISTRATION = [
         ValueError,
         "must end in .geojson or .json",
         lambda w: si.tl.write_geojson(w.sdata, "s0_spots", w.tmp / "x.csv"),
+    ),
+    refuses(
+        "tl.read_placement",
+        "something else than a viewer",
+        TypeError,
+        "must be the viewer that `si.pl.place_by_hand` returned",
+        lambda w: si.tl.read_placement(None, "s0"),
     ),
     refuses(
         "tl.read_placement",
@@ -775,6 +789,7 @@ CELLS = [
         "is no GeoJSON file with features",
         lambda w: cells(w, write(w.tmp / "cells.geojson", b"x,y")),
     ),
+    refuses("pp.add_cells", "no outline", ValueError, "`cells` holds no object", lambda w: cells(w, [])),
     refuses("pp.add_cells", "an image", TypeError, "whole numbers (y, x)", lambda w: cells(w, np.ones((5, 5, 3)))),
     refuses(
         "pp.add_cells", "a mask", TypeError, "skimage.measure.label(mask)", lambda w: cells(w, np.ones((5, 5), bool))
