@@ -187,6 +187,21 @@ def test_a_file_of_the_user_is_kept(sdata, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_process_left_is_written_over_and_a_living_one_is_left_alone(sdata, tmp_path):
+    from spatial_impute._io.files import written_whole
+
+    path = tmp_path / "s1.geojson"
+    for name in (".part_s1.geojson", ".part_s1.geojson.lock"):
+        (tmp_path / name).write_text("half")
+    si.tl.write_geojson(sdata, "mine", path)
+    assert list(tmp_path.iterdir()) == [path]
+    with written_whole(path) as part:
+        part.write_text("of another process")
+        with pytest.raises(FileExistsError, match=r"s1.geojson' is being written by process"):
+            si.tl.write_geojson(sdata, "mine", path, overwrite=True)
+    assert path.read_text() == "of another process"
+
+
 @pytest.mark.parametrize("what", ["circles", "z"])
 def test_points_are_not_made_at_old_places(what):
     sdata = si.datasets.synthetic_stack(extent=1400.0)

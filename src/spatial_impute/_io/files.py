@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from spatial_impute._io.owner import owned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,11 +57,15 @@ def file_to_write(path: Any, *, ends: Sequence[str], overwrite: bool) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Path of a hidden file to write to, which becomes `path` at the end of the ``with`` block, or goes after an error."""
+    """Path of a hidden file to write to, which becomes `path` at the end of the ``with`` block, or goes after an error.
+
+    What a process that was killed left there is written over. Raises a ``FileExistsError`` while another process writes.
+    """
     # In lower case, because ITK does not know `.MAT`.
-    part = path.with_name(f".{os.getpid()}_{path.name.lower()}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = path.with_name(f".part_{path.name.lower()}")
+    with owned(part.with_name(f"{part.name}.lock"), what=f"The file {str(path)!r}"):
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
