@@ -342,6 +342,15 @@ def test_approved_section_stays_and_the_rejected_one_moves(decided):
     assert load_record(sdata).registration["approved"] == ["s0"]
 
 
+def test_decisions_on_a_section_that_is_gone_are_left_out(decided):
+    sdata, save = decided
+    part = sdata.filter_by_coordinate_system(["s0", "s1"])
+    path = save({"s0": "approved", "s2": "approved"})
+    found = si.tl.register_stack(part, checked=path, inplace=False)
+    assert sorted(found.sections.index) == ["s0", "s1"]
+    assert found.sections.loc["s0", "reasons"][0] == "Approved by a person."
+
+
 @pytest.mark.parametrize("replaced", ["s0", "s1"])
 def test_an_approval_ends_with_its_image(decided, replaced):
     from spatialdata.models import Image2DModel

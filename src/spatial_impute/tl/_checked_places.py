@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spatial_impute._settings import logger
 from spatial_impute._stack import changed_images, load_transform, registration_state, require_registration
 from spatial_impute._validation import require_key
 
@@ -45,7 +46,9 @@ def approved_places(
     rows, approved, open_ = require_registration(record)["sections"], {}, []
     for name, decision in decisions.items():
         require_key(name, rows, where="the registered sections")
-        if decision == "rejected" and name not in answered:
+        if name not in record.names:  # the object is a part of the one that was registered
+            logger.warning("Section %s of `checked` is gone; the decision on it is left out", name)
+        elif decision == "rejected" and name not in answered:
             open_.append(name)
         elif decision == "approved" and name in answered:
             msg = f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of them."
