@@ -167,3 +167,14 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
     # The next neighbours are 1.41 times as far on squares, and 1.73 times on hexagons.
     squares, _, hexagons = np.diff(tree.count_neighbors(tree, np.array([1.27, 1.57, 1.58, 1.88]) * pitch))
     return pitch, "square" if squares > hexagons else "hex"
+
+
+def polygons_of(geometry: Any) -> Any:
+    """Valid polygons of a geometry, without lines and points that the repair may add."""
+    import shapely
+
+    valid = shapely.make_valid(geometry)
+    if valid.geom_type in ("Polygon", "MultiPolygon"):
+        return valid
+    parts = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
+    return shapely.union_all(parts) if parts else geometry

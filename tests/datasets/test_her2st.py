@@ -289,10 +289,12 @@ def test_her2st_takes_images_that_the_user_has(data_dir, tmp_path):
 
     for name in ("H1", "H3"):
         (tmp_path / "H" / name).mkdir(parents=True)
-        Image.new("RGB", (9200, 9200), "white").save(tmp_path / "H" / name / f"{name}.jpg")
+        end = ".jpg" if name == "H1" else ".JPG"
+        Image.new("RGB", (10000, 10000), "white").save(tmp_path / "H" / name / f"{name}{end}", "JPEG")
     sdata = si.datasets.her2st("H", images=tmp_path, n_top_genes=None)
     record = load_record(sdata)
     assert list(record.names) == ["H1", "H3"]
+    assert [section.z for section in record.sections] == [0.0, 32.0]  # H2 lies between them
     assert record["H1"].counts is not None
     assert record["H3"].counts is None
     for section in record.sections:
@@ -306,3 +308,18 @@ def test_her2st_takes_images_that_the_user_has(data_dir, tmp_path):
     assert _her2st._mpp_of_array(data_dir / "her2st" / "ST-spotfiles" / "A1_selection.tsv") == pytest.approx(
         0.917, rel=0.01
     )
+
+
+def test_her2st_refuses_images_that_are_not_the_published_ones(data_dir, tmp_path):
+    """Places of spots are pixels of the full-resolution image."""
+    from PIL import Image
+
+    (tmp_path / "H" / "H1").mkdir(parents=True)
+    Image.new("RGB", (920, 920), "white").save(tmp_path / "H" / "H1" / "b.jpg")
+    with pytest.raises(ValueError, match="has 920 x 920 pixels"):
+        si.datasets.her2st("H", images=tmp_path)
+    Image.new("RGB", (92, 92), "white").save(tmp_path / "H" / "H1" / "a_thumbnail.jpg")
+    with pytest.raises(ValueError, match=r"must hold one image, found \['a_thumbnail.jpg', 'b.jpg'\]"):
+        si.datasets.her2st("H", images=tmp_path)
+    with pytest.raises(TypeError, match="`images` must be True, False or the path"):
+        si.datasets.her2st("H", images=None)

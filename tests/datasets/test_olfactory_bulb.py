@@ -93,8 +93,12 @@ def test_a_missing_file_is_asked_for_by_address_hash_and_place(folder, tmp_path,
 
 
 def test_a_file_that_differs_is_not_used(folder, tmp_path, monkeypatch):
-    """Its bytes are compared before it is read, and the published file is asked for."""
-    shutil.copyfile(folder / "alignment_table_MOB2.tsv", tmp_path / "alignment_table_MOB1.tsv")
+    """Its bytes are compared before it is read; in the cache it is replaced, and in a folder of the user it is kept."""
+    cache, own = tmp_path / "mob_st4", tmp_path / "own"
+    for place in (cache, own):
+        place.mkdir()
+        shutil.copyfile(folder / "alignment_table_MOB2.tsv", place / "alignment_table_MOB1.tsv")
+    monkeypatch.setattr(si.settings, "_data_dir", tmp_path)
     asked = []
 
     def download(url, output_file, pooch):
@@ -102,9 +106,16 @@ def test_a_file_that_differs_is_not_used(folder, tmp_path, monkeypatch):
         shutil.copyfile(folder / "alignment_table_MOB1.tsv", output_file)
 
     monkeypatch.setattr("pooch.core.choose_downloader", lambda *args, **kwargs: download)
-    places = _olfactory_bulb._read_places(tmp_path, "MOB1")
+    places = _olfactory_bulb._read_places(cache, "MOB1")
     assert len(places) == 379
     assert len(asked) == 1
+    before = (own / "alignment_table_MOB1.tsv").read_bytes()
+    with pytest.raises(ValueError, match="is not the published file"):
+        _olfactory_bulb._read_places(own, "MOB1")
+    assert (own / "alignment_table_MOB1.tsv").read_bytes() == before
+    (own / "MOB1.tsv.gz").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        _olfactory_bulb._read_counts(own, "MOB1", places)
 
 
 @pytest.mark.parametrize(

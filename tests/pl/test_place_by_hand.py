@@ -110,16 +110,33 @@ def layer(name, **attributes):
     return SimpleNamespace(name=name, **attributes)
 
 
-def window(n_section, n_reference, affine=None):
+def window(n_section, n_reference, affine=None, below=None):
     """What `read_placement` reads of a viewer."""
-    place = SimpleNamespace(affine_matrix=np.eye(3) if affine is None else affine)
+    place, ground = (SimpleNamespace(affine_matrix=np.eye(3) if a is None else a) for a in (affine, below))
     return SimpleNamespace(
         layers=[
             layer("s0", affine=place, metadata={"reference": "s1"}),
             layer(Keys.landmarks("s0"), data=np.random.default_rng(0).random((n_section, 2))),
             layer(Keys.landmarks("s1"), data=np.zeros((n_reference, 2))),
+            layer("s1", affine=ground, metadata={"reference": "s1"}),
         ]
     )
+
+
+def test_a_reference_that_was_dragged_counts():
+    """The same picture: the section 100 um to the right, or the reference 100 um to the left."""
+    left = np.array([[1.0, 0, -100], [0, 1, 0], [0, 0, 1]])
+    found = si.tl.read_placement(window(0, 0, exchanged_axes(PLACE), exchanged_axes(left)), "s0")
+    np.testing.assert_allclose(found, np.linalg.inv(left) @ PLACE)
+    with pytest.raises(ValueError, match="must not be the reference 's1'"):
+        si.tl.read_placement(window(0, 0), "s1")
+
+
+@pytest.mark.parametrize("section", ["s0", "s2"])
+def test_layers_of_another_section_are_not_mixed(stack, section):
+    """Both would have a layer "s1 landmarks", and napari would rename the second one."""
+    with pytest.raises(ValueError, match=r"has layers .*'s1'.* already. Open another viewer"):
+        si.pl.place_by_hand(stack, section, viewer=window(0, 0))
 
 
 def test_axes_are_exchanged():
@@ -135,6 +152,8 @@ def test_landmarks_without_partners(numbers):
 
 
 def test_a_viewer_of_something_else():
+    with pytest.raises(TypeError, match="must be the viewer that"):
+        si.tl.read_placement(None, "s0")
     with pytest.raises(KeyError, match="the layers of the viewer"):
         si.tl.read_placement(window(0, 0), "s2")
 

@@ -62,6 +62,47 @@ def test_outlines_lie_where_their_pixels_are(small_stack, mpp, tmp_path, kind):
         assert list(shapes["class"]) == ["T"] * 3
 
 
+@pytest.mark.parametrize("kind", ["feature", "geometry", "null ids", "in a collection"])
+def test_other_forms_of_geojson(small_stack, mpp, tmp_path, kind):
+    geometry = mapping(SQUARES[0])
+    feature = {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": "T"}}}
+    together = {"type": "GeometryCollection", "geometries": [geometry, mapping(Point(3, 3))]}
+    content = {
+        "feature": feature,
+        "geometry": geometry,
+        "null ids": [feature | {"id": None}, {"id": None, "geometry": mapping(SQUARES[1])}],
+        "in a collection": [feature | {"geometry": together}],
+    }[kind]
+    (tmp_path / "cells.json").write_text(json.dumps(content))
+    si.pp.add_cells(small_stack, "s1", tmp_path / "cells.json")
+    np.testing.assert_allclose(centers(small_stack)[0], np.array([105, 60]) * mpp, atol=0.01 * mpp)
+    assert list(small_stack.shapes["s1_cells"].index) == ["0", "1"][: len(small_stack.shapes["s1_cells"])]
+
+
+def test_a_cell_with_a_spike_is_kept(small_stack):
+    """The repair gives the polygon and the line of the spike."""
+    spike = Polygon([(100, 50), (110, 50), (110, 60), (110, 90), (110, 60), (110, 70), (100, 70)])
+    assert not spike.is_valid
+    si.pp.add_cells(small_stack, "s1", [spike, *SQUARES[1:]])
+    assert list(small_stack.shapes["s1_cells"].geometry.area) == pytest.approx([200, 200, 200])
+
+
+def test_shapes_of_another_section_are_not_replaced(small_stack):
+    si.pp.add_cells(small_stack, "s0", SQUARES[:1])
+    with pytest.raises(ValueError, match=r"would write over `sdata.shapes\['s0_cells'\]`, which lies in"):
+        si.pp.add_cells(small_stack, "s1", SQUARES, key_added="s0_cells")
+    assert len(small_stack.shapes["s0_cells"]) == 1
+    si.pp.add_cells(small_stack, "s0", SQUARES)  # an earlier result is
+    assert len(small_stack.shapes["s0_cells"]) == 3
+
+
+def test_no_objects_and_no_file(small_stack, tmp_path):
+    with pytest.raises(ValueError, match="`cells` holds no object"):
+        si.pp.add_cells(small_stack, "s1", [])
+    with pytest.raises(FileNotFoundError, match="`cells` must be a GeoJSON file, found none at"):
+        si.pp.add_cells(small_stack, "s1", tmp_path)
+
+
 def test_objects_without_area_are_left_out_and_crossed_ones_repaired(small_stack, caplog, monkeypatch):
     from spatial_impute._settings import logger
 

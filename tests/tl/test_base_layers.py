@@ -143,6 +143,32 @@ def test_a_cohort_model_is_a_base_on_another_stack(quick_params):
         si.tl.fit_asign(stacks[1], base_layers={"cohort": "independent"}, model_params=quick_params)
 
 
+def test_add_prediction_takes_numbers_and_keeps_records_of_other_tools(small_stack):
+    table = small_stack.tables["stack"]
+    words = AnnData(np.full(table.shape, "2.0", object), obs=table.obs[[]], var=table.var[[]])
+    with pytest.raises(ValueError, match=r"`prediction.X` must hold real numbers, found object"):
+        si.tl.add_prediction(small_stack, words, key_added="mine")
+    table.uns["pca"] = {"variance": np.ones(2)}
+    numbers = AnnData(np.ones(table.shape), obs=table.obs[[]], var=table.var[[]])
+    with pytest.raises(ValueError, match="`key_added='pca'` would write over data"):
+        si.tl.add_prediction(small_stack, numbers, key_added="pca")
+    assert "pca" in table.uns
+    si.tl.impute_baseline(small_stack, "mean", key_added="gone")
+    del table.layers["gone"]
+    si.tl.add_prediction(small_stack, numbers, key_added="gone")
+    assert "gone" not in table.uns  # the record of the layer that was deleted
+
+
+def test_a_sparse_base_layer_is_refused_in_words(small_prepared):
+    from scipy import sparse
+
+    sdata = copy.deepcopy(small_prepared)
+    table = sdata.tables["stack"]
+    table.layers["mine"] = sparse.csr_matrix(np.random.default_rng(0).random(table.shape))
+    with pytest.raises(ValueError, match="A base layer must be dense"):
+        si.tl.fit_asign(sdata, base_layers={"mine": "independent"})
+
+
 @pytest.mark.parametrize("key", ["features", "normalization", "X_layer", "spatialdata_attrs"])
 def test_a_prediction_does_not_take_the_name_of_a_record(small_stack, key):
     table = small_stack.tables["stack"]
@@ -211,7 +237,7 @@ def test_a_base_layer_without_values_at_measured_spots_is_refused_and_a_changed_
     model = si.tl.fit_asign(sdata, base_layers={"good": "independent"}, model_params=PARAMS)
     monkeypatch.setattr(logger, "propagate", True)
     si.tl.impute_3d(sdata, model)
-    assert "before its" not in caplog.text
+    assert "before these changed" not in caplog.text
     table.layers["good"] = table.layers["good"] * 2
     si.tl.impute_3d(sdata, model)
-    assert "fitted on this stack before its bases changed" in caplog.text
+    assert "fitted on this stack before these changed: base layers" in caplog.text

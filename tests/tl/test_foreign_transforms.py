@@ -31,6 +31,45 @@ def test_matrix_of_ants_resamples_the_image_to_the_place(sdata, tmp_path):
     np.testing.assert_allclose(si.tl.read_transformation(tmp_path / "s0.mat"), MATRIX, atol=1e-3)
 
 
+def test_a_file_of_the_user_is_kept(sdata, tmp_path):
+    path = tmp_path / "s0.MAT"
+    path.write_bytes(b"of ANTs")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        si.tl.write_transformation(sdata, "s0", path)
+    assert path.read_bytes() == b"of ANTs"
+    si.tl.write_transformation(sdata, "s0", path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+    np.testing.assert_allclose(si.tl.read_transformation(path), MATRIX, atol=1e-3)
+
+
+def test_the_home_folder_is_found(sdata, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    si.tl.write_transformation(sdata, "s0", "~/s0.txt")
+    np.testing.assert_allclose(si.tl.read_transformation("~/s0.txt"), MATRIX, atol=1e-3)
+
+
+def mirrored_image(sdata, name):
+    """The stack with another image of a section."""
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import get_transformation
+
+    image = sdata.images[f"{name}_image"]
+    own = get_transformation(image, get_all=True)
+    pixels = np.asarray(image.data)[:, ::-1].copy()
+    sdata.images[f"{name}_image"] = Image2DModel.parse(
+        pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=own
+    )
+
+
+def test_the_place_of_an_image_that_was_replaced_is_not_written(tmp_path):
+    sdata = si.datasets.synthetic_stack()
+    si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    mirrored_image(sdata, "s0")
+    with pytest.raises(ValueError, match="not the one that was registered"):
+        si.tl.write_transformation(sdata, "s0", tmp_path / "s0.txt")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("end", [".tfm", ".txt"])
 def test_matrices_come_back(sdata, tmp_path, end):
     si.tl.write_transformation(sdata, "s0", tmp_path / f"s0{end}")
@@ -41,6 +80,30 @@ def test_pixels_become_micrometres(tmp_path):
     (tmp_path / "m.txt").write_text("1, 0, 100,\n0, 1, 50\n")
     matrix = si.tl.read_transformation(tmp_path / "m.txt", section_unit=0.5, reference_unit=0.25)
     np.testing.assert_allclose(matrix @ [10, 20, 1], [30, 22.5, 1])  # 20, 40 px lie at 120, 90 px of 0.25 um
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "ref_x,ref_y,sec_x,sec_y",
+        "section_x,reference_x,section_y,reference_y",
+        "fixed x,fixed y,mov x,mov y",
+        "y,x,y,x",
+    ],
+)
+def test_columns_with_short_names_or_mixed_ones_are_refused(tmp_path, header):
+    (tmp_path / "points.csv").write_text(f"{header}\n1,2,3,4\n5,6,7,9")
+    with pytest.raises(ValueError, match="Change the order of the columns"):
+        si.tl.read_transformation(tmp_path / "points.csv")
+
+
+@pytest.mark.parametrize("header", ["sec_x,sec_y,ref_x,ref_y", "x,y,x,y", "mov x,mov y,z,fix x,fix y,z", "a,b,c,d"])
+def test_columns_in_order_are_read(tmp_path, header):
+    with_z = "z" in header
+    (tmp_path / "points.csv").write_text(f"{header}\n" + ("1,2,0,3,4,0\n5,6,0,7,9,0" if with_z else "1,2,3,4\n5,6,7,9"))
+    here, there = si.tl.read_transformation(tmp_path / "points.csv")
+    np.testing.assert_array_equal(here, [[1, 2], [5, 6]])
+    np.testing.assert_array_equal(there, [[3, 4], [7, 9]])
 
 
 def test_points_of_bigwarp(tmp_path):

@@ -45,6 +45,20 @@ def test_matched_sections_can_be_imputed_from_and_are_not_scored(stack, tmp_path
     assert list(si.metrics.evaluate(stack, truth).index) == ["baseline_kernel"]
 
 
+def test_a_match_of_an_earlier_measurement_is_said(stack, caplog, monkeypatch):
+    import copy
+
+    from spatial_impute._settings import logger
+
+    sdata = copy.deepcopy(stack)
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.impute_baseline(sdata, "mean", layer="matched")
+    assert "Match it again" not in caplog.text
+    sdata.tables["stack"].layers["measured"] *= 2
+    si.tl.impute_baseline(sdata, "mean", layer="matched")
+    assert "`layers['matched']` was matched from other measured expression than the table has now" in caplog.text
+
+
 def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):
     from spatial_impute.tl import _match_sections
 

@@ -342,6 +342,30 @@ def test_approved_section_stays_and_the_rejected_one_moves(decided):
     assert load_record(sdata).registration["approved"] == ["s0"]
 
 
+def test_decisions_on_a_section_that_is_gone_are_left_out(decided):
+    sdata, save = decided
+    part = sdata.filter_by_coordinate_system(["s0", "s1"])
+    path = save({"s0": "approved", "s2": "approved"})
+    found = si.tl.register_stack(part, checked=path, inplace=False)
+    assert sorted(found.sections.index) == ["s0", "s1"]
+    assert found.sections.loc["s0", "reasons"][0] == "Approved by a person."
+
+
+@pytest.mark.parametrize("replaced", ["s0", "s1"])
+def test_an_approval_ends_with_its_image(decided, replaced):
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import get_transformation
+
+    sdata, save = decided
+    path, image = save({"s0": "approved"}), sdata.images[f"{replaced}_image"]
+    own, pixels = get_transformation(image, get_all=True), np.asarray(image.data)[:, :, ::-1].copy()
+    sdata.images[f"{replaced}_image"] = Image2DModel.parse(
+        pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations=own
+    )
+    with pytest.raises(ValueError, match=rf"images of the sections \['{replaced}'\] are not the ones"):
+        si.tl.register_stack(sdata, checked=path)
+
+
 def test_approved_section_keeps_its_deformation(syn, tmp_path):
     sdata = copy.deepcopy(syn)
     (name,) = [n for n, row in rows(sdata).items() if row["deformed"]][:1]

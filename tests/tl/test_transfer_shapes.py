@@ -131,13 +131,99 @@ def test_circles_become_polygons_and_numbers_measurements(sdata, tmp_path):
         (lambda s, _: si.tl.transfer_shapes(s, "mine", key_added="x"), ValueError, "must contain the word {section}"),
         (lambda s, _: si.tl.transfer_shapes(s, "mine", key_added="{section}_spots"), ValueError, "would write over"),
         (lambda s, _: si.tl.transfer_shapes(s, "no"), KeyError, "sdata.shapes"),
+        (lambda s, _: si.tl.transfer_shapes(s, "mine", sections="s1"), ValueError, "there is no other section"),
         (lambda s, p: si.tl.write_geojson(s, "mine", p / "x.csv"), ValueError, "must end in .geojson"),
         (lambda s, p: si.tl.write_geojson(s, "mine", p / "no" / "x.json"), FileNotFoundError, "folder"),
+        (lambda s, _: si.tl.write_geojson(s, "mine", 5), TypeError, "must be the path of the file to write"),
     ],
 )
 def test_wrong_calls(sdata, tmp_path, call, error, match):
     with pytest.raises(error, match=match):
         call(sdata, tmp_path)
+
+
+def test_shapes_without_columns_and_empty_ones(sdata, tmp_path):
+    bare = gpd.GeoDataFrame(geometry=[Polygon(CORNERS), Polygon()], index=["a", "b"])
+    sdata.shapes["mine_bare"] = ShapesModel.parse(bare, transformations={"s1": Identity()})
+    si.tl.write_geojson(sdata, "mine_bare", tmp_path / "bare.json")
+    features = json.loads((tmp_path / "bare.json").read_text())["features"]
+    assert [feature["id"] for feature in features] == ["a"]
+    si.tl.write_geojson(sdata, "s1_spots", tmp_path / "spots.json")
+    assert len(json.loads((tmp_path / "spots.json").read_text())["features"]) == len(sdata.shapes["s1_spots"])
+
+
+def test_polygons_with_a_radius_stay_polygons(sdata, tmp_path):
+    """A radius among the measurements of cells does not make circles of them."""
+    cells = gpd.GeoDataFrame({"radius": [40.0]}, geometry=[Polygon(CORNERS)])
+    sdata.shapes["mine_r"] = ShapesModel.parse(cells, transformations={"s1": Identity()})
+    si.tl.write_geojson(sdata, "mine_r", tmp_path / "r.json")
+    out = json.loads((tmp_path / "r.json").read_text())["features"][0]
+    per_px = element_affine(sdata.images["s1_image"], "s1")[0, 0]
+    np.testing.assert_allclose(np.array(out["geometry"]["coordinates"][0])[:3], CORNERS / per_px, atol=0.006)
+    assert out["properties"]["measurements"] == {"radius": 40.0}
+    si.tl.transfer_shapes(sdata, "mine_r", sections="s0")
+    assert sdata.shapes["mine_r_on_s0"].area.iloc[0] == pytest.approx(Polygon(CORNERS).area)
+    moved = si.tl.warp_element(sdata, "mine_r", inplace=False)
+    assert moved.area.iloc[0] == pytest.approx(Polygon(CORNERS).area)
+
+
+def test_a_file_of_the_user_is_kept(sdata, tmp_path, monkeypatch):
+    path = tmp_path / "s1.geojson"
+    path.write_text("the annotations of a day")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        si.tl.write_geojson(sdata, "mine", path)
+    assert path.read_text() == "the annotations of a day"
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_text", stop)
+        with pytest.raises(KeyboardInterrupt):
+            si.tl.write_geojson(sdata, "mine", path, overwrite=True)
+    assert path.read_text() == "the annotations of a day"
+    si.tl.write_geojson(sdata, "mine", path, overwrite=True)
+    assert len(json.loads(path.read_text())["features"]) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_written_over_and_a_living_one_is_left_alone(sdata, tmp_path):
+    from spatial_impute._io.files import written_whole
+
+    path = tmp_path / "s1.geojson"
+    for name in (".part_s1.geojson", ".part_s1.geojson.lock"):
+        (tmp_path / name).write_text("half")
+    si.tl.write_geojson(sdata, "mine", path)
+    assert list(tmp_path.iterdir()) == [path]
+    with written_whole(path) as part:
+        part.write_text("of another process")
+        with pytest.raises(FileExistsError, match=r"s1.geojson' is being written by process"):
+            si.tl.write_geojson(sdata, "mine", path, overwrite=True)
+    assert path.read_text() == "of another process"
+
+
+@pytest.mark.parametrize("what", ["circles", "z"])
+def test_points_are_not_made_at_old_places(what):
+    sdata = si.datasets.synthetic_stack(extent=1400.0)
+    si.tl.register_stack(sdata, transformations={"s0": TURN, "s2": "aligned"}, show_progress_bar=False)
+    if what == "circles":
+        circles = sdata.shapes["s0_spots"]
+        sdata.shapes["s0_spots"] = circles.set_geometry(circles.geometry.translate(100, 0))
+    else:
+        sdata.tables["stack"].obs["z"] = 2 * sdata.tables["stack"].obs["z"].to_numpy()
+    with pytest.raises(ValueError, match=r"Run `si.tl.register_stack\(sdata\)` again"):
+        si.tl.points_3d(sdata, inplace=False)
+
+
+def test_columns_do_not_replace_coordinates(registered):
+    sdata = copy.copy(registered)
+    table = sdata.tables["stack"].copy()
+    table.obs["x"] = 5.0
+    sdata.tables["stack"] = table
+    with pytest.raises(ValueError, match="the points have already"):
+        si.tl.points_3d(sdata, ["x"], inplace=False)
+    points = si.tl.points_3d(sdata, ["z", "section"], inplace=False).compute()
+    np.testing.assert_array_equal(points["z"], table.obsm["spatial_3d"][:, 2])
 
 
 def test_points_have_a_height(registered, tmp_path):

@@ -304,3 +304,17 @@ def test_registering_again_says_that_warped_elements_stay(sdata, caplog, monkeyp
     si.tl.warp_element(sdata, "s0_spots")
     si.tl.register_stack(sdata, transformations={"s0": np.eye(3)})
     assert "['s0_spots_aligned'] are in 'aligned' and in no section, and stay where they were" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "white"), [(16, np.uint16, 4095), (1, np.float32, 255), (1, np.uint8, 255)]
+)
+def test_outside_is_as_bright_as_glass(factor, dtype, white):
+    """Also for 12 bits in a wider type, and for floats up to 255."""
+    made = si.datasets.synthetic_stack(extent=1400.0)
+    pixels = [np.asarray(made.images[f"{name}_image"].data).astype(dtype) * dtype(factor) for name in ("s0", "s1")]
+    sdata = si.pp.assemble_stack(dict(zip("ab", pixels, strict=True)), mpp=4.0, section_spacing=20.0)
+    turn = np.array([[0.8, -0.6, 300], [0.6, 0.8, 0], [0, 0, 1.0]])
+    si.tl.register_stack(sdata, reference="a", transformations={"b": turn}, show_progress_bar=False)
+    corner = si.tl.warp_element(sdata, "b_image", inplace=False).data[:, 0, 0].compute()
+    assert corner.tolist() == [white] * 3

@@ -89,7 +89,7 @@ def test_labels_keep_their_numbers(placed, tmp_path):
     expected = np.asarray(si.tl.warp_element(sdata, "s0_tissue", inplace=False))
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="JPEG holds images of 8 bits"):
-        si.tl.write_ome_tiff(sdata, "s0_tissue", tmp_path / "t.ome.tif", compression="jpeg")
+        si.tl.write_ome_tiff(sdata, "s0_tissue", tmp_path / "j.ome.tif", compression="jpeg")
 
 
 def test_a_broken_run_leaves_the_old_file(placed, tmp_path, monkeypatch):
@@ -101,15 +101,86 @@ def test_a_broken_run_leaves_the_old_file(placed, tmp_path, monkeypatch):
 
     monkeypatch.setattr("spatial_impute.tl._write_ome_tiff.resampled", stop)
     with pytest.raises(KeyboardInterrupt):
-        si.tl.write_ome_tiff(placed, "s0_image", path)
+        si.tl.write_ome_tiff(placed, "s0_image", path, overwrite=True)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["s0.ome.tif"]
 
 
+def test_a_file_is_replaced_on_demand_only(placed, tmp_path):
+    path = tmp_path / "s0.ome.tif"
+    path.write_bytes(b"the raw scan")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        si.tl.write_ome_tiff(placed, "s0_image", path)
+    assert path.read_bytes() == b"the raw scan"
+    si.tl.write_ome_tiff(placed, "s0_image", path, overwrite=True)
+    assert tifffile.imread(path).ndim == 3
+
+
+def test_dyes_are_channels_and_keep_their_names(placed, tmp_path):
+    from spatialdata.models import Image2DModel
+    from spatialdata.transformations import get_transformation
+
+    sdata, place = copy.copy(placed), get_transformation(placed.images["s1_image"], "s1")
+    pixels = np.random.default_rng(0).integers(0, 2**12, (4, *placed.images["s1_image"].shape[1:])).astype(np.uint16)
+    names = ["DAPI", "CD3", "CD8", "PanCK"]
+    for key, c_coords in (("dyes", names), ("unnamed", None)):
+        sdata.images[key] = Image2DModel.parse(
+            pixels, dims=("c", "y", "x"), c_coords=c_coords, transformations={"s1": place}
+        )
+        try:
+            si.tl.write_ome_tiff(sdata, key, tmp_path / f"{key}.ome.tif")
+        finally:
+            del sdata.images[key]
+        with tifffile.TiffFile(tmp_path / f"{key}.ome.tif") as file:
+            series = file.series[0]
+            np.testing.assert_array_equal(series.asarray(), pixels)
+            assert series.axes == "CYX"
+            assert len(series.levels) > 2
+            assert series.levels[1].shape == (4, *(-(-n // 2) for n in pixels.shape[1:]))
+            # A mean of four pixels of the same channel.
+            small = series.levels[1].asarray()[:, :100, :100].astype(float)
+            means = pixels[:, :200, :200].reshape(4, 100, 2, 100, 2).mean((2, 4))
+            assert np.abs(small - means).max() <= 1
+            channels = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]["Pixels"]["Channel"]
+        assert [str(channel["Name"]) for channel in channels] == (c_coords or ["0", "1", "2", "3"])
+
+
+@pytest.mark.parametrize(("dtype", "written"), [("int64", "int32"), ("bool", "uint8")])
+def test_labels_of_types_that_ome_does_not_have(placed, tmp_path, dtype, written):
+    from spatialdata.models import Labels2DModel
+    from spatialdata.transformations import get_transformation
+
+    sdata, place = copy.copy(placed), get_transformation(placed.images["s1_image"], "s1")
+    values = (np.indices(placed.images["s1_image"].shape[1:]).sum(0) // 50 % 2).astype(dtype)
+    sdata.labels["mine"] = Labels2DModel.parse(values, dims=("y", "x"), transformations={"s1": place})
+    try:
+        si.tl.write_ome_tiff(sdata, "mine", tmp_path / "mine.ome.tif")
+    finally:
+        del sdata.labels["mine"]
+    found = tifffile.imread(tmp_path / "mine.ome.tif")
+    assert found.dtype == written
+    np.testing.assert_array_equal(found, values)
+
+
+def test_a_section_without_its_reference(placed, tmp_path):
+    alone = placed.filter_by_coordinate_system("s0")
+    with pytest.raises(KeyError, match="pass `canvas='section'`"):
+        si.tl.write_ome_tiff(alone, "s0_image", tmp_path / "s0.ome.tif")
+    si.tl.write_ome_tiff(alone, "s0_image", tmp_path / "s0.ome.tif", canvas="section", compression="deflate")
+    si.tl.write_ome_tiff(placed, "s0_image", tmp_path / "all.ome.tif", canvas="section", compression="deflate")
+    expected = tifffile.imread(tmp_path / "all.ome.tif")
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "s0.ome.tif"), expected)
+
+
 @pytest.mark.parametrize(
     ("path", "error", "match"),
-    [("s0.tif", ValueError, "must end in .ome.tif"), ("no/s0.ome.tif", FileNotFoundError, "folder")],
+    [
+        ("s0.tif", ValueError, "must end in .ome.tif"),
+        ("no/s0.ome.tif", FileNotFoundError, "folder"),
+        ("folder.ome.tif", ValueError, "is a folder"),
+    ],
 )
 def test_wrong_paths(placed, tmp_path, path, error, match):
+    (tmp_path / "folder.ome.tif").mkdir()
     with pytest.raises(error, match=match):
         si.tl.write_ome_tiff(placed, "s0_image", tmp_path / path)

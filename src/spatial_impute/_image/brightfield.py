@@ -208,3 +208,8 @@ def rgb_order(names: Sequence[str] | None, n: int) -> list[int]:
         "fluorescence. Give the H&E image. If these are its colors, name them 'r', 'g', 'b'."
     )
     raise ValueError(msg)
+
+
+def names_alpha(names: Sequence[str]) -> bool:
+    """True if one of the channels is named as alpha."""
+    return any(_COLORS.get(name.strip().lower()) == "a" for name in names)

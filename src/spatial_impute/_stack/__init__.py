@@ -1,6 +1,7 @@
 """The stack inside a SpatialData object: its record, the elements of its sections, its table, its registration."""
 
 from spatial_impute._stack.elements import (
+    are_circles,
     as_circles,
     displacement_elements,
     element_affine,
@@ -32,6 +33,7 @@ from spatial_impute._stack.record import (
 from spatial_impute._stack.state import (
     Problem,
     answer,
+    changed_images,
     counts_state,
     fingerprint,
     from_images,

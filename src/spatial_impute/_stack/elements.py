@@ -198,6 +198,11 @@ def square_edge(shapes: GeoDataFrame) -> float | None:
     return edge if same.all() and square.all() else None
 
 
+def are_circles(shapes: GeoDataFrame) -> bool:
+    """True for points with a radius; polygons may have a column of that name too."""
+    return "radius" in shapes and bool((shapes.geom_type.dropna() == "Point").all())
+
+
 def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
     """Spots as circles: squares become the circles inscribed in them."""
     import geopandas as gpd

@@ -12,7 +12,7 @@ from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._settings import settings
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.state import require_current
+from spatial_impute._stack.state import require_current, warn_of_old_layer
 from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
@@ -97,6 +97,7 @@ def read_spots(
     xyz = registered_spots(table, table_key)
     section = section_ranks(table, record.names)
     require_current(sdata, record, table, features=features, graph=graph_key if graph else None)
+    warn_of_old_layer(sdata, record, table, layer)
     tokens = _read_tokens(table, section, where) if features else None
     weights, edge_features = _read_graph(table, section, graph_key, where) if graph else (None, None)
     spots = Spots(

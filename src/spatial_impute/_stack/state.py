@@ -9,6 +9,7 @@ objects without fingerprints are used as they are.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from spatial_impute._stack.record import load_record
 from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -35,7 +36,7 @@ _MOVED = 1e-3  # um; rounding of a store or of another machine is far below
 _ROWS = 2**16  # hashed at a time
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over: spreads small differences
 _REGISTER = "Run `si.tl.register_stack(sdata)` again."
-_WORDS = {
+SLOT_WORDS = {
     "positions": "registered positions",
     "spots": "positions of spots",
     "measured": "measured expression",
@@ -159,6 +160,12 @@ def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), 
     warn(found)
 
 
+def warn_of_old_layer(sdata: SpatialData, record: StackRecord, table: AnnData, key: str) -> None:
+    """Warn if a layer that is read as the measurement was made from other data than the present ones."""
+    if isinstance(origin := table.uns.get(key), Mapping):
+        warn(_layer_problems(sdata, record, table, key, origin.get(Keys.STATE, {})))
+
+
 def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections: Iterable[str]) -> None:
     """Raise a ``ValueError`` if a layer holds measurements of spots of `sections` that count as unmeasured now.
 
@@ -268,14 +275,21 @@ def from_images(rows: Mapping[str, Any], record: StackRecord) -> list[str]:
     return [name for name in record.names if name in rows and rows[name]["route"] != "given"]
 
 
+def changed_images(sdata: SpatialData, record: StackRecord) -> list[str]:
+    """Sections of a registered stack whose image is not the one that was registered."""
+    registration = record.registration or {"sections": {}}
+    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
+    return _changed(
+        recorded, section_images(sdata, record, from_images(registration["sections"], record) if recorded else ())
+    )
+
+
 def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
     """Images that changed after the registration, and sections that are gone."""
     registration = record.registration
     if registration is None:
         return
-    recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
-    now = section_images(sdata, record, from_images(registration["sections"], record)) if recorded else {}
-    for name in _changed(recorded, now):
+    for name in changed_images(sdata, record):
         yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
     gone = sorted(set(registration["sections"]) - set(record.names))
     if gone:
@@ -387,8 +401,8 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
         return
     changed = [name for name in ("positions", "features") if now[name] != recorded[name]]
     if changed:
-        words = " and ".join(_WORDS[name] for name in changed)
-        yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again}")
+        words = " and ".join(SLOT_WORDS[name] for name in changed)
+        yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again} it again.")
 
 
 def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
@@ -423,11 +437,14 @@ def _layer_problems(
     if "bases" in state:
         bases = [table.layers[str(name)] for name in table.uns[key]["base_layers"] if name in table.layers]
         now["bases"] = spots_fingerprint(table, record, *bases) if bases else ""
-    changed = [_WORDS[name] for name, found in now.items() if name in _WORDS and found != state.get(name, found)]
+    changed = [
+        SLOT_WORDS[name] for name, found in now.items() if name in SLOT_WORDS and found != state.get(name, found)
+    ]
     if "images" in state:
         changed += [f"image of section {name!r}" for name in _changed(state["images"], section_images(sdata, record))]
     if changed:
+        made, again = ("matched", "Match") if Keys.MATCHED_FROM in table.uns[key] else ("imputed", "Impute")
         yield Problem(
-            f"`layers[{key!r}]` was imputed from other {', '.join(changed)} than the table has now. Impute it again.",
+            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}",
             wrong=False,
         )

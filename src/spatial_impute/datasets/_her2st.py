@@ -14,7 +14,7 @@ from spatial_impute._expression import log_normalize
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.download import fetch
 from spatial_impute._keys import Keys
-from spatial_impute._settings import settings
+from spatial_impute._settings import logger, settings
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
 from spatial_impute.datasets._her2st_files import SHA256
@@ -102,7 +102,7 @@ def her2st(
         ``None`` selects no genes.
     images
         A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``), which you
-        have downloaded yourself. Sections without an image are left out. False: all sections of the patient without their
+        have downloaded yourself, one for each section. Sections without an image are left out, with a warning. False: all sections of the patient without their
         H&E. Tissue is drawn where spots are, so that sections can be registered by their shape. Such images do not show
         expression: use methods without features.
     truth
@@ -116,7 +116,10 @@ def her2st(
     Raises
     ------
     ValueError
-        For unknown patients, patients without images, or an empty `measured`.
+        For unknown patients, patients without images, an empty `measured`, several images of a section, or an image that is
+        smaller than the published one.
+    TypeError
+        If `images` is neither True, False nor a path.
     KeyError
         For sections that do not exist.
     FileNotFoundError
@@ -149,7 +152,9 @@ def her2st(
         else:
             mpp[name] = _MPP if images is True else _mpp_of_array(files[name]["spots"])
             sections[name] = _section(name, files[name], table, mpp[name])
-    sdata = assemble_stack(sections, mpp=mpp, section_spacing=section_spacing)
+    number = {name: int(name[1:]) for name in paths}  # sections that are left out leave a gap
+    heights = [section_spacing * (n - min(number.values())) for n in number.values()]
+    sdata = assemble_stack(sections, mpp=mpp, z=heights)
     if n_top_genes is not None:
         select_genes(sdata, n_top_genes=n_top_genes)
     return (sdata, truth_table(counts, join="outer")) if truth else sdata
@@ -173,13 +178,11 @@ def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str
     """Image file of each section of a patient, a name below the folder of downloads or a path; None without images."""
     require_one_of(patient, _N_SECTIONS, name="patient")
     sections = [f"{patient}{k + 1}" for k in range(_N_SECTIONS[patient])]
+    if not isinstance(images, bool | str | Path):
+        msg = f"`images` must be True, False or the path of a folder with images, found {images!r}."
+        raise TypeError(msg)
     if not isinstance(images, bool):
-        folder = Path(images).expanduser()
-        found = {name: next(iter(sorted((folder / patient / name).glob("*.jpg"))), None) for name in sections}
-        if not any(found.values()):
-            msg = f"'{folder}' has no image of patient {patient!r}: expected '{patient}/{sections[0]}/*.jpg' and so on in it."
-            raise FileNotFoundError(msg)
-        return {name: path for name, path in found.items() if path is not None}
+        return _images_in(Path(images).expanduser(), patient, sections)
     if not images:
         return dict.fromkeys(sections)
     if patient not in _IMAGES:
@@ -189,6 +192,29 @@ def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str
         )
         raise ValueError(msg)
     return dict(_IMAGES[patient])
+
+
+def _images_in(folder: Path, patient: str, sections: list[str]) -> dict[str, Path]:
+    """The one image of each section in a folder of the user; sections without are left out."""
+    found = {}
+    for name in sections:
+        here = sorted(path for path in (folder / patient / name).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        if len(here) > 1:
+            msg = (
+                f"'{folder / patient / name}' must hold one image, found {[path.name for path in here]}. Leave only the "
+                "full-resolution image of the study."
+            )
+            raise ValueError(msg)
+        if here:
+            found[name] = here[0]
+    if not found:
+        msg = (
+            f"'{folder}' has no image of patient {patient!r}: expected '{patient}/{sections[0]}/*.jpg' and so on in it."
+        )
+        raise FileNotFoundError(msg)
+    if left_out := [name for name in sections if name not in found]:
+        logger.warning("'%s' has no image of the sections %s, which are left out", folder, left_out)
+    return found
 
 
 def _mpp_of_array(path: Path) -> float:
@@ -229,10 +255,18 @@ def array_ids(spots: pd.DataFrame) -> list[str]:
 def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: float) -> SpatialData:
     """Image, spots and counts of one section."""
     spots = pd.read_csv(files["spots"], sep="\t")
+    centers, levels = spots[["pixel_x", "pixel_y"]].to_numpy(float), open_image(files["image"]).levels
+    height, width = levels[0].shape[-2:]
+    if (centers > [width, height]).any():
+        msg = (
+            f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but '{files['image']}' "
+            f"has {width} x {height} pixels. Use the full-resolution image of the study."
+        )
+        raise ValueError(msg)
     return section_object(
         name,
-        image_element(open_image(files["image"]).levels, "global", 1.0),
-        centers=spots[["pixel_x", "pixel_y"]].to_numpy(float),
+        image_element(levels, "global", 1.0),
+        centers=centers,
         radius=_SPOT_DIAMETER / 2 / mpp,
         ids=array_ids(spots),
         table=counts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -94,7 +95,8 @@ def olfactory_bulb(
         Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
         ``None`` selects no genes.
     data_dir
-        Folder with the files; by default ``settings.data_dir / "mob_st4"``. Counts may be compressed (``MOB1.tsv.gz``).
+        Folder with the files; by default ``settings.data_dir / "mob_st4"``. Counts may be compressed (``MOB1.tsv.gz``). Missing
+        files are downloaded to it, and no file in it is replaced.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 
@@ -146,7 +148,11 @@ def olfactory_bulb(
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Path of a file in the folder; downloaded if it is missing, or if its bytes differ from the published ones."""
+    """Path of a file in the folder; downloaded if it is missing. A file of the user is never replaced."""
+    path = folder / name
+    if path.is_file() and folder != settings.data_dir / _FOLDER:
+        _require_published(path, path.read_bytes())
+        return path
     return fetch(name, folder=folder, sha256=SHA256, urls={file: _BASE_URL + file for file in SHA256})
 
 
@@ -161,8 +167,21 @@ def _read_counts(folder: Path, name: str, places: pd.DataFrame) -> AnnData:
     packed = folder / f"{name}.tsv.gz"
     if not packed.exists():
         return read_counts(_file(folder, f"{name}.tsv"))[places.index].copy()
-    found = hashlib.sha256(gzip.decompress(packed.read_bytes())).hexdigest()
-    if found != SHA256[f"{name}.tsv"]:
-        msg = f"'{packed}' is not the published file: its content has the sha256 {found}, expected {SHA256[f'{name}.tsv']}."
-        raise ValueError(msg)
+    try:
+        content = gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        msg = f"'{packed}' cannot be unpacked: {error}. Download it again."
+        raise ValueError(msg) from error
+    _require_published(packed, content)
     return read_counts(packed)[places.index].copy()
+
+
+def _require_published(path: Path, content: bytes) -> None:
+    """Raise a ``ValueError`` unless the (unpacked) content of a file is the published one."""
+    found, expected = hashlib.sha256(content).hexdigest(), SHA256[path.name.removesuffix(".gz")]
+    if found != expected:
+        msg = (
+            f"'{path}' is not the published file: its content has the sha256 {found}, expected {expected}. Move it to another "
+            "folder; then the published one is downloaded."
+        )
+        raise ValueError(msg)

@@ -40,7 +40,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     resolution
         Pixel size in um at which the images are read; by default 1500 pixels along the longer side.
     viewer
-        Viewer to add the layers to; a new one by default.
+        Viewer to add the layers to; a new one by default. It must not have layers of these names: one viewer for each section.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     KeyError
         If the section does not exist.
     ValueError
-        If `section` is the reference.
+        If `section` is the reference, or `viewer` has a layer of the same name.
 
     Examples
     --------
@@ -70,6 +70,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
         raise ValueError(msg)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
+    _require_new_layers(viewer, (record.reference, section))
     try:
         import napari
     except ImportError as error:
@@ -95,6 +96,15 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     viewer.reset_view()
     viewer.layers.selection.active = viewer.layers[section]
     return viewer
+
+
+def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
+    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names, and nobody reads them."""
+    wanted = {*names, *map(Keys.landmarks, names)}
+    taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
+    if taken:
+        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers first."
+        raise ValueError(msg)
 
 
 def _picture(

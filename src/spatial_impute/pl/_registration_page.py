@@ -6,11 +6,11 @@ import base64
 import html
 import io
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._stack import (
     load_record,
     registration_problems,
@@ -24,6 +24,7 @@ from spatial_impute.pl._overlay import compared_sections, on_reference, overlay,
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from spatialdata import SpatialData
 
@@ -101,7 +102,7 @@ def registration_page(
     sdata
         Registered stack.
     path
-        File to write (``.html``).
+        File to write (``.html``). A file that is there is replaced.
     sections
         Sections to check; all but the reference by default.
     resolution
@@ -127,14 +128,9 @@ def registration_page(
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.pl.registration_page(sdata, "check.html")
     """
-    record, path = load_record(sdata), Path(path).expanduser()
+    record = load_record(sdata)
     rows = require_registration(record)["sections"]
-    if path.suffix.lower() != ".html":
-        msg = f"`path` must end in .html, found {str(path)!r}."
-        raise ValueError(msg)
-    if not path.parent.is_dir():
-        msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
-        raise FileNotFoundError(msg)
+    path = file_to_write(path, ends=(".html",), overwrite=True)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     warn(registration_problems(sdata, record))
@@ -154,7 +150,8 @@ def registration_page(
         parts="\n".join(parts),
         script=_SCRIPT.replace("REGISTRATION", json.dumps(registration_state(record))),
     )
-    path.write_text(text, encoding="utf-8")
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _part(name: str, row: dict[str, Any], dice: tuple[float, float], images: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._geometry import polygons_of
 from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
@@ -55,17 +56,21 @@ def add_cells(
     Returns
     -------
     ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class``, ``name``
-    and ``objectType`` from a GeoJSON file. Objects without an area (points, lines, empty ones) are left out, with a warning.
+    and ``objectType`` from a GeoJSON file; measurements in the file are not read. Objects without an area (points, lines,
+    empty ones) are left out, with a warning. Shapes of the section with this name are replaced.
 
     Raises
     ------
     KeyError
         If the section does not exist.
+    FileNotFoundError
+        If there is no such file.
     TypeError
         If `cells` is none of these, such as a mask of True and False.
     ValueError
         If most objects have no area, most polygons lie outside the image, labels have another size than the image or are
-        negative, shapes lie in another coordinate system, or the file is no GeoJSON.
+        negative, shapes lie in another coordinate system, the file is no GeoJSON, or `key_added` names shapes of another
+        section.
 
     Examples
     --------
@@ -86,6 +91,7 @@ def add_cells(
     outlines = map(Keys.tissue_outline, record.names)
     others = [*sdata.images, *sdata.labels, *sdata.points, *sdata.tables, *outlines]
     require_slot_key(key, name="key_added", taken=[str(one.spots) for one in record.sections] + others)
+    _require_own_shapes(sdata, key, section)
     image = record[section].image
     size = section_levels(sdata, record[section])[0].shape
     to_um = element_affine(sdata.images[image], section)
@@ -96,6 +102,18 @@ def add_cells(
     _require_on_image(found, size, image)
     sdata.shapes[key] = ShapesModel.parse(found, transformations=to_frames(record, section, plane_affine(to_um)))
     log_added(f"shapes[{key!r}]")
+
+
+def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
+    """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier outlines of this one."""
+    from spatialdata.transformations import get_transformation
+
+    if key in sdata.shapes and section not in (places := get_transformation(sdata.shapes[key], get_all=True)):
+        msg = (
+            f"`key_added={key!r}` would write over `sdata.shapes[{key!r}]`, which lies in {sorted(places)} and not in section "
+            f"{section!r}. Choose another name."
+        )
+        raise ValueError(msg)
 
 
 def _own_place(cells: Any, section: str) -> np.ndarray | None:
@@ -148,13 +166,17 @@ def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
 def _read_geojson(path: Path) -> GeoDataFrame:
     """Outlines of a GeoJSON file; QuPath writes a list of features, or a collection of them."""
     import geopandas as gpd
+    from shapely.errors import ShapelyError
     from shapely.geometry import shape
 
+    if not path.is_file():
+        msg = f"`cells` must be a GeoJSON file, found none at {str(path)!r}."
+        raise FileNotFoundError(msg)
     try:
         content = json.loads(read_text(path))
-        features = content["features"] if isinstance(content, dict) else content
+        features = _features(content)
         geometry = [shape(feature["geometry"]) if feature["geometry"] else None for feature in features]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ShapelyError) as error:
         msg = f"'{path}' is no GeoJSON file with features: {error!r}."
         raise ValueError(msg) from error
     properties = [feature.get("properties") or {} for feature in features]
@@ -163,8 +185,17 @@ def _read_geojson(path: Path) -> GeoDataFrame:
         "name": [str(part.get("name") or "") for part in properties],
         "objectType": [str(part.get("objectType") or "") for part in properties],
     }
-    ids = pd.Index([str(feature.get("id", i)) for i, feature in enumerate(features)])
+    ids = pd.Index([str(i if feature.get("id") is None else feature["id"]) for i, feature in enumerate(features)])
     return gpd.GeoDataFrame({key: v for key, v in columns.items() if any(v)}, geometry=geometry, index=ids)
+
+
+def _features(content: Any) -> list[dict[str, Any]]:
+    """Features of a collection, of a list, or a single one or its geometry alone."""
+    if not isinstance(content, dict):
+        return list(content)
+    if "features" in content:
+        return list(content["features"])
+    return [content if "geometry" in content else {"geometry": content}]
 
 
 def _class_name(found: Any) -> str:
@@ -202,9 +233,15 @@ def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
 
 def _with_area(found: GeoDataFrame) -> GeoDataFrame:
     """Polygons with an area, repaired where they cross themselves."""
-    crossed = ~found.geometry.is_valid
-    if crossed.any():
-        found = found.set_geometry(found.geometry.where(~crossed, found.geometry.make_valid()))
+    import geopandas as gpd
+
+    if not len(found):
+        msg = "`cells` holds no object. Give at least one outline."
+        raise ValueError(msg)
+    odd = found.geometry.notna() & (~found.geometry.is_valid | (found.geometry.geom_type == "GeometryCollection"))
+    if odd.any():
+        parts = [polygons_of(one) if is_odd else one for one, is_odd in zip(found.geometry, odd, strict=True)]
+        found = found.set_geometry(gpd.GeoSeries(parts, index=found.index))
     kept = found.geometry.geom_type.isin(["Polygon", "MultiPolygon"]) & (found.geometry.area > 0)
     if not kept.mean() >= _LEAST_WITH_AREA:
         kinds = found.geometry[~kept].geom_type.fillna("none").value_counts().to_dict()

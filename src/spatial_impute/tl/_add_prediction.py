@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +62,7 @@ def add_prediction(
     TypeError
         If `prediction` is no AnnData.
     ValueError
-        If names are repeated, values are infinite, or `key_added` is taken by another kind of data.
+        If names are repeated, values are infinite or no real numbers, or `key_added` is taken by another kind of data.
 
     Examples
     --------
@@ -79,7 +80,8 @@ def add_prediction(
     from anndata import AnnData
 
     table = stack_table(sdata, table_key)
-    require_slot_key(key_added, name="key_added", taken=(*Keys.NO_RESULT, Keys.ASIGN, *map(Keys.sd, table.layers)))
+    taken = (*Keys.NO_RESULT, Keys.ASIGN, *map(Keys.sd, table.layers), *_other_records(table))
+    require_slot_key(key_added, name="key_added", taken=taken)
     if not isinstance(prediction, AnnData):
         msg = f"`prediction` must be an AnnData with a row for each spot, found {type(prediction).__name__}."
         raise TypeError(msg)
@@ -88,6 +90,12 @@ def add_prediction(
     matrix = prediction.X if layer is None else prediction.layers[layer]
     if matrix is None:
         msg = f"`prediction.X` is empty; name the layer to read with `layer=`, one of {sorted(prediction.layers)}."
+        raise ValueError(msg)
+    if np.dtype(matrix.dtype).kind not in "buif":
+        where = "X" if layer is None else f"layers[{layer!r}]"
+        msg = (
+            f"`prediction.{where}` must hold real numbers, found {matrix.dtype}. Make it so with `.astype('float32')`."
+        )
         raise ValueError(msg)
     rows, columns = _rows(table, prediction), _columns(sdata, table, prediction)
     found, genes = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
@@ -106,6 +114,16 @@ def add_prediction(
     # The record of a layer that was there before, and its error.
     table.uns.pop(key_added, None)
     table.layers.pop(Keys.sd(key_added), None)
+
+
+def _other_records(table: AnnData) -> list[str]:
+    """Names in ``uns`` that are no records of layers, such as ``pca`` of scanpy or a graph."""
+    layers = [
+        key
+        for key, record in table.uns.items()
+        if isinstance(record, Mapping) and Keys.STATE in record and "params" not in record
+    ]
+    return sorted(set(table.uns) - {*table.layers, *layers})
 
 
 def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:

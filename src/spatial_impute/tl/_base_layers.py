@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
@@ -53,6 +54,9 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
         require_key(name, table.layers, where="layers of the stack table", then=then)
         if name in {*METHODS, NETWORK, BASE, WITHOUT, Keys.ASIGN, Keys.MEASURED}:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
+            raise ValueError(msg)
+        if sparse.issparse(table.layers[name]):
+            msg = f"A base layer must be dense; make it so by `table.layers[{name!r}] = table.layers[{name!r}].toarray()`."
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)

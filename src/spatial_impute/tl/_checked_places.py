@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spatial_impute._stack import load_transform, registration_state, require_registration
+from spatial_impute._settings import logger
+from spatial_impute._stack import changed_images, load_transform, registration_state, require_registration
 from spatial_impute._validation import require_key
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def approved_places(
     rows, approved, open_ = require_registration(record)["sections"], {}, []
     for name, decision in decisions.items():
         require_key(name, rows, where="the registered sections")
-        if decision == "rejected" and name not in answered:
+        if name not in record.names:  # the object is a part of the one that was registered
+            logger.warning("Section %s of `checked` is gone; the decision on it is left out", name)
+        elif decision == "rejected" and name not in answered:
             open_.append(name)
         elif decision == "approved" and name in answered:
             msg = f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of them."
@@ -54,6 +57,15 @@ def approved_places(
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
             row = rows[name] | {"verdict": "ok", "reasons": [_APPROVED, *reasons]}
             approved[name] = Approved(load_transform(sdata, record, name), row)
+    changed = (
+        [name for name in changed_images(sdata, record) if name in {*approved, record.reference}] if approved else []
+    )
+    if changed:
+        msg = (
+            f"The images of the sections {changed} are not the ones that were registered, so their approval does not count. "
+            "Register them without `checked`, and look at the new page."
+        )
+        raise ValueError(msg)
     if open_:
         msg = (
             f"Sections {open_} are rejected in `checked`; the same fit would find the same place. Give each of them a start "

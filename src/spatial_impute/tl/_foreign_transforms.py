@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._geometry import apply_affine, linear_scale, scaling
+from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._io.text import read_text
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, load_transform, section_levels
-from spatial_impute._validation import require_one_of, require_positive
+from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
+from spatial_impute._validation import require_key, require_positive
 from spatial_impute.tl._displacement_files import FIELDS, read_field, write_field
 from spatial_impute.tl._given_transforms import check_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
+    from spatial_impute._image.levels import Level
     from spatial_impute._registration import SectionTransform
 
 _ITK_HEADER = "#Insight Transform File"
@@ -111,7 +115,7 @@ def _warn_of_units(path: Path, scale: float) -> None:
         )
 
 
-def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> None:
+def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, overwrite: bool = False) -> None:
     """Write the place of a registered section for other programs, in um.
 
     Parameters
@@ -125,6 +129,8 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
         ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
         of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and ``.nrrd``:
         displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
+    overwrite
+        Replace a file that is there.
 
     Returns
     -------
@@ -132,12 +138,14 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
 
     Raises
     ------
+    FileExistsError
+        If there is a file at `path` and `overwrite` is False.
     FileNotFoundError
         If the folder of `path` does not exist.
     KeyError
         If the section is not registered.
     ValueError
-        If the end of `path` is none of these.
+        If `path` ends otherwise, or an image is not the one that was registered.
 
     Examples
     --------
@@ -148,35 +156,42 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path) -> 
     >>> si.tl.read_transformation("s0.mat").shape
     (3, 3)
     """
-    path, record = Path(path), load_record(sdata)
-    if not path.parent.is_dir():
-        msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
-        raise FileNotFoundError(msg)
-    field = path.name.lower().endswith(FIELDS)
-    if not field:
-        require_one_of(path.suffix.lower(), {".mat", ".tfm", ".txt", ".csv", *FIELDS}, name="end of path")
+    record = load_record(sdata)
+    path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *FIELDS), overwrite=overwrite)
+    answer(registration_problems(sdata, record))
     transform = load_transform(sdata, record, section)
-    if path.suffix.lower() == ".csv":
-        level = section_levels(sdata, record[section])[0]
-        steps = (np.linspace(_MARGIN, 1 - _MARGIN, _LATTICE) * n for n in level.shape[::-1])
-        corners = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
-        points = corners @ level.to_um[:2, :2].T + level.to_um[:2, 2]
-        header = "section_x,section_y,reference_x,reference_y"
-        np.savetxt(path, np.hstack([points, transform.points(points)]), "%.4f", ",", header=header, comments="")
-        return
-    if field:
-        write_field(path, transform, section_levels(sdata, record[record.reference])[0])
-        return
-    if transform.deforms:
+    if transform.deforms and path.suffix.lower() in (".mat", ".tfm", ".txt"):
         logger.warning(
             "Section %s is deformed; %s holds the affine part only. Pairs of points and fields hold both", section, path
         )
-    if path.suffix.lower() == ".txt":
-        np.savetxt(path, transform.matrix, "%.12g")
-        return
+    with written_whole(path) as part:
+        if path.suffix.lower() == ".csv":
+            _write_pairs(part, transform, section_levels(sdata, record[section])[0])
+        elif path.suffix.lower() == ".txt":
+            np.savetxt(part, transform.matrix, "%.12g")
+        elif path.suffix.lower() in (".mat", ".tfm"):
+            _write_itk(part, transform.matrix)
+        else:
+            require_key(
+                record.reference, record.names, where="the stack's sections", then="The field covers its image."
+            )
+            write_field(part, transform, section_levels(sdata, record[record.reference])[0])
+
+
+def _write_pairs(path: Path, transform: SectionTransform, level: Level) -> None:
+    """Points of the image of a section, and their places in the reference."""
+    steps = (np.linspace(_MARGIN, 1 - _MARGIN, _LATTICE) * n for n in level.shape[::-1])
+    corners = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 2)
+    points = apply_affine(corners, level.to_um)
+    header = "section_x,section_y,reference_x,reference_y"
+    np.savetxt(path, np.hstack([points, transform.points(points)]), "%.4f", ",", header=header, comments="")
+
+
+def _write_itk(path: Path, matrix: np.ndarray) -> None:
+    """Matrix as ITK keeps it, from fixed points to moving ones."""
     import ants
 
-    back = np.linalg.inv(transform.matrix)
+    back = np.linalg.inv(matrix)
     affine = ants.create_ants_transform(
         "AffineTransform", precision="double", dimension=2, matrix=back[:2, :2], translation=back[:2, 2]
     )
@@ -191,7 +206,8 @@ def _read_itk(path: Path) -> np.ndarray:
     """Matrix from the moving to the fixed image; ITK keeps the map from fixed points to moving ones."""
     import ants
 
-    transform: Any = ants.read_transform(str(path))
+    with TemporaryDirectory() as folder:  # a copy, because ITK does not know `.MAT`
+        transform: Any = ants.read_transform(str(shutil.copy(path, Path(folder) / f"place{path.suffix.lower()}")))
     if transform.dimension != 2:
         msg = f"it has {transform.dimension} dimensions."
         raise ValueError(msg)
@@ -272,9 +288,11 @@ def _require_order(header: list[str], path: Path) -> None:
     """Raise a ``ValueError`` for a header whose columns stand in another order than x, y in the section, then in the reference."""
     section, reference, x, y = (
         [i for i, name in enumerate(header) if re.search(pattern, name)]
-        for pattern in ("section|moving|source", "reference|fixed|target", "(^|[^a-z])x$", "(^|[^a-z])y$")
+        for pattern in ("sec|mov|source|src", "ref|fix|target|tgt", "(^|[^a-z])x$", "(^|[^a-z])y$")
     )
-    if (section and reference and section[0] > reference[0]) or (x and y and x[0] > y[0]):
+    # x, y, x, y; also not x, x, y, y
+    turned = x != sorted(x + y)[::2] if len(x) == len(y) else bool(x and y and x[0] > y[0])
+    if turned or (section and reference and section[0] > reference[0]):
         msg = (
             f"Expected the columns x, y in the section, then x, y in the reference, found {header} in {str(path)!r}. "
             "Change the order of the columns."

@@ -10,11 +10,10 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
-    answer,
     dense_rows,
     load_record,
     registered_spots,
-    registration_problems,
+    require_current,
     require_element_key,
     require_registration,
     stack_table,
@@ -68,7 +67,8 @@ def points_3d(
     KeyError
         If the stack is not registered, or a gene, column or layer does not exist.
     ValueError
-        If `key_added` is the name of another element.
+        If `key_added` is the name of another element, `columns` names ``x``, ``y`` or ``spot``, or spots or images were changed
+        after the registration.
 
     Examples
     --------
@@ -84,17 +84,23 @@ def points_3d(
 
     record = load_record(sdata)
     target = require_registration(record)["coordinate_system"]
-    answer(registration_problems(sdata, record))
     table = stack_table(sdata)
     xyz = registered_spots(table, Keys.STACK_TABLE)
+    require_current(sdata, record, table, measured=False)
     frame = pd.DataFrame({"x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2], "spot": table.obs_names.to_numpy(str)})
     for name in (Keys.SECTION, Keys.MEASURED):
         frame[name] = table.obs[name].to_numpy()
     columns = name_list(columns, name="columns")
+    if taken := [name for name in columns if name in {"x", "y", "spot"} & {*table.obs, *table.var_names}]:
+        msg = (
+            f"`columns` names {taken}, which the points have already. Rename these columns or genes in the stack table."
+        )
+        raise ValueError(msg)
     if any(name in table.var_names for name in columns):
         warn_if_old(sdata, table, [layer])
     for name in columns:
-        frame[name] = _column(table, name, layer)
+        if name not in {Keys.Z, Keys.SECTION, Keys.MEASURED}:  # which are there
+            frame[name] = _column(table, name, layer)
     if inplace:
         require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
     points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})

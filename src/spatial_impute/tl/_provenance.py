@@ -22,6 +22,7 @@ from spatial_impute._stack import (
     write_slots,
 )
 from spatial_impute._stack.spots import units
+from spatial_impute._stack.state import SLOT_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -154,8 +155,8 @@ def compare_with_fit(
         changed = [k for k in slots if now.get(k, stack[k]) != stack[k]]
         if seen and changed:
             logger.warning(
-                "The model was fitted on this stack before its %s changed. Fit it again with `si.tl.fit_asign(sdata)`.",
-                ", ".join(changed),
+                "The model was fitted on this stack before these changed: %s. Fit it again with `si.tl.fit_asign(sdata)`.",
+                ", ".join(SLOT_WORDS[key] for key in changed),
             )
     if "stacks" not in model.config:  # a model of an earlier version knows names only
         trained = {str(name) for names in model.config.get("sections", ()) for name in names}

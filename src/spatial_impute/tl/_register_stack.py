@@ -177,8 +177,8 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, `checked` belongs to another registration or rejects a section without help, or a section fails and
-        ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or another image, or rejects a section without help, or a section
+        fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------

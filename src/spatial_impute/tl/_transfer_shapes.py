@@ -59,14 +59,15 @@ def transfer_shapes(
     Returns
     -------
     ``None``. Writes for each section `sdata.shapes['{key}_on_{section}']`: the shapes in the frame of that section (um), with
-    their columns and names. Long edges get more vertices to follow a deformation.
+    their columns and names. Long edges get more vertices to follow a deformation. With the default names, shapes of an
+    earlier call are replaced. After a new registration, call this again: the shapes keep their old places.
 
     Raises
     ------
     KeyError
         If the stack is not registered, the shapes do not exist or belong to no section, or a section is not registered.
     ValueError
-        If the shapes belong to several sections and `section` is not given, or a new name is taken.
+        If the shapes belong to several sections and `section` is not given, there is no other section, or a new name is taken.
 
     Examples
     --------
@@ -89,8 +90,11 @@ def transfer_shapes(
     require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
     wanted = [name for name in names if name != section]
+    if not wanted:
+        msg = f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are {list(rows)}."
+        raise ValueError(msg)
     pattern = Keys.carried(key, "{section}") if key_added is None else key_added
-    if "{section}" not in pattern:
+    if not isinstance(pattern, str) or "{section}" not in pattern:
         msg = f"`key_added` must contain the word {{section}}, one name for each section; found {pattern!r}."
         raise ValueError(msg)
     keys = {name: pattern.replace("{section}", name) for name in wanted}

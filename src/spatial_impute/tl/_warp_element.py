@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, linear_scale
+from spatial_impute._geometry import apply_affine, linear_scale, polygons_of
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._registration.warp_image import output_grid, resampled
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
     answer,
+    are_circles,
     element_affine,
     load_record,
     load_transform,
@@ -141,10 +142,9 @@ def section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
     raise ValueError(msg)
 
 
-def fill_value(level: Level, *, white: bool) -> int:
-    """Value of pixels outside an image: 0, or full brightness."""
-    dtype = level.data.dtype
-    return int(np.iinfo(dtype).max) if white and np.issubdtype(dtype, np.integer) else int(white)
+def fill_value(level: Level, *, white: bool) -> float:
+    """Value of pixels outside an image: 0, or full brightness, which for 12 bits in 16 is 4095."""
+    return level.white if white else 0
 
 
 def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
@@ -196,7 +196,7 @@ class Warp:
 
         moved = shapes.copy()
         moved.attrs = {}
-        if "radius" in shapes:
+        if are_circles(shapes):
             centers = np.column_stack([shapes.geometry.x, shapes.geometry.y])
             radius = shapes["radius"].to_numpy(float)
             moved["geometry"] = shapely.points(self(centers))
@@ -209,7 +209,7 @@ class Warp:
                 geometry = shapely.segmentize(geometry, step)
             geometry = shapely.transform(geometry, self)
             invalid = ~shapely.is_valid(geometry)
-            geometry[invalid] = [_polygonal(g) for g in geometry[invalid]]
+            geometry[invalid] = [polygons_of(g) for g in geometry[invalid]]
             moved["geometry"] = geometry
         return ShapesModel.parse(moved, transformations={self.target: Identity()})
 
@@ -241,14 +241,3 @@ class Warp:
                 chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
                 kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
         return get_model(element).parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)
-
-
-def _polygonal(geometry: Any) -> Any:
-    """Valid polygons of a geometry, without lines and points that the repair may add."""
-    import shapely
-
-    valid = shapely.make_valid(geometry)
-    if valid.geom_type in ("Polygon", "MultiPolygon"):
-        return valid
-    parts = [part for part in shapely.get_parts(valid) if part.geom_type in ("Polygon", "MultiPolygon")]
-    return shapely.union_all(parts) if parts else geometry

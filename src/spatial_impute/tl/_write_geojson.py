@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import apply_affine
+from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, load_record
+from spatial_impute._stack import are_circles, element_affine, load_record
 from spatial_impute._validation import require_key
 from spatial_impute.tl._warp_element import SET_TRANSFORMATION, section_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
@@ -23,7 +25,9 @@ _CORNERS = 8  # of a quarter of a circle: its area is right to 0.6 %
 _DECIMALS = 2  # of a pixel
 
 
-def write_geojson(sdata: SpatialData, key: str, path: str | Path, *, section: str | None = None) -> None:
+def write_geojson(
+    sdata: SpatialData, key: str, path: str | Path, *, section: str | None = None, overwrite: bool = False
+) -> None:
     """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of the full-resolution image of the section.
 
     Parameters
@@ -32,11 +36,13 @@ def write_geojson(sdata: SpatialData, key: str, path: str | Path, *, section: st
         Stack.
     key
         Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath, columns of
-        numbers their measurements.
+        numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty polygons.
     path
         File to write (``.geojson`` or ``.json``).
     section
         Section of the shapes; by default the one section to which they have a transformation.
+    overwrite
+        Replace a file that is there.
 
     Returns
     -------
@@ -46,6 +52,8 @@ def write_geojson(sdata: SpatialData, key: str, path: str | Path, *, section: st
     ------
     KeyError
         If the shapes do not exist or belong to no section.
+    FileExistsError
+        If there is a file at `path` and `overwrite` is False.
     FileNotFoundError
         If the folder of `path` does not exist.
     ValueError
@@ -61,33 +69,32 @@ def write_geojson(sdata: SpatialData, key: str, path: str | Path, *, section: st
     """
     from spatialdata.transformations import get_transformation
 
-    record, path = load_record(sdata), Path(path).expanduser()
-    if path.suffix.lower() not in (".geojson", ".json"):
-        msg = f"`path` must end in .geojson or .json, found {str(path)!r}."
-        raise ValueError(msg)
-    if not path.parent.is_dir():
-        msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
-        raise FileNotFoundError(msg)
+    record = load_record(sdata)
+    path = file_to_write(path, ends=(".geojson", ".json"), overwrite=overwrite)
     require_key(key, sdata.shapes, where="sdata.shapes")
     shapes = sdata.shapes[key]
     own = get_transformation(shapes, get_all=True)
     section = section_of(own, key, record) if section is None else section
     require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
-    to_pixels = np.linalg.inv(element_affine(sdata.images[record[section].image], section))
+    image = record[section].image
+    require_key(image, sdata.images, where="sdata.images", then="The file has pixels of the image of the section.")
+    to_pixels = np.linalg.inv(element_affine(sdata.images[image], section))
     features = _features(shapes, to_pixels @ element_affine(shapes, section))
-    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
-    logger.info("Wrote %d objects in pixels of %r to %s", len(features), record[section].image, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    logger.info("Wrote %d objects in pixels of %r to %s", len(features), image, path)
 
 
 def _features(shapes: GeoDataFrame, to_pixels: np.ndarray) -> list[dict[str, Any]]:
     import shapely
 
+    shapes = shapes[~(shapes.geometry.is_empty | shapes.geometry.isna())]
     geometry = shapes.geometry.to_numpy()
-    columns = shapes.drop(columns=shapes.geometry.name)
-    if "radius" in columns:
+    columns = pd.DataFrame(shapes.drop(columns=shapes.geometry.name))
+    if are_circles(shapes):
         geometry = shapely.buffer(geometry, columns.pop("radius").to_numpy(float), quad_segs=_CORNERS)
     geometry = shapely.transform(geometry, lambda xy: apply_affine(xy, to_pixels).round(_DECIMALS))
-    rows = columns.to_dict("records")
+    rows = columns.to_dict("records") if columns.columns.size else [{}] * len(columns)
     return [
         {"type": "Feature", "id": str(name), "geometry": shapely.geometry.mapping(one), "properties": _properties(row)}
         for name, one, row in zip(shapes.index, geometry, rows, strict=True)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._image.brightfield import names_alpha
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._image.pyramid_files import TILE, Pyramid, write_pyramid
+from spatial_impute._io.files import file_to_write
 from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._registration.warp_image import PixelGrid, output_grid, resampled
 from spatial_impute._settings import logger, progress
 from spatial_impute._stack import (
     answer,
     element_affine,
+    in_rgb_order,
     load_record,
     load_transform,
     registration_problems,
@@ -25,11 +28,20 @@ from spatial_impute._validation import require_key, require_one_of, require_posi
 from spatial_impute.tl._warp_element import SET_TRANSFORMATION, fill_value, section_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
+    from spatial_impute._stack import StackRecord
 
 _BLOCK = 2048  # px along a strip that one task computes
+_WRITTEN_AS = {
+    "bool": "uint8",
+    "float16": "float32",
+    "int64": "int32",
+    "uint64": "uint32",
+}  # types that OME does not have
 
 
 def write_ome_tiff(
@@ -41,6 +53,7 @@ def write_ome_tiff(
     canvas: str = "reference",
     pixel_size: float | None = None,
     compression: str | None = None,
+    overwrite: bool = False,
     show_progress_bar: bool | None = None,
 ) -> None:
     """Write a registered image or labels as a pyramidal OME-TIFF, deformation included, for QuPath, Fiji or napari.
@@ -53,9 +66,9 @@ def write_ome_tiff(
     sdata
         Stack registered by :func:`register_stack`.
     key
-        Image or labels.
+        Image or labels. Channels that are no colors, such as dyes, are written one by one with their names.
     path
-        File to write (``.ome.tif`` or ``.ome.tiff``). A file that is there is replaced once the new one is complete.
+        File to write (``.ome.tif`` or ``.ome.tiff``).
     section
         Section of the element; by default the one section to which it has a transformation.
     canvas
@@ -64,8 +77,10 @@ def write_ome_tiff(
     pixel_size
         Pixel size in um; by default that of the image of the reference (``canvas="reference"``) or of the element.
     compression
-        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits with one or three channels,
-        and deflate (without loss) for others and for labels.
+        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red, green and
+        blue, and deflate (without loss) for others and for labels.
+    overwrite
+        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read from.
     show_progress_bar
         Show a progress bar; ``settings.show_progress_bar`` by default.
 
@@ -77,6 +92,8 @@ def write_ome_tiff(
     ------
     KeyError
         If the stack is not registered, or the element does not exist or belongs to no registered section.
+    FileExistsError
+        If there is a file at `path` and `overwrite` is False.
     FileNotFoundError
         If the folder of `path` does not exist.
     ValueError
@@ -91,26 +108,23 @@ def write_ome_tiff(
     """
     from spatialdata.transformations import get_transformation
 
-    record, path = load_record(sdata), Path(path).expanduser()
+    record = load_record(sdata)
+    path = file_to_write(path, ends=(".ome.tif", ".ome.tiff"), overwrite=overwrite)
     require_one_of(canvas, {"reference", "section"}, name="canvas")
     if pixel_size is not None:
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
-    if not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
-        msg = f"`path` must end in .ome.tif, found {str(path)!r}."
-        raise ValueError(msg)
-    if not path.parent.is_dir():
-        msg = f"`path` must lie in a folder that exists, found {str(path)!r}. Make the folder first."
-        raise FileNotFoundError(msg)
     answer(registration_problems(sdata, record))
     require_key(key, [*sdata.images, *sdata.labels], where="the images and labels of sdata")
     own = get_transformation(sdata[key], get_all=True)
     section = section_of(own, key, record) if section is None else section
     require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
     transform = load_transform(sdata, record, section)
-    levels = image_levels(sdata[key], element_affine(sdata[key], section))
-    grid = _grid(levels[0], transform, section_levels(sdata, record[record.reference])[0], canvas, pixel_size)
-    fill = fill_value(levels[0], white=key == record[section].image)
-    image = _Slide(levels, transform, grid, fill, nearest=key in sdata.labels).pyramid(key)
+    is_slide = key == record[section].image
+    element, channels = (sdata[key], ()) if key in sdata.labels else _colors_or_channels(sdata[key], is_slide=is_slide)
+    levels = image_levels(element, element_affine(sdata[key], section))
+    grid = _grid(levels[0], transform, _reference(sdata, record) if canvas == "reference" else None, pixel_size)
+    fill = fill_value(levels[0], white=is_slide)
+    image = _Slide(levels, transform, grid, fill, nearest=key in sdata.labels).pyramid(key, channels)
     bar = progress(None, f"Writing {path.name}", show=show_progress_bar, total=image.n_strips)
     try:
         write_pyramid(path, image, _compression(compression, image, labels=key in sdata.labels), bar.update)
@@ -121,11 +135,29 @@ def write_ome_tiff(
     )
 
 
-def _grid(
-    finest: Level, transform: SectionTransform, reference: Level, canvas: str, pixel_size: float | None
-) -> PixelGrid:
-    """Pixels to write."""
-    if canvas == "reference":
+def _reference(sdata: SpatialData, record: StackRecord) -> Level:
+    """Full resolution of the image of the reference."""
+    then = "The file gets its frame from the reference. Without it, pass `canvas='section'`."
+    require_key(record.reference, record.names, where="the stack's sections", then=then)
+    return section_levels(sdata, record[record.reference])[0]
+
+
+def _colors_or_channels(element: Any, *, is_slide: bool) -> tuple[Any, tuple[str, ...]]:
+    """Image with its channels as grey or red, green, blue (and alpha), or as it is with the names of its channels."""
+    array = next(iter(element["scale0"].ds.data_vars.values())) if hasattr(element, "children") else element
+    names = tuple(map(str, array.coords["c"].to_numpy())) if "c" in array.coords else ()
+    # Four channels without names are dyes, except on the slide: as alpha, the last one would hide the others.
+    if is_slide or len(names) != 4 or names_alpha(names):
+        try:
+            return in_rgb_order(element), ()
+        except ValueError:
+            pass
+    return element, names
+
+
+def _grid(finest: Level, transform: SectionTransform, reference: Level | None, pixel_size: float | None) -> PixelGrid:
+    """Pixels to write: in the frame of the reference, or of the element."""
+    if reference is not None:
         size = pixel_size or reference.pixel_size
         return output_grid(reference.shape, reference.to_um, SectionTransform(np.eye(3)), size)
     size = pixel_size or finest.pixel_size * linear_scale(transform.matrix)
@@ -133,14 +165,14 @@ def _grid(
 
 
 def _compression(wanted: str | None, image: Pyramid, *, labels: bool) -> str:
-    jpeg = image.dtype == np.uint8 and image.shape[2:] in ((), (3,)) and not labels
+    jpeg = image.dtype == np.uint8 and image.shape[2:] in ((), (3,)) and not image.channels and not labels
     if wanted is None:
         return "jpeg" if jpeg else "deflate"
     require_one_of(wanted, {"jpeg", "deflate", "zstd", "none"}, name="compression")
     if wanted == "jpeg" and not jpeg:
         msg = (
-            f"JPEG holds images of 8 bits with one or three channels, found {image.dtype} of shape {image.shape}"
-            f"{' (labels)' if labels else ''}. Use `compression='deflate'`."
+            f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape {image.shape}"
+            f"{' (labels)' if labels else f' with the channels {list(image.channels)}' if image.channels else ''}. Use `compression='deflate'`."
         )
         raise ValueError(msg)
     return wanted
@@ -154,15 +186,17 @@ class _Slide:
     ) -> None:
         self._levels, self._transform, self._grid, self._fill, self._nearest = levels, transform, grid, fill, nearest
 
-    def pyramid(self, name: str) -> Pyramid:
+    def pyramid(self, name: str, channels: tuple[str, ...]) -> Pyramid:
         """Image to write; a single channel has no axis of its own."""
         data, grid = self._levels[0].data, self._grid
-        n_channels = data.sizes.get("c", 1)
-        shape = grid.shape if n_channels == 1 else (*grid.shape, n_channels)
+        n_colors = 1 if channels else data.sizes.get("c", 1)
+        shape = grid.shape if n_colors == 1 else (*grid.shape, n_colors)
         (x, y), size = grid.matrix[:2, 2], linear_scale(grid.matrix)
-        return Pyramid(self._strip, shape, np.dtype(data.dtype), size, (float(x), float(y)), name)
+        self._by_channel = bool(channels)
+        self._dtype = np.dtype(_WRITTEN_AS.get(data.dtype.name, data.dtype))
+        return Pyramid(self._strip, shape, self._dtype, size, (float(x), float(y)), name, channels)
 
-    def _strip(self, level: int, number: int) -> np.ndarray:
+    def _strip(self, level: int, number: int, channel: int) -> np.ndarray:
         factor, row = 2**level, TILE * number
         height, width = (-(-n // factor) for n in self._grid.shape)
         matrix = self._grid.matrix @ scaling(factor)
@@ -170,8 +204,19 @@ class _Slide:
         grid = PixelGrid(matrix, (min(TILE, height - row), width))
         size = linear_scale(matrix) / linear_scale(self._transform.matrix)
         source = best_level(self._levels, size)
+        if self._by_channel:
+            source = replace(source, data=source.data.isel(c=[channel]))
         options: dict[str, Any] = {"nearest": self._nearest, "fill": self._fill, "chunk": _BLOCK}
-        data = resampled(source, self._transform, grid, **options).compute()
+        data = self._as_written(resampled(source, self._transform, grid, **options).compute())
         if data.ndim == 2:
             return data
         return data[0] if len(data) == 1 else np.moveaxis(data, 0, -1)
+
+    def _as_written(self, data: np.ndarray) -> np.ndarray:
+        """Values in the type of the file."""
+        if data.dtype.kind in "iu" and self._dtype.itemsize < data.dtype.itemsize:
+            most = np.iinfo(self._dtype).max
+            if data.size and (data.max() > most or data.min() < np.iinfo(self._dtype).min):
+                msg = f"OME-TIFF holds whole numbers up to {most}, found {data.min()} to {data.max()}. Number the labels anew."
+                raise ValueError(msg)
+        return data.astype(self._dtype, copy=False)

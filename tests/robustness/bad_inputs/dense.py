@@ -489,6 +489,13 @@ def _offline(world):
 DATASETS = [
     refuses(
         "datasets.her2st",
+        "something else than a folder of images",
+        TypeError,
+        "`images` must be True, False or the path of a folder",
+        lambda w: si.datasets.her2st("C", images=None),
+    ),
+    refuses(
+        "datasets.her2st",
         "an unknown patient",
         ValueError,
         "`patient` must be one of",

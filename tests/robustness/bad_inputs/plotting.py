@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 
@@ -39,6 +41,13 @@ CASES = [
         ValueError,
         "must not be the reference",
         lambda w: si.pl.place_by_hand(w.sdata, w.sdata.attrs["spatial_impute"]["stack"]["reference"]),
+    ),
+    refuses(
+        "pl.place_by_hand",
+        "a viewer with the layers of another section",
+        ValueError,
+        "Open another viewer for this section",
+        lambda w: si.pl.place_by_hand(w.sdata, "s0", viewer=SimpleNamespace(layers=[SimpleNamespace(name="s0")])),
     ),
     refuses(
         "pl.registration_page",

@@ -493,8 +493,15 @@ REGISTRATION = [
         "tl.write_transformation",
         "a file of an unknown kind",
         ValueError,
-        "`end of path` must be one of",
+        "`path` must end in .mat",
         lambda w: si.tl.write_transformation(w.sdata, "s0", w.tmp / "s0.xlsx"),
+    ),
+    refuses(
+        "tl.write_transformation",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_transformation(w.sdata, "s0", write(w.tmp / "s0.mat", b"of ANTs")),
     ),
     refuses(
         "tl.transfer_shapes",
@@ -524,6 +531,13 @@ REGISTRATION = [
         KeyError,
         "not found in `the genes and the columns of obs of the stack table`",
         lambda w: si.tl.points_3d(w.sdata, "x"),
+    ),
+    refuses(
+        "tl.transfer_shapes",
+        "the section of the shapes as the only one to carry them to",
+        ValueError,
+        "there is no other section to carry it to",
+        lambda w: si.tl.transfer_shapes(w.sdata, "s0_spots", sections="s0"),
     ),
     refuses(
         "tl.points_3d",
@@ -561,6 +575,20 @@ REGISTRATION = [
         lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", w.tmp / "x.ome.tif", pixel_size=0),
     ),
     refuses(
+        "tl.write_ome_tiff",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_ome_tiff(w.sdata, "s0_image", write(w.tmp / "s0.ome.tif", b"the scan")),
+    ),
+    refuses(
+        "tl.write_geojson",
+        "a file that is there",
+        FileExistsError,
+        "pass `overwrite=True` to replace it",
+        lambda w: si.tl.write_geojson(w.sdata, "s0_spots", write(w.tmp / "s0.geojson", b"{}")),
+    ),
+    refuses(
         "tl.write_geojson",
         "an unknown element",
         KeyError,
@@ -573,6 +601,13 @@ REGISTRATION = [
         ValueError,
         "must end in .geojson or .json",
         lambda w: si.tl.write_geojson(w.sdata, "s0_spots", w.tmp / "x.csv"),
+    ),
+    refuses(
+        "tl.read_placement",
+        "something else than a viewer",
+        TypeError,
+        "must be the viewer that `si.pl.place_by_hand` returned",
+        lambda w: si.tl.read_placement(None, "s0"),
     ),
     refuses(
         "tl.read_placement",
@@ -754,6 +789,7 @@ CELLS = [
         "is no GeoJSON file with features",
         lambda w: cells(w, write(w.tmp / "cells.geojson", b"x,y")),
     ),
+    refuses("pp.add_cells", "no outline", ValueError, "`cells` holds no object", lambda w: cells(w, [])),
     refuses("pp.add_cells", "an image", TypeError, "whole numbers (y, x)", lambda w: cells(w, np.ones((5, 5, 3)))),
     refuses(
         "pp.add_cells", "a mask", TypeError, "skimage.measure.label(mask)", lambda w: cells(w, np.ones((5, 5), bool))
