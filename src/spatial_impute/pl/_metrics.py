@@ -278,6 +278,7 @@ def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarr
         "va": "center",
         "fontsize": "x-small",
         "color": INK,
+        "arrowprops": {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
     }
     at = right * gap, above * (height + 2)
     text = ax.annotate(name, place, xytext=at, textcoords="offset points", **style)
