@@ -69,7 +69,7 @@ def main() -> None:
     for method in BASELINES:
         si.tl.impute_baseline(sdata, method)
     model = si.tl.fit_asign(sdata, model_params=params, seed=options.seed)
-    si.tl.impute_3d(sdata, model)
+    si.tl.impute_3d(sdata, model, parts=True)
     scores = si.metrics.evaluate(sdata, truth)
     genes = si.metrics.evaluate(sdata, truth, by="gene")
     sections = si.metrics.evaluate(sdata, truth, by="section")["pearson_gene"].unstack()

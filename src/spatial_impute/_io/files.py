@@ -59,7 +59,7 @@ def file_to_write(path: Any, *, ends: Sequence[str], overwrite: bool) -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """Path of a hidden file to write to, which becomes `path` at the end of the ``with`` block, or goes after an error.
 
-    What a process that was killed left there is written over. Raises a ``FileExistsError`` while another process writes.
+    The part of a process that was killed is written over. Raises a ``FileExistsError`` while another process writes.
     """
     # In lower case, because ITK does not know `.MAT`.
     part = path.with_name(f".part_{path.name.lower()}")

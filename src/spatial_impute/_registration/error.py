@@ -52,10 +52,10 @@ def expected_error(
     Patches of the registered section are matched to the fixed one by stain and by edges. Each match has an error of its
     own, but the two have little noise in common. So the mean product of the two shifts is the mean square of the shift
     that is really there, however noisy single matches are. A match is the mean over a patch; the bend within it follows
-    from the shifts of neighboring patches, by the same products. What a fit leaves is a bend, which grows with the square
-    of the distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion. To the
-    upper limit of this comes what fits to two halves of the tissue differ by (`halves`, root mean square in um), and half
-    a working pixel, below which content cannot be placed.
+    from the shifts of neighboring patches, by the same products. The error that remains after a fit is a bend. It grows with
+    the square of the distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion.
+    Two parts are added to the upper limit: the difference between fits to two halves of the tissue (`halves`, root mean
+    square in um), and half a working pixel, below which content cannot be placed.
 
     Returns
     -------

@@ -102,9 +102,9 @@ def her2st(
         ``None`` selects no genes.
     images
         A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``), which you
-        have downloaded yourself, one for each section. Sections without an image are left out, with a warning. False: all sections of the patient without their
-        H&E. Tissue is drawn where spots are, so that sections can be registered by their shape. Such images do not show
-        expression: use methods without features.
+        have downloaded yourself, one for each section. Sections without an image are left out, with a warning. False: all
+        sections of the patient without their H&E. Tissue is drawn where spots are, so that sections can be registered by
+        their shape. Such images do not show expression: use methods without features.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 

@@ -155,6 +155,22 @@ def test_every_parameter_receives_a_gradient(inputs, labels):
     assert idle == []
 
 
+def test_graphs_of_all_levels_keep_less_for_the_gradient_and_have_the_same(inputs, labels, monkeypatch):
+    """States that are computed a second time have the same dropout, and are not kept in between."""
+    found = []
+    for compute in (_network.checkpoint, lambda layer, *parts, **_: layer(*parts)):
+        monkeypatch.setattr(_network, "checkpoint", compute)
+        net, kept = network(level_graph=True, dropout=0.4).train(), []
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            net(inputs, labels).square().sum().backward()
+        found.append((sum(kept), [part.grad for part in net.parameters()]))
+    (few, gradients), (many, expected) = found
+    assert few < many / 2
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
 def test_merge_weight_of_one_is_label_propagation_and_zero_the_network(inputs, labels):
     net = network()
     torch.nn.init.zeros_(net.merge.weight)

@@ -36,11 +36,17 @@ if TYPE_CHECKING:
 
 _MAX_KNOWN = 5000  # known spots to learn from, a section of Visium; all are used to impute
 _BATCH = 500  # spots to predict in one step; larger batches take longer and learn hardly more
-_N_TRIALS = 2  # folds on which all regimes are tried
+N_TRIALS = 2  # folds on which all regimes are tried
 _N_NETWORKS = 5  # that predict together; one per fold, or with fewer folds networks trained on all spots
 _N_REFITS = 4
 _ONE_TRAINING = Lock()  # random state and threads of torch belong to the process, and workers may be threads of it
 _FEW = 150  # known spots, below which the choice between regimes would be chance
+
+
+def tried_regimes(params: AsignParams, n_known: int) -> list[AsignParams]:
+    """Candidates; with few known spots to learn from only the most cautious one."""
+    found = regimes(params)
+    return found if n_known >= _FEW else found[:1]
 
 
 def _no_step() -> None:
@@ -216,7 +222,7 @@ class NetworkFit:
     @property
     def trials(self) -> range:
         """Folds on which everything is tried."""
-        return range(min(_N_TRIALS, self.data.n_folds))
+        return range(min(N_TRIALS, self.data.n_folds))
 
     def try_regimes(self, only: int | None = None) -> Runs:
         """Train a network with every regime on the trial folds, until a freer one is worse; or with one of them only.
@@ -271,9 +277,8 @@ class NetworkFit:
 
     @cached_property
     def regimes(self) -> list[AsignParams]:
-        """Candidates; with few spots to learn from only the most cautious one."""
-        found = regimes(self.settings.params)
-        return found if len(self.data.truth) >= _FEW else found[:1]
+        """Candidates for this number of spots."""
+        return tried_regimes(self.settings.params, len(self.data.truth))
 
     def best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
         """Position of the regime with the lowest error on some of the trial folds."""

@@ -26,7 +26,7 @@ from spatial_impute.models.asign._baselines import (
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
-from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
+from spatial_impute.models.asign._ensemble import N_TRIALS, FitSettings, NetworkFit, TrainingSet, tried_regimes
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import (
     held_out_noise,
@@ -36,7 +36,6 @@ from spatial_impute.models.asign._intervals import (
 )
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
 from spatial_impute.models.asign._outside import recalibrate
-from spatial_impute.models.asign._training import regimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -260,11 +259,14 @@ def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> d
 
 def _n_steps(data: TrainingSet, params: AsignParams) -> int:
     """Largest number of steps of a fit, for progress: folds of each baseline, then steps of training."""
-    steps = [given(regime.n_steps) for regime in regimes(params)]
-    n_methods, n_folds = len(available_methods(data.stacks[0])), sum(map(len, data.folds))
-    n_networks = data.n_folds + (len(data.stacks) if len(data.stacks) > 1 else 0)
-    n_networks += 2 * data.n_refits  # each has up to twice as many steps, if there are two folds
-    return n_methods * n_folds + n_networks * max(steps) + 4 * sum(steps)
+    steps = [given(regime.n_steps) for regime in tried_regimes(params, len(data.truth))]
+    n_methods, n_folds, n_stacks = len(available_methods(data.stacks[0])), sum(map(len, data.folds)), len(data.stacks)
+    # A network of all spots has up to twice as many steps.
+    n_networks = data.n_folds + 2 * data.n_refits + (N_TRIALS if params.base == "auto" else 0)
+    n_fits = 1
+    if n_stacks > 1:  # the part of the model for stacks without a measured section
+        n_networks, n_fits = n_networks + n_stacks + 2 * data.n_refits, 2
+    return n_methods * n_folds + n_networks * max(steps) + n_fits * N_TRIALS * (sum(steps) - max(steps))
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:

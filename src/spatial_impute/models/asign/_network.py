@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import GATv2Conv
 
 if TYPE_CHECKING:
@@ -192,12 +193,22 @@ class MSAGNet(nn.Module):
         states = []
         for layers, state in self.branches(*self.encode(x)):
             for layer, into, n in zip(layers, edges, reach, strict=False):
-                state = layer(state, into, n)
+                state = self.attend(layer, state, into, n)
             states.append(state[: x.n_predicted])
         predicted, sequence = self.decode(torch.stack(states, dim=1), labels)
         if not levels:
             return predicted
         return torch.cat([predicted[None], self.correction(sequence[:, 1:]).transpose(0, 1)])
+
+    def attend(self, layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], n: int) -> Tensor:
+        """State of the first n spots after a graph layer.
+
+        The states of all edges take most of the memory of a training with a graph of each level. So they are computed once
+        more for the gradient, instead of being kept.
+        """
+        if self.training and len(self.level_graph):
+            return checkpoint(layer, nodes, edges, n, use_reentrant=False)
+        return layer(nodes, edges, n)
 
     def branches(self, nodes: Tensor, fields: Tensor) -> list[tuple[Sequence[nn.Module], Tensor]]:
         """Graph layers and (n, w) state of each level; no layers for levels that do not take part in the graph."""

@@ -91,8 +91,9 @@ def train(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Train the decoder, and the encoder if it has a learning rate, to predict expression without the base.
 
-    Checks are of the best weighted sum of base and decoder; the first one is of the base alone. Return the history, and the best weights on the held-out regions; those of the start if the best are not confirmed. A
-    loss that is not finite, and a checkpoint of another training, raise a ``ValueError``.
+    Checks are of the best weighted sum of base and decoder; the first one is of the base alone. Return the history, and the
+    weights that are best on the held-out regions; those of the start if the best are not confirmed. A loss that is not
+    finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
     size = crop_settings(network, slides + held_out, params)
