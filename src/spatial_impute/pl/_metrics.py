@@ -261,9 +261,9 @@ def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarr
     """Write the name beside a point, on the side where it covers the fewest `drawn` points and stays inside."""
     ax.get_xlim(), ax.get_ylim()  # the scale of the data is known only when the limits were asked for
     # All in points of the page: places relative to the named one, and the size of the text.
-    per_pixel, at = 72 / ax.figure.dpi, ax.transData.transform([place])
-    apart = per_pixel * (ax.transData.transform(drawn) - at)
-    low, high = per_pixel * (ax.bbox.get_points() - at)
+    per_pixel, here = 72 / ax.figure.dpi, ax.transData.transform([place])
+    apart = per_pixel * (ax.transData.transform(drawn) - here)
+    low, high = per_pixel * (ax.bbox.get_points() - here)
     width, height, gap = 5.0 * len(name), 8.0, 6.0
 
     def n_covered(side: tuple[int, int]) -> tuple[bool, int]:
