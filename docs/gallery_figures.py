@@ -1,7 +1,7 @@
 """Draw the figures of gallery.md by running the code it shows.
 
 ``conf.py`` calls :func:`draw` when a build starts; ``python docs/gallery_figures.py`` does it by hand. A figure that is
-newer than the page and the plots is kept.
+newer than the page and the plots is kept, and so is a figure below code that cannot run here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,20 @@ def parts(text: str) -> list[tuple[str, str]]:
     return [(match.lastgroup, match.group(match.lastgroup)) for match in found]
 
 
+def drawn_parts(text: str) -> list[tuple[str, str]]:
+    """The parts of the page without the code that cannot run here, and the figures of such code."""
+    kept, runs = [], True
+    for kind, content in parts(text):
+        if kind == "code":
+            runs = not content.startswith(SKIPPED)
+        if runs:
+            kept.append((kind, content))
+    return kept
+
+
 def draw() -> list[Path]:
     """Run the page and save the last figure of a block as the image that follows it; returns what was written."""
-    steps = parts(PAGE.read_text())
+    steps = drawn_parts(PAGE.read_text())
     figures = [DOCS / path for kind, path in steps if kind == "figure"]
     newest = max(path.stat().st_mtime for path in [PAGE, *PLOTS.glob("*.py")])
     if all(path.exists() and path.stat().st_mtime > newest for path in figures):
@@ -43,10 +54,10 @@ def draw() -> list[Path]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages; the tests watch ours
         for kind, content in steps:
-            if kind == "code" and not content.startswith(SKIPPED):
+            if kind == "code":
                 plt.close("all")
                 exec(compile(content, str(PAGE), "exec"), space)
-            elif kind == "figure":
+            else:
                 path = DOCS / content
                 path.parent.mkdir(parents=True, exist_ok=True)
                 plt.gcf().savefig(path, dpi=110, bbox_inches="tight")

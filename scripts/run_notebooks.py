@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -32,8 +33,14 @@ def smaller_png(encoded: str) -> str:
     paper = Image.new("RGB", figure.size, "white")
     paper.paste(figure, mask=figure.getchannel("A") if figure.mode == "RGBA" else None)
     file = io.BytesIO()
-    palette = paper.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE)
-    paper.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, "PNG", optimize=True)
+    palette = paper.quantize(COLOURS - 1, method=Image.Quantize.MAXCOVERAGE)
+    small = paper.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    # White stays white, or the paper of a figure with many pale colours becomes grey.
+    white = Image.fromarray((np.asarray(paper) == 255).all(axis=2))
+    colours = palette.getpalette()[: 3 * (COLOURS - 1)]
+    small.putpalette(colours + [255] * (3 * COLOURS - len(colours)))
+    small.paste(COLOURS - 1, mask=white)
+    small.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import importlib
+import importlib.util
 import re
 import textwrap
 from pathlib import Path
@@ -222,6 +223,18 @@ def test_figures_and_files_that_pages_link_exist(page):
     for target in {a or b for a, b in links}:
         drawn = target.startswith("_static/gallery/")  # by docs/gallery_figures.py, when the pages are built
         assert "://" in target or drawn or (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_the_gallery_draws_only_figures_of_code_that_runs():
+    """A screenshot of another program, below code that needs a screen, is not drawn over."""
+    spec = importlib.util.spec_from_file_location("gallery_figures", ROOT / "docs" / "gallery_figures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    figures = {content for kind, content in script.parts(text) if kind == "figure"}
+    drawn = {content for kind, content in script.drawn_parts(text) if kind == "figure"}
+    assert figures - drawn == {"_static/napari.png"}
+    assert all(content.startswith("_static/gallery/") for content in drawn)
 
 
 def test_read_the_docs_can_build_what_make_docs_builds():

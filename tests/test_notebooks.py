@@ -144,6 +144,8 @@ def test_what_is_kept_of_a_run_is_what_a_reader_sees():
     spec.loader.exec_module(script)
     ramp = np.zeros((60, 256, 4), dtype=np.uint8)
     ramp[..., :3] = (255 * plt.get_cmap("viridis")(np.arange(256))[:, :3]).astype(np.uint8)
+    ramp[:10] = 255  # paper, beside many pale colours
+    ramp[10:20, :, :3] = np.random.default_rng(0).integers(240, 255, (10, 256, 3))
     ramp[:, :, 3] = 255
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "PNG")
@@ -166,3 +168,4 @@ def test_what_is_kept_of_a_run_is_what_a_reader_sees():
     difference = np.asarray(kept.convert("RGB")).astype(int) - ramp[..., :3]
     assert difference.shape == (60, 256, 3)
     assert abs(difference).max() <= 20
+    assert not difference[:10].any()  # paper stays white

@@ -49,6 +49,24 @@ def test_dense_shows_image_and_genes_in_um(mapped):
     np.testing.assert_array_equal(drawn.filled(np.nan), values)
 
 
+@pytest.mark.parametrize(
+    ("record", "label"),
+    [
+        ({}, "log1p of counts per\n10000 (all genes)"),
+        ({"units": "counts"}, "counts per µm²"),
+        ({"features": True}, "feature of the network"),
+        ({"units": None}, "expression, units\nunknown"),
+    ],
+)
+def test_color_bars_state_the_units_of_the_map(mapped, monkeypatch, record, label):
+    kept = mapped.attrs["spatial_impute"]["dense"]
+    changed = {"s0_image_expression": kept["s0_image_expression"] | record}
+    monkeypatch.setitem(mapped.attrs["spatial_impute"], "dense", changed)
+    axes = si.pl.dense(mapped, "s0_image_expression", ["smooth_0", "texture_3"], return_ax=True)
+    bars = axes[0].figure.axes[3:]
+    assert [bar.get_ylabel() for bar in bars] == [label, label]
+
+
 def test_window_computes_only_its_tiles(fitted, monkeypatch):
     mapped, model = fitted
     calls = []

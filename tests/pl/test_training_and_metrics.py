@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,6 +136,20 @@ def test_metrics_without_scores_ranks_the_genes(plot_stack):
     assert len(drawn) == plot_stack.tables["stack"].n_vars
     assert (np.diff(drawn) <= 0).all()
     assert len(ax.texts) == 2
+
+
+def test_names_of_genes_stay_in_the_panel_and_cover_no_point(plot_stack):
+    stack = copy.deepcopy(plot_stack)
+    var = stack.tables["stack"].var
+    var["imputation_r"] = np.linspace(0.98, 0.0, len(var))  # a curve from one corner of the panel to the other
+    (ax,) = si.pl.metrics(stack, return_ax=True)
+    ax.figure.canvas.draw()
+    points = ax.transData.transform(ax.lines[0].get_xydata())
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert ax.bbox.x0 <= box.x0 < box.x1 <= ax.bbox.x1
+        assert ax.bbox.y0 <= box.y0 < box.y1 <= ax.bbox.y1
+        assert box.count_contains(points) == 0
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     contents = {
         "stack.png": "the sections and their spots",
         "registration.png": "each section before and after registration",
-        "imputed.png": f"imputed {', '.join(genes)} with the support of every spot",
+        "imputed.png": f"measured and imputed {', '.join(genes)}, and the support of every spot if it varies",
         "volume.png": "slices through the stack",
         "graph.png": "edges of the 3D graph",
         "scores.png": "the methods against the measured truth, and the expected r of each gene",

@@ -173,7 +173,12 @@ def layer_values(table: AnnData, genes: Sequence[str], layer: str, *, table_key:
 
 def units_label(table: AnnData) -> str:
     """Units of the expression, broken into lines that fit beside a panel."""
-    return fill(str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "expression, units unknown")), _LABEL_WIDTH)
+    return wrap_units(table.uns.get(Keys.NORMALIZATION, {}).get("units"))
+
+
+def wrap_units(units: str | None) -> str:
+    """Units, or that they are unknown, broken into lines that fit beside a panel."""
+    return fill("expression, units unknown" if units is None else str(units), _LABEL_WIDTH)
 
 
 def read_color(table: AnnData, color: str, layer: str | None, *, table_key: str) -> Coloring:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack import answer, element_affine, map_problems
 from spatial_impute._validation import require_key
-from spatial_impute.pl._color import add_colorbar, color_limits, limit_per_gene, resolve_cmap
+from spatial_impute.pl._color import add_colorbar, color_limits, limit_per_gene, resolve_cmap, wrap_units
 from spatial_impute.pl._figure import (
     add_scale_bar,
     document_figure,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     Window = tuple[float, float, float, float]
 
 _PIXELS = 800  # along the longer side of a panel: sharp at 200 dots per inch
+_BAR = 0.8  # inches, width of a color bar with its numbers and units
 
 
 @document_figure
@@ -134,18 +135,20 @@ def dense(
     levels = image_levels(sdata.images[image_key], element_affine(sdata.images[image_key], coordinate_system))
     level = best_level(levels, max(x1 - x0, y1 - y0) / _PIXELS)
 
-    axes = make_panels(1, len(genes) + 1, aspect=(y1 - y0) / (x1 - x0), ax=ax, figsize=figsize, margin=(1.2, 0.6))
+    axes = make_panels(
+        1, len(genes) + 1, aspect=(y1 - y0) / (x1 - x0), ax=ax, figsize=figsize, margin=(_BAR * len(genes), 0.6)
+    )
     for panel, text in zip(axes, titles, strict=True):
         frame_panel(panel, (x0, y0, x1, y1))
         panel.set_title(text, fontsize="medium")
     rgb, rgb_to_frame = _read_cells(level.data, level.to_um, window)
     if rgb.size:
         show_image(axes[0], to_rgb(rgb, level), rgb_to_frame)
-    colors = resolve_cmap(cmap)
+    colors, units = resolve_cmap(cmap), _units(sdata, map_key)
     for panel, cells, low, high in zip(axes[1:], values, *limits, strict=True):
         norm = color_limits(cells, low, high)
         show_raster(panel, np.ma.masked_invalid(cells), to_frame, cmap=colors, norm=norm, interpolation="nearest")
-        add_colorbar([panel], cells, norm, colors, "")
+        add_colorbar([panel], cells, norm, colors, units)
     add_scale_bar(axes[0])
     return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
@@ -163,10 +166,24 @@ def _choose_system(element: DataArray, wanted: str | None, where: str) -> str:
     return chosen
 
 
+def _entry(sdata: SpatialData, map_key: str) -> dict[str, Any]:
+    """Record of a map; empty for a map of another tool."""
+    return dict(sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key, {}))
+
+
+def _units(sdata: SpatialData, map_key: str) -> str:
+    """Units of the values of a map, for its color bars."""
+    entry = _entry(sdata, map_key)
+    if entry.get("features"):
+        return "feature of the network"
+    units = entry.get("units")
+    return wrap_units("counts per µm²" if units == "counts" else units)  # a map of counts holds a density
+
+
 def _source(sdata: SpatialData, map_key: str) -> str:
     """Image from which a map was predicted."""
-    found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key)
-    if found is None:
+    found = _entry(sdata, map_key)
+    if not found:
         msg = f"`sdata.attrs` do not name the image from which {map_key!r} was predicted; name it with `image_key=`."
         raise ValueError(msg)
     return found["image"]

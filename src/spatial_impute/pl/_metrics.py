@@ -36,6 +36,7 @@ _TEXTS = {
 }
 _HIGHER_IS_BETTER = {"mse": False, "mae": False}
 _N_LABELS = 2  # genes named by default in the panel of genes
+_N_ON_LINE = 200  # points of a curve that a name should not cover
 
 
 @document_figure
@@ -240,6 +241,8 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         ax.set_xlabel("gene, from the most predictable", fontsize="small")
         ax.set_ylabel("expected r (held-out blocks)", fontsize="small")
         places = {gene: (rank[k], known.iloc[k]) for k, gene in enumerate(known.index)}
+        fine = np.linspace(1, len(known), _N_ON_LINE)
+        drawn = np.column_stack([fine, np.interp(fine, rank, known)])
     else:
         ax.scatter(known, reached[known.index], s=14, color=_MODEL)
         ends = [min(known.min(), reached.min(), 0.0), max(known.max(), reached.max())]
@@ -247,21 +250,27 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         ax.set_xlabel("expected r (held-out blocks)", fontsize="small")
         ax.set_ylabel("r reached", fontsize="small")
         places = {gene: (known[gene], reached[gene]) for gene in known.index if np.isfinite(reached[gene])}
+        drawn = np.array(list(places.values()))
+    ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     for gene in dict.fromkeys(named):
         if gene in places:
-            _name_point(ax, gene, places[gene], list(places.values()))
-    ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
+            _name_point(ax, gene, places[gene], drawn)
 
 
-def _name_point(ax: Axes, name: str, place: tuple[float, float], others: list[tuple[float, float]]) -> None:
-    """Write the name beside a point, on the side where it covers the fewest points."""
+def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarray) -> None:
+    """Write the name beside a point, on the side where it covers the fewest `drawn` points and stays inside."""
+    ax.get_xlim(), ax.get_ylim()  # the scale of the data is known only when the limits were asked for
     # All in points of the page: places relative to the named one, and the size of the text.
-    apart = 72 / ax.figure.dpi * (ax.transData.transform(np.array(others)) - ax.transData.transform([place]))
+    per_pixel, here = 72 / ax.figure.dpi, ax.transData.transform([place])
+    apart = per_pixel * (ax.transData.transform(drawn) - here)
+    low, high = per_pixel * (ax.bbox.get_points() - here)
     width, height, gap = 5.0 * len(name), 8.0, 6.0
 
-    def n_covered(side: tuple[int, int]) -> int:
+    def n_covered(side: tuple[int, int]) -> tuple[bool, int]:
         center = np.array([side[0] * (gap + width / 2), side[1] * (height + 2)])
-        return int((np.abs(apart - center) < [width / 2 + 4, height / 2 + 4]).all(axis=1).sum())
+        half = np.array([width / 2, height / 2])
+        outside = bool((center - half < low).any() or (center + half > high).any())
+        return outside, int((np.abs(apart - center) < half + 4).all(axis=1).sum())
 
     right, above = min(((1, 0), (1, 1), (-1, -1), (-1, 0), (1, -1), (-1, 1)), key=n_covered)
     style: dict[str, Any] = {
@@ -269,6 +278,7 @@ def _name_point(ax: Axes, name: str, place: tuple[float, float], others: list[tu
         "va": "center",
         "fontsize": "x-small",
         "color": INK,
+        "arrowprops": {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
     }
     at = right * gap, above * (height + 2)
     text = ax.annotate(name, place, xytext=at, textcoords="offset points", **style)
