@@ -58,7 +58,6 @@ def main() -> None:
         return
     start = time.perf_counter()
     si.settings.verbosity = "warning"
-    params = si.models.AsignParams.paper() if options.paper else None
     measured = options.measured or (["C2"] if options.protocol == "asign" else ["C4"])
     sdata, truth = si.datasets.her2st("C", measured=measured, truth=True)
     if options.protocol == "asign":
@@ -68,7 +67,7 @@ def main() -> None:
     si.tl.build_3d_graph(sdata)
     for method in BASELINES:
         si.tl.impute_baseline(sdata, method)
-    model = si.tl.fit_asign(sdata, model_params=params, seed=options.seed)
+    model = si.tl.fit_asign(sdata, model_params=network(options), seed=options.seed)
     si.tl.impute_3d(sdata, model, parts=True)
     scores = si.metrics.evaluate(sdata, truth)
     genes = si.metrics.evaluate(sdata, truth, by="gene")
@@ -98,6 +97,11 @@ def main() -> None:
     )
 
 
+def network(options: argparse.Namespace) -> si.models.AsignParams:
+    """Ours, or that of the publication."""
+    return si.models.AsignParams.paper() if options.paper else si.models.AsignParams()
+
+
 def every_patient(patients: Sequence[str], options: argparse.Namespace) -> None:
     """Print the scores of the protocol of ASIGN for each patient, and their means."""
     si.settings.verbosity = "error"
@@ -115,7 +119,8 @@ def every_patient(patients: Sequence[str], options: argparse.Namespace) -> None:
         for method in methods:
             si.tl.impute_baseline(sdata, method)
         if images:
-            si.tl.impute_3d(sdata, si.tl.fit_asign(sdata, seed=options.seed))
+            model = si.tl.fit_asign(sdata, model_params=network(options), seed=options.seed)
+            si.tl.impute_3d(sdata, model)
         found[patient] = si.metrics.evaluate(sdata, truth)[["mse", "mae", "pearson_spot", "pearson_gene"]]
         print(f"Patient {patient}, {first} measured, {'with images' if images else 'coordinates only'}:")
         print(found[patient].round(3).to_string(), "\n", flush=True)

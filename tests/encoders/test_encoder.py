@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import spatial_impute as si
-from spatial_impute._io.workers import requested_threads
+from spatial_impute._io.workers import requested_threads, suitable_threads, torch_threads
 from spatial_impute.encoders import _resnet
 from spatial_impute.encoders._encoder import ModuleEncoder, TextureEncoder, resolve_encoder
 from spatial_impute.models import Encoder
@@ -230,6 +230,16 @@ def test_requested_threads_follow_the_environment(wanted, monkeypatch):
     with requested_threads():
         assert torch.get_num_threads() == (int(wanted) if wanted.isdigit() else before)
     assert torch.get_num_threads() == before
+
+
+def test_networks_of_any_size_obey_the_environment(monkeypatch):
+    """Also after numba, which scanpy starts, has set the number of threads to that of the cores."""
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    with torch_threads(2):
+        for n_rows in (10, 10**6):
+            with suitable_threads(n_rows, 64):
+                assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
 
 
 @pytest.mark.gpu

@@ -85,19 +85,31 @@ def test_pixels_become_micrometres(tmp_path):
 @pytest.mark.parametrize(
     "header",
     [
+        "reference_x,reference_y,section_x,section_y",
+        "fixed_x,fixed_y,moving_x,moving_y",
+        "section_y,section_x,reference_y,reference_x",
         "ref_x,ref_y,sec_x,sec_y",
         "section_x,reference_x,section_y,reference_y",
         "fixed x,fixed y,mov x,mov y",
         "y,x,y,x",
     ],
 )
-def test_columns_with_short_names_or_mixed_ones_are_refused(tmp_path, header):
+def test_columns_in_another_order_are_refused(tmp_path, header):
     (tmp_path / "points.csv").write_text(f"{header}\n1,2,3,4\n5,6,7,9")
     with pytest.raises(ValueError, match="Change the order of the columns"):
         si.tl.read_transformation(tmp_path / "points.csv")
 
 
-@pytest.mark.parametrize("header", ["sec_x,sec_y,ref_x,ref_y", "x,y,x,y", "mov x,mov y,z,fix x,fix y,z", "a,b,c,d"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "moving_x,moving_y,fixed_x,fixed_y",
+        "sec_x,sec_y,ref_x,ref_y",
+        "x,y,x,y",
+        "mov x,mov y,z,fix x,fix y,z",
+        "a,b,c,d",
+    ],
+)
 def test_columns_in_order_are_read(tmp_path, header):
     with_z = "z" in header
     (tmp_path / "points.csv").write_text(f"{header}\n" + ("1,2,0,3,4,0\n5,6,0,7,9,0" if with_z else "1,2,3,4\n5,6,7,9"))
@@ -209,27 +221,6 @@ def test_decimal_commas_and_a_byte_order_mark_are_read(tmp_path, sep):
     section, reference = si.tl.read_transformation(path)
     assert section.tolist() == [[100.5, 200.5], [1, 2]]
     assert reference.tolist() == [[300, 400], [3, 4.5]]
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        "reference_x,reference_y,section_x,section_y",
-        "fixed_x,fixed_y,moving_x,moving_y",
-        "section_y,section_x,reference_y,reference_x",
-    ],
-)
-def test_columns_in_another_order_are_refused(tmp_path, header):
-    (tmp_path / "pairs.csv").write_text(f"{header}\n1,2,3,4\n5,6,7,8\n9,1,2,3\n")
-    with pytest.raises(ValueError, match="Change the order of the columns"):
-        si.tl.read_transformation(tmp_path / "pairs.csv")
-
-
-def test_columns_in_the_expected_order_are_read(tmp_path):
-    (tmp_path / "pairs.csv").write_text("moving_x,moving_y,fixed_x,fixed_y\n1,2,3,4\n5,6,7,8\n")
-    section, reference = si.tl.read_transformation(tmp_path / "pairs.csv")
-    np.testing.assert_array_equal(section, [[1, 2], [5, 6]])
-    np.testing.assert_array_equal(reference, [[3, 4], [7, 8]])
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
 
 def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarray) -> None:
     """Write the name beside a point, on the side where it covers the fewest `drawn` points and stays inside."""
-    ax.get_xlim(), ax.get_ylim()  # the scale of the data is known only when the limits were asked for
+    ax.get_xlim(), ax.get_ylim()  # matplotlib updates the limits only when they are read
     # All in points of the page: places relative to the named one, and the size of the text.
     per_pixel, here = 72 / ax.figure.dpi, ax.transData.transform([place])
     apart = per_pixel * (ax.transData.transform(drawn) - here)

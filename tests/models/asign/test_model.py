@@ -102,6 +102,25 @@ def test_networks_of_all_spots_see_each_spot_as_often_as_those_of_the_folds(smal
     assert {*of_folds} == {*of_all} == {SMALL["n_steps"]}
 
 
+@pytest.mark.parametrize(("n_stacks", "options"), [(1, {"n_folds": 5}), (1, {"n_folds": 2, "base": "mean"}), (2, {})])
+def test_progress_ends_at_its_total_or_before(n_stacks, options):
+    """With one candidate for the settings and a given base, nothing is left out."""
+    done = []
+
+    def progress(total):
+        done.append(-total)
+        return lambda: done.append(1)
+
+    stacks = [random_stack(seed)[0] for seed in range(n_stacks)]
+    given = {"dropout": 0.2, "weight_decay": 0.1, "learning_rate": 1e-3, "n_steps": 4, "width": 16}
+    params = AsignParams(**given, **options)
+    fit(stacks, ["own", "around", "noise"], FitSettings(params, 0, "cpu", progress=progress))
+    total = -done[0]
+    assert 0.5 * total < len(done) - 1 <= total
+    if options == {"n_folds": 5}:
+        assert len(done) - 1 >= total - 2 * 4  # the second base may be the first
+
+
 def run_of(errors: list[float]) -> TrainingRun:
     return TrainingRun({}, [{"step": i, "loss": 0.0, "held_out_mse": e} for i, e in enumerate(errors)], [])
 

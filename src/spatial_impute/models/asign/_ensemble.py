@@ -49,6 +49,11 @@ def tried_regimes(params: AsignParams, n_known: int) -> list[AsignParams]:
     return found if n_known >= _FEW else found[:1]
 
 
+def n_refits(n_folds: int) -> int:
+    """Number of networks to train on all known spots: some if there are fewer folds than networks that predict."""
+    return 0 if n_folds >= _N_NETWORKS else _N_REFITS
+
+
 def _no_step() -> None:
     """Progress of a fit on a worker."""
 
@@ -114,11 +119,6 @@ class TrainingSet:
             result.append(n_before + np.argmax(np.stack(folds)[:, spots.known], axis=0))
             n_before += len(folds)
         return np.concatenate(result)
-
-    @cached_property
-    def n_refits(self) -> int:
-        """Number of networks to train on all known spots, because there are fewer folds than networks that predict."""
-        return 0 if self.n_folds >= _N_NETWORKS else _N_REFITS
 
     def fold(self, k: int) -> list[np.ndarray]:
         """(n,) bool per stack, the spots that network `k` does not see."""
@@ -297,14 +297,14 @@ class NetworkFit:
 
     def _final(self, runs: list[TrainingRun], params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Networks that predict, and the scale of their genes."""
-        if not self.data.n_refits:
+        if not n_refits(self.data.n_folds):
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
         # More batches than the networks of the folds had: more steps, so that each spot is seen as often.
         n_steps = round(given(params.n_steps) * len(self._targets(None)) / len(self._targets(0)))
         params, batches = replace(params, n_steps=n_steps), self._batches(None)
         refits = [
             self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs))
-            for j in range(self.data.n_refits)
+            for j in range(n_refits(self.data.n_folds))
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
 

@@ -26,7 +26,14 @@ from spatial_impute.models.asign._baselines import (
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
-from spatial_impute.models.asign._ensemble import N_TRIALS, FitSettings, NetworkFit, TrainingSet, tried_regimes
+from spatial_impute.models.asign._ensemble import (
+    N_TRIALS,
+    FitSettings,
+    NetworkFit,
+    TrainingSet,
+    n_refits,
+    tried_regimes,
+)
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import (
     held_out_noise,
@@ -262,10 +269,10 @@ def _n_steps(data: TrainingSet, params: AsignParams) -> int:
     steps = [given(regime.n_steps) for regime in tried_regimes(params, len(data.truth))]
     n_methods, n_folds, n_stacks = len(available_methods(data.stacks[0])), sum(map(len, data.folds)), len(data.stacks)
     # A network of all spots has up to twice as many steps.
-    n_networks = data.n_folds + 2 * data.n_refits + (N_TRIALS if params.base == "auto" else 0)
+    n_networks = data.n_folds + 2 * n_refits(data.n_folds) + (N_TRIALS if params.base == "auto" else 0)
     n_fits = 1
     if n_stacks > 1:  # the part of the model for stacks without a measured section
-        n_networks, n_fits = n_networks + n_stacks + 2 * data.n_refits, 2
+        n_networks, n_fits = n_networks + n_stacks + 2 * n_refits(n_stacks), 2
     return n_methods * n_folds + n_networks * max(steps) + n_fits * N_TRIALS * (sum(steps) - max(steps))
 
 

@@ -193,14 +193,14 @@ class MSAGNet(nn.Module):
         states = []
         for layers, state in self.branches(*self.encode(x)):
             for layer, into, n in zip(layers, edges, reach, strict=False):
-                state = self.attend(layer, state, into, n)
+                state = self.apply_layer(layer, state, into, n)
             states.append(state[: x.n_predicted])
         predicted, sequence = self.decode(torch.stack(states, dim=1), labels)
         if not levels:
             return predicted
         return torch.cat([predicted[None], self.correction(sequence[:, 1:]).transpose(0, 1)])
 
-    def attend(self, layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], n: int) -> Tensor:
+    def apply_layer(self, layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], n: int) -> Tensor:
         """State of the first n spots after a graph layer.
 
         The states of all edges take most of the memory of a training with a graph of each level. So they are computed once
