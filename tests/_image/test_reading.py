@@ -244,6 +244,24 @@ def test_open_image_reads_small_and_grey_jpeg(tmp_path):
     np.testing.assert_allclose(level.compute()[0].astype(int), image[..., 0].astype(int), atol=4)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
+@pytest.mark.parametrize("grey", [False, True])
+def test_jpeg_has_the_pixels_of_pillow(tmp_path, options, grey):
+    image = Image.fromarray(picture(300, 410))
+    (image.convert("L") if grey else image).save(tmp_path / "a.jpg", **options)
+    pixels = open_image(tmp_path / "a.jpg").levels[0].compute()
+    np.testing.assert_array_equal(pixels, np.atleast_3d(np.asarray(Image.open(tmp_path / "a.jpg"))).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_jpeg_that_was_cut_off_is_damaged(tmp_path, share):
+    Image.fromarray(picture(300, 410)).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="is damaged"):
+        open_image(tmp_path / "a.jpg").levels[0].compute()
+
+
 def test_open_image_reads_cmyk_jpeg_as_rgb(tmp_path):
     Image.fromarray(picture(1040, 1050)).convert("CMYK").save(tmp_path / "a.jpg")
     for level in open_image(tmp_path / "a.jpg").levels:

@@ -1,6 +1,6 @@
 """What the package promises beyond right answers, and the tests that hold it to that.
 
-``test_promises.py`` looks that the tests exist, and the table of ``docs/reliability.md`` is made of this list
+``test_promises.py`` looks that the tests exist, and the table of ``docs/tested.md`` is made of this list
 (``python tests/robustness/bad_inputs/write.py``).
 """
 

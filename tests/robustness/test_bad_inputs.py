@@ -12,7 +12,7 @@ from bad_inputs.cases import CASES
 
 import spatial_impute as si
 
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "bad_inputs.md"
 
 # What costs time or writes; none of it may begin before the input has been checked.
 WORK = [

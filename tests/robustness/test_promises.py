@@ -19,5 +19,5 @@ def test_tests_of_promises_exist(test):
 
 
 def test_page_shows_the_promises():
-    page = (TESTS.parent / "docs" / "reliability.md").read_text()
+    page = (TESTS.parent / "docs" / "tested.md").read_text()
     assert table(PROMISES) in page, "run `python tests/robustness/bad_inputs/write.py`"

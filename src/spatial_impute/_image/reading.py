@@ -59,6 +59,7 @@ _VENDORS = {
     ".tron",
 }
 _EXIF_ORIENTATION = 0x0112
+_JPEG_END = b"\xff\xd9"
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
 
@@ -260,17 +261,39 @@ def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
     `_modified` (time of change, ns) tells a changed file from an old one.
     """
     with _pil_open(path) as image:
+        mode = _plain_mode(image)
+        if fraction == 1 and image.format == "JPEG" and image.mode == mode:
+            pixels = _decode_jpeg(path)
+            if pixels is not None:
+                return _channels_of(pixels)
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
-        mode = _plain_mode(image)
         try:
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         except (OSError, SyntaxError) as error:
             msg = f"{path!r} is damaged: {error}. Copy or export it again."
             raise ValueError(msg) from error
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return np.moveaxis(pixels, -1, 0)
+    return _channels_of(pixels)
+
+
+def _decode_jpeg(path: str) -> np.ndarray | None:
+    """Pixels ``(y, x)`` or ``(y, x, c)`` equal to those of PIL, in a quarter of its time.
+
+    None for a file that is damaged or has no end: imagecodecs fills missing pixels with grey, and PIL says what is wrong.
+    """
+    import imagecodecs
+
+    data = Path(path).read_bytes()
+    try:
+        return imagecodecs.jpeg8_decode(data) if data.endswith(_JPEG_END) else None
+    except imagecodecs.Jpeg8Error:
+        return None
+
+
+def _channels_of(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as ``(c, y, x)``."""
+    return np.moveaxis(pixels[..., None] if pixels.ndim == 2 else pixels, -1, 0)
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:

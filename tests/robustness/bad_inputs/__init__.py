@@ -1,6 +1,6 @@
 """Malformed and odd inputs to every public function, and what each gets for an answer.
 
-One list, used twice: ``test_bad_inputs.py`` runs every case, and the table of ``docs/reliability.md`` is made of it
+One list, used twice: ``test_bad_inputs.py`` runs every case, and the table of ``docs/bad_inputs.md`` is made of it
 (``python tests/robustness/bad_inputs write``).
 """
 

@@ -10,22 +10,20 @@ HERE = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Replace the tables between the marks of the page."""
+    """Replace the tables between the marks of the pages."""
     sys.path.insert(0, str(HERE))
     import promises
 
     import bad_inputs
     from bad_inputs.cases import CASES
 
-    page = HERE.parents[1] / "docs" / "reliability.md"
-    text = page.read_text()
-    for name, table in (
-        ("bad inputs", bad_inputs.table(CASES)),
-        ("promises", promises.table(promises.PROMISES)),
+    docs = HERE.parents[1] / "docs"
+    for name, page, table in (
+        ("bad inputs", docs / "bad_inputs.md", bad_inputs.table(CASES)),
+        ("promises", docs / "tested.md", promises.table(promises.PROMISES)),
     ):
         marked = rf"(?<=<!-- table of {name} -->\n).*?(?=<!-- end of table -->)"
-        text = re.sub(marked, lambda _, table=table: table, text, count=1, flags=re.DOTALL)
-    page.write_text(text)
+        page.write_text(re.sub(marked, lambda _, table=table: table, page.read_text(), count=1, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
