@@ -2,7 +2,7 @@
 
 A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists, one for each
 fingerprint of a map. Each finished tile leaves a marker there, so that the next run continues an interrupted one. One
-rename moves the finished map into place. One process at a time writes to a place (``_io.owner``).
+rename moves the finished map into place. One process at a time writes to a place (``_io.files``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 import numpy as np
 
 from spatial_impute._geometry import scaling
-from spatial_impute._io.owner import owned
+from spatial_impute._io.files import owned
 from spatial_impute._io.workers import run_on_workers
 from spatial_impute._settings import logger
 

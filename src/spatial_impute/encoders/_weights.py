@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spatial_impute._io.download import fetch
+from spatial_impute._io.files import fetch
 from spatial_impute._settings import settings
 
 if TYPE_CHECKING:

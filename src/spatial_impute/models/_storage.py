@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from spatial_impute._io.owner import owned_folder
+from spatial_impute._io.files import owned_folder
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 

@@ -26,8 +26,7 @@ from spatial_impute.models.pixnet._crops import (
     random_crop,
 )
 from spatial_impute.models.pixnet._fit import LinearBase
-from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, _trust, is_confirmed
-from spatial_impute.models.pixnet._loss import RegionLoss
+from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, _Predictions, _trust, is_confirmed
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._training import history_row

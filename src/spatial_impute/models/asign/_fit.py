@@ -20,6 +20,7 @@ from spatial_impute.models.asign._baselines import (
     RECIPES,
     available_methods,
     knn,
+    recalibrate,
     ridge,
     section_mean,
 )
@@ -42,7 +43,6 @@ from spatial_impute.models.asign._intervals import (
     spot_scale,
 )
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
-from spatial_impute.models.asign._outside import recalibrate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -24,7 +24,7 @@ from spatial_impute.models._storage import (
     save_model,
     tensors_below,
 )
-from spatial_impute.models.asign._baselines import METHODS, apply_linear
+from spatial_impute.models.asign._baselines import METHODS, apply_linear, recalibrate
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
@@ -37,7 +37,6 @@ from spatial_impute.models.asign._graph_inputs import (
 )
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._network import MSAGNet, predict
-from spatial_impute.models.asign._outside import recalibrate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
