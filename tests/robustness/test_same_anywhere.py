@@ -45,7 +45,7 @@ def pickled(sdata, *_):
 class Colour:
     """Encoder that costs nothing."""
 
-    name, mpp, patch_px, dense = "colour", 4.0, 16, False
+    name, mpp, patch_px = "colour", 4.0, 16
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         return np.concatenate([patches.mean(axis=(1, 2)), patches.std(axis=(1, 2))], axis=1)

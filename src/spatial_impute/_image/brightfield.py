@@ -16,16 +16,6 @@ if TYPE_CHECKING:
 
     import dask.array as da
 
-_N_COLORS = {
-    "grey": 1,
-    "white-is-zero grey": 1,
-    "palette": 1,
-    "RGB": 3,
-    "YCbCr": 3,
-    "CIELab": 3,
-    "ICCLab": 3,
-    "CMYK": 4,
-}
 _COLORS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 _PURE: dict[int | None, str] = {0xFF0000: "r", 0x00FF00: "g", 0x0000FF: "b"}
 _UNNAMED = re.compile(r"(image|channel|chan|ch|c|s|band)?[\s_:.#-]*\d*([\s_:.-]*\d+)*", re.IGNORECASE)
@@ -66,7 +56,7 @@ class Samples:
     @property
     def n_colors(self) -> int:
         """Number of samples that hold color."""
-        return _N_COLORS[self.kind]
+        return {"grey": 1, "white-is-zero grey": 1, "palette": 1, "CMYK": 4}.get(self.kind, 3)
 
 
 def brightfield(array: da.Array, samples: Samples) -> da.Array:

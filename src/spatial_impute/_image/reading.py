@@ -27,37 +27,11 @@ if TYPE_CHECKING:
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
-_MAGIC = {
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-    b"II+\0": "tiff",
-    b"MM\0+": "tiff",
-    b"\x89PNG": "plain",
-    b"\xff\xd8\xff": "plain",
-}
+_TIFF_MAGIC, _PLAIN_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\x89PNG", b"\xff\xd8\xff")
 # Of these, the file that is named holds an overview, or a format of its own.
-_VENDORS = {
-    ".mrxs",
-    ".vsi",
-    ".ets",
-    ".czi",
-    ".dcm",
-    ".dicom",
-    ".isyntax",
-    ".i2syntax",
-    ".svslide",
-    ".vms",
-    ".vmu",
-    ".zvi",
-    ".lif",
-    ".nd2",
-    ".oir",
-    ".oib",
-    ".kfb",
-    ".sdpc",
-    ".mds",
-    ".tron",
-}
+_VENDORS = re.compile(
+    r"\.(mrxs|vsi|ets|czi|dcm|dicom|isyntax|i2syntax|svslide|vms|vmu|zvi|lif|nd2|oir|oib|kfb|sdpc|mds|tron)"
+)
 _EXIF_ORIENTATION = 0x0112
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
@@ -88,7 +62,7 @@ def open_image(path: str | Path) -> ImageFile:
         raise FileNotFoundError(msg)
     path = path.resolve()  # it is read later, when the working directory may be another one
     suffix = path.suffix.lower()
-    if suffix in _VENDORS:
+    if _VENDORS.fullmatch(suffix):
         msg = f"Cannot read {path.name!r}: {suffix} is a format of its own. {how_to_convert(path)}"
         raise ValueError(msg)
     if path.is_dir():
@@ -98,10 +72,10 @@ def open_image(path: str | Path) -> ImageFile:
         raise ValueError(msg)
     with path.open("rb") as file:
         start = file.read(4)
-    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-    if kind == "tiff" or (kind is None and suffix in _TIFF):
+    is_plain = start.startswith(_PLAIN_MAGIC)
+    if start.startswith(_TIFF_MAGIC) or (suffix in _TIFF and not is_plain):
         return _readable(_open_tiff, path)
-    if kind == "plain" or suffix in _PLAIN:
+    if is_plain or suffix in _PLAIN:
         return _readable(_open_plain, path)
     msg = (
         f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "

@@ -27,16 +27,7 @@ if TYPE_CHECKING:
 _MAX_CHUNKS = 2**22
 _MAX_CHUNK_BYTES = 2**32
 # PhotometricInterpretation; other values have no rule for RGB that all programs share.
-_KINDS = {
-    0: "white-is-zero grey",
-    1: "grey",
-    2: "RGB",
-    3: "palette",
-    5: "CMYK",
-    6: "YCbCr",
-    8: "CIELab",
-    9: "ICCLab",
-}
+_KINDS = {0: "white-is-zero grey", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab"}
 _JPEG, _JPEG2000, _JPEG2000_YCBCR = {6, 7, 33007, 34892}, {33003, 33004, 33005, 34712}, 33003
 _STRAIGHT, _PREMULTIPLIED = 2, 1  # ExtraSamples; 0 is no alpha, and is left out
 _CONTIGUOUS = 1  # PlanarConfiguration

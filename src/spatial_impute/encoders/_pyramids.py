@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from spatial_impute._validation import require_one_of
 from spatial_impute.encoders import _efficientnet as efficientnet
 from spatial_impute.encoders._context import coarser, cut, cut_pixels, grow, measured_halo, relative
-from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, weights_hash
+from spatial_impute.encoders._encoder import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 # Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
 _PROBE = 256  # px; edge of the test image for an unknown module
-
-ENCODERS = (
-    "texture",
-    "tellez-multitask",
-    "efficientnet-lite2",
-    "resnet18",
-    "resnet50",
-    "ciga-resnet18",
-)  # Pyramids by name
 
 
 class Pyramid(nn.Module):
@@ -204,6 +195,7 @@ class ModulePyramid(Pyramid):
     attention, is then local in the image. A module that returns one map, as vision transformers do, may return it alone.
     """
 
+    resolution = 0.5
     mean: Tensor
     std: Tensor
 
@@ -212,7 +204,6 @@ class ModulePyramid(Pyramid):
         module: nn.Module,
         *,
         name: str | None = None,
-        resolution: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         window: int | None = None,
@@ -220,7 +211,7 @@ class ModulePyramid(Pyramid):
         super().__init__()
         self.module = module.eval()
         self.name = f"{type(module).__name__}-{weights_hash(module)}" if name is None else name
-        self.resolution, self.window = float(resolution), window or 1
+        self.window = window or 1
         probe = window or _PROBE
         for key, values in {"mean": mean, "std": std}.items():
             scaled = 255.0 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

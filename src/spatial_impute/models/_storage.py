@@ -200,6 +200,11 @@ def tensors_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copy of all weights of a module, on the CPU."""
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+
+
 def json_columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """Columns of a table as lists; NaN, which JSON does not know, becomes None."""
     return frame.astype(object).where(frame.notna(), None).to_dict(orient="list")

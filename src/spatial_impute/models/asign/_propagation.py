@@ -111,15 +111,13 @@ class KnownGraph:
     matrix: np.ndarray  # (n_known, n_known) Schur complement of the system
 
     @classmethod
-    def of(
-        cls, weights: sparse.csr_matrix, known: np.ndarray, *, leak: float = _LEAK, device: str = "cpu"
-    ) -> KnownGraph:
+    def of(cls, weights: sparse.csr_matrix, known: np.ndarray, *, device: str = "cpu") -> KnownGraph:
         """Eliminate the spots that are not known from a graph; see :func:`propagate`."""
         weights = sparse.csr_matrix(weights, dtype=np.float32)
         rows, others = np.flatnonzero(known), np.flatnonzero(~known)
-        matrix = _system(weights, rows, leak)[0].toarray().astype(np.float64)
+        matrix = _system(weights, rows, _LEAK)[0].toarray().astype(np.float64)
         if len(others):
-            system, degree = _system(weights, others, leak)
+            system, degree = _system(weights, others, _LEAK)
             to_known = weights[rows][:, others]
             n_columns = max(1, _MAX_VALUES // len(others))
             for start in range(0, len(rows), n_columns):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute.models._storage import Checkpoint, tensors_below
+from spatial_impute.models._storage import Checkpoint, cpu_state, tensors_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +204,7 @@ def train(
             losses.append(training_step(trained, optimizer, batch, params))
             _require_finite("loss", losses[-1], step + 1, params)
             on_step()
-    return TrainingRun(_copy(network), history, predictions)
+    return TrainingRun(cpu_state(network), history, predictions)
 
 
 def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float]:
@@ -214,10 +214,6 @@ def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float
         found = [batch.predict(network) for batch in held_out]
     errors = [batch.target.errors(p) for p, batch in zip(found, held_out, strict=True)]
     return [p.cpu() for p in found], float(torch.cat(errors).mean())
-
-
-def _copy(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
 
 def _require_finite(what: str, value: float, step: int, params: AsignParams) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
-from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
+from spatial_impute.models._storage import Checkpoint, cpu_state, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
 from spatial_impute.models.pixnet._held_out import (
     Evaluation,
@@ -66,7 +66,7 @@ class _TrainingState:
         kept = found is None or held_out < self.best_loss
         self.history.append(history_row(step, loss, found, kept=kept))
         if kept:
-            self.best, self.best_loss, self.best_step = _cpu_state(network), held_out, step
+            self.best, self.best_loss, self.best_step = cpu_state(network), held_out, step
 
     def stagnates(self, params: PixNetParams) -> bool:
         """True if the last checks brought no improvement."""
@@ -106,11 +106,11 @@ def train(
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
     windows = held_out_crops(network, held_out, size, settings)
-    head = {f"head.{key}": value.detach().cpu().clone() for key, value in network.head.state_dict().items()}
+    head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
     if state is None:
-        state = _TrainingState(_cpu_state(network))
+        state = _TrainingState(cpu_state(network))
         if start is not None:
             state.add(network, 0, np.nan, start)
     first = int(state.history[-1]["step"]) + 1 if state.history else 1
@@ -225,10 +225,6 @@ def _take_step(
     if value is not None:
         optimizer.step()
     return value
-
-
-def _cpu_state(network: PixNetNetwork) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
 
 def history_row(step: int, loss: float, found: Evaluation | None, *, kept: bool) -> dict[str, Any]:
