@@ -125,9 +125,7 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
 def plane_tiles(points: np.ndarray, centres: np.ndarray, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Halve the plane along its longer side until no tile holds more than `size` centres, unless they lie at one place.
 
-    Yields
-    ------
-    Positions of the points and of the centres in a tile. The tiles cover the whole plane.
+    Yields positions of the points and of the centres in a tile. The tiles cover the whole plane.
 
     Examples
     --------

@@ -127,7 +127,7 @@ class DenseStore:
         found = self._attribute(self.target, _FINGERPRINT)
         where = f"{str(self.store)!r} already has an image {self.key!r}"
         if found == self.fingerprint:
-            self.complete = self._attribute(self.target, _FILES) in (None, _size(self.target))
+            self.complete = self._attribute(self.target, _FILES) == _size(self.target)
             if not self.complete:
                 logger.warning("%s, but some of its files are missing or damaged; it is computed again", where)
         elif found is None and self.overwrite:

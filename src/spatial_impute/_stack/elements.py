@@ -80,10 +80,7 @@ def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
 def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:
     """Spots of a section in its own frame: (n, 2) centers and (n,) radius in um, and instance ids.
 
-    Raises
-    ------
-    ValueError
-        If the spots are not circles, or if their transformation turns circles into ellipses.
+    Raises a ``ValueError`` if the spots are not circles, or if their transformation turns circles into ellipses.
     """
     import shapely
 
@@ -109,20 +106,9 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
 
 
 def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
-    """Raise a ``ValueError`` unless a result may become the element `key`.
+    """Raise a ``ValueError`` unless a result may become the element `key` of a kind (``"images"``, ``"tables"``...).
 
-    Parameters
-    ----------
-    sdata
-        Object that gets the element.
-    key
-        Name of the new element.
-    name
-        Argument that holds the name.
-    kind
-        ``"images"``, ``"tables"``...
-    ours
-        Elements of that kind that are earlier results and may be replaced.
+    `name` is the argument that holds the key, `ours` are elements of that kind that are earlier results and may be replaced.
     """
     # SpatialData drops names that begin with a dot when it reads a store.
     legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)

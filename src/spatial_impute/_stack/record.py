@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._keys import Keys
@@ -47,10 +48,11 @@ class StackRecord:
     version: str
     registration: dict[str, Any] | None = None
     """Written by :func:`~spatial_impute.tl.register_stack`: method, per-section matrices, quality rows."""
-    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(section.name for section in self.sections))
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sections, in the order of the stack."""
+        return tuple(section.name for section in self.sections)
 
     def __getitem__(self, name: str) -> Section:
         require_key(name, self.names, where="the stack's sections")

@@ -79,15 +79,9 @@ def read_spots(
 ) -> tuple[AnnData, Spots]:
     """Read the stack table, with image features and graph if they are needed.
 
-    With `allow_unmeasured`, there may be no measured spot.
-
-    Raises
-    ------
-    KeyError
-        If a slot is missing; the message names the function that writes it.
-    ValueError
-        If nothing is measured, if the values are raw counts or not finite, or if a slot does not belong to what it was
-        computed from.
+    Raises a ``KeyError`` that names the function to run if a slot is missing. Raises a ``ValueError`` if nothing is measured
+    (unless `allow_unmeasured`), if the values are raw counts or not finite, or if a slot does not belong to what it was
+    computed from.
     """
     record, table = load_record(sdata), stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"

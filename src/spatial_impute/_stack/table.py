@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 
 
 def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
-    """Stack table.
-
-    Raises
-    ------
-    KeyError
-        If the object has no such table, or the table lacks a required column.
-    ValueError
-        If names of rows or genes are not unique.
-    """
+    """Stack table; a ``KeyError`` without it or its columns, a ``ValueError`` if names of rows or genes are not unique."""
     require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
     table = sdata.tables[table_key]
@@ -60,10 +52,7 @@ def measured_ids(table: AnnData) -> dict[str, str]:
 def section_ranks(table: AnnData, names: Sequence[str]) -> np.ndarray:
     """(n,) position in the stack of the section of each row; `names` are the sections in the order of the stack.
 
-    Raises
-    ------
-    ValueError
-        If the column is not categorical, or its categories stand in another order than the sections of the stack.
+    Raises a ``ValueError`` if the column is not categorical, or if its categories stand in another order.
     """
     column = table.obs[Keys.SECTION]
     if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
@@ -147,14 +136,8 @@ def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.
 def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED, allow_none: bool = False) -> np.ndarray:
     """(n,) bool: rows whose expression may be used. Only ``obs["measured"]`` decides; values of other rows have no effect.
 
-    With `allow_none`, there may be no measured spot.
-
-    Raises
-    ------
-    KeyError
-        If the layer is missing.
-    ValueError
-        If no spot is measured, unless this is allowed, or a measured row is not finite. NaN is allowed for genes that a section did not measure.
+    Raises a ``KeyError`` if the layer is missing, and a ``ValueError`` if no spot is measured (unless `allow_none`), or a
+    measured row is not finite. NaN is allowed for genes that a section did not measure.
     """
     require_key(
         layer,

@@ -160,18 +160,10 @@ def resolve_encoder(
     precision: str = "float32",
     params: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """Turn the `encoder` argument of a public function into an :class:`Encoder`.
+    """Turn the `encoder` argument of a public function (name, module, callable, or an encoder) into an :class:`Encoder`.
 
-    Parameters
-    ----------
-    encoder
-        Name, module, callable, or an encoder.
-    patch_px, mpp
-        Size of the patches in px, and um per pixel; by default those of the encoder, or 224 and 0.5.
-    device, precision
-        Torch device (``settings.device`` by default); ``"float32"`` or ``"bfloat16"``, for modules.
-    params
-        Further arguments for the library that makes a ``"timm:"`` or ``"transformers:"`` encoder.
+    `patch_px` and `mpp` are by default those of the encoder, or 224 and 0.5. `device` and `precision` are for modules,
+    `params` for the library that makes a ``"timm:"`` or ``"transformers:"`` encoder.
     """
     require_one_of(precision, PRECISIONS, name="precision")
     if mpp is not None:

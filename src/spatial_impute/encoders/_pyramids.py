@@ -14,13 +14,12 @@ from torch.nn import functional as F
 
 from spatial_impute._validation import require_one_of
 from spatial_impute.encoders import _efficientnet as efficientnet
-from spatial_impute.encoders._context import coarser, cut, cut_pixels, grow, measured_halo, relative
+from spatial_impute.encoders._context import Box, coarser, cut, cut_pixels, grow, measured_halo, relative
 from spatial_impute.encoders._encoder import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from spatial_impute.encoders._context import Cells
 
 # Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
@@ -53,7 +52,7 @@ class Pyramid(nn.Module):
         probe = copy.deepcopy(self).double().cpu().eval()
         return -(-measured_halo(probe, self.strides, multiple, name=self.name) // multiple) * multiple
 
-    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+    def within(self, rgb: Tensor, window: Box) -> list[Tensor]:
         """Maps of a window (in px) of the image; `halo` px around it, or the end of the image, make them exact."""
         return cut_pixels(self(rgb), self.strides, window)
 
@@ -122,9 +121,9 @@ class TellezPyramid(Pyramid):
                 module.inplace = True  # saves a copy of the largest maps
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
-        return self.within(rgb, (0, rgb.shape[-2], 0, rgb.shape[-1]))
+        return self.within(rgb, Box(0, rgb.shape[-2], 0, rgb.shape[-1]))
 
-    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+    def within(self, rgb: Tensor, window: Box) -> list[Tensor]:
         reduced, maps = (rgb / 127.5).sub_(1.0), []
         for factor in (1, 2, 4, 8):
             if factor > 1:

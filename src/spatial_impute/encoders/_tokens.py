@@ -65,25 +65,10 @@ def section_tokens(
     batch_size: int,
     recolor: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Encode one section.
+    """Encode one section, from the resolutions of its image and the (n, 2) centres and the diameter of its spots in um.
 
-    Parameters
-    ----------
-    levels
-        Resolutions of its image.
-    centers, diameter
-        (n, 2) centres of its spots, and their diameter, um.
-    encoder, batch_size
-        Encoder of patches, and patches encoded at a time.
-    layout
-        Fields of view per level.
-    recolor
-        Applied to the patches before they are encoded.
-
-    Returns
-    -------
-    Per level (n, n_tokens * 2 * n_features) float32: for each token the mean of the features of the patches in the field,
-    then their standard deviation.
+    Returns per level (n, n_tokens * 2 * n_features) float32: for each token the mean of the features of the patches in the
+    field, then their standard deviation. `recolor` is applied to the patches before they are encoded.
     """
     extent = encoder.patch_px * encoder.mpp
     source = _PatchSource(encoder, levels, batch_size, recolor)

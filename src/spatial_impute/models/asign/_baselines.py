@@ -222,10 +222,10 @@ def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) ->
 
 
 def recalibrate(spots: Spots, name: str) -> np.ndarray:
-    """(n, g) prediction from elsewhere, made without any measurement of the tissue, after a linear fit of each gene to the known spots, with a slope of at least 0.
+    """(n, g) prediction from elsewhere, fitted to the known spots: a line for each gene, with a slope of at least 0.
 
-    Each section is centered first, so that stain and scanner do not count. The mean profile stands where the prediction
-    is NaN, and for genes of slope 0.
+    It was made without any measurement of the tissue. Each section is centered first, so that stain and scanner do not
+    count. The mean profile stands where the prediction is NaN, and for genes of slope 0.
     """
     centred = _centred_by_section(spots, name)
     known = centred[spots.known]
@@ -235,7 +235,7 @@ def recalibrate(spots: Spots, name: str) -> np.ndarray:
 
 
 def _centred_by_section(spots: Spots, name: str) -> np.ndarray:
-    """(n, g) outside prediction minus its mean in each section."""
+    """(n, g) prediction from elsewhere minus its mean in each section."""
     values = np.array(given(spots.bases)[name], dtype=np.float64)
     least = _SAME * np.nan_to_num(np.abs(values)).max(axis=0, initial=0.0)
     for code in np.unique(spots.section):

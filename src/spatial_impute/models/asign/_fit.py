@@ -86,12 +86,12 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     rows[BASE] = rows["mean" if base == "none" else base]
     return AsignModel(
         params=params,
-        var_names=var_names,
-        experts=experts,
+        var_names=list(var_names),
+        _experts=experts,
         base=base,
-        n_features=data.n_features,
-        networks=ensemble.states,
-        tensors={
+        _n_features=data.n_features,
+        _networks=ensemble.states,
+        _tensors={
             **ensemble.tensors,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
             "group": group,

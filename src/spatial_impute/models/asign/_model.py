@@ -39,8 +39,6 @@ from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhe
 from spatial_impute.models.asign._network import MSAGNet, predict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from spatial_impute.models._spots import Spots
@@ -65,33 +63,9 @@ class Imputation:
     parts: dict[str, np.ndarray]  # (n, g) predictions of the parts of the model, if they are wanted
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class AsignModel:
     """A fitted model; made by :func:`~spatial_impute.tl.fit_asign` or :meth:`load`.
-
-    Attributes
-    ----------
-    params
-        Settings.
-    base
-        Method to whose prediction the networks add their correction; see ``AsignParams.base``.
-    var_names
-        Genes.
-    cross_validation
-        Scores on held-out blocks of the measured sections, one row per method: all baselines; ``"base"``, to which the
-        networks add their correction; ``"network alone"``, their mean; ``"without network"``, the blend of all other
-        methods; and ``"asign"``, the blend with the networks. The weights for a block come from the other blocks.
-        ``gain`` is the correlation that ``"asign"`` has over the method of the row, with its 95 % interval over genes.
-    predictability
-        Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``.
-    predictable
-        True for genes that are predicted better than by chance; written as ``var["imputable"]``.
-    history
-        Loss and held-out error of each network by step; ``kept`` marks the step of the model.
-    config
-        Encoder, normalisation and provenance of the training data, and the settings of the optimizer that were chosen.
-    cohort
-        Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
-        scores on stacks that were held out. Else None.
 
     Examples
     --------
@@ -102,36 +76,32 @@ class AsignModel:
     >>> model.cross_validation.loc[["cokriging", "asign"], ["pearson_gene", "skill"]]  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *,
-        params: AsignParams,
-        var_names: Sequence[str],
-        experts: Sequence[str],
-        base: str,
-        n_features: int,
-        networks: list[dict[str, Tensor]],
-        tensors: dict[str, Tensor],
-        cross_validation: pd.DataFrame,
-        predictability: pd.Series,
-        predictable: pd.Series,
-        history: pd.DataFrame,
-        config: dict[str, Any],
-        cohort: AsignModel | None = None,
-    ) -> None:
-        self.params = params
-        self.var_names = list(var_names)
-        self.cross_validation = cross_validation
-        self.predictability = predictability
-        self.predictable = predictable
-        self.history = history
-        self.config = config
-        self.cohort = cohort
-        self.base = base
-        self._experts = list(experts)
-        self._n_features = n_features
-        self._networks = networks
-        self._tensors = tensors
+    params: AsignParams
+    """Settings."""
+    base: str
+    """Method to whose prediction the networks add their correction; see ``AsignParams.base``."""
+    var_names: list[str]
+    """Genes."""
+    cross_validation: pd.DataFrame
+    """Scores on held-out blocks of the measured sections, one row per method: all baselines; ``"base"``, to which the
+    networks add their correction; ``"network alone"``, their mean; ``"without network"``, the blend of all other
+    methods; and ``"asign"``, the blend with the networks. The weights for a block come from the other blocks.
+    ``gain`` is the correlation that ``"asign"`` has over the method of the row, with its 95 % interval over genes."""
+    predictability: pd.Series
+    """Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``."""
+    predictable: pd.Series
+    """True for genes that are predicted better than by chance; written as ``var["imputable"]``."""
+    history: pd.DataFrame
+    """Loss and held-out error of each network by step; ``kept`` marks the step of the model."""
+    config: dict[str, Any]
+    """Encoder, normalisation and provenance of the training data, and the settings of the optimizer that were chosen."""
+    cohort: AsignModel | None = None
+    """Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
+    scores on stacks that were held out. Else None."""
+    _experts: list[str]
+    _n_features: int
+    _networks: list[dict[str, Tensor]]
+    _tensors: dict[str, Tensor]
 
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
@@ -321,11 +291,11 @@ class AsignModel:
         model = cls(
             params=params,
             var_names=config["var_names"],
-            experts=config["experts"],
+            _experts=config["experts"],
             base=config["base"],
-            n_features=config["n_features"],
-            networks=networks,
-            tensors=own,
+            _n_features=config["n_features"],
+            _networks=networks,
+            _tensors=own,
             cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method").astype(float),
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),

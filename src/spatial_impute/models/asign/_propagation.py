@@ -40,27 +40,12 @@ def propagate(
 
     .. math:: m_i = \frac{\sum_j w_{ij} m_j}{d_i + \lambda}, \qquad f_i = \frac{\sum_j w_{ij} m_j f_j}{\sum_j w_{ij} m_j}
 
-    With ``leak=0`` this is the harmonic solution.
+    With ``leak=0`` this is the harmonic solution. `leak` is :math:`\lambda`, in units of edge weight (1 is an edge to a
+    spot at the same place). The default is the weight of six neighbours at a distance of one spacing, so that a mass of
+    one half means: measured spots have as much weight as the neighbours on the same section.
 
-    Parameters
-    ----------
-    weights, known, values
-        (n, n) non-negative weights; (n,) bool; (n_known, g).
-    leak
-        :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the weight of
-        six neighbours at a distance of one spacing, so that a mass of one half means: measured spots have as much weight
-        as the neighbours on the same section.
-    dtype
-        Precision of the computation and of the returned values.
-    device
-        Torch device of the computation.
-
-    Returns
-    -------
-    values
-        (n, g); known rows as given, NaN if no known spot is connected.
-    mass
-        (n,) in 0-1: weight of the known values in a spot. 1 at known spots, 0 if no known spot is connected.
+    Shapes: (n, n) non-negative weights, (n,) bool, (n_known, g) -> (n, g) values, NaN if no known spot is connected, and
+    (n,) mass in 0-1: weight of the known values in a spot, 1 at known spots and 0 if none is connected.
 
     Examples
     --------

@@ -161,19 +161,9 @@ def train(
 ) -> TrainingRun:
     """Train one network on one batch per step, to the end of the schedule of the learning rate.
 
-    Held-out spots are predicted about ten times. In a process group (``torch.distributed``, as started by ``torchrun``)
-    every process takes another batch, gradients are averaged, and all processes end with the same network.
-
-    Parameters
-    ----------
-    build
-        Makes the network; called after seeding.
-    batches, held_out
-        Batches to train on, in this order; batches to check the network on, or none.
-    params
-        Settings, with those of the optimizer; see :func:`regimes`.
-    seed, device, on_step
-        Seed of weights and dropout; torch device; called for every step, for progress.
+    `build` makes the network, after seeding. Held-out spots, if there are any, are predicted about ten times. In a process
+    group (``torch.distributed``, as started by ``torchrun``) every process takes another batch, gradients are averaged, and
+    all processes end with the same network.
     """
     n_steps, peak = params.n_steps or 0, params.learning_rate or 0.0
     with torch.random.fork_rng(devices=[]):

@@ -250,5 +250,4 @@ def match_stain(found: SlideOverview, reference: Sequence[float] | None) -> Stai
     """Stain of a slide on white glass, matched to a reference's mean optical density if there is one."""
     if reference is None:
         return Stain(found.background)
-    red, green, blue = (float(r / d) for r, d in zip(reference, found.density, strict=True))
-    return Stain(found.background, (red, green, blue))
+    return Stain(found.background, tuple(float(r / d) for r, d in zip(reference, found.density, strict=True)))
