@@ -31,6 +31,15 @@ def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return points @ matrix[:2, :2].T + matrix[:2, 2]
 
 
+def lies_on(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(n,) bool: points (n, 2), x and y in pixels, that lie on a mask (y, x)."""
+    x, y = np.floor(points).astype(np.int64).T
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    found = np.zeros(len(points), bool)
+    found[inside] = mask[y[inside], x[inside]]
+    return found
+
+
 def xy_of(positions: Any) -> np.ndarray:
     """Return x and y (n, 2) of positions: the columns of a table that are named so, else the first two columns.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, scaling
+from spatial_impute._geometry import apply_affine, lies_on, scaling
 from spatial_impute._image.levels import (
     area_means,
     best_level,
@@ -225,12 +225,7 @@ class SlideOverview:
 
     def covers(self, points: np.ndarray) -> np.ndarray:
         """(n,) bool: points (n, 2) in um that lie on tissue."""
-        x, y = np.floor(apply_affine(points, np.linalg.inv(self.to_um))).astype(int).T
-        height, width = self.tissue.shape
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        found = np.zeros(len(points), bool)
-        found[inside] = self.tissue[y[inside], x[inside]]
-        return found
+        return lies_on(self.tissue, apply_affine(points, np.linalg.inv(self.to_um)))
 
 
 def slide_overview(levels: list[Level]) -> SlideOverview:

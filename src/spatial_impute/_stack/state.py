@@ -445,6 +445,5 @@ def _layer_problems(
     if changed:
         made, again = ("matched", "Match") if Keys.MATCHED_FROM in table.uns[key] else ("imputed", "Impute")
         yield Problem(
-            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}",
-            wrong=False,
+            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}", wrong=False
         )

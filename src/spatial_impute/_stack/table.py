@@ -116,10 +116,7 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     obs[Keys.REGION] = pd.Categorical(obs[Keys.REGION])
     table = AnnData(obs=obs, obsm={Keys.SPATIAL: np.concatenate(coordinates)})
     sdata.tables[Keys.STACK_TABLE] = TableModel.parse(
-        table,
-        region=list(obs[Keys.REGION].cat.categories),
-        region_key=Keys.REGION,
-        instance_key=Keys.INSTANCE,
+        table, region=list(obs[Keys.REGION].cat.categories), region_key=Keys.REGION, instance_key=Keys.INSTANCE
     )
     log_added(f"tables[{Keys.STACK_TABLE!r}]")
 

@@ -333,14 +333,7 @@ class NetworkFit:
             self.on_step()
 
     def _train_or_load(
-        self,
-        name: str,
-        k: int,
-        params: AsignParams,
-        batches: list[Batch],
-        held_out: list[Batch],
-        *,
-        n_before: int = 0,
+        self, name: str, k: int, params: AsignParams, batches: list[Batch], held_out: list[Batch], *, n_before: int = 0
     ) -> TrainingRun:
         """Result of a network, from the checkpoint folder if it was trained before."""
         folder = self.settings.checkpoint
