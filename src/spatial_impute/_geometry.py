@@ -21,8 +21,7 @@ class Frame:
     """Coordinate system that an image and its regions share."""
 
     name: str
-    um: float
-    """um per unit."""
+    um: float  # um per unit
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

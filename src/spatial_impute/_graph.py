@@ -18,14 +18,10 @@ _COLUMNS_AT_A_TIME = 32  # features to hold in double precision
 class SpotGraph:
     """Undirected typed graph over spots; all matrices are (n, n) CSR without diagonal."""
 
-    weights: sparse.csr_matrix
-    """Strength of each edge, > 0."""
-    distances: sparse.csr_matrix
-    """Distance in the registered frame (um), same pattern as `weights`."""
-    overlap: sparse.csr_matrix
-    """Intersection over union of the discs of two spots on different sections, where above 0."""
-    similarity: sparse.csr_matrix
-    """Cosine similarity of the images, on the edges that were added for it."""
+    weights: sparse.csr_matrix  # Strength of each edge, > 0
+    distances: sparse.csr_matrix  # Distance in the registered frame (um), same pattern as `weights`
+    overlap: sparse.csr_matrix  # Intersection over union of the discs of two spots on different sections, where above 0
+    similarity: sparse.csr_matrix  # Cosine similarity of the images, on the edges that were added for it
 
 
 def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
@@ -45,22 +41,14 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
 class EdgeRules:
     """Rules by which spots are linked and edges get their weights."""
 
-    n_neighs: int
-    """Nearest spots of the same section to link."""
-    n_cross_neighs: int
-    """Nearest spots to link on each other section."""
-    max_section_gap: int
-    """Largest difference of ranks of two linked sections."""
-    max_distance: float
-    """Longest edge across sections, um; similarity edges have no limit."""
-    n_similar: int
-    """Most similar spots to link on each other section, if mutual."""
-    similarity_threshold: float
-    """Cosine from which spots count as similar."""
-    similarity_weight: float
-    """Weight of an edge between spots that look identical, relative to spots at the same place."""
-    bandwidth: float
-    """Standard deviation of the Gaussian that turns distance into weight, um."""
+    n_neighs: int  # Nearest spots of the same section to link
+    n_cross_neighs: int  # Nearest spots to link on each other section
+    max_section_gap: int  # Largest difference of ranks of two linked sections
+    max_distance: float  # Longest edge across sections, um; similarity edges have no limit
+    n_similar: int  # Most similar spots to link on each other section, if mutual
+    similarity_threshold: float  # Cosine from which spots count as similar
+    similarity_weight: float  # Weight of an edge between spots that look identical, relative to spots at the same place
+    bandwidth: float  # Standard deviation of the Gaussian that turns distance into weight, um
 
 
 @dataclass(frozen=True)

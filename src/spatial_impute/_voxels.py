@@ -25,12 +25,9 @@ _LAYERS_PER_GAP = 4  # layers of cells between neighbouring sections
 class Volume:
     """Values on a regular grid of cells, in um."""
 
-    values: np.ndarray
-    """(z, y, x), NaN outside the tissue."""
-    origin: tuple[float, float, float]
-    """x, y, z of the centre of the first cell."""
-    step: tuple[float, float, float]
-    """Size of a cell in x, y, z."""
+    values: np.ndarray  # (z, y, x), NaN outside the tissue
+    origin: tuple[float, float, float]  # x, y, z of the centre of the first cell
+    step: tuple[float, float, float]  # Size of a cell in x, y, z
 
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -34,16 +34,11 @@ class Samples:
 
     kind: str = "RGB"
     """One of ``"grey"``, ``"white-is-zero grey"``, ``"palette"``, ``"RGB"``, ``"YCbCr"``, ``"CIELab"``, ``"ICCLab"``, ``"CMYK"``."""
-    alpha: int | None = None
-    """Position of the alpha channel among all samples."""
-    premultiplied: bool = False
-    """True if the colors were multiplied by alpha."""
-    bits: int | None = None
-    """Bits in use, if the source says it."""
-    orientation: int = 1
-    """Of TIFF and EXIF: 1 is upright, 2 to 8 are turned or mirrored."""
-    palette: np.ndarray | None = None
-    """(n, 3) uint8."""
+    alpha: int | None = None  # Position of the alpha channel among all samples
+    premultiplied: bool = False  # True if the colors were multiplied by alpha
+    bits: int | None = None  # Bits in use, if the source says it
+    orientation: int = 1  # Of TIFF and EXIF: 1 is upright, 2 to 8 are turned or mirrored
+    palette: np.ndarray | None = None  # (n, 3) uint8
     luma: tuple[float, ...] = _LUMA
     reference: tuple[float, ...] = _FOOTROOM
 

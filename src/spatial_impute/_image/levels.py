@@ -37,12 +37,9 @@ class Level:
     """One resolution of an image: lazy (c, y, x) data and its map from pixels to micrometres."""
 
     data: DataArray
-    to_um: np.ndarray
-    """(3, 3) affine from pixel corners (x, y) to the section frame (um)."""
-    white: float = 255.0
-    """Value of full brightness."""
-    opaque: float = 255.0
-    """Value of alpha where nothing shines through."""
+    to_um: np.ndarray  # (3, 3) affine from pixel corners (x, y) to the section frame (um)
+    white: float = 255.0  # Value of full brightness
+    opaque: float = 255.0  # Value of alpha where nothing shines through
 
     @property
     def pixel_size(self) -> float:

@@ -41,8 +41,7 @@ class ImageFile:
     """An opened image: lazy (c, y, x) arrays, finest first, and the pixel size its metadata give."""
 
     levels: list[da.Array]
-    pixel_size: tuple[float, float] | None
-    """um per pixel (x, y) of the finest level; None if the metadata do not tell."""
+    pixel_size: tuple[float, float] | None  # um per pixel (x, y) of the finest level; None if the metadata do not tell
 
     @property
     def mpp(self) -> float | None:

@@ -117,17 +117,12 @@ class ResampledImage:
     The value of a pixel does not depend on the window in which it is read.
     """
 
-    level: Level
-    """Resolution it is read from."""
-    step: tuple[float, float]
-    """Pixels of the level per resampled pixel, y and x."""
-    shape: tuple[int, int]
-    """(height, width) in resampled pixels."""
-    to_um: np.ndarray
-    """(3, 3) affine from resampled pixel corners to the section frame."""
+    level: Level  # Resolution it is read from
+    step: tuple[float, float]  # Pixels of the level per resampled pixel, y and x
+    shape: tuple[int, int]  # (height, width) in resampled pixels
+    to_um: np.ndarray  # (3, 3) affine from resampled pixel corners to the section frame
 
-    cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)
-    """Decoded chunks."""
+    cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)  # Decoded chunks
 
     def stripe(self, core: int, halo: int, beyond: int) -> int:
         """Width of a stripe, all in resampled pixels; see :meth:`ChunkCache.stripe`."""
@@ -214,14 +209,10 @@ def _whole(step: float) -> float:
 class SlideOverview:
     """Tissue and stain of a whole slide, from a thumbnail."""
 
-    tissue: np.ndarray
-    """(y, x) bool."""
-    to_um: np.ndarray
-    """(3, 3) affine from its pixel corners to the section frame."""
-    background: tuple[float, ...]
-    """Color of the glass in 0-255."""
-    density: tuple[float, ...]
-    """Mean optical density of the tissue in r, g, b."""
+    tissue: np.ndarray  # (y, x) bool
+    to_um: np.ndarray  # (3, 3) affine from its pixel corners to the section frame
+    background: tuple[float, ...]  # Color of the glass in 0-255
+    density: tuple[float, ...]  # Mean optical density of the tissue in r, g, b
 
     def covers(self, points: np.ndarray) -> np.ndarray:
         """(n,) bool: points (n, 2) in um that lie on tissue."""

@@ -84,14 +84,11 @@ class TiffLevel:
 class TiffImage:
     """Largest image of a TIFF."""
 
-    levels: list[TiffLevel]
-    """Finest first."""
+    levels: list[TiffLevel]  # Finest first
     axes: str
     samples: Samples
-    order: list[int]
-    """Channels of the file in the order red, green, blue."""
-    pixel_size: tuple[float, float] | None
-    """um per pixel (x, y) as it is stored, before the orientation."""
+    order: list[int]  # Channels of the file in the order red, green, blue
+    pixel_size: tuple[float, float] | None  # um per pixel (x, y) as it is stored, before the orientation
 
 
 def open_tiff(path: Path) -> TiffImage:
@@ -301,13 +298,10 @@ class Pyramid:
 
     strip: Callable[[int, int, int], np.ndarray]
     """Level, number of a strip of `TILE` rows and channel of `channels` to its pixels, (rows, x) or (rows, x, c)."""
-    shape: tuple[int, ...]
-    """Of the finest level, (y, x) or (y, x, c)."""
+    shape: tuple[int, ...]  # Of the finest level, (y, x) or (y, x, c)
     dtype: np.dtype
-    pixel_size: float
-    """um"""
-    origin: tuple[float, float]
-    """Place (x, y) of the corner of the image, um."""
+    pixel_size: float  # um
+    origin: tuple[float, float]  # Place (x, y) of the corner of the image, um
     name: str
     channels: tuple[str, ...] = ()
     """Names of channels that are no colors, such as dyes; each is a plane of its own, (y, x)."""

@@ -23,20 +23,13 @@ _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class Section:
     """One tissue section of a stack."""
 
-    name: str
-    """Name of the section and of its coordinate system (um)."""
-    z: float
-    """Height in the block, um."""
-    mpp: float
-    """um per pixel of the full-resolution image."""
-    mpp_source: str
-    """Source of the pixel size: ``"argument"``, ``"metadata"``, ``"spot pitch"``."""
-    image: str
-    """Image element."""
-    spots: str | None = None
-    """Shapes element with the spots; None before :func:`~spatial_impute.pp.tile_spots`."""
-    counts: str | None = None
-    """Table with the measured expression; None for an unmeasured section."""
+    name: str  # Name of the section and of its coordinate system (um)
+    z: float  # Height in the block, um
+    mpp: float  # um per pixel of the full-resolution image
+    mpp_source: str  # Source of the pixel size: ``"argument"``, ``"metadata"``, ``"spot pitch"``
+    image: str  # Image element
+    spots: str | None = None  # Shapes element with the spots; None before :func:`~spatial_impute.pp.tile_spots`
+    counts: str | None = None  # Table with the measured expression; None for an unmeasured section
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ class Problem(NamedTuple):
     """A slot that does not belong to what it was computed from."""
 
     text: str
-    wrong: bool = True
-    """The result would be wrong, not only old."""
+    wrong: bool = True  # The result would be wrong, not only old
 
 
 def fingerprint(*arrays: Any) -> str:
