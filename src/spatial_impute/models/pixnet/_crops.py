@@ -195,7 +195,7 @@ def predict_crops(network: PixNetNetwork, maps: list[Tensor], crops: list[Crop])
     if network.rates:
         areas = np.concatenate([crop.slide.area_um2[crop.rows] for crop in crops])
         return means * torch.from_numpy(areas).to(table)[:, None]
-    return network.from_decoded(means)
+    return network.from_pooled(means)
 
 
 class CropSampler:

@@ -316,12 +316,11 @@ class PixNetNetwork(nn.Module):
         return cast("Tensor", self.head.bias)
 
     def from_pooled(self, features: Tensor) -> Tensor:
-        """Genes of regions from their mean features (n, c); the head is linear, so it may be applied last."""
-        return F.linear(features, self.head.weight[:, :, 0, 0], self.head.bias)
+        """Genes of regions from their mean features (n, c), or by the decoder alone from its features, which come last.
 
-    def from_decoded(self, decoded: Tensor) -> Tensor:
-        """Genes of regions by the decoder alone, (n, n_genes), from the mean of their decoder features (n, width)."""
-        return F.linear(decoded, self.head.weight[:, self.n_base :, 0, 0], self.head.bias)
+        The head is linear, so it may be applied last.
+        """
+        return F.linear(features, self.head.weight[:, -features.shape[1] :, 0, 0], self.head.bias)
 
     def with_genes(self, index: list[int]) -> PixNetNetwork:
         """Copy that predicts some of the genes."""
