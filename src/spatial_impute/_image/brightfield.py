@@ -9,12 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import dask.array as da
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import dask.array as da
 
 _COLORS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 _PURE: dict[int | None, str] = {0xFF0000: "r", 0x00FF00: "g", 0x0000FF: "b"}
@@ -56,8 +55,6 @@ class Samples:
 
 def brightfield(array: da.Array, samples: Samples) -> da.Array:
     """Grey, RGB or RGB with straight alpha, upright, from samples (c, y, x); integers fill their type if `bits` says so."""
-    import dask.array as da
-
     as_it_is = samples.kind in ("grey", "RGB") and not samples.premultiplied and array.dtype != bool
     filled = samples.bits is None or array.dtype.kind != "u" or samples.bits == 8 * array.dtype.itemsize
     wanted = samples.n_colors if samples.alpha is None else 4

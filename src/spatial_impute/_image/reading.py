@@ -9,7 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import dask
+import dask.array as da
 import numpy as np
+import zarr
 
 from spatial_impute._image.brightfield import Samples, brightfield, names_by_color, rgb_order, upright
 from spatial_impute._image.pixel_size import zarr_pixel_size
@@ -19,8 +22,6 @@ from spatial_impute._settings import logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import dask.array as da
-    import zarr
     from PIL import Image
 
     from spatial_impute._image.tiff import TiffLevel
@@ -85,8 +86,6 @@ def open_image(path: str | Path) -> ImageFile:
 
 def open_slide(slide: Any) -> ImageFile:
     """Open the image of a ``wsidata.WSIData``, in RGB, through its reader: OpenSlide and others read more formats."""
-    import dask.array as da
-
     properties = slide.properties
 
     def read(level: int, block_info: dict[int, Any] | None = None) -> np.ndarray:
@@ -138,8 +137,6 @@ def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> 
     A dask chunk holds whole chunks of the file, so that none is decoded twice. It holds about `_CHUNK` px and all
     colors: strips would make one task per row, small tiles millions of tasks on a large slide.
     """
-    import dask.array as da
-
     chunks = tuple(
         min(n, size * max(1, _CHUNK // size)) if axis in "YX" else n
         for n, size, axis in zip(array.shape, array.chunks, axes, strict=True)
@@ -162,9 +159,6 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
 
 def _open_plain(path: Path) -> ImageFile:
     """PNG or JPEG; a JPEG also gives halved levels, which are cheap to decode."""
-    import dask
-    import dask.array as da
-
     shape, dtype, fractions, orientation = _plain_shape(path)
     levels = []
     for fraction in fractions:
@@ -247,8 +241,6 @@ def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:
-    import zarr
-
     group = zarr.open_group(path, mode="r")
     attrs: dict[str, Any] = dict(group.attrs)
     found = attrs.get("ome", attrs)

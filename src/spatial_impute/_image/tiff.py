@@ -11,6 +11,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tifffile
+import zarr
+from dask.base import tokenize
 
 from spatial_impute._image.brightfield import Samples, names_by_color, rgb_order
 from spatial_impute._image.pixel_size import ome_pixels, tiff_pixel_size
@@ -20,8 +23,6 @@ from spatial_impute._settings import logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    import tifffile
 
 # A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
 _MAX_CHUNKS = 2**22
@@ -43,8 +44,6 @@ class TiffLevel:
     """
 
     def __init__(self, path: Path, series: int, level: int) -> None:
-        from dask.base import tokenize
-
         self._where = (str(path.resolve()), series, level)
         self.token = f"tiff-{tokenize(self._where, path.stat().st_mtime_ns)}"
         """Name of this level in this state of the file."""
@@ -57,9 +56,6 @@ class TiffLevel:
         self._lock = threading.Lock()
 
     def _opened(self) -> Any:
-        import tifffile
-        import zarr
-
         with self._lock:
             if self._array is None:
                 path, series, level = self._where
@@ -96,8 +92,6 @@ def open_tiff(path: Path) -> TiffImage:
 
     Raises a ``ValueError`` for samples that are no brightfield image, and for damaged files.
     """
-    import tifffile
-
     with tifffile.TiffFile(path) as tiff:
         series = max(tiff.series, key=lambda s: int(np.prod(s.shape)))
         which, n_levels = tiff.series.index(series), len(series.levels)
@@ -192,8 +186,6 @@ def _samples(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Pat
 
 def _kind(page: Any, path: Path) -> str:
     """Color space of the decoded samples; a ``ValueError`` for those without a common rule for RGB."""
-    import tifffile
-
     kind, codec = _KINDS.get(int(page.photometric)), int(page.compression)
     if codec == _JPEG2000_YCBCR:
         return "YCbCr"
@@ -329,8 +321,6 @@ class Pyramid:
 
 def write_pyramid(path: Path, image: Pyramid, compression: str, on_strip: Callable[[], Any]) -> None:
     """Write a pyramidal OME-TIFF with one strip in memory. A file that is there is replaced once the new one is whole."""
-    import tifffile
-
     colors = image.shape[2] if len(image.shape) == 3 else 1
     common: dict[str, Any] = {
         "photometric": "rgb" if colors > 2 else "minisblack",

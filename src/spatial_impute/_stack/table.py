@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
@@ -17,7 +19,6 @@ from spatial_impute._validation import require_finite, require_key
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute._stack.record import Section, StackRecord
@@ -81,9 +82,6 @@ def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
 
 def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     """Write a new ``tables["stack"]``: one row per spot of every section, in stack order, without expression."""
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
     frames, coordinates = [], []
     for section in record.sections:
         if section.spots is None:

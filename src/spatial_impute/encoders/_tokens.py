@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import image_fingerprint
@@ -186,9 +188,6 @@ def pool_tiles(
     `positions` are (m, 2) centres of the tiles in um, `features` (m, d). The tiles with their centre in a field describe
     it; the nearest tile if there are none.
     """
-    from scipy import sparse
-    from scipy.spatial import cKDTree
-
     tree = cKDTree(positions)
     offset = features.mean(axis=0, dtype=np.float64)
     values = features.astype(np.float64) - offset

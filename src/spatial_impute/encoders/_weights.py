@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spatial_impute._io.files import fetch
@@ -51,8 +52,6 @@ def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tenso
     a mapping of names to tensors, or needs unpickling, raises a ``ValueError``.
     """
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         found: object = load_file(path)
     else:
         try:

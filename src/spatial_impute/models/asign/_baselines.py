@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
@@ -214,8 +215,6 @@ def _mean_profile(spots: Spots) -> np.ndarray:
 
 def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(n, g) means of `values` rows `found` (n, k) by `weight` (n, k), as one sparse product."""
-    from scipy import sparse
-
     n, k = found.shape
     matrix = sparse.csr_matrix((weight.ravel(), found.ravel(), np.arange(n + 1) * k), shape=(n, len(values)))
     return matrix @ values
