@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
+from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,8 +162,6 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
     The pitch is the mean distance of neighbours: positions are whole pixels, so the nearest of them alone is too near, by up
     to 0.7 % on Visium.
     """
-    from scipy.spatial import cKDTree
-
     if len(points) < 2:
         return None
     tree = cKDTree(points)
@@ -177,8 +177,6 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
 
 def polygons_of(geometry: Any) -> Any:
     """Valid polygons of a geometry, without lines and points that the repair may add."""
-    import shapely
-
     valid = shapely.make_valid(geometry)
     if valid.geom_type in ("Polygon", "MultiPolygon"):
         return valid

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import dask.array as da
 import numpy as np
+from skimage.color import lab2rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,8 +141,6 @@ def _from_ycbcr(values: np.ndarray, samples: Samples) -> np.ndarray:
 
 def _from_lab(colors: np.ndarray, *, signed: bool) -> np.ndarray:
     """RGB in 0-1 of L, a, b, which fill their type; a and b are two's complements, or have an offset of half the range."""
-    from skimage.color import lab2rgb
-
     step = (_most(colors.dtype) + 1) // 256  # stored values per unit of a and b
     lightness = colors[0].astype(np.float32) * (100 / _most(colors.dtype))
     if signed:

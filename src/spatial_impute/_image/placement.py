@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from skimage.transform import resize
 
 from spatial_impute._geometry import apply_affine, lies_on, linear_scale
 from spatial_impute._image.levels import best_level, read_thumbnail
@@ -87,8 +88,6 @@ def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | Non
 
 def compare_pictures(picture: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Correlation of a grey picture (y, x) with another one, for each turn that gives it the same shape."""
-    from skimage.transform import resize
-
     scale = min(1.0, _SMALL / max(wanted.shape))
     shape = [max(2, round(n * scale)) for n in wanted.shape]
     small = resize(wanted.astype(float), shape, anti_aliasing=True).ravel()

@@ -13,6 +13,9 @@ import dask
 import dask.array as da
 import numpy as np
 import zarr
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from spatial_impute._image.brightfield import Samples, brightfield, names_by_color, rgb_order, upright
 from spatial_impute._image.pixel_size import zarr_pixel_size
@@ -21,8 +24,6 @@ from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from PIL import Image
 
     from spatial_impute._image.tiff import TiffLevel
 
@@ -176,10 +177,6 @@ def _pil_open(path: str | Path) -> Image.Image:
     ``PIL.Image.open`` warns of each scan above 89 megapixels. A filter of warnings does not help: it belongs to the
     whole process, and several threads decode images.
     """
-    from PIL import Image
-    from PIL.JpegImagePlugin import JpegImageFile
-    from PIL.PngImagePlugin import PngImageFile
-
     with Path(path).open("rb") as file:
         start = file.read(8)
     readers = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
@@ -201,8 +198,6 @@ def _pil_open(path: str | Path) -> Image.Image:
 
 def _plain_shape(path: Path) -> tuple[tuple[int, int, int], type, tuple[int, ...], int]:
     """Shape (c, y, x), type, the fractions of the size at which the file can be decoded, and the orientation of EXIF."""
-    from PIL import Image
-
     with _pil_open(path) as image:
         mode = _plain_mode(image)
         dtype = np.uint16 if mode == "I;16" else np.uint8

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage as ndi
+from skimage.filters import threshold_otsu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -311,8 +312,6 @@ def _background_level(image: NDArray, visible: NDArray[np.bool_]) -> NDArray[np.
 
 
 def _otsu(values: NDArray) -> float:
-    from skimage.filters import threshold_otsu
-
     low, high = float(values.min()), float(values.max())
     return low if high - low < 1e-6 * max(abs(high), 1e-6) else float(threshold_otsu(values))
 

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import settings
 
@@ -30,8 +32,6 @@ def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> It
     another owner, in seconds. With `keep` the file stays after the block. If another call owns the place, a
     ``FileExistsError`` names `what`, the host and the process.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(file, timeout=wait)
     for attempt in range(_ATTEMPTS):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+from skimage.color import rgb2hed
 
 from spatial_impute._validation import did_you_mean, require_device, require_one_of, require_positive
 
@@ -131,9 +133,6 @@ class TextureEncoder:
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255 as (n, 25)."""
-        from scipy.ndimage import gaussian_filter
-        from skimage.color import rgb2hed
-
         scaled = np.clip(np.asarray(patches, dtype=np.float32), 0, 255) / 255.0
         stains = rgb2hed(scaled)
         # (n, 3, y, x): sums over a patch then run over contiguous memory.

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,8 +76,6 @@ class TexturePyramid(Pyramid):
 
     def __init__(self) -> None:
         super().__init__()
-        from skimage.color import hed_from_rgb
-
         self.register_buffer("stains", torch.from_numpy(hed_from_rgb[:, :2].T.copy()).float(), persistent=False)
 
     def forward(self, rgb: Tensor) -> list[Tensor]:

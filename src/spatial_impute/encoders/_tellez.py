@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spatial_impute.encoders._weights import WeightFile, fetch_weights, load_whole_state
-
-if TYPE_CHECKING:
-    import h5py
 
 _FILE = WeightFile(
     name="encoder_multitask-4.h5",
@@ -77,8 +73,6 @@ class TellezEncoder:
     step_px = 2**_N_BLOCKS
 
     def __init__(self, device: str) -> None:
-        import h5py
-
         self.device = device
         network = TellezNetwork()
         with h5py.File(fetch_weights(_FILE), "r") as file:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
 from spatial_impute._scores import pearson_by_gene
@@ -221,8 +222,6 @@ def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
     blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
     same way from more.
     """
-    from scipy.stats import ttest_1samp
-
     gain = np.zeros(errors.shape[1])
     for chooses in (half, ~half):
         if chooses.all() or not chooses.any():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import shapely
 
 from spatial_impute._geometry import apply_affine, linear_scale
 from spatial_impute._settings import compiled
@@ -120,8 +121,6 @@ class Polygons:
 
     @classmethod
     def _from_some(cls, geometries: np.ndarray) -> Polygons:
-        import shapely
-
         parts, of_polygon = shapely.get_parts(geometries, return_index=True)
         rings, of_part = shapely.get_rings(parts, return_index=True)
         points, of_ring = shapely.get_coordinates(rings, return_index=True)
