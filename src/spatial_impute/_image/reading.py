@@ -239,18 +239,9 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     group = zarr.open_group(path, mode="r")
     attrs: dict[str, Any] = dict(group.attrs)
     found = attrs.get("ome", attrs)
-    multiscales = found.get("multiscales")
-    if not multiscales:
-        msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
-        inside = sorted(name for name, _ in group.groups())
-        if "bioformats2raw.layout" in found:
-            msg += (
-                f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
-            )
-        elif "plate" in found or "well" in found:
-            msg += f" It is a plate with several images; give one of them, below {inside}."
-        raise ValueError(msg)
-    first = multiscales[0]
+    if not found.get("multiscales"):
+        raise ValueError(_no_multiscales(path, group, attrs))
+    first = found["multiscales"][0]
     # Version 0.3 names the axes by strings, later versions by mappings.
     axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in first["axes"]}
     names = "".join(axes).upper()
@@ -269,3 +260,14 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         levels = [level[order] for level in levels]
     samples = Samples("grey" if len(order) == 1 else "RGB", 3 if len(order) == 4 else None)
     return ImageFile([brightfield(level, samples) for level in levels], zarr_pixel_size(axes, first))
+
+
+def _no_multiscales(path: Path, group: zarr.Group, attrs: dict[str, Any]) -> str:
+    """Message for a zarr that is no image: exports and plates hold images below them."""
+    found, inside = attrs.get("ome", attrs), sorted(name for name, _ in group.groups())
+    msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
+    if "bioformats2raw.layout" in found:
+        msg += f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
+    elif "plate" in found or "well" in found:
+        msg += f" It is a plate with several images; give one of them, below {inside}."
+    return msg

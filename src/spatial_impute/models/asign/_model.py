@@ -273,11 +273,10 @@ class AsignModel:
         experts, allowed = config["experts"], {*METHODS, TWO_VIEWS, NETWORK, *config["config"].get("base_layers", [])}
         if len(set(experts)) != len(experts) or not set(experts) <= allowed or experts[-1:] != [NETWORK]:
             raise does_not_fit(path, f"`experts` must be known methods or base layers, each once; found {experts}.")
-        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "group": (n_genes,)}
+        shapes: dict[str, tuple[int, ...]]
+        shapes = dict.fromkeys(("centre", "group", "spread", "spread_of_mean"), (n_genes,))
         shapes |= dict.fromkeys(("network_centre", "network_scale"), (n_networks, n_genes))
-        shapes["weights"] = (n_genes, len(config["experts"]))
-        shapes["weights_without"] = (n_genes, len(config["experts"]) - 1)
-        shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
+        shapes |= {"weights": (n_genes, len(experts)), "weights_without": (n_genes, len(experts) - 1)}
         shapes |= {"noise": (3,), "usual_support": (1,), "whole_sections": (1,)}
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
@@ -291,7 +290,7 @@ class AsignModel:
         model = cls(
             params=params,
             var_names=config["var_names"],
-            _experts=config["experts"],
+            _experts=experts,
             base=config["base"],
             _n_features=config["n_features"],
             _networks=networks,
