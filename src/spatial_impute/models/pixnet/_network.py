@@ -377,7 +377,7 @@ def _resize_part(part: Tensor, factor: int, cells: Box) -> Tensor:
     """Some cells of a map resized by a factor, from the `part` of it that :func:`_resize_source` names."""
     if factor == 1:
         return part
-    y, x = (max(first // factor - 1, 0) for first in (cells.y0, cells.x0))
+    y, x = (max(first // factor - 1, 0) for first in (cells[0], cells[2]))
     resized = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
     return cut(resized, relative(cells, Box(y, y, x, x), factor))
 
