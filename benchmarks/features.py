@@ -115,10 +115,8 @@ class Recorded:
 
     def __init__(self, encoder: object) -> None:
         self._encoder = encoder
-        self.name, self.mpp, self.patch_px, self.dense = (
-            getattr(encoder, key) for key in ("name", "mpp", "patch_px", "dense")
-        )
-        self.step_px = encoder.step_px
+        self.name, self.mpp, self.patch_px = encoder.name, encoder.mpp, encoder.patch_px
+        self.step_px = getattr(encoder, "step_px", None)
         self.given: list[np.ndarray] = []
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
+from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,14 +23,22 @@ class Frame:
     """Coordinate system that an image and its regions share."""
 
     name: str
-    um: float
-    """um per unit."""
+    um: float  # um per unit
 
 
 def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Map points (n, 2) by a (3, 3) affine matrix that acts on columns (x, y, 1)."""
     points = np.asarray(points, dtype=float)
     return points @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def lies_on(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(n,) bool: points (n, 2), x and y in pixels, that lie on a mask (y, x)."""
+    x, y = np.floor(points).astype(np.int64).T
+    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
+    found = np.zeros(len(points), bool)
+    found[inside] = mask[y[inside], x[inside]]
+    return found
 
 
 def xy_of(positions: Any) -> np.ndarray:
@@ -125,9 +135,7 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
 def plane_tiles(points: np.ndarray, centres: np.ndarray, *, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Halve the plane along its longer side until no tile holds more than `size` centres, unless they lie at one place.
 
-    Yields
-    ------
-    Positions of the points and of the centres in a tile. The tiles cover the whole plane.
+    Yields positions of the points and of the centres in a tile. The tiles cover the whole plane.
 
     Examples
     --------
@@ -154,8 +162,6 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
     The pitch is the mean distance of neighbours: positions are whole pixels, so the nearest of them alone is too near, by up
     to 0.7 % on Visium.
     """
-    from scipy.spatial import cKDTree
-
     if len(points) < 2:
         return None
     tree = cKDTree(points)
@@ -171,8 +177,6 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
 
 def polygons_of(geometry: Any) -> Any:
     """Valid polygons of a geometry, without lines and points that the repair may add."""
-    import shapely
-
     valid = shapely.make_valid(geometry)
     if valid.geom_type in ("Polygon", "MultiPolygon"):
         return valid

@@ -18,24 +18,14 @@ _COLUMNS_AT_A_TIME = 32  # features to hold in double precision
 class SpotGraph:
     """Undirected typed graph over spots; all matrices are (n, n) CSR without diagonal."""
 
-    weights: sparse.csr_matrix
-    """Strength of each edge, > 0."""
-    distances: sparse.csr_matrix
-    """Distance in the registered frame (um), same pattern as `weights`."""
-    overlap: sparse.csr_matrix
-    """Intersection over union of the discs of two spots on different sections, where above 0."""
-    similarity: sparse.csr_matrix
-    """Cosine similarity of the images, on the edges that were added for it."""
+    weights: sparse.csr_matrix  # Strength of each edge, > 0
+    distances: sparse.csr_matrix  # Distance in the registered frame (um), same pattern as `weights`
+    overlap: sparse.csr_matrix  # Intersection over union of the discs of two spots on different sections, where above 0
+    similarity: sparse.csr_matrix  # Cosine similarity of the images, on the edges that were added for it
 
 
 def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
-    """Median distance to the nearest spot of the same section (um).
-
-    Raises
-    ------
-    ValueError
-        If no section has two spots.
-    """
+    """Median distance to the nearest spot of the same section (um); a ``ValueError`` if no section has two spots."""
     nearest = []
     for code in np.unique(section):
         points = xyz[section == code, :2]
@@ -51,22 +41,14 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
 class EdgeRules:
     """Rules by which spots are linked and edges get their weights."""
 
-    n_neighs: int
-    """Nearest spots of the same section to link."""
-    n_cross_neighs: int
-    """Nearest spots to link on each other section."""
-    max_section_gap: int
-    """Largest difference of ranks of two linked sections."""
-    max_distance: float
-    """Longest edge across sections, um; similarity edges have no limit."""
-    n_similar: int
-    """Most similar spots to link on each other section, if mutual."""
-    similarity_threshold: float
-    """Cosine from which spots count as similar."""
-    similarity_weight: float
-    """Weight of an edge between spots that look identical, relative to spots at the same place."""
-    bandwidth: float
-    """Standard deviation of the Gaussian that turns distance into weight, um."""
+    n_neighs: int  # Nearest spots of the same section to link
+    n_cross_neighs: int  # Nearest spots to link on each other section
+    max_section_gap: int  # Largest difference of ranks of two linked sections
+    max_distance: float  # Longest edge across sections, um; similarity edges have no limit
+    n_similar: int  # Most similar spots to link on each other section, if mutual
+    similarity_threshold: float  # Cosine from which spots count as similar
+    similarity_weight: float  # Weight of an edge between spots that look identical, relative to spots at the same place
+    bandwidth: float  # Standard deviation of the Gaussian that turns distance into weight, um
 
 
 @dataclass(frozen=True)
@@ -89,21 +71,9 @@ def build_graph(
 ) -> SpotGraph:
     """Link spots within sections, across sections where they lie over each other, and where they look alike.
 
-    Parameters
-    ----------
-    xyz
-        (n, 3) registered coordinates, um.
-    section
-        (n,) rank of each spot's section in the stack.
-    radius
-        (n,) radii, um.
-    features
-        (n, d) image features for the similarity edges, comparable across sections; None for none.
-    rules
-        Rules for edges and weights.
-    misplaced
-        (k, k) standard deviation, along one axis, of the error of the place of one section on another, um, by rank;
-        None for sections exactly in place.
+    `xyz` (n, 3) are registered coordinates and `radius` (n,) radii in um, `section` (n,) ranks in the stack, `features`
+    (n, d) image features that are comparable across sections, for the similarity edges. `misplaced` (k, k) is the standard
+    deviation, along one axis, of the error of the place of one section on another, um, by rank; None for no error.
     """
     n = len(xyz)
     # By place, not by row: which of several spots at one distance are linked must not depend on the order of rows.
@@ -187,12 +157,18 @@ def _pairs(rows_a: np.ndarray, rows_b: np.ndarray, found: np.ndarray, keep: np.n
 
 def _neighbor_pairs(part: _Section, n_neighs: int) -> np.ndarray:
     """(m, 2) pairs of each spot and its nearest ones in the section."""
-    k = min(n_neighs, len(part.rows) - 1)
-    found = part.tree.query(part.xy, k=k + 1)[1]
-    others = found != np.arange(len(part.rows))[:, None]
-    # The spot itself need not come first, nor come at all, where several lie at one place.
+    found = nearest_others(part.tree, n_neighs)
+    return np.column_stack([np.repeat(part.rows, found.shape[1]), part.rows[found.ravel()]])
+
+
+def nearest_others(tree: cKDTree, k: int) -> np.ndarray:
+    """(n, k) positions of the nearest other points of each point of a tree, or of all others if there are fewer."""
+    k = min(k, tree.n - 1)
+    found = tree.query(tree.data, k=k + 1)[1]
+    others = found != np.arange(tree.n)[:, None]
+    # The point itself need not come first, nor come at all, where several lie at one place.
     others &= np.cumsum(others, axis=1) <= k
-    return _pairs(part.rows, part.rows, found, others)
+    return found[others].reshape(tree.n, k)
 
 
 def _cross_pairs(a: _Section, b: _Section, *, k: int, max_distance: float) -> list[np.ndarray]:
@@ -242,22 +218,9 @@ _CELL_SAMPLE = 40_000  # spots that the centres of the cells are fitted to
 def similar_pairs(
     features: np.ndarray, rows_a: np.ndarray, rows_b: np.ndarray, k: int, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of spots of two sections that are among each other's k most similar.
+    """Pairs of spots of two sections that are among each other's k most similar: (m, 2) rows and (m,) cosines.
 
-    Parameters
-    ----------
-    features
-        (n, d).
-    rows_a, rows_b
-        Rows of the spots of either section.
-    k
-        Most similar spots to look at.
-    threshold
-        Cosine that a pair has to exceed.
-
-    Returns
-    -------
-    (m, 2) rows and (m,) cosines.
+    `features` are (n, d), `rows_a` and `rows_b` the rows of either section; cosines must exceed the threshold.
     """
     a, b = _unit_rows(features[rows_a]), _unit_rows(features[rows_b])
     forward, cosine = most_similar(a, b, k)

@@ -11,9 +11,11 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute._expression import log_normalize
+from spatial_impute._graph import nearest_others
 
 INTERVAL_LEVEL = 0.9  # of the intervals that standard deviations stand for
 HALF_WIDTH = NormalDist().inv_cdf(0.5 + INTERVAL_LEVEL / 2)  # of such an interval, in standard deviations
+_N_DRAWS, _INSIDE = 1000, [(1 - 0.95) / 2, (1 + 0.95) / 2]  # of the bootstrap
 _N_NEIGHS = 6  # of a hexagonal lattice
 _GENES_AT_A_TIME = 512
 _WINDOW = 7  # grid cells along a window of SSIM, its usual size
@@ -61,10 +63,8 @@ def pearson_by_spot(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     return pearson_by_gene(np.asarray(predicted).T, np.asarray(true).T)
 
 
-def bootstrap_interval(
-    values: np.ndarray, *, level: float = 0.95, n_draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of the mean of (n,) values, with the share `level` of the draws inside. NaN are ignored.
+def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (n,) values. NaN are ignored.
 
     Examples
     --------
@@ -76,8 +76,8 @@ def bootstrap_interval(
     values = values[np.isfinite(values)]
     if not values.size:
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, values.size, (n_draws, values.size))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    draws = np.random.default_rng(seed).integers(0, values.size, (_N_DRAWS, values.size))
+    low, high = np.quantile(values[draws].mean(axis=1), _INSIDE)
     return float(low), float(high)
 
 
@@ -92,33 +92,17 @@ def interval_coverage(predicted: np.ndarray, sd: np.ndarray, true: np.ndarray) -
     return float(np.mean(np.abs(predicted - true) <= HALF_WIDTH * sd))
 
 
-def noise_ceiling(
-    counts: Any, columns: np.ndarray, *, target_sum: float, n_draws: int = 10, seed: int = 0
-) -> np.ndarray:
+def noise_ceiling(counts: Any, columns: np.ndarray, *, target_sum: float, n_draws: int = 10) -> np.ndarray:
     r"""Highest correlation of each gene that any prediction can expect to have with a measurement of these counts.
 
     Each count is split at random into two halves, as if the spots had been measured twice at half the depth. From the
     correlation `r` of the log-normalised halves follows the reliability of the whole, :math:`2r / (1 + r)`
     (Spearman-Brown). The correlation of the noiseless expression with the measurement is its square root.
 
-    Parameters
-    ----------
-    counts
-        (n_spots, n_all_genes) raw counts; totals run over all columns.
-    columns
-        Columns of the genes.
-    target_sum
-        Counts per spot after normalisation.
-    n_draws
-        Number of random splits; the mean of their `r` is used.
-    seed
-        Seed of the splits.
-
-    Returns
-    -------
-    (n_genes,) ceilings in 0-1; NaN for genes that do not vary in a half.
+    `counts` are (n_spots, n_all_genes), totals run over all columns; `columns` are those of the genes. The mean `r` of
+    `n_draws` splits is used. The result is (n_genes,) in 0-1, NaN for genes that do not vary in a half.
     """
-    rng, found = np.random.default_rng(seed), []
+    rng, found = np.random.default_rng(0), []
     whole = np.asarray(counts.toarray() if sparse.issparse(counts) else counts).astype(np.int64)
     for _ in range(n_draws):
         half = rng.binomial(whole, 0.5)
@@ -150,18 +134,10 @@ def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray
 def summarise(
     predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray, folds: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Scores of one set of spots; see :func:`spatial_impute.metrics.evaluate` for their names.
+    """Scores of predicted against true (n_spots, n_genes) expression; see :func:`spatial_impute.metrics.evaluate`.
 
-    Parameters
-    ----------
-    predicted
-        (n_spots, n_genes) log-normalised expression.
-    true
-        (n_spots, n_genes) measurement.
-    reference_profile
-        (n_genes,) or (n_spots, n_genes) mean of the measured spots: the prediction without spatial information.
-    folds
-        (n_spots,) fold of each spot, if spots were predicted from different training spots; see :func:`pearson_by_gene`.
+    `reference_profile`, (n_genes,) or (n_spots, n_genes), is the mean of the measured spots: the prediction without spatial
+    information. `folds` (n_spots,) are as in :func:`pearson_by_gene`.
     """
     p, t = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
     r = pearson_by_gene(p, t, folds)
@@ -207,14 +183,9 @@ def moran_gap(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:
 
 def nearest_graph(xy: np.ndarray) -> sparse.csr_matrix:
     """(n, n) links from each of (n, 2) positions to its six nearest."""
-    n = len(xy)
-    k = min(_N_NEIGHS, n - 1)
-    _, found = cKDTree(xy).query(xy, k=k + 1)
-    rows = np.repeat(np.arange(n), k)
-    # With several spots at one position, the spot itself may not come first.
-    others = found != np.arange(n)[:, None]
-    others &= np.cumsum(others, axis=1) <= k
-    return sparse.csr_matrix((np.ones(n * k), (rows, found[others])), shape=(n, n))
+    found = nearest_others(cKDTree(xy), _N_NEIGHS)
+    n, k = found.shape
+    return sparse.csr_matrix((np.ones(n * k), (np.repeat(np.arange(n), k), found.ravel())), shape=(n, n))
 
 
 def morans_i(graph: sparse.csr_matrix, values: Any) -> np.ndarray:

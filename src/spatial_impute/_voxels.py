@@ -25,12 +25,9 @@ _LAYERS_PER_GAP = 4  # layers of cells between neighbouring sections
 class Volume:
     """Values on a regular grid of cells, in um."""
 
-    values: np.ndarray
-    """(z, y, x), NaN outside the tissue."""
-    origin: tuple[float, float, float]
-    """x, y, z of the centre of the first cell."""
-    step: tuple[float, float, float]
-    """Size of a cell in x, y, z."""
+    values: np.ndarray  # (z, y, x), NaN outside the tissue
+    origin: tuple[float, float, float]  # x, y, z of the centre of the first cell
+    step: tuple[float, float, float]  # Size of a cell in x, y, z
 
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,18 +67,10 @@ def interpolate_stack(
     between two sections follows from their signed distances, interpolated linearly (shape-based interpolation), so that
     a section that ends does not end in a step. Cells outside are NaN.
 
-    Parameters
-    ----------
-    points
-        Per section (n, 2) x, y of the spots in the common frame, um.
-    values
-        Per section (n,) values; spots with NaN are tissue without a value.
-    heights
-        Height of each section, um, increasing.
-    spacing
-        Distance of neighbouring spots, um: what lies farther than 0.75 of it from any spot is no tissue.
-    resolution
-        Edge of a cell in x and y, um; a sixth of the spacing by default, or coarser for large tissue.
+    `points` (n, 2) and `values` (n,) of each section are x, y in the common frame, and values, NaN for tissue without a
+    value; `heights` increase. `spacing` is the distance of neighbouring spots: what lies farther than 0.75 of it from any
+    spot is no tissue. `resolution` is the edge of a cell in x and y, a sixth of the spacing by default, or coarser for large
+    tissue. All lengths are in um.
 
     Examples
     --------

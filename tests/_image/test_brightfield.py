@@ -11,7 +11,7 @@ from PIL import Image
 
 from spatial_impute._geometry import scaling
 from spatial_impute._image.brightfield import rgb_order
-from spatial_impute._image.levels import image_levels, read_window
+from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb
 from spatial_impute._image.pixel_size import um_per_unit
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._stack import image_element
@@ -29,7 +29,7 @@ def slide(dtype=np.uint8) -> np.ndarray:
 def seen(path) -> np.ndarray:
     """Pixels (y, x, 3) in 0-255, as all functions of the package read them."""
     (level, *_) = image_levels(image_element(open_image(path).levels, "s", 1.0), scaling(1.0))
-    return read_window(level, 0, level.shape[0], 0, level.shape[1])
+    return to_rgb(stored_pixels(level, 0, level.shape[0], 0, level.shape[1]), level)
 
 
 def ycbcr(rgb: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from spatialdata.models import Image2DModel
 
 from spatial_impute._geometry import apply_affine, scaling
 from spatial_impute._image import levels
-from spatial_impute._image.levels import best_level, image_levels, read_thumbnail, read_window, to_rgb
+from spatial_impute._image.levels import best_level, image_levels, read_thumbnail, stored_pixels, to_rgb
 
 
 def test_level_shape_and_pixel_size(ramp):
@@ -26,7 +26,7 @@ def test_image_levels_of_odd_pyramids_lie_on_each_other(size, ramp):
         height, width = level.shape
         pixels = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1).reshape(-1, 2)
         in_full_resolution = apply_affine(pixels, level.to_um) / 0.5
-        read = read_window(level, 0, height, 0, width)[..., 0].ravel()
+        read = to_rgb(stored_pixels(level, 0, height, 0, width), level)[..., 0].ravel()
         lost = max(0.0, level.pixel_size / 0.5 - 1) * any(n % 2 for n in size)
         np.testing.assert_allclose(read, ramp.value_at(in_full_resolution), atol=1e-3 + ramp.slope.sum() * lost)
 
@@ -123,8 +123,10 @@ def test_white_is_not_that_of_padding_hot_pixels_and_alpha(white, spoilt):
             image = np.concatenate([image, np.full((1, 64, 64), 65535, np.uint16)])
     (level,) = image_levels(Image2DModel.parse(image, dims=("c", "y", "x")), scaling(1.0))
     assert level.white == white
-    assert read_window(level, 0, 64, 0, 64).max() <= 255
-    np.testing.assert_allclose(read_window(level, 30, 31, 30, 31).ravel(), image[:3, 30, 30] * (255 / white), atol=0.01)
+    assert to_rgb(stored_pixels(level, 0, 64, 0, 64), level).max() <= 255
+    np.testing.assert_allclose(
+        to_rgb(stored_pixels(level, 30, 31, 30, 31), level).ravel(), image[:3, 30, 30] * (255 / white), atol=0.01
+    )
 
 
 @pytest.mark.parametrize(("most", "white"), [(1.02, 1.0), (258.0, 255.0)])
@@ -140,19 +142,21 @@ def test_to_rgb_rejects_other_numbers_of_channels(channels):
         as_rgb(np.zeros((channels, 2, 2), np.uint8))
 
 
-def test_read_window_of_float_image_does_not_depend_on_what_else_is_read(ramp):
+def test_window_of_float_image_does_not_depend_on_what_else_is_read(ramp):
     """A float image in 0-255 with a black corner: the corner alone must not be taken for an image in 0-1."""
     array = np.full((3, 8, 8), 200.0, np.float32)
     array[:, :4, :4] = 0.5
     level = ramp.level(array)
-    whole = read_window(level, 0, 8, 0, 8)
-    np.testing.assert_array_equal(read_window(level, 0, 4, 0, 4), whole[:4, :4])
+    whole = to_rgb(stored_pixels(level, 0, 8, 0, 8), level)
+    np.testing.assert_array_equal(to_rgb(stored_pixels(level, 0, 4, 0, 4), level), whole[:4, :4])
 
 
-def test_read_window_reads_the_pixels_asked_for(ramp):
+def test_window_holds_the_pixels_asked_for(ramp):
     array = np.random.default_rng(0).integers(0, 255, (3, 9, 11), dtype=np.uint8)
     for level in (ramp.level(array), ramp.level(array, chunks=4)):
-        np.testing.assert_array_equal(read_window(level, 2, 7, 3, 11), np.moveaxis(array[:, 2:7, 3:11], 0, -1))
+        np.testing.assert_array_equal(
+            to_rgb(stored_pixels(level, 2, 7, 3, 11), level), np.moveaxis(array[:, 2:7, 3:11], 0, -1)
+        )
 
 
 @pytest.mark.parametrize("chunks", [None, 16, 50])

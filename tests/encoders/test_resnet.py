@@ -164,8 +164,3 @@ def test_load_resnet_never_unpickles(publish, tmp_path):
     assert not target.exists()
     pickle.loads(pickle.dumps(_Payload(target))).close()  # the payload does work where it is let
     assert target.exists()
-
-
-def test_load_resnet_refuses_other_names():
-    with pytest.raises(ValueError, match=r"`name` must be one of \['ciga-resnet18', 'resnet18', 'resnet50'\]"):
-        load_resnet("vgg16")

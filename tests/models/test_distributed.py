@@ -69,7 +69,7 @@ import torch
 from torch import distributed
 
 import spatial_impute as si
-from spatial_impute.models._processes import mean_gradient
+from spatial_impute.models.pixnet._training import mean_gradient
 
 if __name__ == "__main__":
     distributed.init_process_group("gloo")

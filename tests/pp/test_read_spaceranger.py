@@ -160,14 +160,14 @@ def test_folders_of_mixed_samples_are_refused(data_dir, tmp_path):
 
 def test_whole_slide_images_load(data_dir):
     """A region of an Aperio slide with its pixel size; a plain TIFF, which carries none."""
-    from spatial_impute._image.levels import read_window
+    from spatial_impute._image.levels import stored_pixels, to_rgb
 
     wsi = data_dir / "wsi"
     sdata = si.pp.assemble_stack({"cmu": wsi / "CMU-1-Small-Region.svs"}, z=[0])
     assert load_record(sdata)["cmu"].mpp == pytest.approx(0.499)
     level = section_levels(sdata, load_record(sdata)["cmu"])[0]
     assert level.shape == (2967, 2220)
-    assert read_window(level, 1000, 1100, 1000, 1100).std() > 5
+    assert to_rgb(stored_pixels(level, 1000, 1100, 1000, 1100), level).std() > 5
     kidney = wsi / "kidney-48-5.tif"
     with pytest.raises(ValueError, match=r"Pixel size of section 'k' is unknown.*`mpp="):
         si.pp.assemble_stack({"k": kidney}, z=[0])

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spatial_impute._geometry import scaling
-from spatial_impute._image.levels import image_levels, read_window
+from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb
 from spatial_impute._image.reading import open_image
 from spatial_impute._stack import image_element
 from spatial_impute.pp._positions import read_positions
@@ -144,7 +144,7 @@ def test_header_of_tiff(photometric, bits, planar, alpha, orientation, unit, mpp
         try:
             opened = open_image(path)
             (level,) = image_levels(image_element(opened.levels, "s", 1.0), scaling(1.0))
-            found = read_window(level, 0, 5, 0, 7)
+            found = to_rgb(stored_pixels(level, 0, 5, 0, 7), level)
         except ValueError as error:
             refused = str(error)
         else:

@@ -18,10 +18,11 @@ import spatial_impute as si
 from spatial_impute._geometry import apply_affine, disc_iou
 from spatial_impute._graph import EdgeRules, build_graph, typical_spacing
 from spatial_impute._image.levels import image_levels, read_thumbnail
+from spatial_impute.encoders._context import Box
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign._baselines import METHODS
 from spatial_impute.models.asign._propagation import propagate
-from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Discs, Polygons, build_stencil
+from spatial_impute.models.pixnet._region_weights import CellGrid, Discs, Polygons, build_stencil
 
 SEEDS = st.integers(0, 2**32 - 1)
 FILLS = st.sampled_from([0.0, -1.0, 1e300, float("nan"), float("inf"), -float("inf")]) | st.floats(-50, 50)

@@ -20,7 +20,7 @@ import zarr
 from anndata.io import read_elem
 
 import spatial_impute as si
-from spatial_impute._io.owner import owned
+from spatial_impute._io.files import owned
 
 if TYPE_CHECKING:
     from pathlib import Path

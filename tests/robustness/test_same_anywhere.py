@@ -17,7 +17,7 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity, Sequence, get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._image.levels import read_window
+from spatial_impute._image.levels import stored_pixels, to_rgb
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels
 
@@ -45,7 +45,7 @@ def pickled(sdata, *_):
 class Colour:
     """Encoder that costs nothing."""
 
-    name, mpp, patch_px, dense = "colour", 4.0, 16, False
+    name, mpp, patch_px = "colour", 4.0, 16
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         return np.concatenate([patches.mean(axis=(1, 2)), patches.std(axis=(1, 2))], axis=1)
@@ -102,7 +102,7 @@ class Windows(torch.utils.data.Dataset):
         return 6
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return read_window(self.level, 20 * i, 20 * i + 32, 10 * i, 10 * i + 32)
+        return to_rgb(stored_pixels(self.level, 20 * i, 20 * i + 32, 10 * i, 10 * i + 32), self.level)
 
 
 @pytest.mark.timeout(120)  # threads of dask in a forked worker would wait for ever

@@ -16,10 +16,10 @@ from PIL import Image
 
 import spatial_impute as si
 from spatial_impute._image.reading import open_image
-from spatial_impute._io.download import fetch
+from spatial_impute._io.files import fetch
 from spatial_impute.datasets import _her2st, _olfactory_bulb
 from spatial_impute.encoders import _resnet, _tellez, _weights
-from spatial_impute.encoders._feature_cache import load_tokens
+from spatial_impute.encoders._tokens import load_tokens
 
 SOURCE = Path(si.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -105,7 +105,7 @@ def test_every_download_is_https_and_has_a_hash():
         assert all(len(bytes.fromhex(digest)) == 32 for digest in data.SHA256.values())
     # Nothing else downloads.
     users = {path.name for path in FILES if "import pooch" in path.read_text()}
-    assert users == {"download.py", "_settings.py"}
+    assert users == {"files.py", "_settings.py"}
 
 
 def test_download_refuses_other_bytes(tmp_path, monkeypatch):

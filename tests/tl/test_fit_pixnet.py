@@ -15,8 +15,9 @@ from spatialdata.transformations import Identity, Scale, Sequence, get_transform
 
 import spatial_impute as si
 from spatial_impute._scores import pearson_by_gene
+from spatial_impute.encoders._context import Box
 from spatial_impute.encoders._resnet import build_resnet
-from spatial_impute.models.pixnet._region_weights import Box, CellGrid
+from spatial_impute.models.pixnet._region_weights import CellGrid
 from spatial_impute.models.pixnet._tiles import bag
 
 

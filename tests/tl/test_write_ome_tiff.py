@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 import spatial_impute as si
-from spatial_impute._image import pyramid_files
+from spatial_impute._image import tiff
 
 TURN = np.array([[0.0, -1.0, 1400.0], [1.0, 0.0, 30.0], [0.0, 0.0, 1.0]])  # a quarter, um
 
@@ -25,8 +25,8 @@ def placed():
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Several strips, tiles and levels of a small image."""
-    monkeypatch.setattr(pyramid_files, "TILE", 128)
-    monkeypatch.setattr(pyramid_files, "_SMALLEST", 100)
+    monkeypatch.setattr(tiff, "TILE", 128)
+    monkeypatch.setattr(tiff, "_SMALLEST", 100)
     monkeypatch.setattr("spatial_impute.tl._write_ome_tiff.TILE", 128)
 
 

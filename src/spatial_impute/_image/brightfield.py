@@ -9,23 +9,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import dask.array as da
 import numpy as np
+from skimage.color import lab2rgb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import dask.array as da
-
-_N_COLORS = {
-    "grey": 1,
-    "white-is-zero grey": 1,
-    "palette": 1,
-    "RGB": 3,
-    "YCbCr": 3,
-    "CIELab": 3,
-    "ICCLab": 3,
-    "CMYK": 4,
-}
 _COLORS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b", "a": "a", "alpha": "a"}
 _PURE: dict[int | None, str] = {0xFF0000: "r", 0x00FF00: "g", 0x0000FF: "b"}
 _UNNAMED = re.compile(r"(image|channel|chan|ch|c|s|band)?[\s_:.#-]*\d*([\s_:.-]*\d+)*", re.IGNORECASE)
@@ -44,16 +34,11 @@ class Samples:
 
     kind: str = "RGB"
     """One of ``"grey"``, ``"white-is-zero grey"``, ``"palette"``, ``"RGB"``, ``"YCbCr"``, ``"CIELab"``, ``"ICCLab"``, ``"CMYK"``."""
-    alpha: int | None = None
-    """Position of the alpha channel among all samples."""
-    premultiplied: bool = False
-    """True if the colors were multiplied by alpha."""
-    bits: int | None = None
-    """Bits in use, if the source says it."""
-    orientation: int = 1
-    """Of TIFF and EXIF: 1 is upright, 2 to 8 are turned or mirrored."""
-    palette: np.ndarray | None = None
-    """(n, 3) uint8."""
+    alpha: int | None = None  # Position of the alpha channel among all samples
+    premultiplied: bool = False  # True if the colors were multiplied by alpha
+    bits: int | None = None  # Bits in use, if the source says it
+    orientation: int = 1  # Of TIFF and EXIF: 1 is upright, 2 to 8 are turned or mirrored
+    palette: np.ndarray | None = None  # (n, 3) uint8
     luma: tuple[float, ...] = _LUMA
     reference: tuple[float, ...] = _FOOTROOM
 
@@ -66,13 +51,11 @@ class Samples:
     @property
     def n_colors(self) -> int:
         """Number of samples that hold color."""
-        return _N_COLORS[self.kind]
+        return {"grey": 1, "white-is-zero grey": 1, "palette": 1, "CMYK": 4}.get(self.kind, 3)
 
 
 def brightfield(array: da.Array, samples: Samples) -> da.Array:
     """Grey, RGB or RGB with straight alpha, upright, from samples (c, y, x); integers fill their type if `bits` says so."""
-    import dask.array as da
-
     as_it_is = samples.kind in ("grey", "RGB") and not samples.premultiplied and array.dtype != bool
     filled = samples.bits is None or array.dtype.kind != "u" or samples.bits == 8 * array.dtype.itemsize
     wanted = samples.n_colors if samples.alpha is None else 4
@@ -158,8 +141,6 @@ def _from_ycbcr(values: np.ndarray, samples: Samples) -> np.ndarray:
 
 def _from_lab(colors: np.ndarray, *, signed: bool) -> np.ndarray:
     """RGB in 0-1 of L, a, b, which fill their type; a and b are two's complements, or have an offset of half the range."""
-    from skimage.color import lab2rgb
-
     step = (_most(colors.dtype) + 1) // 256  # stored values per unit of a and b
     lightness = colors[0].astype(np.float32) * (100 / _most(colors.dtype))
     if signed:

@@ -51,10 +51,8 @@ def color_statistics(levels: Sequence[Level], centers: np.ndarray, radius: np.nd
 class StainMap:
     """Affine map of optical densities."""
 
-    matrix: np.ndarray
-    """(3, 3), acting on row vectors."""
-    offset: np.ndarray
-    """(3,)"""
+    matrix: np.ndarray  # (3, 3), acting on row vectors
+    offset: np.ndarray  # (3,)
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
         """Recolor (..., 3) float32 in 0-255."""

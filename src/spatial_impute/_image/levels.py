@@ -37,12 +37,9 @@ class Level:
     """One resolution of an image: lazy (c, y, x) data and its map from pixels to micrometres."""
 
     data: DataArray
-    to_um: np.ndarray
-    """(3, 3) affine from pixel corners (x, y) to the section frame (um)."""
-    white: float = 255.0
-    """Value of full brightness."""
-    opaque: float = 255.0
-    """Value of alpha where nothing shines through."""
+    to_um: np.ndarray  # (3, 3) affine from pixel corners (x, y) to the section frame (um)
+    white: float = 255.0  # Value of full brightness
+    opaque: float = 255.0  # Value of alpha where nothing shines through
 
     @property
     def pixel_size(self) -> float:
@@ -197,11 +194,6 @@ def stored_pixels(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarra
     return decode(level.data.isel(y=slice(y0, y1), x=slice(x0, x1)).data)
 
 
-def read_window(level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-    """Pixels [y0, y1) x [x0, x1) of a level as (y, x, 3) float32 in 0-255."""
-    return to_rgb(stored_pixels(level, y0, y1, x0, x1), level)
-
-
 def whole_factor(level: Level, pixel_size: float) -> int:
     """Pixels of a level along the edge of a pixel of `pixel_size` um, as a whole number of at least 1."""
     return max(1, min(int(pixel_size / level.pixel_size + 1e-6), *level.shape))
@@ -210,12 +202,7 @@ def whole_factor(level: Level, pixel_size: float) -> int:
 def read_thumbnail(levels: Sequence[Level], pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
     """Whole image at about `pixel_size` um per pixel, read strip by strip from the coarsest level that is fine enough.
 
-    Returns
-    -------
-    rgb
-        (y, x, 3) float32 in 0-255, area means of the level's pixels.
-    to_um
-        (3, 3) affine from its pixel corners to the section frame.
+    Returns RGB (y, x, 3), float32 in 0-255, means of the level's pixels, and the (3, 3) affine from its pixel corners to um.
     """
     level = best_level(levels, pixel_size)
     height, width = level.shape

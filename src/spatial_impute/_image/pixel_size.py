@@ -47,14 +47,15 @@ def tiff_pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[f
     """
     text = page.description or ""
     if tiff.ome_metadata:
-        said = [_from_ome(tiff.ome_metadata, page)]
+        own = ome_pixels(tiff.ome_metadata, page)
+        said = [None if own is None else _oblong(_ome_length(own, "X"), _ome_length(own, "Y"), own)]
         if said == [None]:
             return None
     else:
         numbers = (float(n.replace(",", ".")) for n in re.findall(r"\bMPP\s*=\s*([0-9.,]+)", text))
         said = [(size, size) for size in numbers if size > 0]
     if tiff.is_philips and (
-        found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', _unquoted(text))
+        found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', text.replace("&quot;", '"'))
     ):
         y, x = (1e3 * float(value) for value in found.groups())
         said = [(x, y)]
@@ -86,10 +87,6 @@ def _from_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float,
     return None if extent > _SLIDE or _is_print(max(x, y), um) else (x, y)
 
 
-def _unquoted(text: str) -> str:
-    return text.replace("&quot;", '"')
-
-
 def _is_print(size: float, unit: float) -> bool:
     """True if pixels of `size` um are those of a print or a screen, and no sizes in tissue.
 
@@ -102,11 +99,6 @@ def _is_print(size: float, unit: float) -> bool:
     return size > _PRINT and (unit == _UM_PER_TAG[2] or (unit == _UM_PER_TAG[3] and whole))
 
 
-def _from_ome(xml: str, page: tifffile.TiffPage) -> tuple[float, float] | None:
-    own = ome_pixels(xml, page)
-    return None if own is None else _oblong(_ome_length(own, "X"), _ome_length(own, "Y"), own)
-
-
 def _ome_length(pixels: ET.Element, axis: str) -> float | None:
     value = pixels.get(f"PhysicalSize{axis}")
     # Micrometres are the default of the format; pixels and reference frames are no lengths.
@@ -117,7 +109,8 @@ def _ome_length(pixels: ET.Element, axis: str) -> float | None:
 def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float, float] | None:
     """Sizes along x and y; one that is missing, or whose unit was left out and does not fit, is that of the other axis."""
     if x is None or y is None:
-        return None if pixels.get("PhysicalSizeX") and pixels.get("PhysicalSizeY") else _square(x or y)
+        one = x or y
+        return None if one is None or (pixels.get("PhysicalSizeX") and pixels.get("PhysicalSizeY")) else (one, one)
     if 1 / _MOST_OBLONG < x / y < _MOST_OBLONG:
         return x, y
     units = [pixels.get(f"PhysicalSize{axis}Unit") for axis in "XY"]
@@ -126,10 +119,6 @@ def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float
         return (x, x / ratio) if units[1] is None else (y * ratio, y)
     logger.warning("OME-XML gives pixels of %g x %g um, which no scanner makes; they are not used", x, y)
     return None
-
-
-def _square(size: float | None) -> tuple[float, float] | None:
-    return None if size is None else (size, size)
 
 
 def ome_pixels(xml: str, page: tifffile.TiffPage) -> ET.Element | None:

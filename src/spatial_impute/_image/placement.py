@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from skimage.transform import resize
 
-from spatial_impute._geometry import apply_affine, linear_scale
+from spatial_impute._geometry import apply_affine, lies_on, linear_scale
 from spatial_impute._image.levels import best_level, read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 
@@ -79,22 +80,14 @@ def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | Non
     if not mask.any() or mask.all():
         return None
     points, size = apply_affine(centers, np.linalg.inv(to_um)), (mask.shape[1], mask.shape[0])
-    shares = {turn: _share_on(mask, turned_points(points, turn, size)) for turn in _TURNS}
+    shares = {turn: float(lies_on(mask, turned_points(points, turn, size)).mean()) for turn in _TURNS}
     own = shares.pop(AS_IT_IS)
     best = max(shares, key=lambda turn: shares[turn])
     return Placement(own, best, shares[best])
 
 
-def _share_on(mask: np.ndarray, points: np.ndarray) -> float:
-    x, y = np.floor(points).astype(np.int64).T
-    inside = (x >= 0) & (y >= 0) & (x < mask.shape[1]) & (y < mask.shape[0])
-    return float(mask[y[inside], x[inside]].sum() / len(points))
-
-
 def compare_pictures(picture: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     """Correlation of a grey picture (y, x) with another one, for each turn that gives it the same shape."""
-    from skimage.transform import resize
-
     scale = min(1.0, _SMALL / max(wanted.shape))
     shape = [max(2, round(n * scale)) for n in wanted.shape]
     small = resize(wanted.astype(float), shape, anti_aliasing=True).ravel()

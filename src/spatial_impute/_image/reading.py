@@ -9,7 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import dask
+import dask.array as da
 import numpy as np
+import zarr
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from spatial_impute._image.brightfield import Samples, brightfield, names_by_color, rgb_order, upright
 from spatial_impute._image.pixel_size import zarr_pixel_size
@@ -19,45 +25,15 @@ from spatial_impute._settings import logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import dask.array as da
-    import zarr
-    from PIL import Image
-
     from spatial_impute._image.tiff import TiffLevel
 
 _TIFF = {".tif", ".tiff", ".svs", ".ndpi", ".btf"}
 _PLAIN = {".jpg", ".jpeg", ".png"}
-_MAGIC = {
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-    b"II+\0": "tiff",
-    b"MM\0+": "tiff",
-    b"\x89PNG": "plain",
-    b"\xff\xd8\xff": "plain",
-}
+_TIFF_MAGIC, _PLAIN_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\x89PNG", b"\xff\xd8\xff")
 # Of these, the file that is named holds an overview, or a format of its own.
-_VENDORS = {
-    ".mrxs",
-    ".vsi",
-    ".ets",
-    ".czi",
-    ".dcm",
-    ".dicom",
-    ".isyntax",
-    ".i2syntax",
-    ".svslide",
-    ".vms",
-    ".vmu",
-    ".zvi",
-    ".lif",
-    ".nd2",
-    ".oir",
-    ".oib",
-    ".kfb",
-    ".sdpc",
-    ".mds",
-    ".tron",
-}
+_VENDORS = re.compile(
+    r"\.(mrxs|vsi|ets|czi|dcm|dicom|isyntax|i2syntax|svslide|vms|vmu|zvi|lif|nd2|oir|oib|kfb|sdpc|mds|tron)"
+)
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
@@ -68,8 +44,7 @@ class ImageFile:
     """An opened image: lazy (c, y, x) arrays, finest first, and the pixel size its metadata give."""
 
     levels: list[da.Array]
-    pixel_size: tuple[float, float] | None
-    """um per pixel (x, y) of the finest level; None if the metadata do not tell."""
+    pixel_size: tuple[float, float] | None  # um per pixel (x, y) of the finest level; None if the metadata do not tell
 
     @property
     def mpp(self) -> float | None:
@@ -89,7 +64,7 @@ def open_image(path: str | Path) -> ImageFile:
         raise FileNotFoundError(msg)
     path = path.resolve()  # it is read later, when the working directory may be another one
     suffix = path.suffix.lower()
-    if suffix in _VENDORS:
+    if _VENDORS.fullmatch(suffix):
         msg = f"Cannot read {path.name!r}: {suffix} is a format of its own. {how_to_convert(path)}"
         raise ValueError(msg)
     if path.is_dir():
@@ -99,10 +74,10 @@ def open_image(path: str | Path) -> ImageFile:
         raise ValueError(msg)
     with path.open("rb") as file:
         start = file.read(4)
-    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-    if kind == "tiff" or (kind is None and suffix in _TIFF):
+    is_plain = start.startswith(_PLAIN_MAGIC)
+    if start.startswith(_TIFF_MAGIC) or (suffix in _TIFF and not is_plain):
         return _readable(_open_tiff, path)
-    if kind == "plain" or suffix in _PLAIN:
+    if is_plain or suffix in _PLAIN:
         return _readable(_open_plain, path)
     msg = (
         f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "
@@ -113,8 +88,6 @@ def open_image(path: str | Path) -> ImageFile:
 
 def open_slide(slide: Any) -> ImageFile:
     """Open the image of a ``wsidata.WSIData``, in RGB, through its reader: OpenSlide and others read more formats."""
-    import dask.array as da
-
     properties = slide.properties
 
     def read(level: int, block_info: dict[int, Any] | None = None) -> np.ndarray:
@@ -166,8 +139,6 @@ def _lazy(array: zarr.Array | TiffLevel, axes: str, name: str | None = None) -> 
     A dask chunk holds whole chunks of the file, so that none is decoded twice. It holds about `_CHUNK` px and all
     colors: strips would make one task per row, small tiles millions of tasks on a large slide.
     """
-    import dask.array as da
-
     chunks = tuple(
         min(n, size * max(1, _CHUNK // size)) if axis in "YX" else n
         for n, size, axis in zip(array.shape, array.chunks, axes, strict=True)
@@ -190,9 +161,6 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
 
 def _open_plain(path: Path) -> ImageFile:
     """PNG or JPEG; a JPEG also gives halved levels, which are cheap to decode."""
-    import dask
-    import dask.array as da
-
     shape, dtype, fractions, orientation = _plain_shape(path)
     levels = []
     for fraction in fractions:
@@ -210,10 +178,6 @@ def _pil_open(path: str | Path) -> Image.Image:
     ``PIL.Image.open`` warns of each scan above 89 megapixels. A filter of warnings does not help: it belongs to the
     whole process, and several threads decode images.
     """
-    from PIL import Image
-    from PIL.JpegImagePlugin import JpegImageFile
-    from PIL.PngImagePlugin import PngImageFile
-
     with Path(path).open("rb") as file:
         start = file.read(8)
     readers = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile}
@@ -235,8 +199,6 @@ def _pil_open(path: str | Path) -> Image.Image:
 
 def _plain_shape(path: Path) -> tuple[tuple[int, int, int], type, tuple[int, ...], int]:
     """Shape (c, y, x), type, the fractions of the size at which the file can be decoded, and the orientation of EXIF."""
-    from PIL import Image
-
     with _pil_open(path) as image:
         mode = _plain_mode(image)
         dtype = np.uint16 if mode == "I;16" else np.uint8
@@ -297,23 +259,12 @@ def _channels_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:
-    import zarr
-
     group = zarr.open_group(path, mode="r")
     attrs: dict[str, Any] = dict(group.attrs)
     found = attrs.get("ome", attrs)
-    multiscales = found.get("multiscales")
-    if not multiscales:
-        msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
-        inside = sorted(name for name, _ in group.groups())
-        if "bioformats2raw.layout" in found:
-            msg += (
-                f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
-            )
-        elif "plate" in found or "well" in found:
-            msg += f" It is a plate with several images; give one of them, below {inside}."
-        raise ValueError(msg)
-    first = multiscales[0]
+    if not found.get("multiscales"):
+        raise ValueError(_no_multiscales(path, group, attrs))
+    first = found["multiscales"][0]
     # Version 0.3 names the axes by strings, later versions by mappings.
     axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in first["axes"]}
     names = "".join(axes).upper()
@@ -332,3 +283,14 @@ def _open_ome_zarr(path: Path) -> ImageFile:
         levels = [level[order] for level in levels]
     samples = Samples("grey" if len(order) == 1 else "RGB", 3 if len(order) == 4 else None)
     return ImageFile([brightfield(level, samples) for level in levels], zarr_pixel_size(axes, first))
+
+
+def _no_multiscales(path: Path, group: zarr.Group, attrs: dict[str, Any]) -> str:
+    """Message for a zarr that is no image: exports and plates hold images below them."""
+    found, inside = attrs.get("ome", attrs), sorted(name for name, _ in group.groups())
+    msg = f"{path.name!r} is no OME-Zarr image: its attributes hold no `multiscales` ({json.dumps(sorted(attrs))})."
+    if "bioformats2raw.layout" in found:
+        msg += f" It is an export of bioformats2raw, with the images {inside}; give one of them, as '{path.name}/0'."
+    elif "plate" in found or "well" in found:
+        msg += f" It is a plate with several images; give one of them, below {inside}."
+    return msg

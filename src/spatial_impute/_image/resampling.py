@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, scaling
+from spatial_impute._geometry import apply_affine, lies_on, scaling
 from spatial_impute._image.levels import (
     area_means,
     best_level,
     decode,
     read_thumbnail,
-    read_window,
     require_colors,
     stored_pixels,
     to_rgb,
@@ -63,13 +62,13 @@ class ChunkCache:
         self._forget()
 
     def read(self, level: Level, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
-        """Pixels [y0, y1) x [x0, x1) as (y, x, 3) float32 in 0-255."""
+        """Pixels [y0, y1) x [x0, x1) as they are stored, (c, y, x)."""
         if not hasattr(level.data.data, "chunks"):
-            return read_window(level, y0, y1, x0, x1)
+            return stored_pixels(level, y0, y1, x0, x1)
         edges_y, edges_x = (np.concatenate([[0], np.cumsum(c)]) for c in level.data.data.chunks[1:])
         first_y, first_x = (np.searchsorted(e, v, "right") - 1 for e, v in ((edges_y, y0), (edges_x, x0)))
         last_y, last_x = np.searchsorted(edges_y, y1, "left"), np.searchsorted(edges_x, x1, "left")
-        out = np.empty((level.data.sizes["c"], y1 - y0, x1 - x0), level.data.dtype)
+        out = decode(np.empty((level.data.sizes["c"], y1 - y0, x1 - x0), level.data.dtype))
         for i in range(first_y, last_y):
             for j in range(first_x, last_x):
                 chunk = self._chunk(level, int(i), int(j))
@@ -78,7 +77,7 @@ class ChunkCache:
                 out[:, top - y0 : bottom - y0, left - x0 : right - x0] = chunk[
                     :, top - edges_y[i] : bottom - edges_y[i], left - edges_x[j] : right - edges_x[j]
                 ]
-        return to_rgb(out, level)
+        return out
 
     def _chunk(self, level: Level, i: int, j: int) -> np.ndarray:
         with self._lock:  # two threads must not decode the same chunk
@@ -118,17 +117,12 @@ class ResampledImage:
     The value of a pixel does not depend on the window in which it is read.
     """
 
-    level: Level
-    """Resolution it is read from."""
-    step: tuple[float, float]
-    """Pixels of the level per resampled pixel, y and x."""
-    shape: tuple[int, int]
-    """(height, width) in resampled pixels."""
-    to_um: np.ndarray
-    """(3, 3) affine from resampled pixel corners to the section frame."""
+    level: Level  # Resolution it is read from
+    step: tuple[float, float]  # Pixels of the level per resampled pixel, y and x
+    shape: tuple[int, int]  # (height, width) in resampled pixels
+    to_um: np.ndarray  # (3, 3) affine from resampled pixel corners to the section frame
 
-    cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)
-    """Decoded chunks."""
+    cache: ChunkCache = field(default_factory=ChunkCache, compare=False, repr=False)  # Decoded chunks
 
     def stripe(self, core: int, halo: int, beyond: int) -> int:
         """Width of a stripe, all in resampled pixels; see :meth:`ChunkCache.stripe`."""
@@ -155,8 +149,9 @@ class ResampledImage:
         rows = _neighbours(np.arange(y0, y1), self.step[0] / mean_y, height // mean_y)
         columns = _neighbours(np.arange(x0, x1), self.step[1] / mean_x, width // mean_x)
         top, bottom, left, right = rows[0][0], rows[1][-1] + 1, columns[0][0], columns[1][-1] + 1
-        pixels = self.cache.read(self.level, top * mean_y, bottom * mean_y, left * mean_x, right * mean_x)
-        pixels = np.ascontiguousarray(area_means(pixels, mean_y, mean_x).transpose(2, 0, 1))
+        stored = self.cache.read(self.level, top * mean_y, bottom * mean_y, left * mean_x, right * mean_x)
+        means = area_means(to_rgb(stored, self.level), mean_y, mean_x)
+        pixels = np.ascontiguousarray(means.transpose(2, 0, 1))
         pixels = _blend(pixels, rows, top, axis=1)
         return _blend(pixels, columns, left, axis=2)
 
@@ -214,23 +209,14 @@ def _whole(step: float) -> float:
 class SlideOverview:
     """Tissue and stain of a whole slide, from a thumbnail."""
 
-    tissue: np.ndarray
-    """(y, x) bool."""
-    to_um: np.ndarray
-    """(3, 3) affine from its pixel corners to the section frame."""
-    background: tuple[float, float, float]
-    """Color of the glass in 0-255."""
-    density: tuple[float, float, float]
-    """Mean optical density of the tissue in r, g, b."""
+    tissue: np.ndarray  # (y, x) bool
+    to_um: np.ndarray  # (3, 3) affine from its pixel corners to the section frame
+    background: tuple[float, ...]  # Color of the glass in 0-255
+    density: tuple[float, ...]  # Mean optical density of the tissue in r, g, b
 
     def covers(self, points: np.ndarray) -> np.ndarray:
         """(n,) bool: points (n, 2) in um that lie on tissue."""
-        x, y = np.floor(apply_affine(points, np.linalg.inv(self.to_um))).astype(int).T
-        height, width = self.tissue.shape
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        found = np.zeros(len(points), bool)
-        found[inside] = self.tissue[y[inside], x[inside]]
-        return found
+        return lies_on(self.tissue, apply_affine(points, np.linalg.inv(self.to_um)))
 
 
 def slide_overview(levels: list[Level]) -> SlideOverview:
@@ -252,9 +238,7 @@ def slide_overview(levels: list[Level]) -> SlideOverview:
         glass = np.full(3, _WHITE)
         density = -np.log(np.maximum(rgb, 1.0) / _WHITE)
     stained = np.maximum(density[mask].mean(axis=0), 1e-3)
-    red, green, blue = map(float, np.clip(glass, 1, 255))
-    r, g, b = map(float, stained)
-    return SlideOverview(mask, to_um, background=(red, green, blue), density=(r, g, b))
+    return SlideOverview(mask, to_um, tuple(map(float, np.clip(glass, 1, 255))), tuple(map(float, stained)))
 
 
 _TILE = 1024  # px; a tile of three such channels is 3 MiB, and no smaller than the usual chunk
@@ -268,21 +252,14 @@ def iter_patches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Square patches of `n_px` pixels and `side` um around points (n, 2) in um, in batches of up to `batch_size`.
 
-    Edges are parallel to the axes of the section frame. Patches are read tile by tile from the coarsest level that is
-    fine enough; a level much finer than that is averaged by whole pixels first. Memory is bounded by a few tiles and a
-    batch.
-
-    Yields
-    ------
-    index
-        Rows of `centers` in this batch.
-    patches
-        (len(index), n_px, n_px, 3) float32 in 0-255, bilinear at the pixel centres; the rim is repeated beyond the
-        image.
+    Yields rows of `centers`, and their patches (m, n_px, n_px, 3), float32 in 0-255, bilinear at the pixel centres; the rim
+    is repeated beyond the image. Edges are parallel to the axes of the section frame. Patches are read tile by tile from
+    the coarsest level that is fine enough; a level much finer than that is averaged by whole pixels first. Memory is
+    bounded by a few tiles and a batch.
     """
     if not len(centers):
         return
-    source = _Tiles(best_level(levels, side / n_px), side / n_px)
+    source = _AveragedLevel(best_level(levels, side / n_px), side / n_px)
     # Index of a source pixel = matrix @ (um, 1); the centre of pixel i lies at i + 0.5.
     matrix = np.linalg.inv(source.to_um)
     step = matrix[:2, :2] * (side / n_px)
@@ -308,8 +285,8 @@ def iter_patches(
             yield rows, patches
 
 
-class _Tiles:
-    """Tiles of one level, averaged over whole pixels where it is far too fine; the latest ones are kept."""
+class _AveragedLevel:
+    """Windows of one level, averaged over whole pixels where it is far too fine; the latest chunks are kept."""
 
     def __init__(self, level: Level, pixel_size: float) -> None:
         height, width = level.shape
@@ -319,42 +296,19 @@ class _Tiles:
         self._factor = whole_factor(level, pixel_size)
         self.to_um = level.to_um @ scaling(float(self._factor))
         self.height, self.width = height // self._factor, width // self._factor
-        chunks = level.data.data.chunks[1:] if hasattr(level.data.data, "chunks") else ((height,), (width,))
-        chunk = max(min(chunks[0][0], height), min(chunks[1][0], width))
-        if not hasattr(level.data.data, "chunks"):
-            chunk = 1  # an array in memory can be cut anywhere
-        edge = lcm(chunk, self._factor)
-        self.edge = edge * max(1, _TILE // edge) // self._factor
+        chunks = getattr(level.data.data, "chunks", ((), (1,), (1,)))  # an array in memory can be cut anywhere
+        edge = lcm(max(min(chunks[1][0], height), min(chunks[2][0], width)), self._factor)
+        edge *= max(1, _TILE // edge)
+        self.edge = edge // self._factor
         """Edge of a tile in averaged px: as many whole chunks as make `_TILE` px of the level, and whole averages."""
-        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._cache = ChunkCache(_TILES_KEPT * edge**2 * level.data.sizes["c"] * level.data.dtype.itemsize)
 
     def window(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         """Pixels [y0, y1) x [x0, x1) as (3 or 1, y, x)."""
-        rows, columns = range(y0 // self.edge, -(-y1 // self.edge)), range(x0 // self.edge, -(-x1 // self.edge))
-        parts = [[self._tile(row, column) for column in columns] for row in rows]
-        left = columns[0] * self.edge
-        cut = []
-        for row, line in zip(rows, parts, strict=True):
-            low, high = max(y0 - row * self.edge, 0), y1 - row * self.edge
-            cut.append(np.concatenate([part[:, low:high] for part in line], axis=2)[:, :, x0 - left : x1 - left])
-        # Always contiguous: another memory layout would be compiled for once more, which takes seconds.
-        return np.ascontiguousarray(cut[0]) if len(cut) == 1 else np.concatenate(cut, axis=1)
-
-    def _tile(self, row: int, column: int) -> np.ndarray:
-        key = (row, column)
-        if key not in self._kept:
-            while len(self._kept) >= _TILES_KEPT:
-                self._kept.popitem(last=False)
-            self._kept[key] = self._read(row, column)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def _read(self, row: int, column: int) -> np.ndarray:
         f = self._factor
-        y0, x0 = row * self.edge, column * self.edge
-        y1, x1 = min(y0 + self.edge, self.height), min(x0 + self.edge, self.width)
-        data = require_colors(stored_pixels(self._level, y0 * f, y1 * f, x0 * f, x1 * f), self._level)
+        data = require_colors(self._cache.read(self._level, y0 * f, y1 * f, x0 * f, x1 * f), self._level)
         if f == 1:
+            # Always contiguous: another memory layout would be compiled for once more, which takes seconds.
             return np.ascontiguousarray(data)
         averaged = np.empty((len(data), y1 - y0, x1 - x0), dtype=np.float32)
         _average(data, averaged)

@@ -6,18 +6,16 @@ Arrays in, arrays out; lengths are micrometres, images are indexed ``(y, x)``.
 from __future__ import annotations
 
 import hashlib
-from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage as ndi
+from skimage.filters import threshold_otsu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
-
-_P = ParamSpec("_P")
 
 # All levels are relative to the image's own white level, so uint8, uint16 and float images need no flag.
 _BLACK_LEVEL = 0.2  # darker than stained tissue in all channels: fill value, slide holder, background of fluorescence
@@ -36,8 +34,17 @@ _MIN_SHARE = 0.01  # of the pixels: fewer are specks, not a kind of texture
 _NEAR_GLASS, _NEAR_TISSUE = 500.0, 150.0  # um: glass changes slowly (haze), tissue within a region
 _MIN_DENSITY = 0.02  # 2 % absorption: less is no stain
 _LESS, _MUCH_LESS = 2 / 3, 1 / 3  # print against the main tissue: shares of texture, hue and density
-_KEPT_MASKS = 64
 _NARROW = 400.0  # um: half width of the frame of an array
+_SMOOTHING = 15.0  # um, sd of the blur before thresholding: about one cell, so that a mask follows tissue
+# um^2. Isolated specks up to this area are dropped before closing can join them: dust, fiducial dots (about 100 um
+# across). They stay if the tissue itself is of that size.
+_LEAST_ISLAND = 30_000.0
+_NARROW_GAP = 60.0  # um, half width: narrower gaps (cracks, sinusoids) are closed
+_NARROW_PIECE = 45.0  # um, half width: narrower structures (hair, debris at the edge) are removed
+_LARGEST_HOLE = 250_000.0  # um^2; larger ones (vessels, lumina, torn tissue) stay open
+_LEAST_SHARE = 0.05  # of the largest component: smaller ones are dropped
+_KEPT_MASKS = 64
+_MASKS: dict[tuple, NDArray[np.bool_]] = {}  # by the hash of the image
 
 
 def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
@@ -47,14 +54,8 @@ def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
     not count for it and gets density 0. An image on a dark background (fluorescence) is inverted first, so that signal
     is always positive.
 
-    Parameters
-    ----------
-    rgb
-        Image ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (alpha last); any numeric type and range.
-
-    Returns
-    -------
-    Optical density ``(y, x, 3)``, ``float32``, not below 0 and finite. A constant image gives zeros.
+    `rgb` is ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (alpha last), of any numeric type and range. The
+    result is ``(y, x, 3)``, ``float32``, not below 0 and finite; a constant image gives zeros.
     """
     return _density(*_split_alpha(np.asarray(rgb)))
 
@@ -75,88 +76,48 @@ def _density(image: NDArray[np.float32], visible: NDArray[np.bool_]) -> NDArray[
     return density
 
 
-def _remember(function: Callable[_P, NDArray[np.bool_]]) -> Callable[_P, NDArray[np.bool_]]:
-    """Keep the masks of the images seen last: every plot of a section needs its mask again."""
-    kept: dict[tuple, NDArray[np.bool_]] = {}
-
-    @wraps(function)
-    def remembered(*args: _P.args, **options: _P.kwargs) -> NDArray[np.bool_]:
-        if not args or np.asarray(args[0]).dtype == object:
-            return function(*args, **options)
-        image = np.asarray(args[0])
-        key = hashlib.sha256(image.tobytes()).digest(), image.shape, image.dtype.str, repr((args[1:], options))
-        if key not in kept:
-            kept[key] = function(*args, **options)
-            if len(kept) > _KEPT_MASKS:
-                del kept[next(iter(kept))]
-        return kept[key].copy()
-
-    return remembered
-
-
-@_remember
-def tissue_mask(
-    rgb: ArrayLike,
-    pixel_size: float | Sequence[float],
-    *,
-    smoothing: float = 15.0,
-    min_island_area: float = 30_000.0,
-    closing_radius: float = 60.0,
-    opening_radius: float = 45.0,
-    max_hole_area: float = 250_000.0,
-    min_component_fraction: float = 0.05,
-) -> NDArray[np.bool_]:
-    """Tissue mask of a brightfield thumbnail.
+def tissue_mask(rgb: ArrayLike, pixel_size: float | Sequence[float]) -> NDArray[np.bool_]:
+    """Tissue mask ``(y, x)`` of a brightfield thumbnail; all false if the image is blank.
 
     Tissue has texture on the scale of cells; glass, haze and uneven light have none. So texture finds where there is
     glass and where there is tissue. The outline is where the density is halfway between the glass and the tissue nearby:
     pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Pieces that are smoother
     and greyer than the main tissue (a printed frame) are dropped. An image that has texture everywhere is all tissue.
 
-    Parameters
-    ----------
-    rgb
-        Image ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (alpha last); any numeric type and range.
-    pixel_size
-        Micrometres per pixel, one number or ``(x, y)``.
-    smoothing
-        Standard deviation in um of the blur before thresholding: about one cell, so that a mask follows tissue.
-    min_island_area
-        Isolated specks up to this area in square um are dropped before closing can join them: dust, fiducial dots
-        (about 100 um across). They stay if the tissue itself is of that size.
-    closing_radius
-        Gaps narrower than twice this length in um (cracks, sinusoids) are closed.
-    opening_radius
-        Structures narrower than twice this length in um (hair, debris at the edge) are removed.
-    max_hole_area
-        Holes up to this area in square um are filled; larger ones (vessels, lumina, torn tissue) stay open.
-    min_component_fraction
-        Components smaller than this fraction of the largest one are dropped.
-
-    Returns
-    -------
-    Boolean mask ``(y, x)``; all false if the image is blank.
+    `rgb` is as in :func:`optical_density`; `pixel_size` is in um, one number or ``(x, y)``. The masks of the images seen
+    last are kept: every plot of a section needs its mask again.
     """
     size_x, size_y = (float(size) for size in np.broadcast_to(pixel_size, 2))
     if not (np.isfinite([size_x, size_y]).all() and size_x > 0 and size_y > 0):
         msg = f"`pixel_size` must be positive micrometres per pixel, found {pixel_size!r}."
         raise ValueError(msg)
-    image, visible = _split_alpha(np.asarray(rgb))
-    shape, factors = visible.shape, _factors(visible.shape, (size_y, size_x))
-    sampling = (size_y * factors[0], size_x * factors[1])
+    image = np.asarray(rgb)
+    key = hashlib.sha256(image.tobytes()).digest(), image.shape, image.dtype.str, size_x, size_y
+    if key not in _MASKS:
+        _MASKS[key] = _find_tissue(image, (size_y, size_x))
+        if len(_MASKS) > _KEPT_MASKS:
+            del _MASKS[next(iter(_MASKS))]
+    return _MASKS[key].copy()
+
+
+def _find_tissue(rgb: NDArray, pixel_size: tuple[float, float]) -> NDArray[np.bool_]:
+    """Tissue mask of an image with pixels of this size ``(y, x)``."""
+    image, visible = _split_alpha(rgb)
+    shape, factors = visible.shape, _factors(visible.shape, pixel_size)
+    sampling = (pixel_size[0] * factors[0], pixel_size[1] * factors[1])
     pixel_area = sampling[0] * sampling[1]
     density = _density(*_coarser(image, visible, factors))
     texture = _texture(density, sampling)
-    mask = _stained(density, texture, smoothing, sampling)
+    mask = _stained(density, texture, sampling)
     if not mask.any():
         return np.zeros(shape, bool)
-    mask = _keep_large_components(mask, min_component_fraction, min_island_area / pixel_area)
-    mask = _erode(_dilate(mask, closing_radius, sampling), closing_radius, sampling)
-    mask = _fill_holes(mask, max_hole_area / pixel_area)
-    opened = _dilate(_erode(mask, opening_radius, sampling), opening_radius, sampling)
+    mask = _keep_large_components(mask, _LEAST_ISLAND / pixel_area)
+    mask = _erode(_dilate(mask, _NARROW_GAP, sampling), _NARROW_GAP, sampling)
+    mask = _fill_holes(mask, _LARGEST_HOLE / pixel_area)
+    opened = _dilate(_erode(mask, _NARROW_PIECE, sampling), _NARROW_PIECE, sampling)
     # A sample smaller than the opening would vanish; it is still the only tissue there is.
     mask = _drop_print(opened if opened.any() else mask, density, texture, sampling)
-    return _finer(_keep_large_components(mask, min_component_fraction), shape, factors)
+    return _finer(_keep_large_components(mask), shape, factors)
 
 
 def _factors(shape: tuple[int, ...], sampling: tuple[float, float]) -> tuple[int, int]:
@@ -205,7 +166,7 @@ def _texture(density: NDArray[np.float32], sampling: tuple[float, float]) -> NDA
 
 
 def _stained(
-    density: NDArray[np.float32], texture: NDArray[np.float32], smoothing: float, sampling: tuple[float, float]
+    density: NDArray[np.float32], texture: NDArray[np.float32], sampling: tuple[float, float]
 ) -> NDArray[np.bool_]:
     """Pixels that are denser than halfway between the glass and the tissue near them."""
     total = density.mean(-1)
@@ -219,7 +180,7 @@ def _stained(
     tissue = _level(total, core, _NEAR_TISSUE, sampling, tissue_level)
     empty = _level(total, glass, _NEAR_GLASS, sampling, 0.0)
     halfway = empty + np.maximum(0.5 * (tissue - empty), _MIN_DENSITY)
-    return ndi.gaussian_filter(total, [smoothing / s for s in sampling]) > halfway
+    return ndi.gaussian_filter(total, [_SMOOTHING / s for s in sampling]) > halfway
 
 
 def _rough(texture: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -351,8 +312,6 @@ def _background_level(image: NDArray, visible: NDArray[np.bool_]) -> NDArray[np.
 
 
 def _otsu(values: NDArray) -> float:
-    from skimage.filters import threshold_otsu
-
     low, high = float(values.min()), float(values.max())
     return low if high - low < 1e-6 * max(abs(high), 1e-6) else float(threshold_otsu(values))
 
@@ -381,13 +340,11 @@ def _fill_holes(mask: NDArray[np.bool_], max_pixels: float) -> NDArray[np.bool_]
     return mask | fill[labels]
 
 
-def _keep_large_components(
-    mask: NDArray[np.bool_], min_fraction: float, max_pixels: float = np.inf
-) -> NDArray[np.bool_]:
-    """Drop components below `min_fraction` of the largest one, unless they have more than `max_pixels`."""
+def _keep_large_components(mask: NDArray[np.bool_], max_pixels: float = np.inf) -> NDArray[np.bool_]:
+    """Drop components that are small compared with the largest one, unless they have more than `max_pixels`."""
     labels, n_components = ndi.label(mask)
     if n_components == 0:
         return mask
     size = np.bincount(labels.ravel())
     size[0] = 0
-    return (size >= min(min_fraction * size.max(), max_pixels))[labels] & mask
+    return (size >= min(_LEAST_SHARE * size.max(), max_pixels))[labels] & mask

@@ -1,33 +1,79 @@
-"""Files for the user: refused before the work, and at their place only when they are complete."""
+"""Files: one process at a time writes to a place, a file appears there when it is complete, and downloads are checked."""
 
 from __future__ import annotations
 
+import codecs
+import json
+import os
+import socket
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spatial_impute._io.owner import owned
+from filelock import FileLock, Timeout
+
+from spatial_impute._io.workers import rank_and_size
+from spatial_impute._settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+_ATTEMPTS = 5  # to make a folder that the process before us removes
+
+
+@contextmanager
+def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> Iterator[None]:
+    """Own a place while the block runs. `file` says who owns it: host, process id and time.
+
+    The operating system holds the lock, so it ends with its process, however that ends. `wait` is how long to wait for
+    another owner, in seconds. With `keep` the file stays after the block. If another call owns the place, a
+    ``FileExistsError`` names `what`, the host and the process.
+    """
+    lock = FileLock(file, timeout=wait)
+    for attempt in range(_ATTEMPTS):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            msg = f"{what} is being written by {_owner(file)}. Wait until that call ends, or choose another place."
+            raise FileExistsError(msg) from None
+        except FileNotFoundError:  # its folder was removed in between
+            if attempt == _ATTEMPTS - 1:
+                raise
+    try:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": now}))
+        yield
+    finally:
+        if not keep:
+            file.unlink(missing_ok=True)  # before the lock ends: who opened this file meanwhile looks again
+        lock.release()
+
+
+def owned_folder(folder: Path | None, *, what: str) -> AbstractContextManager[None]:
+    """Own a folder while the block runs; nothing for None. Of processes that train together the first one owns it for all."""
+    if folder is None or rank_and_size()[0]:
+        return nullcontext()
+    return owned(folder / ".owner.json", what=f"{what} {str(folder)!r}")
+
+
+def _owner(file: Path) -> str:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        return f"process {found['pid']} on host {found['host']!r} since {found['time']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written its name yet
+        return "another process"
 
 
 def file_to_write(path: Any, *, ends: Sequence[str], overwrite: bool) -> Path:
-    """Path of a file that can be written.
+    """Path of a file that can be written; else an error that says why not.
 
-    Raises
-    ------
-    TypeError
-        If `path` is no path.
-    ValueError
-        If its name ends otherwise, or if it is a folder.
-    FileNotFoundError
-        If its folder does not exist.
-    FileExistsError
-        If there is a file and `overwrite` is False.
-    PermissionError
-        If nothing can be written to its folder.
+    A ``TypeError`` for what is no path, a ``ValueError`` for another ending or a folder, a ``FileNotFoundError`` without
+    its folder, a ``FileExistsError`` for a file that must stay, a ``PermissionError`` if its folder is read-only.
     """
     if not isinstance(path, str | Path):
         msg = f"`path` must be the path of the file to write, found {path!r}."
@@ -69,3 +115,40 @@ def written_whole(path: Path) -> Iterator[Path]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """Text in UTF-8, or in UTF-16 with its mark, as Excel and Windows write it; a ``ValueError`` for other encodings."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        msg = f"{str(path)!r} is no text in UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
+        raise ValueError(msg) from error
+
+
+def fetch(name: str, *, folder: Path, sha256: Mapping[str, str], urls: Mapping[str, str]) -> Path:
+    """Path of a file below `folder`; downloaded if it is missing, or if its bytes differ from the published ones.
+
+    `sha256` and `urls` hold hash and address of each file. Raises a ``ConnectionError`` without a connection, and a
+    ``ValueError`` (from pooch) if the downloaded bytes have another hash; that file is not kept.
+    """
+    import pooch
+    from requests.exceptions import RequestException
+
+    cache = pooch.create(
+        path=folder,
+        base_url="",
+        registry={file: f"sha256:{digest}" for file, digest in sha256.items()},
+        urls=dict(urls),
+        retry_if_failed=2,
+    )
+    try:
+        return Path(cache.fetch(name, progressbar=settings.show_progress_bar))
+    except RequestException as error:
+        msg = (
+            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 "
+            f"{sha256[name]}) at {str(folder / name)!r}."
+        )
+        raise ConnectionError(msg) from error

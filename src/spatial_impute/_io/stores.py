@@ -2,7 +2,7 @@
 
 A store shows a whole result or none. A dense map grows in a hidden folder of the store that no reader lists, one for each
 fingerprint of a map. Each finished tile leaves a marker there, so that the next run continues an interrupted one. One
-rename moves the finished map into place. One process at a time writes to a place (``_io.owner``).
+rename moves the finished map into place. One process at a time writes to a place (``_io.files``).
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import dask.array as da
 import numpy as np
+import xarray as xr
+import zarr
+from anndata import AnnData
+from anndata.io import write_elem
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import Affine
 
 from spatial_impute._geometry import scaling
-from spatial_impute._io.owner import owned
+from spatial_impute._io.files import owned
 from spatial_impute._io.workers import run_on_workers
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import zarr
-    from anndata import AnnData
 
     from spatial_impute._geometry import Frame
 
@@ -127,7 +132,7 @@ class DenseStore:
         found = self._attribute(self.target, _FINGERPRINT)
         where = f"{str(self.store)!r} already has an image {self.key!r}"
         if found == self.fingerprint:
-            self.complete = self._attribute(self.target, _FILES) in (None, _size(self.target))
+            self.complete = self._attribute(self.target, _FILES) == _size(self.target)
             if not self.complete:
                 logger.warning("%s, but some of its files are missing or damaged; it is computed again", where)
         elif found is None and self.overwrite:
@@ -174,10 +179,6 @@ class DenseStore:
 
     def _lay_out(self) -> None:
         """Write the element with all metadata and an empty array, which reads as NaN."""
-        import xarray as xr
-        import zarr
-        from spatialdata import SpatialData
-
         self.staging.mkdir()
         (self.staging / _OURS).touch()
         (self.staging / _DONE).mkdir()
@@ -209,14 +210,10 @@ class DenseStore:
 
     def array_path(self) -> Path:
         """Path of the growing array."""
-        import zarr
-
         return self.element / _array_name(zarr.open_group(self.element, mode="r"))
 
     def commit(self) -> None:
         """Move the element into place and update the metadata of the store."""
-        import zarr
-
         # Two maps of one store must not list its elements at the same time: one of them would miss the other.
         with owned(self.room.parent / _OWNER, what=f"The list of elements of {str(self.store)!r}", wait=_COMMIT_WAIT):
             if not self.complete:
@@ -229,8 +226,6 @@ class DenseStore:
             zarr.consolidate_metadata(self.store)
 
     def _move_into_place(self) -> None:
-        import zarr
-
         if not self.element.exists():  # it was moved before an interruption
             return
         self._require_free()
@@ -243,9 +238,6 @@ class DenseStore:
 
     def read(self) -> Any:
         """Lazy element of the store."""
-        import dask.array as da
-        import zarr
-
         group = zarr.open_group(self.target, mode="r")
         return as_element(da.from_zarr(group[_array_name(group)]), self.names, self.job, self.frame)
 
@@ -278,8 +270,6 @@ def _marker(tile: tuple[int, int]) -> str:
 
 def write_tile(job: TiledMap, tile: tuple[int, int], array_path: str, done: str) -> tuple[int, int]:
     """Compute one tile, write its chunks and its marker; in this process or in a worker."""
-    import zarr
-
     array = zarr.open_array(array_path, mode="r+")
     y, x = job.place(tile)
     array[:, y, x] = job.compute(tile)
@@ -315,9 +305,6 @@ def interleave(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, 
 
 def as_element(data: Any, names: Sequence[str], job: TiledMap, frame: Frame) -> Any:
     """Image element (gene, y, x) with its map to the frame."""
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import Affine
-
     to_frame = Affine(scaling(1 / frame.um) @ job.cell_to_um, input_axes=("x", "y"), output_axes=("x", "y"))
     return Image2DModel.parse(data, dims=("c", "y", "x"), c_coords=list(names), transformations={frame.name: to_frame})
 
@@ -378,11 +365,6 @@ class RegionStore:
 
     def commit(self, **parts: Any) -> AnnData:
         """Write the table with `parts` (arguments of AnnData), and return it with a lazy ``X``."""
-        import dask.array as da
-        import zarr
-        from anndata import AnnData
-        from anndata.io import write_elem
-
         n_rows = max(1, _ROW_CHUNK_BYTES // (4 * self.shape[1]))
         lazy = da.from_array(self, chunks=(n_rows, self.shape[1]), name=False, asarray=False)
         group = zarr.open_group(self.scratch / "table.zarr", mode="w")

@@ -31,7 +31,6 @@ from spatial_impute._stack.record import (
     save_record,
 )
 from spatial_impute._stack.state import (
-    Problem,
     answer,
     changed_images,
     counts_state,

@@ -6,8 +6,15 @@ import json
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
+import shapely
+import xarray as xr
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Affine, Identity, Scale, get_transformation
+from spatialdata.transformations import Sequence as SequenceOfTransformations
 
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
 from spatial_impute._image.brightfield import rgb_order
@@ -20,8 +27,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
-    from spatialdata.transformations import Affine
     from xarray import DataArray, DataTree
 
     from spatial_impute._registration.transform import SectionTransform
@@ -33,34 +38,26 @@ _SQUARE_TOLERANCE = 0.05  # bins are squares but for the rounding of their corne
 
 def element_affine(element: object, coordinate_system: str) -> np.ndarray:
     """(3, 3) affine from the intrinsic frame of an element (pixel corners for images) to a coordinate system."""
-    from spatialdata.transformations import get_transformation
-
     transformation = get_transformation(element, to_coordinate_system=coordinate_system)
     return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=float)
 
 
 def plane_affine(matrix: Any) -> Affine:
     """SpatialData transformation of a (3, 3) matrix on x and y."""
-    from spatialdata.transformations import Affine
-
     return Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
 
 
 def to_frames(record: StackRecord, name: str, transformation: Any) -> dict[str, Any]:
     """Transformations of a new element of a section: to the frame of the section and, if registered, to the common one."""
-    from spatialdata.transformations import Sequence
-
     found = {name: transformation}
     registration = record.registration or {"sections": {}}
     if name in registration["sections"]:
         affine = plane_affine(registration["sections"][name]["matrix"])
-        found[registration["coordinate_system"]] = Sequence([transformation, affine])
+        found[registration["coordinate_system"]] = SequenceOfTransformations([transformation, affine])
     return found
 
 
 def _require_frame(element: object, name: str, where: str) -> None:
-    from spatialdata.transformations import get_transformation
-
     require_key(
         name,
         get_transformation(element, get_all=True),
@@ -80,13 +77,8 @@ def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
 def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:
     """Spots of a section in its own frame: (n, 2) centers and (n,) radius in um, and instance ids.
 
-    Raises
-    ------
-    ValueError
-        If the spots are not circles, or if their transformation turns circles into ellipses.
+    Raises a ``ValueError`` if the spots are not circles, or if their transformation turns circles into ellipses.
     """
-    import shapely
-
     require_key(str(section.spots), sdata.shapes, where="sdata.shapes")
     circles = sdata.shapes[section.spots]
     geometry = np.asarray(circles.geometry.array)  # arrays of shapely: the series of geopandas cost more than the work
@@ -109,20 +101,9 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
 
 
 def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
-    """Raise a ``ValueError`` unless a result may become the element `key`.
+    """Raise a ``ValueError`` unless a result may become the element `key` of a kind (``"images"``, ``"tables"``...).
 
-    Parameters
-    ----------
-    sdata
-        Object that gets the element.
-    key
-        Name of the new element.
-    name
-        Argument that holds the name.
-    kind
-        ``"images"``, ``"tables"``...
-    ours
-        Elements of that kind that are earlier results and may be replaced.
+    `name` is the argument that holds the key, `ours` are elements of that kind that are earlier results and may be replaced.
     """
     # SpatialData drops names that begin with a dot when it reads a store.
     legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
@@ -138,10 +119,6 @@ def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, o
 
 def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]) -> DataArray | DataTree:
     """Image element whose transformation to the section is the scale by `mpp` (x, y); multi-scale if there are levels."""
-    import xarray as xr
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import Scale
-
     channels = {1: ["grey"], 3: ["r", "g", "b"], 4: ["r", "g", "b", "a"]}.get(levels[0].shape[0])
     if channels is None or 0 in levels[0].shape:
         msg = (
@@ -170,8 +147,6 @@ def in_rgb_order(element: Any) -> Any:
 
     Raises a ``ValueError`` for channels of other names, such as dyes, and for other numbers of channels.
     """
-    import xarray as xr
-
     if hasattr(element, "children"):
         arrays = {key: next(iter(child.ds.data_vars.values())) for key, child in element.children.items()}
         ordered = {key: in_rgb_order(array) for key, array in arrays.items()}
@@ -205,10 +180,6 @@ def are_circles(shapes: GeoDataFrame) -> bool:
 
 def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
     """Spots as circles: squares become the circles inscribed in them."""
-    import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import get_transformation
-
     if "radius" in shapes:
         lost = ~np.isfinite(shapes.geometry.bounds.to_numpy()).all(axis=1)
         if lost.any():
@@ -239,11 +210,6 @@ def section_object(
     table: AnnData | None,
 ) -> SpatialData:
     """Image, circles (centers and radius in px) and counts of a measured section in the coordinate system ``"global"``."""
-    import geopandas as gpd
-    from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
-    from spatialdata.transformations import Identity
-
     circles = gpd.GeoDataFrame(
         {"radius": np.full(len(centers), radius)},
         geometry=gpd.points_from_xy(centers[:, 0], centers[:, 1]),
@@ -301,8 +267,6 @@ def load_transform(sdata: SpatialData, record: StackRecord, section: str) -> Sec
 
 def displacement_elements(transform: SectionTransform, section: str, target: str) -> dict[str, DataArray]:
     """Image elements ``c=("dx", "dy")``, float32, um, on their grid in the coordinate system `target`."""
-    from spatialdata.models import Image2DModel
-
     if not transform.deforms:
         return {}
     fields = {Keys.displacement(section): transform.pull, Keys.displacement_inverse(section): transform.push}

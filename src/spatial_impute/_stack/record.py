@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._keys import Keys
@@ -22,20 +23,13 @@ _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class Section:
     """One tissue section of a stack."""
 
-    name: str
-    """Name of the section and of its coordinate system (um)."""
-    z: float
-    """Height in the block, um."""
-    mpp: float
-    """um per pixel of the full-resolution image."""
-    mpp_source: str
-    """Source of the pixel size: ``"argument"``, ``"metadata"``, ``"spot pitch"``."""
-    image: str
-    """Image element."""
-    spots: str | None = None
-    """Shapes element with the spots; None before :func:`~spatial_impute.pp.tile_spots`."""
-    counts: str | None = None
-    """Table with the measured expression; None for an unmeasured section."""
+    name: str  # Name of the section and of its coordinate system (um)
+    z: float  # Height in the block, um
+    mpp: float  # um per pixel of the full-resolution image
+    mpp_source: str  # Source of the pixel size: ``"argument"``, ``"metadata"``, ``"spot pitch"``
+    image: str  # Image element
+    spots: str | None = None  # Shapes element with the spots; None before :func:`~spatial_impute.pp.tile_spots`
+    counts: str | None = None  # Table with the measured expression; None for an unmeasured section
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,11 @@ class StackRecord:
     version: str
     registration: dict[str, Any] | None = None
     """Written by :func:`~spatial_impute.tl.register_stack`: method, per-section matrices, quality rows."""
-    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(section.name for section in self.sections))
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sections, in the order of the stack."""
+        return tuple(section.name for section in self.sections)
 
     def __getitem__(self, name: str) -> Section:
         require_key(name, self.names, where="the stack's sections")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
@@ -19,7 +20,6 @@ from spatial_impute.models._spots import Spots
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from scipy import sparse
     from spatialdata import SpatialData
 
 _EXTRACT = "Run `si.pp.extract_features(sdata)` first."
@@ -79,15 +79,9 @@ def read_spots(
 ) -> tuple[AnnData, Spots]:
     """Read the stack table, with image features and graph if they are needed.
 
-    With `allow_unmeasured`, there may be no measured spot.
-
-    Raises
-    ------
-    KeyError
-        If a slot is missing; the message names the function that writes it.
-    ValueError
-        If nothing is measured, if the values are raw counts or not finite, or if a slot does not belong to what it was
-        computed from.
+    Raises a ``KeyError`` that names the function to run if a slot is missing. Raises a ``ValueError`` if nothing is measured
+    (unless `allow_unmeasured`), if the values are raw counts or not finite, or if a slot does not belong to what it was
+    computed from.
     """
     record, table = load_record(sdata), stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
@@ -178,8 +172,6 @@ def _centred_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndar
 
 def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Weights of the 3D graph and the features of its edges, (nnz, 6)."""
-    from scipy import sparse
-
     for name in (Keys.connectivities(key), Keys.distances(key), Keys.graph_overlap(key), Keys.graph_similarity(key)):
         require_key(name, table.obsp, where=f"{where}.obsp", then=_BUILD)
     require_key(Keys.neighbors(key), table.uns, where=f"{where}.uns", then=_BUILD)

@@ -50,8 +50,7 @@ class Problem(NamedTuple):
     """A slot that does not belong to what it was computed from."""
 
     text: str
-    wrong: bool = True
-    """The result would be wrong, not only old."""
+    wrong: bool = True  # The result would be wrong, not only old
 
 
 def fingerprint(*arrays: Any) -> str:
@@ -445,6 +444,5 @@ def _layer_problems(
     if changed:
         made, again = ("matched", "Match") if Keys.MATCHED_FROM in table.uns[key] else ("imputed", "Impute")
         yield Problem(
-            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}",
-            wrong=False,
+            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}", wrong=False
         )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
@@ -17,22 +19,13 @@ from spatial_impute._validation import require_finite, require_key
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute._stack.record import Section, StackRecord
 
 
 def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
-    """Stack table.
-
-    Raises
-    ------
-    KeyError
-        If the object has no such table, or the table lacks a required column.
-    ValueError
-        If names of rows or genes are not unique.
-    """
+    """Stack table; a ``KeyError`` without it or its columns, a ``ValueError`` if names of rows or genes are not unique."""
     require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
     table = sdata.tables[table_key]
@@ -60,10 +53,7 @@ def measured_ids(table: AnnData) -> dict[str, str]:
 def section_ranks(table: AnnData, names: Sequence[str]) -> np.ndarray:
     """(n,) position in the stack of the section of each row; `names` are the sections in the order of the stack.
 
-    Raises
-    ------
-    ValueError
-        If the column is not categorical, or its categories stand in another order than the sections of the stack.
+    Raises a ``ValueError`` if the column is not categorical, or if its categories stand in another order.
     """
     column = table.obs[Keys.SECTION]
     if not isinstance(column.dtype, pd.CategoricalDtype) or column.isna().any():
@@ -92,9 +82,6 @@ def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
 
 def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     """Write a new ``tables["stack"]``: one row per spot of every section, in stack order, without expression."""
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
     frames, coordinates = [], []
     for section in record.sections:
         if section.spots is None:
@@ -127,10 +114,7 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
     obs[Keys.REGION] = pd.Categorical(obs[Keys.REGION])
     table = AnnData(obs=obs, obsm={Keys.SPATIAL: np.concatenate(coordinates)})
     sdata.tables[Keys.STACK_TABLE] = TableModel.parse(
-        table,
-        region=list(obs[Keys.REGION].cat.categories),
-        region_key=Keys.REGION,
-        instance_key=Keys.INSTANCE,
+        table, region=list(obs[Keys.REGION].cat.categories), region_key=Keys.REGION, instance_key=Keys.INSTANCE
     )
     log_added(f"tables[{Keys.STACK_TABLE!r}]")
 
@@ -147,14 +131,8 @@ def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.
 def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED, allow_none: bool = False) -> np.ndarray:
     """(n,) bool: rows whose expression may be used. Only ``obs["measured"]`` decides; values of other rows have no effect.
 
-    With `allow_none`, there may be no measured spot.
-
-    Raises
-    ------
-    KeyError
-        If the layer is missing.
-    ValueError
-        If no spot is measured, unless this is allowed, or a measured row is not finite. NaN is allowed for genes that a section did not measure.
+    Raises a ``KeyError`` if the layer is missing, and a ``ValueError`` if no spot is measured (unless `allow_none`), or a
+    measured row is not finite. NaN is allowed for genes that a section did not measure.
     """
     require_key(
         layer,

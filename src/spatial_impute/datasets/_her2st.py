@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from spatial_impute._expression import log_normalize
 from spatial_impute._image.reading import open_image
-from spatial_impute._io.download import fetch
+from spatial_impute._io.files import fetch
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, settings
 from spatial_impute._stack import image_element, section_object

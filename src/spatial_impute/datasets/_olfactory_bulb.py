@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import pandas as pd
 
 from spatial_impute._image.reading import open_image
-from spatial_impute._io.download import fetch
+from spatial_impute._io.files import fetch
 from spatial_impute._settings import settings
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import name_list, require_key

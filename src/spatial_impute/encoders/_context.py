@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,36 +15,43 @@ if TYPE_CHECKING:
 
 _FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the test image
 
-Cells = tuple[int, int, int, int]  # Cells, or pixels, [y0, y1) x [x0, x1)
+
+class Box(NamedTuple):
+    """Cells of a map, or pixels of an image, [y0, y1) x [x0, x1)."""
+
+    y0: int
+    y1: int
+    x0: int
+    x1: int
 
 
-def cut(maps: Tensor, cells: Cells) -> Tensor:
+def cut(maps: Tensor, cells: Box) -> Tensor:
     """Some cells of a map."""
     return maps[..., cells[0] : cells[1], cells[2] : cells[3]]
 
 
-def cut_pixels(maps: Iterable[Tensor], strides: Iterable[int], pixels: Cells) -> list[Tensor]:
+def cut_pixels(maps: Iterable[Tensor], strides: Iterable[int], pixels: Box) -> list[Tensor]:
     """Cells of maps of several strides that lie in a window in px; its edges are multiples of the strides."""
     y0, y1, x0, x1 = pixels
-    return [cut(m, (y0 // s, y1 // s, x0 // s, x1 // s)) for m, s in zip(maps, strides, strict=True)]
+    return [cut(m, Box(y0 // s, y1 // s, x0 // s, x1 // s)) for m, s in zip(maps, strides, strict=True)]
 
 
-def grow(cells: Cells, n: int, size: Sequence[int]) -> Cells:
+def grow(cells: Box, n: int, size: Sequence[int]) -> Box:
     """The cells, and up to `n` more on each side, in a map of this size."""
     y0, y1, x0, x1 = cells
-    return max(y0 - n, 0), min(y1 + n, size[0]), max(x0 - n, 0), min(x1 + n, size[1])
+    return Box(max(y0 - n, 0), min(y1 + n, size[0]), max(x0 - n, 0), min(x1 + n, size[1]))
 
 
-def coarser(cells: Cells, factor: int) -> Cells:
+def coarser(cells: Box, factor: int) -> Box:
     """Cells of a map with a larger stride that hold the cells."""
     y0, y1, x0, x1 = cells
-    return y0 // factor, -(-y1 // factor), x0 // factor, -(-x1 // factor)
+    return Box(y0 // factor, -(-y1 // factor), x0 // factor, -(-x1 // factor))
 
 
-def relative(cells: Cells, window: Cells, factor: int = 1) -> Cells:
+def relative(cells: Box, window: Box, factor: int = 1) -> Box:
     """Cells counted from the corner of a window, whose cells are `factor` times as large."""
     y, x = window[0] * factor, window[2] * factor
-    return cells[0] - y, cells[1] - y, cells[2] - x, cells[3] - x
+    return Box(cells[0] - y, cells[1] - y, cells[2] - x, cells[3] - x)
 
 
 def measured_halo(run: Callable[[Tensor], list[Tensor]], strides: Sequence[int], multiple: int, *, name: str) -> int:

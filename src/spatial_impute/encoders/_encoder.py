@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
+from skimage.color import rgb2hed
 
 from spatial_impute._validation import did_you_mean, require_device, require_one_of, require_positive
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_NAMES = ("ciga-resnet18", "efficientnet-lite2", "resnet18", "resnet50", "tellez-multitask", "texture")
+ENCODERS = ("texture", "tellez-multitask", "efficientnet-lite2", "resnet18", "resnet50", "ciga-resnet18")
 DEFAULT_PATCH_PX = 224  # networks for photographs, and most pathology networks, were trained on patches of this size
 DEFAULT_MPP = 0.5  # 20x, the usual magnification of pathology encoders
 PRECISIONS = ("float32", "bfloat16")
@@ -37,7 +39,7 @@ class Encoder(Protocol):
     --------
     >>> import spatial_impute as si
     >>> class MeanColor:
-    ...     name, mpp, patch_px, dense = "mean-color", 2.0, 32, False
+    ...     name, mpp, patch_px = "mean-color", 2.0, 32
     ...
     ...     def __call__(self, patches):
     ...         return patches.mean(axis=(1, 2))
@@ -51,8 +53,6 @@ class Encoder(Protocol):
     """um per pixel of the patches."""
     patch_px: int
     """Edge length of the patches, in px."""
-    dense: bool
-    """True if ``pyramid`` returns feature maps: (n, y, x, 3) in 0-255 to a list of (n, channels, y, x)."""
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, patch_px, patch_px, 3) float32 in 0-255 as (n, n_features) float32.
@@ -67,8 +67,6 @@ class ModuleEncoder:
 
     `mean` and `std` normalise the input in 0-1. The default name is that of the class with a hash of its weights.
     """
-
-    step_px = None
 
     def __init__(
         self,
@@ -88,34 +86,23 @@ class ModuleEncoder:
         weights = weights_hash(module)
         self.name = f"{type(module).__name__}-{weights}" if name is None else name
         self.identity = f"{self.name}-{weights}-{precision}-{tuple(mean)}-{tuple(std)}"
-        self.dense = hasattr(module, "pyramid")
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255; feature maps are averaged over the patch."""
-        features = self._run(self.module, patches)
-        if features.ndim == 4:
-            features = features.mean(dim=(2, 3))
-        return features.float().cpu().numpy()
-
-    def pyramid(self, patches: np.ndarray) -> list[np.ndarray]:
-        """Feature maps (n, channels, y, x) of (n, y, x, 3) in 0-255, finest first, if the module has such a method."""
-        function = cast("Callable[[torch.Tensor], Any]", self.module.pyramid)
-        return [level.float().cpu().numpy() for level in self._run(function, patches)]
-
-    def _run(self, function: Callable[[torch.Tensor], Any], patches: np.ndarray) -> Any:
         import torch
 
         scaled = (np.asarray(patches, dtype=np.float32) / 255.0 - self._mean) / self._std
         tensor = torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))).to(self.device)
         with torch.inference_mode(), autocast(tensor.device, self.precision):
-            return function(tensor)
+            features = self.module(tensor)
+        if features.ndim == 4:
+            features = features.mean(dim=(2, 3))
+        return features.float().cpu().numpy()
 
 
 class CallableEncoder:
     """Encoder from any function of patches (n, y, x, 3) float32 in 0-255 that returns (n, n_features)."""
 
-    dense = False
-    step_px = None
     # No `identity`: the content of a function is not known, so its results are never reused.
 
     def __init__(self, function: Callable[[np.ndarray], np.ndarray], *, patch_px: int, mpp: float) -> None:
@@ -141,17 +128,11 @@ class TextureEncoder:
     identity = "texture-2"  # must change whenever the numbers change
     mpp = 2.0
     patch_px = 32
-    n_features = 25
-    dense = False
-    step_px = None
 
     _SCALES = (1.0, 2.0, 4.0)  # px; the difference of two successive blurs is one octave
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255 as (n, 25)."""
-        from scipy.ndimage import gaussian_filter
-        from skimage.color import rgb2hed
-
         scaled = np.clip(np.asarray(patches, dtype=np.float32), 0, 255) / 255.0
         stains = rgb2hed(scaled)
         # (n, 3, y, x): sums over a patch then run over contiguous memory.
@@ -178,18 +159,10 @@ def resolve_encoder(
     precision: str = "float32",
     params: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """Turn the `encoder` argument of a public function into an :class:`Encoder`.
+    """Turn the `encoder` argument of a public function (name, module, callable, or an encoder) into an :class:`Encoder`.
 
-    Parameters
-    ----------
-    encoder
-        Name, module, callable, or an encoder.
-    patch_px, mpp
-        Size of the patches in px, and um per pixel; by default those of the encoder, or 224 and 0.5.
-    device, precision
-        Torch device (``settings.device`` by default); ``"float32"`` or ``"bfloat16"``, for modules.
-    params
-        Further arguments for the library that makes a ``"timm:"`` or ``"transformers:"`` encoder.
+    `patch_px` and `mpp` are by default those of the encoder, or 224 and 0.5. `device` and `precision` are for modules,
+    `params` for the library that makes a ``"timm:"`` or ``"transformers:"`` encoder.
     """
     require_one_of(precision, PRECISIONS, name="precision")
     if mpp is not None:
@@ -244,13 +217,13 @@ def _by_name(
 def require_encoder_name(name: str) -> None:
     """Raise a ``ValueError`` unless this is the name of an encoder; nothing is loaded."""
     library, _, model = name.partition(":")
-    if name in _NAMES or (library in ("timm", "transformers") and model):
+    if name in ENCODERS or (library in ("timm", "transformers") and model):
         return
     hint = (
-        f" Did you mean 'timm:hf-hub:{name}' or 'transformers:{name}'?" if "/" in name else did_you_mean(name, _NAMES)
+        f" Did you mean 'timm:hf-hub:{name}' or 'transformers:{name}'?" if "/" in name else did_you_mean(name, ENCODERS)
     )
     msg = (
-        f"Unknown encoder {name!r}; available by name: {list(_NAMES)}, and 'timm:NAME' and 'transformers:NAME'.{hint} Or pass a "
+        f"Unknown encoder {name!r}; available by name: {sorted(ENCODERS)}, and 'timm:NAME' and 'transformers:NAME'.{hint} Or pass a "
         "callable or nn.Module."
     )
     raise ValueError(msg)

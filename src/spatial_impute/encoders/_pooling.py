@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import sparse
 
 from spatial_impute._settings import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from scipy import sparse
 
 _CHANNELS = 16  # summed at a time: tables of cumulative sums in float64 stay small compared with the features
 _SAMPLE = 4096  # cells; enough to know the mean of a feature to a few hundredths of its standard deviation
@@ -128,8 +127,6 @@ def _integrate(
 
 def _box_weights(shape: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> sparse.csr_matrix:
     """(n, entries of a table) weights that turn a table of cumulative sums into sums over boxes."""
-    from scipy import sparse
-
     rows, columns = shape[0] - 1, shape[1] - 1
     indices, weights = [], []
     for x, y, sign in ((high, high, 1.0), (low, high, -1.0), (high, low, -1.0), (low, low, 1.0)):

@@ -9,31 +9,22 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from skimage.color import hed_from_rgb
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatial_impute._validation import require_one_of
 from spatial_impute.encoders import _efficientnet as efficientnet
-from spatial_impute.encoders._context import coarser, cut, cut_pixels, grow, measured_halo, relative
-from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, weights_hash
+from spatial_impute.encoders._context import Box, coarser, cut, cut_pixels, grow, measured_halo, relative
+from spatial_impute.encoders._encoder import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, weights_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from spatial_impute.encoders._context import Cells
 
 # Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
 _PROBE = 256  # px; edge of the test image for an unknown module
-
-ENCODERS = (
-    "texture",
-    "tellez-multitask",
-    "efficientnet-lite2",
-    "resnet18",
-    "resnet50",
-    "ciga-resnet18",
-)  # Pyramids by name
 
 
 class Pyramid(nn.Module):
@@ -62,7 +53,7 @@ class Pyramid(nn.Module):
         probe = copy.deepcopy(self).double().cpu().eval()
         return -(-measured_halo(probe, self.strides, multiple, name=self.name) // multiple) * multiple
 
-    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+    def within(self, rgb: Tensor, window: Box) -> list[Tensor]:
         """Maps of a window (in px) of the image; `halo` px around it, or the end of the image, make them exact."""
         return cut_pixels(self(rgb), self.strides, window)
 
@@ -85,8 +76,6 @@ class TexturePyramid(Pyramid):
 
     def __init__(self) -> None:
         super().__init__()
-        from skimage.color import hed_from_rgb
-
         self.register_buffer("stains", torch.from_numpy(hed_from_rgb[:, :2].T.copy()).float(), persistent=False)
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
@@ -131,9 +120,9 @@ class TellezPyramid(Pyramid):
                 module.inplace = True  # saves a copy of the largest maps
 
     def forward(self, rgb: Tensor) -> list[Tensor]:
-        return self.within(rgb, (0, rgb.shape[-2], 0, rgb.shape[-1]))
+        return self.within(rgb, Box(0, rgb.shape[-2], 0, rgb.shape[-1]))
 
-    def within(self, rgb: Tensor, window: Cells) -> list[Tensor]:
+    def within(self, rgb: Tensor, window: Box) -> list[Tensor]:
         reduced, maps = (rgb / 127.5).sub_(1.0), []
         for factor in (1, 2, 4, 8):
             if factor > 1:
@@ -204,6 +193,7 @@ class ModulePyramid(Pyramid):
     attention, is then local in the image. A module that returns one map, as vision transformers do, may return it alone.
     """
 
+    resolution = 0.5
     mean: Tensor
     std: Tensor
 
@@ -212,7 +202,6 @@ class ModulePyramid(Pyramid):
         module: nn.Module,
         *,
         name: str | None = None,
-        resolution: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         window: int | None = None,
@@ -220,7 +209,7 @@ class ModulePyramid(Pyramid):
         super().__init__()
         self.module = module.eval()
         self.name = f"{type(module).__name__}-{weights_hash(module)}" if name is None else name
-        self.resolution, self.window = float(resolution), window or 1
+        self.window = window or 1
         probe = window or _PROBE
         for key, values in {"mean": mean, "std": std}.items():
             scaled = 255.0 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

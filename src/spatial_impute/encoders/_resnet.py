@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from spatial_impute._validation import require_one_of
 from spatial_impute.encoders._weights import WeightFile, fetch_weights, load_whole_state, read_state
 
 if TYPE_CHECKING:
@@ -135,7 +134,6 @@ class ResNet(nn.Module):
 
 def build_resnet(architecture: str) -> ResNet:
     """Randomly initialised ``"resnet18"`` or ``"resnet50"``."""
-    require_one_of(architecture, _BLOCKS, name="architecture")
     return ResNet(_BLOCKS[architecture], bottleneck=architecture == "resnet50")
 
 
@@ -145,7 +143,6 @@ def load_resnet(name: str) -> ResNet:
     ``"resnet18"`` and ``"resnet50"`` were trained on ImageNet, ``"ciga-resnet18"`` on 57 histopathology data sets without
     labels :cite:p:`Ciga2022`. Files are downloaded once to ``settings.data_dir`` and checked by sha256.
     """
-    require_one_of(name, WEIGHTS, name="name")
     file = WEIGHTS[name]
     network = build_resnet(name.removeprefix("ciga-"))
     state = read_state(fetch_weights(file), prefixes=file.prefixes)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import h5py
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spatial_impute.encoders._weights import WeightFile, fetch_weights, load_whole_state
-
-if TYPE_CHECKING:
-    import h5py
 
 _FILE = WeightFile(
     name="encoder_multitask-4.h5",
@@ -74,13 +70,9 @@ class TellezEncoder:
     identity = f"tellez-multitask-{_FILE.sha256[:12]}"
     mpp = 1.0
     patch_px = 64
-    n_features = _WIDTH
-    dense = True
     step_px = 2**_N_BLOCKS
 
     def __init__(self, device: str) -> None:
-        import h5py
-
         self.device = device
         network = TellezNetwork()
         with h5py.File(fetch_weights(_FILE), "r") as file:
@@ -99,11 +91,6 @@ class TellezEncoder:
         parts = tensor.split(1 if self.device == "cpu" else len(tensor))
         with torch.inference_mode():
             return torch.cat([self.network.slide(part) for part in parts]).cpu().numpy()
-
-    def pyramid(self, patches: np.ndarray) -> list[np.ndarray]:
-        """Maps (n, 128, y, x) of the four blocks, at the strides 2, 4, 8 and 16."""
-        with torch.inference_mode():
-            return [level.cpu().numpy() for level in self.network.pyramid(self._scaled(patches))]
 
     def _scaled(self, patches: np.ndarray) -> Tensor:
         scaled = np.asarray(patches, dtype=np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spatial_impute._io.download import fetch
+from spatial_impute._io.files import fetch
 from spatial_impute._settings import settings
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tenso
     a mapping of names to tensors, or needs unpickling, raises a ``ValueError``.
     """
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         found: object = load_file(path)
     else:
         try:

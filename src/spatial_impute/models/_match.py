@@ -35,12 +35,8 @@ def match_sections(spots: Spots) -> Match:
 
     All sections are smoothed and read at the places that all of them cover. A straight line along z through their means
     is kept, so that a real gradient stays; what a section lies off this line (Theil-Sen, so that one odd section does not
-    tilt it) is its shift. Estimates are shrunk by their standard error: blocks of places are left out in turn.
-
-    Raises
-    ------
-    ValueError
-        If sections share too few places.
+    tilt it) is its shift. Estimates are shrunk by their standard error: blocks of places are left out in turn. Raises a
+    ``ValueError`` if sections share too few places.
     """
     known = np.flatnonzero(spots.known)
     section, plane = spots.section[known], spots.xyz[known, :2]
@@ -63,14 +59,15 @@ def match_sections(spots: Spots) -> Match:
         _smooth(tree, spots.expression[section == code], places, _WIDTH * spots.spacing)
         for tree, code in zip(trees, codes, strict=True)
     ]
-    # Sums by block suffice to leave out each of them: (s, blocks, g).
+    # Sums by block suffice to leave out each of them: (blocks,) places, (blocks, s, g) values and squares.
     members = np.eye(n_blocks)[block]
-    count, first, second = members.sum(axis=0), [members.T @ f for f in fields], [members.T @ f**2 for f in fields]
-    sums = count, np.stack(first), np.stack(second)
-    everything = _estimate(*(s.sum(axis=-1 if s.ndim == 1 else 1) for s in sums), z=z)
+    values = np.stack([members.T @ f for f in fields], axis=1)
+    squares = np.stack([members.T @ f**2 for f in fields], axis=1)
+    sums = members.sum(axis=0), values, squares
+    whole = [part.sum(axis=0) for part in sums]
+    everything = _estimate(*whole, z=z)
     left = [
-        _estimate(*(s.sum(axis=-1 if s.ndim == 1 else 1) - (s[k] if s.ndim == 1 else s[:, k]) for s in sums), z=z)
-        for k in range(n_blocks)
+        _estimate(*(total - part[k] for total, part in zip(whole, sums, strict=True)), z=z) for k in range(n_blocks)
     ]
     shift, log_ratio = (_shrink(whole, np.stack([part[i] for part in left])) for i, whole in enumerate(everything[:2]))
     ratio = np.exp(np.clip(log_ratio, -np.log(_MOST_RATIO), np.log(_MOST_RATIO)))

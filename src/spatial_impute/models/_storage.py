@@ -10,7 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from spatial_impute._io.owner import owned_folder
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from spatial_impute._io.files import owned_folder
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 
@@ -31,8 +35,6 @@ def save_model(
     path: str | Path, *, kind: str, config: dict[str, Any], tensors: Mapping[str, Tensor], overwrite: bool
 ) -> None:
     """Write a model directory; ``FileExistsError`` if there is something at `path` and `overwrite` is False."""
-    from safetensors.torch import save
-
     path = Path(path)
     is_new = not path.exists()
     if not is_new and not overwrite:
@@ -59,8 +61,6 @@ def save_model(
 
 def _require_ours(path: Path) -> None:
     """Raise a ``FileExistsError`` if files that a model would replace were not written by this package."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         if (path / CONFIG).exists():
             config = json.loads((path / CONFIG).read_text())
@@ -99,9 +99,6 @@ def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, T
 
     A missing file raises a ``FileNotFoundError``, other content than a model of this class and format a ``ValueError``.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
@@ -177,8 +174,6 @@ def require_shapes(
     `build` makes the network; it is called on torch's meta device, where no memory is allocated. `sizes` are numbers of the
     configuration. Each is the size of a tensor or a number of layers, so none exceeds the number of values in `state`.
     """
-    import torch
-
     total = sum(tensor.numel() for tensor in state.values())
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= total:
@@ -200,6 +195,11 @@ def tensors_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
+def cpu_state(module: nn.Module) -> dict[str, Tensor]:
+    """Copy of all weights of a module, on the CPU."""
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+
+
 def json_columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """Columns of a table as lists; NaN, which JSON does not know, becomes None."""
     return frame.astype(object).where(frame.notna(), None).to_dict(orient="list")
@@ -218,8 +218,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str
 
     Of several processes with the same state only the first one writes.
     """
-    from safetensors.torch import save
-
     if rank_and_size()[0]:
         return
 
@@ -231,8 +229,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str
 
 
 def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    from safetensors.torch import save
-
     return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
@@ -241,8 +237,6 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | 
 
     A file that is damaged or belongs to another training raises a ``ValueError``.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         return None
     try:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._geometry import polygons_of
-from spatial_impute._io.text import read_text
+from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames

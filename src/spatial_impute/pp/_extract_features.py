@@ -16,7 +16,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
 from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
-from spatial_impute.encoders._feature_cache import image_identity, load_tokens, save_tokens, section_key
+from spatial_impute.encoders._tokens import image_identity, load_tokens, save_tokens, section_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

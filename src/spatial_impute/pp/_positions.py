@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatial_impute._io.text import read_text
+from spatial_impute._io.files import read_text
 
 if TYPE_CHECKING:
     from pathlib import Path

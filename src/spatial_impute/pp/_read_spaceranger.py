@@ -16,7 +16,7 @@ from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.pixel_size import SAME
 from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import ImageFile, open_image
-from spatial_impute._io.text import read_text
+from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from spatial_impute._io.owner import owned_folder
+from spatial_impute._io.files import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps

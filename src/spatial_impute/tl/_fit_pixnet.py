@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from spatial_impute._io.owner import owned_folder
+from spatial_impute._io.files import owned_folder
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps

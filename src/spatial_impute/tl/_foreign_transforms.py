@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, linear_scale, scaling
-from spatial_impute._io.files import file_to_write, written_whole
-from spatial_impute._io.text import read_text
+from spatial_impute._io.files import file_to_write, read_text, written_whole
 from spatial_impute._settings import logger
 from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
 from spatial_impute._validation import require_key, require_positive

@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._image.brightfield import names_alpha
 from spatial_impute._image.levels import best_level, image_levels
-from spatial_impute._image.pyramid_files import TILE, Pyramid, write_pyramid
+from spatial_impute._image.tiff import TILE, Pyramid, write_pyramid
 from spatial_impute._io.files import file_to_write
 from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._registration.warp_image import PixelGrid, output_grid, resampled

@@ -26,8 +26,7 @@ from spatial_impute.models.pixnet._crops import (
     random_crop,
 )
 from spatial_impute.models.pixnet._fit import LinearBase
-from spatial_impute.models.pixnet._held_out import Evaluation, _Predictions, _trust, is_confirmed
-from spatial_impute.models.pixnet._loss import RegionLoss
+from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, _Predictions, _trust, is_confirmed
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._training import history_row
@@ -247,7 +246,7 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
     rgb = torch.rand(1, 3, 16, 16, dtype=torch.float64) * 255
     with torch.inference_mode():
         maps = network.encode(rgb)
-        decoded = network.from_decoded(network.decode(maps)[0].flatten(1).T).numpy()
+        decoded = network.from_pooled(network.decode(maps)[0].flatten(1).T).numpy()
         of_base = fitted.predict(network.levels(maps)[0].flatten(1).T.numpy())
         settings = SimpleNamespace(seed=0)
         weights = np.array([[1.0, 0.0], [0.2, 1.1], [0.0, 0.7]])

@@ -21,7 +21,7 @@ from bad_inputs._make import scan, write
 class Encoder:
     """Encoder that returns what it is told to."""
 
-    name, mpp, patch_px, dense = "odd", 4.0, 16, False
+    name, mpp, patch_px = "odd", 4.0, 16
 
     def __init__(self, give):
         self.give = give

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
@@ -25,7 +26,7 @@ _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
 _MAX_GENES = 1000  # genes on which one setting for all of them is chosen
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
-_SAME = 1e-6  # relative difference of distances that are the same but for rounding
+_SAME = 1e-6  # relative difference of numbers that are the same but for rounding
 _MAX_TIED = 12  # neighbors at one distance on a lattice
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
@@ -214,8 +215,45 @@ def _mean_profile(spots: Spots) -> np.ndarray:
 
 def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(n, g) means of `values` rows `found` (n, k) by `weight` (n, k), as one sparse product."""
-    from scipy import sparse
-
     n, k = found.shape
     matrix = sparse.csr_matrix((weight.ravel(), found.ravel(), np.arange(n + 1) * k), shape=(n, len(values)))
     return matrix @ values
+
+
+def recalibrate(spots: Spots, name: str) -> np.ndarray:
+    """(n, g) prediction from elsewhere, fitted to the known spots: a line for each gene, with a slope of at least 0.
+
+    It was made without any measurement of the tissue. Each section is centered first, so that stain and scanner do not
+    count. The mean profile stands where the prediction is NaN, and for genes of slope 0.
+    """
+    centred = _centred_by_section(spots, name)
+    known = centred[spots.known]
+    centred -= _finite_mean(known)
+    np.nan_to_num(centred, copy=False)
+    return spots.expression.mean(axis=0) + _slope(known, spots.expression) * centred
+
+
+def _centred_by_section(spots: Spots, name: str) -> np.ndarray:
+    """(n, g) prediction from elsewhere minus its mean in each section."""
+    values = np.array(given(spots.bases)[name], dtype=np.float64)
+    least = _SAME * np.nan_to_num(np.abs(values)).max(axis=0, initial=0.0)
+    for code in np.unique(spots.section):
+        rows = spots.section == code
+        values[rows] -= _finite_mean(values[rows])
+    values[np.abs(values) <= least] = 0.0  # rounding errors of constants
+    return values
+
+
+def _finite_mean(values: np.ndarray) -> np.ndarray:
+    """(g,) mean of the finite values; 0 if there is none."""
+    finite = np.isfinite(values)
+    return np.where(finite, values, 0.0).sum(axis=0) / np.maximum(finite.sum(axis=0), 1)
+
+
+def _slope(known: np.ndarray, expression: np.ndarray) -> np.ndarray:
+    """(g,) slope of the expression over the prediction at the known spots, at least 0."""
+    finite = np.isfinite(known)
+    x = np.where(finite, known - _finite_mean(known), 0.0)
+    y = np.where(finite, expression - _finite_mean(np.where(finite, expression, np.nan)), 0.0)
+    square, product = (x**2).sum(axis=0), (x * y).sum(axis=0)
+    return np.maximum(product, 0.0) / np.where(square > 0, square, 1.0)

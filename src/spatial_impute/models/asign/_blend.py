@@ -71,7 +71,7 @@ def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, f
         rows[name] = summarise(predicted, truth, held_out["mean"], folds)
         gain = reached - np.nan_to_num(pearson_by_gene(predicted, truth, folds))
         gain = gain[np.isfinite(gain)]
-        low, high = bootstrap_interval(gain) if gain.size else (np.nan, np.nan)
+        low, high = bootstrap_interval(gain)
         rows[name] |= {"gain": float(gain.mean()) if gain.size else np.nan, "gain_low": low, "gain_high": high}
     return pd.DataFrame(rows).T.rename_axis("method")
 
@@ -91,16 +91,10 @@ def blend_weights(
     If a single prediction is better than the best blend there, it is used alone. The sum of weights need not be one: a sum
     below one shrinks to the mean.
 
-    Parameters
-    ----------
-    predictions, truth
-        (k, n, g) and (n, g) as deviations from the mean profile, in units comparable between genes.
-    folds, spot_weights
-        (n,) fold of each spot, and weight of its squared error (1 by default).
-    used
-        (folds + 1, k, g) False where a prediction gets no weight: in each fold, and in the weights from all folds.
-    alone
-        Positions of the predictions that may be used alone; all by default.
+    `predictions` (k, n, g) and `truth` (n, g) are deviations from the mean profile, in units comparable between genes.
+    `folds` and `spot_weights` (n,) are the fold of each spot and the weight of its squared error. `used` (folds + 1, k, g)
+    is False where a prediction gets no weight: in each fold, and in the weights from all folds. `alone` are the positions
+    of the predictions that may be used alone; all by default.
     """
     # A network that returned to the mean differs from it by rounding, which must not get a weight.
     predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)

@@ -61,12 +61,12 @@ def fit_cohort(
     profiles = np.stack([given(s.image_profile) for s in stacks])
     return CohortModel(
         params=settings.params,
-        var_names=var_names,
-        experts=[_RIDGE, NETWORK],
+        var_names=list(var_names),
+        _experts=[_RIDGE, NETWORK],
         base=_RIDGE,
-        n_features=data.n_features,
-        networks=found.states,
-        tensors={
+        _n_features=data.n_features,
+        _networks=found.states,
+        _tensors={
             **found.tensors,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
             "group": group,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
 
 _MAX_EXACT = 2000  # known spots solved for at once: a Cholesky factor of 32 MB and a second per component
+_MAX_COMPONENTS = 20  # of expression
 _MAX_FIT = 500  # spots whose likelihood is maximised; enough for six parameters
 # More known spots are solved for tile by tile: near spots determine the effect of place, random spots that of the image.
 _TILE_KNOWN = 500
@@ -79,16 +80,16 @@ class Kriging:
         return found
 
 
-def cokriging(spots: Spots, *, left_out: np.ndarray | None = None) -> np.ndarray:
+def cokriging(spots: Spots) -> np.ndarray:
     """(n, g) expected expression by :func:`krige`; in single precision if there are more than 2000 known spots."""
-    return krige(spots, left_out=left_out).expression()
+    return krige(spots).expression()
 
 
 # On matrices of this size, threads wait for each other longer than they compute. On a shared machine they made it 25
 # times slower.
 @threadpool_limits.wrap(limits=1, user_api="blas")
 @torch_threads(1)
-def krige(spots: Spots, *, max_components: int = 20, left_out: np.ndarray | None = None, seed: int = 0) -> Kriging:
+def krige(spots: Spots, *, left_out: np.ndarray | None = None) -> Kriging:
     """Predict expression from place and image by Gaussian processes on its principal components.
 
     The kernel of each component is the sum of a Gaussian of the registered distance, a linear and a Gaussian kernel of
@@ -96,23 +97,14 @@ def krige(spots: Spots, *, max_components: int = 20, left_out: np.ndarray | None
     counts of a spot, as counting noise does. The parameters maximise the marginal likelihood. A component is used only
     if it predicts left-out spots significantly better than its mean does (by two standard errors).
 
-    Parameters
-    ----------
-    spots
-        Spots of one stack; without features only their place is used. Covariances are computed on ``spots.solver_device``.
-    max_components
-        Largest number of components of expression.
-    left_out
-        (n_known,) group of each known spot. Each is then predicted from the known spots of the other groups; components
-        and parameters still come from all of them.
-    seed
-        Seed of the choice of known spots if there are more than 2000.
+    Without features only the place of spots is used. `left_out` is the (n_known,) group of each known spot: each is then
+    predicted from the known spots of the other groups; components and parameters still come from all of them.
     """
     inputs = _AllInputs(spots)
     rows = np.flatnonzero(spots.known)
-    keep = _sample(len(rows), _MAX_EXACT, seed)
+    keep = _sample(len(rows), _MAX_EXACT, np.random.default_rng(0))
     sample = inputs.of(rows[keep])
-    centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep], max_components)
+    centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep])
     # Single precision halves the time and the memory of the result, and is enough within a tile.
     in_tiles = len(rows) > _MAX_EXACT
     precision = np.float32 if in_tiles else np.float64
@@ -121,7 +113,7 @@ def krige(spots: Spots, *, max_components: int = 20, left_out: np.ndarray | None
     effects = np.reshape([c.loading * (c.spread * c.skill) for c in components], (len(components), n_genes))
     scores = np.zeros((n, len(components)), precision)
     kernels = _Kernels(sample)
-    for inside, others, own in _tiles(inputs.place, rows, seed) if components else ():
+    for inside, others, own in _tiles(inputs.place, rows) if components else ():
         near = np.concatenate([others, own])
         origin = inputs.place[rows[own]].mean(axis=0) if in_tiles else None
         known, counting = kernels.around(inputs.of(rows[near], origin)), spots.counting_noise[near]
@@ -150,14 +142,14 @@ class _Component:
 
 
 def _fit_components(
-    known: _Inputs, expression: np.ndarray, counting: np.ndarray, max_components: int
+    known: _Inputs, expression: np.ndarray, counting: np.ndarray
 ) -> tuple[np.ndarray, list[_Component]]:
     """Mean profile, and the principal components that can be predicted."""
     weight = counting_weights(expression - expression.mean(axis=0), counting)
     centre = np.average(expression, axis=0, weights=weight)
     centred = expression - centre
     # Weighted, because spots with few counts show noise instead of structure.
-    axes = _principal_axes(np.sqrt(weight)[:, None] * centred, max_components)
+    axes = _principal_axes(np.sqrt(weight)[:, None] * centred, _MAX_COMPONENTS)
     kernels, posterior = _Kernels(known), _Posterior(known, counting)
     distances = kernels.distances(known)
     components = []
@@ -192,7 +184,7 @@ def _principal_axes(values: np.ndarray, n: int) -> np.ndarray:
     return axes
 
 
-def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _tiles(place: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Split the plane into tiles with few known spots.
 
     Yields the spots of a tile, and two sets of positions in `rows` (the known spots): further spots to predict from (the
@@ -201,7 +193,7 @@ def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.
     if len(rows) <= _MAX_EXACT:
         yield np.arange(len(place)), np.arange(0), np.arange(len(rows))
         return
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     known = place[rows, :2]
     for inside, own in plane_tiles(place[:, :2], known, size=_TILE_KNOWN):
         outside = np.setdiff1d(np.arange(len(rows)), own, assume_unique=True)
@@ -213,11 +205,11 @@ def _tiles(place: np.ndarray, rows: np.ndarray, seed: int) -> Iterator[tuple[np.
         yield inside, np.concatenate([outside[order[:n_near]], outside[anywhere]]), own
 
 
-def _sample(n: int, size: int, seed: int | np.random.Generator) -> np.ndarray:
+def _sample(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """Sorted positions of at most `size` of n."""
     if n <= size:
         return np.arange(max(n, 0))
-    return np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+    return np.sort(rng.choice(n, size, replace=False))
 
 
 # Logarithms of: variance and length (spacings) of place, variance of the linear and of the Gaussian kernel of the

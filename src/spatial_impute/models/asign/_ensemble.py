@@ -14,7 +14,7 @@ import torch
 from spatial_impute._geometry import plane_tiles
 from spatial_impute._io.workers import active_client, run_on_workers, suitable_threads
 from spatial_impute.models._spots import Spots, block_folds, given, spatial_folds, training_rows
-from spatial_impute.models._storage import load_checkpoint, save_checkpoint
+from spatial_impute.models._storage import cpu_state, load_checkpoint, save_checkpoint
 from spatial_impute.models.asign._graph_inputs import (
     GeneScale,
     LabelPredictions,
@@ -293,7 +293,7 @@ class NetworkFit:
         network = MSAGNet(self.data.n_features, self.group, params)
         network.load_state_dict(run.state)
         network.return_to_base()
-        return [{key: value.clone() for key, value in network.state_dict().items()}], [self.data.scale()]
+        return [cpu_state(network)], [self.data.scale()]
 
     def _final(self, runs: list[TrainingRun], params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Networks that predict, and the scale of their genes."""
@@ -312,18 +312,20 @@ class NetworkFit:
         self, r: int, folds: Sequence[int], parts: Callable[[int], _Parts]
     ) -> Iterator[tuple[int, TrainingRun]]:
         """Fold and network of each fold with one regime: one after the other, or together on the workers of a dask client."""
-        params = self.regimes[r]
         client = active_client()
         if client is None:
             for k in folds:
-                yield k, self._train_or_load(f"network{k}-{r}", k, params, *parts(k))
+                yield k, self._train_fold(r, k, parts)
             return
         # The progress bar stays here: it advances by a whole network.
         alone = replace(self, on_step=_no_step, settings=replace(self.settings, progress=_no_progress))
-        done = partial(self._skip_steps, params)
-        yield from zip(
-            folds, run_on_workers(client, _train_fold, [(alone, r, k) for k in folds], on_done=done), strict=True
-        )
+        done = partial(self._skip_steps, self.regimes[r])
+        tasks = [(alone, r, k) for k in folds]
+        yield from zip(folds, run_on_workers(client, NetworkFit._train_fold, tasks, on_done=done), strict=True)
+
+    def _train_fold(self, r: int, k: int, parts: Callable[[int], _Parts] | None = None) -> TrainingRun:
+        """Network of one regime and fold, in this process or on a worker."""
+        return self._train_or_load(f"network{k}-{r}", k, self.regimes[r], *(parts or self._parts)(k))
 
     def _skip_steps(self, params: AsignParams) -> None:
         """Advance the progress by a network that was trained elsewhere."""
@@ -331,14 +333,7 @@ class NetworkFit:
             self.on_step()
 
     def _train_or_load(
-        self,
-        name: str,
-        k: int,
-        params: AsignParams,
-        batches: list[Batch],
-        held_out: list[Batch],
-        *,
-        n_before: int = 0,
+        self, name: str, k: int, params: AsignParams, batches: list[Batch], held_out: list[Batch], *, n_before: int = 0
     ) -> TrainingRun:
         """Result of a network, from the checkpoint folder if it was trained before."""
         folder = self.settings.checkpoint
@@ -423,11 +418,6 @@ class NetworkFit:
                 torch.from_numpy(self.weights[i][of_known].astype(np.float32)),
             ),
         )
-
-
-def _train_fold(networks: NetworkFit, r: int, k: int) -> TrainingRun:
-    """Network of one fold, on a worker."""
-    return networks._train_or_load(f"network{k}-{r}", k, networks.regimes[r], *networks._parts(k))
 
 
 def _is_useful(runs: list[TrainingRun]) -> bool:

@@ -20,6 +20,7 @@ from spatial_impute.models.asign._baselines import (
     RECIPES,
     available_methods,
     knn,
+    recalibrate,
     ridge,
     section_mean,
 )
@@ -35,14 +36,8 @@ from spatial_impute.models.asign._ensemble import (
     tried_regimes,
 )
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
-from spatial_impute.models.asign._intervals import (
-    held_out_noise,
-    held_out_spread,
-    relative_noise,
-    spot_scale,
-)
+from spatial_impute.models.asign._intervals import held_out_noise, held_out_spread, relative_noise, spot_scale
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
-from spatial_impute.models.asign._outside import recalibrate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,12 +81,12 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     rows[BASE] = rows["mean" if base == "none" else base]
     return AsignModel(
         params=params,
-        var_names=var_names,
-        experts=experts,
+        var_names=list(var_names),
+        _experts=experts,
         base=base,
-        n_features=data.n_features,
-        networks=ensemble.states,
-        tensors={
+        _n_features=data.n_features,
+        _networks=ensemble.states,
+        _tensors={
             **ensemble.tensors,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
             "group": group,
@@ -148,12 +143,7 @@ class _HeldOut:
         return [name for name in self.rows if name not in _NOT_BLENDED]
 
     def networks(
-        self,
-        base: str,
-        group: Tensor,
-        settings: FitSettings,
-        fingerprint: dict[str, Any],
-        on_step: Callable[[], None],
+        self, base: str, group: Tensor, settings: FitSettings, fingerprint: dict[str, Any], on_step: Callable[[], None]
     ) -> NetworkFit:
         """Networks that start at a base."""
         data = self.data
@@ -293,15 +283,8 @@ def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: Fi
     for spots in stacks:
         graph = given(spots.graph)
         arrays = [spots.xyz, spots.section, spots.known, spots.expression, given(spots.features), spots.counting_noise]
-        arrays += [
-            np.array(spots.field_um),
-            *given(spots.tokens),
-            graph.data,
-            graph.indices,
-            graph.indptr,
-            given(spots.edge_features),
-        ]
-        for array in arrays:
+        arrays += [np.array(spots.field_um), *given(spots.tokens), graph.data, graph.indices, graph.indptr]
+        for array in (*arrays, given(spots.edge_features)):
             data.update(repr((array.shape, array.dtype.str)).encode())
             data.update(np.ascontiguousarray(array).tobytes())
     for state in settings.start:
@@ -338,11 +321,7 @@ def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
 
 
 def _interval_tensors(
-    data: TrainingSet,
-    residuals: np.ndarray,
-    residuals_of_mean: np.ndarray,
-    support: np.ndarray,
-    params: AsignParams,
+    data: TrainingSet, residuals: np.ndarray, residuals_of_mean: np.ndarray, support: np.ndarray, params: AsignParams
 ) -> dict[str, Tensor]:
     """Tensors of a model from which the standard deviations of imputed values are computed."""
     noise = data.per_stack(held_out_noise)

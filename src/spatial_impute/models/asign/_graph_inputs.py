@@ -223,12 +223,8 @@ def shared_components(
     correlation across the edges between sections, :math:`\rho = \sum w_{ij} u_i u_j / \sum w_{ij} u_i^2`. Expression is
     not used. Without edges between sections, the components are the plain principal components.
 
-    Parameters
-    ----------
-    features, weights, section
-        (n, d), standardised within sections; (n, n) symmetric weights of the 3D graph; (n,) section of each spot.
-    seed
-        Seed of the choice of spots and of the randomised decomposition of large stacks.
+    `features` (n, d) are standardised within sections, `weights` (n, n) those of the 3D graph. `seed` is that of the
+    choice of spots and of the randomised decomposition of large stacks.
     """
     from sklearn.utils.extmath import randomized_svd
 

@@ -24,7 +24,7 @@ from spatial_impute.models._storage import (
     save_model,
     tensors_below,
 )
-from spatial_impute.models.asign._baselines import METHODS, apply_linear
+from spatial_impute.models.asign._baselines import METHODS, apply_linear, recalibrate
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
@@ -37,11 +37,8 @@ from spatial_impute.models.asign._graph_inputs import (
 )
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._network import MSAGNet, predict
-from spatial_impute.models.asign._outside import recalibrate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from spatial_impute.models._spots import Spots
@@ -66,33 +63,9 @@ class Imputation:
     parts: dict[str, np.ndarray]  # (n, g) predictions of the parts of the model, if they are wanted
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class AsignModel:
     """A fitted model; made by :func:`~spatial_impute.tl.fit_asign` or :meth:`load`.
-
-    Attributes
-    ----------
-    params
-        Settings.
-    base
-        Method to whose prediction the networks add their correction; see ``AsignParams.base``.
-    var_names
-        Genes.
-    cross_validation
-        Scores on held-out blocks of the measured sections, one row per method: all baselines; ``"base"``, to which the
-        networks add their correction; ``"network alone"``, their mean; ``"without network"``, the blend of all other
-        methods; and ``"asign"``, the blend with the networks. The weights for a block come from the other blocks.
-        ``gain`` is the correlation that ``"asign"`` has over the method of the row, with its 95 % interval over genes.
-    predictability
-        Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``.
-    predictable
-        True for genes that are predicted better than by chance; written as ``var["imputable"]``.
-    history
-        Loss and held-out error of each network by step; ``kept`` marks the step of the model.
-    config
-        Encoder, normalisation and provenance of the training data, and the settings of the optimizer that were chosen.
-    cohort
-        Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
-        scores on stacks that were held out. Else None.
 
     Examples
     --------
@@ -103,36 +76,32 @@ class AsignModel:
     >>> model.cross_validation.loc[["cokriging", "asign"], ["pearson_gene", "skill"]]  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *,
-        params: AsignParams,
-        var_names: Sequence[str],
-        experts: Sequence[str],
-        base: str,
-        n_features: int,
-        networks: list[dict[str, Tensor]],
-        tensors: dict[str, Tensor],
-        cross_validation: pd.DataFrame,
-        predictability: pd.Series,
-        predictable: pd.Series,
-        history: pd.DataFrame,
-        config: dict[str, Any],
-        cohort: AsignModel | None = None,
-    ) -> None:
-        self.params = params
-        self.var_names = list(var_names)
-        self.cross_validation = cross_validation
-        self.predictability = predictability
-        self.predictable = predictable
-        self.history = history
-        self.config = config
-        self.cohort = cohort
-        self.base = base
-        self._experts = list(experts)
-        self._n_features = n_features
-        self._networks = networks
-        self._tensors = tensors
+    params: AsignParams
+    """Settings."""
+    base: str
+    """Method to whose prediction the networks add their correction; see ``AsignParams.base``."""
+    var_names: list[str]
+    """Genes."""
+    cross_validation: pd.DataFrame
+    """Scores on held-out blocks of the measured sections, one row per method: all baselines; ``"base"``, to which the
+    networks add their correction; ``"network alone"``, their mean; ``"without network"``, the blend of all other
+    methods; and ``"asign"``, the blend with the networks. The weights for a block come from the other blocks.
+    ``gain`` is the correlation that ``"asign"`` has over the method of the row, with its 95 % interval over genes."""
+    predictability: pd.Series
+    """Pearson correlation of each gene on held-out blocks; written as ``var["imputation_r"]``."""
+    predictable: pd.Series
+    """True for genes that are predicted better than by chance; written as ``var["imputable"]``."""
+    history: pd.DataFrame
+    """Loss and held-out error of each network by step; ``kept`` marks the step of the model."""
+    config: dict[str, Any]
+    """Encoder, normalisation and provenance of the training data, and the settings of the optimizer that were chosen."""
+    cohort: AsignModel | None = None
+    """Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
+    scores on stacks that were held out. Else None."""
+    _experts: list[str]
+    _n_features: int
+    _networks: list[dict[str, Tensor]]
+    _tensors: dict[str, Tensor]
 
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
@@ -304,11 +273,10 @@ class AsignModel:
         experts, allowed = config["experts"], {*METHODS, TWO_VIEWS, NETWORK, *config["config"].get("base_layers", [])}
         if len(set(experts)) != len(experts) or not set(experts) <= allowed or experts[-1:] != [NETWORK]:
             raise does_not_fit(path, f"`experts` must be known methods or base layers, each once; found {experts}.")
-        shapes: dict[str, tuple[int, ...]] = {"centre": (n_genes,), "group": (n_genes,)}
+        shapes: dict[str, tuple[int, ...]]
+        shapes = dict.fromkeys(("centre", "group", "spread", "spread_of_mean"), (n_genes,))
         shapes |= dict.fromkeys(("network_centre", "network_scale"), (n_networks, n_genes))
-        shapes["weights"] = (n_genes, len(config["experts"]))
-        shapes["weights_without"] = (n_genes, len(config["experts"]) - 1)
-        shapes |= {"spread": (n_genes,), "spread_of_mean": (n_genes,)}
+        shapes |= {"weights": (n_genes, len(experts)), "weights_without": (n_genes, len(experts) - 1)}
         shapes |= {"noise": (3,), "usual_support": (1,), "whole_sections": (1,)}
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
@@ -322,11 +290,11 @@ class AsignModel:
         model = cls(
             params=params,
             var_names=config["var_names"],
-            experts=config["experts"],
+            _experts=experts,
             base=config["base"],
-            n_features=config["n_features"],
-            networks=networks,
-            tensors=own,
+            _n_features=config["n_features"],
+            _networks=networks,
+            _tensors=own,
             cross_validation=pd.DataFrame(config["cross_validation"]).set_index("method").astype(float),
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),

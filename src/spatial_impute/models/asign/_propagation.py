@@ -40,27 +40,12 @@ def propagate(
 
     .. math:: m_i = \frac{\sum_j w_{ij} m_j}{d_i + \lambda}, \qquad f_i = \frac{\sum_j w_{ij} m_j f_j}{\sum_j w_{ij} m_j}
 
-    With ``leak=0`` this is the harmonic solution.
+    With ``leak=0`` this is the harmonic solution. `leak` is :math:`\lambda`, in units of edge weight (1 is an edge to a
+    spot at the same place). The default is the weight of six neighbours at a distance of one spacing, so that a mass of
+    one half means: measured spots have as much weight as the neighbours on the same section.
 
-    Parameters
-    ----------
-    weights, known, values
-        (n, n) non-negative weights; (n,) bool; (n_known, g).
-    leak
-        :math:`\lambda`, in units of edge weight (1 is an edge to a spot at the same place). The default is the weight of
-        six neighbours at a distance of one spacing, so that a mass of one half means: measured spots have as much weight
-        as the neighbours on the same section.
-    dtype
-        Precision of the computation and of the returned values.
-    device
-        Torch device of the computation.
-
-    Returns
-    -------
-    values
-        (n, g); known rows as given, NaN if no known spot is connected.
-    mass
-        (n,) in 0-1: weight of the known values in a spot. 1 at known spots, 0 if no known spot is connected.
+    Shapes: (n, n) non-negative weights, (n,) bool, (n_known, g) -> (n, g) values, NaN if no known spot is connected, and
+    (n,) mass in 0-1: weight of the known values in a spot, 1 at known spots and 0 if none is connected.
 
     Examples
     --------
@@ -111,15 +96,13 @@ class KnownGraph:
     matrix: np.ndarray  # (n_known, n_known) Schur complement of the system
 
     @classmethod
-    def of(
-        cls, weights: sparse.csr_matrix, known: np.ndarray, *, leak: float = _LEAK, device: str = "cpu"
-    ) -> KnownGraph:
+    def of(cls, weights: sparse.csr_matrix, known: np.ndarray, *, device: str = "cpu") -> KnownGraph:
         """Eliminate the spots that are not known from a graph; see :func:`propagate`."""
         weights = sparse.csr_matrix(weights, dtype=np.float32)
         rows, others = np.flatnonzero(known), np.flatnonzero(~known)
-        matrix = _system(weights, rows, leak)[0].toarray().astype(np.float64)
+        matrix = _system(weights, rows, _LEAK)[0].toarray().astype(np.float64)
         if len(others):
-            system, degree = _system(weights, others, leak)
+            system, degree = _system(weights, others, _LEAK)
             to_known = weights[rows][:, others]
             n_columns = max(1, _MAX_VALUES // len(others))
             for start in range(0, len(rows), n_columns):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute.models._storage import Checkpoint, tensors_below
+from spatial_impute.models._storage import Checkpoint, cpu_state, tensors_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,19 +161,9 @@ def train(
 ) -> TrainingRun:
     """Train one network on one batch per step, to the end of the schedule of the learning rate.
 
-    Held-out spots are predicted about ten times. In a process group (``torch.distributed``, as started by ``torchrun``)
-    every process takes another batch, gradients are averaged, and all processes end with the same network.
-
-    Parameters
-    ----------
-    build
-        Makes the network; called after seeding.
-    batches, held_out
-        Batches to train on, in this order; batches to check the network on, or none.
-    params
-        Settings, with those of the optimizer; see :func:`regimes`.
-    seed, device, on_step
-        Seed of weights and dropout; torch device; called for every step, for progress.
+    `build` makes the network, after seeding. Held-out spots, if there are any, are predicted about ten times. In a process
+    group (``torch.distributed``, as started by ``torchrun``) every process takes another batch, gradients are averaged, and
+    all processes end with the same network.
     """
     n_steps, peak = params.n_steps or 0, params.learning_rate or 0.0
     with torch.random.fork_rng(devices=[]):
@@ -204,7 +194,7 @@ def train(
             losses.append(training_step(trained, optimizer, batch, params))
             _require_finite("loss", losses[-1], step + 1, params)
             on_step()
-    return TrainingRun(_copy(network), history, predictions)
+    return TrainingRun(cpu_state(network), history, predictions)
 
 
 def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float]:
@@ -214,10 +204,6 @@ def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float
         found = [batch.predict(network) for batch in held_out]
     errors = [batch.target.errors(p) for p, batch in zip(found, held_out, strict=True)]
     return [p.cpu() for p in found], float(torch.cat(errors).mean())
-
-
-def _copy(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
 
 def _require_finite(what: str, value: float, step: int, params: AsignParams) -> None:

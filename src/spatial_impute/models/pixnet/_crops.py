@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, Stencil, build_stencil
+from spatial_impute.encoders._context import Box
+from spatial_impute.models.pixnet._region_weights import CellGrid, Regions, Stencil, build_stencil
+from spatial_impute.models.pixnet._tiles import sum_cells
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,8 +156,7 @@ def random_crop(
     center = np.clip(center, *_inner_centers(slide, settings))
     turn = int(rng.integers(8)) if flips else 0
     jitter = np.exp(stain_jitter * (rng.normal(size=3) + rng.normal())) if stain_jitter else np.ones(3)
-    red, green, blue = (float(f) for f in np.asarray(slide.stain.factor) * jitter)
-    stain = replace(slide.stain, factor=(red, green, blue))
+    stain = replace(slide.stain, factor=tuple(map(float, np.asarray(slide.stain.factor) * jitter)))
     return make_crop(slide, center, settings, turn=turn, stain=stain, rng=rng)
 
 
@@ -189,23 +189,13 @@ def predict_crops(network: PixNetNetwork, maps: list[Tensor], crops: list[Crop])
     """(n_regions, n_genes) prediction of the regions of some crops by the decoder, from the maps of the encoder."""
     stencils = [crop.stencil for crop in crops]
     grids = network.genes(network.combine(maps)) if network.rates else network.decode(maps)
-    n, c, height, width = grids.shape
-    table = grids.movedim(1, -1).reshape(n * height * width, c)
-    cells = np.concatenate([s.cells + k * height * width for k, s in enumerate(stencils)])
-    lengths = np.concatenate([np.diff(s.start) for s in stencils])
+    table = grids.movedim(1, -1).flatten(0, 2)
     n_pixels = np.concatenate([s.n_pixels for s in stencils])
-    sums = F.embedding_bag(
-        torch.from_numpy(cells).to(table.device),
-        table,
-        torch.from_numpy(np.cumsum(lengths) - lengths).to(table.device),
-        mode="sum",
-        per_sample_weights=torch.from_numpy(np.concatenate([s.weights for s in stencils])).to(table),
-    )
-    means = sums / torch.from_numpy(n_pixels).to(table)[:, None]
+    means = sum_cells(table, stencils) / torch.from_numpy(n_pixels).to(table)[:, None]
     if network.rates:
         areas = np.concatenate([crop.slide.area_um2[crop.rows] for crop in crops])
         return means * torch.from_numpy(areas).to(table)[:, None]
-    return network.from_decoded(means)
+    return network.from_pooled(means)
 
 
 class CropSampler:

@@ -14,8 +14,7 @@ import torch
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._base import Base, BaseData, fit_base, set_base, standardise_decoder
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
-from spatial_impute.models.pixnet._held_out import Evaluation, evaluate
-from spatial_impute.models.pixnet._loss import RegionLoss
+from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, evaluate
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._slide import Slide, Tiling
 from spatial_impute.models.pixnet._tiles import read_regions

@@ -1,4 +1,4 @@
-"""Held-out regions of a training of PixNet: their windows, their errors, and the weights of base and decoder."""
+"""Loss of PixNet on regions, and the held-out regions of a training: windows, errors, weights of base and decoder."""
 
 from __future__ import annotations
 
@@ -9,23 +9,60 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import ttest_1samp
+from torch import Tensor, nn
 
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import given
 from spatial_impute.models.asign._blend import blend_weights
+from spatial_impute.models.asign._training import correlation_loss
 from spatial_impute.models.pixnet._crops import Crop, cover, make_crop, predict_crops
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide
-    from spatial_impute.models.pixnet._loss import RegionLoss
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _MAX_WINDOWS = 48  # more would take longer than the steps between two checks
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
 _N_FOLDS = 12  # of the blocks, which are six per slide; the weights of base and decoder in a fold come from the others
 _SMALLEST_VARIANCE = 1e-8
+_SMALLEST_RATE = 1e-8  # counts; keeps the logarithm finite
+
+
+class RegionLoss(nn.Module):
+    """Loss of predicted regions (n, n_genes): ``"mse+pcc"`` (squared error and correlation), ``"poisson"``, or ``"nb"``.
+
+    For counts `predicted` is the expected count; the negative binomial learns a dispersion for each gene.
+    """
+
+    def __init__(self, kind: str, n_genes: int, correlation_weight: float) -> None:
+        super().__init__()
+        self.kind, self.correlation_weight = kind, correlation_weight
+        self.log_dispersion = nn.Parameter(torch.zeros(n_genes)) if kind == "nb" else None
+
+    def forward(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """Mean over regions and genes."""
+        value = self.per_region(predicted, true).mean()
+        if self.kind == "mse+pcc":
+            value = value + self.correlation_weight * correlation_loss(predicted, true)
+        return value
+
+    def per_region(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """(n,) squared error, or negative log-likelihood of counts: mean over genes."""
+        if self.kind == "mse+pcc":
+            return (predicted - true).square().mean(dim=1)
+        rate = predicted.clamp_min(_SMALLEST_RATE)
+        if self.log_dispersion is None:
+            return (rate - true * rate.log()).mean(dim=1)
+        total = self.log_dispersion.exp()  # number of failures r: variance is rate + rate^2 / r
+        likelihood = (
+            torch.lgamma(true + total)
+            - torch.lgamma(total)
+            - torch.lgamma(true + 1)
+            + total * (total.log() - (total + rate).log())
+            + true * (rate.log() - (total + rate).log())
+        )
+        return -likelihood.mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -185,8 +222,6 @@ def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:
     blocks its gain must be larger than chance (paired t-test). What is kept, the best check on all blocks, is chosen in the
     same way from more.
     """
-    from scipy.stats import ttest_1samp
-
     gain = np.zeros(errors.shape[1])
     for chooses in (half, ~half):
         if chooses.all() or not chooses.any():

@@ -12,8 +12,8 @@ import torch
 
 from spatial_impute._image.resampling import resampled_image
 from spatial_impute._validation import name_list, require_key
-from spatial_impute.encoders._encoder import weights_hash
-from spatial_impute.encoders._pyramids import ENCODERS, build_pyramid
+from spatial_impute.encoders._encoder import ENCODERS, weights_hash
+from spatial_impute.encoders._pyramids import build_pyramid
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
@@ -250,5 +250,4 @@ def match_stain(found: SlideOverview, reference: Sequence[float] | None) -> Stai
     """Stain of a slide on white glass, matched to a reference's mean optical density if there is one."""
     if reference is None:
         return Stain(found.background)
-    red, green, blue = (float(r / d) for r, d in zip(reference, found.density, strict=True))
-    return Stain(found.background, (red, green, blue))
+    return Stain(found.background, tuple(float(r / d) for r, d in zip(reference, found.density, strict=True)))

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute.encoders._context import coarser, cut, grow, measured_halo, relative
+from spatial_impute.encoders._context import Box, coarser, cut, grow, measured_halo, relative
 from spatial_impute.encoders._encoder import autocast
 from spatial_impute.encoders._pyramids import window_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from spatial_impute.encoders._context import Cells
     from spatial_impute.encoders._pyramids import Pyramid
     from spatial_impute.models._params import PixNetParams
 
@@ -38,8 +37,8 @@ _NO_VARIANCE = 1e-3
 class Stain:
     """Stain of a slide, and how to match it to the training slides."""
 
-    background: tuple[float, float, float]  # Color of the glass in 0-255
-    factor: tuple[float, float, float] = (1.0, 1.0, 1.0)  # Factor on the optical density, per channel
+    background: tuple[float, ...]  # Color of the glass in 0-255
+    factor: tuple[float, ...] = (1.0, 1.0, 1.0)  # Factor on the optical density, per channel
 
     def apply(self, rgb: Tensor) -> Tensor:
         """(n, 3, y, x) in 0-255 on white glass, with the amount of stain of the training slides."""
@@ -105,7 +104,7 @@ class Decoder(nn.Module):
         self.register_buffer("mean", torch.zeros(sum(channels)))
         self.register_buffer("spread", torch.ones(()))
 
-    def forward(self, maps: list[Tensor], cells: Cells) -> Tensor:
+    def forward(self, maps: list[Tensor], cells: Box) -> Tensor:
         """Some cells of the finest map. Of every coarser map only what these cells read is computed."""
         size = maps[0].shape[-2] * (2 if self.single else 1), maps[0].shape[-1] * (2 if self.single else 1)
         wanted, grown = cells, []
@@ -119,7 +118,7 @@ class Decoder(nn.Module):
             window = grown[i]
         return cut(x, relative(cells, window))
 
-    def _lateral(self, maps: list[Tensor], level: int, cells: Cells) -> Tensor:
+    def _lateral(self, maps: list[Tensor], level: int, cells: Box) -> Tensor:
         """Some cells of a map, standardised, with the channels of the decoder."""
         if self.single:  # the map is coarse: little is gained if only a part is computed
             return cut(self.lateral[level]((maps[0] - self.mean[:, None, None]) / self.spread), cells)
@@ -149,7 +148,7 @@ class WindowStatistics(nn.Module):
         self.n_cells = tuple(2 * max(0, round((window / cell - 1) / 2)) + 1 for window in windows)
         self.edges = tuple(n * cell for n in self.n_cells)
 
-    def forward(self, maps: Tensor, cells: Cells) -> Tensor:
+    def forward(self, maps: Tensor, cells: Box) -> Tensor:
         mean = F.avg_pool2d(maps, self.factor)
         square = F.avg_pool2d(maps**2, self.factor)
         parts = []
@@ -177,24 +176,12 @@ class PixNetNetwork(nn.Module):
     window statistics, resized to the finest grid. A linear head on it is ridge regression on image features. The head of
     the decoder starts at zero. In each gene, the result is a weighted sum of both.
 
-    Parameters
-    ----------
-    pyramid
-        Encoder.
-    n_genes, width, n_base
-        Number of genes, channels of the decoder, channels of the base (0 for no base).
-    context
-        Edges in px of the windows of the base; see :class:`WindowStatistics`.
-    norm, delta
-        ``"batch"`` or ``"layer"``; initial scale of the lateral maps.
-    finest
-        Leave out maps of the encoder with a smaller stride, but keep at least two maps.
-    rates
-        The map is a positive rate, the softplus of the head; else it is the head.
+    `width` and `n_base` are the channels of decoder and base (0 for no base), `context` the edges in px of the windows of
+    the base (see :class:`WindowStatistics`), `norm` and `delta` the norm and the initial scale of the lateral maps. Maps of
+    the encoder with a smaller stride than `finest` are left out, but two maps are kept. With `rates` the map is a positive
+    rate, the softplus of the head; else it is the head.
 
-    Shapes
-    ------
-    rgb (n, 3, y, x) in 0-255, y and x multiples of `multiple` -> :meth:`features` (n, n_base + width, y / stride,
+    Shapes: rgb (n, 3, y, x) in 0-255, y and x multiples of `multiple` -> :meth:`features` (n, n_base + width, y / stride,
     x / stride) -> :meth:`genes` (n, n_genes, y / stride, x / stride).
     """
 
@@ -252,19 +239,19 @@ class PixNetNetwork(nn.Module):
         self.pyramid.eval()
         return self
 
-    def encode(self, rgb: Tensor, window: Cells | None = None) -> list[Tensor]:
+    def encode(self, rgb: Tensor, window: Box | None = None) -> list[Tensor]:
         """Maps of the encoder that the network uses, finest first; only of a window in px if given."""
         with autocast(rgb.device, self.precision):
             maps = self.pyramid(rgb) if window is None else self.pyramid.within(rgb, window)
         return [m.to(rgb.dtype) for m in maps[self.first :]]
 
-    def decode(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+    def decode(self, maps: list[Tensor], cells: Box | None = None) -> Tensor:
         """Features of the decoder from the maps of the encoder: (n, width, y / stride, x / stride), or only some cells."""
         with autocast(maps[0].device, self.precision):
             decoded = self.decoder(maps, cells or self._all_cells(maps))
         return decoded.to(maps[0].dtype)
 
-    def levels(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+    def levels(self, maps: list[Tensor], cells: Box | None = None) -> Tensor:
         """Inputs of the base on the finest grid, (n, n_levels, y, x), or only some cells.
 
         With some thousand channels, maps of all cells would take much memory.
@@ -273,7 +260,7 @@ class PixNetNetwork(nn.Module):
         parts = self._parts(maps, cells)
         return torch.cat([_resize_part(part, factor, cells) for part, factor in parts], dim=1)
 
-    def base_features(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+    def base_features(self, maps: list[Tensor], cells: Box | None = None) -> Tensor:
         """Base from the maps of the encoder: (n, n_base, y / stride, x / stride), or only some cells."""
         cells = cells or self._all_cells(maps)
         # Maps of the same size are added before they are resized, and sums are in place: for maps as large as the finest
@@ -287,11 +274,11 @@ class PixNetNetwork(nn.Module):
             first.add_(other)
         return first
 
-    def _all_cells(self, maps: list[Tensor]) -> Cells:
+    def _all_cells(self, maps: list[Tensor]) -> Box:
         """All cells of the finest grid."""
-        return 0, maps[0].shape[-2] * self.magnified, 0, maps[0].shape[-1] * self.magnified
+        return Box(0, maps[0].shape[-2] * self.magnified, 0, maps[0].shape[-1] * self.magnified)
 
-    def _parts(self, maps: list[Tensor], cells: Cells) -> Iterator[tuple[Tensor, int]]:
+    def _parts(self, maps: list[Tensor], cells: Box) -> Iterator[tuple[Tensor, int]]:
         """Parts of each input of the base that the cells of the finest grid read, and the number of cells along one of its own."""
         rows, columns = self._all_cells(maps)[1::2]
         for m in maps:
@@ -304,7 +291,7 @@ class PixNetNetwork(nn.Module):
             for part in self.windows(source, read).split(source.shape[1], dim=1):
                 yield part, factor
 
-    def combine(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+    def combine(self, maps: list[Tensor], cells: Box | None = None) -> Tensor:
         """Base and decoder from the maps of the encoder; only some cells if given."""
         parts = [self.decode(maps, cells)]
         if self.n_base:
@@ -315,7 +302,7 @@ class PixNetNetwork(nn.Module):
         """Base and decoder, the inputs of the linear head."""
         return self.combine(self.encode(rgb))
 
-    def predict(self, maps: list[Tensor], cells: Cells | None = None) -> Tensor:
+    def predict(self, maps: list[Tensor], cells: Box | None = None) -> Tensor:
         """Map of the genes from the maps of the encoder; only some cells if given."""
         return self.genes(self.combine(maps, cells))
 
@@ -329,12 +316,11 @@ class PixNetNetwork(nn.Module):
         return cast("Tensor", self.head.bias)
 
     def from_pooled(self, features: Tensor) -> Tensor:
-        """Genes of regions from their mean features (n, c); the head is linear, so it may be applied last."""
-        return F.linear(features, self.head.weight[:, :, 0, 0], self.head.bias)
+        """Genes of regions from their mean features (n, c), or by the decoder alone from its features, which come last.
 
-    def from_decoded(self, decoded: Tensor) -> Tensor:
-        """Genes of regions by the decoder alone, (n, n_genes), from the mean of their decoder features (n, width)."""
-        return F.linear(decoded, self.head.weight[:, self.n_base :, 0, 0], self.head.bias)
+        The head is linear, so it may be applied last.
+        """
+        return F.linear(features, self.head.weight[:, -features.shape[1] :, 0, 0], self.head.bias)
 
     def with_genes(self, index: list[int]) -> PixNetNetwork:
         """Copy that predicts some of the genes."""
@@ -382,18 +368,18 @@ def _resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return resized[..., : size[1]]
 
 
-def _resize_source(cells: Cells, factor: int, size: Sequence[int]) -> Cells:
+def _resize_source(cells: Box, factor: int, size: Sequence[int]) -> Box:
     """Cells of a map of this size that bilinear interpolation by a factor reads: one more on each side."""
     return cells if factor == 1 else grow(coarser(cells, factor), 1, size)
 
 
-def _resize_part(part: Tensor, factor: int, cells: Cells) -> Tensor:
+def _resize_part(part: Tensor, factor: int, cells: Box) -> Tensor:
     """Some cells of a map resized by a factor, from the `part` of it that :func:`_resize_source` names."""
     if factor == 1:
         return part
-    y, x = (max(first // factor - 1, 0) * factor for first in (cells[0], cells[2]))
+    y, x = (max(first // factor - 1, 0) for first in (cells[0], cells[2]))
     resized = _resize(part, (part.shape[-2] * factor, part.shape[-1] * factor))
-    return cut(resized, (cells[0] - y, cells[1] - y, cells[2] - x, cells[3] - x))
+    return cut(resized, relative(cells, Box(y, y, x, x), factor))
 
 
 def receptive_halo(network: PixNetNetwork) -> int:

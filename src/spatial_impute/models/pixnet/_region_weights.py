@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import shapely
 
 from spatial_impute._geometry import apply_affine, linear_scale
 from spatial_impute._settings import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from spatial_impute.encoders._context import Box
 
 _TINY = 2.0  # px; a larger region contains a pixel centre
 _BATCH = 50_000  # polygons split into edges at a time
@@ -39,16 +42,6 @@ class Stencil:
     start: np.ndarray  # (n_regions + 1,) int64 first entry of each region
     n_pixels: np.ndarray
     """(n_regions,) float64 pixels of the region in the box; its area if it contains no pixel centre."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """Pixels [y0, y1) x [x0, x1)."""
-
-    y0: int
-    y1: int
-    x0: int
-    x1: int
 
 
 @dataclass(frozen=True)
@@ -128,8 +121,6 @@ class Polygons:
 
     @classmethod
     def _from_some(cls, geometries: np.ndarray) -> Polygons:
-        import shapely
-
         parts, of_polygon = shapely.get_parts(geometries, return_index=True)
         rings, of_part = shapely.get_rings(parts, return_index=True)
         points, of_ring = shapely.get_coordinates(rings, return_index=True)
@@ -230,7 +221,7 @@ def _neighbours(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.
 
 def _collect_runs(find: Callable[..., np.ndarray], geometry: np.ndarray, sizes: np.ndarray, box: Box) -> Runs:
     """Runs of all regions: the first pass counts them, the second one writes them."""
-    limits = (box.y0, box.y1, box.x0, box.x1)
+    limits = tuple(box)
     count = find(geometry, sizes, limits, np.empty((0, 3), np.int64))
     start = np.concatenate([[0], np.cumsum(count)])
     pixels = np.empty((start[-1], 3), np.int64)

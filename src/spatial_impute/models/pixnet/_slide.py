@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spatial_impute.encoders._context import cut_pixels, grow, relative
-from spatial_impute.models.pixnet._region_weights import Box, CellGrid
+from spatial_impute.encoders._context import Box, coarser, cut_pixels, grow, relative
+from spatial_impute.models.pixnet._region_weights import CellGrid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute._image.resampling import ResampledImage
-    from spatial_impute.encoders._context import Cells
     from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 
     Block = tuple[int, int]
@@ -80,16 +79,12 @@ class Tiling:
 
     def window(self, tile: tuple[int, int]) -> Box:
         """Pixels of a core and its context."""
-        box, h = self.box(tile), self.halo
-        height, width = self.extended
-        return Box(max(box.y0 - h, 0), min(box.y1 + h, height), max(box.x0 - h, 0), min(box.x1 + h, width))
+        return grow(self.box(tile), self.halo, self.extended)
 
     def grid(self, tile: tuple[int, int], margin: int) -> CellGrid:
         """Cells of a core, and up to `margin` more on each side."""
-        box, (n_y, n_x), s = self.box(tile), self.cells, self.stride
-        y0, x0 = max(box.y0 // s - margin, 0), max(box.x0 // s - margin, 0)
-        y1, x1 = min(box.y1 // s + margin, n_y), min(box.x1 // s + margin, n_x)
-        return CellGrid(s, n_y, n_x, y0, x0, y1 - y0, x1 - x0)
+        y0, y1, x0, x1 = grow(coarser(self.box(tile), self.stride), margin, self.cells)
+        return CellGrid(self.stride, *self.cells, y0, x0, y1 - y0, x1 - x0)
 
 
 class EncodedMaps:
@@ -107,7 +102,7 @@ class EncodedMaps:
     def __reduce__(self) -> tuple[type[EncodedMaps], tuple[()]]:
         return EncodedMaps, ()
 
-    def read(self, network: PixNetNetwork, slide: Slide, window: Cells) -> list[Tensor]:
+    def read(self, network: PixNetNetwork, slide: Slide, window: Box) -> list[Tensor]:
         """Maps of the window (in px) of a tile."""
         edge = _edge(slide.tiling)
         rows, columns = (range(window[i] // edge, -(-window[i + 1] // edge)) for i in (0, 2))
@@ -129,10 +124,10 @@ class EncodedMaps:
         """Encode the rectangle of the missing blocks, in one piece."""
         edge, (height, width) = _edge(slide.tiling), slide.tiling.extended
         boxes = {
-            (i, j): (i * edge, min((i + 1) * edge, height), j * edge, min((j + 1) * edge, width)) for i, j in missing
+            (i, j): Box(i * edge, min((i + 1) * edge, height), j * edge, min((j + 1) * edge, width)) for i, j in missing
         }
         y0, y1, x0, x1 = zip(*boxes.values(), strict=True)
-        whole = min(y0), max(y1), min(x0), max(x1)
+        whole = Box(min(y0), max(y1), min(x0), max(x1))
         try:
             around = grow(whole, network.pyramid.halo, (height, width))
             maps = network.encode(slide.rgb(around, network), relative(whole, around))
@@ -166,7 +161,7 @@ class Slide:
         columns = max(1, min(image, _columns_of_stripe(network, self.tiling)))
         return sorted(tiles, key=lambda tile: (tile[1] // columns, tile))
 
-    def rgb(self, window: Cells, network: PixNetNetwork) -> Tensor:
+    def rgb(self, window: Box, network: PixNetNetwork) -> Tensor:
         """Pixels of a window with the stain of the training slides: (1, 3, y, x), on the device of the network."""
         weight = network.head.weight
         return self.stain.apply(torch.from_numpy(self.image.window(*window)).to(weight.device, weight.dtype)[None])

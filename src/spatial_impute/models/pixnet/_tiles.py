@@ -13,19 +13,19 @@ from torch.nn import functional as F
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.models.pixnet._region_weights import Box, CellGrid, Regions, build_stencil
+from spatial_impute.encoders._context import Box
+from spatial_impute.models.pixnet._region_weights import CellGrid, Regions, Stencil, build_stencil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from spatial_impute._image.resampling import ResampledImage, SlideOverview
-    from spatial_impute.encoders._context import Cells
     from spatial_impute.models.pixnet._network import PixNetNetwork
     from spatial_impute.models.pixnet._slide import Slide, Tiling
 
-    Stage = Callable[[list[Tensor], Cells], Tensor]
+    Stage = Callable[[list[Tensor], Box], Tensor]
     """From the maps of the encoder to some cells of a map (1, c, y, x)."""
 
 _BATCH = 100_000  # regions whose weights are in memory at a time: some 100 MB
@@ -42,11 +42,11 @@ def forward_tile(
     window = tiling.window(tile)
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // stride, grid.x0 - window.x0 // stride
-    cells = (top, top + grid.window[0], left, left + grid.window[1])
+    cells = Box(top, top + grid.window[0], left, left + grid.window[1])
     # Workers of dask request one thread; two workers with a thread per core each are slower than one worker.
     n_cells = (window.y1 - window.y0) * (window.x1 - window.x0) // stride**2
     with suitable_threads(n_cells, network.head.in_channels):
-        maps = slide.encoded.read(network, slide, (window.y0, window.y1, window.x0, window.x1))
+        maps = slide.encoded.read(network, slide, window)
         return stage(maps, cells)[0], grid
 
 
@@ -59,13 +59,20 @@ def bag(
     """
     stencil = build_stencil(regions, core, grid, image)
     table = maps.flatten(1).T.contiguous()
-    cells, start = (torch.from_numpy(a).to(maps.device) for a in (stencil.cells, stencil.start[:-1]))
-    weights = torch.from_numpy(stencil.weights).to(table)
-    sums = F.embedding_bag(cells, table, start, mode="sum", per_sample_weights=weights)
+    sums = sum_cells(table, [stencil])
     if squares:
-        more = F.embedding_bag(cells, table.square(), start, mode="sum", per_sample_weights=weights)
-        sums = torch.cat([sums, more], dim=1)
+        sums = torch.cat([sums, sum_cells(table.square(), [stencil])], dim=1)
     return sums, torch.from_numpy(stencil.n_pixels)
+
+
+def sum_cells(table: Tensor, stencils: Sequence[Stencil]) -> Tensor:
+    """Weighted sums over the regions of stencils, (n_regions, c); each stencil reads an equal share of the rows of a table."""
+    n_rows = len(table) // len(stencils)
+    cells = np.concatenate([s.cells + k * n_rows for k, s in enumerate(stencils)])
+    lengths = np.concatenate([np.diff(s.start) for s in stencils])
+    index, start = (torch.from_numpy(a).to(table.device) for a in (cells, np.cumsum(lengths) - lengths))
+    weights = torch.from_numpy(np.concatenate([s.weights for s in stencils])).to(table)
+    return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=weights)
 
 
 class TileIndex:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
-from spatial_impute.models._processes import mean_gradient, of_first_process
-from spatial_impute.models._storage import Checkpoint, load_checkpoint, save_checkpoint, tensors_below
+from spatial_impute.models._storage import Checkpoint, cpu_state, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
-from spatial_impute.models.pixnet._held_out import Evaluation, HeldOutCrop, cut_windows, evaluate, is_confirmed
-from spatial_impute.models.pixnet._loss import RegionLoss
+from spatial_impute.models.pixnet._held_out import (
+    Evaluation,
+    HeldOutCrop,
+    RegionLoss,
+    cut_windows,
+    evaluate,
+    is_confirmed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from spatial_impute.models._params import PixNetParams
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
 _CHECKPOINT = "state.safetensors"
+_T = TypeVar("_T")
 _WARM_UP = 0.1  # share of the steps in which the step size rises
 
 
@@ -60,7 +66,7 @@ class _TrainingState:
         kept = found is None or held_out < self.best_loss
         self.history.append(history_row(step, loss, found, kept=kept))
         if kept:
-            self.best, self.best_loss, self.best_step = _cpu_state(network), held_out, step
+            self.best, self.best_loss, self.best_step = cpu_state(network), held_out, step
 
     def stagnates(self, params: PixNetParams) -> bool:
         """True if the last checks brought no improvement."""
@@ -100,11 +106,11 @@ def train(
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
     windows = held_out_crops(network, held_out, size, settings)
-    head = {f"head.{key}": value.detach().cpu().clone() for key, value in network.head.state_dict().items()}
+    head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
     if state is None:
-        state = _TrainingState(_cpu_state(network))
+        state = _TrainingState(cpu_state(network))
         if start is not None:
             state.add(network, 0, np.nan, start)
     first = int(state.history[-1]["step"]) + 1 if state.history else 1
@@ -221,10 +227,6 @@ def _take_step(
     return value
 
 
-def _cpu_state(network: PixNetNetwork) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
-
-
 def history_row(step: int, loss: float, found: Evaluation | None, *, kept: bool) -> dict[str, Any]:
     """One check, in types that JSON knows; without held-out regions its scores are NaN."""
     finite = np.empty(0) if found is None else found.r[np.isfinite(found.r)]
@@ -236,3 +238,42 @@ def history_row(step: int, loss: float, found: Evaluation | None, *, kept: bool)
         "kept": bool(kept),
         "block_error": [] if found is None else found.error.tolist(),
     }
+
+
+# Processes that train one network together, as `torchrun` starts them.
+def of_first_process(value: _T) -> _T:
+    """Value that the first process has, so that all take the same decision."""
+    if rank_and_size()[1] == 1:
+        return value
+    shared = [value]
+    distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def mean_gradient(network: nn.Module, optimizer: torch.optim.Optimizer, loss: float | None) -> float | None:
+    """Give all processes the mean gradient, and the mean statistics of batch normalisation; return the mean loss.
+
+    A process without a batch has no loss and does not count. The result is None if no process has one.
+    """
+    n_processes = rank_and_size()[1]
+    if n_processes == 1:
+        return loss
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    total = torch.tensor([loss or 0.0, float(loss is not None)], device=weights[0].device)
+    distributed.all_reduce(total)
+    if not total[1]:
+        return None
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        distributed.all_reduce(weight.grad)
+        weight.grad /= total[1]
+    for statistic in _batch_statistics(network):
+        distributed.all_reduce(statistic)
+        statistic /= n_processes
+    return float(total[0] / total[1])
+
+
+def _batch_statistics(network: nn.Module) -> Iterator[Tensor]:
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
