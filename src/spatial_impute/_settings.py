@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    Steps = Callable[[int], Callable[[], None]]
+    Steps = Callable[..., Callable[[], None]]  # (number of steps, name of the stage)
 
 logger = logging.getLogger("spatial_impute")
 
@@ -140,6 +140,10 @@ def _logged_bar() -> Any:
     class LoggedBar(tqdm):
         shown = 0
 
+        def reset(self, total: float | None = None) -> None:
+            self.shown = 0
+            super().reset(total)
+
         def display(self, *_: Any, **__: Any) -> None:
             if self.n > self.shown and self.format_dict["elapsed"] >= _LOG_EVERY:
                 self.shown = self.n
@@ -153,11 +157,13 @@ def _logged_bar() -> Any:
 def progress_steps(label: str, *, show: bool | None = None) -> Iterator[Steps]:
     """Progress bar with a length that is known later.
 
-    Yields a function of the number of steps. It returns the function to call after each step.
+    Yields a function of the number of steps, and of the name of a stage if there are several. It returns the function to
+    call after each step.
     """
     bar = progress(None, label, show=show)
 
-    def start(total: int) -> Callable[[], None]:
+    def start(total: int, stage: str = "") -> Callable[[], None]:
+        bar.set_description(f"{label}: {stage}" if stage else label, refresh=False)
         bar.reset(total=total)
         return bar.update
 

@@ -17,7 +17,7 @@ from spatial_impute.models.asign._intervals import held_out_spread
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -29,7 +29,6 @@ def fit_cohort(
     var_names: Sequence[str],
     settings: FitSettings,
     fingerprint: dict[str, Any],
-    on_step: Callable[[], None],
 ) -> CohortModel:
     """Fit a model for stacks without a measured spot; each stack is held out once."""
     settings = replace(settings, start=())  # networks of stacks with measured spots have other outputs
@@ -50,7 +49,7 @@ def fit_cohort(
 
     group = torch.zeros(len(var_names), dtype=torch.long)
     weights = [np.ones(int(s.known.sum())) for s in stacks]
-    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint, on_step)
+    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint)
     found = networks.run(networks.try_regimes())
     held_out[NETWORK] = found.held_out
     known = KnownTruth(truth, fold, np.ones(len(truth)))

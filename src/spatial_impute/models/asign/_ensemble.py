@@ -58,7 +58,7 @@ def _no_step() -> None:
     """Progress of a fit on a worker."""
 
 
-def _no_progress(_total: int) -> Callable[[], None]:
+def _no_progress(_total: int, _stage: str) -> Callable[[], None]:
     return _no_step
 
 
@@ -70,8 +70,8 @@ class FitSettings:
     seed: int
     device: str
     config: dict[str, Any] = field(default_factory=dict)  # Provenance to store in the model
-    progress: Callable[[int], Callable[[], None]] = _no_progress
-    """Takes the number of steps; returns the function to call after each."""
+    progress: Callable[[int, str], Callable[[], None]] = _no_progress
+    """Takes the number of steps of a stage, and its name; returns the function to call after each step."""
     checkpoint: Path | None = None  # Folder for finished networks
     start: Sequence[dict[str, Tensor]] = ()  # Weights of networks to start from instead of the base
 
@@ -217,7 +217,7 @@ class NetworkFit:
     group: Tensor  # (g,) group of each gene
     settings: FitSettings
     fingerprint: dict[str, Any]  # Content that a checkpoint must have been made from
-    on_step: Callable[[], None]
+    on_step: Callable[[], None] = _no_step
 
     @property
     def trials(self) -> range:
@@ -229,6 +229,8 @@ class NetworkFit:
 
         A regime that is worse than another one on the first fold is not tried on the others.
         """
+        tried = [self.regimes[r] for r in range(len(self.regimes)) if only in (None, r)]
+        stage = self._stage("choice of settings", len(self.trials) * sum(given(params.n_steps) for params in tried))
         runs: Runs = {}
         parts = cache(self._parts)  # all regimes train on the same
         for r in range(len(self.regimes)):
@@ -236,7 +238,7 @@ class NetworkFit:
                 continue
             if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
                 break
-            for k, run in self._train_each(r, self.trials, parts):
+            for k, run in stage._train_each(r, self.trials, parts):
                 runs[r, k] = run
                 if self.best_regime(runs, [k]) != r:
                     break
@@ -247,14 +249,16 @@ class NetworkFit:
         chosen, folds = self.best_regime(runs, self.trials), range(self.data.n_folds)
         params, runs = self.regimes[chosen], dict(runs)
         left = [k for k in folds if (chosen, k) not in runs]
-        runs |= {(chosen, k): run for k, run in self._train_each(chosen, left, self._parts)}
+        n_steps = len(left) * given(params.n_steps) + n_refits(len(folds)) * self._refit_steps(params)
+        stage = self._stage("networks", n_steps)
+        runs |= {(chosen, k): run for k, run in stage._train_each(chosen, left, self._parts)}
         own = [runs[chosen, k] for k in folds]
         useful = _is_useful(own)
         kept = -1 if useful else 0
         history = [pd.DataFrame(run.history).assign(network=k, kept=False) for k, run in enumerate(own)]
         for rows in history:
             rows.loc[rows.index[kept], "kept"] = True
-        states, scales = self._final(own, params) if useful else self._base(own[0], params)
+        states, scales = stage._final(own, params) if useful else self._base(own[0], params)
         regime = {name: getattr(params, name) for name in REGIME_SETTINGS}
         return Ensemble(states, scales, self.held_out(runs, folds), pd.concat(history, ignore_index=True), regime)
 
@@ -299,14 +303,20 @@ class NetworkFit:
         """Networks that predict, and the scale of their genes."""
         if not n_refits(self.data.n_folds):
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
-        # More batches than the networks of the folds had: more steps, so that each spot is seen as often.
-        n_steps = round(given(params.n_steps) * len(self._targets(None)) / len(self._targets(0)))
-        params, batches = replace(params, n_steps=n_steps), self._batches(None)
+        params, batches = replace(params, n_steps=self._refit_steps(params)), self._batches(None)
         refits = [
             self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs))
             for j in range(n_refits(self.data.n_folds))
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
+
+    def _refit_steps(self, params: AsignParams) -> int:
+        """Steps of a network of all spots: more batches than with a fold hidden, so more steps to see each spot as often."""
+        return round(given(params.n_steps) * len(self._targets(None)) / len(self._targets(0)))
+
+    def _stage(self, name: str, n_steps: int) -> NetworkFit:
+        """The same training, with progress of its own."""
+        return replace(self, on_step=self.settings.progress(n_steps, name))
 
     def _train_each(
         self, r: int, folds: Sequence[int], parts: Callable[[int], _Parts]

@@ -28,12 +28,9 @@ from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
 from spatial_impute.models.asign._ensemble import (
-    N_TRIALS,
     FitSettings,
     NetworkFit,
     TrainingSet,
-    n_refits,
-    tried_regimes,
 )
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import held_out_noise, held_out_spread, relative_noise, spot_scale
@@ -60,14 +57,15 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     params = settings.params
     stacks = [replace(spots, device=settings.device) for spots in stacks]
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
-    on_step = settings.progress(_n_steps(data, params))
-    found = _HeldOut.by_baselines(data, on_step)
+    n_folds = sum(map(len, data.folds))
+    on_fold = settings.progress(len(available_methods(data.stacks[0])) * n_folds, "baselines")
+    found = _HeldOut.by_baselines(data, on_fold)
     group = torch.from_numpy(_gene_groups(found.best_r, params.n_gene_groups))
     fingerprint = {} if settings.checkpoint is None else _fingerprint(stacks, var_names, settings)
     tried: dict[str, tuple[NetworkFit, Runs]] = {}
     regime = None
     for name in _bases(params, found.error):
-        networks = found.networks(name, group, settings, fingerprint, on_step)
+        networks = found.networks(name, group, settings, fingerprint)
         tried[name] = networks, networks.try_regimes(regime)
         regime = networks.best_regime(tried[name][1], networks.trials)  # the first base chooses for the other
     base = _better_base({name: _trial_errors(*parts, found) for name, parts in tried.items()})
@@ -97,7 +95,7 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         **held_out_results(rows, found.known, var_names),
         history=ensemble.history,
         config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
-        cohort=fit_cohort(stacks, var_names, settings, fingerprint, on_step) if len(stacks) > 1 else None,
+        cohort=fit_cohort(stacks, var_names, settings, fingerprint) if len(stacks) > 1 else None,
     )
 
 
@@ -113,16 +111,16 @@ class _HeldOut:
     support: np.ndarray  # (n_known,) mass of the propagation
 
     @classmethod
-    def by_baselines(cls, data: TrainingSet, on_step: Callable[[], None]) -> _HeldOut:
+    def by_baselines(cls, data: TrainingSet, on_fold: Callable[[], None]) -> _HeldOut:
         """Predict all folds with all baselines, and take those of base layers."""
         truth = data.truth
-        propagated, support = _propagate_held_out(data, on_step)
+        propagated, support = _propagate_held_out(data, on_fold)
         rows = {
-            name: propagated if name == "propagation" else _predict_held_out(data, METHODS[name], on_step)
+            name: propagated if name == "propagation" else _predict_held_out(data, METHODS[name], on_fold)
             for name in available_methods(data.stacks[0])
             if name != "cokriging"
         }
-        kriged = _krige_folds(data, on_step)
+        kriged = _krige_folds(data, on_fold)
         rows |= _held_out_kriging(data, kriged)
         error = {name: float(np.mean((found - truth) ** 2)) for name, found in rows.items()}
         # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
@@ -142,9 +140,7 @@ class _HeldOut:
         """Methods that take part in the blend, without the networks."""
         return [name for name in self.rows if name not in _NOT_BLENDED]
 
-    def networks(
-        self, base: str, group: Tensor, settings: FitSettings, fingerprint: dict[str, Any], on_step: Callable[[], None]
-    ) -> NetworkFit:
+    def networks(self, base: str, group: Tensor, settings: FitSettings, fingerprint: dict[str, Any]) -> NetworkFit:
         """Networks that start at a base."""
         data = self.data
         parts = self.rows["mean" if base == "none" else base], self.rows["propagation"], self.support
@@ -165,7 +161,6 @@ class _HeldOut:
             group=group,
             settings=settings,
             fingerprint=fingerprint,
-            on_step=on_step,
         )
 
 
@@ -252,18 +247,6 @@ def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> d
         for name, own in zip(names, values, strict=True):
             found[name].append(own[spots.known])
     return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def _n_steps(data: TrainingSet, params: AsignParams) -> int:
-    """Largest number of steps of a fit, for progress: folds of each baseline, then steps of training."""
-    steps = [given(regime.n_steps) for regime in tried_regimes(params, len(data.truth))]
-    n_methods, n_folds, n_stacks = len(available_methods(data.stacks[0])), sum(map(len, data.folds)), len(data.stacks)
-    # A network of all spots has up to twice as many steps.
-    n_networks = data.n_folds + 2 * n_refits(data.n_folds) + (N_TRIALS if params.base == "auto" else 0)
-    n_fits = 1
-    if n_stacks > 1:  # the part of the model for stacks without a measured section
-        n_networks, n_fits = n_networks + n_stacks + 2 * n_refits(n_stacks), 2
-    return n_methods * n_folds + n_networks * max(steps) + n_fits * N_TRIALS * (sum(steps) - max(steps))
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
