@@ -17,7 +17,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, settings
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
-from spatial_impute.datasets._her2st_files import SHA256
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 # Public files of the study at one commit; the folder structure below data/ is kept in the cache.
 _BASE_URL = "https://raw.githubusercontent.com/almaan/her2st/85df7411b987a7dec3feff9718b869a7a82091ec/data/"
 _FOLDER = "her2st"
+_HASHES = Path(__file__).with_suffix(".sha256")  # as `sha256sum` writes them
+SHA256 = {file: digest for digest, file in map(str.split, _HASHES.read_text(encoding="utf-8").splitlines())}
 
 # Array pitch 200 um; the spot files place one array unit at 290.7 px (mean over x and y of all sections).
 _MPP = 0.688

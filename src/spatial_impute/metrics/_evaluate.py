@@ -145,9 +145,10 @@ def evaluate(
     where = f"sdata.tables[{table_key!r}].layers"
     read = {key: _read_layer(table, key, columns, parts, where, profile=profile) for key in keys}
     if by == "gene":
-        columns_of = {k: _by_gene(layer, parts) for k, layer in read.items()}
-        columns_of |= {"ceiling": pd.DataFrame(ceilings).mean(axis=1).to_numpy()} if ceilings else {}
-        return pd.DataFrame(columns_of, index=pd.Index(genes, name="gene"))
+        each = {k: [pearson_by_gene(v.values[p.rows], p.true) for p in parts.values()] for k, v in read.items()}
+        each |= {"ceiling": list(ceilings.values())} if ceilings else {}
+        means = {name: pd.DataFrame(by_section).mean().to_numpy() for name, by_section in each.items()}
+        return pd.DataFrame(means, index=pd.Index(genes, name="gene"))
     pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
     if by == "pooled":
         mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
@@ -155,11 +156,12 @@ def evaluate(
             _score(layer, pooled, profile) | _of_ceiling(layer, pooled, mean.get("all")) for layer in read.values()
         ]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
-    scores = [
-        _score(read[key], p, profile) | _of_ceiling(read[key], p, ceilings.get(name)) | _spatial_scores(read[key], p)
-        for key in keys
-        for name, p in parts.items()
-    ]
+    scores = []
+    for layer in read.values():
+        for name, part in parts.items():
+            data = layer.values[part.rows], part.true, part.xy
+            spatial = {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}
+            scores.append(_score(layer, part, profile) | _of_ceiling(layer, part, ceilings.get(name)) | spatial)
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
     if by == "section":
         return result
@@ -300,19 +302,9 @@ def _of_ceiling(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[
     return {"ceiling": mean, "of_ceiling": float(r[scored].mean()) / mean if mean > 0 else float("nan")}
 
 
-def _by_gene(layer: _Layer, parts: dict[str, _Part]) -> np.ndarray:
-    """(n_genes,) Pearson correlation, mean over the sections on which a gene can be scored."""
-    return pd.DataFrame([pearson_by_gene(layer.values[p.rows], p.true) for p in parts.values()]).mean().to_numpy()
-
-
 def _score(layer: _Layer, part: _Part, profile: np.ndarray) -> dict[str, float]:
     """Scores of some spots; the coverage is NaN for layers without standard deviations."""
     predicted = layer.values[part.rows]
     low, high = bootstrap_interval(pearson_by_gene(predicted, part.true))
     coverage = float("nan") if layer.sd is None else interval_coverage(predicted, layer.sd[part.rows], part.true)
     return summarise(predicted, part.true, profile) | {"low": low, "high": high, "coverage": coverage}
-
-
-def _spatial_scores(layer: _Layer, part: _Part) -> dict[str, float]:
-    data = layer.values[part.rows], part.true, part.xy
-    return {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}

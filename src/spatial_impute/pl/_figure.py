@@ -241,12 +241,7 @@ def plain_text(ax: Axes) -> None:
 
 
 def finish(
-    axes: np.ndarray,
-    *,
-    ax: Axes | Sequence[Axes] | None,
-    save: str | Path | None,
-    show: bool | None,
-    return_ax: bool,
+    axes: np.ndarray, *, ax: Axes | Sequence[Axes] | None, save: str | Path | None, show: bool | None, return_ax: bool
 ) -> np.ndarray | None:
     """Save and show the figure, and return its axes, each if the user wants it."""
     figure = axes.flat[0].get_figure(root=True)

@@ -9,13 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack import (
-    load_record,
-    load_transform,
-    registration_problems,
-    require_registration,
-    warn,
-)
+from spatial_impute._stack import load_record, load_transform, registration_problems, require_registration, warn
 from spatial_impute._validation import require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._io.files import file_to_write, written_whole
-from spatial_impute._stack import (
-    load_record,
-    registration_problems,
-    registration_state,
-    require_registration,
-    warn,
-)
+from spatial_impute._stack import load_record, registration_problems, registration_state, require_registration, warn
 from spatial_impute._validation import require_positive
 from spatial_impute.pl._figure import nice_length, sections_in_z
 from spatial_impute.pl._overlay import compared_sections, on_reference, overlay, tissue_dice

@@ -131,9 +131,7 @@ def read_legacy(
     library = next(iter(libraries.values()))
     xy = xy_of(centers)
     positions = table.obs[COLUMNS[2:4]].assign(
-        in_tissue=table.obs.get("in_tissue", 1),
-        pxl_row_in_fullres=xy[:, 1],
-        pxl_col_in_fullres=xy[:, 0],
+        in_tissue=table.obs.get("in_tissue", 1), pxl_row_in_fullres=xy[:, 1], pxl_col_in_fullres=xy[:, 0]
     )
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
+from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import section_levels
 from spatial_impute._stack.spots import read_stacks, stack_list
@@ -22,12 +23,9 @@ from spatial_impute._validation import (
     require_positive,
 )
 from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
-from spatial_impute.tl._held_out import (
-    HeldOut,
-    warn_of_equal_images,
-    warn_of_overlapping_spots,
-    warn_of_shared_groups,
-)
+from spatial_impute.tl._fit_pixnet import PixNetSetup
+from spatial_impute.tl._held_out import HeldOut, warn_of_equal_images, warn_of_overlapping_spots, warn_of_shared_groups
+from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -149,10 +147,12 @@ def cross_validate(
     True
     >>> si.settings.show_progress_bar = True
     """
+    from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models._spots import concatenate
     from spatial_impute.models.asign._baselines import NEEDS_GRAPH
-    from spatial_impute.models.asign._fit import ASIGN, needs_features
+    from spatial_impute.models.asign._ensemble import FitSettings
+    from spatial_impute.models.asign._fit import ASIGN, PIXNET, needs_features
 
     params, pixnet = resolve_params(model_params, AsignParams), resolve_params(pixnet_params, PixNetParams)
     stacks = stack_list(sdata)
@@ -183,31 +183,22 @@ def cross_validate(
     names += [name for name in bases if name not in names]
     spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    data = HeldOut(stacks, tables, read, spots, folds)
+    data = HeldOut(stacks, tables, read, spots, folds, table_key, layer)
     if ASIGN in names and len(stacks) > 1:
         _require_stacks_to_learn_from(data)
     if group is not None:
         warn_of_shared_groups(data, group)
     warn_of_overlapping_spots(data)
     warn_of_equal_images(data)
-    options = _Options(params, pixnet, encoder, table_key, layer, tile_size, device, seed)
+    settings, setup = FitSettings(params, seed, device), None
+    if PIXNET in names:
+        setup = PixNetSetup(build_pyramid(encoder, window=pixnet.encoder_window), pixnet, tile_size, device, seed)
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
-        found = _predict(data, names, options, steps(len(names) * len(folds)))
-    return _gene_table(data, found, names) if by == "gene" else _method_table(data, found, names, seed)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Settings of the models."""
-
-    params: AsignParams
-    pixnet: PixNetParams
-    encoder: str | nn.Module
-    table_key: str
-    layer: str
-    tile_size: int
-    device: str
-    seed: int
+        found = _predict(data, names, settings, setup, steps(len(names) * len(folds)))
+    r = _correlations(data, found)
+    if by == "gene":
+        return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
+    return _method_table(data, found, r, names, seed)
 
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
@@ -282,25 +273,24 @@ def _folds(
     return [spots.known & (names == code) for code in codes]
 
 
-def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
+def _predict(
+    data: HeldOut, names: list[str], settings: FitSettings, setup: PixNetSetup | None, on_fold: Callable[[], None]
+) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
-    from spatial_impute.models.asign._ensemble import FitSettings
     from spatial_impute.models.asign._fit import ASIGN, COLOR, PIXNET, predict_held_out
 
-    settings = FitSettings(options.params, options.seed, options.device)
     found: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(["mean", *names]):
-        if name == PIXNET:
-            values = _predict_pixnet(data, options, on_fold)
+        if name == PIXNET and setup is not None:
+            values = predict_pixnet(data.pixnet_sections(), data.spots.known, data.folds, setup, on_fold)
             found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
-            continue
-        if name == ASIGN and len(data.stacks) > 1:
+        elif name == ASIGN and len(data.stacks) > 1:
             found[name] = _predict_stacks(data, settings, on_fold)
-            continue
-        spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
-        found[name] = predict_held_out(
-            spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
-        )
+        else:
+            spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
+            found[name] = predict_held_out(
+                spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
+            )
     return found
 
 
@@ -331,24 +321,6 @@ def _predict_stacks(data: HeldOut, settings: FitSettings, on_fold: Callable[[], 
     return result
 
 
-def _predict_pixnet(data: HeldOut, options: _Options, on_fold: Callable[[], None]) -> np.ndarray:
-    from spatial_impute.encoders._pyramids import build_pyramid
-    from spatial_impute.tl._fit_pixnet import PixNetSetup
-    from spatial_impute.tl._impute_pixnet import predict_held_out, section_spots
-
-    sections = []
-    for sdata, table, first in zip(data.stacks, data.tables, data.first_rows, strict=True):
-        sections += section_spots(sdata, table, table_key=options.table_key, layer=options.layer, first=first)
-    setup = PixNetSetup(
-        build_pyramid(options.encoder, window=options.pixnet.encoder_window),
-        options.pixnet,
-        options.tile_size,
-        options.device,
-        options.seed,
-    )
-    return predict_held_out(sections, data.spots.known, data.folds, setup, on_fold)
-
-
 def _color_features(data: HeldOut) -> np.ndarray:
     """(n, 6) color statistics of spots, standardised within sections like all features."""
     from spatial_impute._graph import standardise_by_section
@@ -362,8 +334,6 @@ def _color_features(data: HeldOut) -> np.ndarray:
 
 def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(n_genes,) Pearson correlation of each method, mean over sections."""
-    from spatial_impute._scores import pearson_by_gene
-
     truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
     return {
         name: np.nanmean([pearson_by_gene(values[rows], truth[rows], folds[rows]) for rows in parts], axis=0)
@@ -371,15 +341,11 @@ def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.n
     }
 
 
-def _gene_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str]) -> pd.DataFrame:
-    r = _correlations(data, found)
-    return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
-
-
-def _method_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str], seed: int) -> pd.DataFrame:
-    from spatial_impute._scores import bootstrap_interval, summarise
-
-    r, truth, parts, folds = _correlations(data, found), data.truth, data.parts(), data.fold_of_spot
+def _method_table(
+    data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], names: list[str], seed: int
+) -> pd.DataFrame:
+    """Scores of the methods from their predictions and their correlations `r`."""
+    truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
     baselines = [name for name in names if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
     rows = {}

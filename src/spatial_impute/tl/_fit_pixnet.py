@@ -237,10 +237,7 @@ def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str
 
 
 def read_pairs(
-    pairs: list[Pair],
-    frame: FrameChoice,
-    expression: ExpressionChoice,
-    known: Sequence[np.ndarray] | None = None,
+    pairs: list[Pair], frame: FrameChoice, expression: ExpressionChoice, known: Sequence[np.ndarray] | None = None
 ) -> list[ReadPair]:
     """Read measured regions; with `known`, (n_shapes,) bool per pair, only these regions."""
     read: list[ReadPair] = []

@@ -1,4 +1,4 @@
-"""Places of sections in files of other programs: ITK and ANTs matrices and fields, pairs of points, plain matrices."""
+"""Places of sections from and for other programs: matrices, displacement fields, pairs of points, layers of napari."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, linear_scale, scaling
+from spatial_impute._geometry import apply_affine, exchanged_axes, linear_scale, scaling
 from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._io.text import read_text
+from spatial_impute._keys import Keys
+from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
 from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.tl._displacement_files import FIELDS, read_field, write_field
-from spatial_impute.tl._given_transforms import check_matrix
+from spatial_impute.tl._given_places import check_matrix, landmark_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._registration import SectionTransform
 
 _ITK_HEADER = "#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -31,6 +31,9 @@ _LATTICE = 12  # points along a side of the image: a deformation bends less than
 _FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
 _MOST_SCALE = 1.5  # serial sections shrink or stretch by some per cent; magnifications of scans differ by a factor of 2
 _MARGIN = 0.02  # of the side of the image: points lie inside
+_FIELDS = (".nii", ".nii.gz", ".nrrd")
+_COARSE = 16  # pixels along the image for a place without deformation: between them it is linear
+_ROUNDS = 30  # of the inversion; a deformation without folds needs fewer
 
 
 def read_transformation(
@@ -94,8 +97,8 @@ def read_transformation(
         _warn_of_units(path, np.sqrt(reference.var(axis=0).sum() / max(section.var(axis=0).sum(), 1e-12)))
         return section, reference
     try:
-        if path.name.lower().endswith(FIELDS):
-            return read_field(path, (here, there))
+        if path.name.lower().endswith(_FIELDS):
+            return _read_field(path, (here, there))
         matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
@@ -157,7 +160,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     (3, 3)
     """
     record = load_record(sdata)
-    path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *FIELDS), overwrite=overwrite)
+    path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *_FIELDS), overwrite=overwrite)
     answer(registration_problems(sdata, record))
     transform = load_transform(sdata, record, section)
     if transform.deforms and path.suffix.lower() in (".mat", ".tfm", ".txt"):
@@ -175,7 +178,69 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
             require_key(
                 record.reference, record.names, where="the stack's sections", then="The field covers its image."
             )
-            write_field(part, transform, section_levels(sdata, record[record.reference])[0])
+            _write_field(part, transform, section_levels(sdata, record[record.reference])[0])
+
+
+def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Read the place of a section from the window of :func:`spatial_impute.pl.place_by_hand`.
+
+    Parameters
+    ----------
+    viewer
+        Viewer of napari, after a section was dragged or landmarks were clicked.
+    section
+        Name of the section.
+
+    Returns
+    -------
+    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3) matrix from the
+    section to the reference to which the image was dragged (or the reference under it). Both are taken by
+    ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+
+    Raises
+    ------
+    TypeError
+        If `viewer` is no viewer.
+    KeyError
+        If the viewer has no layers of this section.
+    ValueError
+        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the reference.
+
+    Examples
+    --------
+    See :func:`spatial_impute.pl.place_by_hand`.
+    """
+    if not hasattr(viewer, "layers"):
+        msg = f"`viewer` must be the viewer that `si.pl.place_by_hand` returned, found {viewer!r}."
+        raise TypeError(msg)
+    layers = {layer.name: layer for layer in viewer.layers}
+    there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
+    require_key(section, layers, where="the layers of the viewer", then=there)
+    image = layers[section]
+    require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
+    reference = image.metadata["reference"]
+    if section == reference:
+        msg = f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed on it."
+        raise ValueError(msg)
+    require_key(reference, layers, where="the layers of the viewer", then=there)
+    points = []
+    for name in (section, reference):
+        require_key(Keys.landmarks(name), layers, where="the layers of the viewer", then=there)
+        points.append(np.asarray(layers[Keys.landmarks(name)].data, float).reshape(-1, 2)[:, ::-1])
+    in_section, in_reference = points
+    if len(in_section) == len(in_reference) == 0:
+        # The viewer may have more dimensions. The user may have dragged the reference instead.
+        affines = (np.asarray(layer.affine.affine_matrix, float)[-3:, -3:] for layer in (layers[reference], image))
+        below, place = map(exchanged_axes, affines)
+        return np.linalg.inv(below) @ place
+    if len(in_section) != len(in_reference) or len(in_section) < 2:
+        msg = (
+            f"Expected the same number of landmarks, at least two, in the layers {Keys.landmarks(section)!r} and "
+            f"{Keys.landmarks(reference)!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
+            "Click the missing ones, or delete all of them to use the place of the image."
+        )
+        raise ValueError(msg)
+    return in_section, in_reference
 
 
 def _write_pairs(path: Path, transform: SectionTransform, level: Level) -> None:
@@ -309,3 +374,49 @@ def _trailing_numbers(cells: list[str]) -> list[float]:
         except ValueError:
             break
     return numbers
+
+
+def _read_field(path: Path, units: tuple[float, float]) -> SectionTransform:
+    """Place from a field that leads from points of the reference all the way to the section; `units` are um per unit.
+
+    The matrix that fits the whole field best becomes the affine part, and the rest the deformation.
+    """
+    import ants
+
+    image = ants.image_read(str(path))
+    if image.dimension != 2 or image.components != 2 or not np.allclose(image.direction, np.eye(2)):
+        msg = f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction {image.direction.tolist()}."
+        raise ValueError(msg)
+    size, first = np.array(image.spacing), np.array(image.origin)
+    shape = np.array(image.shape)
+    index = np.stack(np.meshgrid(*map(np.arange, shape)), axis=-1).reshape(-1, 2)
+    reference = first + index * size
+    section = (reference + image.numpy()[index[:, 0], index[:, 1]]) * units[0]
+    reference = reference * units[1]
+    matrix = landmark_matrix(section, reference, "affine")
+    pull = (apply_affine(section, matrix) - reference).reshape(*shape[::-1], 2).astype(np.float32)
+    corner = (first - 0.5 * size) * units[1]
+    grid = np.array([[size[0] * units[1], 0, corner[0]], [0, size[1] * units[1], corner[1]], [0, 0, 1.0]])
+    push = np.zeros_like(pull)
+    for _ in range(_ROUNDS):  # a point that was pushed is pulled to its old place
+        back = SectionTransform(np.eye(3), pull, push, grid).inverse(reference + push.reshape(-1, 2))
+        push -= (back - reference).reshape(push.shape).astype(np.float32)
+    return SectionTransform(matrix, pull, push, grid)
+
+
+def _write_field(path: Path, transform: SectionTransform, reference: Level) -> None:
+    """Write the way from points of the reference image to the section, in um, affine part included."""
+    import ants
+
+    height, width = reference.shape
+    corners = apply_affine(np.array([[0, 0], [width, 0], [0, height], [width, height]], float), reference.to_um)
+    low, extent = corners.min(axis=0), np.ptp(corners, axis=0)
+    step = extent.max() / _COARSE
+    if transform.grid is not None:
+        step = min(step, float(np.linalg.norm(transform.grid[:2, 0])))
+    shape = np.ceil(extent / step).astype(int)
+    first = low + 0.5 * step
+    points = first + np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 2) * step
+    field = (transform.inverse(points) - points).reshape(*shape, 2).astype(np.float32)
+    image = ants.from_numpy(field, origin=tuple(first), spacing=(step, step), has_components=True)
+    ants.image_write(image, str(path))

@@ -188,7 +188,7 @@ class _Stack:
         elif cohort is not None and not spots.known.any():
             model = cohort
         _require_fit(table, model)
-        base_layers = kinds_of_bases(model.config.get("base_layers", {}))
+        base_layers = kinds_of_bases(model.config["base_layers"])
         spots = with_bases(spots, table, base_layers)
         origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
         if base_layers:
@@ -280,15 +280,15 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
             f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
-    wanted, found = model.config.get("features"), feature_settings(table)
-    if wanted is not None and wanted != found:
+    wanted, found = model.config["features"], feature_settings(table)
+    if wanted != found:
         differ = {key: (wanted[key], found[key]) for key in found if wanted[key] != found[key]}
         msg = (
             f"The model was fitted on features with other settings (model, stack): {differ}. Run `si.pp.extract_features` "
             "as for the model."
         )
         raise ValueError(msg)
-    require_same_units((model.config.get("units", "unknown"), units(table)))
+    require_same_units((model.config["units"], units(table)))
 
 
 def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:

@@ -102,7 +102,7 @@ def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
         "aggregate": model.config["aggregate"],
         "resolution_um": float(model.config["resolution"]),
         "trained_on": [entry["image"] for entry in model.config["trained_on"]],
-        "seed": int(model.config.get("seed", -1)),  # models of 0.1.0.dev had none
+        "seed": int(model.config["seed"]),
         "version": version("spatial-impute"),
     }
 
@@ -148,7 +148,7 @@ def compare_with_fit(
     record, ids = load_record(sdata), measured_ids(table)
     hidden = set(table.obs[Keys.SECTION][~table.obs[Keys.MEASURED].to_numpy(bool)].astype(str))
     leaked: list[str] = []
-    for stack in model.config.get("stacks", ()):
+    for stack in model.config["stacks"]:
         seen = sections_seen(sdata, record, table, stack["sections"])
         leaked += [n for n, then in seen.items() if n in hidden and ids[n] != stack["sections"][then]["measured"]]
         slots = [k for k in ("positions", "features", "graph", "measured", "bases") if k in stack]
@@ -158,9 +158,6 @@ def compare_with_fit(
                 "The model was fitted on this stack before these changed: %s. Fit it again with `si.tl.fit_asign(sdata)`.",
                 ", ".join(SLOT_WORDS[key] for key in changed),
             )
-    if "stacks" not in model.config:  # a model of an earlier version knows names only
-        trained = {str(name) for names in model.config.get("sections", ()) for name in names}
-        leaked = [name for name in record.names if name in trained and name in hidden and not ids.get(name)]
     if leaked:
         logger.warning(
             "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed values "

@@ -338,9 +338,9 @@ def slide_state(
 def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
     """Warn if a slide that the model was fitted on is in this object, and has changed since."""
     for entry in model.config["trained_on"]:
-        then = entry.get(Keys.STATE)
-        if then is None or entry["image"] not in sdata.images or entry["shapes"] not in sdata.shapes:
+        if entry["image"] not in sdata.images or entry["shapes"] not in sdata.shapes:
             continue
+        then = entry[Keys.STATE]
         read = dict(then["read"])
         frame = Frame(then["coordinate_system"], then["um"])
         try:

@@ -40,9 +40,7 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
-from spatial_impute.tl._checked_places import approved_places
-from spatial_impute.tl._given_tissue import TissueReader
-from spatial_impute.tl._given_transforms import PlaceReader, check_skip
+from spatial_impute.tl._given_places import PlaceReader, approved_places, check_skip, given_tissue, tissue_keys
 from spatial_impute.tl._write_registration import write_registration
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
-    from spatial_impute.tl._given_transforms import Placement
+    from spatial_impute.tl._given_places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
 # Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.
@@ -202,12 +200,13 @@ def register_stack(
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
-    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *name_list(skip, name="skip")})
+    skipped = name_list(skip, name="skip")
+    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *skipped})
     given |= {name: place.transform.matrix for name, place in approved.items()}
     kept = {name: place for name, place in (transformations or {}).items() if isinstance(place, SectionTransform)}
     kept |= {name: place.transform for name, place in approved.items()}
-    skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
-    tissue = TissueReader.of(sdata, record, tissue_key)
+    check_skip(record, reference, skipped, given)
+    tissue = tissue_keys(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} are in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
@@ -221,11 +220,11 @@ def register_stack(
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
-        "tissue": tissue.keys,
+        "tissue": tissue,
         "approved": list(approved),
     }
     rows = {name: place.row for name, place in approved.items()}
-    request = _Request(reference, settings, params, given, starts, kept, rows, tissue, on_failure, show_progress_bar)
+    request = _Request(reference, settings, params, given, starts, kept, rows, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
         logger.warning(
@@ -262,7 +261,6 @@ class _Request:
     """Places of `given` that are used as they are, with their deformation."""
     approved: dict[str, dict[str, Any]]
     """Rows of approved sections."""
-    tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
 
@@ -296,7 +294,8 @@ def _thumbnails(
         )
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         try:
-            mask = request.tissue.mask(section.name, rgb.shape[:2], to_um)
+            key = request.settings["tissue"].get(section.name)
+            mask = None if key is None else given_tissue(sdata, key, section.name, rgb.shape[:2], to_um)
             images[section.name] = SectionImage(rgb, (size_x, size_y), mask)
         except ValueError as error:
             msg = (
@@ -408,10 +407,7 @@ class _Result:
 
 
 def _section_row(
-    placed: ChainResult,
-    transform: SectionTransform,
-    error: dict[str, float | None],
-    deformation: dict[str, Any] | None,
+    placed: ChainResult, transform: SectionTransform, error: dict[str, float | None], deformation: dict[str, Any] | None
 ) -> dict[str, Any]:
     note = [deformation["note"]] if deformation and deformation["note"] else []
     row = {

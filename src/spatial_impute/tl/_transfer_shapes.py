@@ -19,7 +19,7 @@ from spatial_impute._stack import (
     to_frames,
 )
 from spatial_impute._validation import require_key
-from spatial_impute.tl._warp_element import SET_TRANSFORMATION, Warp, section_of
+from spatial_impute.tl._warp_element import Warp, section_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,15 +79,13 @@ def transfer_shapes(
     >>> sorted(name for name in sdata.shapes if "_on_" in name)
     ['s1_tissue_outline_on_s0', 's1_tissue_outline_on_s2']
     """
-    from spatialdata.transformations import Identity, get_transformation, set_transformation
+    from spatialdata.transformations import Identity, set_transformation
 
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     answer(registration_problems(sdata, record))
     require_key(key, sdata.shapes, where="sdata.shapes")
-    own = get_transformation(sdata.shapes[key], get_all=True)
-    section = section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    section = section_of(sdata.shapes[key], key, record, section)
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
     wanted = [name for name in names if name != section]
     if not wanted:
