@@ -406,14 +406,8 @@ def in_words_of_file(error: Exception | str, config: RunConfig) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r"`?sections\['([^']+)'\]`?", r"`sections.\1`", text)
     text = re.sub(r"[Ss]ection '([^']+)'", r"`sections.\1`", text)
-    name = next(
-        (
-            name
-            for name in config.sections
-            if re.search(rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b", text)
-        ),
-        None,
-    )
+    signs = {name: rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b" for name in config.sections}
+    name = next((name for name, sign in signs.items() if re.search(sign, text)), None)
     if name is not None:
         text = re.sub(rf"[Ss]ection {re.escape(name)}(?![\w-])", f"`sections.{name}`", text)
     where = "sections.*" if name is None else f"sections.{name}"
@@ -421,7 +415,6 @@ def in_words_of_file(error: Exception | str, config: RunConfig) -> str:
     for key in SectionConfig.__dataclass_fields__:
         text = re.sub(rf"`{key}=?(\{{[^`]*)?`", f"`{where}.{key}`", text)
         text = re.sub(rf"`{key}=([^`]+)`", rf"`{where}.{key}: \1`", text)
-    text = text.replace("`fullres_image`", f"`{where}.fullres_image`")
     calls = re.compile(r"`[^`]*(\bsi\.|\bsdata|spatialdata\.|=|\()[^`]*`|`layer`|Python|SpatialData object")
     said = [part for part in re.split(r"(?<=[.;])\s+(?=[A-Z`'])", text) if not calls.search(part)]
     text = " ".join(said) or text

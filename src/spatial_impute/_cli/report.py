@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em;line-height:1.45;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}"
-    ".verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em 0;background:#f7f7f7}"
-    "pre{background:#f5f5f5;padding:1em;overflow:auto}"
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 "
+    "1em;line-height:1.45;color:#222}table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em "
+    ".7em;border-bottom:1px solid "
+    "#ccc;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em "
+    "0}.verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em "
+    "0;background:#f7f7f7}pre{background:#f5f5f5;padding:1em;overflow:auto}"
 )
 GOOD, CARE, BAD = "Good", "Take care", "Do not use"
 _COLORS = {GOOD: "#009E73", CARE: "#E69F00", BAD: "#D55E00"}  # Okabe and Ito
@@ -53,8 +54,8 @@ _PARTS = ("base", "network alone", "without network")  # of the model: rows of i
 _WORDS = [
     "**Section**: one slice of the block. **Spot**: a round piece of a section, for which expression is given.",
     "**Imputed**: estimated, not measured. Framed sections in the maps were measured.",
-    "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share of the "
-    "differences between spots that is explained.",
+    "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share "
+    "of the differences between spots that is explained.",
     "**Support**: how well a spot is linked to measured spots, from 0 to 1. It is the same for all genes.",
     "**Simple method**: for example, the value of the nearest measured spot. A model is useful if it does better.",
 ]
@@ -107,7 +108,8 @@ def report_blocks(results: Results) -> list[Block]:
     measured = [s.name for s in sections if table.obs[Keys.MEASURED][table.obs[Keys.SECTION] == s.name].any()]
     summary = (
         f"{len(sections)} sections of one block of tissue, {table.n_obs} spots, {table.n_vars} genes. Measured: "
-        f"{', '.join(measured)}. The expression on all other spots is estimated from the measured spots and from the images."
+        f"{', '.join(measured)}. The expression on all other spots is estimated from the measured spots and from the "
+        "images."
     )
     made = (
         f"Units: {units}. Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. "
@@ -157,8 +159,9 @@ def _gene_blocks(table: AnnData, overview: Block | None) -> list[Block | None]:
         }
     )
     text = (
-        "Some measured spots were hidden, predicted, and compared with their measurement. The table has the genes that were "
-        f"predicted best; `genes.csv` has all {len(found)}. A measurement has noise, so even a perfect map does not reach r = 1."
+        "Some measured spots were hidden, predicted, and compared with their measurement. The table has the genes that "
+        f"were predicted best; `genes.csv` has all {len(found)}. A measurement has noise, so even a perfect map does "
+        "not reach r = 1."
     )
     return [("h2", "Which genes to believe"), ("p", text), ("table", frame.head(_N_GENES)), overview]
 
@@ -210,8 +213,8 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
         *found,
         Verdict(
             CARE,
-            "Imputed values are estimates, not measurements. They are smoother, and neighboring spots are not independent. So do not "
-            "test them for differential expression as if they were measured.",
+            "Imputed values are estimates, not measurements. They are smoother, and neighboring spots are not "
+            "independent. So do not test them for differential expression as if they were measured.",
         ),
     ]
 
@@ -257,8 +260,8 @@ def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
         text = f"On hidden spots, the model is better than the best simple method, {best} (r {margin:+.3f}{interval})."
         return [Verdict(GOOD, text)]
     text = (
-        f"This run does not show that the model is better than the simple method {best} (r {margin:+.3f}{interval}). Its maps are "
-        f"about as good as those of {best}."
+        f"This run does not show that the model is better than the simple method {best} (r {margin:+.3f}{interval}). "
+        f"Its maps are about as good as those of {best}."
     )
     return [Verdict(CARE, text)]
 

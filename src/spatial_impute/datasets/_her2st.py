@@ -87,7 +87,8 @@ def her2st(
     """Three to six serial sections of a HER2-positive breast tumour :cite:p:`Andersson2021` as a stack.
 
     All sections have spots (100 um across, 200 um apart). The stack holds the expression of the sections in
-    `measured`. Files are downloaded once (patient C: about 23 MB), checked by sha256, and kept in ``settings.data_dir``.
+    `measured`. Files are downloaded once (patient C: about 23 MB), checked by sha256, and kept in
+    ``settings.data_dir``.
 
     Parameters
     ----------
@@ -102,10 +103,10 @@ def her2st(
         Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
         ``None`` selects no genes.
     images
-        A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``), which you
-        have downloaded yourself, one for each section. Sections without an image are left out, with a warning. False: all
-        sections of the patient without their H&E. Tissue is drawn where spots are, so that sections can be registered by
-        their shape. Such images do not show expression: use methods without features.
+        A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``),
+        which you have downloaded yourself, one for each section. Sections without an image are left out, with a
+        warning. False: all sections of the patient without their H&E. Tissue is drawn where spots are, so that sections
+        can be registered by their shape. Such images do not show expression: use methods without features.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 
@@ -117,8 +118,8 @@ def her2st(
     Raises
     ------
     ValueError
-        For unknown patients, patients without images, an empty `measured`, several images of a section, or an image that is
-        smaller than the published one.
+        For unknown patients, patients without images, an empty `measured`, several images of a section, or an image
+        that is smaller than the published one.
     TypeError
         If `images` is neither True, False nor a path.
     KeyError
@@ -188,8 +189,8 @@ def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str
         return dict.fromkeys(sections)
     if patient not in _IMAGES:
         msg = (
-            f"The images of patient {patient!r} are not downloaded, only those of {sorted(_IMAGES)}. Pass `images=False`, or the "
-            "folder 'ST-imgs' of the repository of the study: `images='her2st/data/ST-imgs'`."
+            f"The images of patient {patient!r} are not downloaded, only those of {sorted(_IMAGES)}. Pass "
+            "`images=False`, or the folder 'ST-imgs' of the repository of the study: `images='her2st/data/ST-imgs'`."
         )
         raise ValueError(msg)
     return dict(_IMAGES[patient])
@@ -202,8 +203,8 @@ def _images_in(folder: Path, patient: str, sections: list[str]) -> dict[str, Pat
         here = sorted(path for path in (folder / patient / name).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         if len(here) > 1:
             msg = (
-                f"'{folder / patient / name}' must hold one image, found {[path.name for path in here]}. Leave only the "
-                "full-resolution image of the study."
+                f"'{folder / patient / name}' must hold one image, found {[path.name for path in here]}. Leave only "
+                "the full-resolution image of the study."
             )
             raise ValueError(msg)
         if here:
@@ -260,8 +261,8 @@ def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: flo
     height, width = levels[0].shape[-2:]
     if (centers > [width, height]).any():
         msg = (
-            f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but '{files['image']}' "
-            f"has {width} x {height} pixels. Use the full-resolution image of the study."
+            f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but "
+            f"'{files['image']}' has {width} x {height} pixels. Use the full-resolution image of the study."
         )
         raise ValueError(msg)
     return section_object(

@@ -54,8 +54,8 @@ def evaluate(
         Log-normalised expression in ``X``, with ``obs_names`` and ``var_names`` as in the stack table. Spots and genes
         that are not in `truth` are not scored.
     layers
-        Layers to score; by default all except ``"measured"`` and standard deviations. Genes that a layer does not have at
-        all (NaN everywhere) count as the mean profile.
+        Layers to score; by default all except ``"measured"`` and standard deviations. Genes that a layer does not have
+        at all (NaN everywhere) count as the mean profile.
     sections
         Sections to score; by default all sections without measured spots.
     by
@@ -75,13 +75,13 @@ def evaluate(
         Pearson correlation of a gene across spots: mean, median and first quartile over genes, and the share of genes
         above 0. A constant prediction scores 0. A gene whose truth is constant on a section is not scored there.
     ``pearson_gene_pooled``
-        Mean correlation over genes if the spots of all sections are taken together. Differences between sections raise it,
-        also without any pattern within a section. Only for ``by="layer"``.
+        Mean correlation over genes if the spots of all sections are taken together. Differences between sections raise
+        it, also without any pattern within a section. Only for ``by="layer"``.
     ``ceiling``, ``of_ceiling``
-        With `counts_layer`. The truth is a measurement with counting noise, so that even perfect values do not correlate
-        with it by 1: ``ceiling`` is the highest correlation that can be expected, mean over genes (from counts that are
-        split into halves), and ``of_ceiling`` is ``pearson_gene`` divided by it. ``by="gene"`` has a column ``ceiling``,
-        to divide the others by.
+        With `counts_layer`. The truth is a measurement with counting noise, so that even perfect values do not
+        correlate with it by 1: ``ceiling`` is the highest correlation that can be expected, mean over genes (from
+        counts that are split into halves), and ``of_ceiling`` is ``pearson_gene`` divided by it. ``by="gene"`` has a
+        column ``ceiling``, to divide the others by.
     ``pearson_spot``
         Pearson correlation across the genes of a spot, mean over spots.
     ``mse``, ``mae``
@@ -96,8 +96,8 @@ def evaluate(
         Share of the truth inside the 90 % intervals, for layers with standard deviations (``layers["asign_sd"]``). The
         intervals are for measurements with the depth in ``obs["imputation_depth"]``.
     ``moran_gap``
-        Moran's I of the prediction minus that of the truth, within sections; above 0 the prediction is smoother. Not for
-        ``by="pooled"``.
+        Moran's I of the prediction minus that of the truth, within sections; above 0 the prediction is smoother. Not
+        for ``by="pooled"``.
     ``ssim``
         Structural similarity on the lattice of the spots, within sections. Not for ``by="pooled"``.
 
@@ -106,8 +106,8 @@ def evaluate(
     KeyError
         If a layer or section does not exist, or if `truth` shares no spot or no gene with the stack.
     ValueError
-        If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or if
-        a layer was imputed when other spots were measured than now.
+        If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or
+        if a layer was imputed when other spots were measured than now.
     TypeError
         If `truth` is not an AnnData.
 
@@ -243,8 +243,9 @@ def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, 
     rows = np.flatnonzero(in_section & ~measured & table.obs_names.isin(truth.obs_names))
     if not len(rows):
         msg = (
-            f"`truth` has no unmeasured spot of section {section!r}: `truth.obs_names` are like {list(truth.obs_names[:3])}, spots "
-            f"of the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[in_section & ~measured][:3])}."
+            f"`truth` has no unmeasured spot of section {section!r}: `truth.obs_names` are like "
+            f"{list(truth.obs_names[:3])}, spots of the stack are named `{{section}}_{{id}}`, like "
+            f"{list(table.obs_names[in_section & ~measured][:3])}."
         )
         ids = table.obs[Keys.INSTANCE].astype(str)[in_section & ~measured]
         if ids.isin(truth.obs_names).any():

@@ -60,12 +60,12 @@ def gene_report(
     """Answer to "is my gene believable?": its maps, predicted against measured values, and its correlations.
 
     The four panels are the gene as measured; the same spots as expected from all other spots, or the nearest unmeasured
-    section; measured against expected values; and the correlation of each method on held-out spots. A grey area ends at the
-    noise ceiling: the highest correlation that any prediction can have with these counts.
+    section; measured against expected values; and the correlation of each method on held-out spots. A grey area ends at
+    the noise ceiling: the highest correlation that any prediction can have with these counts.
 
     The second and third panel show expected values if the layer holds them: ``si.tl.impute_3d(sdata, model,
-    measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known. Held-out
-    blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
+    measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known.
+    Held-out blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
 
     Parameters
     ----------

@@ -19,14 +19,18 @@ from spatial_impute.pl._figure import (
     add_scale_bar,
     document_figure,
     draw_circles,
+    draw_discs,
     finish,
     frame_panel,
+    frame_space,
     legend_below,
     make_panels,
+    make_space,
+    resolve_stretch,
     section_title,
     sections_in_z,
+    stack_share,
 )
-from spatial_impute.pl._space import draw_discs, frame_space, make_space, resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

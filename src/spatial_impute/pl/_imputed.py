@@ -90,9 +90,10 @@ def imputed(
 ) -> np.ndarray | None:
     """Expression at the spots of all sections, on their faint H&E images: a row per gene, a column per section.
 
-    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title. Spots that show
-    a measurement have a dark edge, imputed spots have none. If `layer` comes from :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its
-    correlation ``r`` on held-out blocks of the measured sections. Do not trust the map of a gene with a low ``r``.
+    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title. Spots that
+    show a measurement have a dark edge, imputed spots have none. If `layer` comes from
+    :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its correlation ``r`` on held-out blocks of the
+    measured sections. Do not trust the map of a gene with a low ``r``.
 
     Parameters
     ----------
@@ -108,8 +109,8 @@ def imputed(
     show_sd
         Add a row per gene with the standard deviation of a measurement around the imputed value, 0 at measured spots.
     show_support
-        Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the table
-        has it and it differs by more than 0.2 between the imputed spots that are shown.
+        Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the
+        table has it and it differs by more than 0.2 between the imputed spots that are shown.
     img_alpha
         Strength of the H&E images in the common frame; 0 draws none, and is faster.
     table_key
@@ -140,7 +141,8 @@ def imputed(
     Raises
     ------
     KeyError
-        If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard deviation.
+        If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard
+        deviation.
     ValueError
         If `genes` or `layer` is empty, `ax`, `title`, `vmin` or `vmax` do not fit in number, or `vmin` exceeds `vmax`.
 

@@ -26,26 +26,27 @@ _SEEN = 0.6  # opacity of the section, so that the reference shows below
 def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None = None, viewer: Any = None) -> Any:
     """Open napari with a section over the reference, to drag it to its place or to click landmarks.
 
-    Drag: choose the layer of the section, then the mode "transform" (key 2); the corners scale it, the handle above turns it.
-    Landmarks: click the same places in the layers "... landmarks" of the section and of the reference, in the same order.
-    Landmarks of the section move with its image. :func:`spatial_impute.tl.read_placement` reads either.
+    Drag: choose the layer of the section, then the mode "transform" (key 2); the corners scale it, the handle above
+    turns it. Landmarks: click the same places in the layers "... landmarks" of the section and of the reference, in the
+    same order. Landmarks of the section move with its image. :func:`spatial_impute.tl.read_placement` reads either.
 
     Parameters
     ----------
     sdata
-        Stack. If it is registered, the section begins at its present place, without the deformation; else in the middle of
-        the reference.
+        Stack. If it is registered, the section begins at its present place, without the deformation; else in the middle
+        of the reference.
     section
         Section to place.
     resolution
         Pixel size in um at which the images are read; by default 1500 pixels along the longer side.
     viewer
-        Viewer to add the layers to; a new one by default. It must not have layers of these names: one viewer for each section.
+        Viewer to add the layers to; a new one by default. It must not have layers of these names: one viewer for each
+        section.
 
     Returns
     -------
-    The viewer, with the layers ``"{reference}"``, ``"{section}"``, ``"{reference} landmarks"`` and ``"{section} landmarks"``, in um of
-    the reference. Nothing is written to `sdata`.
+    The viewer, with the layers ``"{reference}"``, ``"{section}"``, ``"{reference} landmarks"`` and ``"{section}
+    landmarks"``, in um of the reference. Nothing is written to `sdata`.
 
     Raises
     ------

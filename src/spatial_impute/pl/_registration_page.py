@@ -86,8 +86,8 @@ def registration_page(
 ) -> None:
     """Write a page (HTML) to check a registration in a browser, section by section.
 
-    Each section has a picture with a slider between before and after, a checkerboard of its image and the reference, its
-    verdict with the reasons, and a choice: approve or reject. The button "Save decisions" saves ``checked.json``.
+    Each section has a picture with a slider between before and after, a checkerboard of its image and the reference,
+    its verdict with the reasons, and a choice: approve or reject. The button "Save decisions" saves ``checked.json``.
     ``si.tl.register_stack(sdata, checked="checked.json")`` then keeps the approved sections where they are, and
     registers the others again. The page is one file that needs no other file and no network.
 

@@ -28,16 +28,21 @@ from spatial_impute.pl._figure import (
     add_scale_bar,
     document_figure,
     draw_circles,
+    draw_discs,
+    draw_polygons,
     finish,
     frame_panel,
+    frame_space,
     grid_shape,
     make_panels,
+    make_space,
+    resolve_stretch,
     section_title,
     sections_in_z,
     show_image,
+    stack_share,
     titles_for,
 )
-from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, make_space, resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,10 +31,11 @@ from spatial_impute.pl._figure import (
     given_axes,
     grid_shape,
     names_or_raise,
+    resolve_stretch,
     sections_in_z,
+    stack_share,
     titles_for,
 )
-from spatial_impute.pl._space import resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,9 +84,9 @@ def volume(
     """Orthogonal slices through the expression in 3D, in the common frame.
 
     Each gene has one slice along the sections (x, y) and two slices across them (z, y and x, z). Dashed lines mark the
-    slices in each other. The names of measured sections are bold. Values are interpolated between the spots of a section,
-    and linearly between sections. Cells outside the tissue are empty. Only the sections have predicted values; the values
-    between them are an interpolation and not a prediction. Sections without values in `layer` are left out.
+    slices in each other. The names of measured sections are bold. Values are interpolated between the spots of a
+    section, and linearly between sections. Cells outside the tissue are empty. Only the sections have predicted values;
+    the values between them are an interpolation and not a prediction. Sections without values in `layer` are left out.
 
     Parameters
     ----------
@@ -170,13 +171,11 @@ def volume(
     shown = np.concatenate(used.rows)
     middle = (*((xyz[shown, :2].min(axis=0) + xyz[shown, :2].max(axis=0)) / 2), (heights[0] + heights[-1]) / 2)
     place = _place(position, middle, volumes[0])
+    (x0, x1), (y0, y1), (z0, z1) = volumes[0].limits
+    share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
+    stretch = resolve_stretch(z_stretch, max(x1 - x0, y1 - y0), z1 - z0, share=share)
     looks = [
-        _Look(
-            place,
-            color_limits(column[shown], *limit),
-            resolve_cmap(cmap),
-            _stretch(volumes[0], z_stretch, used, interactive=interactive),
-        )
+        _Look(place, color_limits(column[shown], *limit), resolve_cmap(cmap), stretch)
         for column, limit in zip(values.T, limits, strict=True)
     ]
     if interactive:
@@ -189,7 +188,7 @@ def volume(
     if ax is not None:
         axes = given_axes(ax, _PANELS * len(genes), "three per gene").reshape(-1, _PANELS)
     else:
-        axes = _make_axes(volumes[0], looks[0].stretch, (n_rows, n_columns), len(genes), figsize)
+        axes = _make_axes(volumes[0], stretch, (n_rows, n_columns), len(genes), figsize)
     for panels, found, look, text, column in zip(axes, volumes, looks, titles, values.T, strict=True):
         _draw_slices(panels, found, look, used)
         panels[0].set_title(text, fontsize="medium")
@@ -223,8 +222,8 @@ class _Used:
         used = cls([s for s, _ in pairs], [i for _, i in pairs], {s.name for s, i in pairs if flags[i].any()})
         if len(pairs) < 2:
             msg = (
-                f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. Impute "
-                "the others, or draw one section with `si.pl.imputed`."
+                f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. "
+                "Impute the others, or draw one section with `si.pl.imputed`."
             )
             raise ValueError(msg)
         if np.min(np.diff(used.heights)) <= 0:
@@ -241,12 +240,6 @@ class _Look:
     norm: Normalize
     cmap: Colormap
     stretch: float
-
-
-def _stretch(found: Volume, wanted: float | None, used: _Used, *, interactive: bool) -> float:
-    (x0, x1), (y0, y1), (z0, z1) = found.limits
-    share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
-    return resolve_stretch(wanted, max(x1 - x0, y1 - y0), z1 - z0, share=share)
 
 
 def _place(

@@ -32,8 +32,8 @@ def read_positions(folder: Path) -> pd.DataFrame:
         differ = _difference(found, other)
         if differ is not None:
             msg = (
-                f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples or "
-                "versions of Space Ranger; keep the one that belongs to the counts."
+                f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
+                "or versions of Space Ranger; keep the one that belongs to the counts."
             )
             raise ValueError(msg)
     return found
@@ -60,8 +60,8 @@ def _read_file(path: Path) -> pd.DataFrame:
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         msg = (
-            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as Space "
-            f"Ranger does: {COLUMNS}."
+            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as "
+            f"Space Ranger does: {COLUMNS}."
         )
         raise ValueError(msg)
     return checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
@@ -79,8 +79,8 @@ def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
         bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
         if bad.any():
             msg = (
-                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, found "
-                f"{table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
+                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, "
+                f"found {table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
             )
             raise ValueError(msg)
         table[column] = numbers.astype(bool) if column == "in_tissue" else numbers

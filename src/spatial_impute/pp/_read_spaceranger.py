@@ -82,8 +82,8 @@ def read_spaceranger(
     """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
     All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without
-    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other than
-    that of the folder raises a ``ValueError``.
+    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other
+    than that of the folder raises a ``ValueError``.
     """
     factors = json.loads(read_text(folder / "spatial" / SCALEFACTORS))
     if not isinstance(factors, dict):
@@ -93,16 +93,16 @@ def read_spaceranger(
     if bin_size is not None and (found is None or float(found) != float(bin_size)):
         holds = "spots, which have no `bin_size`" if found is None else f"bins of {float(found):g} um"
         msg = (
-            f"{folder} holds {holds}, found `bin_size={bin_size:g}`. Leave `bin_size` out, or give the folder that has such bins in "
-            "its 'binned_outputs'."
+            f"{folder} holds {holds}, found `bin_size={bin_size:g}`. Leave `bin_size` out, or give the folder that has "
+            "such bins in its 'binned_outputs'."
         )
         raise ValueError(msg)
     images = {kind: folder / "spatial" / name for kind, name in _IMAGES if (folder / "spatial" / name).exists()}
     if next(folder.glob("*cell_segmentations.geojson"), None) is not None:
         msg = (
-            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the folder with "
-            "'binned_outputs' beside it. To use the cells, read them with `spatialdata_io.visium_hd`, replace their polygons by "
-            "`spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
+            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the "
+            "folder with 'binned_outputs' beside it. To use the cells, read them with `spatialdata_io.visium_hd`, "
+            "replace their polygons by `spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
     return _section(_Sample(str(folder), factors, read_positions(folder), _read_counts(folder), images), fullres_image)
@@ -122,9 +122,9 @@ def read_legacy(
     if len(libraries) != 1 or centers is None or lacks:
         found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
         msg = (
-            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the obs "
-            f"columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, positions "
-            "and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
+            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the "
+            f"obs columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, "
+            "positions and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
             "`spatialdata_io.from_legacy_anndata(adata)` makes one; split several samples first."
         )
         raise ValueError(msg)
@@ -189,8 +189,8 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
         raise ValueError(msg)
     if (known & ~kept).any():
         logger.warning(
-            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); they are "
-            "left out",
+            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); "
+            "they are left out",
             sample.where,
             int((known & ~kept).sum()),
             int(known.sum()),
@@ -246,9 +246,9 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     stretch = np.linalg.cond(matrix)
     if stretch > SAME or off > _LATTICE_TOLERANCE:
         msg = (
-            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times between its "
-            f"directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what its name says: "
-            f"{COLUMNS}."
+            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times "
+            f"between its directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what "
+            f"its name says: {COLUMNS}."
         )
         raise ValueError(msg)
     if np.linalg.det(matrix) < 0:
@@ -264,9 +264,9 @@ def _require_spot_size(where: str, diameter_um: float) -> None:
     low, high = _SPOT_SIZES
     if not low <= diameter_um <= high:
         msg = (
-            f"{where}: the spots lie 100 um apart, so that `spot_diameter_fullres` is {diameter_um:.0f} um; expected {low:g} to "
-            f"{high:g}. The positions are not in pixels of the full resolution, as those of Space Ranger are: divide them by the "
-            "scale factor of the image that they are in."
+            f"{where}: the spots lie 100 um apart, so that `spot_diameter_fullres` is {diameter_um:.0f} um; expected "
+            f"{low:g} to {high:g}. The positions are not in pixels of the full resolution, as those of Space Ranger "
+            "are: divide them by the scale factor of the image that they are in."
         )
         raise ValueError(msg)
 
@@ -277,8 +277,8 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
     found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
     if found is None:
         msg = (
-            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common distance of "
-            f"neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common "
+            f"distance of neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
         )
         raise ValueError(msg)
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))
@@ -320,8 +320,8 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
         return image_element(levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space Ranger, "
-        "or give the scan with `fullres_image=`."
+        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space "
+        "Ranger, or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
 

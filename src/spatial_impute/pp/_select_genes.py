@@ -82,10 +82,10 @@ def select_genes(
     n_top_genes
         Number of genes to choose. Of genes with equal scores, the first in the table is chosen.
     flavor
-        Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially variable:
-        Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly variable: as in
-        :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise. ``"svg"`` chooses genes
-        with a pattern, which are also easier to predict: name the flavor with every score.
+        Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially
+        variable: Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly
+        variable: as in :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise.
+        ``"svg"`` chooses genes with a pattern, which are also easier to predict: name the flavor with every score.
     genes
         Names of genes to use instead.
     join
@@ -112,8 +112,8 @@ def select_genes(
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table and ``X`` are dropped, since they belong to other genes.
     `sdata.tables['stack'].var['mt']`, `sdata.tables['stack'].var['ribo']` : (``bool``)
-        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many genes
-        of high mean are.
+        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many
+        genes of high mean are.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
         Units, `target_sum`, measured sections and version.
 
@@ -139,8 +139,8 @@ def select_genes(
     if not measured and genes is None:
         msg = (
             f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
-            "measured section (image, spots and table) to `si.pp.assemble_stack`. To predict this stack with a model of "
-            "other stacks, name its genes: `genes=model.var_names`."
+            "measured section (image, spots and table) to `si.pp.assemble_stack`. To predict this stack with a model "
+            "of other stacks, name its genes: `genes=model.var_names`."
         )
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
@@ -262,8 +262,8 @@ def _require_log_values(given: _Counts) -> None:
         raise ValueError(msg)
     if values.size and (values < 0).any():
         logger.warning(
-            "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores or "
-            "residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
+            "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores "
+            "or residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
             given.where,
             values.min(),
         )
@@ -273,21 +273,22 @@ def _require_counts(given: _Counts) -> None:
     values, totals = given.stored, given.totals
     if values.size and ((values < 0).any() or (values != np.round(values)).any()):
         msg = (
-            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} with "
-            "fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} "
+            "with fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
         )
         raise ValueError(msg)
     if (totals == 0).any():
         empty, name = given.spots(totals == 0), given.name
         msg = (
-            f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
-            f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
+            f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, "
+            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > "
+            "0].copy()`."
         )
         raise ValueError(msg)
     if look_normalized(totals):
         logger.warning(
-            "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded CPM and no "
-            "counts; give the raw counts",
+            "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded "
+            "CPM and no counts; give the raw counts",
             given.where,
             totals.mean(),
         )
@@ -398,8 +399,8 @@ def _log_housekeeping(genes: list[str]) -> None:
     found = marked.index[marked.any(axis=1)]
     if len(found):
         logger.info(
-            "%d of the %d chosen genes are mitochondrial or ribosomal (%s); `var['mt']` and `var['ribo']` mark them, and "
-            "`genes=` chooses others",
+            "%d of the %d chosen genes are mitochondrial or ribosomal (%s); `var['mt']` and `var['ribo']` mark them, "
+            "and `genes=` chooses others",
             len(found),
             len(genes),
             ", ".join(found[:_N_NAMED]) + (", ..." if len(found) > _N_NAMED else ""),

@@ -52,8 +52,8 @@ def add_prediction(
     ``None``. Writes to `sdata.tables['stack']`:
 
     `.layers[key_added]` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have. ``X`` follows if it is a
-        copy of this layer (``uns["X_layer"]``). The record and ``_sd`` of an earlier layer of that name are dropped.
+        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have. ``X`` follows if it is
+        a copy of this layer (``uns["X_layer"]``). The record and ``_sd`` of an earlier layer of that name are dropped.
 
     Raises
     ------
@@ -132,9 +132,9 @@ def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:
     rows = prediction.obs_names.get_indexer(table.obs_names)
     if (rows < 0).all():
         msg = (
-            f"`prediction` shares no spot with the stack: its `obs_names` are like {list(prediction.obs_names[:3])}, spots of "
-            f"the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[:3])}. Rename the rows of one section with "
-            "`prediction.obs_names = [f'{section}_{i}' for i in prediction.obs_names]`."
+            f"`prediction` shares no spot with the stack: its `obs_names` are like {list(prediction.obs_names[:3])}, "
+            f"spots of the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[:3])}. Rename the rows of "
+            "one section with `prediction.obs_names = [f'{section}_{i}' for i in prediction.obs_names]`."
         )
         raise KeyError(msg)
     return rows
@@ -151,8 +151,9 @@ def _columns(sdata: SpatialData, table: AnnData, prediction: AnnData) -> np.ndar
         columns = np.where(by_id >= 0, by_id, columns)
     if (columns < 0).all():
         msg = (
-            f"`prediction` shares no gene with the stack: its `var_names` are like {list(prediction.var_names[:3])}, genes of "
-            f"the stack like {list(table.var_names[:3])}. Use the same names, or give both stable ids in `var['gene_ids']`."
+            f"`prediction` shares no gene with the stack: its `var_names` are like {list(prediction.var_names[:3])}, "
+            f"genes of the stack like {list(table.var_names[:3])}. Use the same names, or give both stable ids in "
+            "`var['gene_ids']`."
         )
         raise KeyError(msg)
     return columns

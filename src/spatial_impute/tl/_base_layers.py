@@ -86,8 +86,8 @@ def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray)
         raise ValueError(msg)
     if known.any() and not np.isfinite(values[known]).any():
         msg = (
-            f"`layers[{name!r}]` holds no value at the {int(known.sum())} measured spots, so it cannot be compared with the "
-            "measurement. Predict these spots as well, or leave it out of `base_layers`."
+            f"`layers[{name!r}]` holds no value at the {int(known.sum())} measured spots, so it cannot be compared "
+            "with the measurement. Predict these spots as well, or leave it out of `base_layers`."
         )
         raise ValueError(msg)
 
@@ -108,8 +108,8 @@ def _require_independent(name: str, table: AnnData, values: np.ndarray, spots: S
     else:
         return
     msg = (
-        f"`layers[{name!r}]` is declared {INDEPENDENT!r} in `base_layers`, but it {problem}. Only a model that has seen "
-        "no measured spot of this tissue is independent. Leave it out."
+        f"`layers[{name!r}]` is declared {INDEPENDENT!r} in `base_layers`, but it {problem}. Only a model that has "
+        "seen no measured spot of this tissue is independent. Leave it out."
     )
     raise ValueError(msg)
 
@@ -133,8 +133,8 @@ def require_same_folds(table: AnnData, spots: Spots, params: AsignParams, *, see
         if column not in table.obs or "measured" not in record:
             msg = (
                 f"Nothing says how measured spots were held out from `layers[{name!r}]` (no `obs[{column!r}]`). If its "
-                f"model has seen no measured spot of this tissue, say so: `base_layers={{{name!r}: {INDEPENDENT!r}}}`. Else "
-                "the layer cannot be used."
+                f"model has seen no measured spot of this tissue, say so: `base_layers={{{name!r}: {INDEPENDENT!r}}}`. "
+                "Else the layer cannot be used."
             )
             raise ValueError(msg)
         problem = None

@@ -62,34 +62,33 @@ def cross_validate(
 ) -> pd.DataFrame:
     """Score methods on held-out measured spots: the same spots for all methods, in one table.
 
-    Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted again
-    for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out would seem to
-    predict the opposite. Correlations across blocks of one section show how well a method fills gaps in that section. Expect
-    less on a section that was not measured: no held-out block shows how sections differ. Expect even less on another
-    patient.
+    Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted
+    again for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out
+    would seem to predict the opposite. Correlations across blocks of one section show how well a method fills gaps in
+    that section. Expect less on a section that was not measured: no held-out block shows how sections differ. Expect
+    even less on another patient.
 
-    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out spots
-    overlap other spots, or if two sections have the same image.
+    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out
+    spots overlap other spots, or if two sections have the same image.
 
     Parameters
     ----------
     sdata
         Registered stack, with features and graph if the methods need them. Also several stacks (patients) with the same
-        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks, at
-        least two, and predicts a stack that is held out without any measured spot.
+        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks,
+        at least two, and predicts a stack that is held out without any measured spot.
     methods
-        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
-        ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
-        most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean
-        and spread of the color of a spot, which needs no
-        structure) and ``"pixnet"``.
+        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several
+        stacks ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots
+        with the most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on
+        mean and spread of the color of a spot, which needs no structure) and ``"pixnet"``.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
-        ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections if at least two are measured, else
-        blocks.
+        ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections
+        if at least two are measured, else blocks.
     groups
-        Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks is
-        a group.
+        Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks
+        is a group.
     n_folds
         Number of folds, for blocks.
     block_spacings
@@ -103,8 +102,8 @@ def cross_validate(
     graph_key
         Key of the 3D graph: the `key_added` of :func:`build_3d_graph`.
     base_layers
-        Layers with independent predictions, ``{"mine": "independent"}``, as for :func:`fit_asign`: each is compared as a method
-        of its own, and ASIGN blends them in.
+        Layers with independent predictions, ``{"mine": "independent"}``, as for :func:`fit_asign`: each is compared as
+        a method of its own, and ASIGN blends them in.
     model_params
         Settings of ASIGN; see :class:`~spatial_impute.models.AsignParams`.
     encoder
@@ -223,8 +222,9 @@ def _independent(base_layers: Mapping[str, str]) -> dict[str, str]:
     held_out = [name for name, kind in kinds.items() if kind != INDEPENDENT]
     if held_out:
         msg = (
-            f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are hidden "
-            f"here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each fold."
+            f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are "
+            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each "
+            "fold."
         )
         raise ValueError(msg)
     return kinds
@@ -301,7 +301,8 @@ def _require_stacks_to_learn_from(data: HeldOut) -> None:
         if not all(measured) and sum(measured) < 2:
             msg = (
                 "ASIGN predicts a stack without a measured spot only if it learned from at least two others; "
-                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or leave "
+                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or "
+                "leave "
                 'out "asign".'
             )
             raise ValueError(msg)

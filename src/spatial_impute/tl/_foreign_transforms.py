@@ -42,27 +42,27 @@ def read_transformation(
     """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
 
     - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
-    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all the way to
-      the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
-    - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference), or in
-      six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows, with a
-      warning.
-    - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers row by
-      row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or column by
-      column, and are refused.
+    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all
+      the way to the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
+    - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference),
+      or in six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows,
+      with a warning.
+    - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers
+      row by row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or
+      column by column, and are refused.
 
     Parameters
     ----------
     path
         File.
     section_unit, reference_unit
-        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels. Give both, or none if
-        both are um.
+        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels. Give both, or none
+        if both are um.
 
     Returns
     -------
-    A (3, 3) matrix, two arrays (n, 2) of points in the section and in the reference, or for a field a transformation with
-    ``points`` and ``inverse``, um.
+    A (3, 3) matrix, two arrays (n, 2) of points in the section and in the reference, or for a field a transformation
+    with ``points`` and ``inverse``, um.
 
     Raises
     ------
@@ -82,8 +82,8 @@ def read_transformation(
     path = Path(path).expanduser()
     if (section_unit is None) != (reference_unit is None):
         msg = (
-            "Expected both `section_unit` and `reference_unit`, found one of them. Give 1.0 for the one that is in um, or the "
-            "same number twice."
+            "Expected both `section_unit` and `reference_unit`, found one of them. Give 1.0 for the one that is in um, "
+            "or the same number twice."
         )
         raise ValueError(msg)
     given = {"section_unit": section_unit, "reference_unit": reference_unit}
@@ -103,8 +103,8 @@ def read_transformation(
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
-            f"Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine numbers of a "
-            f"matrix, found something else in {str(path)!r}: {error}"
+            "Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine "
+            f"numbers of a matrix, found something else in {str(path)!r}: {error}"
         )
         raise ValueError(msg) from error
     _warn_of_units(path, linear_scale(matrix))
@@ -129,9 +129,9 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         Name of the section.
     path
         File to write. ``.mat`` and ``.tfm``: affine part as an ITK transform with the reference as the fixed image, for
-        ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
-        of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and ``.nrrd``:
-        displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
+        ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``:
+        pairs of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and
+        ``.nrrd``: displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
     overwrite
         Replace a file that is there.
 
@@ -193,9 +193,9 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
 
     Returns
     -------
-    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3) matrix from the
-    section to the reference to which the image was dragged (or the reference under it). Both are taken by
-    ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
+    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
+    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
 
     Raises
     ------
@@ -204,7 +204,8 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     KeyError
         If the viewer has no layers of this section.
     ValueError
-        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the reference.
+        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the
+        reference.
 
     Examples
     --------
@@ -301,8 +302,8 @@ def _read_numbers(path: Path) -> np.ndarray:
     plain = found.size == 9 and (found[[2, 5]].any() or found[1] == found[3])
     if {len(row) for row in rows} != {3} and not plain:
         msg = (
-            f"its {found.size} numbers may stand row by row or column by column. Write them in lines of three: a b c, then "
-            "d e f, for x' = a x + b y + c and y' = d x + e y + f."
+            f"its {found.size} numbers may stand row by row or column by column. Write them in lines of three: a b c, "
+            "then d e f, for x' = a x + b y + c and y' = d x + e y + f."
         )
         raise ValueError(msg)
     return np.array([*found, 0, 0, 1][:9], float).reshape(3, 3)
@@ -329,9 +330,10 @@ def _read_pairs(path: Path) -> np.ndarray:
             pairs.append(pair)
     if len(pairs) < 2 or unread > len(pairs):
         msg = (
-            f"Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, found "
-            f"{len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At least two pairs "
-            "are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines of three numbers."
+            "Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, "
+            f"found {len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At "
+            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines "
+            "of three numbers."
         )
         raise ValueError(msg)
     if inactive or unread:

@@ -102,8 +102,9 @@ def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapp
             raise ValueError(msg)
         if name not in given and record[name].spots is not None:
             msg = (
-                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give "
-                f"its place with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack without it."
+                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give its "
+                f"place with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack "
+                "without it."
             )
             raise ValueError(msg)
 
@@ -111,8 +112,8 @@ def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapp
 def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[np.float64]:
     """Least-squares matrix ``(3, 3)`` from landmarks ``(n, 2)``, um, of one section to the same landmarks of another.
 
-    ``kind="rigid"`` gives rotation, shift, and mirror if that fits better; ``"affine"`` needs three landmarks or more. Two
-    landmarks always give rotation and shift. Too few landmarks, or landmarks on one line, raise a ``ValueError``.
+    ``kind="rigid"`` gives rotation, shift, and mirror if that fits better; ``"affine"`` needs three landmarks or more.
+    Two landmarks always give rotation and shift. Too few landmarks, or landmarks on one line, raise a ``ValueError``.
     """
     moving, fixed = _checked(moving, fixed)
     matrix = np.eye(3)
@@ -202,14 +203,14 @@ def approved_places(
     changed = changed_images(sdata, record) if approved else []
     if changed := [name for name in changed if name in {*approved, record.reference}]:
         msg = (
-            f"The images of the sections {changed} are not the ones that were registered, so their approval does not count. "
-            "Register them without `checked`, and look at the new page."
+            f"The images of the sections {changed} are not the ones that were registered, so their approval does not "
+            "count. Register them without `checked`, and look at the new page."
         )
         raise ValueError(msg)
     if open_:
         msg = (
-            f"Sections {open_} are rejected in `checked`; the same fit would find the same place. Give each of them a start "
-            "(`initial`) or its place (`transformations`), or leave it out (`skip`)."
+            f"Sections {open_} are rejected in `checked`; the same fit would find the same place. Give each of them a "
+            "start (`initial`) or its place (`transformations`), or leave it out (`skip`)."
         )
         raise ValueError(msg)
     return approved

@@ -73,15 +73,15 @@ def impute_3d(
         Key of the 3D graph: the `key_added` of :func:`~spatial_impute.tl.build_3d_graph`.
     depth
         Total counts (all genes) of the measurement that ``layers['asign_sd']`` describes: a number, or a column of
-        ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the measured
-        spots. The imputed values do not depend on it.
+        ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the
+        measured spots. The imputed values do not depend on it.
     measured
         Values of measured spots in the result. ``"keep"``: the measurement, with its counting noise. ``"denoise"``: the
-        expression that the model expects there from the other measured spots and the image, without the measurement of the
-        spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is then of
-        one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
-        A fifth of the measured spots is left out at a time, so that this takes six times as long.
-        ``layers['measured']`` stays the measurement, from which everything is fitted and scored.
+        expression that the model expects there from the other measured spots and the image, without the measurement of
+        the spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is
+        then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice. A fifth of the measured spots is
+        left out at a time, so that this takes six times as long. ``layers['measured']`` stays the measurement, from
+        which everything is fitted and scored.
     parts
         Also write what the parts of the model predict, to compare them with
         :func:`~spatial_impute.metrics.evaluate`: the base, the networks alone, and the blend without the networks.
@@ -90,20 +90,20 @@ def impute_3d(
     key_added
         Layer to write.
     inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates and
-        graphs of the table.
+        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates
+        and graphs of the table.
 
     Returns
     -------
     ``None``, or an AnnData with ``inplace=False``. Writes to `sdata.tables['stack']`:
 
     `.layers['asign']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) in the units of the model (log1p counts). Measured spots keep their measurement, unless `measured`
-        says otherwise.
+        (n_spots, n_genes) in the units of the model (log1p counts). Measured spots keep their measurement, unless
+        `measured` says otherwise.
     `.layers['asign_sd']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) standard deviation of a measurement around the imputed value. Intervals of 1.645 standard
-        deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots that
-        keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
+        deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots
+        that keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
         held-out block can show that.
     `.X`, `.uns['X_layer']`
         A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
@@ -244,8 +244,9 @@ def _leave_out(
 ) -> None:
     """Replace the results of measured spots by those from the other spots, in place.
 
-    Spots that are left out together are drawn at random, so most of their neighbors stay: an imputed spot of the next section
-    has measured spots around it as well. They are drawn in the order of their places, not of the rows of the table.
+    Spots that are left out together are drawn at random, so most of their neighbors stay: an imputed spot of the next
+    section has measured spots around it as well. They are drawn in the order of their places, not of the rows of the
+    table.
     """
     rows = np.flatnonzero(spots.known)
     rows = rows[np.lexsort(np.round(spots.xyz[rows], 3).T)]
@@ -284,8 +285,8 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
     if wanted != found:
         differ = {key: (wanted[key], found[key]) for key in found if wanted[key] != found[key]}
         msg = (
-            f"The model was fitted on features with other settings (model, stack): {differ}. Run `si.pp.extract_features` "
-            "as for the model."
+            f"The model was fitted on features with other settings (model, stack): {differ}. Run "
+            "`si.pp.extract_features` as for the model."
         )
         raise ValueError(msg)
     require_same_units((model.config["units"], units(table)))

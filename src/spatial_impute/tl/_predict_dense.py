@@ -61,8 +61,8 @@ def predict_dense(
     """Predict a dense map of expression from an H&E image.
 
     The map is computed tile by tile. Each tile is read with all the surrounding pixels that the network needs, so the
-    values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also by
-    ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
+    values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also
+    by ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
     :class:`dask.distributed.Client` is active, its workers do that, and the values are the same.
 
     Parameters
@@ -88,17 +88,18 @@ def predict_dense(
     tile_size
         Edge of a tile in px at the resolution of the model.
     output_dtype
-        Type of the stored values: ``"float16"``, ``"float32"`` or ``"float64"``. The model computes in its own precision.
+        Type of the stored values: ``"float16"``, ``"float32"`` or ``"float64"``. The model computes in its own
+        precision.
     store
-        Directory of a SpatialData object to write the map into. An interrupted call leaves no element there; a later call
-        with the same arguments continues from it.
+        Directory of a SpatialData object to write the map into. An interrupted call leaves no element there; a later
+        call with the same arguments continues from it.
     overwrite
         Replace an element of that name in the store, when the new one is complete.
     device
         Torch device; ``settings.device`` by default.
     precision
-        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %, and tiles
-        that agree no better than that.
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %,
+        and tiles that agree no better than that.
     key_added
         Image to write; ``"{image_key}_expression"`` by default.
     inplace

@@ -160,8 +160,8 @@ def compare_with_fit(
             )
     if leaked:
         logger.warning(
-            "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed values "
-            "contain that measurement, so do not score them. Fit a model without them.",
+            "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed "
+            "values contain that measurement, so do not score them. Fit a model without them.",
             leaked,
         )
     return leaked
@@ -195,8 +195,8 @@ def sections_seen(
 ) -> dict[str, str]:
     """Sections of this stack that a model was fitted on: their name, and the name that they had then.
 
-    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack share
-    an image, the spots must be the same as well.
+    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack
+    share an image, the spots must be the same as well.
     """
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
     images = {name: section_image(sdata, record[name]) for name in record.names}

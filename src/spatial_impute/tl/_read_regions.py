@@ -129,8 +129,8 @@ def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]
     levels = image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
     if not levels[0].pixel_size >= _FINEST:
         msg = (
-            f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than light "
-            "can show. Check `mpp` and the transformation of the image."
+            f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than "
+            "light can show. Check `mpp` and the transformation of the image."
         )
         raise ValueError(msg)
     return levels
@@ -148,8 +148,8 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
     if kinds == {"Point"} and "radius" in shapes:
         if anisotropy(matrix) > _MAX_STRETCH:
             msg = (
-                f"The transformation of `{where}` to {frame.name!r} stretches one axis {anisotropy(matrix):.2f} times more "
-                "than the other, so its circles have no radius in um."
+                f"The transformation of `{where}` to {frame.name!r} stretches one axis {anisotropy(matrix):.2f} times "
+                "more than the other, so its circles have no radius in um."
             )
             raise ValueError(msg)
         points = np.column_stack([shapes.geometry.x, shapes.geometry.y])
@@ -268,8 +268,8 @@ def _measured_rows(
     repeated = pd.Index(place[rows]).duplicated()
     if repeated.any():
         msg = (
-            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep one "
-            "of them."
+            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep "
+            "one of them."
         )
         raise ValueError(msg)
     return rows, place[rows]
@@ -315,7 +315,8 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     if raw:
         msg = (
             f"`{where}` holds raw counts (integers up to {data.max():g}); log-normalised expression is expected. Use "
-            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, or "
+            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, "
+            "or "
             'take a loss for counts (`model_params={"loss": "poisson"}`).'
         )
         raise ValueError(msg)

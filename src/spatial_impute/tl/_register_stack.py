@@ -96,9 +96,9 @@ def register_stack(
 
     For each pair of sections, all rotations and both faces are searched. The best starts are refined by a rigid and an
     affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
-    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then gets
-    one smooth deformation onto the next section on its path to the reference, if different parts of the tissue agree on
-    it. Otherwise the section keeps its affine place, and its row gives the reason.
+    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then
+    gets one smooth deformation onto the next section on its path to the reference, if different parts of the tissue
+    agree on it. Otherwise the section keeps its affine place, and its row gives the reason.
 
     Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
     repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
@@ -110,26 +110,26 @@ def register_stack(
     reference
         Section that stays in its place; by default that of the stack record (the first measured section).
     method
-        ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue that was
-        hidden from the fit fits clearly better with it).
+        ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue
+        that was hidden from the fit fits clearly better with it).
     policy
         ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
     order
-        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first, and are
-        put in the order in which neighbors are most alike. They share out their heights in this order. Images do not show
-        which end is the upper one; the direction is the one nearer to the present order.
+        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first,
+        and are put in the order in which neighbors are most alike. They share out their heights in this order. Images
+        do not show which end is the upper one; the direction is the one nearer to the present order.
     on_failure
         ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
     resolution
         Pixel size in um at which the images are read. By default the longer side of an image gets 2.2 times the pixels
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
-        Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
-        (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark arrays (n, 2) in um
-        (in the section, in the reference), or ``"aligned"`` for a section that is aligned already. ``"aligned"`` keeps the
-        transformation to `target_coordinate_system`; without one, the frame of the section is that of the reference. These
-        places are used as they are, without a fit; neighbours are registered to them.
+        Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the
+        reference (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark
+        arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is aligned already.
+        ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the frame of the section is
+        that of the reference. These places are used as they are, without a fit; neighbours are registered to them.
     initial
         Starts, in the same form: such a section is fitted from its start, and no other pose is searched.
     skip
@@ -142,9 +142,9 @@ def register_stack(
         :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
         other sections, the tissue is found on the image.
     checked
-        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present registration.
-        Approved sections stay where they are, with their deformation; the others are registered to them. A
-        rejected section needs an entry in `transformations`, `initial` or `skip`.
+        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present
+        registration. Approved sections stay where they are, with their deformation; the others are registered to them.
+        A rejected section needs an entry in `transformations`, `initial` or `skip`.
     registration_params
         Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
@@ -163,9 +163,9 @@ def register_stack(
     every element of a section
         The affine part as a transformation to `target_coordinate_system` (um, frame of the reference).
     `sdata.images['{section}_displacement']`, `sdata.images['{section}_displacement_inverse']`
-        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first maps
-        a point of the common frame to its place by the affine part alone (for images), the second maps it back (for
-        points). :func:`warp_element` applies them.
+        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first
+        maps a point of the common frame to its place by the affine part alone (for images), the second maps it back
+        (for points). :func:`warp_element` applies them.
     `sdata.tables['stack'].obsm['spatial_3d']` : :class:`numpy.ndarray` (``float64``)
         (n_spots, 3) x, y in the common frame, deformation included, and z, um.
     `sdata.attrs['spatial_impute']['stack']['registration']`
@@ -175,8 +175,8 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, `checked` belongs to another registration or another image, or rejects a section without help, or a section
-        fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or another image, or rejects a section without help, or a
+        section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -364,8 +364,8 @@ def _warn_of_pixel_size(scales: dict[str, float]) -> None:
     if same and len(scaled) >= len(scales) - 1:
         factor = float(np.median(list(scaled.values())))
         logger.warning(
-            "Sections %s all fit the reference when they are scaled by about %.2f; check the pixel size (`mpp`) of the reference "
-            "and of these sections",
+            "Sections %s all fit the reference when they are scaled by about %.2f; check the pixel size (`mpp`) of the "
+            "reference and of these sections",
             list(scaled),
             factor,
         )

@@ -40,8 +40,8 @@ def transfer_shapes(
 ) -> None:
     """Carry shapes of one section, such as annotations of a pathologist, to other sections, deformations included.
 
-    A place keeps its x and y in the common frame. How far the tissue of two sections is apart there is the expected error
-    of the registration (:func:`spatial_impute.metrics.registration_quality`).
+    A place keeps its x and y in the common frame. How far the tissue of two sections is apart there is the expected
+    error of the registration (:func:`spatial_impute.metrics.registration_quality`).
 
     Parameters
     ----------
@@ -58,16 +58,17 @@ def transfer_shapes(
 
     Returns
     -------
-    ``None``. Writes for each section `sdata.shapes['{key}_on_{section}']`: the shapes in the frame of that section (um), with
-    their columns and names. Long edges get more vertices to follow a deformation. With the default names, shapes of an
-    earlier call are replaced. After a new registration, call this again: the shapes keep their old places.
+    ``None``. Writes for each section `sdata.shapes['{key}_on_{section}']`: the shapes in the frame of that section
+    (um), with their columns and names. Long edges get more vertices to follow a deformation. With the default names,
+    shapes of an earlier call are replaced. After a new registration, call this again: the shapes keep their old places.
 
     Raises
     ------
     KeyError
         If the stack is not registered, the shapes do not exist or belong to no section, or a section is not registered.
     ValueError
-        If the shapes belong to several sections and `section` is not given, there is no other section, or a new name is taken.
+        If the shapes belong to several sections and `section` is not given, there is no other section, or a new name is
+        taken.
 
     Examples
     --------

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-    from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import StackRecord
 
@@ -49,8 +48,8 @@ def warp_element(
 ) -> Any:
     """Move an element of a section to the common frame, with the deformation if the section has one.
 
-    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy with final
-    coordinates: of annotations, cells, transcripts, images and label masks.
+    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy with
+    final coordinates: of annotations, cells, transcripts, images and label masks.
 
     Parameters
     ----------
@@ -146,11 +145,6 @@ def section_of(element: Any, key: str, record: StackRecord, wanted: str | None) 
     return found[0]
 
 
-def fill_value(level: Level, *, white: bool) -> float:
-    """Value of pixels outside an image: 0, or full brightness, which for 12 bits in 16 is 4095."""
-    return level.white if white else 0
-
-
 def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
     if kind in ("labels", "images"):
         return warp.raster(element, pixel_size, white=white)
@@ -233,7 +227,7 @@ class Warp:
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
         level = best_level(levels, pixel_size / scale)
         is_labels = "c" not in level.data.dims
-        fill = fill_value(level, white=white)
+        fill = level.white if white else 0
         grid = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
         data = resampled(level, self.transform, grid, nearest=is_labels, fill=fill, chunk=_CHUNK)
         kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid.matrix)}}

@@ -35,8 +35,9 @@ def write_geojson(
     sdata
         Stack.
     key
-        Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath, columns of
-        numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty polygons.
+        Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath,
+        columns of numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty
+        polygons.
     path
         File to write (``.geojson`` or ``.json``).
     section

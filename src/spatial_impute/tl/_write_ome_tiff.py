@@ -25,7 +25,7 @@ from spatial_impute._stack import (
     section_levels,
 )
 from spatial_impute._validation import require_key, require_one_of, require_positive
-from spatial_impute.tl._warp_element import fill_value, section_of
+from spatial_impute.tl._warp_element import section_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,15 +68,16 @@ def write_ome_tiff(
     section
         Section of the element; by default the one section to which it has a transformation.
     canvas
-        ``"reference"``: the frame of the image of the reference, so that all files of a stack have the same pixels; what
-        lies outside is cut off. ``"section"``: the whole registered image.
+        ``"reference"``: the frame of the image of the reference, so that all files of a stack have the same pixels;
+        what lies outside is cut off. ``"section"``: the whole registered image.
     pixel_size
         Pixel size in um; by default that of the image of the reference (``canvas="reference"``) or of the element.
     compression
-        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red, green and
-        blue, and deflate (without loss) for others and for labels.
+        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red,
+        green and blue, and deflate (without loss) for others and for labels.
     overwrite
-        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read from.
+        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read
+        from.
     show_progress_bar
         Show a progress bar; ``settings.show_progress_bar`` by default.
 
@@ -115,7 +116,7 @@ def write_ome_tiff(
     element, channels = (sdata[key], ()) if key in sdata.labels else _colors_or_channels(sdata[key], is_slide=is_slide)
     levels = image_levels(element, element_affine(sdata[key], section))
     grid = _grid(levels[0], transform, _reference(sdata, record) if canvas == "reference" else None, pixel_size)
-    fill = fill_value(levels[0], white=is_slide)
+    fill = levels[0].white if is_slide else 0
     image = _Slide(levels, transform, grid, channels, fill, key in sdata.labels).pyramid(key)
     bar = progress(None, f"Writing {path.name}", show=show_progress_bar, total=image.n_strips)
     try:
@@ -163,8 +164,9 @@ def _compression(wanted: str | None, image: Pyramid, *, labels: bool) -> str:
     require_one_of(wanted, {"jpeg", "deflate", "zstd", "none"}, name="compression")
     if wanted == "jpeg" and not jpeg:
         msg = (
-            f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape {image.shape}"
-            f"{' (labels)' if labels else f' with the channels {list(image.channels)}' if image.channels else ''}. Use `compression='deflate'`."
+            f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape "
+            f"{image.shape}{' (labels)' if labels else f' with the channels {list(image.channels)}' if image.channels else ''}. "
+            "Use `compression='deflate'`."
         )
         raise ValueError(msg)
     return wanted
