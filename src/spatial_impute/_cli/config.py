@@ -285,10 +285,7 @@ class RunConfig:
 def read_config(path: str | Path) -> RunConfig:
     """Read and check the file of a run (``.yaml``, ``.yml`` or ``.toml``); nothing else is read or written.
 
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, or a key is missing, unknown, or has a wrong value; the message names the key.
+    The message of a ``ConfigError`` names the key that is missing, unknown, or has a wrong value.
     """
     path = Path(path)
     if not path.is_file():

@@ -84,10 +84,7 @@ def _raise_all(steps: Iterable[Callable[[], object]], config: RunConfig) -> None
 def run(config: RunConfig) -> Path:
     """Run everything, write data, figures, tables and a report to ``config.output``, and return the path of the report.
 
-    Raises
-    ------
-    FileExistsError
-        If the output folder holds files that no run has written.
+    Raises a ``FileExistsError`` if the output folder holds files that no run has written.
     """
     import matplotlib as mpl
 

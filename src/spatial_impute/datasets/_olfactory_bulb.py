@@ -44,12 +44,7 @@ SHA256 = {
 
 # Neighboring spots are 141 um apart, on the images 33.4 pixels.
 _MPP, _SPOT_DIAMETER = 4.22, 100.0
-_HEIGHTS = {
-    "MOB1": 100.0,
-    "MOB2": 120.0,
-    "MOB3": 130.0,
-    "MOB4": 140.0,
-}  # um; an example, the true ones are not published
+_HEIGHTS = {"MOB1": 100.0, "MOB2": 120.0, "MOB3": 130.0, "MOB4": 140.0}  # um; the true ones are not published
 
 
 @overload

@@ -107,24 +107,9 @@ def make_panels(
 ) -> np.ndarray:
     """Axes of a new figure, or the axes from the user, as an array (n_panels,), row by row.
 
-    Parameters
-    ----------
-    n_rows
-        Rows of the grid.
-    n_columns
-        Columns of the grid.
-    aspect
-        Height over width of a panel.
-    ax
-        Axes to draw on, row by row.
-    figsize
-        Size of the new figure in inches.
-    n_panels
-        Number of panels of the grid that are used; all by default.
-    margin
-        Width and height in inches for what stands beside the panels.
-    foot
-        Height in inches of one more axes under all panels of a new figure; it becomes the last of ``figure.axes``.
+    `aspect` is the height of a panel over its width, `margin` the width and height (inches) for what stands beside the
+    panels. The first `n_panels` panels of the grid are used, all by default. `foot` is the height (inches) of one more
+    axes under all panels of a new figure; it becomes the last of ``figure.axes``.
     """
     n_panels = n_rows * n_columns if n_panels is None else n_panels
     if ax is not None:
@@ -158,12 +143,8 @@ def show_raster(ax: Axes, raster: np.ndarray, to_um: np.ndarray, **kwargs: Any) 
     """Draw a raster (y, x) or (y, x, 3) through the affine of its pixel corners."""
     height, width = raster.shape[:2]
     limits = ax.get_xlim(), ax.get_ylim()
-    place: dict[str, Any] = {
-        "extent": (0, width, height, 0),
-        "transform": Affine2D(to_um) + ax.transData,
-        "aspect": "equal",
-    }
-    ax.imshow(raster, **place, **kwargs)
+    place: dict[str, Any] = {"extent": (0, width, height, 0), "transform": Affine2D(to_um) + ax.transData}
+    ax.imshow(raster, aspect="equal", **place, **kwargs)
     ax.set(xlim=limits[0], ylim=limits[1])  # imshow takes its extent for um
 
 
@@ -242,28 +223,21 @@ def legend_below(ax: Axes, handles: list[Artist], *, y: float = 0.0, n_columns: 
     ax.legend(handles=handles, frameon=False, fontsize="small", **place, **kwargs)
 
 
-def nice_stretch(length: float, height: float, share: float) -> float:
-    """Factor on z, with one digit and never below 1, that makes a stack about `share` as high as it is long.
+def resolve_stretch(value: float | None, length: float, height: float, *, share: float) -> float:
+    """Factor on z: the given one, or one that makes a stack about `share` as high as it is long.
+
+    The latter has one digit and is never below 1.
 
     Examples
     --------
-    >>> nice_stretch(2400.0, 60.0, 0.5)
+    >>> resolve_stretch(None, 2400.0, 60.0, share=0.5)
     20.0
-    >>> nice_stretch(1000.0, 2000.0, 0.5)
+    >>> resolve_stretch(None, 1000.0, 2000.0, share=0.5)
     1.0
     """
+    if value is not None:
+        return require_positive(value, name="z_stretch")
     return max(1.0, float(f"{share * length / height:.0e}")) if height > 0 else 1.0
-
-
-def resolve_stretch(value: float | None, length: float, height: float, *, share: float) -> float:
-    """Given factor on z, or a nice one.
-
-    Raises
-    ------
-    ValueError
-        If `value` is not a positive number.
-    """
-    return nice_stretch(length, height, share) if value is None else require_positive(value, name="z_stretch")
 
 
 def stack_share(n_sections: int) -> float:
@@ -272,13 +246,7 @@ def stack_share(n_sections: int) -> float:
 
 
 def make_space(ax: Axes | Sequence[Axes] | None, figsize: tuple[float, float] | None) -> Axes3D:
-    """3D axes of a new figure, or the given ones.
-
-    Raises
-    ------
-    ValueError
-        If `ax` is not one 3D axes.
-    """
+    """3D axes of a new figure, or the given ones; a ``ValueError`` if these are no 3D axes."""
     if ax is not None:
         if not isinstance(ax, Axes3D):
             msg = (
@@ -297,18 +265,8 @@ def frame_space(
 ) -> None:
     """Limits in um (y runs as in the images), sections named at their heights, scale bar along the front edge.
 
-    Parameters
-    ----------
-    ax
-        Axes.
-    box
-        (2, 2) lowest and highest x, y.
-    sections
-        Sections shown, in the order of z.
-    measured
-        Names of those that were measured.
-    stretch
-        Factor on z.
+    `box` is (2, 2), the lowest and highest x, y. The `sections` stand in the order of z, `measured` names those that
+    were measured. `stretch` is the factor on z.
     """
     low, high = box
     room = _LABEL_ROOM * (high - low)[0]

@@ -95,16 +95,8 @@ def typed_edges(
 ) -> Edges:
     """Edges with their type: within a section, else overlap, else similar image features, else near.
 
-    Parameters
-    ----------
-    weights
-        (n, n) symmetric, strength of every edge.
-    overlap
-        (n, n) symmetric, overlap (IoU) of the edges that have one.
-    similarity
-        (n, n) symmetric, cosine of the edges that have one.
-    section
-        (n,) section of every spot.
+    All matrices are (n, n) and symmetric. Each edge has a weight; some have an overlap (IoU) or a similarity (cosine).
+    `section` is the (n,) section of each spot.
 
     Examples
     --------

@@ -327,43 +327,27 @@ def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units
     flat = {"ambient": 1.0, "diffuse": 0.0, "specular": 0.0, "fresnel": 0.0}
     colors = {"colorscale": scale, "cmin": look.norm.vmin, "cmax": look.norm.vmax, "lighting": flat}
     x, y, z = found.axes
-    surfaces = [
-        {**_plane(found, 0, look.place[0]), "showscale": False},
-        {
-            **_plane(found, 1, look.place[1]),
-            "showscale": True,
-            "colorbar": {"title": {"text": units.replace("\n", "<br>")}},
-        },
-    ]
+    surfaces = [{**_plane(found, axis, look.place[axis]), "showscale": axis == 1} for axis in (0, 1)]
+    surfaces[1]["colorbar"] = {"title": {"text": units.replace("\n", "<br>")}}
     start = found.cell(2, look.place[2])
     moving = [{**_plane(found, 2, height), "showscale": False, "visible": k == start} for k, height in enumerate(z)]
     figure = go.Figure([go.Surface(**surface, **colors, connectgaps=False) for surface in [*surfaces, *moving]])
+    visible = [[True, True, *(i == k for i in range(len(z)))] for k in range(len(z))]
     steps = [
-        {
-            "label": f"{height:g}",
-            "method": "update",
-            "args": [{"visible": [True, True, *(i == k for i in range(len(z)))]}],
-        }
-        for k, height in enumerate(z)
+        {"label": f"{height:g}", "method": "update", "args": [{"visible": seen}]}
+        for height, seen in zip(z, visible, strict=True)
     ]
     factor = "" if look.stretch == 1 else f" (z × {look.stretch:g})"
-    longest = max(np.ptp(x), np.ptp(y))
+    sides = np.ptp(x), np.ptp(y), look.stretch * np.ptp(z)
+    names = [f"{section.name}, {section.z:g} µm" for section in used.sections]
     figure.update_layout(
         title=f"{title.replace(chr(10), ', ')}{factor}",
         scene={
             "xaxis": {"title": "x, µm"},
             "yaxis": {"title": "y, µm", "autorange": "reversed"},
-            "zaxis": {
-                "title": "z",
-                "tickvals": used.heights,
-                "ticktext": [f"{s.name}, {s.z:g} µm" for s in used.sections],
-            },
+            "zaxis": {"title": "z", "tickvals": used.heights, "ticktext": names},
             "aspectmode": "manual",
-            "aspectratio": {
-                "x": float(np.ptp(x) / longest),
-                "y": float(np.ptp(y) / longest),
-                "z": float(look.stretch * np.ptp(z) / longest),
-            },
+            "aspectratio": {axis: float(side / max(sides[:2])) for axis, side in zip("xyz", sides, strict=True)},
         },
         sliders=[{"active": start, "currentvalue": {"prefix": "z = ", "suffix": " µm"}, "steps": steps}],
         margin={"l": 0, "r": 0, "t": 40, "b": 0},

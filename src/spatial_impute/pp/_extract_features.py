@@ -223,16 +223,9 @@ def _encode(
         if part is not None:
             logger.info("Section %s: features read from %s", name, folder)
         else:
+            tissue, options = (view.levels, view.centers, view.diameter), {"batch_size": run.batch_size}
             with requested_threads():
-                part = section_tokens(
-                    view.levels,
-                    view.centers,
-                    view.diameter,
-                    encode,
-                    run.layout,
-                    batch_size=run.batch_size,
-                    recolor=stain_map,
-                )
+                part = section_tokens(*tissue, encode, run.layout, recolor=stain_map, **options)
             if folder is not None:
                 save_tokens(folder, key, part)
         parts.append(part)

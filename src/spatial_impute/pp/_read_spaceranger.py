@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
+_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+_XY = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
+_SAME_PIXEL = 0.5  # versions round positions differently
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _CELLS = "segmented_outputs"
@@ -139,7 +143,7 @@ def read_legacy(
     scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
+    return _section(_Sample(where, factors, _checked_positions(positions, where), counts, images), scan)
 
 
 def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
@@ -148,23 +152,15 @@ def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
         positions, counts = _spots_under_tissue(sample)
-    if "microns_per_pixel" in factors:
-        mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
-        radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
-    else:
-        mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
-        radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
-        _require_spot_size(sample.where, 2 * radius * mpp)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
-        sdata = section_object(
-            "sample",
-            _read_image(sample, fullres_image, mpp),
-            centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
-            radius=radius,
-            ids=list(positions.index),
-            table=counts,
-        )
+        if "microns_per_pixel" in factors:
+            mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
+            radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
+        else:
+            mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
+            radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
+            _require_spot_size(sample.where, 2 * radius * mpp)
+        image, centers, ids = _read_image(sample, fullres_image, mpp), positions[_XY].to_numpy(float), positions.index
+        sdata = section_object("sample", image, centers=centers, radius=radius, ids=list(ids), table=counts)
     return sdata, mpp, source
 
 
@@ -200,14 +196,101 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
 
 def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
     """Barcodes without the "-1" of Space Ranger, which other programs drop, if they are unique then."""
-    names, spots = (
-        pd.Index(index).str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index)
-    )
+    names, spots = (index.str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index))
     if not names.is_unique or not spots.is_unique:
         return positions, counts
     counts = counts.copy()
     counts.obs_names = names
     return positions.set_index(spots), counts
+
+
+def read_positions(folder: Path) -> pd.DataFrame:
+    """Positions of the spots. Versions of Space Ranger name the file differently; several in one folder must agree."""
+    paths = [folder / "spatial" / name for name in _POSITIONS if (folder / "spatial" / name).exists()]
+    if not paths:
+        msg = (
+            f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
+            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
+        )
+        raise FileNotFoundError(msg)
+    found, *others = map(_read_file, paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if (differ := _difference(found, other)) is not None:
+            msg = (
+                f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
+                "or versions of Space Ranger; keep the one that belongs to the counts."
+            )
+            raise ValueError(msg)
+    return found
+
+
+def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
+    """First difference of two tables of positions, in words; None if they say the same."""
+    only = first.index.symmetric_difference(second.index)
+    if len(only):
+        return f"{len(only)} barcodes are in one of them only, like {only[0]!r}"
+    one, other = (table.loc[first.index, COLUMNS[1:]].astype(float) for table in (first, second))
+    off = (one - other).abs() > _SAME_PIXEL
+    if not off.any(axis=None):
+        return None
+    column = off.any().idxmax()
+    name = off[column].idxmax()
+    return f"{column!r} of {name!r} is {one.loc[name, column]:g} and {other.loc[name, column]:g}"
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    if table.index.name == "barcode":
+        table = table.reset_index()
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        msg = (
+            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as "
+            f"Space Ranger does: {COLUMNS}."
+        )
+        raise ValueError(msg)
+    return _checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
+
+
+def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
+    table = table.copy()
+    words = {"true": 1, "false": 0}
+    for column in COLUMNS[1:]:
+        values = table[column]
+        if column == "in_tissue" and values.dtype.kind not in "buif":
+            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
+        numbers = pd.to_numeric(values, errors="coerce").astype(float)
+        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
+        if bad.any():
+            msg = (
+                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, "
+                f"found {table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
+            )
+            raise ValueError(msg)
+        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
+    if not table.index.is_unique:
+        msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
+        raise ValueError(msg)
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
+    text = read_text(path)
+    head = text.split("\n", 1)[0]
+    separator = max(",;\t", key=head.count)
+    # Where semicolons part the cells, a comma is the decimal point of many countries.
+    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
+    named = bool(set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)})
+    table = pd.read_csv(io.StringIO(text), header=0 if named else None, **options)
+    if not named and (table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf"):
+        msg = (
+            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].tolist()[0]!r}; expected the "
+            f"{len(COLUMNS)} columns {COLUMNS}."
+        )
+        raise ValueError(msg)
+    return table if named else table.set_axis(COLUMNS, axis=1)
 
 
 def _read_counts(folder: Path) -> AnnData:
@@ -235,7 +318,7 @@ def _read_counts(folder: Path) -> AnnData:
 def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     """Micrometres per pixel from the known lattice of the array, by least squares over all spots."""
     place = positions[["array_col", "array_row"]].to_numpy(float) * [_COLUMN_STEP, _ROW_STEP]
-    pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    pixels = positions[_XY].to_numpy(float)
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
         msg = f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
@@ -286,20 +369,13 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
 
 def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
-    small = {
-        kind: (
-            _levels(image),
-            1 / require_positive(sample.factors[f"tissue_{kind}_scalef"], name=f"tissue_{kind}_scalef"),
-        )
-        for kind, _ in _IMAGES
-        if (image := sample.images.get(kind)) is not None and f"tissue_{kind}_scalef" in sample.factors
-    }
+    small = {}
+    for kind, _ in _IMAGES:
+        if (image := sample.images.get(kind)) is not None and (factor := f"tissue_{kind}_scalef") in sample.factors:
+            small[kind] = _levels(image), 1 / require_positive(sample.factors[factor], name=factor)
     if fullres_image is not None:
-        opened = (
-            ImageFile(_levels(fullres_image), None)
-            if isinstance(fullres_image, np.ndarray)
-            else open_image(fullres_image)
-        )
+        is_array = isinstance(fullres_image, np.ndarray)
+        opened = ImageFile(_levels(fullres_image), None) if is_array else open_image(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
         if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
             logger.warning(

@@ -118,11 +118,8 @@ def add_prediction(
 
 def _other_records(table: AnnData) -> list[str]:
     """Names in ``uns`` that are no records of layers, such as ``pca`` of scanpy or a graph."""
-    layers = [
-        key
-        for key, record in table.uns.items()
-        if isinstance(record, Mapping) and Keys.STATE in record and "params" not in record
-    ]
+    records = {key: record for key, record in table.uns.items() if isinstance(record, Mapping)}
+    layers = [key for key, record in records.items() if Keys.STATE in record and "params" not in record]
     return sorted(set(table.uns) - {*table.layers, *layers})
 
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 INDEPENDENT = "independent"
 HELD_OUT = "held_out"
+_WRITERS = {
+    HELD_OUT: "impute_pixnet(sdata, key_added={!r})",
+    INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
+}
+_SAME_R = 0.999  # no prediction of a noisy measurement is that good
 
 
 def kinds_of_bases(base_layers: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -38,12 +43,7 @@ def kinds_of_bases(base_layers: Sequence[str] | Mapping[str, str]) -> dict[str, 
 def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
     """Spots with the (n, n_genes) predictions of other models in layers of the stack table.
 
-    Raises
-    ------
-    KeyError
-        If a layer does not exist.
-    ValueError
-        If a layer has the name of a method of ASIGN, or values that its kind does not allow.
+    Raises a ``ValueError`` if a layer has the name of a method of ASIGN, or values that its kind does not allow.
     """
     from spatial_impute.models.asign._baselines import METHODS
     from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT
@@ -64,14 +64,6 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             _require_independent(name, table, found[name], spots)
     names = frozenset(name for name, kind in kinds.items() if kind == INDEPENDENT)
     return replace(spots, bases=found, independent=names)
-
-
-_SAME_R = 0.999  # no prediction of a noisy measurement is that good
-
-_WRITERS = {
-    HELD_OUT: "impute_pixnet(sdata, key_added={!r})",
-    INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
-}
 
 
 def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray) -> None:

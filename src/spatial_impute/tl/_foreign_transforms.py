@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
 
-_ITK_HEADER = "#Insight Transform File"
+_ITK_HEADER = b"#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _LATTICE = 12  # points along a side of the image: a deformation bends less than between two of them
 _FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
@@ -99,7 +99,8 @@ def read_transformation(
     try:
         if path.name.lower().endswith(_FIELDS):
             return _read_field(path, (here, there))
-        matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
+        is_itk = path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER)
+        matrix = _read_itk(path) if is_itk else _read_numbers(path)
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
@@ -262,10 +263,6 @@ def _write_itk(path: Path, matrix: np.ndarray) -> None:
         "AffineTransform", precision="double", dimension=2, matrix=back[:2, :2], translation=back[:2, 2]
     )
     ants.write_transform(affine, str(path))
-
-
-def _is_itk(path: Path) -> bool:
-    return path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER.encode())
 
 
 def _read_itk(path: Path) -> np.ndarray:

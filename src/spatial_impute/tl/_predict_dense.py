@@ -248,16 +248,13 @@ def _lazy_array(job: DenseJob) -> Any:
 
     shared = dask.delayed(job, pure=False, traverse=False)
     rows, columns = job.tiling.shape
-    blocks = []
-    for i in range(rows):
-        row = []
-        for j in range(columns):
-            y, x = job.place((i, j))
-            shape = (job.n_channels, y.stop - y.start, x.stop - x.start)
-            if (i, j) in job.wanted:
-                tile = dask.delayed(type(job).compute)(shared, (i, j))
-                row.append(da.from_delayed(tile, shape, dtype=job.dtype, meta=np.empty((0, 0, 0), job.dtype)))
-            else:
-                row.append(da.full(shape, np.nan, dtype=job.dtype, chunks=shape))
-        blocks.append(row)
-    return da.block(blocks)
+
+    def block(tile: tuple[int, int]) -> Any:
+        y, x = job.place(tile)
+        shape = (job.n_channels, y.stop - y.start, x.stop - x.start)
+        if tile not in job.wanted:
+            return da.full(shape, np.nan, dtype=job.dtype, chunks=shape)
+        values = dask.delayed(type(job).compute)(shared, tile)
+        return da.from_delayed(values, shape, dtype=job.dtype, meta=np.empty((0, 0, 0), job.dtype))
+
+    return da.block([[block((i, j)) for j in range(columns)] for i in range(rows)])

@@ -174,20 +174,22 @@ def measured_hash(spots: Spots) -> str:
     return digest.hexdigest()[:16]
 
 
-def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
-    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
-    ids = measured_ids(table)
+def _section_states(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Fingerprints of image and spots of each section with spots."""
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
     own = np.asarray(table.obsm[Keys.SPATIAL], float) if Keys.SPATIAL in table.obsm else np.zeros((table.n_obs, 2))
     return {
-        name: {
-            "image": section_image(sdata, record[name]),
-            "spots": fingerprint(own[section == name]),
-            "measured": ids[name],
-        }
+        name: {"image": section_image(sdata, record[name]), "spots": fingerprint(own[section == name])}
         for name in record.names
-        if ids.get(name)
+        if (section == name).any()
     }
+
+
+def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
+    ids = measured_ids(table)
+    states = _section_states(sdata, record, table)
+    return {name: {**state, "measured": ids[name]} for name, state in states.items() if ids[name]}
 
 
 def sections_seen(
@@ -195,20 +197,15 @@ def sections_seen(
 ) -> dict[str, str]:
     """Sections of this stack that a model was fitted on: their name, and the name that they had then.
 
-    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack
-    share an image, the spots must be the same as well.
+    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack share
+    an image, the spots must be the same as well.
     """
-    section = table.obs[Keys.SECTION].astype(str).to_numpy()
-    images = {name: section_image(sdata, record[name]) for name in record.names}
-    found = {}
-    for name, image in images.items():
-        rows = section == name
-        if not rows.any():
-            continue
-        shared = list(images.values()).count(image) > 1
-        spots = fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows]) if Keys.SPATIAL in table.obsm else ""
+    states, found = _section_states(sdata, record, table), {}
+    images = [state["image"] for state in states.values()]
+    for name, now in states.items():
+        shared = images.count(now["image"]) > 1
         for then, state in learned.items():
-            same_image, same_spots = image and image == state["image"], spots == state["spots"]
+            same_image, same_spots = now["image"] == state["image"] != "", now["spots"] == state["spots"]
             if (same_spots and (same_image or then == name)) or (same_image and not shared):
                 found[name] = then
     return found

@@ -61,15 +61,7 @@ class ExpressionChoice:
 
 
 def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
-    """Coordinate system of an image (and shapes), and its unit.
-
-    Raises
-    ------
-    KeyError
-        If an element or the coordinate system does not exist.
-    ValueError
-        If the coordinate system or its unit is not clear.
-    """
+    """Coordinate system of an image (and shapes), and its unit; a ``ValueError`` if one of them is not clear."""
     from spatialdata.transformations import get_transformation
 
     require_spatialdata(sdata)
@@ -84,12 +76,8 @@ def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choic
     if name is None:
         name = _shared_system(systems) if section is None else section
     for element, found in systems.items():
-        require_key(
-            name,
-            found,
-            where=f"coordinate systems of sdata.{element}",
-            then="Add one with `spatialdata.transformations.set_transformation`.",
-        )
+        then = "Add one with `spatialdata.transformations.set_transformation`."
+        require_key(name, found, where=f"coordinate systems of sdata.{element}", then=then)
     if choice.mpp is not None:
         return Frame(name, require_positive(choice.mpp, name="mpp", unit="um per unit"))
     if section is None or name not in (section, Keys.ALIGNED):
@@ -170,12 +158,7 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
 def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None) -> str:
     """Name of the table whose rows are these shapes; by default the stack table, or the only table.
 
-    Raises
-    ------
-    KeyError
-        If there is no such table.
-    ValueError
-        If there are several tables and `table_key` is None.
+    Raises a ``KeyError`` if there is no such table, a ``ValueError`` if there are several and `table_key` is None.
     """
     if table_key is not None:
         require_key(table_key, sdata.tables, where="sdata.tables")
@@ -215,14 +198,8 @@ def read_measured(
 ) -> Measured:
     """Expression of the measured shapes, joined by id.
 
-    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always.
-
-    Raises
-    ------
-    KeyError
-        If table, layer or genes do not exist.
-    ValueError
-        If nothing is measured, values are not finite, or values are counts where log values are needed or the reverse.
+    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always. Raises a ``ValueError``
+    if nothing is measured, values are not finite, or values are counts where log values are needed or the reverse.
     """
     from scipy import sparse
 
