@@ -367,8 +367,8 @@ def draw(
         drawn["training.png"] = ("Training of the networks", lambda p: si.pl.training(model, save=p))
     if Keys.PREDICTABILITY not in sdata.tables[Keys.STACK_TABLE].var:
         del drawn["genes.png"]
-    for name, (_, draw) in drawn.items():
-        draw(folder / name)
+    for name, (_, plot) in drawn.items():
+        plot(folder / name)
         plt.close("all")
     return {name: text for name, (text, _) in drawn.items()}
 

@@ -21,7 +21,7 @@ from spatial_impute._scores import (
 )
 from spatial_impute._settings import logger
 from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
-from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
+from spatial_impute._validation import name_list, require_finite, require_key, require_one_of, require_unique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -232,10 +232,8 @@ def _require_truth(truth: Any) -> None:
     if truth.X is None:
         msg = f"`truth.X` is empty; put the layer with log-normalised expression there, one of {sorted(truth.layers)}."
         raise ValueError(msg)
-    for slot, names in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
-        if not names.is_unique:
-            msg = f"`truth.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
-            raise ValueError(msg)
+    require_unique(truth.obs_names, name="`truth.obs_names`")
+    require_unique(truth.var_names, name="`truth.var_names`")
 
 
 def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, measured: np.ndarray) -> _Part:

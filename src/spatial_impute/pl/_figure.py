@@ -16,7 +16,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from spatial_impute._stack import resolve_sections
-from spatial_impute._validation import name_list, require_positive
+from spatial_impute._validation import name_list, require_count, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,10 +78,7 @@ def names_or_raise(value: str | Sequence[str], *, name: str, there: str) -> list
 
 def grid_shape(n_panels: int, n_columns: int) -> tuple[int, int]:
     """Rows and columns of a grid with at most `n_columns` columns."""
-    if int(n_columns) < 1:
-        msg = f"`ncols` must be at least 1, found {n_columns!r}."
-        raise ValueError(msg)
-    n_columns = min(int(n_columns), n_panels)
+    n_columns = min(require_count(n_columns, name="ncols"), n_panels)
     return -(-n_panels // n_columns), n_columns
 
 

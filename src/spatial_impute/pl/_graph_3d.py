@@ -12,7 +12,7 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
-from spatial_impute._validation import name_list, require_key, require_one_of
+from spatial_impute._validation import name_list, require_count, require_key, require_one_of
 from spatial_impute.pl._figure import (
     INK,
     MISSING,
@@ -277,15 +277,12 @@ def _named(table: AnnData, spots: list[str], shown: np.ndarray, sections: list[s
 
 def _spread(xyz: np.ndarray, rows: np.ndarray, n_spots: int | None) -> np.ndarray:
     """Rows of `n_spots` spots spread over the tissue: farthest points, starting in the middle."""
-    if n_spots is None or n_spots >= len(rows):
+    if n_spots is None or require_count(n_spots, name="n_spots") >= len(rows):
         return rows
-    if int(n_spots) < 1:
-        msg = f"`n_spots` must be at least 1, found {n_spots!r}."
-        raise ValueError(msg)
     points = xyz[rows, :2]
     taken = [int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))]
     distance = np.full(len(rows), np.inf)
-    while len(taken) < int(n_spots):
+    while len(taken) < n_spots:
         distance = np.minimum(distance, np.linalg.norm(points - points[taken[-1]], axis=1))
         taken.append(int(np.argmax(distance)))
     return rows[taken]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, exchanged_axes
-from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pl._overlay import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -112,9 +112,7 @@ def _picture(
     sdata: SpatialData, record: StackRecord, name: str, resolution: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(y, x, 3) uint8 of a section, and its map from pixel corners to um."""
-    levels = section_levels(sdata, record[name])
-    longest = max(levels[0].shape) * levels[0].pixel_size
-    rgb, to_um = read_thumbnail(levels, resolution or longest / _PIXELS)
+    rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
     return np.clip(rgb, 0, 255).astype(np.uint8), to_um
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._stack import load_record, load_transform, registration_problems, require_registration, warn
-from spatial_impute._validation import require_positive
+from spatial_impute._validation import require_count, require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap
 from spatial_impute.pl._figure import (
@@ -165,9 +165,7 @@ def _check_options(
     resolution: float | None, n_tiles: int, *, show_table: bool, ax: Axes | Sequence[Axes] | None
 ) -> float | None:
     """Pixel size to read the images at, after a check of the options."""
-    if int(n_tiles) < 2:
-        msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
-        raise ValueError(msg)
+    require_count(n_tiles, name="n_tiles", least=2)
     if show_table and ax is not None:
         msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
         raise ValueError(msg)

@@ -14,7 +14,7 @@ from spatial_impute._io.text import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
-from spatial_impute._validation import require_key, require_slot_key
+from spatial_impute._validation import require_key, require_slot_key, require_unique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,9 +160,7 @@ def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
         raise TypeError(msg)
     found = found.set_geometry(found.geometry.force_2d())
     found.attrs = {}  # the place of a shapes element is applied by itself
-    if not found.index.is_unique:
-        msg = f"The index of `cells` must be unique, but {found.index[found.index.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)
+    require_unique(found.index, name="The index of `cells`")
     return found
 
 

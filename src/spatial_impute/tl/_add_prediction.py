@@ -12,10 +12,9 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, stack_table, write_slots
-from spatial_impute._validation import require_key, require_slot_key
+from spatial_impute._validation import require_key, require_slot_key, require_unique
 
 if TYPE_CHECKING:
-    import pandas as pd
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -125,7 +124,7 @@ def _other_records(table: AnnData) -> list[str]:
 
 def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:
     """(n_spots,) row of the prediction for each spot; -1 for none."""
-    _require_unique("obs_names", prediction.obs_names)
+    require_unique(prediction.obs_names, name="`prediction.obs_names`")
     rows = prediction.obs_names.get_indexer(table.obs_names)
     if (rows < 0).all():
         msg = (
@@ -139,7 +138,7 @@ def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:
 
 def _columns(sdata: SpatialData, table: AnnData, prediction: AnnData) -> np.ndarray:
     """(n_genes,) column of the prediction for each gene of the stack, by name, else by id; -1 for none."""
-    _require_unique("var_names", prediction.var_names)
+    require_unique(prediction.var_names, name="`prediction.var_names`")
     columns, ids = prediction.var_names.get_indexer(table.var_names), gene_ids(prediction)
     if ids is not None:
         known = _stack_ids(sdata)
@@ -165,9 +164,3 @@ def _stack_ids(sdata: SpatialData) -> dict[str, str]:
         if ids is not None:
             found |= dict(zip(counts.var_names, ids, strict=True))
     return found
-
-
-def _require_unique(slot: str, names: pd.Index) -> None:
-    if not names.is_unique:
-        msg = f"`prediction.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)

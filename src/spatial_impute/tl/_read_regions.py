@@ -22,7 +22,7 @@ from spatial_impute._stack import (
     require_spatialdata,
     warn,
 )
-from spatial_impute._validation import name_list, require_finite, require_key, require_positive
+from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
     shapes = sdata.shapes[shapes_key]
     matrix = scaling(frame.um) @ element_affine(shapes, frame.name)
     where = f"sdata.shapes[{shapes_key!r}]"
-    if not shapes.index.is_unique:
-        msg = f"Ids of `{where}` must be unique, but {shapes.index[shapes.index.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)
+    require_unique(shapes.index, name=f"Ids of `{where}`")
     kinds = set(shapes.geom_type.unique())
     if kinds == {"Point"} and "radius" in shapes:
         if anisotropy(matrix) > _MAX_STRETCH:
