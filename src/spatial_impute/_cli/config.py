@@ -104,7 +104,10 @@ def _existing(path: Path) -> Path:
 def _plausible(size: float) -> float:
     low, high = _SPOT_SIZES
     if not low <= size <= high:
-        msg = f"must be the size of spots in um, {low:g} to {high:g}, found {size:g}. Convert pixels and millimetres first."
+        msg = (
+            f"must be the size of spots in um, {low:g} to {high:g}, found {size:g}. Convert pixels and millimetres "
+            "first."
+        )
         raise ValueError(msg)
     return size
 
@@ -319,7 +322,7 @@ def _parse(path: Path) -> object:
 
 
 def _parse_yaml(text: str) -> object:
-    """Content of a YAML file, with keys and names as they are written: YAML reads `on`, `01` and `1e3` as other things."""
+    """Content of a YAML file, with keys and names as they are written: YAML reads `on`, `01` and `1e3` otherwise."""
     import yaml
 
     loader = yaml.SafeLoader(text)
@@ -346,13 +349,16 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
     inside = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
     known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inside)
     if known[id(node)] > _MOST_NODES:
-        msg = f"The aliases of the file stand for more than {_MOST_NODES} values, see line {node.start_mark.line + 1}; write less out."
+        msg = (
+            f"The aliases of the file stand for more than {_MOST_NODES} values, see line {node.start_mark.line + 1}; "
+            "write less out."
+        )
         raise ConfigError(msg)
     return known[id(node)]
 
 
 def _keep_text(node: Any, key: str, done: set[int]) -> None:
-    """Make names text, and refuse two equal keys: YAML keeps the last of them, and a section would be lost without a word."""
+    """Make names text, and refuse two equal keys: YAML keeps the last of them, and a section would be lost."""
     from yaml import MappingNode, ScalarNode, SequenceNode
 
     if isinstance(node, ScalarNode) and key.rpartition(".")[2] in _TEXT and not node.tag.endswith(":null"):

@@ -25,8 +25,8 @@ _HEADLINE = ["pearson_gene", "pearson_gene_median", "pearson_gene_positive", "ms
 def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     """Run all steps, write figures, data and scores to a folder, and return the scores on the unmeasured sections.
 
-    The files of an earlier demo are replaced. `data` is ``"her2st"``, ``"synthetic"``, or ``"auto"`` for HER2ST if it is
-    in the cache or can be downloaded.
+    The files of an earlier demo are replaced. `data` is ``"her2st"``, ``"synthetic"``, or ``"auto"`` for HER2ST if it
+    is in the cache or can be downloaded.
     """
     import matplotlib as mpl
 

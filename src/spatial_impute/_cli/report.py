@@ -207,7 +207,10 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
     if Keys.SUPPORT in table.obs:
         found += _of_support(table)
     if scores is not None:
-        text = "All tests used spots of measured sections. No test shows how good the maps of the other sections are. Expect them to be worse."
+        text = (
+            "All tests used spots of measured sections. No test shows how good the maps of the other sections are. "
+            "Expect them to be worse."
+        )
         found.append(Verdict(CARE, text))
     return [
         *found,
@@ -227,7 +230,10 @@ def _of_positions(sdata: SpatialData) -> list[Verdict]:
         by_verdict.setdefault(row.get("verdict", "ok"), []).append(name)
     found = []
     if weak := by_verdict.pop("weak", []):
-        text = f"The position of {_sections(weak)} is uncertain. Compare the map with the image before you read single spots."
+        text = (
+            f"The position of {_sections(weak)} is uncertain. Compare the map with the image before you read single "
+            "spots."
+        )
         found.append(Verdict(CARE, text))
     good = by_verdict.pop("ok", [])
     failed = [name for names in by_verdict.values() for name in names]
@@ -250,7 +256,7 @@ def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
     r = scores["pearson_gene"]
     best = r.drop([Keys.ASIGN, *_PARTS], errors="ignore").idxmax()
     margin = r[Keys.ASIGN] - r[best]
-    # Tables of `cross_validate` have the interval in the row of the model, those of a model in the row of the other method.
+    # Tables of `cross_validate` have the interval in the row of the model, those of a model in that of the other method.
     row, columns = (
         (best, ["gain_low", "gain_high"]) if "gain_low" in scores else (Keys.ASIGN, ["vs_best_low", "vs_best_high"])
     )
@@ -272,7 +278,10 @@ def _of_genes(table: AnnData) -> Verdict:
     if believed.all():
         return Verdict(GOOD, f"All {len(believed)} genes are predicted better than by chance.")
     poor = list(table.var_names[~believed])
-    text = f"{believed.sum()} of {len(believed)} genes are predicted better than by chance. Do not read the maps of the others: {_named(poor)}."
+    text = (
+        f"{believed.sum()} of {len(believed)} genes are predicted better than by chance. Do not read the maps of the "
+        f"others: {_named(poor)}."
+    )
     return Verdict(CARE if believed.any() else BAD, text)
 
 
@@ -284,7 +293,10 @@ def _of_support(table: AnnData) -> list[Verdict]:
         return [Verdict(GOOD, "Every spot has measured spots nearby, in its own section or in another one.")]
     where = table.obs[Keys.SECTION][without].value_counts()
     listed = ", ".join(f"{name} {n}" for name, n in where[where > 0].items())
-    text = f"{int(without.sum())} spots have no measured spot nearby. Their values come from the image alone (support 0): {listed}."
+    text = (
+        f"{int(without.sum())} spots have no measured spot nearby. Their values come from the image alone (support 0): "
+        f"{listed}."
+    )
     return [Verdict(CARE, text)]
 
 

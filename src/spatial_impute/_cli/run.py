@@ -281,7 +281,10 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         raise ConfigError(msg)
     if not table.obs_names.is_unique:
         repeated = table.obs_names[table.obs_names.duplicated()][0]
-        msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
+        msg = (
+            f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of "
+            "their own."
+        )
         raise ConfigError(msg)
     table = _of_layer(table, section.counts_layer, f"sections.{name}")
     centers = xy_of(places)

@@ -226,7 +226,7 @@ def _mpp_of_array(path: Path) -> float:
 
 
 def _fetch_section(name: str, image: str | Path | None) -> dict[str, Path]:
-    """Paths of the files of a section: in the cache, where missing ones are downloaded, and of an image that the user has."""
+    """Paths of the files of a section: in the cache, where missing ones are downloaded, or of the user."""
     wanted = {"counts": f"ST-cnts/{name}.tsv.gz", "spots": f"ST-spotfiles/{name}_selection.tsv"}
     if isinstance(image, str):
         wanted["image"] = image

@@ -335,8 +335,8 @@ _TAIL = """    figsize
     save
         File to save the figure to.
     show
-        Call :func:`matplotlib.pyplot.show`. By default yes, unless the figure is saved, drawn on your `ax`, or its axes are
-        returned.
+        Call :func:`matplotlib.pyplot.show`. By default yes, unless the figure is saved, drawn on your `ax`, or its axes
+        are returned.
     return_ax
         Return the axes.
 

@@ -180,7 +180,10 @@ def imputed(
     xyz = registered_spots(table, table_key)
     radius = require_positive(size, name="size") * registered_radius(sdata, record, table)
     if not shown.size:
-        msg = f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with `si.pp.tile_spots(sdata)`."
+        msg = (
+            f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with "
+            "`si.pp.tile_spots(sdata)`."
+        )
         raise ValueError(msg)
     if show_support and Keys.SUPPORT in table.obs:
         support, hidden = table.obs[Keys.SUPPORT].to_numpy(dtype=float), shown[~flags[shown]]

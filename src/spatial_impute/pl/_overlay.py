@@ -153,7 +153,7 @@ class Canvas:
 def on_reference(
     sdata: SpatialData, record: StackRecord, sections: list[Section], resolution: float | None
 ) -> tuple[Canvas, Drawn, list[tuple[Drawn, Drawn]]]:
-    """Canvas around the reference and some sections, the reference on it, and each section before and after registration."""
+    """Canvas around reference and sections, the reference on it, and each section before and after registration."""
     transforms = [load_transform(sdata, record, section.name) for section in sections]
     fixed = read_scan(section_levels(sdata, record[record.reference]), resolution)
     scans = [read_scan(section_levels(sdata, section), resolution) for section in sections]

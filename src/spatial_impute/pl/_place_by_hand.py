@@ -100,11 +100,14 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
 
 
 def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
-    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names, and nobody reads them."""
+    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names."""
     wanted = {*names, *map(Keys.landmarks, names)}
     taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
     if taken:
-        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers first."
+        msg = (
+            f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers "
+            "first."
+        )
         raise ValueError(msg)
 
 

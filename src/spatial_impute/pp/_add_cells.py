@@ -107,7 +107,7 @@ def add_cells(
 
 
 def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
-    """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier outlines of this one."""
+    """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier result."""
     from spatialdata.transformations import get_transformation
 
     if key in sdata.shapes and section not in (places := get_transformation(sdata.shapes[key], get_all=True)):
@@ -119,7 +119,7 @@ def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
 
 
 def _own_place(cells: Any, section: str) -> np.ndarray | None:
-    """Matrix to the frame of the section of a shapes element that has one; None for plain outlines, which are in pixels."""
+    """Matrix to the frame of the section of shapes that have one; None for plain outlines, which are in pixels."""
     from spatialdata.transformations import Identity
 
     places = getattr(cells, "attrs", {}).get("transform") or {}
@@ -212,7 +212,10 @@ def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
     import shapely
 
     if tuple(labels.shape) != tuple(size):
-        msg = f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found {labels.shape}."
+        msg = (
+            f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found "
+            f"{labels.shape}."
+        )
         raise ValueError(msg)
     values = np.asarray(labels)
     if values.min(initial=0) < 0:

@@ -191,7 +191,7 @@ def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
 
 
 def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray) -> None:
-    """Raise a ``ValueError`` if circles are several times wider than the distance to their neighbors, or lie on each other."""
+    """Raise a ``ValueError`` if circles are far wider than the distance to their neighbors, or lie on each other."""
     if len(centers) < 2:
         return
     n_places = len(np.unique(centers, axis=0))

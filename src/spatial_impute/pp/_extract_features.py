@@ -241,7 +241,7 @@ def write_features(
     places: Mapping[str, tuple[np.ndarray, float]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the tokens of all sections, the place and diameter of their spots, and their provenance to the stack table."""
+    """Write the tokens of all sections, place and diameter of their spots, and provenance to the stack table."""
     from spatial_impute.encoders._tokens import FIELD_TOKENS
 
     for key in layout:

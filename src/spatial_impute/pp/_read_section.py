@@ -188,7 +188,10 @@ def _array_levels(name: str, value: Any) -> list[Any]:
         scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
         return [level for scale in scales for level in _array_levels(name, scale)]
     if np.ma.is_masked(value):
-        msg = f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: `image.filled(255)`."
+        msg = (
+            f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: "
+            "`image.filled(255)`."
+        )
         raise ValueError(msg)
     if hasattr(value, "dims") and hasattr(value, "transpose"):
         if not {"y", "x"} <= set(value.dims) <= {"c", "y", "x"}:

@@ -1,4 +1,4 @@
-"""Output of Space Ranger (Visium, CytAssist, Visium HD): its folder, or the AnnData that ``scanpy.read_visium`` makes of it."""
+"""Output of Space Ranger (Visium, CytAssist, Visium HD): its folder, or what ``scanpy.read_visium`` makes of it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def read_spaceranger(
     """
     factors = json.loads(read_text(folder / "spatial" / SCALEFACTORS))
     if not isinstance(factors, dict):
-        msg = f"{folder / 'spatial' / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy it again."
+        msg = (
+            f"{folder / 'spatial' / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy "
+            "it again."
+        )
         raise ValueError(msg)
     found = factors.get("bin_size_um")
     if bin_size is not None and (found is None or float(found) != float(bin_size)):
@@ -343,7 +346,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
 
 
 def _require_spot_size(where: str, diameter_um: float) -> None:
-    """Raise a ``ValueError`` if spots would overlap or be dots: positions and scale factors then have different pixels."""
+    """Raise a ``ValueError`` if spots would overlap or be dots: positions and scale factors then differ in pixels."""
     low, high = _SPOT_SIZES
     if not low <= diameter_um <= high:
         msg = (

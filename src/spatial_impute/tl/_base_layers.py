@@ -56,7 +56,10 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         if sparse.issparse(table.layers[name]):
-            msg = f"A base layer must be dense; make it so by `table.layers[{name!r}] = table.layers[{name!r}].toarray()`."
+            msg = (
+                f"A base layer must be dense; make it so by `table.layers[{name!r}] = "
+                f"table.layers[{name!r}].toarray()`."
+            )
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)
@@ -67,7 +70,7 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
 
 
 def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray) -> None:
-    """Raise a ``ValueError`` for infinite values, NaN in a layer that must have a value everywhere, and nothing to fit to."""
+    """Raise a ``ValueError`` for infinite values, NaN where they are not allowed, and nothing to fit to."""
     bad = np.isinf(values) if kind == INDEPENDENT else ~np.isfinite(values)
     if bad.any():
         allowed = "may be NaN but not infinite" if kind == INDEPENDENT else "must be finite at all spots"

@@ -161,7 +161,10 @@ def cross_validate(
     block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
-        msg = f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use 'mse+pcc'."
+        msg = (
+            f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use "
+            "'mse+pcc'."
+        )
         raise ValueError(msg)
     tables, read = read_stacks(
         stacks,

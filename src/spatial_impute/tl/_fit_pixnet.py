@@ -214,7 +214,10 @@ class PixNetSetup:
 
 def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss {loss!r}."
+        msg = (
+            f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss "
+            f"{loss!r}."
+        )
         raise ValueError(msg)
     if aggregate == "sum" and not counts:
         msg = (

@@ -222,7 +222,10 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
     reference = image.metadata["reference"]
     if section == reference:
-        msg = f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed on it."
+        msg = (
+            f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed "
+            "on it."
+        )
         raise ValueError(msg)
     require_key(reference, layers, where="the layers of the viewer", then=there)
     points = []
@@ -340,7 +343,7 @@ def _read_pairs(path: Path) -> np.ndarray:
 
 
 def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
-    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells whether there is z."""
+    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells if there is z."""
     with_z = any(re.search("(^|[^a-z])z$", name) for name in header) if header else len(numbers) == 6
     if with_z:
         numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []
@@ -349,7 +352,7 @@ def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
 
 
 def _require_order(header: list[str], path: Path) -> None:
-    """Raise a ``ValueError`` for a header whose columns stand in another order than x, y in the section, then in the reference."""
+    """Raise a ``ValueError`` unless the columns stand in the order x, y in the section, x, y in the reference."""
     section, reference, x, y = (
         [i for i, name in enumerate(header) if re.search(pattern, name)]
         for pattern in ("sec|mov|source|src", "ref|fix|target|tgt", "(^|[^a-z])x$", "(^|[^a-z])y$")
@@ -384,7 +387,10 @@ def _read_field(path: Path, units: tuple[float, float]) -> SectionTransform:
 
     image = ants.image_read(str(path))
     if image.dimension != 2 or image.components != 2 or not np.allclose(image.direction, np.eye(2)):
-        msg = f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction {image.direction.tolist()}."
+        msg = (
+            f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction "
+            f"{image.direction.tolist()}."
+        )
         raise ValueError(msg)
     size, first = np.array(image.spacing), np.array(image.origin)
     shape = np.array(image.shape)

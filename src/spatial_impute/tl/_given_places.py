@@ -176,7 +176,10 @@ class Approved(NamedTuple):
 def approved_places(
     sdata: SpatialData, record: StackRecord, path: str | Path | None, reference: str, answered: Collection[str]
 ) -> dict[str, Approved]:
-    """Places that the file of a page approves; an error for rejected sections that are not `answered` by another argument."""
+    """Places that the file of a page approves; an error for rejected sections without help from another argument.
+
+    The sections that other arguments name are `answered`.
+    """
     if path is None:
         return {}
     if not isinstance(path, str | Path):
@@ -184,7 +187,10 @@ def approved_places(
         raise ValueError(msg)
     decisions = _decisions(Path(path).expanduser(), registration_state(record))
     if reference != record.reference:
-        msg = f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the same one."
+        msg = (
+            f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the "
+            "same one."
+        )
         raise ValueError(msg)
     rows, approved, open_ = require_registration(record)["sections"], {}, []
     for name, decision in decisions.items():
@@ -194,7 +200,10 @@ def approved_places(
         elif decision == "rejected" and name not in answered:
             open_.append(name)
         elif decision == "approved" and name in answered:
-            msg = f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of them."
+            msg = (
+                f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of "
+                "them."
+            )
             raise ValueError(msg)
         elif decision == "approved":
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
@@ -231,7 +240,10 @@ def _decisions(path: Path, state: str) -> dict[str, str]:
         msg = f"`checked` must be the file that the page of {_PAGE} saves, found other content in {str(path)!r}."
         raise ValueError(msg)
     if found.get("registration") != state:
-        msg = f"The decisions in {str(path)!r} are on another registration than the present one. Make the page again: {_PAGE}."
+        msg = (
+            f"The decisions in {str(path)!r} are on another registration than the present one. Make the page again: "
+            f"{_PAGE}."
+        )
         raise ValueError(msg)
     return decisions
 
@@ -267,7 +279,7 @@ def tissue_keys(sdata: SpatialData, record: StackRecord, tissue_key: str | Mappi
 
 
 def given_tissue(sdata: SpatialData, key: str, name: str, shape: tuple[int, int], to_um: NDArray) -> NDArray[np.bool_]:
-    """Tissue by the labels or shapes `key`, on a grid of pixels with the affine `to_um` to the frame of section `name`."""
+    """Tissue by the labels or shapes `key`, on a grid of pixels with the affine `to_um` to the section `name`."""
     element = sdata[key]
     to_element = np.linalg.inv(element_affine(element, name)) @ to_um
     if key in sdata.shapes:

@@ -141,7 +141,7 @@ def bases_state(table: AnnData, record: StackRecord, base_layers: Iterable[str])
 def compare_with_fit(
     sdata: SpatialData, table: AnnData, model: AsignModel | AsignPanels, now: dict[str, str]
 ) -> list[str]:
-    """Warn if a stack that the model was fitted on has changed; return its sections whose measurement the model has seen.
+    """Warn if a stack that the model was fitted on has changed; return hidden sections that the model has seen.
 
     `now` are the fingerprints of the slots that the model reads.
     """
@@ -155,7 +155,8 @@ def compare_with_fit(
         changed = [k for k in slots if now.get(k, stack[k]) != stack[k]]
         if seen and changed:
             logger.warning(
-                "The model was fitted on this stack before these changed: %s. Fit it again with `si.tl.fit_asign(sdata)`.",
+                "The model was fitted on this stack before these changed: %s. Fit it again with "
+                "`si.tl.fit_asign(sdata)`.",
                 ", ".join(SLOT_WORDS[key] for key in changed),
             )
     if leaked:
@@ -197,8 +198,8 @@ def sections_seen(
 ) -> dict[str, str]:
     """Sections of this stack that a model was fitted on: their name, and the name that they had then.
 
-    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack share
-    an image, the spots must be the same as well.
+    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack
+    share an image, the spots must be the same as well.
     """
     states, found = _section_states(sdata, record, table), {}
     images = [state["image"] for state in states.values()]

@@ -125,7 +125,7 @@ def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]
 
 
 def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regions, pd.Index]:
-    """Circles or polygons in um, and their ids; a ``ValueError`` for other shapes and for values that are not finite."""
+    """Circles or polygons in um, and their ids; a ``ValueError`` for other shapes or values that are not finite."""
     shapes = sdata.shapes[shapes_key]
     matrix = scaling(frame.um) @ element_affine(shapes, frame.name)
     where = f"sdata.shapes[{shapes_key!r}]"
@@ -196,8 +196,8 @@ def read_measured(
 ) -> Measured:
     """Expression of the measured shapes, joined by id.
 
-    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always. Raises a ``ValueError``
-    if nothing is measured, values are not finite, or values are counts where log values are needed or the reverse.
+    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always. Raises a
+    ``ValueError`` if nothing is measured, or values are not finite, or not of the wanted kind (counts or log values).
     """
     from scipy import sparse
 
@@ -276,7 +276,10 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:
-            msg = f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw counts."
+            msg = (
+                f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw "
+                "counts."
+            )
             raise ValueError(msg)
         return values, "counts"
     if choice.target_sum is not None:

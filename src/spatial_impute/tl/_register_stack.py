@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from spatial_impute.tl._given_places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
-# Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.
+# Tissue rarely fills less than half of the side of its scan. It then still has the pixels that registration needs.
 _SCAN_PER_TISSUE = 2.2
 
 

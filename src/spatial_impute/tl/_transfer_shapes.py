@@ -90,7 +90,10 @@ def transfer_shapes(
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
     wanted = [name for name in names if name != section]
     if not wanted:
-        msg = f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are {list(rows)}."
+        msg = (
+            f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are "
+            f"{list(rows)}."
+        )
         raise ValueError(msg)
     pattern = Keys.carried(key, "{section}") if key_added is None else key_added
     if not isinstance(pattern, str) or "{section}" not in pattern:

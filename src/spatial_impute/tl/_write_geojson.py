@@ -28,7 +28,7 @@ _DECIMALS = 2  # of a pixel
 def write_geojson(
     sdata: SpatialData, key: str, path: str | Path, *, section: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of the full-resolution image of the section.
+    """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of its full-resolution image.
 
     Parameters
     ----------

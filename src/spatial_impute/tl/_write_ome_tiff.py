@@ -163,10 +163,10 @@ def _compression(wanted: str | None, image: Pyramid, *, labels: bool) -> str:
         return "jpeg" if jpeg else "deflate"
     require_one_of(wanted, {"jpeg", "deflate", "zstd", "none"}, name="compression")
     if wanted == "jpeg" and not jpeg:
+        kind = " (labels)" if labels else f" with the channels {list(image.channels)}" if image.channels else ""
         msg = (
             f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape "
-            f"{image.shape}{' (labels)' if labels else f' with the channels {list(image.channels)}' if image.channels else ''}. "
-            "Use `compression='deflate'`."
+            f"{image.shape}{kind}. Use `compression='deflate'`."
         )
         raise ValueError(msg)
     return wanted
