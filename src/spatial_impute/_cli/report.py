@@ -256,7 +256,7 @@ def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
     r = scores["pearson_gene"]
     best = r.drop([Keys.ASIGN, *_PARTS], errors="ignore").idxmax()
     margin = r[Keys.ASIGN] - r[best]
-    # Tables of `cross_validate` have the interval in the row of the model, those of a model in that of the other method.
+    # Tables of `cross_validate` have the interval in the row of the model, those of a model in that of the method.
     row, columns = (
         (best, ["gain_low", "gain_high"]) if "gain_low" in scores else (Keys.ASIGN, ["vs_best_low", "vs_best_high"])
     )

@@ -89,12 +89,10 @@ def read_spaceranger(
     `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other
     than that of the folder raises a ``ValueError``.
     """
-    factors = json.loads(read_text(folder / "spatial" / SCALEFACTORS))
+    spatial = folder / "spatial"
+    factors = json.loads(read_text(spatial / SCALEFACTORS))
     if not isinstance(factors, dict):
-        msg = (
-            f"{folder / 'spatial' / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy "
-            "it again."
-        )
+        msg = f"{spatial / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy it again."
         raise ValueError(msg)
     found = factors.get("bin_size_um")
     if bin_size is not None and (found is None or float(found) != float(bin_size)):
@@ -104,7 +102,7 @@ def read_spaceranger(
             "such bins in its 'binned_outputs'."
         )
         raise ValueError(msg)
-    images = {kind: folder / "spatial" / name for kind, name in _IMAGES if (folder / "spatial" / name).exists()}
+    images = {kind: spatial / name for kind, name in _IMAGES if (spatial / name).exists()}
     if next(folder.glob("*cell_segmentations.geojson"), None) is not None:
         msg = (
             f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the "

@@ -87,8 +87,8 @@ def _write_transformations(
                 remove_transformation(element, to_coordinate_system=target)
     if left:
         logger.warning(
-            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` or `si.tl.points_3d` made "
-            "them, make them again.",
+            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` or `si.tl.points_3d` "
+            "made them, make them again.",
             sorted(left),
             target,
         )
