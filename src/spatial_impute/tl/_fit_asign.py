@@ -133,25 +133,17 @@ def fit_asign(
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
     with owned_folder(folder, what="The checkpoint"):
-        for k, panel in enumerate(data.panels):
+        for k, (genes, panel) in enumerate(data.panels):
             label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
             own_folder = folder
             if folder is not None and len(data.panels) > 1:
                 own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
             with progress_steps(label, show=show_progress_bar) as steps:
                 settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
-                models.append(fit(panel.spots, panel.genes, settings))
+                models.append(fit(panel, genes, settings))
     model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Genes that were measured together, and the spots of each stack with these genes."""
-
-    genes: list[str]
-    spots: list[Spots]
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,8 @@ class TrainingSet:
     """Data of all stacks, checked against each other."""
 
     genes: list[str]
-    panels: list[Panel]
+    panels: list[tuple[list[str], list[Spots]]]
+    """Genes that were measured together, and the spots of each stack with these genes."""
     config: dict[str, Any]
     """Provenance that the model keeps."""
 
@@ -194,8 +187,7 @@ class TrainingSet:
             "version": version("spatial-impute"),
         }
         panels = [
-            Panel([genes[i] for i in columns], [parts[k][1] for parts in split])
-            for k, (columns, _) in enumerate(split[0])
+            ([genes[i] for i in columns], [parts[k][1] for parts in split]) for k, (columns, _) in enumerate(split[0])
         ]
         return cls(genes, panels, config)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,18 +143,15 @@ def impute_3d(
     require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT))
     require_one_of(measured, ("keep", "denoise"), name="measured")
     device = require_device(device)
-    stack = _Stack.read(sdata, model, table_key=table_key, layer=layer, graph_key=graph_key)
-    wanted = _wanted_depth(depth, stack.table, stack.spots, where=f"sdata.tables[{table_key!r}].obs")
-    found = stack.model._impute(stack.spots, depth=wanted, device=device, parts=parts)
-    kept = stack.spots.known
+    table, spots, model, origin = _read_stack(sdata, model, table_key=table_key, layer=layer, graph_key=graph_key)
+    wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
+    found, kept = model._impute(spots, depth=wanted, device=device, parts=parts), spots.known
     if measured == "denoise" and kept.sum() > 1:  # a single spot has no other to be expected from
-        _leave_out(stack.model, stack.spots, found, depth=wanted, device=device)
+        _leave_out(model, spots, found, depth=wanted, device=device)
         kept = np.zeros_like(kept)
-    settings = {
-        "measured": measured,
-        "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
-    }
-    result = _as_layer(key_added, found, kept, stack.model, stack.origin | settings)
+    origin["measured"] = measured
+    origin["depth"] = "expected" if depth is None else depth if isinstance(depth, str) else float(depth)
+    result = _as_layer(key_added, found, kept, model, origin)
     target = stack_table(sdata, table_key)
     if not inplace:
         return result.to_anndata(target)
@@ -162,43 +159,36 @@ def impute_3d(
     return None
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """Parts of a stack that a model reads."""
+def _read_stack(
+    sdata: SpatialData, model: AsignModel | AsignPanels, *, table_key: str, layer: str, graph_key: str
+) -> tuple[AnnData, Spots, AsignModel | AsignPanels, dict[str, Any]]:
+    """Table, spots, model and provenance, after a comparison with those of the fit.
 
-    table: AnnData
-    spots: Spots
-    model: AsignModel | AsignPanels  # or the part of it that predicts a stack without a measured spot
-    origin: dict[str, Any]  # provenance
+    The model is the part of it that predicts a stack without a measured spot, if there is none.
+    """
+    from spatial_impute.models.asign._model import CohortModel
 
-    @classmethod
-    def read(
-        cls, sdata: SpatialData, model: AsignModel | AsignPanels, *, table_key: str, layer: str, graph_key: str
-    ) -> _Stack:
-        """Read the spots and compare them with those of the fit."""
-        from spatial_impute.models.asign._model import CohortModel
-
-        record = load_record(sdata)
-        cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
-        table, spots = read_spots(
-            sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
-        )
-        if model is cohort:
-            table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
-        elif cohort is not None and not spots.known.any():
-            model = cohort
-        _require_fit(table, model)
-        base_layers = kinds_of_bases(model.config["base_layers"])
-        spots = with_bases(spots, table, base_layers)
-        origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
-        if base_layers:
-            origin["base_layers"] = base_layers
-            origin[Keys.STATE] |= bases_state(table, record, base_layers)
-        if not spots.known.any():
-            del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
-        if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
-            origin[Keys.SEEN] = section_images(sdata, record, seen)
-        return cls(table, spots, model, origin)
+    record = load_record(sdata)
+    cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
+    table, spots = read_spots(
+        sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
+    )
+    if model is cohort:
+        table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
+    elif cohort is not None and not spots.known.any():
+        model = cohort
+    _require_fit(table, model)
+    base_layers = kinds_of_bases(model.config["base_layers"])
+    spots = with_bases(spots, table, base_layers)
+    origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
+    if base_layers:
+        origin["base_layers"] = base_layers
+        origin[Keys.STATE] |= bases_state(table, record, base_layers)
+    if not spots.known.any():
+        del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
+    if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
+        origin[Keys.SEEN] = section_images(sdata, record, seen)
+    return table, spots, model, origin
 
 
 def _as_layer(

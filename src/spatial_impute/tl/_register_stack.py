@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -223,8 +224,8 @@ def register_stack(
         "tissue": tissue,
         "approved": list(approved),
     }
-    rows = {name: place.row for name, place in approved.items()}
-    request = _Request(reference, settings, params, given, starts, kept, rows, on_failure, show_progress_bar)
+    by_hand = {name: place.row for name, place in approved.items()}
+    request = _Request(reference, settings, params, given, starts, kept, by_hand, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
         logger.warning(
@@ -240,11 +241,14 @@ def register_stack(
             second,
             gain,
         )
-    result = _Result.from_registered(record, request, found)
+    transforms, rows = _in_sections(record, request, found)
+    pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
     if not inplace:
-        return result.to_public()
-    registration = {**settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
-    write_registration(sdata, replace(record, reference=reference), result.transforms, registration)
+        matrices = {name: transform.matrix for name, transform in transforms.items()}
+        table = pd.DataFrame([{"section": name, **row} for name, row in rows.items()]).set_index("section")
+        return RegistrationResult(matrices, pd.DataFrame(pairs), transforms, table)
+    registration = {**settings, "sections": rows, "pairs": _jsonable(pairs)}
+    write_registration(sdata, replace(record, reference=reference), transforms, registration)
     return None
 
 
@@ -371,39 +375,26 @@ def _warn_of_pixel_size(scales: dict[str, float]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Result:
-    """Transforms and quality in the frames of the sections; rows are plain values for JSON."""
-
-    transforms: dict[str, SectionTransform]
-    sections: dict[str, dict[str, Any]]
-    pairs: list[dict[str, Any]]
-
-    @classmethod
-    def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
-        base = found.to_section[request.reference]
-        deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
-        errors = section_errors(found.pairs, found.placed, deformed, request.approved)
-        transforms, rows = {}, {}
-        for name in record.names:
-            if name in found.placed:
-                placed = found.placed[name]
-                field, deformation = found.fields.get(name, (None, None))
-                matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
-                transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
-                rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
-            elif name in request.given:
-                placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
-                transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
-                rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
-        rows |= request.approved
-        pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
-        return cls(transforms, rows, pairs)
-
-    def to_public(self) -> RegistrationResult:
-        matrices = {name: transform.matrix for name, transform in self.transforms.items()}
-        sections = pd.DataFrame([{"section": name, **row} for name, row in self.sections.items()]).set_index("section")
-        return RegistrationResult(matrices, pd.DataFrame(self.pairs), self.transforms, sections)
+def _in_sections(
+    record: StackRecord, request: _Request, found: _Registered
+) -> tuple[dict[str, SectionTransform], dict[str, dict[str, Any]]]:
+    """Transforms in the frames of the sections, and rows of the sections for the record (JSON)."""
+    base = found.to_section[request.reference]
+    deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
+    errors = section_errors(found.pairs, found.placed, deformed, request.approved)
+    transforms, rows = {}, {}
+    for name in record.names:
+        if name in found.placed:
+            placed = found.placed[name]
+            field, deformation = found.fields.get(name, (None, None))
+            matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
+            transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
+            rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
+        elif name in request.given:
+            placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
+            transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
+            rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
+    return transforms, rows | request.approved
 
 
 def _section_row(
@@ -427,8 +418,4 @@ def _section_row(
 
 def _jsonable(value: Any) -> Any:
     """Plain Python types only: attrs refuse tuples and NumPy scalars."""
-    if isinstance(value, dict):
-        return {key: _jsonable(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
