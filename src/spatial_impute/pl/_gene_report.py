@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -236,7 +236,7 @@ def _draw_correlations(ax: Axes, bars: dict[str, float], ceiling: float) -> None
     low = min([0.0, *values])
     if np.isfinite(ceiling):
         ax.axvspan(0, ceiling, color=_CEILING, alpha=0.35, linewidth=0)
-        place = {"ha": "right", "va": "top", "transform": ax.get_xaxis_transform()}
+        place: dict[str, Any] = {"ha": "right", "va": "top", "transform": ax.get_xaxis_transform()}
         ax.text(ceiling, 1.0, f"{ceiling:.2f} ", fontsize="x-small", **place)
     colors = [_MODEL if name.startswith(Keys.ASIGN) else _OTHER for name in names]
     ax.barh(range(len(names)), values, color=colors, height=0.6)

@@ -223,9 +223,9 @@ def _encode(
         if part is not None:
             logger.info("Section %s: features read from %s", name, folder)
         else:
-            tissue, options = (view.levels, view.centers, view.diameter), {"batch_size": run.batch_size}
+            spots, n = (view.levels, view.centers, view.diameter), run.batch_size
             with requested_threads():
-                part = section_tokens(*tissue, encode, run.layout, recolor=stain_map, **options)
+                part = section_tokens(*spots, encode, run.layout, batch_size=n, recolor=stain_map)
             if folder is not None:
                 save_tokens(folder, key, part)
         parts.append(part)

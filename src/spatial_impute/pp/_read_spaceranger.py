@@ -180,9 +180,7 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     positions = positions[positions["in_tissue"].to_numpy(bool)]
     kept = counts.obs_names.isin(positions.index)
     if not kept.any():
-        msg = (
-            f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all of them is 0 in its positions."
-        )
+        msg = f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all is 0 in its positions."
         raise ValueError(msg)
     if (known & ~kept).any():
         logger.warning(
@@ -373,10 +371,9 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
     small = {}
     for kind, _ in _IMAGES:
         if (image := sample.images.get(kind)) is not None and (factor := f"tissue_{kind}_scalef") in sample.factors:
-            small[kind] = _levels(image), 1 / require_positive(sample.factors[factor], name=factor)
+            small[kind] = _opened(image).levels, 1 / require_positive(sample.factors[factor], name=factor)
     if fullres_image is not None:
-        is_array = isinstance(fullres_image, np.ndarray)
-        opened = ImageFile(_levels(fullres_image), None) if is_array else open_image(fullres_image)
+        opened = _opened(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
         if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
             logger.warning(
@@ -403,9 +400,12 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
     raise FileNotFoundError(msg)
 
 
-def _levels(image: Any) -> list[Any]:
-    """(c, y, x) arrays of a path or an array (y, x, c)."""
-    return [np.moveaxis(image, -1, 0)] if isinstance(image, np.ndarray) else open_image(image).levels
+def _opened(image: str | Path | np.ndarray) -> ImageFile:
+    """Image of a path, or of an array (y, x, c)."""
+    if not isinstance(image, np.ndarray):
+        return open_image(image)
+    levels: list[Any] = [np.moveaxis(image, -1, 0)]
+    return ImageFile(levels, None)
 
 
 def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] | None) -> float:
