@@ -11,11 +11,11 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state, write_slots
+from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state
 from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
-from spatial_impute.tl._provenance import measured_hash
+from spatial_impute.tl._provenance import ImputedLayer, measured_hash
 from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ def impute_pixnet(
         Keys.STATE: {**table_state(table, record, layer=layer), "images": section_images(sdata, record)},
         "version": version("spatial-impute"),
     }
-    layers, obs = {key_added: values.astype(np.float32)}, {Keys.fold(key_added): fold}
-    write_slots(table, table_key, {"layers": layers, "obs": obs, "uns": {key_added: origin}})
+    result = ImputedLayer(key_added, values.astype(np.float32), origin, obs={Keys.fold(key_added): fold})
+    result.write(table, table_key)
 
 
 @dataclass(frozen=True)
