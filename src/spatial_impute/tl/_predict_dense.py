@@ -164,10 +164,9 @@ def predict_dense(
         "n_tiles_predicted": len(job.wanted),
         "tissue_only": job.tissue is not None,
     }
-    # In `sdata.attrs`, because attributes of elements are not written to disk.
-    ours = dict(sdata.attrs.get(Keys.ATTRS, {}))
-    ours[Keys.DENSE] = {**ours.get(Keys.DENSE, {}), key: entry}
-    sdata.attrs[Keys.ATTRS] = ours
+    # In `sdata.attrs`, because attributes of elements are not written to disk. A part of an object shares its attrs.
+    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.DENSE: {**dense_maps(sdata), key: entry}}
+    sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.DENSE!r}][{key!r}]")
     return None
 
