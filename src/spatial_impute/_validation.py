@@ -124,6 +124,13 @@ def require_slot_key(key: object, *, name: str, taken: Collection[str] = ()) -> 
         raise ValueError(msg)
 
 
+def require_unique(names: Any, *, name: str) -> None:
+    """Raise a ``ValueError`` if an index of pandas holds a name twice; `name` says in words what it holds."""
+    if not names.is_unique:
+        msg = f"{name} must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
+        raise ValueError(msg)
+
+
 def require_finite(values: np.ndarray, *, name: str, row_names: Collection[str] | None = None) -> None:
     """Raise a ``ValueError`` that names the first bad row unless all `values` are finite."""
     bad = ~np.isfinite(np.asarray(values, dtype=float))

@@ -18,9 +18,8 @@ from scipy import sparse
 import spatial_impute as si
 from spatial_impute.__main__ import main
 from spatial_impute._cli.config import ConfigError, read_config
-from spatial_impute._cli.report import Results, to_html, to_markdown
+from spatial_impute._cli.report import BAD, CARE, GOOD, Results, to_html, to_markdown, verdicts
 from spatial_impute._cli.run import assemble, plot_genes
-from spatial_impute._cli.verdicts import BAD, CARE, GOOD, verdicts
 
 RUN = """
 sections:

@@ -36,7 +36,7 @@ from spatial_impute._registration.quality import (
     mutual_information,
     pull_back,
 )
-from spatial_impute.tl._given_transforms import check_matrix, landmark_matrix
+from spatial_impute.tl._given_places import check_matrix, landmark_matrix
 
 SIZE = 10.0
 

@@ -97,7 +97,7 @@ def test_types_and_spots_can_be_chosen(small_prepared):
         ({"spots": ["s0_0"], "sections": ["s1", "s2"]}, ValueError, "'s0_0' does not"),
         ({"edges": "within", "view": "pair", "sections": ["s0", "s1"]}, ValueError, "No type of edge is left"),
         ({"edges": []}, ValueError, "No type of edge is left"),
-        ({"n_spots": 0}, ValueError, "`n_spots` must be at least 1"),
+        ({"n_spots": 0}, ValueError, "`n_spots` must be a whole number of at least 1"),
         ({"z_stretch": 0}, ValueError, "`z_stretch` must be a positive number"),
     ],
 )

@@ -138,7 +138,7 @@ def test_registration_unregistered(unregistered):
     [
         ({"sections": "s9"}, KeyError, r"'s9' not found.*\['s0', 's1', 's2'\]"),
         ({"sections": "s1"}, ValueError, "Nothing to compare with the reference 's1'"),
-        ({"n_tiles": 1}, ValueError, "`n_tiles` must be at least 2"),
+        ({"n_tiles": 1}, ValueError, "`n_tiles` must be a whole number of at least 2"),
         ({"title": "one"}, ValueError, "one entry per section"),
     ],
 )

@@ -126,7 +126,7 @@ def test_figures_are_shown_unless_the_user_takes_them(plot_stack, monkeypatch):
         ({"color": "z", "vmax": "p101"}, ValueError, "p101"),
         ({"color": "z", "vmin": 3, "vmax": 2}, ValueError, "must not exceed"),
         ({"title": ["a"]}, ValueError, "one entry per section"),
-        ({"ncols": 0}, ValueError, "`ncols` must be at least 1"),
+        ({"ncols": 0}, ValueError, "`ncols` must be a whole number of at least 1"),
         ({"resolution": -1}, ValueError, "`resolution` must be a positive number"),
     ],
 )

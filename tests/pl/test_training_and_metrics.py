@@ -71,7 +71,12 @@ def test_training_without_held_out_regions_shows_the_loss():
         (SimpleNamespace(), {}, TypeError, "must have a `history`"),
         (model_with(step=[], loss=[], kept=[]), {}, ValueError, "history of `model` is empty"),
         (model_with(step=[0], loss=[1.0], kept=[True]), {"title": ["a", "b"]}, ValueError, "one entry per panel"),
-        (model_with(step=[0], loss=[1.0], kept=[True]), {"ncols": 0}, ValueError, "`ncols` must be at least 1"),
+        (
+            model_with(step=[0], loss=[1.0], kept=[True]),
+            {"ncols": 0},
+            ValueError,
+            "`ncols` must be a whole number of at least 1",
+        ),
     ],
 )
 def test_training_says_what_is_wrong(model, kwargs, error, message):
@@ -158,7 +163,7 @@ def test_names_of_genes_stay_in_the_panel_and_cover_no_point(plot_stack):
         ({"show_predictability": False}, ValueError, "Nothing to draw: pass `scores`"),
         ({"genes": ["TP53"]}, KeyError, "'TP53' not found"),
         ({"title": ["a", "b"]}, ValueError, "one entry per panel"),
-        ({"ncols": 0}, ValueError, "`ncols` must be at least 1"),
+        ({"ncols": 0}, ValueError, "`ncols` must be a whole number of at least 1"),
     ],
 )
 def test_metrics_says_what_is_wrong(plot_stack, kwargs, error, message):

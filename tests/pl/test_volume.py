@@ -85,7 +85,7 @@ def test_volume_limits_size_and_own_axes(plot_stack, tmp_path):
         ({"z_stretch": -1}, ValueError, "`z_stretch` must be a positive number"),
         ({"vmax": [1, 2]}, ValueError, "one limit or one per gene"),
         ({"title": ["a", "b"]}, ValueError, "one entry per gene"),
-        ({"ncols": 0}, ValueError, "`ncols` must be at least 1"),
+        ({"ncols": 0}, ValueError, "`ncols` must be a whole number of at least 1"),
         ({"genes": GENES, "interactive": True}, ValueError, "shows one gene"),
     ],
 )

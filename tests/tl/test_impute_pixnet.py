@@ -35,6 +35,8 @@ def test_unmeasured_spots_are_those_of_the_model_of_all_measured(with_base, octa
     found = si.tl.predict_regions(with_base, "s2_spots", model, inplace=False)
     rows = [f"s2_{i}" for i in found.obs["instance_id"]]
     np.testing.assert_array_equal(table[rows].layers["pixnet"], found.X)
+    np.testing.assert_array_equal(table.X, table.layers["pixnet"])
+    assert table.uns["X_layer"] == "pixnet"
     known = table.obs["measured"].to_numpy(bool)
     fold = table.obs["pixnet_fold"].to_numpy()
     assert set(fold[known]) == {0, 1}

@@ -104,7 +104,10 @@ def _existing(path: Path) -> Path:
 def _plausible(size: float) -> float:
     low, high = _SPOT_SIZES
     if not low <= size <= high:
-        msg = f"must be the size of spots in um, {low:g} to {high:g}, found {size:g}. Convert pixels and millimetres first."
+        msg = (
+            f"must be the size of spots in um, {low:g} to {high:g}, found {size:g}. Convert pixels and millimetres "
+            "first."
+        )
         raise ValueError(msg)
     return size
 
@@ -285,10 +288,7 @@ class RunConfig:
 def read_config(path: str | Path) -> RunConfig:
     """Read and check the file of a run (``.yaml``, ``.yml`` or ``.toml``); nothing else is read or written.
 
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, or a key is missing, unknown, or has a wrong value; the message names the key.
+    The message of a ``ConfigError`` names the key that is missing, unknown, or has a wrong value.
     """
     path = Path(path)
     if not path.is_file():
@@ -322,7 +322,7 @@ def _parse(path: Path) -> object:
 
 
 def _parse_yaml(text: str) -> object:
-    """Content of a YAML file, with keys and names as they are written: YAML reads `on`, `01` and `1e3` as other things."""
+    """Content of a YAML file, with keys and names as they are written: YAML reads `on`, `01` and `1e3` otherwise."""
     import yaml
 
     loader = yaml.SafeLoader(text)
@@ -349,13 +349,16 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
     inside = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
     known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inside)
     if known[id(node)] > _MOST_NODES:
-        msg = f"The aliases of the file stand for more than {_MOST_NODES} values, see line {node.start_mark.line + 1}; write less out."
+        msg = (
+            f"The aliases of the file stand for more than {_MOST_NODES} values, see line {node.start_mark.line + 1}; "
+            "write less out."
+        )
         raise ConfigError(msg)
     return known[id(node)]
 
 
 def _keep_text(node: Any, key: str, done: set[int]) -> None:
-    """Make names text, and refuse two equal keys: YAML keeps the last of them, and a section would be lost without a word."""
+    """Make names text, and refuse two equal keys: YAML keeps the last of them, and a section would be lost."""
     from yaml import MappingNode, ScalarNode, SequenceNode
 
     if isinstance(node, ScalarNode) and key.rpartition(".")[2] in _TEXT and not node.tag.endswith(":null"):
@@ -406,14 +409,8 @@ def in_words_of_file(error: Exception | str, config: RunConfig) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = re.sub(r"`?sections\['([^']+)'\]`?", r"`sections.\1`", text)
     text = re.sub(r"[Ss]ection '([^']+)'", r"`sections.\1`", text)
-    name = next(
-        (
-            name
-            for name in config.sections
-            if re.search(rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b", text)
-        ),
-        None,
-    )
+    signs = {name: rf"[`'.]{re.escape(name)}['`]|[Ss]ection {re.escape(name)}\b" for name in config.sections}
+    name = next((name for name, sign in signs.items() if re.search(sign, text)), None)
     if name is not None:
         text = re.sub(rf"[Ss]ection {re.escape(name)}(?![\w-])", f"`sections.{name}`", text)
     where = "sections.*" if name is None else f"sections.{name}"
@@ -421,7 +418,6 @@ def in_words_of_file(error: Exception | str, config: RunConfig) -> str:
     for key in SectionConfig.__dataclass_fields__:
         text = re.sub(rf"`{key}=?(\{{[^`]*)?`", f"`{where}.{key}`", text)
         text = re.sub(rf"`{key}=([^`]+)`", rf"`{where}.{key}: \1`", text)
-    text = text.replace("`fullres_image`", f"`{where}.fullres_image`")
     calls = re.compile(r"`[^`]*(\bsi\.|\bsdata|spatialdata\.|=|\()[^`]*`|`layer`|Python|SpatialData object")
     said = [part for part in re.split(r"(?<=[.;])\s+(?=[A-Z`'])", text) if not calls.search(part)]
     text = " ".join(said) or text

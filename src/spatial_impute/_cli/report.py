@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._cli.verdicts import BAD, CARE, GOOD, verdicts
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record
 
@@ -24,12 +23,14 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em;line-height:1.45;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}"
-    ".verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em 0;background:#f7f7f7}"
-    "pre{background:#f5f5f5;padding:1em;overflow:auto}"
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 "
+    "1em;line-height:1.45;color:#222}table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em "
+    ".7em;border-bottom:1px solid "
+    "#ccc;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em "
+    "0}.verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em "
+    "0;background:#f7f7f7}pre{background:#f5f5f5;padding:1em;overflow:auto}"
 )
+GOOD, CARE, BAD = "Good", "Take care", "Do not use"
 _COLORS = {GOOD: "#009E73", CARE: "#E69F00", BAD: "#D55E00"}  # Okabe and Ito
 _SCORES = {
     "pearson_gene": "r per gene",
@@ -48,12 +49,13 @@ _QUALITY = {
     "score": "score",
     "verdict": "verdict",
 }
-_N_GENES = 15  # in the table of genes
+_N_GENES = 15  # in the table of genes, and named in a sentence
+_PARTS = ("base", "network alone", "without network")  # of the model: rows of its table that are no simple methods
 _WORDS = [
     "**Section**: one slice of the block. **Spot**: a round piece of a section, for which expression is given.",
     "**Imputed**: estimated, not measured. Framed sections in the maps were measured.",
-    "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share of the "
-    "differences between spots that is explained.",
+    "**r**: agreement of estimate and measurement over the spots, from 0 (none) to 1 (exact). Its square is the share "
+    "of the differences between spots that is explained.",
     "**Support**: how well a spot is linked to measured spots, from 0 to 1. It is the same for all genes.",
     "**Simple method**: for example, the value of the nearest measured spot. A model is useful if it does better.",
 ]
@@ -73,6 +75,14 @@ class Results:
     figures: dict[str, str]
     """File names and captions."""
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding, and how to take it."""
+
+    level: str
+    text: str
 
 
 Block = tuple[str, Any]
@@ -98,7 +108,8 @@ def report_blocks(results: Results) -> list[Block]:
     measured = [s.name for s in sections if table.obs[Keys.MEASURED][table.obs[Keys.SECTION] == s.name].any()]
     summary = (
         f"{len(sections)} sections of one block of tissue, {table.n_obs} spots, {table.n_vars} genes. Measured: "
-        f"{', '.join(measured)}. The expression on all other spots is estimated from the measured spots and from the images."
+        f"{', '.join(measured)}. The expression on all other spots is estimated from the measured spots and from the "
+        "images."
     )
     made = (
         f"Units: {units}. Result: layer `{results.layer}` of `stack.zarr` and `imputed.h5ad`. "
@@ -148,8 +159,9 @@ def _gene_blocks(table: AnnData, overview: Block | None) -> list[Block | None]:
         }
     )
     text = (
-        "Some measured spots were hidden, predicted, and compared with their measurement. The table has the genes that were "
-        f"predicted best; `genes.csv` has all {len(found)}. A measurement has noise, so even a perfect map does not reach r = 1."
+        "Some measured spots were hidden, predicted, and compared with their measurement. The table has the genes that "
+        f"were predicted best; `genes.csv` has all {len(found)}. A measurement has noise, so even a perfect map does "
+        "not reach r = 1."
     )
     return [("h2", "Which genes to believe"), ("p", text), ("table", frame.head(_N_GENES)), overview]
 
@@ -184,6 +196,119 @@ def sections_table(sdata: SpatialData) -> pd.DataFrame:
             row["support, median"] = float(obs[Keys.SUPPORT].median())
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> list[Verdict]:
+    """Findings of a run on position, genes, method and reach, and what no run can test."""
+    table = sdata.tables[Keys.STACK_TABLE]
+    found = [*_of_positions(sdata), *_of_method(scores)]
+    if Keys.PREDICTABLE in table.var and layer == Keys.ASIGN:
+        found.append(_of_genes(table))
+    if Keys.SUPPORT in table.obs:
+        found += _of_support(table)
+    if scores is not None:
+        text = (
+            "All tests used spots of measured sections. No test shows how good the maps of the other sections are. "
+            "Expect them to be worse."
+        )
+        found.append(Verdict(CARE, text))
+    return [
+        *found,
+        Verdict(
+            CARE,
+            "Imputed values are estimates, not measurements. They are smoother, and neighboring spots are not "
+            "independent. So do not test them for differential expression as if they were measured.",
+        ),
+    ]
+
+
+def _of_positions(sdata: SpatialData) -> list[Verdict]:
+    """Verdict on the places of the sections."""
+    registration = load_record(sdata).registration or {}
+    by_verdict: dict[str, list[str]] = {}
+    for name, row in registration.get("sections", {}).items():
+        by_verdict.setdefault(row.get("verdict", "ok"), []).append(name)
+    found = []
+    if weak := by_verdict.pop("weak", []):
+        text = (
+            f"The position of {_sections(weak)} is uncertain. Compare the map with the image before you read single "
+            "spots."
+        )
+        found.append(Verdict(CARE, text))
+    good = by_verdict.pop("ok", [])
+    failed = [name for names in by_verdict.values() for name in names]
+    if failed:
+        found.append(Verdict(BAD, f"The position of {_sections(failed)} was not found. Do not use the maps there."))
+    if skipped := list(registration.get("skipped", [])):
+        found.append(Verdict(BAD, f"{_sections(skipped).capitalize()} has no place in the stack, and no map."))
+    if good and not found:
+        found.append(Verdict(GOOD, f"All {len(good)} sections fit on each other."))
+    return found
+
+
+def _of_method(scores: pd.DataFrame | None) -> list[Verdict]:
+    """Verdict on the model beside the best simple method."""
+    if scores is None:
+        text = "Nothing was held out (`cross_validate: false`), so this run does not show how good its result is."
+        return [Verdict(CARE, text)]
+    if Keys.ASIGN not in scores.index or len(scores) < 2:
+        return []
+    r = scores["pearson_gene"]
+    best = r.drop([Keys.ASIGN, *_PARTS], errors="ignore").idxmax()
+    margin = r[Keys.ASIGN] - r[best]
+    # Tables of `cross_validate` have the interval in the row of the model, those of a model in that of the method.
+    row, columns = (
+        (best, ["gain_low", "gain_high"]) if "gain_low" in scores else (Keys.ASIGN, ["vs_best_low", "vs_best_high"])
+    )
+    low, high = scores.loc[row].reindex(columns)
+    interval = "" if pd.isna(low) else f", 95 % interval {low:+.3f} to {high:+.3f}"
+    if (margin if pd.isna(low) else low) > 0:
+        text = f"On hidden spots, the model is better than the best simple method, {best} (r {margin:+.3f}{interval})."
+        return [Verdict(GOOD, text)]
+    text = (
+        f"This run does not show that the model is better than the simple method {best} (r {margin:+.3f}{interval}). "
+        f"Its maps are about as good as those of {best}."
+    )
+    return [Verdict(CARE, text)]
+
+
+def _of_genes(table: AnnData) -> Verdict:
+    """Verdict on the number of genes that can be believed."""
+    believed = table.var[Keys.PREDICTABLE].to_numpy(dtype=bool)
+    if believed.all():
+        return Verdict(GOOD, f"All {len(believed)} genes are predicted better than by chance.")
+    poor = list(table.var_names[~believed])
+    text = (
+        f"{believed.sum()} of {len(believed)} genes are predicted better than by chance. Do not read the maps of the "
+        f"others: {_named(poor)}."
+    )
+    return Verdict(CARE if believed.any() else BAD, text)
+
+
+def _of_support(table: AnnData) -> list[Verdict]:
+    """Verdict on the links of the spots to measured ones."""
+    imputed = ~table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    without = imputed & (table.obs[Keys.SUPPORT].to_numpy(dtype=float) <= 0)
+    if not without.any():
+        return [Verdict(GOOD, "Every spot has measured spots nearby, in its own section or in another one.")]
+    where = table.obs[Keys.SECTION][without].value_counts()
+    listed = ", ".join(f"{name} {n}" for name, n in where[where > 0].items())
+    text = (
+        f"{int(without.sum())} spots have no measured spot nearby. Their values come from the image alone (support 0): "
+        f"{listed}."
+    )
+    return [Verdict(CARE, text)]
+
+
+def _sections(names: list[str]) -> str:
+    return f"section{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _named(names: list[str]) -> str:
+    """Some of the names in a sentence, whatever signs they hold."""
+    more = f" and {len(names) - _N_GENES} more" if len(names) > _N_GENES else ""
+    shown = (f"`{' '.join(name.replace('`', chr(39)).split())}`" for name in names[:_N_GENES])
+    return f"{', '.join(shown)}{more}"
 
 
 def _columns(frame: pd.DataFrame, names: dict[str, str], n_index: int) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+import warnings
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +14,6 @@ import numpy as np
 
 import spatial_impute as si
 from spatial_impute._cli.config import ConfigError, in_words_of_file
-from spatial_impute._cli.demo import save_stack
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
 from spatial_impute._geometry import xy_of
@@ -83,10 +84,7 @@ def _raise_all(steps: Iterable[Callable[[], object]], config: RunConfig) -> None
 def run(config: RunConfig) -> Path:
     """Run everything, write data, figures, tables and a report to ``config.output``, and return the path of the report.
 
-    Raises
-    ------
-    FileExistsError
-        If the output folder holds files that no run has written.
+    Raises a ``FileExistsError`` if the output folder holds files that no run has written.
     """
     import matplotlib as mpl
 
@@ -102,7 +100,7 @@ def run(config: RunConfig) -> Path:
         registration=si.metrics.registration_quality(sdata),
         layer=layer,
         config=asdict(config),
-        figures=_draw(sdata, plot_genes(sdata, config.plot_genes), figures, layer=layer, model=model, scores=scores),
+        figures=draw(sdata, plot_genes(sdata, config.plot_genes), figures, layer=layer, model=model, scores=scores),
     )
     _write_data(results, config.output)
     results.seconds = time.perf_counter() - started
@@ -277,19 +275,19 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     except Exception as error:
         msg = f"`sections.{name}.counts`: '{section.counts}' cannot be read as h5ad: {error}"
         raise ConfigError(msg) from error
-    if (
-        Keys.SPATIAL not in table.obsm
-        or np.ndim(table.obsm[Keys.SPATIAL]) != 2
-        or np.shape(table.obsm[Keys.SPATIAL])[1] < 2
-    ):
+    places = table.obsm.get(Keys.SPATIAL)
+    if np.ndim(places) != 2 or np.shape(places)[1] < 2:
         msg = f"`sections.{name}.counts`: '{section.counts}' has no `obsm[{Keys.SPATIAL!r}]`, x and y in pixels."
         raise ConfigError(msg)
     if not table.obs_names.is_unique:
         repeated = table.obs_names[table.obs_names.duplicated()][0]
-        msg = f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of their own."
+        msg = (
+            f"`sections.{name}.counts`: the spot {repeated!r} stands twice in '{section.counts}'; spots need names of "
+            "their own."
+        )
         raise ConfigError(msg)
     table = _of_layer(table, section.counts_layer, f"sections.{name}")
-    centers = xy_of(table.obsm[Keys.SPATIAL])
+    centers = xy_of(places)
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)
     if outside.any():
@@ -298,15 +296,14 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
             f"{width} x {height} pixels; `obsm[{Keys.SPATIAL!r}]` must hold x and y in its pixels."
         )
         raise ConfigError(msg)
+    var = table.var[[column for column in GENE_COLUMNS if column in table.var]].copy()
     found = section_object(
         name,
         image_element(opened.levels, "global", 1.0),
         centers=centers,
         radius=cast("float", section.spot_diameter) / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
-        table=ad.AnnData(
-            X=table.X, obs=table.obs[[]].copy(), var=table.var[[c for c in GENE_COLUMNS if c in table.var]].copy()
-        ),
+        table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=var),
     )
     return found, float(mpp)
 
@@ -347,7 +344,7 @@ def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:
     return list(table.var_names[:_N_PLOT_GENES])
 
 
-def _draw(
+def draw(
     sdata: SpatialData, genes: list[str], folder: Path, *, layer: str, model: Any, scores: pd.DataFrame | None
 ) -> dict[str, str]:
     """Draw the figures; file names and captions."""
@@ -373,8 +370,8 @@ def _draw(
         drawn["training.png"] = ("Training of the networks", lambda p: si.pl.training(model, save=p))
     if Keys.PREDICTABILITY not in sdata.tables[Keys.STACK_TABLE].var:
         del drawn["genes.png"]
-    for name, (_, draw) in drawn.items():
-        draw(folder / name)
+    for name, (_, plot) in drawn.items():
+        plot(folder / name)
         plt.close("all")
     return {name: text for name, (text, _) in drawn.items()}
 
@@ -389,3 +386,13 @@ def _write_data(results: Results, output: Path) -> None:
         columns = [key for key in (Keys.PREDICTABILITY, Keys.PREDICTABLE) if key in table.var]
         table.var[columns].sort_values(Keys.PREDICTABILITY, ascending=False).to_csv(output / "genes.csv")
     save_stack(results.sdata, output / "stack.zarr")
+
+
+def save_stack(sdata: SpatialData, store: Path) -> None:
+    """Write the object in place of an earlier one at `store`."""
+    if store.exists():
+        shutil.rmtree(store)
+    with warnings.catch_warnings():
+        # zarr warns once per chunked array of changes to come in zarr itself.
+        warnings.filterwarnings("ignore", message="Consolidated metadata|zarr v3 autosharding")
+        sdata.write(store)

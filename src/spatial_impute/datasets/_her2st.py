@@ -17,7 +17,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, settings
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
-from spatial_impute.datasets._her2st_files import SHA256
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 # Public files of the study at one commit; the folder structure below data/ is kept in the cache.
 _BASE_URL = "https://raw.githubusercontent.com/almaan/her2st/85df7411b987a7dec3feff9718b869a7a82091ec/data/"
 _FOLDER = "her2st"
+_HASHES = Path(__file__).with_suffix(".sha256")  # as `sha256sum` writes them
+SHA256 = {file: digest for digest, file in map(str.split, _HASHES.read_text(encoding="utf-8").splitlines())}
 
 # Array pitch 200 um; the spot files place one array unit at 290.7 px (mean over x and y of all sections).
 _MPP = 0.688
@@ -86,7 +87,8 @@ def her2st(
     """Three to six serial sections of a HER2-positive breast tumour :cite:p:`Andersson2021` as a stack.
 
     All sections have spots (100 um across, 200 um apart). The stack holds the expression of the sections in
-    `measured`. Files are downloaded once (patient C: about 23 MB), checked by sha256, and kept in ``settings.data_dir``.
+    `measured`. Files are downloaded once (patient C: about 23 MB), checked by sha256, and kept in
+    ``settings.data_dir``.
 
     Parameters
     ----------
@@ -101,10 +103,10 @@ def her2st(
         Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
         ``None`` selects no genes.
     images
-        A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``), which you
-        have downloaded yourself, one for each section. Sections without an image are left out, with a warning. False: all
-        sections of the patient without their H&E. Tissue is drawn where spots are, so that sections can be registered by
-        their shape. Such images do not show expression: use methods without features.
+        A folder: its images, as the repository of the study has them (``folder/A/A1/*.jpg``, in ``data/ST-imgs``),
+        which you have downloaded yourself, one for each section. Sections without an image are left out, with a
+        warning. False: all sections of the patient without their H&E. Tissue is drawn where spots are, so that sections
+        can be registered by their shape. Such images do not show expression: use methods without features.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 
@@ -116,8 +118,8 @@ def her2st(
     Raises
     ------
     ValueError
-        For unknown patients, patients without images, an empty `measured`, several images of a section, or an image that is
-        smaller than the published one.
+        For unknown patients, patients without images, an empty `measured`, several images of a section, or an image
+        that is smaller than the published one.
     TypeError
         If `images` is neither True, False nor a path.
     KeyError
@@ -187,8 +189,8 @@ def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str
         return dict.fromkeys(sections)
     if patient not in _IMAGES:
         msg = (
-            f"The images of patient {patient!r} are not downloaded, only those of {sorted(_IMAGES)}. Pass `images=False`, or the "
-            "folder 'ST-imgs' of the repository of the study: `images='her2st/data/ST-imgs'`."
+            f"The images of patient {patient!r} are not downloaded, only those of {sorted(_IMAGES)}. Pass "
+            "`images=False`, or the folder 'ST-imgs' of the repository of the study: `images='her2st/data/ST-imgs'`."
         )
         raise ValueError(msg)
     return dict(_IMAGES[patient])
@@ -201,8 +203,8 @@ def _images_in(folder: Path, patient: str, sections: list[str]) -> dict[str, Pat
         here = sorted(path for path in (folder / patient / name).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         if len(here) > 1:
             msg = (
-                f"'{folder / patient / name}' must hold one image, found {[path.name for path in here]}. Leave only the "
-                "full-resolution image of the study."
+                f"'{folder / patient / name}' must hold one image, found {[path.name for path in here]}. Leave only "
+                "the full-resolution image of the study."
             )
             raise ValueError(msg)
         if here:
@@ -224,7 +226,7 @@ def _mpp_of_array(path: Path) -> float:
 
 
 def _fetch_section(name: str, image: str | Path | None) -> dict[str, Path]:
-    """Paths of the files of a section: in the cache, where missing ones are downloaded, and of an image that the user has."""
+    """Paths of the files of a section: in the cache, where missing ones are downloaded, or of the user."""
     wanted = {"counts": f"ST-cnts/{name}.tsv.gz", "spots": f"ST-spotfiles/{name}_selection.tsv"}
     if isinstance(image, str):
         wanted["image"] = image
@@ -259,8 +261,8 @@ def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: flo
     height, width = levels[0].shape[-2:]
     if (centers > [width, height]).any():
         msg = (
-            f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but '{files['image']}' "
-            f"has {width} x {height} pixels. Use the full-resolution image of the study."
+            f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but "
+            f"'{files['image']}' has {width} x {height} pixels. Use the full-resolution image of the study."
         )
         raise ValueError(msg)
     return section_object(

@@ -44,12 +44,7 @@ SHA256 = {
 
 # Neighboring spots are 141 um apart, on the images 33.4 pixels.
 _MPP, _SPOT_DIAMETER = 4.22, 100.0
-_HEIGHTS = {
-    "MOB1": 100.0,
-    "MOB2": 120.0,
-    "MOB3": 130.0,
-    "MOB4": 140.0,
-}  # um; an example, the true ones are not published
+_HEIGHTS = {"MOB1": 100.0, "MOB2": 120.0, "MOB3": 130.0, "MOB4": 140.0}  # um; the true ones are not published
 
 
 @overload
@@ -95,16 +90,16 @@ def olfactory_bulb(
         Number of genes with the highest mean on the measured sections, see :func:`~spatial_impute.pp.select_genes`.
         ``None`` selects no genes.
     data_dir
-        Folder with the files; by default ``settings.data_dir / "mob_st4"``. Counts may be compressed (``MOB1.tsv.gz``). Missing
-        files are downloaded to it, and no file in it is replaced.
+        Folder with the files; by default ``settings.data_dir / "mob_st4"``. Counts may be compressed (``MOB1.tsv.gz``).
+        Missing files are downloaded to it, and no file in it is replaced.
     truth
         Also return the expression of all sections, for evaluation. It never enters the stack.
 
     Returns
     -------
-    The stack; with ``truth=True`` also an AnnData with one row per spot (``obs_names`` as in the stack table): ``X`` log1p
-    of counts per 10,000 over the 1,000 genes, ``layers["counts"]`` raw counts. Heights (100, 120, 130 and 140 um) are those of an
-    example; the distances of the sections are not published.
+    The stack; with ``truth=True`` also an AnnData with one row per spot (``obs_names`` as in the stack table): ``X``
+    log1p of counts per 10,000 over the 1,000 genes, ``layers["counts"]`` raw counts. Heights (100, 120, 130 and 140 um)
+    are those of an example; the distances of the sections are not published.
 
     Raises
     ------
@@ -181,7 +176,7 @@ def _require_published(path: Path, content: bytes) -> None:
     found, expected = hashlib.sha256(content).hexdigest(), SHA256[path.name.removesuffix(".gz")]
     if found != expected:
         msg = (
-            f"'{path}' is not the published file: its content has the sha256 {found}, expected {expected}. Move it to another "
-            "folder; then the published one is downloaded."
+            f"'{path}' is not the published file: its content has the sha256 {found}, expected {expected}. Move it to "
+            "another folder; then the published one is downloaded."
         )
         raise ValueError(msg)

@@ -21,7 +21,7 @@ from spatial_impute._scores import (
 )
 from spatial_impute._settings import logger
 from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
-from spatial_impute._validation import name_list, require_finite, require_key, require_one_of
+from spatial_impute._validation import name_list, require_finite, require_key, require_one_of, require_unique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +54,8 @@ def evaluate(
         Log-normalised expression in ``X``, with ``obs_names`` and ``var_names`` as in the stack table. Spots and genes
         that are not in `truth` are not scored.
     layers
-        Layers to score; by default all except ``"measured"`` and standard deviations. Genes that a layer does not have at
-        all (NaN everywhere) count as the mean profile.
+        Layers to score; by default all except ``"measured"`` and standard deviations. Genes that a layer does not have
+        at all (NaN everywhere) count as the mean profile.
     sections
         Sections to score; by default all sections without measured spots.
     by
@@ -75,13 +75,13 @@ def evaluate(
         Pearson correlation of a gene across spots: mean, median and first quartile over genes, and the share of genes
         above 0. A constant prediction scores 0. A gene whose truth is constant on a section is not scored there.
     ``pearson_gene_pooled``
-        Mean correlation over genes if the spots of all sections are taken together. Differences between sections raise it,
-        also without any pattern within a section. Only for ``by="layer"``.
+        Mean correlation over genes if the spots of all sections are taken together. Differences between sections raise
+        it, also without any pattern within a section. Only for ``by="layer"``.
     ``ceiling``, ``of_ceiling``
-        With `counts_layer`. The truth is a measurement with counting noise, so that even perfect values do not correlate
-        with it by 1: ``ceiling`` is the highest correlation that can be expected, mean over genes (from counts that are
-        split into halves), and ``of_ceiling`` is ``pearson_gene`` divided by it. ``by="gene"`` has a column ``ceiling``,
-        to divide the others by.
+        With `counts_layer`. The truth is a measurement with counting noise, so that even perfect values do not
+        correlate with it by 1: ``ceiling`` is the highest correlation that can be expected, mean over genes (from
+        counts that are split into halves), and ``of_ceiling`` is ``pearson_gene`` divided by it. ``by="gene"`` has a
+        column ``ceiling``, to divide the others by.
     ``pearson_spot``
         Pearson correlation across the genes of a spot, mean over spots.
     ``mse``, ``mae``
@@ -96,8 +96,8 @@ def evaluate(
         Share of the truth inside the 90 % intervals, for layers with standard deviations (``layers["asign_sd"]``). The
         intervals are for measurements with the depth in ``obs["imputation_depth"]``.
     ``moran_gap``
-        Moran's I of the prediction minus that of the truth, within sections; above 0 the prediction is smoother. Not for
-        ``by="pooled"``.
+        Moran's I of the prediction minus that of the truth, within sections; above 0 the prediction is smoother. Not
+        for ``by="pooled"``.
     ``ssim``
         Structural similarity on the lattice of the spots, within sections. Not for ``by="pooled"``.
 
@@ -106,8 +106,8 @@ def evaluate(
     KeyError
         If a layer or section does not exist, or if `truth` shares no spot or no gene with the stack.
     ValueError
-        If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or if
-        a layer was imputed when other spots were measured than now.
+        If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or
+        if a layer was imputed when other spots were measured than now.
     TypeError
         If `truth` is not an AnnData.
 
@@ -145,9 +145,10 @@ def evaluate(
     where = f"sdata.tables[{table_key!r}].layers"
     read = {key: _read_layer(table, key, columns, parts, where, profile=profile) for key in keys}
     if by == "gene":
-        columns_of = {k: _by_gene(layer, parts) for k, layer in read.items()}
-        columns_of |= {"ceiling": pd.DataFrame(ceilings).mean(axis=1).to_numpy()} if ceilings else {}
-        return pd.DataFrame(columns_of, index=pd.Index(genes, name="gene"))
+        each = {k: [pearson_by_gene(v.values[p.rows], p.true) for p in parts.values()] for k, v in read.items()}
+        each |= {"ceiling": list(ceilings.values())} if ceilings else {}
+        means = {name: pd.DataFrame(by_section).mean().to_numpy() for name, by_section in each.items()}
+        return pd.DataFrame(means, index=pd.Index(genes, name="gene"))
     pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
     if by == "pooled":
         mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
@@ -155,11 +156,12 @@ def evaluate(
             _score(layer, pooled, profile) | _of_ceiling(layer, pooled, mean.get("all")) for layer in read.values()
         ]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
-    scores = [
-        _score(read[key], p, profile) | _of_ceiling(read[key], p, ceilings.get(name)) | _spatial_scores(read[key], p)
-        for key in keys
-        for name, p in parts.items()
-    ]
+    scores = []
+    for layer in read.values():
+        for name, part in parts.items():
+            data = layer.values[part.rows], part.true, part.xy
+            spatial = {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}
+            scores.append(_score(layer, part, profile) | _of_ceiling(layer, part, ceilings.get(name)) | spatial)
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
     if by == "section":
         return result
@@ -230,10 +232,8 @@ def _require_truth(truth: Any) -> None:
     if truth.X is None:
         msg = f"`truth.X` is empty; put the layer with log-normalised expression there, one of {sorted(truth.layers)}."
         raise ValueError(msg)
-    for slot, names in {"obs_names": truth.obs_names, "var_names": truth.var_names}.items():
-        if not names.is_unique:
-            msg = f"`truth.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
-            raise ValueError(msg)
+    require_unique(truth.obs_names, name="`truth.obs_names`")
+    require_unique(truth.var_names, name="`truth.var_names`")
 
 
 def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, measured: np.ndarray) -> _Part:
@@ -241,8 +241,9 @@ def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, 
     rows = np.flatnonzero(in_section & ~measured & table.obs_names.isin(truth.obs_names))
     if not len(rows):
         msg = (
-            f"`truth` has no unmeasured spot of section {section!r}: `truth.obs_names` are like {list(truth.obs_names[:3])}, spots "
-            f"of the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[in_section & ~measured][:3])}."
+            f"`truth` has no unmeasured spot of section {section!r}: `truth.obs_names` are like "
+            f"{list(truth.obs_names[:3])}, spots of the stack are named `{{section}}_{{id}}`, like "
+            f"{list(table.obs_names[in_section & ~measured][:3])}."
         )
         ids = table.obs[Keys.INSTANCE].astype(str)[in_section & ~measured]
         if ids.isin(truth.obs_names).any():
@@ -300,19 +301,9 @@ def _of_ceiling(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[
     return {"ceiling": mean, "of_ceiling": float(r[scored].mean()) / mean if mean > 0 else float("nan")}
 
 
-def _by_gene(layer: _Layer, parts: dict[str, _Part]) -> np.ndarray:
-    """(n_genes,) Pearson correlation, mean over the sections on which a gene can be scored."""
-    return pd.DataFrame([pearson_by_gene(layer.values[p.rows], p.true) for p in parts.values()]).mean().to_numpy()
-
-
 def _score(layer: _Layer, part: _Part, profile: np.ndarray) -> dict[str, float]:
     """Scores of some spots; the coverage is NaN for layers without standard deviations."""
     predicted = layer.values[part.rows]
     low, high = bootstrap_interval(pearson_by_gene(predicted, part.true))
     coverage = float("nan") if layer.sd is None else interval_coverage(predicted, layer.sd[part.rows], part.true)
     return summarise(predicted, part.true, profile) | {"low": low, "high": high, "coverage": coverage}
-
-
-def _spatial_scores(layer: _Layer, part: _Part) -> dict[str, float]:
-    data = layer.values[part.rows], part.true, part.xy
-    return {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}

@@ -23,14 +23,14 @@ def predictability(
 ) -> pd.DataFrame:
     """Agreement of each gene between similar measured spots: a quick look before fitting.
 
-    If spots with a similar image also have similar expression of a gene, the image can predict the gene. If neighboring spots
-    have similar expression, the position can predict it. This function only compares each measured spot with its nearest
-    neighbors in the same section, and takes about a second. The idea is that of the expression predictability score (EPS) of
-    Expression Copilot, but the score is computed differently.
+    If spots with a similar image also have similar expression of a gene, the image can predict the gene. If neighboring
+    spots have similar expression, the position can predict it. This function only compares each measured spot with its
+    nearest neighbors in the same section, and takes about a second. The idea is that of the expression predictability
+    score (EPS) of Expression Copilot, but the score is computed differently.
 
-    It is optimistic, because the neighbors of a spot are known here and not on another section. ``var["imputation_r"]``, which
-    :func:`~spatial_impute.tl.impute_3d` writes, comes from held-out blocks, and ranks genes better. Use this
-    function to choose genes and encoders before a long fit.
+    It is optimistic, because the neighbors of a spot are known here and not on another section.
+    ``var["imputation_r"]``, which :func:`~spatial_impute.tl.impute_3d` writes, comes from held-out blocks, and ranks
+    genes better. Use this function to choose genes and encoders before a long fit.
 
     Parameters
     ----------
@@ -45,9 +45,9 @@ def predictability(
 
     Returns
     -------
-    Table with one row per gene, sorted by the higher of both: ``image`` and ``position``, the Pearson correlation of the gene
-    with its mean over the spots that are most similar in image features, and over the nearest spots; mean over the measured
-    sections. Nothing is written.
+    Table with one row per gene, sorted by the higher of both: ``image`` and ``position``, the Pearson correlation of
+    the gene with its mean over the spots that are most similar in image features, and over the nearest spots; mean over
+    the measured sections. Nothing is written.
 
     Raises
     ------
@@ -74,7 +74,10 @@ def predictability(
     spaces = {"image": spots.features[spots.known], "position": spots.xyz[spots.known, :2]}  # type: ignore[index]
     parts = [section == code for code in np.unique(section) if (section == code).sum() > n_neighs]
     if not parts:
-        msg = f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)} spots."
+        msg = (
+            f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)} "
+            "spots."
+        )
         raise ValueError(msg)
     found = {
         name: pd.DataFrame(

@@ -48,11 +48,10 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
 
     Returns
     -------
-    One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it, before
-    and after; score of the chosen pose and its lead over the best other pose; the chosen start; the expected error (median and 90th
-    percentile at a point, um); share of folds; the
-    verdict (``"ok"``, ``"weak"``, ``"failed"``) and its reasons. The table is empty if the user gave the place of every
-    section. Nothing is written.
+    One row per pair (``fixed``, ``moving``): overlap of the tissue (Dice) and correlation of the stain inside it,
+    before and after; score of the chosen pose and its lead over the best other pose; the chosen start; the expected
+    error (median and 90th percentile at a point, um); share of folds; the verdict (``"ok"``, ``"weak"``, ``"failed"``)
+    and its reasons. The table is empty if the user gave the place of every section. Nothing is written.
 
     Raises
     ------

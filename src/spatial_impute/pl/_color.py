@@ -150,13 +150,7 @@ class Coloring:
 
 
 def layer_values(table: AnnData, genes: Sequence[str], layer: str, *, table_key: str) -> np.ndarray:
-    """(n_spots, len(genes)) of a layer.
-
-    Raises
-    ------
-    KeyError
-        If the layer or a gene does not exist.
-    """
+    """(n_spots, len(genes)) of a layer; a ``KeyError`` if the layer or a gene does not exist."""
     where = f"sdata.tables[{table_key!r}]"
     then = (
         "Write it with `si.pp.select_genes(sdata)`."
@@ -182,13 +176,7 @@ def wrap_units(units: str | None) -> str:
 
 
 def read_color(table: AnnData, color: str, layer: str | None, *, table_key: str) -> Coloring:
-    """Values of an ``obs`` column, or of a gene; `layer` says that a gene is meant.
-
-    Raises
-    ------
-    KeyError
-        If there is no such column, gene or layer.
-    """
+    """Values of an ``obs`` column, or of a gene, or a ``KeyError``; `layer` says that a gene is meant."""
     if layer is not None or (color not in table.obs and color in table.var_names):
         values = layer_values(table, [color], Keys.MEASURED if layer is None else layer, table_key=table_key)[:, 0]
         return Coloring(values, f"{color}\n{units_label(table)}")

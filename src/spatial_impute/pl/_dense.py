@@ -216,8 +216,8 @@ def _read_map(element: DataArray, matrix: np.ndarray, window: Window, map_key: s
     if not cells.size:
         x0, x1, y0, y1 = _extent(element.sizes, matrix)
         msg = (
-            f"`window` {tuple(round(float(v), 1) for v in window)} does not meet `sdata.images[{map_key!r}]`, which covers "
-            f"x {x0:.1f} to {x1:.1f}, y {y0:.1f} to {y1:.1f}."
+            f"`window` {tuple(round(float(v), 1) for v in window)} does not meet `sdata.images[{map_key!r}]`, which "
+            f"covers x {x0:.1f} to {x1:.1f}, y {y0:.1f} to {y1:.1f}."
         )
         raise ValueError(msg)
     return cells.astype(np.float32), to_frame

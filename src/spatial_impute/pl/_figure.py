@@ -1,4 +1,4 @@
-"""Parts of all figures: panels in micrometres with y down, images, circles, scale bars, saving."""
+"""Parts of all figures: panels in micrometres with y down, 3D axes, images, circles, scale bars, saving."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from spatial_impute._stack import resolve_sections
-from spatial_impute._validation import name_list
+from spatial_impute._validation import name_list, require_count, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +38,12 @@ _FIGURE_HEIGHT = 10.0  # inches; many rows may exceed it, but with small panels
 _SMALL_PANEL = 1.8
 _TALLEST_PANEL = 4.5
 _MANY_SPOTS = 5000  # a vector file with more circles is slow to open
+_SPACE_FIGURE = (7.5, 5.5)  # inches
+_GAP = 0.32  # between sections in 3D, of the longer side of the tissue, which at this elevation looks that high
+_TALLEST = 1.4
+_CORNERS = 12  # of the polygon that stands for a spot in 3D
+_LABEL_ROOM = 0.4  # of the length of the tissue, for the names beside it in 3D
+_VIEW = {"elev": 20.0, "azim": -65.0}
 
 
 def sections_in_z(record: StackRecord, sections: str | Sequence[str] | None) -> list[Section]:
@@ -70,10 +78,7 @@ def names_or_raise(value: str | Sequence[str], *, name: str, there: str) -> list
 
 def grid_shape(n_panels: int, n_columns: int) -> tuple[int, int]:
     """Rows and columns of a grid with at most `n_columns` columns."""
-    if int(n_columns) < 1:
-        msg = f"`ncols` must be at least 1, found {n_columns!r}."
-        raise ValueError(msg)
-    n_columns = min(int(n_columns), n_panels)
+    n_columns = min(require_count(n_columns, name="ncols"), n_panels)
     return -(-n_panels // n_columns), n_columns
 
 
@@ -99,24 +104,9 @@ def make_panels(
 ) -> np.ndarray:
     """Axes of a new figure, or the axes from the user, as an array (n_panels,), row by row.
 
-    Parameters
-    ----------
-    n_rows
-        Rows of the grid.
-    n_columns
-        Columns of the grid.
-    aspect
-        Height over width of a panel.
-    ax
-        Axes to draw on, row by row.
-    figsize
-        Size of the new figure in inches.
-    n_panels
-        Number of panels of the grid that are used; all by default.
-    margin
-        Width and height in inches for what stands beside the panels.
-    foot
-        Height in inches of one more axes under all panels of a new figure; it becomes the last of ``figure.axes``.
+    `aspect` is the height of a panel over its width, `margin` the width and height (inches) for what stands beside the
+    panels. The first `n_panels` panels of the grid are used, all by default. `foot` is the height (inches) of one more
+    axes under all panels of a new figure; it becomes the last of ``figure.axes``.
     """
     n_panels = n_rows * n_columns if n_panels is None else n_panels
     if ax is not None:
@@ -150,12 +140,8 @@ def show_raster(ax: Axes, raster: np.ndarray, to_um: np.ndarray, **kwargs: Any) 
     """Draw a raster (y, x) or (y, x, 3) through the affine of its pixel corners."""
     height, width = raster.shape[:2]
     limits = ax.get_xlim(), ax.get_ylim()
-    place: dict[str, Any] = {
-        "extent": (0, width, height, 0),
-        "transform": Affine2D(to_um) + ax.transData,
-        "aspect": "equal",
-    }
-    ax.imshow(raster, **place, **kwargs)
+    place: dict[str, Any] = {"extent": (0, width, height, 0), "transform": Affine2D(to_um) + ax.transData}
+    ax.imshow(raster, aspect="equal", **place, **kwargs)
     ax.set(xlim=limits[0], ylim=limits[1])  # imshow takes its extent for um
 
 
@@ -201,6 +187,10 @@ def nice_length(span: float) -> float:
     return float(power * max(step for step in (1, 2, 5) if step * power <= span * (1 + 1e-9)))
 
 
+def _in_units(length: float) -> str:
+    return f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+
+
 def add_scale_bar(ax: Axes) -> None:
     """Scale bar (um) under the lower left corner of a panel, where it covers nothing."""
     span = abs(np.diff(ax.get_xlim())[0])
@@ -209,7 +199,7 @@ def add_scale_bar(ax: Axes) -> None:
     bar = AnchoredSizeBar(
         ax.transData,
         length,
-        f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm",
+        _in_units(length),
         loc="upper left",
         bbox_to_anchor=(0.0, -0.01),
         bbox_transform=ax.transAxes,
@@ -230,6 +220,90 @@ def legend_below(ax: Axes, handles: list[Artist], *, y: float = 0.0, n_columns: 
     ax.legend(handles=handles, frameon=False, fontsize="small", **place, **kwargs)
 
 
+def resolve_stretch(value: float | None, length: float, height: float, *, share: float) -> float:
+    """Factor on z: the given one, or one that makes a stack about `share` as high as it is long.
+
+    The latter has one digit and is never below 1.
+
+    Examples
+    --------
+    >>> resolve_stretch(None, 2400.0, 60.0, share=0.5)
+    20.0
+    >>> resolve_stretch(None, 1000.0, 2000.0, share=0.5)
+    1.0
+    """
+    if value is not None:
+        return require_positive(value, name="z_stretch")
+    return max(1.0, float(f"{share * length / height:.0e}")) if height > 0 else 1.0
+
+
+def stack_share(n_sections: int) -> float:
+    """Height of a stack over its length at which sections stand clear of each other, if there are not too many."""
+    return min(_GAP * (n_sections - 1), _TALLEST)
+
+
+def make_space(ax: Axes | Sequence[Axes] | None, figsize: tuple[float, float] | None) -> Axes3D:
+    """3D axes of a new figure, or the given ones; a ``ValueError`` if these are no 3D axes."""
+    if ax is not None:
+        if not isinstance(ax, Axes3D):
+            msg = (
+                f"`ax` must be one 3D axes, found {type(ax).__name__}; make it with "
+                '`plt.figure().add_subplot(projection="3d", computed_zorder=False)`.'
+            )
+            raise ValueError(msg)
+        return ax
+    figure = plt.figure(figsize=figsize or _SPACE_FIGURE, layout="constrained")
+    # Parts are drawn in the order in which they are added: sections from below.
+    return figure.add_subplot(projection="3d", computed_zorder=False)
+
+
+def frame_space(
+    ax: Axes3D, box: np.ndarray, sections: Sequence[Section], *, measured: Sequence[str], stretch: float
+) -> None:
+    """Limits in um (y runs as in the images), sections named at their heights, scale bar along the front edge.
+
+    `box` is (2, 2), the lowest and highest x, y. The `sections` stand in the order of z, `measured` names those that
+    were measured. `stretch` is the factor on z.
+    """
+    low, high = box
+    room = _LABEL_ROOM * (high - low)[0]
+    heights = np.array([section.z for section in sections])
+    margin = 0.05 * (high - low).max() / stretch
+    bottom, top = heights.min() - margin, heights.max() + margin
+    ax.set(xlim=(low[0], high[0] + room), ylim=(high[1], low[1]), zlim=(bottom, top))
+    ax.set_box_aspect(((high - low)[0] + room, (high - low)[1], stretch * (top - bottom)), zoom=1.15)
+    ax.view_init(**_VIEW)
+    # An axis that is switched off would not count for the layout, and the names would be cut.
+    ax.set(xticks=[], yticks=[], zticks=[])
+    ax.grid(visible=False)
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.pane.set_visible(False)
+        axis.line.set_color("none")
+    beside = high[0] + 0.03 * (high - low)[0]
+    for section in sections:
+        bold = section.name in measured
+        text, weight = section_title(section, measured=bold, separator="\n"), "bold" if bold else "normal"
+        ax.text(beside, low[1], section.z, text, fontsize="small", fontweight=weight, va="center", ha="left")
+    length = nice_length((high - low)[0] / 3)
+    ax.plot([low[0], low[0] + length], [high[1]] * 2, [bottom] * 2, color=INK, linewidth=2.5, solid_capstyle="butt")
+    text = f"\n{_in_units(length)}{'' if stretch == 1 else f', z × {stretch:g}'}"
+    ax.text(low[0], high[1], bottom, text, fontsize="small", color=INK, va="top", ha="left")
+
+
+def draw_discs(ax: Axes3D, xyz: np.ndarray, radius: np.ndarray, **kwargs: Any) -> Poly3DCollection:
+    """Spots of true size (um) lying in their section."""
+    angle = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
+    rim = np.column_stack([np.cos(angle), np.sin(angle), np.zeros(_CORNERS)])
+    return draw_polygons(ax, xyz[:, None] + radius[:, None, None] * rim, **kwargs)
+
+
+def draw_polygons(ax: Axes3D, corners: np.ndarray, **kwargs: Any) -> Poly3DCollection:
+    """Polygons (n, k, 3) in um."""
+    polygons = Poly3DCollection(list(corners), **kwargs)
+    ax.add_collection3d(polygons, autolim=False)
+    return polygons
+
+
 def plain_text(ax: Axes) -> None:
     """Show the texts of axes as they are: a name of a gene may hold signs that Matplotlib reads as a formula."""
     legend = ax.get_legend()
@@ -241,12 +315,7 @@ def plain_text(ax: Axes) -> None:
 
 
 def finish(
-    axes: np.ndarray,
-    *,
-    ax: Axes | Sequence[Axes] | None,
-    save: str | Path | None,
-    show: bool | None,
-    return_ax: bool,
+    axes: np.ndarray, *, ax: Axes | Sequence[Axes] | None, save: str | Path | None, show: bool | None, return_ax: bool
 ) -> np.ndarray | None:
     """Save and show the figure, and return its axes, each if the user wants it."""
     figure = axes.flat[0].get_figure(root=True)
@@ -266,8 +335,8 @@ _TAIL = """    figsize
     save
         File to save the figure to.
     show
-        Call :func:`matplotlib.pyplot.show`. By default yes, unless the figure is saved, drawn on your `ax`, or its axes are
-        returned.
+        Call :func:`matplotlib.pyplot.show`. By default yes, unless the figure is saved, drawn on your `ax`, or its axes
+        are returned.
     return_ax
         Return the axes.
 

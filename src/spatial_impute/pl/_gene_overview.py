@@ -47,8 +47,9 @@ def gene_overview(
     """Mean expression of many genes on each section, the most predictable gene on top, with its held-out correlation.
 
     A color says how far the mean of a section lies from the mean over the sections, in standard deviations of the gene
-    between spots. The names of measured sections are bold. A measured section that differs from its neighbors in nearly all
-    genes points to depth or batch, and not to the tissue. Genes with a grey bar are not predicted better than by chance.
+    between spots. The names of measured sections are bold. A measured section that differs from its neighbors in nearly
+    all genes points to depth or batch, and not to the tissue. Genes with a grey bar are not predicted better than by
+    chance.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,12 +60,12 @@ def gene_report(
     """Answer to "is my gene believable?": its maps, predicted against measured values, and its correlations.
 
     The four panels are the gene as measured; the same spots as expected from all other spots, or the nearest unmeasured
-    section; measured against expected values; and the correlation of each method on held-out spots. A grey area ends at the
-    noise ceiling: the highest correlation that any prediction can have with these counts.
+    section; measured against expected values; and the correlation of each method on held-out spots. A grey area ends at
+    the noise ceiling: the highest correlation that any prediction can have with these counts.
 
     The second and third panel show expected values if the layer holds them: ``si.tl.impute_3d(sdata, model,
-    measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known. Held-out
-    blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
+    measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known.
+    Held-out blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
 
     Parameters
     ----------
@@ -131,37 +131,36 @@ def gene_report(
     counted = table.obs[Keys.SECTION][known].value_counts()
     own = record[str(counted.index[0])]
     expected = table.uns.get(layer, {}).get("measured") == "denoise"
-    other = own if expected else _nearest_unmeasured(sections_in_z(record, None), own, set(counted.index[counted > 0]))
-    rows = [np.flatnonzero(known & (code == own.name)), np.flatnonzero(code == other.name)]
-    if expected:
-        rows[1] = rows[0]
+    rows = [np.flatnonzero(known & (code == own.name))] * 2
+    heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
+    other = own
+    if not expected:
+        measured = set(counted.index[counted > 0])
+        unmeasured = [section for section in sections_in_z(record, None) if section.name not in measured]
+        other = min(unmeasured or [own], key=lambda section: abs(section.z - own.z))
+        rows[1], heads[1] = np.flatnonzero(code == other.name), f"{other.name}, imputed\nz = {other.z:g} µm"
 
     shown = np.concatenate(rows)
     reach = radius[shown].max()
     canvas = Canvas.around(np.concatenate([xyz[shown, :2] - reach, xyz[shown, :2] + reach]))
     aspect = canvas.height / canvas.width
     axes = make_panels(1, 4, aspect=max(aspect, 0.75), ax=ax, figsize=figsize, margin=(1.0, 0.9))
-    norm = color_limits(np.concatenate([seen[rows[0]], found[rows[1]]]), "p1", "p99")
+    both, colors = np.concatenate([seen[rows[0]], found[rows[1]]]), resolve_cmap(cmap)
+    norm = color_limits(both, "p1", "p99")
     images = images_on_canvas(sdata, record, [own, other], canvas) if img_alpha > 0 else []
-    heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
-    if not expected:
-        heads[1] = f"{other.name}, imputed\nz = {other.z:g} µm"
     for k, (panel, index, values) in enumerate(zip(axes[:2], rows, (seen, found), strict=True)):
         frame_panel(panel, canvas.limits)
         if images:
             show_image(panel, images[k], canvas.to_um, alpha=img_alpha)
         spots = xyz[index, :2], radius[index]
-        draw_circles(panel, *spots, values=values[index], cmap=resolve_cmap(cmap), norm=norm, marked=k == 0)
+        draw_circles(panel, *spots, values=values[index], cmap=colors, norm=norm, marked=k == 0)
         panel.set_title(heads[k], fontsize="medium")
-    add_colorbar(
-        axes[:2], np.concatenate([seen[rows[0]], found[rows[1]]]), norm, resolve_cmap(cmap), units_label(table)
-    )
+    add_colorbar(axes[:2], both, norm, colors, units_label(table))
     add_scale_bar(axes[0])
     _draw_pairs(axes[2], found[rows[0]], seen[rows[0]], expected=expected)
     _draw_correlations(axes[3], bars, _ceiling(sdata, table, own, gene))
-    figure = axes[0].get_figure(root=True)
     if ax is None:
-        figure.suptitle(_verdict(table, gene), fontsize="large", parse_math=False)
+        axes[0].get_figure(root=True).suptitle(_verdict(table, gene), fontsize="large", parse_math=False)
     return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
@@ -181,11 +180,6 @@ def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dic
         row = scores.loc[gene].drop("ceiling", errors="ignore").dropna()
         found |= {str(name).removeprefix(Keys.baseline("")): float(r) for name, r in row.items()}
     return dict(sorted(found.items(), key=lambda item: -item[1])[:_MOST_BARS])
-
-
-def _nearest_unmeasured(sections: list[Section], own: Section, measured: set[str]) -> Section:
-    others = [section for section in sections if section.name not in measured] or [own]
-    return min(others, key=lambda section: abs(section.z - own.z))
 
 
 def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) -> float:
@@ -242,15 +236,8 @@ def _draw_correlations(ax: Axes, bars: dict[str, float], ceiling: float) -> None
     low = min([0.0, *values])
     if np.isfinite(ceiling):
         ax.axvspan(0, ceiling, color=_CEILING, alpha=0.35, linewidth=0)
-        ax.text(
-            ceiling,
-            1.0,
-            f"{ceiling:.2f} ",
-            ha="right",
-            va="top",
-            fontsize="x-small",
-            transform=ax.get_xaxis_transform(),
-        )
+        place: dict[str, Any] = {"ha": "right", "va": "top", "transform": ax.get_xaxis_transform()}
+        ax.text(ceiling, 1.0, f"{ceiling:.2f} ", fontsize="x-small", **place)
     colors = [_MODEL if name.startswith(Keys.ASIGN) else _OTHER for name in names]
     ax.barh(range(len(names)), values, color=colors, height=0.6)
     ax.set_yticks(range(len(names)), names, fontsize="small")

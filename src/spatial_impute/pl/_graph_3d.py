@@ -12,21 +12,25 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
-from spatial_impute._validation import name_list, require_key, require_one_of
+from spatial_impute._validation import name_list, require_count, require_key, require_one_of
 from spatial_impute.pl._figure import (
     INK,
     MISSING,
     add_scale_bar,
     document_figure,
     draw_circles,
+    draw_discs,
     finish,
     frame_panel,
+    frame_space,
     legend_below,
     make_panels,
+    make_space,
+    resolve_stretch,
     section_title,
     sections_in_z,
+    stack_share,
 )
-from spatial_impute.pl._space import draw_discs, frame_space, make_space, resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,16 +95,8 @@ def typed_edges(
 ) -> Edges:
     """Edges with their type: within a section, else overlap, else similar image features, else near.
 
-    Parameters
-    ----------
-    weights
-        (n, n) symmetric, strength of every edge.
-    overlap
-        (n, n) symmetric, overlap (IoU) of the edges that have one.
-    similarity
-        (n, n) symmetric, cosine of the edges that have one.
-    section
-        (n,) section of every spot.
+    All matrices are (n, n) and symmetric. Each edge has a weight; some have an overlap (IoU) or a similarity (cosine).
+    `section` is the (n,) section of each spot.
 
     Examples
     --------
@@ -281,15 +277,12 @@ def _named(table: AnnData, spots: list[str], shown: np.ndarray, sections: list[s
 
 def _spread(xyz: np.ndarray, rows: np.ndarray, n_spots: int | None) -> np.ndarray:
     """Rows of `n_spots` spots spread over the tissue: farthest points, starting in the middle."""
-    if n_spots is None or n_spots >= len(rows):
+    if n_spots is None or require_count(n_spots, name="n_spots") >= len(rows):
         return rows
-    if int(n_spots) < 1:
-        msg = f"`n_spots` must be at least 1, found {n_spots!r}."
-        raise ValueError(msg)
     points = xyz[rows, :2]
     taken = [int(np.argmin(np.linalg.norm(points - points.mean(axis=0), axis=1)))]
     distance = np.full(len(rows), np.inf)
-    while len(taken) < int(n_spots):
+    while len(taken) < n_spots:
         distance = np.minimum(distance, np.linalg.norm(points - points[taken[-1]], axis=1))
         taken.append(int(np.argmax(distance)))
     return rows[taken]

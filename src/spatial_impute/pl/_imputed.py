@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import (
-    load_record,
-    registered_radius,
-    registered_spots,
-    stack_table,
-    warn_if_old,
-)
+from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
@@ -96,9 +90,10 @@ def imputed(
 ) -> np.ndarray | None:
     """Expression at the spots of all sections, on their faint H&E images: a row per gene, a column per section.
 
-    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title. Spots that show
-    a measurement have a dark edge, imputed spots have none. If `layer` comes from :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its
-    correlation ``r`` on held-out blocks of the measured sections. Do not trust the map of a gene with a low ``r``.
+    A gene has one color scale for all sections and layers. Measured sections have a frame and a bold title. Spots that
+    show a measurement have a dark edge, imputed spots have none. If `layer` comes from
+    :func:`~spatial_impute.tl.impute_3d`, the label of a gene states its correlation ``r`` on held-out blocks of the
+    measured sections. Do not trust the map of a gene with a low ``r``.
 
     Parameters
     ----------
@@ -114,8 +109,8 @@ def imputed(
     show_sd
         Add a row per gene with the standard deviation of a measurement around the imputed value, 0 at measured spots.
     show_support
-        Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the table
-        has it and it differs by more than 0.2 between the imputed spots that are shown.
+        Add a row with ``obs["imputation_support"]``, the strength of the links from a spot to measured spots, if the
+        table has it and it differs by more than 0.2 between the imputed spots that are shown.
     img_alpha
         Strength of the H&E images in the common frame; 0 draws none, and is faster.
     table_key
@@ -146,7 +141,8 @@ def imputed(
     Raises
     ------
     KeyError
-        If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard deviation.
+        If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard
+        deviation.
     ValueError
         If `genes` or `layer` is empty, `ax`, `title`, `vmin` or `vmax` do not fit in number, or `vmin` exceeds `vmax`.
 
@@ -174,17 +170,26 @@ def imputed(
     titles = titles_for(title, heads, "per section")
     scales = [limit_per_gene(limit, genes, name) for limit, name in ((vmin, "vmin"), (vmax, "vmax"))]
     shown = np.concatenate(members)
-    rows = _gene_rows(table, genes, layers, shown, scales=scales, cmap=cmap, table_key=table_key)
+    by_gene = _rows_by_gene(table, genes, layers, shown, scales=scales, cmap=cmap, table_key=table_key)
     if show_sd:
-        rows = _with_deviations(rows, _deviations(table, genes, layers, table_key=table_key), genes, shown, sd_cmap)
+        deviations = _deviations(table, genes, layers, table_key=table_key)
+        for gene, found, own in zip(genes, deviations.T, by_gene, strict=True):
+            norm, label = color_limits(found[shown], 0.0, "p99"), f"{gene}\ndeviation"
+            own.append(_Row(label, found, norm, resolve_cmap(sd_cmap), "standard deviation"))
+    rows = [row for own in by_gene for row in own]
     xyz = registered_spots(table, table_key)
-    support = table.obs[Keys.SUPPORT].to_numpy(dtype=float) if show_support and Keys.SUPPORT in table.obs else None
     radius = require_positive(size, name="size") * registered_radius(sdata, record, table)
     if not shown.size:
-        msg = f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with `si.pp.tile_spots(sdata)`."
+        msg = (
+            f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with "
+            "`si.pp.tile_spots(sdata)`."
+        )
         raise ValueError(msg)
-    if support is not None and _varies(support[shown[~flags[shown]]]):
-        rows.append(_support_row(support, support_cmap))
+    if show_support and Keys.SUPPORT in table.obs:
+        support, hidden = table.obs[Keys.SUPPORT].to_numpy(dtype=float), shown[~flags[shown]]
+        if hidden.size and np.ptp(support[hidden]) > _VARIES:
+            norm, label = color_limits(support, 0.0, 1.0), "strength of links to\nmeasured spots"
+            rows.append(_Row("imputation\nsupport", support, norm, resolve_cmap(support_cmap), label))
 
     canvas = Canvas.around(np.concatenate([xyz[shown, :2] - radius[shown].max(), xyz[shown, :2] + radius[shown].max()]))
     images = images_on_canvas(sdata, record, wanted, canvas) if img_alpha > 0 else []
@@ -212,7 +217,7 @@ def imputed(
     return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
-def _gene_rows(
+def _rows_by_gene(
     table: AnnData,
     genes: list[str],
     layers: list[str],
@@ -221,39 +226,19 @@ def _gene_rows(
     scales: list[list[Limit]],
     cmap: str | Colormap,
     table_key: str,
-) -> list[_Row]:
-    """One row per gene and layer; the layers of a gene share a scale, set by the spots `shown`."""
+) -> list[list[_Row]]:
+    """Rows of each gene, one per layer; the layers of a gene share a scale, set by the spots `shown`."""
     values = {name: layer_values(table, genes, name, table_key=table_key) for name in layers}
-    rows = []
+    by_gene = []
     for k, (gene, low, high) in enumerate(zip(genes, *scales, strict=True)):
         norm = color_limits(np.concatenate([found[shown, k] for found in values.values()]), low, high)
+        rows = []
         for name, found in values.items():
             label = gene_title(table, gene, name, "\n") + ("" if len(layers) == 1 else f"\n{name}")
             kept = name == Keys.MEASURED or table.uns.get(name, {}).get("measured", "keep") == "keep"
             rows.append(_Row(label, found[:, k], norm, resolve_cmap(cmap), units_label(table), kept))
-    return rows
-
-
-def _with_deviations(
-    rows: list[_Row], deviations: np.ndarray, genes: list[str], shown: np.ndarray, cmap: str | Colormap
-) -> list[_Row]:
-    """Add a row with the standard deviation (n_spots, n_genes) after the rows of each gene."""
-    n_layers = len(rows) // len(genes)
-    found = []
-    for k, gene in enumerate(genes):
-        norm = color_limits(deviations[shown, k], 0.0, "p99")
-        found += rows[k * n_layers : (k + 1) * n_layers]
-        found.append(_Row(f"{gene}\ndeviation", deviations[:, k], norm, resolve_cmap(cmap), "standard deviation"))
-    return found
-
-
-def _support_row(support: np.ndarray, cmap: str | Colormap) -> _Row:
-    scale = "strength of links to\nmeasured spots"
-    return _Row("imputation\nsupport", support, color_limits(support, 0.0, 1.0), resolve_cmap(cmap), scale)
-
-
-def _varies(support: np.ndarray) -> bool:
-    return len(support) > 0 and float(np.ptp(support)) > _VARIES
+        by_gene.append(rows)
+    return by_gene
 
 
 def _deviations(table: AnnData, genes: list[str], layers: list[str], *, table_key: str) -> np.ndarray:

@@ -34,7 +34,7 @@ _TEXTS = {
     "mae": "mean absolute error",
     "skill": "skill over the mean profile",
 }
-_HIGHER_IS_BETTER = {"mse": False, "mae": False}
+_LOWER_IS_BETTER = ("mse", "mae")
 _N_LABELS = 2  # genes named by default in the panel of genes
 _N_ON_LINE = 200  # points of a curve that a name should not cover
 
@@ -125,9 +125,17 @@ def metrics(
     warn_if_old(sdata, table, [layer])
     for gene in [] if genes is None else genes:
         require_key(gene, table.var_names, where=f"sdata.tables[{table_key!r}].var_names")
-    draw = [] if scores is None else _score_panels(scores, metric, layer)
+    n_methods, reached = 4, None
+    draw: list[Callable[[Axes], None]] = []
+    if scores is not None and scores.index.name == "gene":
+        draw, n_methods = [partial(_draw_genes_by_method, scores=scores, layer=layer)], scores.shape[1]
+        reached = scores[layer].reindex(table.var_names) if layer in scores else None
+    elif scores is not None:
+        names, n_methods = _metric_names(scores, metric), scores.index.get_level_values(0).nunique()
+        draw = [partial(_draw_methods, scores=scores, name=name, layer=layer) for name in names]
     if show_predictability and Keys.PREDICTABILITY in table.var:
-        draw.append(_gene_panel(table.var[Keys.PREDICTABILITY], scores, layer, genes))
+        expected = table.var[Keys.PREDICTABILITY]
+        draw.append(partial(_draw_predictability, expected=expected, reached=reached, genes=genes))
     if not draw:
         msg = (
             f"Nothing to draw: pass `scores`, or let `si.tl.impute_3d(sdata, model)` write "
@@ -136,7 +144,6 @@ def metrics(
         raise ValueError(msg)
     n_rows, n_columns = grid_shape(len(draw), ncols)
     titles = titles_for(title, [""] * len(draw), "per panel")
-    n_methods = 4 if scores is None else _n_methods(scores)
     size = figsize or (4.0 * n_columns, n_rows * max(2.8, 0.32 * n_methods + 1.1))
     axes = make_panels(n_rows, n_columns, aspect=1.0, ax=ax, figsize=size, n_panels=len(draw))
     for panel, draw_panel, text in zip(axes, draw, titles, strict=True):
@@ -146,30 +153,6 @@ def metrics(
         if text:
             panel.set_title(text, fontsize="medium")
     return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
-
-
-def _is_by_gene(scores: pd.DataFrame) -> bool:
-    return scores.index.name == "gene"
-
-
-def _n_methods(scores: pd.DataFrame) -> int:
-    return scores.shape[1] if _is_by_gene(scores) else scores.index.get_level_values(0).nunique()
-
-
-def _score_panels(scores: pd.DataFrame, metric: str | Sequence[str] | None, layer: str) -> list[Callable[[Axes], None]]:
-    """Functions that draw the panels of the scores."""
-    if _is_by_gene(scores):
-        return [partial(_draw_genes_by_method, scores=scores, layer=layer)]
-    return [partial(_draw_methods, scores=scores, name=name, layer=layer) for name in _metric_names(scores, metric)]
-
-
-def _gene_panel(
-    expected: pd.Series, scores: pd.DataFrame | None, layer: str, genes: Sequence[str] | None
-) -> Callable[[Axes], None]:
-    """Function that draws the predictability of genes."""
-    has_genes = scores is not None and _is_by_gene(scores) and layer in scores
-    reached = scores[layer].reindex(expected.index) if has_genes and scores is not None else None
-    return partial(_draw_predictability, expected=expected, reached=reached, genes=genes)
 
 
 def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> list[str]:
@@ -186,12 +169,6 @@ def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> l
     return names
 
 
-def _by_method(scores: pd.DataFrame, name: str) -> pd.Series:
-    """Column of scores; its mean over sections if the table has rows per section."""
-    column = scores[name]
-    return column.groupby(level=0, sort=False).mean() if column.index.nlevels > 1 else column
-
-
 def _order(ax: Axes, values: pd.Series, layer: str, *, higher_is_better: bool = True) -> pd.Series:
     """Sort from the worst (bottom) to the best, and name the rows."""
     values = values.sort_values(ascending=higher_is_better, na_position="first")
@@ -203,10 +180,12 @@ def _order(ax: Axes, values: pd.Series, layer: str, *, higher_is_better: bool = 
 
 
 def _draw_methods(ax: Axes, scores: pd.DataFrame, name: str, layer: str) -> None:
-    values = _order(ax, _by_method(scores, name), layer, higher_is_better=_HIGHER_IS_BETTER.get(name, True))
+    by_section = scores.index.nlevels > 1
+    column = scores[name].groupby(level=0, sort=False).mean() if by_section else scores[name]
+    values = _order(ax, column, layer, higher_is_better=name not in _LOWER_IS_BETTER)
     colors = [_MODEL if method == layer else _BASELINE for method in values.index]
     for y, (method, value) in enumerate(values.items()):
-        if scores.index.nlevels > 1:
+        if by_section:
             each = scores[name].xs(method, level=0)
             ax.scatter(each, np.full(len(each), y), s=12, color=_FAINT, zorder=1)
         elif name == _HEADLINE and {"low", "high"} <= set(scores.columns):

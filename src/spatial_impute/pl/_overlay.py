@@ -49,10 +49,14 @@ class Scan:
         return np.array([points.min(axis=0), points.max(axis=0)])
 
 
+def read_picture(levels: list[Level], resolution: float | None, n_pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """RGB (y, x, 3) at `resolution` um per pixel, or with `n_pixels` along its longer side, and its affine to um."""
+    return read_thumbnail(levels, resolution or max(levels[0].shape) * levels[0].pixel_size / n_pixels)
+
+
 def read_scan(levels: list[Level], resolution: float | None) -> Scan:
     """Read a section, by default 600 pixels along its longer side, else at `resolution` um per pixel."""
-    finest = levels[0]
-    rgb, to_um = read_thumbnail(levels, resolution or max(finest.shape) * finest.pixel_size / _PIXELS)
+    rgb, to_um = read_picture(levels, resolution, _PIXELS)
     size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
     mask = tissue_mask(rgb, (size_x, size_y))
     density = optical_density(rgb)
@@ -149,7 +153,7 @@ class Canvas:
 def on_reference(
     sdata: SpatialData, record: StackRecord, sections: list[Section], resolution: float | None
 ) -> tuple[Canvas, Drawn, list[tuple[Drawn, Drawn]]]:
-    """Canvas around the reference and some sections, the reference on it, and each section before and after registration."""
+    """Canvas around reference and sections, the reference on it, and each section before and after registration."""
     transforms = [load_transform(sdata, record, section.name) for section in sections]
     fixed = read_scan(section_levels(sdata, record[record.reference]), resolution)
     scans = [read_scan(section_levels(sdata, section), resolution) for section in sections]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, exchanged_axes
-from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, section_levels
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pl._overlay import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -26,26 +26,27 @@ _SEEN = 0.6  # opacity of the section, so that the reference shows below
 def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None = None, viewer: Any = None) -> Any:
     """Open napari with a section over the reference, to drag it to its place or to click landmarks.
 
-    Drag: choose the layer of the section, then the mode "transform" (key 2); the corners scale it, the handle above turns it.
-    Landmarks: click the same places in the layers "... landmarks" of the section and of the reference, in the same order.
-    Landmarks of the section move with its image. :func:`spatial_impute.tl.read_placement` reads either.
+    Drag: choose the layer of the section, then the mode "transform" (key 2); the corners scale it, the handle above
+    turns it. Landmarks: click the same places in the layers "... landmarks" of the section and of the reference, in the
+    same order. Landmarks of the section move with its image. :func:`spatial_impute.tl.read_placement` reads either.
 
     Parameters
     ----------
     sdata
-        Stack. If it is registered, the section begins at its present place, without the deformation; else in the middle of
-        the reference.
+        Stack. If it is registered, the section begins at its present place, without the deformation; else in the middle
+        of the reference.
     section
         Section to place.
     resolution
         Pixel size in um at which the images are read; by default 1500 pixels along the longer side.
     viewer
-        Viewer to add the layers to; a new one by default. It must not have layers of these names: one viewer for each section.
+        Viewer to add the layers to; a new one by default. It must not have layers of these names: one viewer for each
+        section.
 
     Returns
     -------
-    The viewer, with the layers ``"{reference}"``, ``"{section}"``, ``"{reference} landmarks"`` and ``"{section} landmarks"``, in um of
-    the reference. Nothing is written to `sdata`.
+    The viewer, with the layers ``"{reference}"``, ``"{section}"``, ``"{reference} landmarks"`` and ``"{section}
+    landmarks"``, in um of the reference. Nothing is written to `sdata`.
 
     Raises
     ------
@@ -99,11 +100,14 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
 
 
 def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
-    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names, and nobody reads them."""
+    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names."""
     wanted = {*names, *map(Keys.landmarks, names)}
     taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
     if taken:
-        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers first."
+        msg = (
+            f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers "
+            "first."
+        )
         raise ValueError(msg)
 
 
@@ -111,9 +115,7 @@ def _picture(
     sdata: SpatialData, record: StackRecord, name: str, resolution: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(y, x, 3) uint8 of a section, and its map from pixel corners to um."""
-    levels = section_levels(sdata, record[name])
-    longest = max(levels[0].shape) * levels[0].pixel_size
-    rgb, to_um = read_thumbnail(levels, resolution or longest / _PIXELS)
+    rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
     return np.clip(rgb, 0, 255).astype(np.uint8), to_um
 
 

@@ -9,14 +9,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack import (
-    load_record,
-    load_transform,
-    registration_problems,
-    require_registration,
-    warn,
-)
-from spatial_impute._validation import require_positive
+from spatial_impute._stack import load_record, load_transform, registration_problems, require_registration, warn
+from spatial_impute._validation import require_count, require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap
 from spatial_impute.pl._figure import (
@@ -83,15 +77,14 @@ def registration(
     """Overlay of each section on the reference before and after registration, one row per section in the order of z.
 
     The overlays show the stain of the tissue: the reference is magenta, the section is green, and both together are
-    grey. "before" places the two images on each other without registration. The checkerboard alternates the H&E of both;
-    its upper left tile shows the reference. Vessels, glands and the outline should continue across tiles. If a section is
-    deformed (``method="syn"``), a fourth column shows the deformation as a bent grid. The title states the factor by
-    which the bends are enlarged; the color is the true displacement.
+    grey. "before" places the two images on each other without registration. The checkerboard alternates the H&E of
+    both; its upper left tile shows the reference. Vessels, glands and the outline should continue across tiles. If a
+    section is deformed (``method="syn"``), a fourth column shows the deformation as a bent grid. The title states the
+    factor by which the bends are enlarged; the color is the true displacement.
 
     The text beside a row states the verdict, the route to the reference, the overlap of the two tissues (Dice) before
-    and after, the expected error (median and 90th percentile at a point), and the structure score of the weakest pair on the
-    route. Sections that the
-    registration skipped are not shown.
+    and after, the expected error (median and 90th percentile at a point), and the structure score of the weakest pair
+    on the route. Sections that the registration skipped are not shown.
 
     Parameters
     ----------
@@ -113,8 +106,8 @@ def registration(
 
     Returns
     -------
-    ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`. The axes of the
-    table are the last but the color bar of its figure.
+    ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`. The axes of
+    the table are the last but the color bar of its figure.
 
     Raises
     ------
@@ -172,9 +165,7 @@ def _check_options(
     resolution: float | None, n_tiles: int, *, show_table: bool, ax: Axes | Sequence[Axes] | None
 ) -> float | None:
     """Pixel size to read the images at, after a check of the options."""
-    if int(n_tiles) < 2:
-        msg = f"`n_tiles` must be at least 2, found {n_tiles!r}."
-        raise ValueError(msg)
+    require_count(n_tiles, name="n_tiles", least=2)
     if show_table and ax is not None:
         msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
         raise ValueError(msg)

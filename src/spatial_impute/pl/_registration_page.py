@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._io.files import file_to_write, written_whole
-from spatial_impute._stack import (
-    load_record,
-    registration_problems,
-    registration_state,
-    require_registration,
-    warn,
-)
+from spatial_impute._stack import load_record, registration_problems, registration_state, require_registration, warn
 from spatial_impute._validation import require_positive
 from spatial_impute.pl._figure import nice_length, sections_in_z
 from spatial_impute.pl._overlay import compared_sections, on_reference, overlay, tissue_dice
@@ -92,8 +86,8 @@ def registration_page(
 ) -> None:
     """Write a page (HTML) to check a registration in a browser, section by section.
 
-    Each section has a picture with a slider between before and after, a checkerboard of its image and the reference, its
-    verdict with the reasons, and a choice: approve or reject. The button "Save decisions" saves ``checked.json``.
+    Each section has a picture with a slider between before and after, a checkerboard of its image and the reference,
+    its verdict with the reasons, and a choice: approve or reject. The button "Save decisions" saves ``checked.json``.
     ``si.tl.register_stack(sdata, checked="checked.json")`` then keeps the approved sections where they are, and
     registers the others again. The page is one file that needs no other file and no network.
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
@@ -28,16 +27,22 @@ from spatial_impute.pl._figure import (
     add_scale_bar,
     document_figure,
     draw_circles,
+    draw_discs,
+    draw_polygons,
     finish,
     frame_panel,
+    frame_space,
     grid_shape,
     make_panels,
+    make_space,
+    resolve_stretch,
     section_title,
     sections_in_z,
     show_image,
+    stack_share,
     titles_for,
 )
-from spatial_impute.pl._space import draw_discs, draw_polygons, frame_space, make_space, resolve_stretch, stack_share
+from spatial_impute.pl._overlay import read_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -233,14 +238,8 @@ class _Panel:
     """(2, 2) lowest and highest x, y to show, um."""
 
 
-def _read_thumbnail(sdata: SpatialData, section: Section, resolution: float | None, n_pixels: int) -> tuple:
-    """RGB (y, x, 3) at `resolution` (um per pixel), or with `n_pixels` along its longer side, and its affine to um."""
-    levels = section_levels(sdata, section)
-    return read_thumbnail(levels, resolution or max(levels[0].shape) * levels[0].pixel_size / n_pixels)
-
-
 def _read_panel(sdata: SpatialData, section: Section, resolution: float | None, *, crop: bool) -> _Panel:
-    rgb, to_um = _read_thumbnail(sdata, section, resolution, _PIXELS)
+    rgb, to_um = read_picture(section_levels(sdata, section), resolution, _PIXELS)
     height, width = rgb.shape[:2]
     image_box = _box(apply_affine(np.array([[0, 0], [width, 0], [width, height], [0, height]]), to_um))
     spots = None if section.spots is None else _Spots(*spot_geometry(sdata, section))
@@ -310,15 +309,15 @@ def _read_slabs(
         place = (
             load_transform(sdata, record, section.name) if section.name in registered else SectionTransform(np.eye(3))
         )
-        rgb, to_um = _read_thumbnail(sdata, section, resolution, _PIXELS_3D)
+        levels = section_levels(sdata, section)
+        rgb, to_um = read_picture(levels, resolution, _PIXELS_3D)
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         mask = tissue_mask(rgb, (size_x, size_y))
         spots = None
         if section.spots is not None:
             centers, radius, index = spot_geometry(sdata, section)
             spots = _Spots(place.points(centers), radius, index)
-        finest = section_levels(sdata, section)[0]
-        length = max(finest.shape) * finest.pixel_size
+        length = max(levels[0].shape) * levels[0].pixel_size
         slabs.append(_Slab(section, _pixel_corners(mask, to_um, place, section.z), rgb[mask], spots, length))
     return slabs
 

@@ -45,9 +45,10 @@ def training(
 ) -> np.ndarray | None:
     """Training loss and held-out error by step; markers show the step that each network kept.
 
-    A dashed vertical line is drawn if all kept the same step. The horizontal dotted line is the error of the base, where
-    the network starts. If the kept step is 0, training did not lower the error on the held-out spots, and the model predicts
-    with the base alone. If sections were measured with different panels of genes, each panel has plots of its own.
+    A dashed vertical line is drawn if all kept the same step. The horizontal dotted line is the error of the base,
+    where the network starts. If the kept step is 0, training did not lower the error on the held-out spots, and the
+    model predicts with the base alone. If sections were measured with different panels of genes, each panel has plots
+    of its own.
 
     Parameters
     ----------

@@ -31,10 +31,11 @@ from spatial_impute.pl._figure import (
     given_axes,
     grid_shape,
     names_or_raise,
+    resolve_stretch,
     sections_in_z,
+    stack_share,
     titles_for,
 )
-from spatial_impute.pl._space import resolve_stretch, stack_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,9 +84,9 @@ def volume(
     """Orthogonal slices through the expression in 3D, in the common frame.
 
     Each gene has one slice along the sections (x, y) and two slices across them (z, y and x, z). Dashed lines mark the
-    slices in each other. The names of measured sections are bold. Values are interpolated between the spots of a section,
-    and linearly between sections. Cells outside the tissue are empty. Only the sections have predicted values; the values
-    between them are an interpolation and not a prediction. Sections without values in `layer` are left out.
+    slices in each other. The names of measured sections are bold. Values are interpolated between the spots of a
+    section, and linearly between sections. Cells outside the tissue are empty. Only the sections have predicted values;
+    the values between them are an interpolation and not a prediction. Sections without values in `layer` are left out.
 
     Parameters
     ----------
@@ -170,13 +171,11 @@ def volume(
     shown = np.concatenate(used.rows)
     middle = (*((xyz[shown, :2].min(axis=0) + xyz[shown, :2].max(axis=0)) / 2), (heights[0] + heights[-1]) / 2)
     place = _place(position, middle, volumes[0])
+    (x0, x1), (y0, y1), (z0, z1) = volumes[0].limits
+    share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
+    stretch = resolve_stretch(z_stretch, max(x1 - x0, y1 - y0), z1 - z0, share=share)
     looks = [
-        _Look(
-            place,
-            color_limits(column[shown], *limit),
-            resolve_cmap(cmap),
-            _stretch(volumes[0], z_stretch, used, interactive=interactive),
-        )
+        _Look(place, color_limits(column[shown], *limit), resolve_cmap(cmap), stretch)
         for column, limit in zip(values.T, limits, strict=True)
     ]
     if interactive:
@@ -189,7 +188,7 @@ def volume(
     if ax is not None:
         axes = given_axes(ax, _PANELS * len(genes), "three per gene").reshape(-1, _PANELS)
     else:
-        axes = _make_axes(volumes[0], looks[0].stretch, (n_rows, n_columns), len(genes), figsize)
+        axes = _make_axes(volumes[0], stretch, (n_rows, n_columns), len(genes), figsize)
     for panels, found, look, text, column in zip(axes, volumes, looks, titles, values.T, strict=True):
         _draw_slices(panels, found, look, used)
         panels[0].set_title(text, fontsize="medium")
@@ -223,8 +222,8 @@ class _Used:
         used = cls([s for s, _ in pairs], [i for _, i in pairs], {s.name for s, i in pairs if flags[i].any()})
         if len(pairs) < 2:
             msg = (
-                f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. Impute "
-                "the others, or draw one section with `si.pl.imputed`."
+                f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. "
+                "Impute the others, or draw one section with `si.pl.imputed`."
             )
             raise ValueError(msg)
         if np.min(np.diff(used.heights)) <= 0:
@@ -241,12 +240,6 @@ class _Look:
     norm: Normalize
     cmap: Colormap
     stretch: float
-
-
-def _stretch(found: Volume, wanted: float | None, used: _Used, *, interactive: bool) -> float:
-    (x0, x1), (y0, y1), (z0, z1) = found.limits
-    share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
-    return resolve_stretch(wanted, max(x1 - x0, y1 - y0), z1 - z0, share=share)
 
 
 def _place(
@@ -334,43 +327,27 @@ def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units
     flat = {"ambient": 1.0, "diffuse": 0.0, "specular": 0.0, "fresnel": 0.0}
     colors = {"colorscale": scale, "cmin": look.norm.vmin, "cmax": look.norm.vmax, "lighting": flat}
     x, y, z = found.axes
-    surfaces = [
-        {**_plane(found, 0, look.place[0]), "showscale": False},
-        {
-            **_plane(found, 1, look.place[1]),
-            "showscale": True,
-            "colorbar": {"title": {"text": units.replace("\n", "<br>")}},
-        },
-    ]
+    surfaces = [{**_plane(found, axis, look.place[axis]), "showscale": axis == 1} for axis in (0, 1)]
+    surfaces[1]["colorbar"] = {"title": {"text": units.replace("\n", "<br>")}}
     start = found.cell(2, look.place[2])
     moving = [{**_plane(found, 2, height), "showscale": False, "visible": k == start} for k, height in enumerate(z)]
     figure = go.Figure([go.Surface(**surface, **colors, connectgaps=False) for surface in [*surfaces, *moving]])
+    visible = [[True, True, *(i == k for i in range(len(z)))] for k in range(len(z))]
     steps = [
-        {
-            "label": f"{height:g}",
-            "method": "update",
-            "args": [{"visible": [True, True, *(i == k for i in range(len(z)))]}],
-        }
-        for k, height in enumerate(z)
+        {"label": f"{height:g}", "method": "update", "args": [{"visible": seen}]}
+        for height, seen in zip(z, visible, strict=True)
     ]
     factor = "" if look.stretch == 1 else f" (z × {look.stretch:g})"
-    longest = max(np.ptp(x), np.ptp(y))
+    sides = np.ptp(x), np.ptp(y), look.stretch * np.ptp(z)
+    names = [f"{section.name}, {section.z:g} µm" for section in used.sections]
     figure.update_layout(
         title=f"{title.replace(chr(10), ', ')}{factor}",
         scene={
             "xaxis": {"title": "x, µm"},
             "yaxis": {"title": "y, µm", "autorange": "reversed"},
-            "zaxis": {
-                "title": "z",
-                "tickvals": used.heights,
-                "ticktext": [f"{s.name}, {s.z:g} µm" for s in used.sections],
-            },
+            "zaxis": {"title": "z", "tickvals": used.heights, "ticktext": names},
             "aspectmode": "manual",
-            "aspectratio": {
-                "x": float(np.ptp(x) / longest),
-                "y": float(np.ptp(y) / longest),
-                "z": float(look.stretch * np.ptp(z) / longest),
-            },
+            "aspectratio": {axis: float(side / max(sides[:2])) for axis, side in zip("xyz", sides, strict=True)},
         },
         sliders=[{"active": start, "currentvalue": {"prefix": "z = ", "suffix": " µm"}, "steps": steps}],
         margin={"l": 0, "r": 0, "t": 40, "b": 0},

@@ -14,7 +14,7 @@ from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
-from spatial_impute._validation import require_key, require_slot_key
+from spatial_impute._validation import require_key, require_slot_key, require_unique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,8 +37,9 @@ def add_cells(
     """Add the outlines of cells, nuclei or superpixels to a section, to predict the expression of each.
 
     Other tools find them: QuPath, StarDist, InstanSeg, Cellpose, LazySlide. Then
-    ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each. Annotations of
-    QuPath come in the same way; :func:`~spatial_impute.tl.transfer_shapes` carries them to the other sections.
+    ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each.
+    Annotations of QuPath come in the same way; :func:`~spatial_impute.tl.transfer_shapes` carries them to the other
+    sections.
 
     Parameters
     ----------
@@ -48,16 +49,17 @@ def add_cells(
         Section on whose image the cells were found.
     cells
         Outlines in pixels of the full-resolution image of the section: a GeoJSON file, such as an export of QuPath; a
-        :class:`geopandas.GeoDataFrame`, GeoSeries or list of polygons; or labels (y, x) of the size of that image, 0 for
-        none. Shapes of a SpatialData object with a transformation to the coordinate system `section` are placed by it.
+        :class:`geopandas.GeoDataFrame`, GeoSeries or list of polygons; or labels (y, x) of the size of that image, 0
+        for none. Shapes of a SpatialData object with a transformation to the coordinate system `section` are placed by
+        it.
     key_added
         Shapes to write; ``"{section}_cells"`` by default.
 
     Returns
     -------
-    ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class``, ``name``
-    and ``objectType`` from a GeoJSON file; measurements in the file are not read. Objects without an area (points, lines,
-    empty ones) are left out, with a warning. Shapes of the section with this name are replaced.
+    ``None``. Writes `sdata.shapes['{section}_cells']`: the polygons, with the columns of a data frame, or ``class``,
+    ``name`` and ``objectType`` from a GeoJSON file; measurements in the file are not read. Objects without an area
+    (points, lines, empty ones) are left out, with a warning. Shapes of the section with this name are replaced.
 
     Raises
     ------
@@ -68,9 +70,9 @@ def add_cells(
     TypeError
         If `cells` is none of these, such as a mask of True and False.
     ValueError
-        If most objects have no area, most polygons lie outside the image, labels have another size than the image or are
-        negative, shapes lie in another coordinate system, the file is no GeoJSON, or `key_added` names shapes of another
-        section.
+        If most objects have no area, most polygons lie outside the image, labels have another size than the image or
+        are negative, shapes lie in another coordinate system, the file is no GeoJSON, or `key_added` names shapes of
+        another section.
 
     Examples
     --------
@@ -105,19 +107,19 @@ def add_cells(
 
 
 def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
-    """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier outlines of this one."""
+    """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier result."""
     from spatialdata.transformations import get_transformation
 
     if key in sdata.shapes and section not in (places := get_transformation(sdata.shapes[key], get_all=True)):
         msg = (
-            f"`key_added={key!r}` would write over `sdata.shapes[{key!r}]`, which lies in {sorted(places)} and not in section "
-            f"{section!r}. Choose another name."
+            f"`key_added={key!r}` would write over `sdata.shapes[{key!r}]`, which lies in {sorted(places)} and not in "
+            f"section {section!r}. Choose another name."
         )
         raise ValueError(msg)
 
 
 def _own_place(cells: Any, section: str) -> np.ndarray | None:
-    """Matrix to the frame of the section of a shapes element that has one; None for plain outlines, which are in pixels."""
+    """Matrix to the frame of the section of shapes that have one; None for plain outlines, which are in pixels."""
     from spatialdata.transformations import Identity
 
     places = getattr(cells, "attrs", {}).get("transform") or {}
@@ -126,8 +128,9 @@ def _own_place(cells: Any, section: str) -> np.ndarray | None:
     if all(place == Identity() for place in places.values()):
         return None
     msg = (
-        f"`cells` is placed in the coordinate systems {sorted(places)}, expected {section!r}. Set a transformation to it with "
-        "`spatialdata.transformations.set_transformation`, or give the outlines alone, in pixels: `cells.geometry.to_numpy()`."
+        f"`cells` is placed in the coordinate systems {sorted(places)}, expected {section!r}. Set a transformation to "
+        "it with `spatialdata.transformations.set_transformation`, or give the outlines alone, in pixels: "
+        "`cells.geometry.to_numpy()`."
     )
     raise ValueError(msg)
 
@@ -150,16 +153,14 @@ def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
     else:
         kind = f" of {cells.dtype} and shape {cells.shape}" if hasattr(cells, "dtype") else ""
         msg = (
-            "`cells` must be a GeoJSON file, a GeoDataFrame, a GeoSeries or list of polygons, or labels as whole numbers (y, x), "
-            f"found {type(cells).__name__}{kind}. Number the cells of a mask with `skimage.measure.label(mask)`; make labels of "
-            "another type whole with `labels.astype(int)`."
+            "`cells` must be a GeoJSON file, a GeoDataFrame, a GeoSeries or list of polygons, or labels as whole "
+            f"numbers (y, x), found {type(cells).__name__}{kind}. Number the cells of a mask with "
+            "`skimage.measure.label(mask)`; make labels of another type whole with `labels.astype(int)`."
         )
         raise TypeError(msg)
     found = found.set_geometry(found.geometry.force_2d())
     found.attrs = {}  # the place of a shapes element is applied by itself
-    if not found.index.is_unique:
-        msg = f"The index of `cells` must be unique, but {found.index[found.index.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)
+    require_unique(found.index, name="The index of `cells`")
     return found
 
 
@@ -211,13 +212,16 @@ def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
     import shapely
 
     if tuple(labels.shape) != tuple(size):
-        msg = f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found {labels.shape}."
+        msg = (
+            f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found "
+            f"{labels.shape}."
+        )
         raise ValueError(msg)
     values = np.asarray(labels)
     if values.min(initial=0) < 0:
         msg = (
-            f"Labels must be 0 where there is no cell, and positive in cells, found {values.min()}. If that is the background, "
-            "add 1 to labels that begin with 0, or take `np.maximum(labels, 0)`."
+            f"Labels must be 0 where there is no cell, and positive in cells, found {values.min()}. If that is the "
+            "background, add 1 to labels that begin with 0, or take `np.maximum(labels, 0)`."
         )
         raise ValueError(msg)
     first = np.ones(values.shape, dtype=bool)  # of a run of equal labels in a row
@@ -246,8 +250,8 @@ def _with_area(found: GeoDataFrame) -> GeoDataFrame:
     if not kept.mean() >= _LEAST_WITH_AREA:
         kinds = found.geometry[~kept].geom_type.fillna("none").value_counts().to_dict()
         msg = (
-            f"{int((~kept).sum())} of {len(kept)} objects in `cells` are no polygon with an area, by type {kinds}. Give outlines; "
-            "make polygons of circles with `spatialdata.to_polygons`."
+            f"{int((~kept).sum())} of {len(kept)} objects in `cells` are no polygon with an area, by type {kinds}. "
+            "Give outlines; make polygons of circles with `spatialdata.to_polygons`."
         )
         raise ValueError(msg)
     if not kept.all():
@@ -263,8 +267,9 @@ def _require_on_image(found: GeoDataFrame, size: tuple[int, int], image: str) ->
     if outside.mean() > _MOST_OUTSIDE:
         low, high = middle.min(axis=0), middle.max(axis=0)
         msg = (
-            f"{int(outside.sum())} of {len(outside)} outlines lie outside `sdata.images[{image!r}]` ({size[1]} x {size[0]} "
-            f"px): they run from ({low[0]:.0f}, {low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must be in pixels of "
-            "its full resolution: multiply by the downsampling of the image that they were found on, or divide um by its `mpp`."
+            f"{int(outside.sum())} of {len(outside)} outlines lie outside `sdata.images[{image!r}]` ({size[1]} x "
+            f"{size[0]} px): they run from ({low[0]:.0f}, {low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must "
+            "be in pixels of its full resolution: multiply by the downsampling of the image that they were found on, "
+            "or divide um by its `mpp`."
         )
         raise ValueError(msg)

@@ -92,8 +92,8 @@ def assemble_stack(
         Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
         the spots.
     fullres_image
-        For output of Space Ranger: the scan that Space Ranger was given, per section; it is compared with the small image
-        that Space Ranger made of it. Without it the best image there is used, and a warning gives its pixel size.
+        For output of Space Ranger: the scan that Space Ranger was given, per section; it is compared with the small
+        image that Space Ranger made of it. Without it the best image there is used, and a warning gives its pixel size.
     bin_size
         For folders of Visium HD: edge of the bins in um, one or one per section; 8 by default.
 
@@ -191,21 +191,22 @@ def _check_spots(sdata: SpatialData, record: StackRecord) -> None:
 
 
 def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray) -> None:
-    """Raise a ``ValueError`` if circles are several times wider than the distance to their neighbors, or lie on each other."""
+    """Raise a ``ValueError`` if circles are far wider than the distance to their neighbors, or lie on each other."""
     if len(centers) < 2:
         return
     n_places = len(np.unique(centers, axis=0))
     if n_places <= len(centers) / 2:
         msg = (
-            f"Section {section.name!r}: its {len(centers)} spots lie at {n_places} places only, as those of several sections in one "
-            "table do. Separate them first, e.g. by the column of `obs` that names the section."
+            f"Section {section.name!r}: its {len(centers)} spots lie at {n_places} places only, as those of several "
+            "sections in one table do. Separate them first, e.g. by the column of `obs` that names the section."
         )
         raise ValueError(msg)
     width, distance = 2 * float(np.median(radius)), typical_spacing(centers, np.zeros(len(centers)))
     if width > _WIDEST * distance > 0:
         msg = (
-            f"Section {section.name!r}: its spots are {width:.4g} um wide, but lie only {distance:.4g} um apart. Expected a radius "
-            f"in the units of the centers; check `shapes[{section.spots!r}]['radius']` of the input, or `mpp`."
+            f"Section {section.name!r}: its spots are {width:.4g} um wide, but lie only {distance:.4g} um apart. "
+            f"Expected a radius in the units of the centers; check `shapes[{section.spots!r}]['radius']` of the input, "
+            "or `mpp`."
         )
         raise ValueError(msg)
 
@@ -214,8 +215,8 @@ def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -
     low, high = RANGE
     if not low <= parts.mpp <= high:
         msg = (
-            f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um (from "
-            f"{parts.mpp_source}). Pass `mpp` in um per pixel, not in nm or mm."
+            f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um "
+            f"(from {parts.mpp_source}). Pass `mpp` in um per pixel, not in nm or mm."
         )
         raise ValueError(msg)
     section = Section(

@@ -223,16 +223,9 @@ def _encode(
         if part is not None:
             logger.info("Section %s: features read from %s", name, folder)
         else:
+            spots, n = (view.levels, view.centers, view.diameter), run.batch_size
             with requested_threads():
-                part = section_tokens(
-                    view.levels,
-                    view.centers,
-                    view.diameter,
-                    encode,
-                    run.layout,
-                    batch_size=run.batch_size,
-                    recolor=stain_map,
-                )
+                part = section_tokens(*spots, encode, run.layout, batch_size=n, recolor=stain_map)
             if folder is not None:
                 save_tokens(folder, key, part)
         parts.append(part)
@@ -248,7 +241,7 @@ def write_features(
     places: Mapping[str, tuple[np.ndarray, float]],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write the tokens of all sections, the place and diameter of their spots, and their provenance to the stack table."""
+    """Write the tokens of all sections, place and diameter of their spots, and provenance to the stack table."""
     from spatial_impute.encoders._tokens import FIELD_TOKENS
 
     for key in layout:

@@ -188,13 +188,16 @@ def _array_levels(name: str, value: Any) -> list[Any]:
         scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
         return [level for scale in scales for level in _array_levels(name, scale)]
     if np.ma.is_masked(value):
-        msg = f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: `image.filled(255)`."
+        msg = (
+            f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: "
+            "`image.filled(255)`."
+        )
         raise ValueError(msg)
     if hasattr(value, "dims") and hasattr(value, "transpose"):
         if not {"y", "x"} <= set(value.dims) <= {"c", "y", "x"}:
             msg = (
-                f"Section {name!r}: expected the dimensions c, y and x, found {value.dims} of sizes {value.shape}. Rename them, "
-                "e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
+                f"Section {name!r}: expected the dimensions c, y and x, found {value.dims} of sizes {value.shape}. "
+                "Rename them, e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
             )
             raise ValueError(msg)
         return [_rgb((value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x"), name).data]
@@ -206,8 +209,8 @@ def _array_levels(name: str, value: Any) -> list[Any]:
         return [value.transpose(2, 0, 1) if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4) else value]
     msg = (
         f"Section {name!r}: expected a SpatialData, an image path or an image array ((y, x, 3), (c, y, x) or (y, x)), "
-        f"found {type(value).__name__}{f' of shape {shape}' if hasattr(value, 'shape') else ''}. Make a NumPy array of other "
-        "arrays, e.g. `tensor.numpy()`."
+        f"found {type(value).__name__}{f' of shape {shape}' if hasattr(value, 'shape') else ''}. Make a NumPy array of "
+        "other arrays, e.g. `tensor.numpy()`."
     )
     raise ValueError(msg)
 
@@ -270,11 +273,11 @@ def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, cho
         return
     here = sorted(key for key, shape in source.shapes.items() if _in_system(shape, system))
     msg = (
-        f"{where} holds tables, but none of them annotates its spots. Expected a table that annotates circles, or squares of "
-        f"one size, in the coordinate system {system!r}, which has the shapes {here}; found tables that annotate {lost}. Name "
-        "the right elements with `shapes_key=`, `table_key=` and `coordinate_system=`, or let the table annotate the spots with "
-        "`spatialdata.models.TableModel.parse(table, region=..., region_key=..., instance_key=...)`. If the section is not "
-        "measured, remove the tables from the object first."
+        f"{where} holds tables, but none of them annotates its spots. Expected a table that annotates circles, or "
+        f"squares of one size, in the coordinate system {system!r}, which has the shapes {here}; found tables that "
+        f"annotate {lost}. Name the right elements with `shapes_key=`, `table_key=` and `coordinate_system=`, or let "
+        "the table annotate the spots with `spatialdata.models.TableModel.parse(table, region=..., region_key=..., "
+        "instance_key=...)`. If the section is not measured, remove the tables from the object first."
     )
     raise ValueError(msg)
 

@@ -1,7 +1,8 @@
-"""Output of Space Ranger (Visium, CytAssist, Visium HD): its folder, or the AnnData that ``scanpy.read_visium`` makes of it."""
+"""Output of Space Ranger (Visium, CytAssist, Visium HD): its folder, or what ``scanpy.read_visium`` makes of it."""
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
+_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+_XY = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
+_SAME_PIXEL = 0.5  # versions round positions differently
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _CELLS = "segmented_outputs"
@@ -82,27 +86,28 @@ def read_spaceranger(
     """Read the sample in a folder: SpatialData in pixels of the full resolution, um per pixel, and the source of these.
 
     All elements lie in ``"global"``. The source is ``"metadata"`` (Visium HD) or ``"spot pitch"``. Without
-    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other than
-    that of the folder raises a ``ValueError``.
+    `fullres_image`, the scan that Space Ranger was given, the ``hires`` or ``lowres`` image is read. A `bin_size` other
+    than that of the folder raises a ``ValueError``.
     """
-    factors = json.loads(read_text(folder / "spatial" / SCALEFACTORS))
+    spatial = folder / "spatial"
+    factors = json.loads(read_text(spatial / SCALEFACTORS))
     if not isinstance(factors, dict):
-        msg = f"{folder / 'spatial' / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy it again."
+        msg = f"{spatial / SCALEFACTORS} must hold names with numbers, found {type(factors).__name__}. Copy it again."
         raise ValueError(msg)
     found = factors.get("bin_size_um")
     if bin_size is not None and (found is None or float(found) != float(bin_size)):
         holds = "spots, which have no `bin_size`" if found is None else f"bins of {float(found):g} um"
         msg = (
-            f"{folder} holds {holds}, found `bin_size={bin_size:g}`. Leave `bin_size` out, or give the folder that has such bins in "
-            "its 'binned_outputs'."
+            f"{folder} holds {holds}, found `bin_size={bin_size:g}`. Leave `bin_size` out, or give the folder that has "
+            "such bins in its 'binned_outputs'."
         )
         raise ValueError(msg)
-    images = {kind: folder / "spatial" / name for kind, name in _IMAGES if (folder / "spatial" / name).exists()}
+    images = {kind: spatial / name for kind, name in _IMAGES if (spatial / name).exists()}
     if next(folder.glob("*cell_segmentations.geojson"), None) is not None:
         msg = (
-            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the folder with "
-            "'binned_outputs' beside it. To use the cells, read them with `spatialdata_io.visium_hd`, replace their polygons by "
-            "`spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
+            f"{folder} holds the cells that Space Ranger 4 segmented, which are polygons of many sizes. Give the "
+            "folder with 'binned_outputs' beside it. To use the cells, read them with `spatialdata_io.visium_hd`, "
+            "replace their polygons by `spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
     return _section(_Sample(str(folder), factors, read_positions(folder), _read_counts(folder), images), fullres_image)
@@ -122,18 +127,16 @@ def read_legacy(
     if len(libraries) != 1 or centers is None or lacks:
         found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
         msg = (
-            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the obs "
-            f"columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, positions "
-            "and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
+            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the "
+            f"obs columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, "
+            "positions and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
             "`spatialdata_io.from_legacy_anndata(adata)` makes one; split several samples first."
         )
         raise ValueError(msg)
     library = next(iter(libraries.values()))
     xy = xy_of(centers)
     positions = table.obs[COLUMNS[2:4]].assign(
-        in_tissue=table.obs.get("in_tissue", 1),
-        pxl_row_in_fullres=xy[:, 1],
-        pxl_col_in_fullres=xy[:, 0],
+        in_tissue=table.obs.get("in_tissue", 1), pxl_row_in_fullres=xy[:, 1], pxl_col_in_fullres=xy[:, 0]
     )
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
@@ -141,7 +144,7 @@ def read_legacy(
     scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
+    return _section(_Sample(where, factors, _checked_positions(positions, where), counts, images), scan)
 
 
 def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
@@ -150,23 +153,15 @@ def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
         positions, counts = _spots_under_tissue(sample)
-    if "microns_per_pixel" in factors:
-        mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
-        radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
-    else:
-        mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
-        radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
-        _require_spot_size(sample.where, 2 * radius * mpp)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
-        sdata = section_object(
-            "sample",
-            _read_image(sample, fullres_image, mpp),
-            centers=positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float),
-            radius=radius,
-            ids=list(positions.index),
-            table=counts,
-        )
+        if "microns_per_pixel" in factors:
+            mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
+            radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
+        else:
+            mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
+            radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
+            _require_spot_size(sample.where, 2 * radius * mpp)
+        image, centers, ids = _read_image(sample, fullres_image, mpp), positions[_XY].to_numpy(float), positions.index
+        sdata = section_object("sample", image, centers=centers, radius=radius, ids=list(ids), table=counts)
     return sdata, mpp, source
 
 
@@ -185,14 +180,12 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     positions = positions[positions["in_tissue"].to_numpy(bool)]
     kept = counts.obs_names.isin(positions.index)
     if not kept.any():
-        msg = (
-            f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all of them is 0 in its positions."
-        )
+        msg = f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all is 0 in its positions."
         raise ValueError(msg)
     if (known & ~kept).any():
         logger.warning(
-            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); they are "
-            "left out",
+            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); "
+            "they are left out",
             sample.where,
             int((known & ~kept).sum()),
             int(known.sum()),
@@ -202,14 +195,101 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
 
 def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
     """Barcodes without the "-1" of Space Ranger, which other programs drop, if they are unique then."""
-    names, spots = (
-        pd.Index(index).str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index)
-    )
+    names, spots = (index.str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index))
     if not names.is_unique or not spots.is_unique:
         return positions, counts
     counts = counts.copy()
     counts.obs_names = names
     return positions.set_index(spots), counts
+
+
+def read_positions(folder: Path) -> pd.DataFrame:
+    """Positions of the spots. Versions of Space Ranger name the file differently; several in one folder must agree."""
+    paths = [folder / "spatial" / name for name in _POSITIONS if (folder / "spatial" / name).exists()]
+    if not paths:
+        msg = (
+            f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
+            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
+        )
+        raise FileNotFoundError(msg)
+    found, *others = map(_read_file, paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if (differ := _difference(found, other)) is not None:
+            msg = (
+                f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
+                "or versions of Space Ranger; keep the one that belongs to the counts."
+            )
+            raise ValueError(msg)
+    return found
+
+
+def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
+    """First difference of two tables of positions, in words; None if they say the same."""
+    only = first.index.symmetric_difference(second.index)
+    if len(only):
+        return f"{len(only)} barcodes are in one of them only, like {only[0]!r}"
+    one, other = (table.loc[first.index, COLUMNS[1:]].astype(float) for table in (first, second))
+    off = (one - other).abs() > _SAME_PIXEL
+    if not off.any(axis=None):
+        return None
+    column = off.any().idxmax()
+    name = off[column].idxmax()
+    return f"{column!r} of {name!r} is {one.loc[name, column]:g} and {other.loc[name, column]:g}"
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    if table.index.name == "barcode":
+        table = table.reset_index()
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        msg = (
+            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as "
+            f"Space Ranger does: {COLUMNS}."
+        )
+        raise ValueError(msg)
+    return _checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
+
+
+def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
+    table = table.copy()
+    words = {"true": 1, "false": 0}
+    for column in COLUMNS[1:]:
+        values = table[column]
+        if column == "in_tissue" and values.dtype.kind not in "buif":
+            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
+        numbers = pd.to_numeric(values, errors="coerce").astype(float)
+        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
+        if bad.any():
+            msg = (
+                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, "
+                f"found {table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
+            )
+            raise ValueError(msg)
+        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
+    if not table.index.is_unique:
+        msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
+        raise ValueError(msg)
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
+    text = read_text(path)
+    head = text.split("\n", 1)[0]
+    separator = max(",;\t", key=head.count)
+    # Where semicolons part the cells, a comma is the decimal point of many countries.
+    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
+    named = bool(set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)})
+    table = pd.read_csv(io.StringIO(text), header=0 if named else None, **options)
+    if not named and (table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf"):
+        msg = (
+            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].tolist()[0]!r}; expected the "
+            f"{len(COLUMNS)} columns {COLUMNS}."
+        )
+        raise ValueError(msg)
+    return table if named else table.set_axis(COLUMNS, axis=1)
 
 
 def _read_counts(folder: Path) -> AnnData:
@@ -237,7 +317,7 @@ def _read_counts(folder: Path) -> AnnData:
 def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     """Micrometres per pixel from the known lattice of the array, by least squares over all spots."""
     place = positions[["array_col", "array_row"]].to_numpy(float) * [_COLUMN_STEP, _ROW_STEP]
-    pixels = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(float)
+    pixels = positions[_XY].to_numpy(float)
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
         msg = f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
@@ -248,9 +328,9 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     stretch = np.linalg.cond(matrix)
     if stretch > SAME or off > _LATTICE_TOLERANCE:
         msg = (
-            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times between its "
-            f"directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what its name says: "
-            f"{COLUMNS}."
+            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times "
+            f"between its directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what "
+            f"its name says: {COLUMNS}."
         )
         raise ValueError(msg)
     if np.linalg.det(matrix) < 0:
@@ -262,13 +342,13 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
 
 
 def _require_spot_size(where: str, diameter_um: float) -> None:
-    """Raise a ``ValueError`` if spots would overlap or be dots: positions and scale factors then have different pixels."""
+    """Raise a ``ValueError`` if spots would overlap or be dots: positions and scale factors then differ in pixels."""
     low, high = _SPOT_SIZES
     if not low <= diameter_um <= high:
         msg = (
-            f"{where}: the spots lie 100 um apart, so that `spot_diameter_fullres` is {diameter_um:.0f} um; expected {low:g} to "
-            f"{high:g}. The positions are not in pixels of the full resolution, as those of Space Ranger are: divide them by the "
-            "scale factor of the image that they are in."
+            f"{where}: the spots lie 100 um apart, so that `spot_diameter_fullres` is {diameter_um:.0f} um; expected "
+            f"{low:g} to {high:g}. The positions are not in pixels of the full resolution, as those of Space Ranger "
+            "are: divide them by the scale factor of the image that they are in."
         )
         raise ValueError(msg)
 
@@ -279,8 +359,8 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
     found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
     if found is None:
         msg = (
-            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common distance of "
-            f"neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common "
+            f"distance of neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
         )
         raise ValueError(msg)
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))
@@ -288,20 +368,12 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
 
 def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, mpp: float) -> Any:
     """Image element in full-resolution pixels."""
-    small = {
-        kind: (
-            _levels(image),
-            1 / require_positive(sample.factors[f"tissue_{kind}_scalef"], name=f"tissue_{kind}_scalef"),
-        )
-        for kind, _ in _IMAGES
-        if (image := sample.images.get(kind)) is not None and f"tissue_{kind}_scalef" in sample.factors
-    }
+    small = {}
+    for kind, _ in _IMAGES:
+        if (image := sample.images.get(kind)) is not None and (factor := f"tissue_{kind}_scalef") in sample.factors:
+            small[kind] = _opened(image).levels, 1 / require_positive(sample.factors[factor], name=factor)
     if fullres_image is not None:
-        opened = (
-            ImageFile(_levels(fullres_image), None)
-            if isinstance(fullres_image, np.ndarray)
-            else open_image(fullres_image)
-        )
+        opened = _opened(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
         if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
             logger.warning(
@@ -322,15 +394,18 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
         return image_element(levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space Ranger, "
-        "or give the scan with `fullres_image=`."
+        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space "
+        "Ranger, or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
 
 
-def _levels(image: Any) -> list[Any]:
-    """(c, y, x) arrays of a path or an array (y, x, c)."""
-    return [np.moveaxis(image, -1, 0)] if isinstance(image, np.ndarray) else open_image(image).levels
+def _opened(image: str | Path | np.ndarray) -> ImageFile:
+    """Image of a path, or of an array (y, x, c)."""
+    if not isinstance(image, np.ndarray):
+        return open_image(image)
+    levels: list[Any] = [np.moveaxis(image, -1, 0)]
+    return ImageFile(levels, None)
 
 
 def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from scipy import sparse
 
 from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id, require_amounts
 from spatial_impute._keys import Keys
+from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import counts_state, load_record, stack_table
 from spatial_impute._validation import (
@@ -22,13 +24,39 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
 )
-from spatial_impute.pp._rank_genes import FLAVORS, is_mitochondrial, is_ribosomal, name_housekeeping, rank_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
+
+_MITOCHONDRIAL = re.compile(r"mt-", re.IGNORECASE)
+# Proteins of the ribosome (RPL13A, RPS4X, RPLP0, RPSA), not the kinases of its proteins (RPS6KA1).
+_RIBOSOMAL = re.compile(r"rp[sl](a$|p?\d+(?![k\d]))", re.IGNORECASE)
+_N_NAMED = 5
+
+
+def _mean(values: Any, _xy: np.ndarray) -> np.ndarray:
+    return np.asarray(values.mean(axis=0)).ravel()
+
+
+def _moran(values: Any, xy: np.ndarray) -> np.ndarray:
+    """Moran's I on the nearest neighbors, as ``squidpy.gr.spatial_autocorr`` ranks genes."""
+    return morans_i(nearest_graph(xy), values)
+
+
+def _dispersion(values: Any, _xy: np.ndarray) -> np.ndarray:
+    """Variability compared with genes of the same mean, as ``scanpy.pp.highly_variable_genes`` ranks genes."""
+    import scanpy as sc
+    from anndata import AnnData
+
+    found = sc.pp.highly_variable_genes(AnnData(values), flavor="seurat", inplace=False)
+    return np.nan_to_num(found["dispersions_norm"].to_numpy(dtype=float), nan=-np.inf)
+
+
+_FLAVORS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {"mean": _mean, "svg": _moran, "hvg": _dispersion}
+"""Functions of (n, g) log-normalised values and (n, 2) positions in the section to (g,) scores."""
 
 
 def select_genes(
@@ -54,10 +82,10 @@ def select_genes(
     n_top_genes
         Number of genes to choose. Of genes with equal scores, the first in the table is chosen.
     flavor
-        Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially variable:
-        Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly variable: as in
-        :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise. ``"svg"`` chooses genes
-        with a pattern, which are also easier to predict: name the flavor with every score.
+        Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially
+        variable: Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly
+        variable: as in :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise.
+        ``"svg"`` chooses genes with a pattern, which are also easier to predict: name the flavor with every score.
     genes
         Names of genes to use instead.
     join
@@ -84,8 +112,8 @@ def select_genes(
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table and ``X`` are dropped, since they belong to other genes.
     `sdata.tables['stack'].var['mt']`, `sdata.tables['stack'].var['ribo']` : (``bool``)
-        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many genes
-        of high mean are.
+        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many
+        genes of high mean are.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
         Units, `target_sum`, measured sections and version.
 
@@ -111,13 +139,13 @@ def select_genes(
     if not measured and genes is None:
         msg = (
             f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
-            "measured section (image, spots and table) to `si.pp.assemble_stack`. To predict this stack with a model of "
-            "other stacks, name its genes: `genes=model.var_names`."
+            "measured section (image, spots and table) to `si.pp.assemble_stack`. To predict this stack with a model "
+            "of other stacks, name its genes: `genes=model.var_names`."
         )
         raise ValueError(msg)
     target_sum = require_positive(target_sum, name="target_sum")
     require_one_of(join, ("inner", "outer"), name="join")
-    require_one_of(flavor, FLAVORS, name="flavor")
+    require_one_of(flavor, _FLAVORS, name="flavor")
     n_top_genes = require_count(n_top_genes, name="n_top_genes")
     tables = {}
     for section in measured:
@@ -132,12 +160,10 @@ def select_genes(
     if genes is not None:
         chosen = _given_genes(genes, var_names, join)
     else:
-        xy = {name: np.asarray(table.obsm[Keys.SPATIAL], dtype=float)[part.rows] for name, part in found.items()}
-        log_values = {name: part.values for name, part in found.items()}
-        ranked = rank_genes(log_values, xy, var_names, flavor=flavor, join=join)
+        ranked = _ranked_genes(found, var_names, flavor=flavor, join=join)
         _warn_of_few_common(var_names, len(ranked), n_top_genes)
         chosen = ranked[:n_top_genes]
-        name_housekeeping(chosen)
+        _log_housekeeping(chosen)
 
     expression = np.full((table.n_obs, len(chosen)), np.nan, dtype=np.float32)
     totals = np.full(table.n_obs, np.nan, dtype=np.float32)
@@ -236,8 +262,8 @@ def _require_log_values(given: _Counts) -> None:
         raise ValueError(msg)
     if values.size and (values < 0).any():
         logger.warning(
-            "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores or "
-            "residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
+            "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores "
+            "or residuals, give log values or counts, because genes with equal means and spreads cannot be compared",
             given.where,
             values.min(),
         )
@@ -247,21 +273,22 @@ def _require_counts(given: _Counts) -> None:
     values, totals = given.stored, given.totals
     if values.size and ((values < 0).any() or (values != np.round(values)).any()):
         msg = (
-            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} with "
-            "fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} "
+            "with fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
         )
         raise ValueError(msg)
     if (totals == 0).any():
         empty, name = given.spots(totals == 0), given.name
         msg = (
-            f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, and "
-            f"they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
+            f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, "
+            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > "
+            "0].copy()`."
         )
         raise ValueError(msg)
     if look_normalized(totals):
         logger.warning(
-            "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded CPM and no "
-            "counts; give the raw counts",
+            "`%s` holds integers whose totals are nearly the same at all spots (about %.4g), so they may be rounded "
+            "CPM and no counts; give the raw counts",
             given.where,
             totals.mean(),
         )
@@ -273,13 +300,15 @@ class _Measured:
 
     rows: np.ndarray  # (m,) of the stack table
     values: np.ndarray | sparse.csr_matrix  # (m, n_genes) log-normalised
+    xy: np.ndarray  # (m, 2) position in the section
     totals: np.ndarray  # (m,) counts of each spot
 
 
 def _at_spots(table: AnnData, section: str, counts: _Counts, values: np.ndarray | sparse.csr_matrix) -> _Measured:
     row_of = table.obs_names.get_indexer([f"{section}_{i}" for i in counts.table.obs[Keys.INSTANCE]])
     present = row_of >= 0
-    return _Measured(row_of[present], values if present.all() else values[present], counts.totals[present])
+    rows, xy = row_of[present], np.asarray(table.obsm[Keys.SPATIAL], dtype=float)
+    return _Measured(rows, values if present.all() else values[present], xy[rows], counts.totals[present])
 
 
 def _gene_names(tables: dict[str, _Counts]) -> dict[str, pd.Index]:
@@ -331,6 +360,53 @@ def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str
     return wanted
 
 
+def _ranked_genes(found: dict[str, _Measured], var_names: dict[str, pd.Index], *, flavor: str, join: str) -> list[str]:
+    """Names of the genes, best first: mean score over the sections that have them; the first in the table if equal."""
+    counted = pd.Index([]).append([names.unique() for names in var_names.values()]).value_counts(sort=False)
+    candidates = counted.index[counted >= (len(var_names) if join == "inner" else 1)]
+    if not len(candidates):
+        named = {name: list(names[:2]) for name, names in var_names.items()}
+        msg = (
+            f"The measured sections have no gene in common; they name them like {named}. Rename those of one section "
+            "in `sdata.tables`, e.g. from symbols to Ensembl ids."
+        )
+        raise ValueError(msg)
+    scores = np.full((len(found), len(candidates)), np.nan)
+    for k, (name, part) in enumerate(found.items()):
+        columns = var_names[name].get_indexer(candidates)
+        scores[k, columns >= 0] = _FLAVORS[flavor](part.values, part.xy)[columns[columns >= 0]]
+    return list(candidates[np.argsort(-np.nanmean(scores, axis=0), kind="stable")])
+
+
+def _marked_genes(genes: list[str]) -> pd.DataFrame:
+    """Table of genes that marks those of the mitochondrion and those of proteins of the ribosome.
+
+    Examples
+    --------
+    >>> _marked_genes(["MT-CO1", "mt-Nd1", "MTOR"])["mt"].tolist()
+    [True, True, False]
+    >>> _marked_genes(["RPL13A", "Rps4x", "RPLP0", "RPSA", "RPS6KA1", "MRPL12"])["ribo"].tolist()
+    [True, True, True, True, False, False]
+    """
+    names = pd.Index(genes, dtype=str)
+    marks = {Keys.MITOCHONDRIAL: names.str.match(_MITOCHONDRIAL), Keys.RIBOSOMAL: names.str.match(_RIBOSOMAL)}
+    return pd.DataFrame(marks, index=names)
+
+
+def _log_housekeeping(genes: list[str]) -> None:
+    """Log how many of the chosen genes are mitochondrial or ribosomal, and how to leave them out."""
+    marked = _marked_genes(genes)
+    found = marked.index[marked.any(axis=1)]
+    if len(found):
+        logger.info(
+            "%d of the %d chosen genes are mitochondrial or ribosomal (%s); `var['mt']` and `var['ribo']` mark them, "
+            "and `genes=` chooses others",
+            len(found),
+            len(genes),
+            ", ".join(found[:_N_NAMED]) + (", ..." if len(found) > _N_NAMED else ""),
+        )
+
+
 def _warn_of_few_common(var_names: dict[str, pd.Index], n_found: int, n_top_genes: int) -> None:
     """Warn if sections have more genes than they have in common, and fewer than wanted are left."""
     if n_found < n_top_genes and any(len(names) > n_found for names in var_names.values()):
@@ -359,10 +435,7 @@ def _write(
     obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)
     new = AnnData(
         obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),
-        var=pd.DataFrame(
-            {Keys.MITOCHONDRIAL: is_mitochondrial(genes), Keys.RIBOSOMAL: is_ribosomal(genes)},
-            index=pd.Index(genes, dtype=str),
-        ),
+        var=_marked_genes(genes),
         layers={Keys.MEASURED: expression},
         obsm=dict(old.obsm),
         obsp=dict(old.obsp),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spatial_impute._geometry import apply_affine, grid_in_box, lattice_of
+from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
@@ -170,19 +171,13 @@ def _lattice(
             if len(centers) < 2:
                 msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot."
                 raise ValueError(msg)
-            spacing = found[0] if found is not None else float(np.median(_nearest(centers)))
+            spacing = typical_spacing(centers, np.zeros(len(centers))) if found is None else found[0]
     return _Lattice(
         require_positive(spacing, name="spacing", unit="um"),
         require_positive(diameter, name="spot_diameter", unit="um") / 2,
         layout or "hex",
         min_fraction,
     )
-
-
-def _nearest(centers: np.ndarray) -> np.ndarray:
-    from scipy.spatial import cKDTree
-
-    return cKDTree(centers).query(centers, k=2)[0][:, 1]
 
 
 def _grid_on_tissue(sdata: SpatialData, name: str, lattice: _Lattice) -> np.ndarray:

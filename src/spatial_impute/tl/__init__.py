@@ -5,13 +5,12 @@ from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._fit_asign import fit_asign
 from spatial_impute.tl._fit_pixnet import fit_pixnet
-from spatial_impute.tl._foreign_transforms import read_transformation, write_transformation
+from spatial_impute.tl._foreign_transforms import read_placement, read_transformation, write_transformation
 from spatial_impute.tl._genes_from_features import genes_from_features
 from spatial_impute.tl._impute_3d import impute_3d
 from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
 from spatial_impute.tl._match_sections import match_sections
-from spatial_impute.tl._placement_layers import read_placement
 from spatial_impute.tl._points_3d import points_3d
 from spatial_impute.tl._predict_dense import predict_dense
 from spatial_impute.tl._predict_regions import predict_regions

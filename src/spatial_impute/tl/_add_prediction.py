@@ -12,10 +12,9 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, stack_table, write_slots
-from spatial_impute._validation import require_key, require_slot_key
+from spatial_impute._validation import require_key, require_slot_key, require_unique
 
 if TYPE_CHECKING:
-    import pandas as pd
     from anndata import AnnData
     from spatialdata import SpatialData
 
@@ -52,8 +51,8 @@ def add_prediction(
     ``None``. Writes to `sdata.tables['stack']`:
 
     `.layers[key_added]` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have. ``X`` follows if it is a
-        copy of this layer (``uns["X_layer"]``). The record and ``_sd`` of an earlier layer of that name are dropped.
+        (n_spots, n_genes) predictions; NaN for spots and genes that `prediction` does not have. ``X`` follows if it is
+        a copy of this layer (``uns["X_layer"]``). The record and ``_sd`` of an earlier layer of that name are dropped.
 
     Raises
     ------
@@ -118,23 +117,20 @@ def add_prediction(
 
 def _other_records(table: AnnData) -> list[str]:
     """Names in ``uns`` that are no records of layers, such as ``pca`` of scanpy or a graph."""
-    layers = [
-        key
-        for key, record in table.uns.items()
-        if isinstance(record, Mapping) and Keys.STATE in record and "params" not in record
-    ]
+    records = {key: record for key, record in table.uns.items() if isinstance(record, Mapping)}
+    layers = [key for key, record in records.items() if Keys.STATE in record and "params" not in record]
     return sorted(set(table.uns) - {*table.layers, *layers})
 
 
 def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:
     """(n_spots,) row of the prediction for each spot; -1 for none."""
-    _require_unique("obs_names", prediction.obs_names)
+    require_unique(prediction.obs_names, name="`prediction.obs_names`")
     rows = prediction.obs_names.get_indexer(table.obs_names)
     if (rows < 0).all():
         msg = (
-            f"`prediction` shares no spot with the stack: its `obs_names` are like {list(prediction.obs_names[:3])}, spots of "
-            f"the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[:3])}. Rename the rows of one section with "
-            "`prediction.obs_names = [f'{section}_{i}' for i in prediction.obs_names]`."
+            f"`prediction` shares no spot with the stack: its `obs_names` are like {list(prediction.obs_names[:3])}, "
+            f"spots of the stack are named `{{section}}_{{id}}`, like {list(table.obs_names[:3])}. Rename the rows of "
+            "one section with `prediction.obs_names = [f'{section}_{i}' for i in prediction.obs_names]`."
         )
         raise KeyError(msg)
     return rows
@@ -142,7 +138,7 @@ def _rows(table: AnnData, prediction: AnnData) -> np.ndarray:
 
 def _columns(sdata: SpatialData, table: AnnData, prediction: AnnData) -> np.ndarray:
     """(n_genes,) column of the prediction for each gene of the stack, by name, else by id; -1 for none."""
-    _require_unique("var_names", prediction.var_names)
+    require_unique(prediction.var_names, name="`prediction.var_names`")
     columns, ids = prediction.var_names.get_indexer(table.var_names), gene_ids(prediction)
     if ids is not None:
         known = _stack_ids(sdata)
@@ -151,8 +147,9 @@ def _columns(sdata: SpatialData, table: AnnData, prediction: AnnData) -> np.ndar
         columns = np.where(by_id >= 0, by_id, columns)
     if (columns < 0).all():
         msg = (
-            f"`prediction` shares no gene with the stack: its `var_names` are like {list(prediction.var_names[:3])}, genes of "
-            f"the stack like {list(table.var_names[:3])}. Use the same names, or give both stable ids in `var['gene_ids']`."
+            f"`prediction` shares no gene with the stack: its `var_names` are like {list(prediction.var_names[:3])}, "
+            f"genes of the stack like {list(table.var_names[:3])}. Use the same names, or give both stable ids in "
+            "`var['gene_ids']`."
         )
         raise KeyError(msg)
     return columns
@@ -167,9 +164,3 @@ def _stack_ids(sdata: SpatialData) -> dict[str, str]:
         if ids is not None:
             found |= dict(zip(counts.var_names, ids, strict=True))
     return found
-
-
-def _require_unique(slot: str, names: pd.Index) -> None:
-    if not names.is_unique:
-        msg = f"`prediction.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)

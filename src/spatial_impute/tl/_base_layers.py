@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 INDEPENDENT = "independent"
 HELD_OUT = "held_out"
+_WRITERS = {
+    HELD_OUT: "impute_pixnet(sdata, key_added={!r})",
+    INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
+}
+_SAME_R = 0.999  # no prediction of a noisy measurement is that good
 
 
 def kinds_of_bases(base_layers: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -38,12 +43,7 @@ def kinds_of_bases(base_layers: Sequence[str] | Mapping[str, str]) -> dict[str, 
 def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
     """Spots with the (n, n_genes) predictions of other models in layers of the stack table.
 
-    Raises
-    ------
-    KeyError
-        If a layer does not exist.
-    ValueError
-        If a layer has the name of a method of ASIGN, or values that its kind does not allow.
+    Raises a ``ValueError`` if a layer has the name of a method of ASIGN, or values that its kind does not allow.
     """
     from spatial_impute.models.asign._baselines import METHODS
     from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT
@@ -56,7 +56,10 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         if sparse.issparse(table.layers[name]):
-            msg = f"A base layer must be dense; make it so by `table.layers[{name!r}] = table.layers[{name!r}].toarray()`."
+            msg = (
+                f"A base layer must be dense; make it so by `table.layers[{name!r}] = "
+                f"table.layers[{name!r}].toarray()`."
+            )
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)
@@ -66,16 +69,8 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
     return replace(spots, bases=found, independent=names)
 
 
-_SAME_R = 0.999  # no prediction of a noisy measurement is that good
-
-_WRITERS = {
-    HELD_OUT: "impute_pixnet(sdata, key_added={!r})",
-    INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
-}
-
-
 def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray) -> None:
-    """Raise a ``ValueError`` for infinite values, NaN in a layer that must have a value everywhere, and nothing to fit to."""
+    """Raise a ``ValueError`` for infinite values, NaN where they are not allowed, and nothing to fit to."""
     bad = np.isinf(values) if kind == INDEPENDENT else ~np.isfinite(values)
     if bad.any():
         allowed = "may be NaN but not infinite" if kind == INDEPENDENT else "must be finite at all spots"
@@ -86,8 +81,8 @@ def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray)
         raise ValueError(msg)
     if known.any() and not np.isfinite(values[known]).any():
         msg = (
-            f"`layers[{name!r}]` holds no value at the {int(known.sum())} measured spots, so it cannot be compared with the "
-            "measurement. Predict these spots as well, or leave it out of `base_layers`."
+            f"`layers[{name!r}]` holds no value at the {int(known.sum())} measured spots, so it cannot be compared "
+            "with the measurement. Predict these spots as well, or leave it out of `base_layers`."
         )
         raise ValueError(msg)
 
@@ -108,8 +103,8 @@ def _require_independent(name: str, table: AnnData, values: np.ndarray, spots: S
     else:
         return
     msg = (
-        f"`layers[{name!r}]` is declared {INDEPENDENT!r} in `base_layers`, but it {problem}. Only a model that has seen "
-        "no measured spot of this tissue is independent. Leave it out."
+        f"`layers[{name!r}]` is declared {INDEPENDENT!r} in `base_layers`, but it {problem}. Only a model that has "
+        "seen no measured spot of this tissue is independent. Leave it out."
     )
     raise ValueError(msg)
 
@@ -133,8 +128,8 @@ def require_same_folds(table: AnnData, spots: Spots, params: AsignParams, *, see
         if column not in table.obs or "measured" not in record:
             msg = (
                 f"Nothing says how measured spots were held out from `layers[{name!r}]` (no `obs[{column!r}]`). If its "
-                f"model has seen no measured spot of this tissue, say so: `base_layers={{{name!r}: {INDEPENDENT!r}}}`. Else "
-                "the layer cannot be used."
+                f"model has seen no measured spot of this tissue, say so: `base_layers={{{name!r}: {INDEPENDENT!r}}}`. "
+                "Else the layer cannot be used."
             )
             raise ValueError(msg)
         problem = None

@@ -62,8 +62,8 @@ def build_3d_graph(
 
     A spot is linked to its neighbours in the section, to the spots over or under it in nearby sections, and to spots
     there with similar image features. The weight of an edge is the Gaussian of its registered distance plus the overlap
-    (IoU) of the two discs, or the similarity. Across sections, both are means over the places that the expected error of
-    the registration allows: the Gaussian is wider and lower, so a badly placed section relies less on the others.
+    (IoU) of the two discs, or the similarity. Across sections, both are means over the places that the expected error
+    of the registration allows: the Gaussian is wider and lower, so a badly placed section relies less on the others.
     Expression is not used.
 
     Parameters
@@ -98,7 +98,8 @@ def build_3d_graph(
     -------
     ``None``, or a :class:`Graph3DResult` with ``inplace=False``. Writes to `sdata.tables['stack']`:
 
-    `.obsp['spatial_3d_connectivities']`, `.obsp['spatial_3d_distances']` : :class:`scipy.sparse.csr_matrix` (``float32``)
+    `.obsp['spatial_3d_connectivities']`, `.obsp['spatial_3d_distances']` : :class:`scipy.sparse.csr_matrix`
+    (``float32``)
         Weights and lengths (um) of the same edges; symmetric, no diagonal.
     `.obsp['spatial_3d_overlap']`, `.obsp['spatial_3d_similarity']` : :class:`scipy.sparse.csr_matrix` (``float32``)
         IoU of overlapping spots, cosine on similarity edges.
@@ -181,8 +182,8 @@ def _require_cosine(value: float, *, name: str) -> float:
 def _misplaced(record: StackRecord) -> np.ndarray:
     """(k, k) standard deviation along one axis, in um, of the error of one section on another.
 
-    Squared errors add up along the path of a section to the reference. What two paths share does not move the two sections
-    against each other. A section of unknown error gets the largest error of the stack.
+    Squared errors add up along the path of a section to the reference. What two paths share does not move the two
+    sections against each other. A section of unknown error gets the largest error of the stack.
     """
     rows = (record.registration or {}).get("sections", {})
     errors = {name: row.get("error_um") for name, row in rows.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pandas as pd
 
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
+from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import section_levels
 from spatial_impute._stack.spots import read_stacks, stack_list
@@ -22,12 +23,9 @@ from spatial_impute._validation import (
     require_positive,
 )
 from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
-from spatial_impute.tl._held_out import (
-    HeldOut,
-    warn_of_equal_images,
-    warn_of_overlapping_spots,
-    warn_of_shared_groups,
-)
+from spatial_impute.tl._fit_pixnet import PixNetSetup
+from spatial_impute.tl._held_out import HeldOut, warn_of_equal_images, warn_of_overlapping_spots, warn_of_shared_groups
+from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -64,34 +62,33 @@ def cross_validate(
 ) -> pd.DataFrame:
     """Score methods on held-out measured spots: the same spots for all methods, in one table.
 
-    Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted again
-    for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out would seem to
-    predict the opposite. Correlations across blocks of one section show how well a method fills gaps in that section. Expect
-    less on a section that was not measured: no held-out block shows how sections differ. Expect even less on another
-    patient.
+    Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted
+    again for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out
+    would seem to predict the opposite. Correlations across blocks of one section show how well a method fills gaps in
+    that section. Expect less on a section that was not measured: no held-out block shows how sections differ. Expect
+    even less on another patient.
 
-    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out spots
-    overlap other spots, or if two sections have the same image.
+    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out
+    spots overlap other spots, or if two sections have the same image.
 
     Parameters
     ----------
     sdata
         Registered stack, with features and graph if the methods need them. Also several stacks (patients) with the same
-        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks, at
-        least two, and predicts a stack that is held out without any measured spot.
+        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks,
+        at least two, and predicts a stack that is held out without any measured spot.
     methods
-        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several stacks
-        ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots with the
-        most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on mean
-        and spread of the color of a spot, which needs no
-        structure) and ``"pixnet"``.
+        Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several
+        stacks ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots
+        with the most similar features), ``"hest"`` (see :func:`impute_baseline`), ``"colour"`` (ridge regression on
+        mean and spread of the color of a spot, which needs no structure) and ``"pixnet"``.
     split
         ``"section"``: each measured section is held out once. ``"block"``: square blocks of the measured sections.
-        ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections if at least two are measured, else
-        blocks.
+        ``"group"``: each group. ``"stack"``: each of several stacks. By default groups if there are any, else sections
+        if at least two are measured, else blocks.
     groups
-        Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks is
-        a group.
+        Column of the stack table's ``obs`` with the patient, or the block of tissue. By default each of several stacks
+        is a group.
     n_folds
         Number of folds, for blocks.
     block_spacings
@@ -105,8 +102,8 @@ def cross_validate(
     graph_key
         Key of the 3D graph: the `key_added` of :func:`build_3d_graph`.
     base_layers
-        Layers with independent predictions, ``{"mine": "independent"}``, as for :func:`fit_asign`: each is compared as a method
-        of its own, and ASIGN blends them in.
+        Layers with independent predictions, ``{"mine": "independent"}``, as for :func:`fit_asign`: each is compared as
+        a method of its own, and ASIGN blends them in.
     model_params
         Settings of ASIGN; see :class:`~spatial_impute.models.AsignParams`.
     encoder
@@ -149,10 +146,12 @@ def cross_validate(
     True
     >>> si.settings.show_progress_bar = True
     """
+    from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import AsignParams, PixNetParams
     from spatial_impute.models._spots import concatenate
     from spatial_impute.models.asign._baselines import NEEDS_GRAPH
-    from spatial_impute.models.asign._fit import ASIGN, needs_features
+    from spatial_impute.models.asign._ensemble import FitSettings
+    from spatial_impute.models.asign._fit import ASIGN, PIXNET, needs_features
 
     params, pixnet = resolve_params(model_params, AsignParams), resolve_params(pixnet_params, PixNetParams)
     stacks = stack_list(sdata)
@@ -162,7 +161,10 @@ def cross_validate(
     block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
-        msg = f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use 'mse+pcc'."
+        msg = (
+            f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use "
+            "'mse+pcc'."
+        )
         raise ValueError(msg)
     tables, read = read_stacks(
         stacks,
@@ -183,31 +185,22 @@ def cross_validate(
     names += [name for name in bases if name not in names]
     spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
-    data = HeldOut(stacks, tables, read, spots, folds)
+    data = HeldOut(stacks, tables, read, spots, folds, table_key, layer)
     if ASIGN in names and len(stacks) > 1:
         _require_stacks_to_learn_from(data)
     if group is not None:
         warn_of_shared_groups(data, group)
     warn_of_overlapping_spots(data)
     warn_of_equal_images(data)
-    options = _Options(params, pixnet, encoder, table_key, layer, tile_size, device, seed)
+    settings, setup = FitSettings(params, seed, device), None
+    if PIXNET in names:
+        setup = PixNetSetup(build_pyramid(encoder, window=pixnet.encoder_window), pixnet, tile_size, device, seed)
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
-        found = _predict(data, names, options, steps(len(names) * len(folds)))
-    return _gene_table(data, found, names) if by == "gene" else _method_table(data, found, names, seed)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """Settings of the models."""
-
-    params: AsignParams
-    pixnet: PixNetParams
-    encoder: str | nn.Module
-    table_key: str
-    layer: str
-    tile_size: int
-    device: str
-    seed: int
+        found = _predict(data, names, settings, setup, steps(len(names) * len(folds)))
+    r = _correlations(data, found)
+    if by == "gene":
+        return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
+    return _method_table(data, found, r, names, seed)
 
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
@@ -232,8 +225,9 @@ def _independent(base_layers: Mapping[str, str]) -> dict[str, str]:
     held_out = [name for name, kind in kinds.items() if kind != INDEPENDENT]
     if held_out:
         msg = (
-            f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are hidden "
-            f"here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each fold."
+            f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are "
+            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each "
+            "fold."
         )
         raise ValueError(msg)
     return kinds
@@ -282,25 +276,24 @@ def _folds(
     return [spots.known & (names == code) for code in codes]
 
 
-def _predict(data: HeldOut, names: list[str], options: _Options, on_fold: Callable[[], None]) -> dict[str, np.ndarray]:
+def _predict(
+    data: HeldOut, names: list[str], settings: FitSettings, setup: PixNetSetup | None, on_fold: Callable[[], None]
+) -> dict[str, np.ndarray]:
     """(n, n_genes) held-out predictions of each method, and of the mean profile; NaN for spots in no fold."""
-    from spatial_impute.models.asign._ensemble import FitSettings
     from spatial_impute.models.asign._fit import ASIGN, COLOR, PIXNET, predict_held_out
 
-    settings = FitSettings(options.params, options.seed, options.device)
     found: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(["mean", *names]):
-        if name == PIXNET:
-            values = _predict_pixnet(data, options, on_fold)
+        if name == PIXNET and setup is not None:
+            values = predict_pixnet(data.pixnet_sections(), data.spots.known, data.folds, setup, on_fold)
             found[name] = np.where(np.isnan(values), found["mean"], values)  # spots off the image
-            continue
-        if name == ASIGN and len(data.stacks) > 1:
+        elif name == ASIGN and len(data.stacks) > 1:
             found[name] = _predict_stacks(data, settings, on_fold)
-            continue
-        spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
-        found[name] = predict_held_out(
-            spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
-        )
+        else:
+            spots = replace(data.spots, features=_color_features(data)) if name == COLOR else data.spots
+            found[name] = predict_held_out(
+                spots, data.folds, name, var_names=data.genes, settings=settings, on_fold=on_fold
+            )
     return found
 
 
@@ -311,7 +304,8 @@ def _require_stacks_to_learn_from(data: HeldOut) -> None:
         if not all(measured) and sum(measured) < 2:
             msg = (
                 "ASIGN predicts a stack without a measured spot only if it learned from at least two others; "
-                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or leave "
+                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or "
+                "leave "
                 'out "asign".'
             )
             raise ValueError(msg)
@@ -331,24 +325,6 @@ def _predict_stacks(data: HeldOut, settings: FitSettings, on_fold: Callable[[], 
     return result
 
 
-def _predict_pixnet(data: HeldOut, options: _Options, on_fold: Callable[[], None]) -> np.ndarray:
-    from spatial_impute.encoders._pyramids import build_pyramid
-    from spatial_impute.tl._fit_pixnet import PixNetSetup
-    from spatial_impute.tl._impute_pixnet import predict_held_out, section_spots
-
-    sections = []
-    for sdata, table, first in zip(data.stacks, data.tables, data.first_rows, strict=True):
-        sections += section_spots(sdata, table, table_key=options.table_key, layer=options.layer, first=first)
-    setup = PixNetSetup(
-        build_pyramid(options.encoder, window=options.pixnet.encoder_window),
-        options.pixnet,
-        options.tile_size,
-        options.device,
-        options.seed,
-    )
-    return predict_held_out(sections, data.spots.known, data.folds, setup, on_fold)
-
-
 def _color_features(data: HeldOut) -> np.ndarray:
     """(n, 6) color statistics of spots, standardised within sections like all features."""
     from spatial_impute._graph import standardise_by_section
@@ -362,8 +338,6 @@ def _color_features(data: HeldOut) -> np.ndarray:
 
 def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """(n_genes,) Pearson correlation of each method, mean over sections."""
-    from spatial_impute._scores import pearson_by_gene
-
     truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
     return {
         name: np.nanmean([pearson_by_gene(values[rows], truth[rows], folds[rows]) for rows in parts], axis=0)
@@ -371,15 +345,11 @@ def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.n
     }
 
 
-def _gene_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str]) -> pd.DataFrame:
-    r = _correlations(data, found)
-    return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
-
-
-def _method_table(data: HeldOut, found: dict[str, np.ndarray], names: list[str], seed: int) -> pd.DataFrame:
-    from spatial_impute._scores import bootstrap_interval, summarise
-
-    r, truth, parts, folds = _correlations(data, found), data.truth, data.parts(), data.fold_of_spot
+def _method_table(
+    data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], names: list[str], seed: int
+) -> pd.DataFrame:
+    """Scores of the methods from their predictions and their correlations `r`."""
+    truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
     baselines = [name for name in names if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
     rows = {}

@@ -13,11 +13,7 @@ from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack.spots import read_stacks, stack_list, units
 from spatial_impute._validation import require_count, require_device, require_folder
 from spatial_impute.tl._base_layers import kinds_of_bases, require_same_folds, with_bases
-from spatial_impute.tl._provenance import (
-    encoder,
-    feature_settings,
-    fitted_state,
-)
+from spatial_impute.tl._provenance import encoder, feature_settings, fitted_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,12 +44,11 @@ def fit_asign(
 
     Blocks of the measured section (whole sections, if several are measured) are hidden, one fold at a time. Every
     baseline predicts them, and so does a network with attention over three fields of view and over the 3D graph. The
-    network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and how much to
-    follow the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen by the
-    errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best on the
-    hidden blocks, so that each is
-    used only if it helps. Spots weigh by how precisely they are measured (``obs["total_counts"]``). Expression of
-    unmeasured spots is never read.
+    network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and how much
+    to follow the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen
+    by the errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best
+    on the hidden blocks, so that each is used only if it helps. Spots weigh by how precisely they are measured
+    (``obs["total_counts"]``). Expression of unmeasured spots is never read.
 
     Parameters
     ----------
@@ -68,11 +63,12 @@ def fit_asign(
     base_layers
         Layers of the stack table with predictions of other models to blend in. With ``["pixnet"]``, the prediction of a
         measured spot must come from a model that was fitted without the fold of the spot, as
-        :func:`~spatial_impute.tl.impute_pixnet` does. With ``{"mine": "independent"}`` you declare that the model of the
-        layer has seen no measured spot of this tissue, such as a pretrained predictor that
+        :func:`~spatial_impute.tl.impute_pixnet` does. With ``{"mine": "independent"}`` you declare that the model of
+        the layer has seen no measured spot of this tissue, such as a pretrained predictor that
         :func:`~spatial_impute.tl.add_prediction` brought in. Each of its genes is then fitted to the measured spots
-        (centered in each section, slope at least 0), without the hidden ones. Values may be in any units, and NaN where there is
-        no prediction. All base layers are rows of ``model.cross_validation``, and have no weight unless they help.
+        (centered in each section, slope at least 0), without the hidden ones. Values may be in any units, and NaN where
+        there is no prediction. All base layers are rows of ``model.cross_validation``, and have no weight unless they
+        help.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
     start_from
@@ -100,8 +96,8 @@ def fit_asign(
         If features, graph or registration are missing.
     ValueError
         If nothing is measured, values are raw counts, stacks have different genes or units, spots were moved after the
-        graph was built, base layers were predicted with other folds than ASIGN hides, or are declared independent but hold
-        the measurement, or `start_from` or `checkpoint` do not fit the data and settings.
+        graph was built, base layers were predicted with other folds than ASIGN hides, or are declared independent but
+        hold the measurement, or `start_from` or `checkpoint` do not fit the data and settings.
 
     Examples
     --------
@@ -137,25 +133,17 @@ def fit_asign(
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
     with owned_folder(folder, what="The checkpoint"):
-        for k, panel in enumerate(data.panels):
+        for k, (genes, panel) in enumerate(data.panels):
             label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
             own_folder = folder
             if folder is not None and len(data.panels) > 1:
                 own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
             with progress_steps(label, show=show_progress_bar) as steps:
                 settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
-                models.append(fit(panel.spots, panel.genes, settings))
+                models.append(fit(panel, genes, settings))
     model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Genes that were measured together, and the spots of each stack with these genes."""
-
-    genes: list[str]
-    spots: list[Spots]
 
 
 @dataclass(frozen=True)
@@ -163,7 +151,8 @@ class TrainingSet:
     """Data of all stacks, checked against each other."""
 
     genes: list[str]
-    panels: list[Panel]
+    panels: list[tuple[list[str], list[Spots]]]
+    """Genes that were measured together, and the spots of each stack with these genes."""
     config: dict[str, Any]
     """Provenance that the model keeps."""
 
@@ -198,8 +187,7 @@ class TrainingSet:
             "version": version("spatial-impute"),
         }
         panels = [
-            Panel([genes[i] for i in columns], [parts[k][1] for parts in split])
-            for k, (columns, _) in enumerate(split[0])
+            ([genes[i] for i in columns], [parts[k][1] for parts in split]) for k, (columns, _) in enumerate(split[0])
         ]
         return cls(genes, panels, config)
 

@@ -62,11 +62,11 @@ def fit_pixnet(
 ) -> PixNetModel:
     """Fit PixNet :cite:p:`Zhang2025`: a dense map of expression from H&E, trained on measured regions only.
 
-    An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the mean
-    (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts spots of
-    any size. The map of each gene is a weighted sum of ridge regression on the feature maps and of the trained decoder;
-    held-out blocks of the training slides give the weights. The decoder is used only if these blocks confirm that it helps.
-    Expression of unmeasured spots is never read.
+    An encoder with a pyramid of feature maps and a decoder give a map of expression. The prediction for a spot is the
+    mean (or sum) of the map over the pixels of the spot, so that one model learns from spots of any size and predicts
+    spots of any size. The map of each gene is a weighted sum of ridge regression on the feature maps and of the trained
+    decoder; held-out blocks of the training slides give the weights. The decoder is used only if these blocks confirm
+    that it helps. Expression of unmeasured spots is never read.
 
     Parameters
     ----------
@@ -84,17 +84,17 @@ def fit_pixnet(
     genes
         Genes to predict; by default all of the table.
     target_sum
-        Set it if the table holds raw counts: they are divided by the total over all genes, multiplied by this number, and
-        log1p is taken.
+        Set it if the table holds raw counts: they are divided by the total over all genes, multiplied by this number,
+        and log1p is taken.
     coordinate_system
         Coordinate system that image and regions share; by default the section of the image in a stack.
     mpp
         um per unit of the coordinate system; 1 for a stack.
     encoder
-        ``"texture"`` (stain and texture, no download) or ``"tellez-multitask"`` (a small pathology network, 2.4 MB) at 1 um
-        per pixel; ``"efficientnet-lite2"`` (photographs, from the extra ``efficientnet``), ``"resnet18"``,
-        ``"resnet50"`` or ``"ciga-resnet18"`` at 0.5 um; or a module that returns feature maps (n, channels, y / s,
-        x / s), finest first, or one map. With attention over the whole image (vision transformers) it needs
+        ``"texture"`` (stain and texture, no download) or ``"tellez-multitask"`` (a small pathology network, 2.4 MB) at
+        1 um per pixel; ``"efficientnet-lite2"`` (photographs, from the extra ``efficientnet``), ``"resnet18"``,
+        ``"resnet50"`` or ``"ciga-resnet18"`` at 0.5 um; or a module that returns feature maps (n, channels, y / s, x /
+        s), finest first, or one map. With attention over the whole image (vision transformers) it needs
         ``model_params={"encoder_window": ...}``.
     aggregate
         ``"mean"`` over the pixels of a region for log values; ``"sum"`` for counts, which grow with area.
@@ -107,8 +107,8 @@ def fit_pixnet(
     device
         Torch device; ``settings.device`` by default.
     precision
-        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU. The base, the sums over regions and the
-        weights stay in single precision, and the model can be used in either.
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU. The base, the sums over regions and
+        the weights stay in single precision, and the model can be used in either.
     seed
         Seed; the same seed gives the same model.
     show_progress_bar
@@ -214,7 +214,10 @@ class PixNetSetup:
 
 def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss {loss!r}."
+        msg = (
+            f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss "
+            f"{loss!r}."
+        )
         raise ValueError(msg)
     if aggregate == "sum" and not counts:
         msg = (
@@ -237,10 +240,7 @@ def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str
 
 
 def read_pairs(
-    pairs: list[Pair],
-    frame: FrameChoice,
-    expression: ExpressionChoice,
-    known: Sequence[np.ndarray] | None = None,
+    pairs: list[Pair], frame: FrameChoice, expression: ExpressionChoice, known: Sequence[np.ndarray] | None = None
 ) -> list[ReadPair]:
     """Read measured regions; with `known`, (n_shapes,) bool per pair, only these regions."""
     read: list[ReadPair] = []
@@ -286,31 +286,21 @@ def fit_on_regions(
             for r, s, radius in zip(read, slides, radius_um, strict=True)
         ],
     }
+    same: dict[str, Any] = {"seed": setup.seed, "precision": setup.precision}
     plain = asdict(params)
     if params.schedule == "constant":
         del plain["n_steps"]  # a later call may train for more steps
-    fitted = fit(
-        slides,
-        setup.pyramid,
-        var_names,
-        FitSettings(
-            params,
-            resolution=resolution,
-            tile_size=setup.tile_size,
-            seed=setup.seed,
-            device=setup.device,
-            progress=steps,
-            precision=setup.precision,
-            checkpoint=checkpoint,
-            fingerprint={
-                **config,
-                "var_names": var_names,
-                "seed": setup.seed,
-                "params": plain,
-                "precision": setup.precision,
-            },
-        ),
+    settings = FitSettings(
+        params,
+        resolution=resolution,
+        tile_size=setup.tile_size,
+        device=setup.device,
+        progress=steps,
+        checkpoint=checkpoint,
+        fingerprint={**config, "var_names": var_names, "params": plain, **same},
+        **same,
     )
+    fitted = fit(slides, setup.pyramid, var_names, settings)
     return PixNetModel(
         fitted.network,
         params=params,
@@ -374,8 +364,8 @@ def _count_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resol
     n_small = int(((bounds[:, 2:] - bounds[:, :2]).max(axis=1) < 1.0).sum())
     if n_small > n / 2:
         msg = (
-            f"{n_small} of {n} measured regions on the image {image_key!r} are smaller than a pixel of {resolution:g} um; check "
-            "`mpp` and the transformations, or set a finer `resolution` in `model_params`."
+            f"{n_small} of {n} measured regions on the image {image_key!r} are smaller than a pixel of {resolution:g} "
+            "um; check `mpp` and the transformations, or set a finer `resolution` in `model_params`."
         )
         raise ValueError(msg)
     if n_small:

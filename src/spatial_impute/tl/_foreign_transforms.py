@@ -1,4 +1,4 @@
-"""Places of sections in files of other programs: ITK and ANTs matrices and fields, pairs of points, plain matrices."""
+"""Places of sections from and for other programs: matrices, displacement fields, pairs of points, layers of napari."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, linear_scale, scaling
+from spatial_impute._geometry import apply_affine, exchanged_axes, linear_scale, scaling
 from spatial_impute._io.files import file_to_write, read_text, written_whole
+from spatial_impute._keys import Keys
+from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
 from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.tl._displacement_files import FIELDS, read_field, write_field
-from spatial_impute.tl._given_transforms import check_matrix
+from spatial_impute.tl._given_places import check_matrix, landmark_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._registration import SectionTransform
 
-_ITK_HEADER = "#Insight Transform File"
+_ITK_HEADER = b"#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _LATTICE = 12  # points along a side of the image: a deformation bends less than between two of them
 _FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
 _MOST_SCALE = 1.5  # serial sections shrink or stretch by some per cent; magnifications of scans differ by a factor of 2
 _MARGIN = 0.02  # of the side of the image: points lie inside
+_FIELDS = (".nii", ".nii.gz", ".nrrd")
+_COARSE = 16  # pixels along the image for a place without deformation: between them it is linear
+_ROUNDS = 30  # of the inversion; a deformation without folds needs fewer
 
 
 def read_transformation(
@@ -38,27 +41,27 @@ def read_transformation(
     """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
 
     - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
-    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all the way to
-      the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
-    - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference), or in
-      six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows, with a
-      warning.
-    - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers row by
-      row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or column by
-      column, and are refused.
+    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all
+      the way to the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
+    - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference),
+      or in six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows,
+      with a warning.
+    - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers
+      row by row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or
+      column by column, and are refused.
 
     Parameters
     ----------
     path
         File.
     section_unit, reference_unit
-        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels. Give both, or none if
-        both are um.
+        Micrometres per unit of length in the file: 1 for um, 1000 for mm, the pixel size for pixels. Give both, or none
+        if both are um.
 
     Returns
     -------
-    A (3, 3) matrix, two arrays (n, 2) of points in the section and in the reference, or for a field a transformation with
-    ``points`` and ``inverse``, um.
+    A (3, 3) matrix, two arrays (n, 2) of points in the section and in the reference, or for a field a transformation
+    with ``points`` and ``inverse``, um.
 
     Raises
     ------
@@ -78,8 +81,8 @@ def read_transformation(
     path = Path(path).expanduser()
     if (section_unit is None) != (reference_unit is None):
         msg = (
-            "Expected both `section_unit` and `reference_unit`, found one of them. Give 1.0 for the one that is in um, or the "
-            "same number twice."
+            "Expected both `section_unit` and `reference_unit`, found one of them. Give 1.0 for the one that is in um, "
+            "or the same number twice."
         )
         raise ValueError(msg)
     given = {"section_unit": section_unit, "reference_unit": reference_unit}
@@ -93,14 +96,15 @@ def read_transformation(
         _warn_of_units(path, np.sqrt(reference.var(axis=0).sum() / max(section.var(axis=0).sum(), 1e-12)))
         return section, reference
     try:
-        if path.name.lower().endswith(FIELDS):
-            return read_field(path, (here, there))
-        matrix = _read_itk(path) if _is_itk(path) else _read_numbers(path)
+        if path.name.lower().endswith(_FIELDS):
+            return _read_field(path, (here, there))
+        is_itk = path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER)
+        matrix = _read_itk(path) if is_itk else _read_numbers(path)
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
-            f"Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine numbers of a "
-            f"matrix, found something else in {str(path)!r}: {error}"
+            "Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine "
+            f"numbers of a matrix, found something else in {str(path)!r}: {error}"
         )
         raise ValueError(msg) from error
     _warn_of_units(path, linear_scale(matrix))
@@ -125,9 +129,9 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         Name of the section.
     path
         File to write. ``.mat`` and ``.tfm``: affine part as an ITK transform with the reference as the fixed image, for
-        ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``: pairs
-        of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and ``.nrrd``:
-        displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
+        ``antsApplyTransforms``. ``.txt``: affine part as a (3, 3) matrix from the section to the reference. ``.csv``:
+        pairs of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and
+        ``.nrrd``: displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
     overwrite
         Replace a file that is there.
 
@@ -156,7 +160,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     (3, 3)
     """
     record = load_record(sdata)
-    path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *FIELDS), overwrite=overwrite)
+    path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *_FIELDS), overwrite=overwrite)
     answer(registration_problems(sdata, record))
     transform = load_transform(sdata, record, section)
     if transform.deforms and path.suffix.lower() in (".mat", ".tfm", ".txt"):
@@ -174,7 +178,73 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
             require_key(
                 record.reference, record.names, where="the stack's sections", then="The field covers its image."
             )
-            write_field(part, transform, section_levels(sdata, record[record.reference])[0])
+            _write_field(part, transform, section_levels(sdata, record[record.reference])[0])
+
+
+def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Read the place of a section from the window of :func:`spatial_impute.pl.place_by_hand`.
+
+    Parameters
+    ----------
+    viewer
+        Viewer of napari, after a section was dragged or landmarks were clicked.
+    section
+        Name of the section.
+
+    Returns
+    -------
+    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
+    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
+    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+
+    Raises
+    ------
+    TypeError
+        If `viewer` is no viewer.
+    KeyError
+        If the viewer has no layers of this section.
+    ValueError
+        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the
+        reference.
+
+    Examples
+    --------
+    See :func:`spatial_impute.pl.place_by_hand`.
+    """
+    if not hasattr(viewer, "layers"):
+        msg = f"`viewer` must be the viewer that `si.pl.place_by_hand` returned, found {viewer!r}."
+        raise TypeError(msg)
+    layers = {layer.name: layer for layer in viewer.layers}
+    there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
+    require_key(section, layers, where="the layers of the viewer", then=there)
+    image = layers[section]
+    require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
+    reference = image.metadata["reference"]
+    if section == reference:
+        msg = (
+            f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed "
+            "on it."
+        )
+        raise ValueError(msg)
+    require_key(reference, layers, where="the layers of the viewer", then=there)
+    points = []
+    for name in (section, reference):
+        require_key(Keys.landmarks(name), layers, where="the layers of the viewer", then=there)
+        points.append(np.asarray(layers[Keys.landmarks(name)].data, float).reshape(-1, 2)[:, ::-1])
+    in_section, in_reference = points
+    if len(in_section) == len(in_reference) == 0:
+        # The viewer may have more dimensions. The user may have dragged the reference instead.
+        affines = (np.asarray(layer.affine.affine_matrix, float)[-3:, -3:] for layer in (layers[reference], image))
+        below, place = map(exchanged_axes, affines)
+        return np.linalg.inv(below) @ place
+    if len(in_section) != len(in_reference) or len(in_section) < 2:
+        msg = (
+            f"Expected the same number of landmarks, at least two, in the layers {Keys.landmarks(section)!r} and "
+            f"{Keys.landmarks(reference)!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
+            "Click the missing ones, or delete all of them to use the place of the image."
+        )
+        raise ValueError(msg)
+    return in_section, in_reference
 
 
 def _write_pairs(path: Path, transform: SectionTransform, level: Level) -> None:
@@ -195,10 +265,6 @@ def _write_itk(path: Path, matrix: np.ndarray) -> None:
         "AffineTransform", precision="double", dimension=2, matrix=back[:2, :2], translation=back[:2, 2]
     )
     ants.write_transform(affine, str(path))
-
-
-def _is_itk(path: Path) -> bool:
-    return path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER.encode())
 
 
 def _read_itk(path: Path) -> np.ndarray:
@@ -235,8 +301,8 @@ def _read_numbers(path: Path) -> np.ndarray:
     plain = found.size == 9 and (found[[2, 5]].any() or found[1] == found[3])
     if {len(row) for row in rows} != {3} and not plain:
         msg = (
-            f"its {found.size} numbers may stand row by row or column by column. Write them in lines of three: a b c, then "
-            "d e f, for x' = a x + b y + c and y' = d x + e y + f."
+            f"its {found.size} numbers may stand row by row or column by column. Write them in lines of three: a b c, "
+            "then d e f, for x' = a x + b y + c and y' = d x + e y + f."
         )
         raise ValueError(msg)
     return np.array([*found, 0, 0, 1][:9], float).reshape(3, 3)
@@ -263,9 +329,10 @@ def _read_pairs(path: Path) -> np.ndarray:
             pairs.append(pair)
     if len(pairs) < 2 or unread > len(pairs):
         msg = (
-            f"Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, found "
-            f"{len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At least two pairs "
-            "are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines of three numbers."
+            "Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, "
+            f"found {len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At "
+            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines "
+            "of three numbers."
         )
         raise ValueError(msg)
     if inactive or unread:
@@ -275,7 +342,7 @@ def _read_pairs(path: Path) -> np.ndarray:
 
 
 def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
-    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells whether there is z."""
+    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells if there is z."""
     with_z = any(re.search("(^|[^a-z])z$", name) for name in header) if header else len(numbers) == 6
     if with_z:
         numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []
@@ -284,7 +351,7 @@ def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
 
 
 def _require_order(header: list[str], path: Path) -> None:
-    """Raise a ``ValueError`` for a header whose columns stand in another order than x, y in the section, then in the reference."""
+    """Raise a ``ValueError`` unless the columns stand in the order x, y in the section, x, y in the reference."""
     section, reference, x, y = (
         [i for i, name in enumerate(header) if re.search(pattern, name)]
         for pattern in ("sec|mov|source|src", "ref|fix|target|tgt", "(^|[^a-z])x$", "(^|[^a-z])y$")
@@ -308,3 +375,52 @@ def _trailing_numbers(cells: list[str]) -> list[float]:
         except ValueError:
             break
     return numbers
+
+
+def _read_field(path: Path, units: tuple[float, float]) -> SectionTransform:
+    """Place from a field that leads from points of the reference all the way to the section; `units` are um per unit.
+
+    The matrix that fits the whole field best becomes the affine part, and the rest the deformation.
+    """
+    import ants
+
+    image = ants.image_read(str(path))
+    if image.dimension != 2 or image.components != 2 or not np.allclose(image.direction, np.eye(2)):
+        msg = (
+            f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction "
+            f"{image.direction.tolist()}."
+        )
+        raise ValueError(msg)
+    size, first = np.array(image.spacing), np.array(image.origin)
+    shape = np.array(image.shape)
+    index = np.stack(np.meshgrid(*map(np.arange, shape)), axis=-1).reshape(-1, 2)
+    reference = first + index * size
+    section = (reference + image.numpy()[index[:, 0], index[:, 1]]) * units[0]
+    reference = reference * units[1]
+    matrix = landmark_matrix(section, reference, "affine")
+    pull = (apply_affine(section, matrix) - reference).reshape(*shape[::-1], 2).astype(np.float32)
+    corner = (first - 0.5 * size) * units[1]
+    grid = np.array([[size[0] * units[1], 0, corner[0]], [0, size[1] * units[1], corner[1]], [0, 0, 1.0]])
+    push = np.zeros_like(pull)
+    for _ in range(_ROUNDS):  # a point that was pushed is pulled to its old place
+        back = SectionTransform(np.eye(3), pull, push, grid).inverse(reference + push.reshape(-1, 2))
+        push -= (back - reference).reshape(push.shape).astype(np.float32)
+    return SectionTransform(matrix, pull, push, grid)
+
+
+def _write_field(path: Path, transform: SectionTransform, reference: Level) -> None:
+    """Write the way from points of the reference image to the section, in um, affine part included."""
+    import ants
+
+    height, width = reference.shape
+    corners = apply_affine(np.array([[0, 0], [width, 0], [0, height], [width, height]], float), reference.to_um)
+    low, extent = corners.min(axis=0), np.ptp(corners, axis=0)
+    step = extent.max() / _COARSE
+    if transform.grid is not None:
+        step = min(step, float(np.linalg.norm(transform.grid[:2, 0])))
+    shape = np.ceil(extent / step).astype(int)
+    first = low + 0.5 * step
+    points = first + np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 2) * step
+    field = (transform.inverse(points) - points).reshape(*shape, 2).astype(np.float32)
+    image = ants.from_numpy(field, origin=tuple(first), spacing=(step, step), has_components=True)
+    ants.image_write(image, str(path))

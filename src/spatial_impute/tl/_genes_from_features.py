@@ -99,8 +99,9 @@ def genes_from_features(
     n_features = model.network.head.in_channels
     if element.sizes["c"] != n_features or found.get("model", model.identity) != model.identity:
         msg = (
-            f"`sdata.images[{features_key!r}]` holds {element.sizes['c']} channels of model {found.get('model')!r}; this "
-            f"model ({model.identity!r}) has {n_features} features. Run `si.tl.predict_dense(..., features=True)` with it."
+            f"`sdata.images[{features_key!r}]` holds {element.sizes['c']} channels of model {found.get('model')!r}; "
+            f"this model ({model.identity!r}) has {n_features} features. Run `si.tl.predict_dense(..., features=True)` "
+            "with it."
         )
         raise ValueError(msg)
     network = model.network.with_genes(index)

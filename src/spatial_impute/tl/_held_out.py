@@ -10,6 +10,7 @@ import numpy as np
 
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_levels, spots_by_section
+from spatial_impute.tl._impute_pixnet import section_spots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._stack import Section
     from spatial_impute.models._spots import Spots
+    from spatial_impute.tl._impute_pixnet import SectionSpots
 
 _OVERLAP = 0.98  # of the sum of two radii: spots that touch do not overlap, except for rounding
 
@@ -34,6 +36,8 @@ class HeldOut:
     spots: Spots
     """Of all stacks, as the methods need them that use the image alone."""
     folds: list[np.ndarray]
+    table_key: str
+    layer: str
 
     def without(self, fold: np.ndarray) -> list[Spots]:
         """Stacks whose spots of the fold are hidden."""
@@ -67,6 +71,12 @@ class HeldOut:
         for sdata, table, first in zip(self.stacks, self.tables, self.first_rows, strict=True):
             for section, centers, radius, rows in spots_by_section(sdata, load_record(sdata), table):
                 yield sdata, section, centers, radius, first + rows
+
+    def pixnet_sections(self) -> list[SectionSpots]:
+        """Sections with spots, as PixNet reads them."""
+        options = {"table_key": self.table_key, "layer": self.layer}
+        each = zip(self.stacks, self.tables, self.first_rows, strict=True)
+        return [s for sdata, table, first in each for s in section_spots(sdata, table, first=first, **options)]
 
     def parts(self) -> list[np.ndarray]:
         """(n,) mask of the measured spots of each section."""

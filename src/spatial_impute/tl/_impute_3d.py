@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,15 +73,15 @@ def impute_3d(
         Key of the 3D graph: the `key_added` of :func:`~spatial_impute.tl.build_3d_graph`.
     depth
         Total counts (all genes) of the measurement that ``layers['asign_sd']`` describes: a number, or a column of
-        ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the measured
-        spots. The imputed values do not depend on it.
+        ``obs``. By default the expected total counts of each spot, predicted from ``obs['total_counts']`` of the
+        measured spots. The imputed values do not depend on it.
     measured
         Values of measured spots in the result. ``"keep"``: the measurement, with its counting noise. ``"denoise"``: the
-        expression that the model expects there from the other measured spots and the image, without the measurement of the
-        spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is then of
-        one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice.
-        A fifth of the measured spots is left out at a time, so that this takes six times as long.
-        ``layers['measured']`` stays the measurement, from which everything is fitted and scored.
+        expression that the model expects there from the other measured spots and the image, without the measurement of
+        the spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is
+        then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice. A fifth of the measured spots is
+        left out at a time, so that this takes six times as long. ``layers['measured']`` stays the measurement, from
+        which everything is fitted and scored.
     parts
         Also write what the parts of the model predict, to compare them with
         :func:`~spatial_impute.metrics.evaluate`: the base, the networks alone, and the blend without the networks.
@@ -90,20 +90,20 @@ def impute_3d(
     key_added
         Layer to write.
     inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates and
-        graphs of the table.
+        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates
+        and graphs of the table.
 
     Returns
     -------
     ``None``, or an AnnData with ``inplace=False``. Writes to `sdata.tables['stack']`:
 
     `.layers['asign']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) in the units of the model (log1p counts). Measured spots keep their measurement, unless `measured`
-        says otherwise.
+        (n_spots, n_genes) in the units of the model (log1p counts). Measured spots keep their measurement, unless
+        `measured` says otherwise.
     `.layers['asign_sd']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, n_genes) standard deviation of a measurement around the imputed value. Intervals of 1.645 standard
-        deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots that
-        keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
+        deviations to either side cover 90 % of held-out spots. They are wider where the support is low, and 0 at spots
+        that keep their measurement. On sections with another depth or stain than the measured ones they cover less; no
         held-out block can show that.
     `.X`, `.uns['X_layer']`
         A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
@@ -143,18 +143,15 @@ def impute_3d(
     require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT))
     require_one_of(measured, ("keep", "denoise"), name="measured")
     device = require_device(device)
-    stack = _Stack.read(sdata, model, table_key=table_key, layer=layer, graph_key=graph_key)
-    wanted = _wanted_depth(depth, stack.table, stack.spots, where=f"sdata.tables[{table_key!r}].obs")
-    found = stack.model._impute(stack.spots, depth=wanted, device=device, parts=parts)
-    kept = stack.spots.known
+    table, spots, model, origin = _read_stack(sdata, model, table_key=table_key, layer=layer, graph_key=graph_key)
+    wanted = _wanted_depth(depth, table, spots, where=f"sdata.tables[{table_key!r}].obs")
+    found, kept = model._impute(spots, depth=wanted, device=device, parts=parts), spots.known
     if measured == "denoise" and kept.sum() > 1:  # a single spot has no other to be expected from
-        _leave_out(stack.model, stack.spots, found, depth=wanted, device=device)
+        _leave_out(model, spots, found, depth=wanted, device=device)
         kept = np.zeros_like(kept)
-    settings = {
-        "measured": measured,
-        "depth": "expected" if depth is None else depth if isinstance(depth, str) else float(depth),
-    }
-    result = _as_layer(key_added, found, kept, stack.model, stack.origin | settings)
+    origin["measured"] = measured
+    origin["depth"] = "expected" if depth is None else depth if isinstance(depth, str) else float(depth)
+    result = _as_layer(key_added, found, kept, model, origin)
     target = stack_table(sdata, table_key)
     if not inplace:
         return result.to_anndata(target)
@@ -162,43 +159,36 @@ def impute_3d(
     return None
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """Parts of a stack that a model reads."""
+def _read_stack(
+    sdata: SpatialData, model: AsignModel | AsignPanels, *, table_key: str, layer: str, graph_key: str
+) -> tuple[AnnData, Spots, AsignModel | AsignPanels, dict[str, Any]]:
+    """Table, spots, model and provenance, after a comparison with those of the fit.
 
-    table: AnnData
-    spots: Spots
-    model: AsignModel | AsignPanels  # or the part of it that predicts a stack without a measured spot
-    origin: dict[str, Any]  # provenance
+    The model is the part of it that predicts a stack without a measured spot, if there is none.
+    """
+    from spatial_impute.models.asign._model import CohortModel
 
-    @classmethod
-    def read(
-        cls, sdata: SpatialData, model: AsignModel | AsignPanels, *, table_key: str, layer: str, graph_key: str
-    ) -> _Stack:
-        """Read the spots and compare them with those of the fit."""
-        from spatial_impute.models.asign._model import CohortModel
-
-        record = load_record(sdata)
-        cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
-        table, spots = read_spots(
-            sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
-        )
-        if model is cohort:
-            table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
-        elif cohort is not None and not spots.known.any():
-            model = cohort
-        _require_fit(table, model)
-        base_layers = kinds_of_bases(model.config.get("base_layers", {}))
-        spots = with_bases(spots, table, base_layers)
-        origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
-        if base_layers:
-            origin["base_layers"] = base_layers
-            origin[Keys.STATE] |= bases_state(table, record, base_layers)
-        if not spots.known.any():
-            del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
-        if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
-            origin[Keys.SEEN] = section_images(sdata, record, seen)
-        return cls(table, spots, model, origin)
+    record = load_record(sdata)
+    cohort = model if isinstance(model, CohortModel) else getattr(model, "cohort", None)
+    table, spots = read_spots(
+        sdata, table_key=table_key, layer=layer, graph_key=graph_key, allow_unmeasured=cohort is not None
+    )
+    if model is cohort:
+        table, spots = _without_measurement(table), replace(spots.hide(spots.known), total_counts=None)
+    elif cohort is not None and not spots.known.any():
+        model = cohort
+    _require_fit(table, model)
+    base_layers = kinds_of_bases(model.config["base_layers"])
+    spots = with_bases(spots, table, base_layers)
+    origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
+    if base_layers:
+        origin["base_layers"] = base_layers
+        origin[Keys.STATE] |= bases_state(table, record, base_layers)
+    if not spots.known.any():
+        del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
+    if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
+        origin[Keys.SEEN] = section_images(sdata, record, seen)
+    return table, spots, model, origin
 
 
 def _as_layer(
@@ -244,8 +234,9 @@ def _leave_out(
 ) -> None:
     """Replace the results of measured spots by those from the other spots, in place.
 
-    Spots that are left out together are drawn at random, so most of their neighbors stay: an imputed spot of the next section
-    has measured spots around it as well. They are drawn in the order of their places, not of the rows of the table.
+    Spots that are left out together are drawn at random, so most of their neighbors stay: an imputed spot of the next
+    section has measured spots around it as well. They are drawn in the order of their places, not of the rows of the
+    table.
     """
     rows = np.flatnonzero(spots.known)
     rows = rows[np.lexsort(np.round(spots.xyz[rows], 3).T)]
@@ -280,15 +271,15 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
             f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
-    wanted, found = model.config.get("features"), feature_settings(table)
-    if wanted is not None and wanted != found:
+    wanted, found = model.config["features"], feature_settings(table)
+    if wanted != found:
         differ = {key: (wanted[key], found[key]) for key in found if wanted[key] != found[key]}
         msg = (
-            f"The model was fitted on features with other settings (model, stack): {differ}. Run `si.pp.extract_features` "
-            "as for the model."
+            f"The model was fitted on features with other settings (model, stack): {differ}. Run "
+            "`si.pp.extract_features` as for the model."
         )
         raise ValueError(msg)
-    require_same_units((model.config.get("units", "unknown"), units(table)))
+    require_same_units((model.config["units"], units(table)))
 
 
 def _wanted_depth(depth: float | str | None, table: AnnData, spots: Spots, *, where: str) -> np.ndarray | None:

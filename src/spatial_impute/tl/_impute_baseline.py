@@ -36,13 +36,13 @@ def impute_baseline(
     sdata
         Registered stack.
     method
-        ``"mean"`` (mean profile of the measured sections), ``"nearest"`` (nearest measured spot), ``"knn"`` (mean of the
-        nearest measured spots), ``"kernel"`` (Gaussian kernel on the registered distance), ``"propagation"`` (clamped
-        label propagation on the 3D graph :cite:p:`Zhu2002`), ``"ridge"`` (ridge regression on image features),
-        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread), ``"cokriging"`` (Gaussian processes on position
-        and image features) or ``"hest"`` (the recipe by which HEST-Bench scores encoders: standardised image features, 256
-        principal components, ridge regression with a fixed penalty; for comparison with published figures, and no part of
-        ASIGN).
+        ``"mean"`` (mean profile of the measured sections), ``"nearest"`` (nearest measured spot), ``"knn"`` (mean of
+        the nearest measured spots), ``"kernel"`` (Gaussian kernel on the registered distance), ``"propagation"``
+        (clamped label propagation on the 3D graph :cite:p:`Zhu2002`), ``"ridge"`` (ridge regression on image features),
+        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread), ``"cokriging"`` (Gaussian processes on
+        position and image features) or ``"hest"`` (the recipe by which HEST-Bench scores encoders: standardised image
+        features, 256 principal components, ridge regression with a fixed penalty; for comparison with published
+        figures, and no part of ASIGN).
     table_key
         Name of the stack table.
     layer
@@ -52,8 +52,8 @@ def impute_baseline(
     key_added
         Layer to write; ``"baseline_{method}"`` by default.
     inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates and
-        graphs of the table.
+        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates
+        and graphs of the table.
 
     Returns
     -------

@@ -11,11 +11,11 @@ import numpy as np
 from spatial_impute._keys import Keys
 from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state, write_slots
+from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state
 from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
-from spatial_impute.tl._provenance import measured_hash
+from spatial_impute.tl._provenance import ImputedLayer, measured_hash
 from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def impute_pixnet(
 
     A model fitted on all measured spots predicts the spots that were not measured. Measured spots are split into folds,
     and a model fitted on the other folds predicts each fold. The result can be compared with the measurement.
-    :func:`fit_asign` can use it as a further base (``base_layers=["pixnet"]``) and weighs it by its scores on these folds.
+    :func:`fit_asign` can use it as a further base (``base_layers=["pixnet"]``) and weighs it by its scores on these
+    folds.
 
     Parameters
     ----------
@@ -62,8 +63,8 @@ def impute_pixnet(
     model_params
         Advanced settings of PixNet; see :class:`~spatial_impute.models.PixNetParams`.
     n_folds
-        Number of folds if one section is measured. If several are measured, each section is a fold. For a base of ASIGN,
-        `n_folds`, `block_spacings` and `seed` must be those of the later :func:`fit_asign` call.
+        Number of folds if one section is measured. If several are measured, each section is a fold. For a base of
+        ASIGN, `n_folds`, `block_spacings` and `seed` must be those of the later :func:`fit_asign` call.
     block_spacings
         Edge of a block in spot spacings: the folds of a single section consist of square blocks.
     tile_size
@@ -82,8 +83,8 @@ def impute_pixnet(
     ``None``. Writes to `sdata.tables['stack']`:
 
     `.layers['pixnet']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) predictions in the units of `layer`, also at measured spots. A spot without a pixel on its image
-        gets the mean profile.
+        (n_spots, n_genes) predictions in the units of `layer`, also at measured spots. A spot without a pixel on its
+        image gets the mean profile.
     `.X`, `.uns['X_layer']`
         A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
     `.obs['pixnet_fold']` : (``int64``)
@@ -151,8 +152,8 @@ def impute_pixnet(
         Keys.STATE: {**table_state(table, record, layer=layer), "images": section_images(sdata, record)},
         "version": version("spatial-impute"),
     }
-    layers, obs = {key_added: values.astype(np.float32)}, {Keys.fold(key_added): fold}
-    write_slots(table, table_key, {"layers": layers, "obs": obs, "uns": {key_added: origin}})
+    result = ImputedLayer(key_added, values.astype(np.float32), origin, obs={Keys.fold(key_added): fold})
+    result.write(table, table_key)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ def match_sections(
 ) -> None:
     """Bring several measured sections to a common offset and scale of each gene.
 
-    Sections of different depth or batch differ even where the tissue is the same. Each gene of each section gets an offset
-    and a scale, estimated at the places that all measured sections cover, and shrunk by their standard error. A straight
-    line along z through the sections is kept, so that a real gradient stays. So with two measured sections only the scale
-    can be matched, and with three an odd one at the end looks like a gradient.
+    Sections of different depth or batch differ even where the tissue is the same. Each gene of each section gets an
+    offset and a scale, estimated at the places that all measured sections cover, and shrunk by their standard error. A
+    straight line along z through the sections is kept, so that a real gradient stays. So with two measured sections
+    only the scale can be matched, and with three an odd one at the end looks like a gradient.
 
     Fit and impute with the result: ``si.tl.fit_asign(sdata, layer="matched")``, ``si.tl.impute_3d(sdata, model,
     layer="matched")``.
@@ -45,9 +45,9 @@ def match_sections(
     sdata
         Registered stack with two or more measured sections.
     choose
-        Hold out each measured section, predict it by co-kriging (or the kernel, without features) from the others as they
-        are and as they are matched among themselves, and keep them as they are unless matching gives the higher correlation.
-        This needs three measured sections; of three only the scale is judged. False always matches.
+        Hold out each measured section, predict it by co-kriging (or the kernel, without features) from the others as
+        they are and as they are matched among themselves, and keep them as they are unless matching gives the higher
+        correlation. This needs three measured sections; of three only the scale is judged. False always matches.
     table_key
         Name of the stack table.
     layer
@@ -64,8 +64,9 @@ def match_sections(
     `.varm['matched_shift']`, `.varm['matched_ratio']` : (``float64``)
         (n_genes, n_sections) shift and ratio of spreads of each measured section, in the order of the stack.
     `.uns['matched']` : :class:`dict`
-        ``used`` (False if the sections were left as they are), ``sections``, ``n_places`` that they share, the correlations
-        ``r_as_measured`` and ``r_matched`` on held-out sections (NaN with ``choose=False``), ``layer``, ``version``.
+        ``used`` (False if the sections were left as they are), ``sections``, ``n_places`` that they share, the
+        correlations ``r_as_measured`` and ``r_matched`` on held-out sections (NaN with ``choose=False``), ``layer``,
+        ``version``.
 
     Raises
     ------
@@ -74,8 +75,8 @@ def match_sections(
     TypeError
         If `choose` is neither True nor False.
     ValueError
-        If `key_added` names other data, fewer than two sections are measured, they have different genes, or they share too
-        few places.
+        If `key_added` names other data, fewer than two sections are measured, they have different genes, or they share
+        too few places.
 
     Examples
     --------

@@ -38,15 +38,16 @@ def points_3d(
 ) -> Any:
     """Make points with x, y and z of the spots of all registered sections, for the 3D view of napari and other viewers.
 
-    In SpatialData the height of a section is a number beside its spots (``obs["z"]``), and a viewer shows each section as a
-    plane of its own. Points can have three coordinates.
+    In SpatialData the height of a section is a number beside its spots (``obs["z"]``), and a viewer shows each section
+    as a plane of its own. Points can have three coordinates.
 
     Parameters
     ----------
     sdata
         Stack registered by :func:`register_stack`.
     columns
-        Genes, or columns of ``obs`` of the stack table, that become columns of the points, beside ``section`` and ``measured``.
+        Genes, or columns of ``obs`` of the stack table, that become columns of the points, beside ``section`` and
+        ``measured``.
     layer
         Layer of the genes.
     key_added
@@ -59,16 +60,16 @@ def points_3d(
     ``None``, or the points with ``inplace=False``. Writes:
 
     `sdata.points['stack_points']`
-        x, y, z in um in the coordinate system of the registration (``"aligned"``), one point per spot in the order of the
-        table, with ``spot`` (its name in the table), ``section``, ``measured`` and the columns that were asked for.
+        x, y, z in um in the coordinate system of the registration (``"aligned"``), one point per spot in the order of
+        the table, with ``spot`` (its name in the table), ``section``, ``measured`` and the columns that were asked for.
 
     Raises
     ------
     KeyError
         If the stack is not registered, or a gene, column or layer does not exist.
     ValueError
-        If `key_added` is the name of another element, `columns` names ``x``, ``y`` or ``spot``, or spots or images were changed
-        after the registration.
+        If `key_added` is the name of another element, `columns` names ``x``, ``y`` or ``spot``, or spots or images were
+        changed after the registration.
 
     Examples
     --------

@@ -61,8 +61,8 @@ def predict_dense(
     """Predict a dense map of expression from an H&E image.
 
     The map is computed tile by tile. Each tile is read with all the surrounding pixels that the network needs, so the
-    values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also by
-    ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
+    values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also
+    by ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
     :class:`dask.distributed.Client` is active, its workers do that, and the values are the same.
 
     Parameters
@@ -88,17 +88,18 @@ def predict_dense(
     tile_size
         Edge of a tile in px at the resolution of the model.
     output_dtype
-        Type of the stored values: ``"float16"``, ``"float32"`` or ``"float64"``. The model computes in its own precision.
+        Type of the stored values: ``"float16"``, ``"float32"`` or ``"float64"``. The model computes in its own
+        precision.
     store
-        Directory of a SpatialData object to write the map into. An interrupted call leaves no element there; a later call
-        with the same arguments continues from it.
+        Directory of a SpatialData object to write the map into. An interrupted call leaves no element there; a later
+        call with the same arguments continues from it.
     overwrite
         Replace an element of that name in the store, when the new one is complete.
     device
         Torch device; ``settings.device`` by default.
     precision
-        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %, and tiles
-        that agree no better than that.
+        ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %,
+        and tiles that agree no better than that.
     key_added
         Image to write; ``"{image_key}_expression"`` by default.
     inplace
@@ -163,10 +164,9 @@ def predict_dense(
         "n_tiles_predicted": len(job.wanted),
         "tissue_only": job.tissue is not None,
     }
-    # In `sdata.attrs`, because attributes of elements are not written to disk.
-    ours = dict(sdata.attrs.get(Keys.ATTRS, {}))
-    ours[Keys.DENSE] = {**ours.get(Keys.DENSE, {}), key: entry}
-    sdata.attrs[Keys.ATTRS] = ours
+    # In `sdata.attrs`, because attributes of elements are not written to disk. A part of an object shares its attrs.
+    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.DENSE: {**dense_maps(sdata), key: entry}}
+    sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.DENSE!r}][{key!r}]")
     return None
 
@@ -247,16 +247,13 @@ def _lazy_array(job: DenseJob) -> Any:
 
     shared = dask.delayed(job, pure=False, traverse=False)
     rows, columns = job.tiling.shape
-    blocks = []
-    for i in range(rows):
-        row = []
-        for j in range(columns):
-            y, x = job.place((i, j))
-            shape = (job.n_channels, y.stop - y.start, x.stop - x.start)
-            if (i, j) in job.wanted:
-                tile = dask.delayed(type(job).compute)(shared, (i, j))
-                row.append(da.from_delayed(tile, shape, dtype=job.dtype, meta=np.empty((0, 0, 0), job.dtype)))
-            else:
-                row.append(da.full(shape, np.nan, dtype=job.dtype, chunks=shape))
-        blocks.append(row)
-    return da.block(blocks)
+
+    def block(tile: tuple[int, int]) -> Any:
+        y, x = job.place(tile)
+        shape = (job.n_channels, y.stop - y.start, x.stop - x.start)
+        if tile not in job.wanted:
+            return da.full(shape, np.nan, dtype=job.dtype, chunks=shape)
+        values = dask.delayed(type(job).compute)(shared, tile)
+        return da.from_delayed(values, shape, dtype=job.dtype, meta=np.empty((0, 0, 0), job.dtype))
+
+    return da.block([[block((i, j)) for j in range(columns)] for i in range(rows)])

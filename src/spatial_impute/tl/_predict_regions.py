@@ -50,8 +50,8 @@ def predict_regions(
 ) -> AnnData | None:
     """Predict expression of circles or polygons of any size, without computing a map.
 
-    The value of a region is the mean (or sum) of the dense map over its pixels, exactly. Only tiles that regions touch are
-    computed, each once. Regions may overlap, extend over many tiles, or extend beyond the image.
+    The value of a region is the mean (or sum) of the dense map over its pixels, exactly. Only tiles that regions touch
+    are computed, each once. Regions may overlap, extend over many tiles, or extend beyond the image.
 
     Parameters
     ----------
@@ -92,7 +92,8 @@ def predict_regions(
         (n_shapes, n_genes) in the units of the model; NaN for shapes without a pixel on the image. A warning says how
         many these are.
     `.obs['n_pixels']` : (``float64``)
-        Pixels of the shape on the image at the resolution of the model; the area of a shape that is too small for a pixel.
+        Pixels of the shape on the image at the resolution of the model; the area of a shape that is too small for a
+        pixel.
     `.var['imputation_r']` : (``float64``)
         Correlation of the gene on held-out regions of the training slides.
     `.obsm['spatial']` : :class:`numpy.ndarray` (``float64``)

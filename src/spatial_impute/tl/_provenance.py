@@ -102,7 +102,7 @@ def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
         "aggregate": model.config["aggregate"],
         "resolution_um": float(model.config["resolution"]),
         "trained_on": [entry["image"] for entry in model.config["trained_on"]],
-        "seed": int(model.config.get("seed", -1)),  # models of 0.1.0.dev had none
+        "seed": int(model.config["seed"]),
         "version": version("spatial-impute"),
     }
 
@@ -141,30 +141,28 @@ def bases_state(table: AnnData, record: StackRecord, base_layers: Iterable[str])
 def compare_with_fit(
     sdata: SpatialData, table: AnnData, model: AsignModel | AsignPanels, now: dict[str, str]
 ) -> list[str]:
-    """Warn if a stack that the model was fitted on has changed; return its sections whose measurement the model has seen.
+    """Warn if a stack that the model was fitted on has changed; return hidden sections that the model has seen.
 
     `now` are the fingerprints of the slots that the model reads.
     """
     record, ids = load_record(sdata), measured_ids(table)
     hidden = set(table.obs[Keys.SECTION][~table.obs[Keys.MEASURED].to_numpy(bool)].astype(str))
     leaked: list[str] = []
-    for stack in model.config.get("stacks", ()):
+    for stack in model.config["stacks"]:
         seen = sections_seen(sdata, record, table, stack["sections"])
         leaked += [n for n, then in seen.items() if n in hidden and ids[n] != stack["sections"][then]["measured"]]
         slots = [k for k in ("positions", "features", "graph", "measured", "bases") if k in stack]
         changed = [k for k in slots if now.get(k, stack[k]) != stack[k]]
         if seen and changed:
             logger.warning(
-                "The model was fitted on this stack before these changed: %s. Fit it again with `si.tl.fit_asign(sdata)`.",
+                "The model was fitted on this stack before these changed: %s. Fit it again with "
+                "`si.tl.fit_asign(sdata)`.",
                 ", ".join(SLOT_WORDS[key] for key in changed),
             )
-    if "stacks" not in model.config:  # a model of an earlier version knows names only
-        trained = {str(name) for names in model.config.get("sections", ()) for name in names}
-        leaked = [name for name in record.names if name in trained and name in hidden and not ids.get(name)]
     if leaked:
         logger.warning(
-            "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed values "
-            "contain that measurement, so do not score them. Fit a model without them.",
+            "The model was fitted on measured spots of the sections %s, which are not measured now. Their imputed "
+            "values contain that measurement, so do not score them. Fit a model without them.",
             leaked,
         )
     return leaked
@@ -177,20 +175,22 @@ def measured_hash(spots: Spots) -> str:
     return digest.hexdigest()[:16]
 
 
-def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
-    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
-    ids = measured_ids(table)
+def _section_states(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Fingerprints of image and spots of each section with spots."""
     section = table.obs[Keys.SECTION].astype(str).to_numpy()
     own = np.asarray(table.obsm[Keys.SPATIAL], float) if Keys.SPATIAL in table.obsm else np.zeros((table.n_obs, 2))
     return {
-        name: {
-            "image": section_image(sdata, record[name]),
-            "spots": fingerprint(own[section == name]),
-            "measured": ids[name],
-        }
+        name: {"image": section_image(sdata, record[name]), "spots": fingerprint(own[section == name])}
         for name in record.names
-        if ids.get(name)
+        if (section == name).any()
     }
+
+
+def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
+    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
+    ids = measured_ids(table)
+    states = _section_states(sdata, record, table)
+    return {name: {**state, "measured": ids[name]} for name, state in states.items() if ids[name]}
 
 
 def sections_seen(
@@ -198,20 +198,15 @@ def sections_seen(
 ) -> dict[str, str]:
     """Sections of this stack that a model was fitted on: their name, and the name that they had then.
 
-    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack share
-    an image, the spots must be the same as well.
+    A section is the same if it has the same image, or the same name and the same spots. Where sections of this stack
+    share an image, the spots must be the same as well.
     """
-    section = table.obs[Keys.SECTION].astype(str).to_numpy()
-    images = {name: section_image(sdata, record[name]) for name in record.names}
-    found = {}
-    for name, image in images.items():
-        rows = section == name
-        if not rows.any():
-            continue
-        shared = list(images.values()).count(image) > 1
-        spots = fingerprint(np.asarray(table.obsm[Keys.SPATIAL], float)[rows]) if Keys.SPATIAL in table.obsm else ""
+    states, found = _section_states(sdata, record, table), {}
+    images = [state["image"] for state in states.values()]
+    for name, now in states.items():
+        shared = images.count(now["image"]) > 1
         for then, state in learned.items():
-            same_image, same_spots = image and image == state["image"], spots == state["spots"]
+            same_image, same_spots = now["image"] == state["image"] != "", now["spots"] == state["spots"]
             if (same_spots and (same_image or then == name)) or (same_image and not shared):
                 found[name] = then
     return found

@@ -22,7 +22,7 @@ from spatial_impute._stack import (
     require_spatialdata,
     warn,
 )
-from spatial_impute._validation import name_list, require_finite, require_key, require_positive
+from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
 if TYPE_CHECKING:
@@ -61,15 +61,7 @@ class ExpressionChoice:
 
 
 def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
-    """Coordinate system of an image (and shapes), and its unit.
-
-    Raises
-    ------
-    KeyError
-        If an element or the coordinate system does not exist.
-    ValueError
-        If the coordinate system or its unit is not clear.
-    """
+    """Coordinate system of an image (and shapes), and its unit; a ``ValueError`` if one of them is not clear."""
     from spatialdata.transformations import get_transformation
 
     require_spatialdata(sdata)
@@ -84,12 +76,8 @@ def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choic
     if name is None:
         name = _shared_system(systems) if section is None else section
     for element, found in systems.items():
-        require_key(
-            name,
-            found,
-            where=f"coordinate systems of sdata.{element}",
-            then="Add one with `spatialdata.transformations.set_transformation`.",
-        )
+        then = "Add one with `spatialdata.transformations.set_transformation`."
+        require_key(name, found, where=f"coordinate systems of sdata.{element}", then=then)
     if choice.mpp is not None:
         return Frame(name, require_positive(choice.mpp, name="mpp", unit="um per unit"))
     if section is None or name not in (section, Keys.ALIGNED):
@@ -129,27 +117,25 @@ def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]
     levels = image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
     if not levels[0].pixel_size >= _FINEST:
         msg = (
-            f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than light "
-            "can show. Check `mpp` and the transformation of the image."
+            f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than "
+            "light can show. Check `mpp` and the transformation of the image."
         )
         raise ValueError(msg)
     return levels
 
 
 def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regions, pd.Index]:
-    """Circles or polygons in um, and their ids; a ``ValueError`` for other shapes and for values that are not finite."""
+    """Circles or polygons in um, and their ids; a ``ValueError`` for other shapes or values that are not finite."""
     shapes = sdata.shapes[shapes_key]
     matrix = scaling(frame.um) @ element_affine(shapes, frame.name)
     where = f"sdata.shapes[{shapes_key!r}]"
-    if not shapes.index.is_unique:
-        msg = f"Ids of `{where}` must be unique, but {shapes.index[shapes.index.duplicated()][0]!r} occurs more than once."
-        raise ValueError(msg)
+    require_unique(shapes.index, name=f"Ids of `{where}`")
     kinds = set(shapes.geom_type.unique())
     if kinds == {"Point"} and "radius" in shapes:
         if anisotropy(matrix) > _MAX_STRETCH:
             msg = (
-                f"The transformation of `{where}` to {frame.name!r} stretches one axis {anisotropy(matrix):.2f} times more "
-                "than the other, so its circles have no radius in um."
+                f"The transformation of `{where}` to {frame.name!r} stretches one axis {anisotropy(matrix):.2f} times "
+                "more than the other, so its circles have no radius in um."
             )
             raise ValueError(msg)
         points = np.column_stack([shapes.geometry.x, shapes.geometry.y])
@@ -170,12 +156,7 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
 def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None) -> str:
     """Name of the table whose rows are these shapes; by default the stack table, or the only table.
 
-    Raises
-    ------
-    KeyError
-        If there is no such table.
-    ValueError
-        If there are several tables and `table_key` is None.
+    Raises a ``KeyError`` if there is no such table, a ``ValueError`` if there are several and `table_key` is None.
     """
     if table_key is not None:
         require_key(table_key, sdata.tables, where="sdata.tables")
@@ -215,14 +196,8 @@ def read_measured(
 ) -> Measured:
     """Expression of the measured shapes, joined by id.
 
-    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always.
-
-    Raises
-    ------
-    KeyError
-        If table, layer or genes do not exist.
-    ValueError
-        If nothing is measured, values are not finite, or values are counts where log values are needed or the reverse.
+    Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always. Raises a
+    ``ValueError`` if nothing is measured, or values are not finite, or not of the wanted kind (counts or log values).
     """
     from scipy import sparse
 
@@ -268,8 +243,8 @@ def _measured_rows(
     repeated = pd.Index(place[rows]).duplicated()
     if repeated.any():
         msg = (
-            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep one "
-            "of them."
+            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep "
+            "one of them."
         )
         raise ValueError(msg)
     return rows, place[rows]
@@ -301,7 +276,10 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:
-            msg = f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw counts."
+            msg = (
+                f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw "
+                "counts."
+            )
             raise ValueError(msg)
         return values, "counts"
     if choice.target_sum is not None:
@@ -315,7 +293,8 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     if raw:
         msg = (
             f"`{where}` holds raw counts (integers up to {data.max():g}); log-normalised expression is expected. Use "
-            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, or "
+            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, "
+            "or "
             'take a loss for counts (`model_params={"loss": "poisson"}`).'
         )
         raise ValueError(msg)
@@ -338,9 +317,9 @@ def slide_state(
 def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
     """Warn if a slide that the model was fitted on is in this object, and has changed since."""
     for entry in model.config["trained_on"]:
-        then = entry.get(Keys.STATE)
-        if then is None or entry["image"] not in sdata.images or entry["shapes"] not in sdata.shapes:
+        if entry["image"] not in sdata.images or entry["shapes"] not in sdata.shapes:
             continue
+        then = entry[Keys.STATE]
         read = dict(then["read"])
         frame = Frame(then["coordinate_system"], then["um"])
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,9 +41,7 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
-from spatial_impute.tl._checked_places import approved_places
-from spatial_impute.tl._given_tissue import TissueReader
-from spatial_impute.tl._given_transforms import PlaceReader, check_skip
+from spatial_impute.tl._given_places import PlaceReader, approved_places, check_skip, given_tissue, tissue_keys
 from spatial_impute.tl._write_registration import write_registration
 
 if TYPE_CHECKING:
@@ -53,10 +52,10 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
-    from spatial_impute.tl._given_transforms import Placement
+    from spatial_impute.tl._given_places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
-# Tissue rarely fills less than half of the side of its scan. With this factor it still has the pixels that registration needs.
+# Tissue rarely fills less than half of the side of its scan. It then still has the pixels that registration needs.
 _SCAN_PER_TISSUE = 2.2
 
 
@@ -98,9 +97,9 @@ def register_stack(
 
     For each pair of sections, all rotations and both faces are searched. The best starts are refined by a rigid and an
     affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
-    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then gets
-    one smooth deformation onto the next section on its path to the reference, if different parts of the tissue agree on
-    it. Otherwise the section keeps its affine place, and its row gives the reason.
+    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then
+    gets one smooth deformation onto the next section on its path to the reference, if different parts of the tissue
+    agree on it. Otherwise the section keeps its affine place, and its row gives the reason.
 
     Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
     repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
@@ -112,26 +111,26 @@ def register_stack(
     reference
         Section that stays in its place; by default that of the stack record (the first measured section).
     method
-        ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue that was
-        hidden from the fit fits clearly better with it).
+        ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue
+        that was hidden from the fit fits clearly better with it).
     policy
         ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
     order
-        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first, and are
-        put in the order in which neighbors are most alike. They share out their heights in this order. Images do not show
-        which end is the upper one; the direction is the one nearer to the present order.
+        ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first,
+        and are put in the order in which neighbors are most alike. They share out their heights in this order. Images
+        do not show which end is the upper one; the direction is the one nearer to the present order.
     on_failure
         ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
     resolution
         Pixel size in um at which the images are read. By default the longer side of an image gets 2.2 times the pixels
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
     transformations
-        Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the reference
-        (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark arrays (n, 2) in um
-        (in the section, in the reference), or ``"aligned"`` for a section that is aligned already. ``"aligned"`` keeps the
-        transformation to `target_coordinate_system`; without one, the frame of the section is that of the reference. These
-        places are used as they are, without a fit; neighbours are registered to them.
+        Sections whose place is known. The place is a (3, 3) matrix from the frame of the section to that of the
+        reference (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark
+        arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is aligned already.
+        ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the frame of the section is
+        that of the reference. These places are used as they are, without a fit; neighbours are registered to them.
     initial
         Starts, in the same form: such a section is fitted from its start, and no other pose is searched.
     skip
@@ -144,9 +143,9 @@ def register_stack(
         :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
         other sections, the tissue is found on the image.
     checked
-        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present registration.
-        Approved sections stay where they are, with their deformation; the others are registered to them. A
-        rejected section needs an entry in `transformations`, `initial` or `skip`.
+        File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present
+        registration. Approved sections stay where they are, with their deformation; the others are registered to them.
+        A rejected section needs an entry in `transformations`, `initial` or `skip`.
     registration_params
         Advanced settings; see :class:`~spatial_impute._registration.RegistrationParams`.
     target_coordinate_system
@@ -165,9 +164,9 @@ def register_stack(
     every element of a section
         The affine part as a transformation to `target_coordinate_system` (um, frame of the reference).
     `sdata.images['{section}_displacement']`, `sdata.images['{section}_displacement_inverse']`
-        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first maps
-        a point of the common frame to its place by the affine part alone (for images), the second maps it back (for
-        points). :func:`warp_element` applies them.
+        (2, y, x) float32 ``dx, dy`` in um on a grid of the common frame, for sections with a deformation. The first
+        maps a point of the common frame to its place by the affine part alone (for images), the second maps it back
+        (for points). :func:`warp_element` applies them.
     `sdata.tables['stack'].obsm['spatial_3d']` : :class:`numpy.ndarray` (``float64``)
         (n_spots, 3) x, y in the common frame, deformation included, and z, um.
     `sdata.attrs['spatial_impute']['stack']['registration']`
@@ -177,8 +176,8 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, `checked` belongs to another registration or another image, or rejects a section without help, or a section
-        fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or another image, or rejects a section without help, or a
+        section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -202,12 +201,13 @@ def register_stack(
     require_slot_key(target_coordinate_system, name="target_coordinate_system", taken=record.names)
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
-    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *name_list(skip, name="skip")})
+    skipped = name_list(skip, name="skip")
+    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *skipped})
     given |= {name: place.transform.matrix for name, place in approved.items()}
     kept = {name: place for name, place in (transformations or {}).items() if isinstance(place, SectionTransform)}
     kept |= {name: place.transform for name, place in approved.items()}
-    skipped = check_skip(sdata, record, reference, name_list(skip, name="skip"), given)
-    tissue = TissueReader.of(sdata, record, tissue_key)
+    check_skip(record, reference, skipped, given)
+    tissue = tissue_keys(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
         msg = f"Sections {both} are in `transformations` and in `initial`; a known place needs no start."
         raise ValueError(msg)
@@ -221,11 +221,11 @@ def register_stack(
         "coordinate_system": target_coordinate_system,
         "params": _jsonable(asdict(params)),
         "skipped": skipped,
-        "tissue": tissue.keys,
+        "tissue": tissue,
         "approved": list(approved),
     }
-    rows = {name: place.row for name, place in approved.items()}
-    request = _Request(reference, settings, params, given, starts, kept, rows, tissue, on_failure, show_progress_bar)
+    by_hand = {name: place.row for name, place in approved.items()}
+    request = _Request(reference, settings, params, given, starts, kept, by_hand, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
         logger.warning(
@@ -241,11 +241,14 @@ def register_stack(
             second,
             gain,
         )
-    result = _Result.from_registered(record, request, found)
+    transforms, rows = _in_sections(record, request, found)
+    pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
     if not inplace:
-        return result.to_public()
-    registration = {**settings, "sections": result.sections, "pairs": _jsonable(result.pairs)}
-    write_registration(sdata, replace(record, reference=reference), result.transforms, registration)
+        matrices = {name: transform.matrix for name, transform in transforms.items()}
+        table = pd.DataFrame([{"section": name, **row} for name, row in rows.items()]).set_index("section")
+        return RegistrationResult(matrices, pd.DataFrame(pairs), transforms, table)
+    registration = {**settings, "sections": rows, "pairs": _jsonable(pairs)}
+    write_registration(sdata, replace(record, reference=reference), transforms, registration)
     return None
 
 
@@ -262,7 +265,6 @@ class _Request:
     """Places of `given` that are used as they are, with their deformation."""
     approved: dict[str, dict[str, Any]]
     """Rows of approved sections."""
-    tissue: TissueReader
     on_failure: str
     show_progress_bar: bool | None
 
@@ -296,7 +298,8 @@ def _thumbnails(
         )
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
         try:
-            mask = request.tissue.mask(section.name, rgb.shape[:2], to_um)
+            key = request.settings["tissue"].get(section.name)
+            mask = None if key is None else given_tissue(sdata, key, section.name, rgb.shape[:2], to_um)
             images[section.name] = SectionImage(rgb, (size_x, size_y), mask)
         except ValueError as error:
             msg = (
@@ -365,53 +368,37 @@ def _warn_of_pixel_size(scales: dict[str, float]) -> None:
     if same and len(scaled) >= len(scales) - 1:
         factor = float(np.median(list(scaled.values())))
         logger.warning(
-            "Sections %s all fit the reference when they are scaled by about %.2f; check the pixel size (`mpp`) of the reference "
-            "and of these sections",
+            "Sections %s all fit the reference when they are scaled by about %.2f; check the pixel size (`mpp`) of the "
+            "reference and of these sections",
             list(scaled),
             factor,
         )
 
 
-@dataclass(frozen=True)
-class _Result:
-    """Transforms and quality in the frames of the sections; rows are plain values for JSON."""
-
-    transforms: dict[str, SectionTransform]
-    sections: dict[str, dict[str, Any]]
-    pairs: list[dict[str, Any]]
-
-    @classmethod
-    def from_registered(cls, record: StackRecord, request: _Request, found: _Registered) -> _Result:
-        base = found.to_section[request.reference]
-        deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
-        errors = section_errors(found.pairs, found.placed, deformed, request.approved)
-        transforms, rows = {}, {}
-        for name in record.names:
-            if name in found.placed:
-                placed = found.placed[name]
-                field, deformation = found.fields.get(name, (None, None))
-                matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
-                transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
-                rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
-            elif name in request.given:
-                placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
-                transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
-                rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
-        rows |= request.approved
-        pairs = [{"fixed": f, "moving": m, "method": p.method, **p.quality} for (f, m), p in found.pairs.items()]
-        return cls(transforms, rows, pairs)
-
-    def to_public(self) -> RegistrationResult:
-        matrices = {name: transform.matrix for name, transform in self.transforms.items()}
-        sections = pd.DataFrame([{"section": name, **row} for name, row in self.sections.items()]).set_index("section")
-        return RegistrationResult(matrices, pd.DataFrame(self.pairs), self.transforms, sections)
+def _in_sections(
+    record: StackRecord, request: _Request, found: _Registered
+) -> tuple[dict[str, SectionTransform], dict[str, dict[str, Any]]]:
+    """Transforms in the frames of the sections, and rows of the sections for the record (JSON)."""
+    base = found.to_section[request.reference]
+    deformed = {name: quality for name, (field, quality) in found.fields.items() if field is not None}
+    errors = section_errors(found.pairs, found.placed, deformed, request.approved)
+    transforms, rows = {}, {}
+    for name in record.names:
+        if name in found.placed:
+            placed = found.placed[name]
+            field, deformation = found.fields.get(name, (None, None))
+            matrix = base @ placed.matrix @ np.linalg.inv(found.to_section[name])
+            transforms[name] = request.kept.get(name) or SectionTransform.from_field(matrix, field, base)
+            rows[name] = _section_row(placed, transforms[name], errors[name], deformation)
+        elif name in request.given:
+            placed = ChainResult(request.given[name], (name, request.reference), "given", 1.0, "ok")
+            transforms[name] = request.kept.get(name) or SectionTransform(placed.matrix)
+            rows[name] = _section_row(placed, transforms[name], {"error_um": 0.0, "error_p90_um": 0.0}, None)
+    return transforms, rows | request.approved
 
 
 def _section_row(
-    placed: ChainResult,
-    transform: SectionTransform,
-    error: dict[str, float | None],
-    deformation: dict[str, Any] | None,
+    placed: ChainResult, transform: SectionTransform, error: dict[str, float | None], deformation: dict[str, Any] | None
 ) -> dict[str, Any]:
     note = [deformation["note"]] if deformation and deformation["note"] else []
     row = {
@@ -431,8 +418,4 @@ def _section_row(
 
 def _jsonable(value: Any) -> Any:
     """Plain Python types only: attrs refuse tuples and NumPy scalars."""
-    if isinstance(value, dict):
-        return {key: _jsonable(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))

@@ -19,7 +19,7 @@ from spatial_impute._stack import (
     to_frames,
 )
 from spatial_impute._validation import require_key
-from spatial_impute.tl._warp_element import SET_TRANSFORMATION, Warp, section_of
+from spatial_impute.tl._warp_element import Warp, section_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +40,8 @@ def transfer_shapes(
 ) -> None:
     """Carry shapes of one section, such as annotations of a pathologist, to other sections, deformations included.
 
-    A place keeps its x and y in the common frame. How far the tissue of two sections is apart there is the expected error
-    of the registration (:func:`spatial_impute.metrics.registration_quality`).
+    A place keeps its x and y in the common frame. How far the tissue of two sections is apart there is the expected
+    error of the registration (:func:`spatial_impute.metrics.registration_quality`).
 
     Parameters
     ----------
@@ -58,16 +58,17 @@ def transfer_shapes(
 
     Returns
     -------
-    ``None``. Writes for each section `sdata.shapes['{key}_on_{section}']`: the shapes in the frame of that section (um), with
-    their columns and names. Long edges get more vertices to follow a deformation. With the default names, shapes of an
-    earlier call are replaced. After a new registration, call this again: the shapes keep their old places.
+    ``None``. Writes for each section `sdata.shapes['{key}_on_{section}']`: the shapes in the frame of that section
+    (um), with their columns and names. Long edges get more vertices to follow a deformation. With the default names,
+    shapes of an earlier call are replaced. After a new registration, call this again: the shapes keep their old places.
 
     Raises
     ------
     KeyError
         If the stack is not registered, the shapes do not exist or belong to no section, or a section is not registered.
     ValueError
-        If the shapes belong to several sections and `section` is not given, there is no other section, or a new name is taken.
+        If the shapes belong to several sections and `section` is not given, there is no other section, or a new name is
+        taken.
 
     Examples
     --------
@@ -79,19 +80,20 @@ def transfer_shapes(
     >>> sorted(name for name in sdata.shapes if "_on_" in name)
     ['s1_tissue_outline_on_s0', 's1_tissue_outline_on_s2']
     """
-    from spatialdata.transformations import Identity, get_transformation, set_transformation
+    from spatialdata.transformations import Identity, set_transformation
 
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     answer(registration_problems(sdata, record))
     require_key(key, sdata.shapes, where="sdata.shapes")
-    own = get_transformation(sdata.shapes[key], get_all=True)
-    section = section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    section = section_of(sdata.shapes[key], key, record, section)
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
     wanted = [name for name in names if name != section]
     if not wanted:
-        msg = f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are {list(rows)}."
+        msg = (
+            f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are "
+            f"{list(rows)}."
+        )
         raise ValueError(msg)
     pattern = Keys.carried(key, "{section}") if key_added is None else key_added
     if not isinstance(pattern, str) or "{section}" not in pattern:

@@ -30,12 +30,10 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-    from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import StackRecord
 
 _CHUNK = 2048  # px; also for pyramids, whose levels spatialdata would otherwise cut into pieces of 256 px
-SET_TRANSFORMATION = "Set a transformation of the element to the frame of the section (um)."
 _SMALLEST_LEVEL = 256  # px along the longer side of the coarsest level of a pyramid
 
 
@@ -50,8 +48,8 @@ def warp_element(
 ) -> Any:
     """Move an element of a section to the common frame, with the deformation if the section has one.
 
-    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy with final
-    coordinates: of annotations, cells, transcripts, images and label masks.
+    :func:`register_stack` gives every element the affine part as a transformation. This function makes a copy with
+    final coordinates: of annotations, cells, transcripts, images and label masks.
 
     Parameters
     ----------
@@ -107,9 +105,7 @@ def warp_element(
     names = [name for _, name, _ in sdata.gen_spatial_elements()]
     require_key(key, names, where="the points, shapes, images and labels of sdata")
     element = sdata[key]
-    own = get_transformation(element, get_all=True)
-    section = section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    section = section_of(element, key, record, section)
     warp = Warp(element_affine(element, section), load_transform(sdata, record, section), target)
     key_added = Keys.aligned(key) if key_added is None else key_added
     if key_added == key:
@@ -130,21 +126,23 @@ def warp_element(
     return None
 
 
-def section_of(own: dict[str, Any], key: str, record: StackRecord) -> str:
-    """The one section that an element with the transformations `own` belongs to."""
+def section_of(element: Any, key: str, record: StackRecord, wanted: str | None) -> str:
+    """Section of the element `key`: the `wanted` one, or the only one to which it has a transformation."""
+    from spatialdata.transformations import get_transformation
+
+    own = get_transformation(element, get_all=True)
+    if wanted is not None:
+        then = "Set a transformation of the element to the frame of the section (um)."
+        require_key(wanted, own, where=f"the coordinate systems of {key!r}", then=then)
+        return wanted
     found = [name for name in record.names if name in own]
-    if len(found) == 1:
-        return found[0]
     if not found:
         msg = f"{key!r} has no transformation to a section of the stack {record.names}. Set one, in um."
         raise KeyError(msg)
-    msg = f"{key!r} belongs to several sections; give `section`, one of {found}."
-    raise ValueError(msg)
-
-
-def fill_value(level: Level, *, white: bool) -> float:
-    """Value of pixels outside an image: 0, or full brightness, which for 12 bits in 16 is 4095."""
-    return level.white if white else 0
+    if len(found) > 1:
+        msg = f"{key!r} belongs to several sections; give `section`, one of {found}."
+        raise ValueError(msg)
+    return found[0]
 
 
 def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, white: bool) -> Any:
@@ -229,7 +227,7 @@ class Warp:
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
         level = best_level(levels, pixel_size / scale)
         is_labels = "c" not in level.data.dims
-        fill = fill_value(level, white=white)
+        fill = level.white if white else 0
         grid = output_grid(finest.shape, finest.to_um, self.transform, pixel_size)
         data = resampled(level, self.transform, grid, nearest=is_labels, fill=fill, chunk=_CHUNK)
         kwargs: dict[str, Any] = {"transformations": {self.target: plane_affine(grid.matrix)}}

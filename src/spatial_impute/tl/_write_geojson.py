@@ -13,7 +13,7 @@ from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._settings import logger
 from spatial_impute._stack import are_circles, element_affine, load_record
 from spatial_impute._validation import require_key
-from spatial_impute.tl._warp_element import SET_TRANSFORMATION, section_of
+from spatial_impute.tl._warp_element import section_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,15 +28,16 @@ _DECIMALS = 2  # of a pixel
 def write_geojson(
     sdata: SpatialData, key: str, path: str | Path, *, section: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of the full-resolution image of the section.
+    """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of its full-resolution image.
 
     Parameters
     ----------
     sdata
         Stack.
     key
-        Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath, columns of
-        numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty polygons.
+        Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath,
+        columns of numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty
+        polygons.
     path
         File to write (``.geojson`` or ``.json``).
     section
@@ -67,15 +68,11 @@ def write_geojson(
     >>> si.tl.write_geojson(sdata, "s1_tissue_outline", "s1.geojson")
     >>> si.pp.add_cells(sdata, "s1", "s1.geojson", key_added="s1_again")
     """
-    from spatialdata.transformations import get_transformation
-
     record = load_record(sdata)
     path = file_to_write(path, ends=(".geojson", ".json"), overwrite=overwrite)
     require_key(key, sdata.shapes, where="sdata.shapes")
     shapes = sdata.shapes[key]
-    own = get_transformation(shapes, get_all=True)
-    section = section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    section = section_of(shapes, key, record, section)
     image = record[section].image
     require_key(image, sdata.images, where="sdata.images", then="The file has pixels of the image of the section.")
     to_pixels = np.linalg.inv(element_affine(sdata.images[image], section))

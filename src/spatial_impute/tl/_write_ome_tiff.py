@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from spatial_impute._stack import (
     section_levels,
 )
 from spatial_impute._validation import require_key, require_one_of, require_positive
-from spatial_impute.tl._warp_element import SET_TRANSFORMATION, fill_value, section_of
+from spatial_impute.tl._warp_element import section_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,12 +36,8 @@ if TYPE_CHECKING:
     from spatial_impute._stack import StackRecord
 
 _BLOCK = 2048  # px along a strip that one task computes
-_WRITTEN_AS = {
-    "bool": "uint8",
-    "float16": "float32",
-    "int64": "int32",
-    "uint64": "uint32",
-}  # types that OME does not have
+# Types that OME does not have.
+_WRITTEN_AS = {"bool": "uint8", "float16": "float32", "int64": "int32", "uint64": "uint32"}
 
 
 def write_ome_tiff(
@@ -72,15 +68,16 @@ def write_ome_tiff(
     section
         Section of the element; by default the one section to which it has a transformation.
     canvas
-        ``"reference"``: the frame of the image of the reference, so that all files of a stack have the same pixels; what
-        lies outside is cut off. ``"section"``: the whole registered image.
+        ``"reference"``: the frame of the image of the reference, so that all files of a stack have the same pixels;
+        what lies outside is cut off. ``"section"``: the whole registered image.
     pixel_size
         Pixel size in um; by default that of the image of the reference (``canvas="reference"``) or of the element.
     compression
-        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red, green and
-        blue, and deflate (without loss) for others and for labels.
+        ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red,
+        green and blue, and deflate (without loss) for others and for labels.
     overwrite
-        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read from.
+        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read
+        from.
     show_progress_bar
         Show a progress bar; ``settings.show_progress_bar`` by default.
 
@@ -106,8 +103,6 @@ def write_ome_tiff(
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.write_ome_tiff(sdata, "s0_image", "s0.ome.tif")
     """
-    from spatialdata.transformations import get_transformation
-
     record = load_record(sdata)
     path = file_to_write(path, ends=(".ome.tif", ".ome.tiff"), overwrite=overwrite)
     require_one_of(canvas, {"reference", "section"}, name="canvas")
@@ -115,16 +110,14 @@ def write_ome_tiff(
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
     answer(registration_problems(sdata, record))
     require_key(key, [*sdata.images, *sdata.labels], where="the images and labels of sdata")
-    own = get_transformation(sdata[key], get_all=True)
-    section = section_of(own, key, record) if section is None else section
-    require_key(section, own, where=f"the coordinate systems of {key!r}", then=SET_TRANSFORMATION)
+    section = section_of(sdata[key], key, record, section)
     transform = load_transform(sdata, record, section)
     is_slide = key == record[section].image
     element, channels = (sdata[key], ()) if key in sdata.labels else _colors_or_channels(sdata[key], is_slide=is_slide)
     levels = image_levels(element, element_affine(sdata[key], section))
     grid = _grid(levels[0], transform, _reference(sdata, record) if canvas == "reference" else None, pixel_size)
-    fill = fill_value(levels[0], white=is_slide)
-    image = _Slide(levels, transform, grid, fill, nearest=key in sdata.labels).pyramid(key, channels)
+    fill = levels[0].white if is_slide else 0
+    image = _Slide(levels, transform, grid, channels, fill, key in sdata.labels).pyramid(key)
     bar = progress(None, f"Writing {path.name}", show=show_progress_bar, total=image.n_strips)
     try:
         write_pyramid(path, image, _compression(compression, image, labels=key in sdata.labels), bar.update)
@@ -170,53 +163,63 @@ def _compression(wanted: str | None, image: Pyramid, *, labels: bool) -> str:
         return "jpeg" if jpeg else "deflate"
     require_one_of(wanted, {"jpeg", "deflate", "zstd", "none"}, name="compression")
     if wanted == "jpeg" and not jpeg:
+        kind = " (labels)" if labels else f" with the channels {list(image.channels)}" if image.channels else ""
         msg = (
-            f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape {image.shape}"
-            f"{' (labels)' if labels else f' with the channels {list(image.channels)}' if image.channels else ''}. Use `compression='deflate'`."
+            f"JPEG holds images of 8 bits in grey or in red, green and blue, found {image.dtype} of shape "
+            f"{image.shape}{kind}. Use `compression='deflate'`."
         )
         raise ValueError(msg)
     return wanted
 
 
+@dataclass(frozen=True)
 class _Slide:
     """Element on a grid of the common frame, level by level."""
 
-    def __init__(
-        self, levels: list[Level], transform: SectionTransform, grid: PixelGrid, fill: float, *, nearest: bool
-    ) -> None:
-        self._levels, self._transform, self._grid, self._fill, self._nearest = levels, transform, grid, fill, nearest
+    levels: list[Level]
+    transform: SectionTransform
+    grid: PixelGrid
+    channels: tuple[str, ...]
+    """Names of channels that are written one by one."""
+    fill: float
+    nearest: bool
 
-    def pyramid(self, name: str, channels: tuple[str, ...]) -> Pyramid:
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the values in the file."""
+        found = self.levels[0].data.dtype
+        return np.dtype(_WRITTEN_AS.get(found.name, found))
+
+    def pyramid(self, name: str) -> Pyramid:
         """Image to write; a single channel has no axis of its own."""
-        data, grid = self._levels[0].data, self._grid
-        n_colors = 1 if channels else data.sizes.get("c", 1)
-        shape = grid.shape if n_colors == 1 else (*grid.shape, n_colors)
-        (x, y), size = grid.matrix[:2, 2], linear_scale(grid.matrix)
-        self._by_channel = bool(channels)
-        self._dtype = np.dtype(_WRITTEN_AS.get(data.dtype.name, data.dtype))
-        return Pyramid(self._strip, shape, self._dtype, size, (float(x), float(y)), name, channels)
+        n_colors = 1 if self.channels else self.levels[0].data.sizes.get("c", 1)
+        shape = self.grid.shape if n_colors == 1 else (*self.grid.shape, n_colors)
+        (x, y), size = self.grid.matrix[:2, 2], linear_scale(self.grid.matrix)
+        return Pyramid(self._strip, shape, self.dtype, size, (float(x), float(y)), name, self.channels)
 
     def _strip(self, level: int, number: int, channel: int) -> np.ndarray:
         factor, row = 2**level, TILE * number
-        height, width = (-(-n // factor) for n in self._grid.shape)
-        matrix = self._grid.matrix @ scaling(factor)
+        height, width = (-(-n // factor) for n in self.grid.shape)
+        matrix = self.grid.matrix @ scaling(factor)
         matrix[:2, 2] += matrix[:2, :2] @ [0, row]
         grid = PixelGrid(matrix, (min(TILE, height - row), width))
-        size = linear_scale(matrix) / linear_scale(self._transform.matrix)
-        source = best_level(self._levels, size)
-        if self._by_channel:
+        source = best_level(self.levels, linear_scale(matrix) / linear_scale(self.transform.matrix))
+        if self.channels:
             source = replace(source, data=source.data.isel(c=[channel]))
-        options: dict[str, Any] = {"nearest": self._nearest, "fill": self._fill, "chunk": _BLOCK}
-        data = self._as_written(resampled(source, self._transform, grid, **options).compute())
+        found = resampled(source, self.transform, grid, nearest=self.nearest, fill=self.fill, chunk=_BLOCK)
+        data = self._as_written(found.compute())
         if data.ndim == 2:
             return data
         return data[0] if len(data) == 1 else np.moveaxis(data, 0, -1)
 
     def _as_written(self, data: np.ndarray) -> np.ndarray:
         """Values in the type of the file."""
-        if data.dtype.kind in "iu" and self._dtype.itemsize < data.dtype.itemsize:
-            most = np.iinfo(self._dtype).max
-            if data.size and (data.max() > most or data.min() < np.iinfo(self._dtype).min):
-                msg = f"OME-TIFF holds whole numbers up to {most}, found {data.min()} to {data.max()}. Number the labels anew."
+        if data.dtype.kind in "iu" and self.dtype.itemsize < data.dtype.itemsize:
+            limits = np.iinfo(self.dtype)
+            if data.size and (data.max() > limits.max or data.min() < limits.min):
+                msg = (
+                    f"OME-TIFF holds whole numbers up to {limits.max}, found {data.min()} to {data.max()}. Number the "
+                    "labels anew."
+                )
                 raise ValueError(msg)
-        return data.astype(self._dtype, copy=False)
+        return data.astype(self.dtype, copy=False)

@@ -87,7 +87,8 @@ def _write_transformations(
                 remove_transformation(element, to_coordinate_system=target)
     if left:
         logger.warning(
-            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` or `si.tl.points_3d` made them, make them again.",
+            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` or `si.tl.points_3d` "
+            "made them, make them again.",
             sorted(left),
             target,
         )
@@ -96,7 +97,7 @@ def _write_transformations(
 def _coordinates(
     sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], *, inferred: bool
 ) -> dict[str, dict[str, Any]]:
-    """Slots of the stack table: (n_spots, 3) registered coordinates; positions if circles were moved; heights if `inferred`."""
+    """Slots of the stack table: registered coordinates; positions if circles were moved; heights if `inferred`."""
     if Keys.STACK_TABLE not in sdata.tables:
         return {}
     table = sdata.tables[Keys.STACK_TABLE]

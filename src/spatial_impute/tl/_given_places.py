@@ -1,0 +1,298 @@
+"""What the user gives to ``register_stack``: places, starts, sections to skip, decisions of a person, tissue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from spatial_impute._geometry import apply_affine
+from spatial_impute._registration import SectionTransform
+from spatial_impute._settings import logger
+from spatial_impute._stack import (
+    changed_images,
+    element_affine,
+    load_transform,
+    registration_state,
+    require_registration,
+)
+from spatial_impute._validation import require_key, require_one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+    from spatialdata import SpatialData
+
+    from spatial_impute._stack import StackRecord
+
+    Placement = str | np.ndarray | Sequence | SectionTransform
+
+_MIN_SPREAD = 1e-3  # of the longer extent of the landmarks: thinner clouds fix no second direction
+_APPROVED = "Approved by a person."
+_PAGE = "`si.pl.registration_page(sdata, 'check.html')`"
+_SECTION = "{section}"
+
+
+@dataclass(frozen=True)
+class PlaceReader:
+    """Reads the arguments that give places of sections."""
+
+    sdata: SpatialData
+    record: StackRecord
+    reference: str
+    kind: str
+    """``"rigid"`` or ``"affine"``, for landmarks."""
+    target: str
+    """Common coordinate system."""
+
+    def read(self, places: Mapping[str, Placement] | None, argument: str) -> dict[str, np.ndarray]:
+        """Matrices from the frames of the sections to that of the reference."""
+        places = {} if places is None else places
+        if not isinstance(places, Mapping):
+            msg = f"`{argument}` must be a mapping of section names to places, found {type(places).__name__}."
+            raise ValueError(msg)
+        matrices = {}
+        for name, place in places.items():
+            require_key(name, self.record.names, where="the stack's sections")
+            if name == self.reference:
+                msg = f"`{argument}` must not name the reference {name!r}, because the reference does not move."
+                raise ValueError(msg)
+            try:
+                matrices[name] = self._matrix(name, place, argument)
+            except ValueError as error:
+                msg = f"`{argument}[{name!r}]`: {error}"
+                raise ValueError(msg) from error
+        return matrices
+
+    def _matrix(self, name: str, place: Placement, argument: str) -> np.ndarray:
+        if isinstance(place, str):
+            require_one_of(place, {"aligned"}, name=f"{argument}[{name!r}]")
+            return self._present_matrix(name)
+        if isinstance(place, SectionTransform):
+            return check_matrix(place.matrix)
+        if not (isinstance(place, list | tuple) and len(place) == 2):
+            return check_matrix(place)
+        matrix = landmark_matrix(place[0], place[1], self.kind)
+        errors = np.linalg.norm(apply_affine(place[0], matrix) - np.asarray(place[1], float), axis=1)
+        logger.info("Section %s: the median error of the landmarks is %.1f um", name, np.median(errors))
+        return matrix
+
+    def _present_matrix(self, name: str) -> np.ndarray:
+        """Present transformation of the section's image to the common frame; the identity if it has none."""
+        from spatialdata.transformations import get_transformation
+
+        image = self.sdata.images[self.record[name].image]
+        if self.target not in get_transformation(image, get_all=True):
+            return np.eye(3)
+        return element_affine(image, self.target) @ np.linalg.inv(element_affine(image, name))
+
+
+def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapping[str, np.ndarray]) -> None:
+    """Raise an error if a section to skip is the reference, or would have no place and needs one."""
+    for name in skip:
+        require_key(name, record.names, where="the stack's sections")
+        if name == reference:
+            msg = f"The reference {reference!r} cannot be skipped; choose another `reference`."
+            raise ValueError(msg)
+        if name not in given and record[name].spots is not None:
+            msg = (
+                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give its "
+                f"place with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack "
+                "without it."
+            )
+            raise ValueError(msg)
+
+
+def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[np.float64]:
+    """Least-squares matrix ``(3, 3)`` from landmarks ``(n, 2)``, um, of one section to the same landmarks of another.
+
+    ``kind="rigid"`` gives rotation, shift, and mirror if that fits better; ``"affine"`` needs three landmarks or more.
+    Two landmarks always give rotation and shift. Too few landmarks, or landmarks on one line, raise a ``ValueError``.
+    """
+    moving, fixed = _checked(moving, fixed)
+    matrix = np.eye(3)
+    centres = moving.mean(axis=0), fixed.mean(axis=0)
+    centred = moving - centres[0], fixed - centres[1]
+    if kind == "affine" and len(moving) > 2:
+        linear = np.linalg.lstsq(centred[0], centred[1], rcond=None)[0].T
+    else:
+        u, _, vt = np.linalg.svd(centred[0].T @ centred[1])
+        linear = (u @ vt).T
+        if len(moving) == 2 and np.linalg.det(linear) < 0:  # two points fit both faces; the section lies face up
+            linear = (u @ np.diag([1.0, -1.0]) @ vt).T
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = centres[1] - linear @ centres[0]
+    return matrix
+
+
+def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Landmarks as two arrays (n, 2) that fix a transform."""
+    moving, fixed = np.asarray(moving, float), np.asarray(fixed, float)
+    if moving.ndim != 2 or moving.shape[-1] != 2 or moving.shape != fixed.shape or len(moving) < 2:
+        msg = (
+            "Landmarks must be two arrays (n, 2) of x, y in um with the same n >= 2, first in the section, then in the "
+            f"reference; found shapes {moving.shape} and {fixed.shape}."
+        )
+        raise ValueError(msg)
+    if not (np.isfinite(moving).all() and np.isfinite(fixed).all()):
+        msg = "Landmarks must be finite."
+        raise ValueError(msg)
+    for points in (moving, fixed):
+        spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+        if spread[0] == 0 or (len(points) > 2 and spread[1] < _MIN_SPREAD * spread[0]):
+            msg = "Landmarks must not coincide or lie on one line: such landmarks do not determine the placement."
+            raise ValueError(msg)
+    return moving, fixed
+
+
+def check_matrix(matrix: ArrayLike) -> NDArray[np.float64]:
+    """Invertible affine matrix ``(3, 3)``, or a ``ValueError``."""
+    found = np.asarray(matrix, float)
+    if (
+        found.shape != (3, 3)
+        or not np.isfinite(found).all()
+        or not np.allclose(found[2], [0, 0, 1])
+        or abs(np.linalg.det(found[:2, :2])) < 1e-6
+    ):
+        msg = f"Expected an invertible (3, 3) affine matrix of x, y in um with last row 0, 0, 1; found {matrix!r}."
+        raise ValueError(msg)
+    return found
+
+
+class Approved(NamedTuple):
+    """Place of a section that is kept."""
+
+    transform: SectionTransform
+    row: dict[str, Any]
+    """Row of the section in the record."""
+
+
+def approved_places(
+    sdata: SpatialData, record: StackRecord, path: str | Path | None, reference: str, answered: Collection[str]
+) -> dict[str, Approved]:
+    """Places that the file of a page approves; an error for rejected sections without help from another argument.
+
+    The sections that other arguments name are `answered`.
+    """
+    if path is None:
+        return {}
+    if not isinstance(path, str | Path):
+        msg = f"`checked` must be the path of the file that the page of {_PAGE} saves, found {path!r}."
+        raise ValueError(msg)
+    decisions = _decisions(Path(path).expanduser(), registration_state(record))
+    if reference != record.reference:
+        msg = (
+            f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the "
+            "same one."
+        )
+        raise ValueError(msg)
+    rows, approved, open_ = require_registration(record)["sections"], {}, []
+    for name, decision in decisions.items():
+        require_key(name, rows, where="the registered sections")
+        if name not in record.names:  # the object is a part of the one that was registered
+            logger.warning("Section %s of `checked` is gone; the decision on it is left out", name)
+        elif decision == "rejected" and name not in answered:
+            open_.append(name)
+        elif decision == "approved" and name in answered:
+            msg = (
+                f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of "
+                "them."
+            )
+            raise ValueError(msg)
+        elif decision == "approved":
+            reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
+            row = rows[name] | {"verdict": "ok", "reasons": [_APPROVED, *reasons]}
+            approved[name] = Approved(load_transform(sdata, record, name), row)
+    changed = changed_images(sdata, record) if approved else []
+    if changed := [name for name in changed if name in {*approved, record.reference}]:
+        msg = (
+            f"The images of the sections {changed} are not the ones that were registered, so their approval does not "
+            "count. Register them without `checked`, and look at the new page."
+        )
+        raise ValueError(msg)
+    if open_:
+        msg = (
+            f"Sections {open_} are rejected in `checked`; the same fit would find the same place. Give each of them a "
+            "start (`initial`) or its place (`transformations`), or leave it out (`skip`)."
+        )
+        raise ValueError(msg)
+    return approved
+
+
+def _decisions(path: Path, state: str) -> dict[str, str]:
+    """Decision by section, from a file that belongs to the registration with this `state`."""
+    if not path.is_file():
+        msg = f"`checked` must be the file that the page of {_PAGE} saves, found nothing at {str(path)!r}."
+        raise FileNotFoundError(msg)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        decisions = dict(found["sections"])
+        known = set(decisions.values()) <= {"approved", "rejected"}
+    except (ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        msg = f"`checked` must be the file that the page of {_PAGE} saves, found other content in {str(path)!r}."
+        raise ValueError(msg)
+    if found.get("registration") != state:
+        msg = (
+            f"The decisions in {str(path)!r} are on another registration than the present one. Make the page again: "
+            f"{_PAGE}."
+        )
+        raise ValueError(msg)
+    return decisions
+
+
+def tissue_keys(sdata: SpatialData, record: StackRecord, tissue_key: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Name of the labels or shapes of each section whose tissue the user gives, after a check of the argument."""
+    from spatialdata.transformations import get_transformation
+
+    available, where = {*sdata.labels, *sdata.shapes}, "sdata.labels and sdata.shapes"
+    if isinstance(tissue_key, str) and _SECTION in tissue_key:
+        wanted = {name: tissue_key.replace(_SECTION, name) for name in record.names}
+        keys = {name: key for name, key in wanted.items() if key in available}
+        if not keys:
+            require_key(wanted[record.names[0]], available, where=where)
+    elif tissue_key is None or isinstance(tissue_key, Mapping):
+        keys = dict(tissue_key or {})
+    else:
+        msg = (
+            f"`tissue_key` must be a mapping of sections to names of labels or shapes, or a name with {_SECTION!r} "
+            f"in it, found {tissue_key!r}."
+        )
+        raise ValueError(msg)
+    for name, key in keys.items():
+        require_key(name, record.names, where="the stack's sections")
+        require_key(key, available, where=where)
+        if name not in (frames := get_transformation(sdata[key], get_all=True)):
+            msg = (
+                f"The tissue {key!r} of section {name!r} must have a transformation to the coordinate system {name!r}, "
+                f"found {sorted(frames)}."
+            )
+            raise ValueError(msg)
+    return keys
+
+
+def given_tissue(sdata: SpatialData, key: str, name: str, shape: tuple[int, int], to_um: NDArray) -> NDArray[np.bool_]:
+    """Tissue by the labels or shapes `key`, on a grid of pixels with the affine `to_um` to the section `name`."""
+    element = sdata[key]
+    to_element = np.linalg.inv(element_affine(element, name)) @ to_um
+    if key in sdata.shapes:
+        import shapely
+
+        rows, columns = np.indices(shape).reshape(2, -1) + 0.5
+        tissue = shapely.union_all(element.geometry.to_numpy())
+        shapely.prepare(tissue)
+        points = apply_affine(np.column_stack([columns, rows]), to_element)
+        return shapely.contains_xy(tissue, *points.T).reshape(shape)
+    finest = next(iter(element["scale0"].data_vars.values())) if hasattr(element, "children") else element
+    # Corner-based (x, y) to centre-based (row, column), on both sides.
+    swap = np.array([[0, 1.0, 0.5], [1.0, 0, 0.5], [0, 0, 1]])
+    index = np.linalg.inv(swap) @ to_element @ swap
+    labels = np.asarray(finest.data) > 0
+    return ndi.affine_transform(labels, index[:2, :2], index[:2, 2], output_shape=shape, order=0)
