@@ -419,6 +419,7 @@ PER_UM = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}  # 0.2
     [
         ({"description": APERIO.format(0.25), **PER_UM}, 0.25),
         ({"description": APERIO.format(0.2521), **PER_UM}, 0.2521),
+        ({"description": APERIO.format("2.5E-1")}, 0.25),
         ({"description": APERIO.format(0.5), **PER_UM}, None),
         ({"description": APERIO.format("0.5|x = 1|MPP = 0.25")}, None),
         ({"description": APERIO.format(0.5), "resolution": (72, 72), "resolutionunit": "INCH"}, 0.5),

@@ -52,7 +52,7 @@ def tiff_pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[f
         if said == [None]:
             return None
     else:
-        numbers = (float(n.replace(",", ".")) for n in re.findall(r"\bMPP\s*=\s*([0-9.,]+)", text))
+        numbers = (float(n.replace(",", ".")) for n in re.findall(r"\bMPP\s*=\s*([0-9.,]+(?:[eE][+-]?\d+)?)", text))
         said = [(size, size) for size in numbers if size > 0]
     if tiff.is_philips and (
         found := re.search(r'DICOM_PIXEL_SPACING"[^>]*>\s*"?([0-9.]+)"?\s+"?([0-9.]+)', text.replace("&quot;", '"'))

@@ -8,6 +8,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 # A scan of 10 gigapixels has 150,000 chunks of 256 px; an uncompressed TIFF in one strip is one chunk.
 _MAX_CHUNKS = 2**22
@@ -60,13 +60,19 @@ class TiffLevel:
             if self._array is None:
                 path, series, level = self._where
                 with tifffile.TiffFile(path) as tiff:  # `imread` takes names with "?" and "*" for patterns
-                    store = tiff.aszarr(series=series, level=level)
+                    store = tiff.aszarr(series=series, level=level, fillvalue=_glass(tiff.series[series], path))
                 self._array = zarr.open(store, mode="r")
                 weakref.finalize(self, store.close)
             return self._array
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._opened()[index])
+        try:
+            return np.asarray(self._opened()[index])
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            msg = f"{self._where[0]!r} is damaged: {str(error).rstrip('.')}. Copy or export it again."
+            raise ValueError(msg) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_array", "_lock")}
@@ -118,6 +124,13 @@ def how_to_convert(path: Path) -> str:
     )
 
 
+def _glass(series: tifffile.TiffPageSeries, path: str) -> int | None:
+    """Value of tiles that the file leaves out: where nothing was scanned is glass. None is black."""
+    page: Any = series.keyframe
+    bright = page.dtype.kind == "u" and _kind(page, Path(path)) in ("grey", "RGB")
+    return int(np.iinfo(page.dtype).max) if bright else None
+
+
 def _xmp(page: Any) -> str:
     value = page.tags.valueof(700, b"")
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
@@ -139,6 +152,8 @@ def _require_one_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries,
                 f"{series.shape}. Save one plane of it, the one in focus, e.g. with `tifffile.imwrite(path, planes[k], "
                 "photometric='rgb')`, Fiji (Image > Stacks > Make Substack) or `bfconvert -z k`."
             )
+            if axis not in names and size == 3:
+                msg += " If they are red, green and blue, `tifffile.imwrite(path, planes, photometric='rgb', planarconfig='separate')`."
             raise ValueError(msg)
 
 
@@ -261,7 +276,13 @@ def _channel_names(tiff: tifffile.TiffFile, pixels: Any) -> list[str] | None:
 
 
 def require_whole(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
-    """Raise a ``ValueError`` if the file ends before its pixels: it was cut off, or copied while it was written."""
+    """Raise a ``ValueError`` if pixels are missing: the file was cut off, or other files of the image are not there."""
+    if tiff.is_ome and any(page is None for level in series.levels for page in level.pages):
+        msg = (
+            f"{tiff.filename!r} is one of several files of an OME-TIFF, and others of them are missing; their colors would be "
+            "black. Put all of them into one folder, or save the image as one file."
+        )
+        raise ValueError(msg)
     size = tiff.filehandle.size
     for level in series.levels:
         page: Any = level.pages[0]
