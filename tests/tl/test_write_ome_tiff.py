@@ -66,6 +66,21 @@ def test_files_of_a_stack_have_the_pixels_of_the_reference(placed, tmp_path):
     assert np.median(difference) <= 12
 
 
+def test_files_lie_over_annotations_of_a_turned_reference(tmp_path):
+    from spatialdata.transformations import Affine, get_transformation, set_transformation
+
+    sdata = si.datasets.synthetic_stack(extent=1400.0)
+    own = get_transformation(sdata.images["s1_image"], "s1").to_affine_matrix(("x", "y"), ("x", "y"))
+    turned = Affine(TURN @ own, input_axes=("x", "y"), output_axes=("x", "y"))
+    set_transformation(sdata.images["s1_image"], turned, "s1")
+    si.tl.register_stack(sdata, transformations=dict.fromkeys(["s0", "s2"], "aligned"), show_progress_bar=False)
+    pixels = np.moveaxis(np.asarray(sdata.images["s1_image"].data), 0, -1)
+    si.tl.write_ome_tiff(sdata, "s1_image", tmp_path / "s1.ome.tif", compression="deflate")
+    np.testing.assert_array_equal(tifffile.imread(tmp_path / "s1.ome.tif"), pixels)
+    si.tl.write_ome_tiff(sdata, "s1_image", tmp_path / "half.ome.tif", compression="deflate", pixel_size=2 * own[0, 0])
+    assert tifffile.imread(tmp_path / "half.ome.tif").shape[:2] == tuple(-(-n // 2) for n in pixels.shape[:2])
+
+
 def test_metadata_are_read_by_this_package(placed, tmp_path):
     path = tmp_path / "s0.ome.tif"
     si.tl.write_ome_tiff(placed, "s0_image", path, canvas="section", pixel_size=4.0)

@@ -12,7 +12,6 @@ from spatial_impute._image.brightfield import names_alpha
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._image.tiff import TILE, Pyramid, write_pyramid
 from spatial_impute._io.files import file_to_write
-from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._registration.warp_image import PixelGrid, output_grid, resampled
 from spatial_impute._settings import logger, progress
 from spatial_impute._stack import (
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
+    from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import StackRecord
 
 _BLOCK = 2048  # px along a strip that one task computes
@@ -68,8 +68,8 @@ def write_ome_tiff(
     section
         Section of the element; by default the one section to which it has a transformation.
     canvas
-        ``"reference"``: the frame of the image of the reference, so that all files of a stack have the same pixels;
-        what lies outside is cut off. ``"section"``: the whole registered image.
+        ``"reference"``: the pixels of the image of the reference, so that all files of a stack, and files of
+        :func:`write_geojson`, lie over each other; what lies outside is cut off. ``"section"``: the whole registered image.
     pixel_size
         Pixel size in um; by default that of the image of the reference (``canvas="reference"``) or of the element.
     compression
@@ -151,8 +151,11 @@ def _colors_or_channels(element: Any, *, is_slide: bool) -> tuple[Any, tuple[str
 def _grid(finest: Level, transform: SectionTransform, reference: Level | None, pixel_size: float | None) -> PixelGrid:
     """Pixels to write: in the frame of the reference, or of the element."""
     if reference is not None:
+        # The pixels of the image itself, also if it is turned in its section: GeoJSON files have these pixels too.
+        sizes = np.linalg.norm(reference.to_um[:2, :2], axis=0)
         size = pixel_size or reference.pixel_size
-        return output_grid(reference.shape, reference.to_um, SectionTransform(np.eye(3)), size)
+        shape = tuple(int(np.ceil(n * own / size - 1e-6)) for n, own in zip(reference.shape, sizes[::-1], strict=True))
+        return PixelGrid(reference.to_um @ scaling(*(size / sizes)), shape)
     size = pixel_size or finest.pixel_size * linear_scale(transform.matrix)
     return output_grid(finest.shape, finest.to_um, transform, size)
 
