@@ -483,7 +483,7 @@ def test_spot_geometry_refuses_ellipses(small_stack):
 class Bright:
     """Mean of each colour, at its own resolution."""
 
-    name, mpp, patch_px, dense, identity = "bright", 4.0, 32, False, "bright"
+    name, mpp, patch_px, identity = "bright", 4.0, 32, "bright"
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         return patches.mean(axis=(1, 2))
