@@ -45,7 +45,8 @@ def sample_patch(image: np.ndarray, center_um: np.ndarray, side: float, n_px: in
 def by_hand(image, center, field: float, encode, mpp: float) -> np.ndarray:
     """Token of one field: every patch of the section's lattice cut and encoded by itself, weighted by shared area."""
     extent = encode.patch_px * encode.mpp
-    step = extent if encode.step_px is None else encode.step_px * encode.mpp
+    step_px = getattr(encode, "step_px", None)
+    step = extent if step_px is None else step_px * encode.mpp
     size = np.array(image.shape[:0:-1]) * mpp
     first, last = np.floor((center - field / 2) / step), np.floor((center + field / 2) / step)
     weights, patches = [], []
