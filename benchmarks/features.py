@@ -130,7 +130,7 @@ class Recorded:
 
 def bare(encoder: object, given: list[np.ndarray]) -> tuple[float, float]:
     """Wall and processor seconds of an encoder for patches from memory."""
-    encode = encoder if encoder.step_px is None else encoder.slide
+    encode = encoder if getattr(encoder, "step_px", None) is None else encoder.slide
     start = seconds()
     for patches in given:
         encode(patches)

@@ -83,8 +83,8 @@ def test_classes_have_an_example_and_documented_fields(cls):
     assert "Examples\n--------" in inspect.getdoc(cls)
     if is_dataclass(cls):
         source = inspect.getsource(cls)
-        for field in fields(cls):
-            assert re.search(rf'^    {field.name}: .*\n    """', source, flags=re.MULTILINE), field.name
+        for name in (field.name for field in fields(cls) if not field.name.startswith("_")):
+            assert re.search(rf'^    {name}: .*\n    """', source, flags=re.MULTILINE), name
 
 
 def test_summaries_are_noun_phrases_or_imperatives():

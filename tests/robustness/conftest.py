@@ -45,7 +45,7 @@ class Blur(nn.Module):
 class Colour:
     """Encoder that costs nothing."""
 
-    name, mpp, patch_px, dense, identity = "colour", 4.0, 16, False, "colour-1"
+    name, mpp, patch_px, identity = "colour", 4.0, 16, "colour-1"
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         return np.concatenate([patches.mean(axis=(1, 2)), patches.std(axis=(1, 2))], axis=1)

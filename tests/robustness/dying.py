@@ -45,7 +45,7 @@ class DyingBlur(nn.Module):
 class DyingColour:
     """Encoder whose results may be kept. One worker dies in its second section."""
 
-    name, mpp, patch_px, dense, identity = "colour", 4.0, 16, False, "colour-1"
+    name, mpp, patch_px, identity = "colour", 4.0, 16, "colour-1"
 
     def __init__(self, note: str, after: int) -> None:
         self.note, self.home, self.after = note, os.getpid(), after

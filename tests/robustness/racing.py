@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Color:
     """Encoder that costs nothing and may be cached."""
 
-    name, mpp, patch_px, dense, identity = "color", 4.0, 16, False, "color-1"
+    name, mpp, patch_px, identity = "color", 4.0, 16, "color-1"
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         return np.concatenate([patches.mean(axis=(1, 2)), patches.std(axis=(1, 2))], axis=1)

@@ -261,7 +261,7 @@ def test_regions_interrupted_at_any_instant(stored, pixnet, tmp_path):
 class Slow:
     """Encoder whose results may be kept."""
 
-    name, mpp, patch_px, dense, identity = "slow", 4.0, 16, False, "slow-1"
+    name, mpp, patch_px, identity = "slow", 4.0, 16, "slow-1"
 
     def __init__(self) -> None:
         self.calls = 0

@@ -98,10 +98,10 @@ class AsignModel:
     cohort: AsignModel | None = None
     """Part for stacks without a measured spot, if the model was fitted on several stacks; its ``cross_validation`` has the
     scores on stacks that were held out. Else None."""
-    _experts: list[str]
-    _n_features: int
-    _networks: list[dict[str, Tensor]]
-    _tensors: dict[str, Tensor]
+    _experts: list[str]  # Blended methods
+    _n_features: int  # Of a token
+    _networks: list[dict[str, Tensor]]  # Weights of each
+    _tensors: dict[str, Tensor]  # Weights of the blend, scales of the genes, and numbers of the intervals
 
     def __repr__(self) -> str:
         r = self.cross_validation.loc["asign", "pearson_gene"]
