@@ -10,7 +10,7 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import load_record, resolve_sections, section_images, section_levels, to_frames
+from spatial_impute._stack import load_record, plane_affine, resolve_sections, section_images, section_levels, to_frames
 from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     True
     """
     from spatialdata.models import Labels2DModel
-    from spatialdata.transformations import Affine, Identity
+    from spatialdata.transformations import Identity
 
     record = load_record(sdata)
     resolution = require_positive(resolution, name="resolution", unit="um per pixel")
@@ -69,10 +69,9 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     images = {**ours.get(Keys.TISSUE, {}), **section_images(sdata, record, found)}
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: {**ours, Keys.TISSUE: images}}
     for name, (mask, to_um, outline) in found.items():
-        transformation = Affine(to_um, input_axes=("x", "y"), output_axes=("x", "y"))
-        sdata.labels[Keys.tissue(name)] = Labels2DModel.parse(
-            mask.astype(np.uint8), dims=("y", "x"), transformations=to_frames(record, name, transformation)
-        )
+        frames = to_frames(record, name, plane_affine(to_um))
+        labels = Labels2DModel.parse(mask.astype(np.uint8), dims=("y", "x"), transformations=frames)
+        sdata.labels[Keys.tissue(name)] = labels
         log_added(f"labels[{Keys.tissue(name)!r}]")
         sdata.shapes[Keys.tissue_outline(name)] = outline
         log_added(f"shapes[{Keys.tissue_outline(name)!r}]")

@@ -1,4 +1,4 @@
-"""What the user gives to ``register_stack``: places, starts, sections to skip, decisions of a person, tissue."""
+"""Arguments of ``register_stack``, checked: places, starts, sections to skip, decisions of a person, tissue."""
 
 from __future__ import annotations
 
