@@ -92,13 +92,13 @@ def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
-    text = read_text(path)
+    text = read_text(path).lstrip()
     head = text.split("\n", 1)[0]
     separator = max(",;\t", key=head.count)
     # Where semicolons part the cells, a comma is the decimal point of many countries.
     options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
     if set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)}:
-        return pd.read_csv(io.StringIO(text), **options)
+        return pd.read_csv(io.StringIO(text), **options).rename(columns=str.strip)
     table = pd.read_csv(io.StringIO(text), header=None, **options)
     if table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf":
         first = table[0].iloc[:1].tolist()[0]

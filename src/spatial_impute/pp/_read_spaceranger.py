@@ -173,6 +173,12 @@ def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> 
 def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     """Positions and counts of the spots under tissue: other spots of a raw matrix hold stray counts."""
     positions, counts = sample.positions, sample.counts
+    if not counts.obs_names.is_unique:
+        msg = (
+            f"{sample.where}: the counts hold the barcode {counts.obs_names[counts.obs_names.duplicated()][0]!r} more than once; keep "
+            "one of its rows, or give the counts of each sample by itself."
+        )
+        raise ValueError(msg)
     if not counts.obs_names.isin(positions.index).any():
         positions, counts = _without_suffix(positions, counts)
     known = counts.obs_names.isin(positions.index)
@@ -182,6 +188,15 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
             f"{sample.positions.index[0]!r}); they belong to different samples or bin sizes."
         )
         raise ValueError(msg)
+    if not known.all():
+        logger.warning(
+            "%s: %d of %d spots with counts have no position and are left out, the first is %r; check that counts and positions "
+            "are those of one sample",
+            sample.where,
+            int((~known).sum()),
+            len(known),
+            sample.counts.obs_names[~known][0],
+        )
     positions = positions[positions["in_tissue"].to_numpy(bool)]
     kept = counts.obs_names.isin(positions.index)
     if not kept.any():
@@ -284,6 +299,25 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
         )
         raise ValueError(msg)
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))
+
+
+def warn_of_other_pixels(
+    name: str, sdata: SpatialData, mpp: float, *, given: float | None, spot_pitch: float | None
+) -> None:
+    """Warn if the pixel size that the user gave contradicts the one that the array of spots has."""
+    argument = "spot_pitch" if given is None else "mpp"
+    if given is None and spot_pitch is not None:
+        given = mpp_from_pitch(next(iter(sdata.shapes.values())), "global", spot_pitch)
+    given = require_positive(given, name=f"mpp of section {name!r}", unit="um per pixel")
+    if not 1 / SAME < given / mpp < SAME:
+        logger.warning(
+            "Section %s: the array of spots gives %.4g um per full-resolution pixel, your `%s` gives %.4g; the latter is used. Leave "
+            "the argument out to use the array",
+            name,
+            mpp,
+            argument,
+            given,
+        )
 
 
 def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, mpp: float) -> Any:
