@@ -25,6 +25,7 @@ GENE_COLUMNS = (
 )
 """Columns of ``var`` that say what a gene is."""
 _IDS = GENE_COLUMNS[:-1]
+_LARGEST_LOG = 25.0  # log2 of a million is 20
 
 
 def gene_ids(table: AnnData) -> pd.Index | None:
@@ -63,8 +64,15 @@ def look_normalized(totals: np.ndarray) -> bool:
 def require_unique_genes(table: AnnData, where: str) -> dict[str, str]:
     """Give genes that share a name their stable id as name; the new names. A number would depend on their order.
 
-    Raises a ``ValueError`` if names are repeated and there are no ids.
+    Raises a ``ValueError`` if a gene has no name, or if names are repeated and there are no ids.
     """
+    nameless = [not (isinstance(name, str) and name.strip()) for name in table.var_names]
+    if any(nameless):
+        msg = (
+            f"{where}: {sum(nameless)} genes of its table have no name (`var_names` are NaN or empty), the first in column "
+            f"{nameless.index(True)}. Name them or take them out."
+        )
+        raise ValueError(msg)
     repeated = table.var_names.duplicated(keep=False)
     if not repeated.any():
         return {}
@@ -133,3 +141,17 @@ def require_log_values(values: np.ndarray, *, where: str) -> None:
             "Normalise over all genes and take log1p: `si.pp.select_genes(sdata)` does both from the count tables."
         )
         raise ValueError(msg)
+    warn_of_linear_values(values, where=where)
+
+
+def warn_of_linear_values(values: np.ndarray, *, where: str) -> None:
+    """Warn of values that are too large for logarithms of amounts, such as counts per million."""
+    largest = float(np.nanmax(values, initial=0.0, where=np.isfinite(values)))
+    if largest > _LARGEST_LOG:
+        logger.warning(
+            "`%s` holds values up to %.4g; logarithms of counts per million are below %g. Take the logarithm of normalised counts, or "
+            "the genes with the largest values decide everything",
+            where,
+            largest,
+            _LARGEST_LOG,
+        )

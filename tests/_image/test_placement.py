@@ -67,8 +67,12 @@ def test_spots_of_a_whole_array_and_of_another_scale_are_told():
 
 
 @pytest.mark.parametrize("mask", [np.zeros((100, 130), bool), np.ones((100, 130), bool)])
-def test_images_without_glass_or_tissue_say_nothing(mask):
-    assert place_spots(levels(mask), spots_on(tissue()) * 20.0) is None
+def test_images_without_glass_or_tissue_say_only_if_spots_lie_on_them(mask):
+    spots = spots_on(tissue()) * 20.0
+    assert place_spots(levels(mask), spots).sentence is None
+    beside = place_spots(levels(mask), spots + np.array([3000.0, 0.0]))
+    assert beside.share == 0
+    assert "only 0% of the measured spots" in beside.sentence
 
 
 @pytest.mark.parametrize("turn", placement._TURNS)

@@ -320,6 +320,16 @@ def test_columns_of_positions_are_those_that_the_header_names(columns, options, 
     np.testing.assert_array_equal(found, expected)
 
 
+def test_blanks_around_the_header_of_positions_say_nothing(tmp_path, sample):
+    expected = si.pp.assemble_stack({"s": sample(tmp_path / "a")}, section_spacing=10).tables["stack"].obsm["spatial"]
+    folder = sample(tmp_path / "b")
+    rewrite(folder, ORDER)
+    path = folder / "spatial" / "tissue_positions.csv"
+    path.write_text("\n" + path.read_text().replace(",".join(ORDER), " , ".join(ORDER)))
+    found = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["stack"].obsm["spatial"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_positions_are_in_pixels_of_the_scan_and_not_mirrored(tmp_path, sample, caplog, monkeypatch):
     """The lattice fits in any pixels and any placement: the size of the spots and the handedness of the array tell."""
     monkeypatch.setattr(logger, "propagate", True)
@@ -427,6 +437,50 @@ def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, m
     obs = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["stack"].obs
     assert obs["measured"].sum() == len(obs) == inside.sum() < len(table)
     assert f"{(~inside).sum()} of {len(table)} spots with counts lie off the tissue" in caplog.text
+
+
+def test_counts_without_a_position_are_said(tmp_path, sample, caplog, monkeypatch):
+    """Counts of two samples in one file: those of the other sample must not vanish in silence."""
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = sample(tmp_path / "a")
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        file["matrix/barcodes"][:30] = [id_[:-1] + b"2" for id_ in file["matrix/barcodes"][:30]]
+    si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    assert "30 of 80 spots with counts have no position and are left out, the first is 'A000000-2'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda m: m["barcodes"].__setitem__(1, m["barcodes"][0]),
+            "counts hold the barcode 'A000000-1' more than once",
+        ),
+        (lambda m: m.__delitem__("indices"), "cannot be read as output of Space Ranger: .*Copy its files again"),
+    ],
+)
+def test_damaged_counts_name_their_folder(tmp_path, sample, spoil, message):
+    folder = sample(tmp_path / "a")
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        spoil(file["matrix"])
+    with pytest.raises(ValueError, match=message):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+@pytest.mark.parametrize(("given", "factor"), [({"mpp": 0.5}, 0.25), ({"spot_pitch": 200.0}, 2.0), ({"mpp": 2.0}, 1.0)])
+def test_a_pixel_size_that_contradicts_the_array_is_said(tmp_path, sample, caplog, monkeypatch, given, factor):
+    """That of the small image, for example: spots would lie 25 um apart."""
+    monkeypatch.setattr(logger, "propagate", True)
+    xy = (
+        si.pp.assemble_stack({"s": sample(tmp_path / "a")}, section_spacing=10, **given).tables["stack"].obsm["spatial"]
+    )
+    assert xy[1, 0] - xy[0, 0] == pytest.approx(100 * factor, rel=0.01)
+    assert ("the array of spots gives 2 um per full-resolution pixel, your" in caplog.text) == (factor != 1)
+
+
+def test_the_file_of_counts_leads_to_its_folder(tmp_path, sample):
+    with pytest.raises(ValueError, match=r"matrix\.h5': it is a table and no image. Give the folder of Space Ranger"):
+        si.pp.assemble_stack({"s": sample(tmp_path / "a") / "filtered_feature_bc_matrix.h5"}, section_spacing=10)
 
 
 def test_barcodes_may_have_lost_their_suffix(tmp_path, sample):

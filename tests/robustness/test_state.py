@@ -409,5 +409,7 @@ def test_graph_notices_that_two_sections_exchanged_their_features(pristine):
         call(sdata, 0)
     swap_images(sdata, np.random.default_rng(0))
     features(sdata, 0)
-    with pytest.raises(ValueError, match="was built from other image features than the table has now"):
+    with pytest.raises(
+        ValueError, match=r"was built from other image features than the table has now\. [^.]* run `.*` again\.$"
+    ):
         si.tl.impute_baseline(sdata, "propagation")

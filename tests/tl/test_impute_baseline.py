@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import spatial_impute as si
+from spatial_impute._settings import logger
 
 METHODS = ["cokriging", "hest", "kernel", "knn", "mean", "nearest", "propagation", "ridge"]
 
@@ -205,6 +206,28 @@ def test_impute_baseline_refuses_raw_counts(prepared_stack):
     table.layers["measured"][known] = np.random.default_rng(0).poisson(5, (known.sum(), table.n_vars))
     with pytest.raises(ValueError, match="log-normalised expression, found raw counts"):
         si.tl.impute_baseline(prepared_stack)
+
+
+def test_impute_baseline_says_that_values_are_no_logarithms(prepared_stack, caplog, monkeypatch):
+    """Counts per million have fractions, so that they are no raw counts."""
+    monkeypatch.setattr(logger, "propagate", True)
+    si.tl.impute_baseline(prepared_stack, "mean")
+    assert not caplog.text
+    layers = prepared_stack.tables["stack"].layers
+    layers["measured"] = np.expm1(layers["measured"])
+    si.tl.impute_baseline(prepared_stack, "mean")
+    assert "Take the logarithm of normalised counts" in caplog.text
+
+
+def test_impute_baseline_says_that_the_record_of_the_features_is_lost(prepared_stack, caplog, monkeypatch):
+    """Without it, fewer columns are known to be centred on the spots."""
+    monkeypatch.setattr(logger, "propagate", True)
+    expected = si.tl.impute_baseline(prepared_stack, "ridge", inplace=False).X
+    assert not caplog.text
+    del prepared_stack.tables["stack"].uns["features"]
+    found = si.tl.impute_baseline(prepared_stack, "ridge", inplace=False).X
+    assert abs(found - expected).max() > 0.01
+    assert "only the first token of each level is used" in caplog.text
 
 
 def test_impute_baseline_refuses_a_stack_without_measurement(prepared_stack):

@@ -56,7 +56,10 @@ def test_a_match_of_an_earlier_measurement_is_said(stack, caplog, monkeypatch):
     assert "Match it again" not in caplog.text
     sdata.tables["stack"].layers["measured"] *= 2
     si.tl.impute_baseline(sdata, "mean", layer="matched")
-    assert "`layers['matched']` was matched from other measured expression than the table has now" in caplog.text
+    assert (
+        "`layers['matched']` was matched from other measured expression than the table has now. Match it again."
+        in caplog.text
+    )
 
 
 def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):

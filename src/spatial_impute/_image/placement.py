@@ -70,15 +70,14 @@ def turned_picture(picture: np.ndarray, turn: str) -> np.ndarray:
 
 
 def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | None:
-    """Compare spots (um) with the tissue of their own image; None if there is no tissue, or nothing can be said."""
+    """Compare spots (um) with the tissue of their own image, or with all of it if none is seen; None for too few spots."""
     height, width = levels[0].shape
     resolution = max(_FINEST, levels[0].pixel_size * max(height, width) / _MOST_PX)
     if len(centers) < _FEWEST or np.prod(best_level(levels, resolution).shape, dtype=float) > _MOST_DECODED:
         return None
     rgb, to_um = read_thumbnail(levels, resolution)
     mask = tissue_mask(rgb, linear_scale(to_um))
-    if not mask.any() or mask.all():
-        return None
+    mask = mask if mask.any() else np.ones_like(mask)
     points, size = apply_affine(centers, np.linalg.inv(to_um)), (mask.shape[1], mask.shape[0])
     shares = {turn: float(lies_on(mask, turned_points(points, turn, size)).mean()) for turn in _TURNS}
     own = shares.pop(AS_IT_IS)

@@ -34,6 +34,7 @@ _TIFF_MAGIC, _PLAIN_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), (b"\x89PNG
 _VENDORS = re.compile(
     r"\.(mrxs|vsi|ets|czi|dcm|dicom|isyntax|i2syntax|svslide|vms|vmu|zvi|lif|nd2|oir|oib|kfb|sdpc|mds|tron)"
 )
+_TABLES = {".h5", ".hdf5", ".h5seurat", ".loom", ".rds", ".csv", ".tsv", ".mtx", ".parquet"}
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
@@ -79,6 +80,12 @@ def open_image(path: str | Path) -> ImageFile:
         return _readable(_open_tiff, path)
     if is_plain or suffix in _PLAIN:
         return _readable(_open_plain, path)
+    if suffix in _TABLES:
+        msg = (
+            f"Cannot read {path.name!r}: it is a table and no image. Give the folder of Space Ranger that holds it, its h5ad, or a SpatialData "
+            "object; or the image alone, for an unmeasured section."
+        )
+        raise ValueError(msg)
     msg = (
         f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "
         f"{how_to_convert(path)}"

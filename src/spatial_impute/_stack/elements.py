@@ -297,6 +297,12 @@ def rows_of_spots(table: AnnData, section: Section, index: pd.Index) -> np.ndarr
     """(n,) row of each spot of a section in the stack table, joined by instance id; -1 for spots that it lacks."""
     rows = np.flatnonzero(np.asarray(table.obs[Keys.SECTION]) == section.name)
     ids = pd.Index(np.asarray(table.obs[Keys.INSTANCE])[rows]).astype(str)
+    if ids.has_duplicates:
+        msg = (
+            f"`obs[{Keys.INSTANCE!r}]` joins the rows of section {section.name!r} with the spots of `sdata.shapes[{section.spots!r}]`, "
+            f"so each id must stand once; {ids[ids.duplicated()][0]!r} stands more often. Restore the column, or take the repeated rows out."
+        )
+        raise ValueError(msg)
     return np.append(rows, -1)[ids.get_indexer(index.astype(str))]
 
 

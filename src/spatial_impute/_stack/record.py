@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -120,6 +121,13 @@ def load_record(sdata: SpatialData) -> StackRecord:
             )
         raise KeyError(msg)
     sections = [Section(**section) for section in found["sections"]]
+    for section in sections:
+        if not isinstance(section.z, int | float) or not math.isfinite(section.z):
+            msg = (
+                f"The height `z` of section {section.name!r} in `sdata.attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]` must be a finite number "
+                f"in um, found {section.z!r}. Correct it there and in `obs[{Keys.Z!r}]`."
+            )
+            raise ValueError(msg)
     # `filter_by_coordinate_system` and `subset` remove sections from an object and do not change its attrs.
     return StackRecord(
         sections=tuple(s for s in sections if s.image in sdata.images or s.spots in sdata.shapes),

@@ -11,7 +11,7 @@ from scipy import sparse
 from spatial_impute._expression import require_log_values
 from spatial_impute._graph import standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._settings import settings
+from spatial_impute._settings import logger, settings
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.state import require_current, warn_of_old_layer
 from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
@@ -166,6 +166,13 @@ def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.nd
 def _centred_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndarray:
     """(n, d) features of the fields of view that are centred on the spots; by default the first token of each level."""
     which = table.uns.get(Keys.FEATURES, {}).get("field_tokens", {})
+    if Keys.FEATURES not in table.uns and any(t.shape[1] > 1 for t in tokens):
+        logger.warning(
+            "`uns[%r]` is missing, which says what the columns of the image features are, so only the first token of each level is "
+            "used. `anndata.concat` drops it, for example. %s",
+            Keys.FEATURES,
+            _EXTRACT.replace("first", "again"),
+        )
     chosen = [t[:, np.asarray(which.get(key, [0]))] for key, t in zip(Keys.LEVELS, tokens, strict=True)]
     return np.concatenate([t.reshape(len(t), -1) for t in chosen], axis=1)
 
@@ -184,6 +191,9 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
             f"{where}.obsp[{Keys.connectivities(key)!r}] must hold finite weights of at least 0; the first wrong one is "
             f"in the row of {table.obs_names[bad]!r}. {_BUILD}"
         )
+        raise ValueError(msg)
+    if weights.nnz == 0:
+        msg = f"{where}.obsp[{Keys.connectivities(key)!r}] holds no edge. Run `si.tl.build_3d_graph(sdata)` again."
         raise ValueError(msg)
     weights.sort_indices()
     bandwidth = float(table.uns[Keys.neighbors(key)]["params"]["bandwidth_um"])

@@ -401,7 +401,7 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
     changed = [name for name in ("positions", "features") if now[name] != recorded[name]]
     if changed:
         words = " and ".join(SLOT_WORDS[name] for name in changed)
-        yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again} it again.")
+        yield Problem(f"The 3D graph {key!r} was built from other {words} than the table has now. {again}")
 
 
 def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
@@ -444,5 +444,6 @@ def _layer_problems(
     if changed:
         made, again = ("matched", "Match") if Keys.MATCHED_FROM in table.uns[key] else ("imputed", "Impute")
         yield Problem(
-            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again}", wrong=False
+            f"`layers[{key!r}]` was {made} from other {', '.join(changed)} than the table has now. {again} it again.",
+            wrong=False,
         )

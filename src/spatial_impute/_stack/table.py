@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
-    """Stack table; a ``KeyError`` without it or its columns, a ``ValueError`` if names of rows or genes are not unique."""
+    """Stack table; an error without it or its columns, or if names are not unique or a row is of an unknown section."""
     require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
     table = sdata.tables[table_key]
@@ -36,7 +36,21 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
         if not names.is_unique:
             msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
             raise ValueError(msg)
+    _require_known_sections(sdata, table, where)
     return table
+
+
+def _require_known_sections(sdata: SpatialData, table: AnnData, where: str) -> None:
+    """Raise a ``ValueError`` for rows of sections that the stack never had. One that was cut out of it is known."""
+    recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK, {}).get("sections", ())
+    names = [section["name"] for section in recorded]
+    unknown = sorted(set(table.obs[Keys.SECTION].dropna().astype(str)) - set(names)) if names else []
+    if unknown:
+        msg = (
+            f"Rows of `{where}.obs[{Keys.SECTION!r}]` are of the sections {unknown}, which the stack does not have; it has {names}. "
+            "Correct the names, or take these rows out."
+        )
+        raise ValueError(msg)
 
 
 def measured_ids(table: AnnData) -> dict[str, str]:
@@ -184,6 +198,12 @@ def registered_spots(table: AnnData, table_key: str) -> np.ndarray:
     where = f"sdata.tables[{table_key!r}].obsm"
     require_key(Keys.SPATIAL_3D, table.obsm, where=where, then="Run `si.tl.register_stack(sdata)` first.")
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=float)
+    if xyz.shape[1:] != (3,):
+        msg = (
+            f"`{where}[{Keys.SPATIAL_3D!r}]` must have the columns x, y and z in um, found the shape {xyz.shape}. Run "
+            "`si.tl.register_stack(sdata)` again."
+        )
+        raise ValueError(msg)
     require_finite(xyz, name=f"{where}[{Keys.SPATIAL_3D!r}]", row_names=table.obs_names)
     return xyz
 

@@ -24,6 +24,7 @@ from spatial_impute.pp._read_spaceranger import (
     mpp_from_pitch,
     read_legacy,
     read_spaceranger,
+    warn_of_other_pixels,
 )
 
 if TYPE_CHECKING:
@@ -142,9 +143,9 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
         raise FileNotFoundError(msg)
     try:
         sdata, mpp, source = read_spaceranger(folder, fullres_image=options.fullres_image, bin_size=options.bin_size)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    except (OSError, LookupError, ValueError) as error:
+    except Exception as error:  # readers of tables raise errors of all kinds
         if type(error) is ValueError and str(folder) in str(error):  # the message names the folder
             raise
         msg = f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
@@ -155,6 +156,7 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
 def _of_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
     """Section of one sample in ``"global"``, with its own pixel size unless the user gave one."""
     if options.mpp is not None or options.spot_pitch is not None:
+        warn_of_other_pixels(name, sdata, mpp, given=options.mpp, spot_pitch=options.spot_pitch)
         return _from_spatialdata(name, sdata, options)
     return replace(_from_spatialdata(name, sdata, replace(options, mpp=mpp)), mpp_source=source)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
 from spatial_impute._image.levels import image_levels, read_thumbnail
@@ -22,19 +20,18 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pandas as pd
     from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
-_POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
-COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _XY = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
-_SAME_PIXEL = 0.5  # versions round positions differently
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _CELLS = "segmented_outputs"
@@ -144,7 +141,7 @@ def read_legacy(
     scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, _checked_positions(positions, where), counts, images), scan)
+    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
 
 
 def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
@@ -168,6 +165,12 @@ def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> 
 def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     """Positions and counts of the spots under tissue: other spots of a raw matrix hold stray counts."""
     positions, counts = sample.positions, sample.counts
+    if not counts.obs_names.is_unique:
+        msg = (
+            f"{sample.where}: the counts hold the barcode {counts.obs_names[counts.obs_names.duplicated()][0]!r} more than once; keep "
+            "one of its rows, or give the counts of each sample by itself."
+        )
+        raise ValueError(msg)
     if not counts.obs_names.isin(positions.index).any():
         positions, counts = _without_suffix(positions, counts)
     known = counts.obs_names.isin(positions.index)
@@ -177,6 +180,15 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
             f"{sample.positions.index[0]!r}); they belong to different samples or bin sizes."
         )
         raise ValueError(msg)
+    if not known.all():
+        logger.warning(
+            "%s: %d of %d spots with counts have no position and are left out, the first is %r; check that counts and positions "
+            "are those of one sample",
+            sample.where,
+            int((~known).sum()),
+            len(known),
+            sample.counts.obs_names[~known][0],
+        )
     positions = positions[positions["in_tissue"].to_numpy(bool)]
     kept = counts.obs_names.isin(positions.index)
     if not kept.any():
@@ -201,95 +213,6 @@ def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFr
     counts = counts.copy()
     counts.obs_names = names
     return positions.set_index(spots), counts
-
-
-def read_positions(folder: Path) -> pd.DataFrame:
-    """Positions of the spots. Versions of Space Ranger name the file differently; several in one folder must agree."""
-    paths = [folder / "spatial" / name for name in _POSITIONS if (folder / "spatial" / name).exists()]
-    if not paths:
-        msg = (
-            f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
-            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
-        )
-        raise FileNotFoundError(msg)
-    found, *others = map(_read_file, paths)
-    for path, other in zip(paths[1:], others, strict=True):
-        if (differ := _difference(found, other)) is not None:
-            msg = (
-                f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
-                "or versions of Space Ranger; keep the one that belongs to the counts."
-            )
-            raise ValueError(msg)
-    return found
-
-
-def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
-    """First difference of two tables of positions, in words; None if they say the same."""
-    only = first.index.symmetric_difference(second.index)
-    if len(only):
-        return f"{len(only)} barcodes are in one of them only, like {only[0]!r}"
-    one, other = (table.loc[first.index, COLUMNS[1:]].astype(float) for table in (first, second))
-    off = (one - other).abs() > _SAME_PIXEL
-    if not off.any(axis=None):
-        return None
-    column = off.any().idxmax()
-    name = off[column].idxmax()
-    return f"{column!r} of {name!r} is {one.loc[name, column]:g} and {other.loc[name, column]:g}"
-
-
-def _read_file(path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    if table.index.name == "barcode":
-        table = table.reset_index()
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        msg = (
-            f"{path} has no columns {missing}; found {[str(column) for column in table.columns]}. Name the columns as "
-            f"Space Ranger does: {COLUMNS}."
-        )
-        raise ValueError(msg)
-    return _checked_positions(table.set_index(table["barcode"].astype(str)), str(path))
-
-
-def _checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
-    table = table.copy()
-    words = {"true": 1, "false": 0}
-    for column in COLUMNS[1:]:
-        values = table[column]
-        if column == "in_tissue" and values.dtype.kind not in "buif":
-            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
-        numbers = pd.to_numeric(values, errors="coerce").astype(float)
-        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
-        if bad.any():
-            msg = (
-                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, "
-                f"found {table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
-            )
-            raise ValueError(msg)
-        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
-    if not table.index.is_unique:
-        msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
-        raise ValueError(msg)
-    return table
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
-    text = read_text(path)
-    head = text.split("\n", 1)[0]
-    separator = max(",;\t", key=head.count)
-    # Where semicolons part the cells, a comma is the decimal point of many countries.
-    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
-    named = bool(set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)})
-    table = pd.read_csv(io.StringIO(text), header=0 if named else None, **options)
-    if not named and (table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf"):
-        msg = (
-            f"{path} has {table.shape[1]} columns and no header, the first like {table[0].tolist()[0]!r}; expected the "
-            f"{len(COLUMNS)} columns {COLUMNS}."
-        )
-        raise ValueError(msg)
-    return table if named else table.set_axis(COLUMNS, axis=1)
 
 
 def _read_counts(folder: Path) -> AnnData:
@@ -364,6 +287,25 @@ def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> flo
         )
         raise ValueError(msg)
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))
+
+
+def warn_of_other_pixels(
+    name: str, sdata: SpatialData, mpp: float, *, given: float | None, spot_pitch: float | None
+) -> None:
+    """Warn if the pixel size that the user gave contradicts the one that the array of spots has."""
+    argument = "spot_pitch" if given is None else "mpp"
+    if given is None and spot_pitch is not None:
+        given = mpp_from_pitch(next(iter(sdata.shapes.values())), "global", spot_pitch)
+    given = require_positive(given, name=f"mpp of section {name!r}", unit="um per pixel")
+    if not 1 / SAME < given / mpp < SAME:
+        logger.warning(
+            "Section %s: the array of spots gives %.4g um per full-resolution pixel, your `%s` gives %.4g; the latter is used. Leave "
+            "the argument out to use the array",
+            name,
+            mpp,
+            argument,
+            given,
+        )
 
 
 def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, mpp: float) -> Any:

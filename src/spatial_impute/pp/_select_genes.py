@@ -11,7 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._expression import log_normalize, look_normalized, looks_like_counts, names_by_id, require_amounts
+from spatial_impute._expression import (
+    log_normalize,
+    look_normalized,
+    looks_like_counts,
+    names_by_id,
+    require_amounts,
+    warn_of_linear_values,
+)
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
@@ -240,26 +247,23 @@ def _require_finite_values(given: _Counts) -> None:
         require_key(given.layer, table.layers, where=f"{given.name}.layers")
     elif table.X is None:
         layers = sorted(table.layers)
-        msg = f"`{given.where}` is empty; name the layer that holds the counts with `layer=`, one of {layers}."
+        advice = f"name the layer that holds them with `layer=`, one of {layers}" if layers else "put them there"
+        msg = f"`{given.where}` holds no counts; {advice}."
         raise ValueError(msg)
     _warn_of_other_features(table, given.name)
     require_amounts(given.stored, where=given.where)
     if not np.isfinite(given.stored).all():
         bad = given.spots(~np.isfinite(np.asarray(abs(given.matrix).sum(axis=1)).ravel()))
-        msg = (
-            f"`{given.where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove those spots or genes "
-            "first."
-        )
+        msg = f"`{given.where}` holds NaN or infinite values, the first at spot {bad[0]!r}; remove such spots or genes."
         raise ValueError(msg)
 
 
 def _require_log_values(given: _Counts) -> None:
     values = given.stored
     if looks_like_counts(values):
-        msg = (
-            f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized=True` was given."
-        )
+        msg = f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized` is True."
         raise ValueError(msg)
+    warn_of_linear_values(values, where=given.where)
     if values.size and (values < 0).any():
         logger.warning(
             "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores "
@@ -273,8 +277,9 @@ def _require_counts(given: _Counts) -> None:
     values, totals = given.stored, given.totals
     if values.size and ((values < 0).any() or (values != np.round(values)).any()):
         msg = (
-            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g} "
-            "with fractions. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+            f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
+            f"{' with fractions' if (values != np.round(values)).any() else ''}. Name the layer that holds counts with "
+            "`layer=`, or pass `log_normalized=True`."
         )
         raise ValueError(msg)
     if (totals == 0).any():

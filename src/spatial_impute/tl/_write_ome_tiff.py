@@ -154,8 +154,8 @@ def _grid(finest: Level, transform: SectionTransform, reference: Level | None, p
         # The pixels of the image itself, also if it is turned in its section: GeoJSON files have these pixels too.
         sizes = np.linalg.norm(reference.to_um[:2, :2], axis=0)
         size = pixel_size or reference.pixel_size
-        shape = tuple(int(np.ceil(n * own / size - 1e-6)) for n, own in zip(reference.shape, sizes[::-1], strict=True))
-        return PixelGrid(reference.to_um @ scaling(*(size / sizes)), shape)
+        height, width = (int(np.ceil(n)) for n in reference.shape * sizes[::-1] / size - 1e-6)
+        return PixelGrid(reference.to_um @ scaling(*(size / sizes)), (height, width))
     size = pixel_size or finest.pixel_size * linear_scale(transform.matrix)
     return output_grid(finest.shape, finest.to_um, transform, size)
 

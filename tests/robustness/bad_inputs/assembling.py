@@ -579,6 +579,13 @@ GENES = [
         "the gene name 'g0' occurs more than once",
         lambda w: one(visium(genes=("g0", "g0", "g1"))),
     ),
+    refuses(
+        "pp.assemble_stack",
+        "genes without a name",
+        ValueError,
+        "1 genes of its table have no name",
+        lambda w: one(visium(genes=("g0", np.nan, "g1"))),
+    ),
 ]
 
 

@@ -80,6 +80,27 @@ def few(n):
     return change
 
 
+def _column(name, place, value):
+    """Another value in a column of the spots."""
+
+    def change(world):
+        values = world.table.obs[name].astype(object)
+        values.iloc[place] = values.iloc[place + 1] if value is None else value
+        world.table.obs[name] = values.astype("category") if name == "section" else values
+
+    return change
+
+
+def _height(world):
+    record = copy.deepcopy(world.sdata.attrs)
+    record["spatial_impute"]["stack"]["sections"][0]["z"] = "0"
+    world.sdata.attrs = record
+
+
+def _no_edge(world):
+    world.table.obsp["spatial_3d_connectivities"] = sparse.csr_matrix((world.table.n_obs,) * 2)
+
+
 def repeat_gene(world):
     world.table.var_names = [world.table.var_names[1], *world.table.var_names[1:]]
 
@@ -181,6 +202,39 @@ MEASURED = [
         "Run `si.tl.build_3d_graph(sdata)` first",
         fit,
         change=drop("uns", "spatial_3d_neighbors"),
+    ),
+    refuses("tl.fit_asign", "a graph without an edge", ValueError, "holds no edge", fit, change=_no_edge),
+    refuses(
+        "tl.fit_asign",
+        "a spot of a section that the stack does not have",
+        ValueError,
+        "are of the sections ['zz'], which the stack does not have",
+        fit,
+        change=_column("section", 0, "zz"),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "two spots of one id",
+        ValueError,
+        "so each id must stand once; '1' stands more often",
+        fit,
+        change=_column("instance_id", 0, None),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "registered positions without height",
+        ValueError,
+        "must have the columns x, y and z in um, found the shape",
+        fit,
+        change=lambda w: w.table.obsm.__setitem__("spatial_3d", w.table.obsm["spatial_3d"][:, :2]),
+    ),
+    refuses(
+        "tl.fit_asign",
+        "a height in the record that is no number",
+        ValueError,
+        "must be a finite number in um, found '0'",
+        fit,
+        change=_height,
     ),
     refuses(
         "tl.fit_asign",
