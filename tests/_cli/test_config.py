@@ -23,6 +23,7 @@ SMALL = {"image": "s0.tif", "mpp": 0.5, "counts": "s1.h5ad", "spot_diameter": 0.
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "s0.tif").touch()
+    (tmp_path / "s2.tif").touch()
     (tmp_path / "s1.h5ad").touch()
     (tmp_path / "outs").mkdir()
     return tmp_path
@@ -66,6 +67,7 @@ def test_good_config_has_defaults_and_absolute_paths(folder):
         ("sections.s0.mpp", -1, "`sections.s0.mpp` must be a positive number"),
         ("sections.s0.spaceranger", "outs", "`sections.s0` needs exactly one of"),
         ("sections.s0.bin_size", 8, "`sections.s0` with `image` does not take `bin_size`"),
+        ("sections.s1", {"image": "./s0.tif"}, "`sections.s1.image` and `sections.s0.image` are the same file"),
         ("sections.s0.counts", "s1.h5ad", "`sections.s0` needs `counts` and `spot_diameter` .* together"),
         ("sections.s0", SMALL, "`sections.s0.spot_diameter` must be the size of spots in um, 1 to 1000, found 0.5"),
         ("sections.s0.z", 0, "`section_spacing` or `z` of every section, found both"),
@@ -139,7 +141,7 @@ def test_unreadable_files(tmp_path, name, text, message):
 NAMES = """
 sections:
   01: {{image: s0.tif, mpp: 0.5}}
-  {name}: s0.tif
+  {name}: s2.tif
   outs: {{spaceranger: outs}}
 section_spacing: 10
 reference: {name}
@@ -177,7 +179,7 @@ def test_names_that_a_run_would_refuse_are_refused_by_the_check(folder, sections
 
 
 def test_aliases_save_writing(folder):
-    text = "sections:\n  a: &one {image: s0.tif, mpp: 0.5}\n  b: {<<: *one, mpp: 0.25}\n  c: {spaceranger: outs}\nsection_spacing: 1\noutput: x\n"
+    text = "sections:\n  a: &one {image: s0.tif, mpp: 0.5}\n  b: {<<: *one, image: s2.tif, mpp: 0.25}\n  c: {spaceranger: outs}\nsection_spacing: 1\noutput: x\n"
     (folder / "run.yaml").write_text(text)
     assert [section.mpp for section in read_config(folder / "run.yaml").sections.values()] == [0.5, 0.25, None]
 

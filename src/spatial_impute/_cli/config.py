@@ -264,6 +264,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._require_heights()
+        self._require_own_files()
         if not any(section.measured for section in self.sections.values()):
             msg = (
                 "`sections`: none of them is measured. Imputation needs one with `spaceranger`, `spatialdata`, or "
@@ -283,6 +284,20 @@ class RunConfig:
             name = next(name for name in self.sections if name not in without)
             msg = f"Give either `section_spacing` or `z` of every section, found both (`sections.{name}.z`)."
             raise ValueError(msg)
+
+    def _require_own_files(self) -> None:
+        """A file that two sections share is a slip of copying; only a SpatialData object may hold several sections."""
+        seen: dict[Path, str] = {}
+        for name, section in self.sections.items():
+            for key in ("image", "counts", "spaceranger", "fullres_image"):
+                path = getattr(section, key)
+                if path is None:
+                    continue
+                place = f"sections.{name}.{key}"
+                other = seen.setdefault(path.resolve(), place)
+                if other != place:
+                    msg = f"`{place}` and `{other}` are the same file, '{path}'; each section needs its own."
+                    raise ValueError(msg)
 
 
 def read_config(path: str | Path) -> RunConfig:
