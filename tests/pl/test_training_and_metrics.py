@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 import spatial_impute as si
 
@@ -143,18 +144,21 @@ def test_metrics_without_scores_ranks_the_genes(plot_stack):
     assert len(ax.texts) == 2
 
 
-def test_names_of_genes_stay_in_the_panel_and_cover_no_point(plot_stack):
+@pytest.mark.parametrize("n_genes", [None, 6])
+def test_names_of_genes_stay_in_the_panel_and_cover_nothing(plot_stack, n_genes):
     stack = copy.deepcopy(plot_stack)
     var = stack.tables["stack"].var
     var["imputation_r"] = np.linspace(0.98, 0.0, len(var))  # a curve from one corner of the panel to the other
-    (ax,) = si.pl.metrics(stack, return_ax=True)
+    (ax,) = si.pl.metrics(stack, genes=None if n_genes is None else list(var.index[:n_genes]), return_ax=True)
     ax.figure.canvas.draw()
     points = ax.transData.transform(ax.lines[0].get_xydata())
-    for text in ax.texts:
-        box = text.get_window_extent()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
+    assert len(boxes) == (n_genes or 2)
+    for k, box in enumerate(boxes):
         assert ax.bbox.x0 <= box.x0 < box.x1 <= ax.bbox.x1
         assert ax.bbox.y0 <= box.y0 < box.y1 <= ax.bbox.y1
         assert box.count_contains(points) == 0
+        assert box.count_overlaps(boxes[:k]) == 0
 
 
 @pytest.mark.parametrize(

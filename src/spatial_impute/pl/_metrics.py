@@ -37,6 +37,8 @@ _TEXTS = {
 _LOWER_IS_BETTER = ("mse", "mae")
 _N_LABELS = 2  # genes named by default in the panel of genes
 _N_ON_LINE = 200  # points of a curve that a name should not cover
+_AWAY = range(6, 150, 6)  # distances of a name from its point, in points of the page
+_AROUND = np.array([(np.cos(angle), np.sin(angle)) for angle in np.pi / 8 * np.arange(16)])
 
 
 @document_figure
@@ -233,32 +235,36 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
     ax.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     for gene in dict.fromkeys(named):
         if gene in places:
-            _name_point(ax, gene, places[gene], drawn)
+            drawn = np.concatenate([drawn, _name_point(ax, gene, places[gene], drawn)])
 
 
-def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarray) -> None:
-    """Write the name beside a point, on the side where it covers the fewest `drawn` points and stays inside."""
+def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarray) -> np.ndarray:
+    """Write the name as near to the point as it covers none of the `drawn` points and stays inside.
+
+    Returns points of the name, so that the next name does not cover it.
+    """
     ax.get_xlim(), ax.get_ylim()  # matplotlib updates the limits only when they are read
     # All in points of the page: places relative to the named one, and the size of the text.
     per_pixel, here = 72 / ax.figure.dpi, ax.transData.transform([place])
     apart = per_pixel * (ax.transData.transform(drawn) - here)
     low, high = per_pixel * (ax.bbox.get_points() - here)
-    width, height, gap = 5.0 * len(name), 8.0, 6.0
+    half = np.array([5.0 * len(name), 8.0]) / 2
 
-    def n_covered(side: tuple[int, int]) -> tuple[bool, int]:
-        center = np.array([side[0] * (gap + width / 2), side[1] * (height + 2)])
-        half = np.array([width / 2, height / 2])
+    def faults(center: np.ndarray) -> tuple[bool, int]:
         outside = bool((center - half < low).any() or (center + half > high).any())
         return outside, int((np.abs(apart - center) < half + 4).all(axis=1).sum())
 
-    right, above = min(((1, 0), (1, 1), (-1, -1), (-1, 0), (1, -1), (-1, 1)), key=n_covered)
+    center = min(
+        (around * (half + away) for away in _AWAY for around in _AROUND), key=faults
+    )  # the nearest of the best
     style: dict[str, Any] = {
-        "ha": "left" if right > 0 else "right",
+        "ha": "center",
         "va": "center",
         "fontsize": "x-small",
         "color": INK,
         "arrowprops": {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
     }
-    at = right * gap, above * (height + 2)
-    text = ax.annotate(name, place, xytext=at, textcoords="offset points", **style)
+    text = ax.annotate(name, place, xytext=center, textcoords="offset points", **style)
     text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    written = center + half * [[x, y] for x in (-1, 0, 1) for y in (-1, 1)]
+    return ax.transData.inverted().transform(here + written / per_pixel)

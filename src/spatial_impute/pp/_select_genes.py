@@ -261,7 +261,9 @@ def _require_finite_values(given: _Counts) -> None:
 def _require_log_values(given: _Counts) -> None:
     values = given.stored
     if looks_like_counts(values):
-        msg = f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized=True` was given."
+        msg = (
+            f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized=True` was given."
+        )
         raise ValueError(msg)
     warn_of_linear_values(values, where=given.where)
     if values.size and (values < 0).any():
