@@ -78,7 +78,7 @@ default_role = "literal"
 nitpicky = True
 # Only our own names are checked, so that the build gives the same verdict with and without a network;
 # and private ones have no page.
-nitpick_ignore_regex = [("py:.*", r"(?!spatial_impute\b).*"), ("py:class", r"spatial_impute\.models\.\w+\._.*")]
+nitpick_ignore_regex = [("py:.*", r"(?!spatial_impute\b).*"), ("py:class", r"spatial_impute(\.\w+)*\._.*")]
 
 autosummary_generate = True
 autodoc_member_order = "bysource"

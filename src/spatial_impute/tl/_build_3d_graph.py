@@ -98,8 +98,7 @@ def build_3d_graph(
     -------
     ``None``, or a :class:`Graph3DResult` with ``inplace=False``. Writes to `sdata.tables['stack']`:
 
-    `.obsp['spatial_3d_connectivities']`, `.obsp['spatial_3d_distances']` : :class:`scipy.sparse.csr_matrix`
-    (``float32``)
+    `.obsp['spatial_3d_connectivities']`, `.obsp['spatial_3d_distances']` : :class:`scipy.sparse.csr_matrix` (``float32``)
         Weights and lengths (um) of the same edges; symmetric, no diagonal.
     `.obsp['spatial_3d_overlap']`, `.obsp['spatial_3d_similarity']` : :class:`scipy.sparse.csr_matrix` (``float32``)
         IoU of overlapping spots, cosine on similarity edges.
