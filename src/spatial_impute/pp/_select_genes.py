@@ -261,9 +261,8 @@ def _require_finite_values(given: _Counts) -> None:
 def _require_log_values(given: _Counts) -> None:
     values = given.stored
     if looks_like_counts(values):
-        msg = (
-            f"`{given.where}` holds raw counts (integers up to {values.max():g}), but `log_normalized=True` was given."
-        )
+        found = f"`{given.where}` holds raw counts (integers up to {values.max():g})"
+        msg = f"{found}, but `log_normalized=True` was given."
         raise ValueError(msg)
     warn_of_linear_values(values, where=given.where)
     if values.size and (values < 0).any():
@@ -277,11 +276,11 @@ def _require_log_values(given: _Counts) -> None:
 
 def _require_counts(given: _Counts) -> None:
     values, totals = given.stored, given.totals
-    if values.size and ((values < 0).any() or (values != np.round(values)).any()):
+    fractions = " with fractions" if (values != np.round(values)).any() else ""
+    if fractions or (values < 0).any():
         msg = (
             f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
-            f"{' with fractions' if (values != np.round(values)).any() else ''}. Name the layer that holds counts with "
-            "`layer=`, or pass `log_normalized=True`."
+            f"{fractions}. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
         )
         raise ValueError(msg)
     if (totals == 0).any():
