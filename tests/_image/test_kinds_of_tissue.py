@@ -63,6 +63,14 @@ def fat(slide: Slide) -> None:
     slide.tissue(WHOLE, walls(slide, 9000, 0.6)[..., None] * 0.35 * EOSIN + slide.nuclei(2e-3)[..., None] * HEMATOXYLIN)
 
 
+def fat_of_large_cells(slide: Slide) -> None:
+    """Closed cells of 110 um beside stroma that is far darker."""
+    slide.usual(WHOLE & (X < 275))
+    rim = WHOLE & ~ndi.binary_erosion(WHOLE)
+    pale = np.maximum(walls(slide, 1300, 0.5), 0.5 * rim)[..., None] * 0.45 * EOSIN
+    slide.tissue(WHOLE & (X >= 275), pale + slide.nuclei(5e-4)[..., None] * HEMATOXYLIN)
+
+
 def lung(slide: Slide) -> None:
     slide.tissue(WHOLE, walls(slide, 1500, 1.0)[..., None] * (0.3 * EOSIN + 0.25 * HEMATOXYLIN))
 
@@ -91,6 +99,11 @@ def cores(slide: Slide) -> None:
 
 def fills_the_image(slide: Slide) -> None:
     slide.usual(np.ones(SHAPE, bool))
+
+
+def pale_and_fills_the_image(slide: Slide) -> None:
+    pale = (0.13 + 0.01 * slide.waves)[..., None] * EOSIN
+    slide.tissue(np.ones(SHAPE, bool), pale + slide.nuclei(0.04)[..., None] * 0.5 * HEMATOXYLIN)
 
 
 def touches_edges(slide: Slide) -> None:
@@ -123,6 +136,17 @@ def pen(slide: Slide) -> None:
     slide.density += (np.abs(np.hypot(Y - 225, X - 275) - 200) < 7)[..., None] * [2.0, 1.2, 0.2]
 
 
+def pen_at_the_tissue(slide: Slide) -> None:
+    slide.usual(WHOLE)
+    around = ndi.distance_transform_edt(~WHOLE)
+    slide.density += ((around > 6) & (around < 24))[..., None] * [2.0, 1.2, 0.2]
+
+
+def pigment(slide: Slide) -> None:
+    slide.usual(WHOLE)
+    slide.density += blob(225, 275, 55, 55)[..., None] * [2.0, 2.2, 2.4]
+
+
 def letters(slide: Slide) -> None:
     slide.usual(WHOLE)
     strokes = (Y > 20) & (Y < 70) & (X > 30) & (X < 200) & ((X % 30 < 10) | (np.abs(Y - 44) < 4))
@@ -153,6 +177,17 @@ def uneven_light_and_haze(slide: Slide) -> None:
     slide.light = 1 - 0.15 * ((Y - 225) ** 2 + (X - 275) ** 2) / 275**2
 
 
+def light_falls_off(slide: Slide) -> None:
+    slide.usual(WHOLE, 0.4)
+    slide.light = 1 - 0.3 * X / X.max()
+
+
+def dark_corners_and_smooth_tissue(slide: Slide) -> None:
+    slide.usual(WHOLE & ~blob(225, 275, 60, 80))
+    slide.tissue(blob(225, 275, 60, 80), np.full((*SHAPE, 1), 0.25) * EOSIN)
+    slide.light = 1 - 0.35 * ((Y - 225) ** 2 + (X - 275) ** 2) / (225**2 + 275**2)
+
+
 def printed_lattice(slide: Slide) -> None:
     slide.usual(WHOLE)
     slide.density += (((Y % 60) < 2) | ((X % 60) < 2))[..., None] * 0.04
@@ -161,6 +196,7 @@ def printed_lattice(slide: Slide) -> None:
 KINDS = [
     *(
         fat,
+        fat_of_large_cells,
         lung,
         white_matter,
         pale_ihc,
@@ -168,12 +204,14 @@ KINDS = [
         half_pale,
         cores,
         fills_the_image,
+        pale_and_fills_the_image,
         touches_edges,
         pieces,
         skin,
         biopsy,
     ),
-    *(frozen_in_medium, pen, letters, dots_of_an_array, bars_of_an_array, uneven_light_and_haze, printed_lattice),
+    *(frozen_in_medium, pen, pen_at_the_tissue, pigment, letters, dots_of_an_array, bars_of_an_array),
+    *(uneven_light_and_haze, light_falls_off, dark_corners_and_smooth_tissue, printed_lattice),
 ]
 
 

@@ -33,8 +33,14 @@ _TWO_KINDS = 3.0  # ratio of the textures of tissue and glass; within tissue alo
 _MIN_SHARE = 0.01  # of the pixels: fewer are specks, not a kind of texture
 _NEAR_GLASS, _NEAR_TISSUE = 500.0, 150.0  # um: glass changes slowly (haze), tissue within a region
 _MIN_DENSITY = 0.02  # 2 % absorption: less is no stain
+# Fat: walls of this density and hue (range of the channels over their mean; dirt and print are grey), gaps in them of at
+# most this half width in um, and pieces of at least this half width: narrower ones are the rim of other tissue.
+_WALL_DENSITY, _WALL_HUE, _WALL_GAP, _FAT_WIDTH = 0.01, 0.25, 20.0, 100.0
+_EVEN = 0.05  # optical density: light that differs by less than 5 % across the glass counts as even
+_LIGHT_PIXELS, _LEAST_GLASS, _LIGHT_FITS = 20_000, 0.05, 10  # pixels used at most, share of glass at least, rounds
 _LESS, _MUCH_LESS = 2 / 3, 1 / 3  # print against the main tissue: shares of texture, hue and density
 _NARROW = 400.0  # um: half width of the frame of an array
+_DARK = 4.0  # times the median of the tissue
 _SMOOTHING = 15.0  # um, sd of the blur before thresholding: about one cell, so that a mask follows tissue
 # um^2. Isolated specks up to this area are dropped before closing can join them: dust, fiducial dots (about 100 um
 # across). They stay if the tissue itself is of that size.
@@ -57,23 +63,27 @@ def optical_density(rgb: ArrayLike) -> NDArray[np.float32]:
     `rgb` is ``(y, x)``, ``(y, x, 1)``, ``(y, x, 3)`` or ``(y, x, 4)`` (alpha last), of any numeric type and range. The
     result is ``(y, x, 3)``, ``float32``, not below 0 and finite; a constant image gives zeros.
     """
-    return _density(*_split_alpha(np.asarray(rgb)))
+    density, _ = _signed_density(*_split_alpha(np.asarray(rgb)))
+    return np.maximum(density, 0)
 
 
-def _density(image: NDArray[np.float32], visible: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _signed_density(
+    image: NDArray[np.float32], visible: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Optical density, negative where the image is brighter than its background, and the pixels without padding."""
     density = np.zeros(image.shape, np.float32)
     visible, dark_background = _find_padding(image, visible)
     if not visible.any():
-        return density
+        return density, visible
     if dark_background:
         image = np.maximum(_white_level(image, visible) - image, 0)
     if np.ptp(image[visible]) <= 1e-6 * abs(float(image[visible].max())):
-        return density
+        return density, visible
     background = _background_level(image, visible)
     transmitted = np.maximum(image / background, _DARKEST_RATIO)
     np.log(transmitted, out=transmitted)
-    density[visible] = np.maximum(-transmitted[visible], 0)
-    return density
+    density[visible] = -transmitted[visible]
+    return density, visible
 
 
 def tissue_mask(rgb: ArrayLike, pixel_size: float | Sequence[float]) -> NDArray[np.bool_]:
@@ -81,8 +91,10 @@ def tissue_mask(rgb: ArrayLike, pixel_size: float | Sequence[float]) -> NDArray[
 
     Tissue has texture on the scale of cells; glass, haze and uneven light have none. So texture finds where there is
     glass and where there is tissue. The outline is where the density is halfway between the glass and the tissue nearby:
-    pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Pieces that are smoother
-    and greyer than the main tissue (a printed frame) are dropped. An image that has texture everywhere is all tissue.
+    pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Light that falls off
+    across the glass is taken out before. Fat has little stain: it is found by the thin walls of its cells. Pieces that
+    are smoother and greyer than the main tissue (a printed frame), or narrow and far darker (a pen), are dropped. An
+    image that has texture everywhere is all tissue.
 
     `rgb` is as in :func:`optical_density`; `pixel_size` is in um, one number or ``(x, y)``. The masks of the images seen
     last are kept: every plot of a section needs its mask again.
@@ -106,15 +118,17 @@ def _find_tissue(rgb: NDArray, pixel_size: tuple[float, float]) -> NDArray[np.bo
     shape, factors = visible.shape, _factors(visible.shape, pixel_size)
     sampling = (pixel_size[0] * factors[0], pixel_size[1] * factors[1])
     pixel_area = sampling[0] * sampling[1]
-    density = _density(*_coarser(image, visible, factors))
-    texture = _texture(density, sampling)
+    signed, visible = _signed_density(*_coarser(image, visible, factors))
+    texture = _texture(np.maximum(signed, 0), sampling)
+    density = np.maximum(signed - _uneven_light(signed, visible & ~_rough(texture)), 0) * visible[..., None]
     mask = _stained(density, texture, sampling)
     if not mask.any():
         return np.zeros(shape, bool)
+    mask |= _fat(density, mask, sampling)
     mask = _keep_large_components(mask, _LEAST_ISLAND / pixel_area)
-    mask = _erode(_dilate(mask, _NARROW_GAP, sampling), _NARROW_GAP, sampling)
-    mask = _fill_holes(mask, _LARGEST_HOLE / pixel_area)
-    opened = _dilate(_erode(mask, _NARROW_PIECE, sampling), _NARROW_PIECE, sampling)
+    mask = _drop_print(mask, density, texture, sampling)  # before closing can join a line of a pen to the tissue
+    mask = _fill_holes(_closed(mask, _NARROW_GAP, sampling), _LARGEST_HOLE / pixel_area)
+    opened = _opened(mask, _NARROW_PIECE, sampling)
     # A sample smaller than the opening would vanish; it is still the only tissue there is.
     mask = _drop_print(opened if opened.any() else mask, density, texture, sampling)
     return _finer(_keep_large_components(mask), shape, factors)
@@ -165,22 +179,58 @@ def _texture(density: NDArray[np.float32], sampling: tuple[float, float]) -> NDA
     return np.sqrt(ndi.gaussian_filter(square / density.shape[-1], coarse))
 
 
+def _uneven_light(density: NDArray[np.float32], still: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Density of the glass ``(y, x, channel)`` where the light falls off across the image; 0 if the light is even.
+
+    A quadratic surface through pixels without texture: first through the brighter half of the glass, then also through
+    the pixels that continue it. Smooth tissue and haze are denser than the surface, and stay out.
+    """
+    rows, columns = (np.linspace(-1, 1, n, dtype=np.float32) for n in still.shape)
+    y, x = np.meshgrid(rows, columns, indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1)
+    step = max(1, int(np.sqrt(still.size / _LIGHT_PIXELS)))
+    part = still[::step, ::step]
+    known_terms, known = terms[::step, ::step][part], density[::step, ::step][part]
+    glass = known.mean(-1) <= 0
+    if np.count_nonzero(glass) < _LEAST_GLASS * part.size:
+        return np.zeros_like(density)
+    for _ in range(_LIGHT_FITS):
+        surface, *_ = np.linalg.lstsq(known_terms[glass], known[glass], rcond=None)
+        distance = np.abs((known - known_terms @ surface).mean(-1))
+        glass = distance < _MIN_DENSITY + 2 * float(np.median(distance[glass]))
+    light = np.clip(terms @ surface, *(np.percentile(known[glass], q, axis=0) for q in (1, 99)))
+    return light if np.ptp(light.mean(-1)) > _EVEN else np.zeros_like(light)
+
+
 def _stained(
     density: NDArray[np.float32], texture: NDArray[np.float32], sampling: tuple[float, float]
 ) -> NDArray[np.bool_]:
     """Pixels that are denser than halfway between the glass and the tissue near them."""
     total = density.mean(-1)
     rough = _rough(texture)
-    if not rough.any():
+    if rough.all() or not rough.any():
         return rough
     core = _erode(rough, _NEIGHBOURHOOD, sampling)
     core = core if core.any() else rough
     tissue_level = float(np.median(total[core]))
     glass = ~rough & (total < 0.5 * tissue_level)
-    tissue = _level(total, core, _NEAR_TISSUE, sampling, tissue_level)
+    usual = np.minimum(total, _DARK * tissue_level)  # pigment and ink do not decide about the tissue around them
+    tissue = _level(usual, core, _NEAR_TISSUE, sampling, tissue_level)
     empty = _level(total, glass, _NEAR_GLASS, sampling, 0.0)
     halfway = empty + np.maximum(0.5 * (tissue - empty), _MIN_DENSITY)
     return ndi.gaussian_filter(total, [_SMOOTHING / s for s in sampling]) > halfway
+
+
+def _fat(density: NDArray[np.float32], stained: NDArray[np.bool_], sampling: tuple[float, float]) -> NDArray[np.bool_]:
+    """Pixels of fat: thin walls around empty cells, which are too pale on average for the outline by density."""
+    scale = [_NEIGHBOURHOOD / s for s in sampling]
+    fine = np.stack([channel - ndi.gaussian_filter(channel, scale) for channel in np.moveaxis(density, -1, 0)])
+    strength, hue = fine.mean(0), np.ptp(fine, axis=0)
+    noise = 1.48 * float(np.median(np.abs(strength)))
+    walls = (strength > max(_WALL_DENSITY, 4 * noise)) & (hue > _WALL_HUE * strength)
+    walls = _closed(walls | stained, _WALL_GAP, sampling)
+    mesh = _fill_holes(walls, _LARGEST_HOLE / (sampling[0] * sampling[1])) & ~_opened(stained, _NARROW_PIECE, sampling)
+    return mesh & _dilate(_opened(mesh, _FAT_WIDTH, sampling), _NEIGHBOURHOOD, sampling)
 
 
 def _rough(texture: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -245,7 +295,8 @@ def _drop_print(
     dots = grey & (share(total) < _LESS) & (width < _NARROW)
     ink = (share(total) > 1 / _MUCH_LESS) & (width < _NARROW)
     printed = (smooth & (grey | still)) | dots | ink
-    return mask & ~np.concatenate([[False], printed])[labels]
+    printed = np.concatenate([[False], printed])[labels]
+    return mask & ~(printed & ~ndi.binary_fill_holes(mask & ~printed))  # pigment within the tissue is no ink
 
 
 def _split_alpha(image: NDArray) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -327,6 +378,14 @@ def _erode(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]
     if mask.all():  # nothing is known beyond the frame: tissue cut by it is not eroded from there
         return mask
     return ndi.distance_transform_edt(mask, sampling=sampling) > radius
+
+
+def _closed(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
+    return _erode(_dilate(mask, radius, sampling), radius, sampling)
+
+
+def _opened(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
+    return _dilate(_erode(mask, radius, sampling), radius, sampling)
 
 
 def _fill_holes(mask: NDArray[np.bool_], max_pixels: float) -> NDArray[np.bool_]:
