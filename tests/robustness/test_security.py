@@ -18,7 +18,7 @@ import spatial_impute as si
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.files import fetch
 from spatial_impute.datasets import _her2st, _olfactory_bulb
-from spatial_impute.encoders import _resnet, _tellez, _weights
+from spatial_impute.encoders import _networks, _weights
 from spatial_impute.encoders._tokens import load_tokens
 
 SOURCE = Path(si.__file__).parent
@@ -94,7 +94,7 @@ def test_source_neither_unpickles_nor_unpacks_nor_starts_programs(path):
 
 
 def test_every_download_is_https_and_has_a_hash():
-    files = [_tellez._FILE, *_resnet.WEIGHTS.values()]
+    files = [_networks._TELLEZ_FILE, *_networks.WEIGHTS.values()]
     assert len(files) >= 4
     for file in files:
         assert isinstance(file, _weights.WeightFile)

@@ -192,18 +192,14 @@ def _by_name(
     require_encoder_name(name)
     if name == TextureEncoder.name:
         return TextureEncoder()
-    if name == "tellez-multitask":
-        from spatial_impute.encoders._tellez import TellezEncoder
+    from spatial_impute.encoders._networks import LITE_MEAN, LITE_STD, TellezEncoder, load_efficientnet, load_resnet
 
+    if name == "tellez-multitask":
         return TellezEncoder(require_device(device))
     if name in ("ciga-resnet18", "resnet18", "resnet50"):
-        from spatial_impute.encoders._resnet import load_resnet
-
         return from_module(load_resnet(name), name=name)
     if name == "efficientnet-lite2":
-        from spatial_impute.encoders._efficientnet import MEAN, STD, load_efficientnet
-
-        return from_module(load_efficientnet(), name=name, mean=MEAN, std=STD)
+        return from_module(load_efficientnet(), name=name, mean=LITE_MEAN, std=LITE_STD)
     library, _, model = name.partition(":")
     if library in ("timm", "transformers") and model:
         from spatial_impute.encoders._weights import load_timm, load_transformers

@@ -10,7 +10,7 @@ import shapely
 import torch
 from torch.nn import functional as F
 
-from spatial_impute.encoders._context import Box
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet import _region_weights
 from spatial_impute.models.pixnet._region_weights import CellGrid, Discs, Polygons, build_stencil
 from spatial_impute.models.pixnet._slide import Tiling

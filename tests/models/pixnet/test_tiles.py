@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_impute.encoders._networks import build_resnet
 from spatial_impute.encoders._pyramids import ModulePyramid, Pyramid, TellezPyramid, build_pyramid
-from spatial_impute.encoders._resnet import build_resnet
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptive_halo
 from spatial_impute.models.pixnet._region_weights import Discs

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spatial_impute.encoders._context import Box, coarser, cut_pixels, grow, relative
+from spatial_impute.encoders._pyramids import Box, coarser, cut_pixels, grow, relative
 from spatial_impute.models.pixnet._region_weights import CellGrid
 
 if TYPE_CHECKING:

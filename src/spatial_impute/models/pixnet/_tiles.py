@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.encoders._context import Box
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet._region_weights import CellGrid, Regions, Stencil, build_stencil
 
 if TYPE_CHECKING:
