@@ -28,13 +28,14 @@ from spatial_impute._registration.deform import (
     _without,
     fit_deformation,
 )
-from spatial_impute._registration.error import expected_error, section_errors
 from spatial_impute._registration.orientation import orientation_candidates, pose
 from spatial_impute._registration.quality import (
     StructureScore,
     edges_inside,
+    expected_error,
     mutual_information,
     pull_back,
+    section_errors,
 )
 from spatial_impute.tl._given_places import check_matrix, landmark_matrix
 
@@ -108,7 +109,7 @@ def test_error_counts_the_bend_within_a_patch(monkeypatch):
     true = np.median(np.linalg.norm(bend[fixed.mask], axis=1))
     moving = warped(fixed, bend)
     found = expected_error(fixed, moving, np.eye(3), None, 0.0)["error_um"]
-    monkeypatch.setattr("spatial_impute._registration.error._WITHIN", 0.0)
+    monkeypatch.setattr("spatial_impute._registration.quality._WITHIN", 0.0)
     of_means = expected_error(fixed, moving, np.eye(3), None, 0.0)["error_um"]
     assert of_means < 0.9 * true
     assert 0.9 * true < found < 2 * true

@@ -10,12 +10,13 @@ import numpy as np
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration.deform import fit_deformation
-from spatial_impute._registration.error import NO_ERROR, expected_error
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
+    NO_ERROR,
     StructureScore,
     clear_pose,
     disagreement,
+    expected_error,
     is_sane,
     mutual_information,
     same_pose,

@@ -10,7 +10,7 @@ import numpy as np
 from spatial_impute._geometry import apply_affine, linear_scale, polygons_of
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
-from spatial_impute._registration.warp_image import output_grid, resampled
+from spatial_impute._registration.transform import output_grid, resampled
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
     answer,

@@ -12,7 +12,7 @@ from spatial_impute._image.brightfield import names_alpha
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._image.tiff import TILE, Pyramid, write_pyramid
 from spatial_impute._io.files import file_to_write
-from spatial_impute._registration.warp_image import PixelGrid, output_grid, resampled
+from spatial_impute._registration.transform import PixelGrid, output_grid, resampled
 from spatial_impute._settings import logger, progress
 from spatial_impute._stack import (
     answer,
