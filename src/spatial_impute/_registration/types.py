@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.tissue import optical_density, tissue_mask
-from spatial_impute._params import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
+from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -12,7 +12,6 @@ import pandas as pd
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._image.pixel_size import RANGE
-from spatial_impute._image.placement import place_spots
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
@@ -25,6 +24,7 @@ from spatial_impute._stack import (
     spots_by_section,
 )
 from spatial_impute._validation import require_key, require_positive
+from spatial_impute.pp._positions import place_spots
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 
 if TYPE_CHECKING:

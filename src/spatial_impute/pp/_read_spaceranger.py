@@ -13,14 +13,13 @@ import numpy as np
 from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
 from spatial_impute._image.levels import image_levels, read_thumbnail
 from spatial_impute._image.pixel_size import SAME
-from spatial_impute._image.placement import AS_IT_IS, compare_pictures
 from spatial_impute._image.reading import ImageFile, open_image
 from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
+from spatial_impute.pp._positions import AS_IT_IS, COLUMNS, checked_positions, compare_pictures, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import load_record, measured_ids, rows_of_spots, section_images, table_state
 from spatial_impute._stack.spots import read_spots
-from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key
+from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key, resolve_params
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import ImputedLayer, measured_hash
 from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes

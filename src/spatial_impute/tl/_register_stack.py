@@ -15,7 +15,6 @@ import pandas as pd
 from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
     KeptDeformation,
@@ -40,6 +39,7 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
     require_slot_key,
+    resolve_params,
 )
 from spatial_impute.tl._given_places import PlaceReader, approved_places, check_skip, given_tissue, tissue_keys
 from spatial_impute.tl._write_registration import write_registration
