@@ -190,8 +190,7 @@ def _make_job(
 ) -> tuple[list[str], DenseJob]:
     """Names of the channels, and the job, after all checks."""
     from spatial_impute._image.resampling import slide_overview
-    from spatial_impute.models.pixnet._slide import Slide
-    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
+    from spatial_impute.models.pixnet._tiles import DenseJob, Slide, TileIndex, tissue_tiles
 
     index = model.gene_index(request.genes)
     names, n_features = [model.var_names[i] for i in index], model.network.head.in_channels
