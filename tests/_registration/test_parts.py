@@ -37,7 +37,7 @@ from spatial_impute._registration.quality import (
     pull_back,
     section_errors,
 )
-from spatial_impute.tl._given_places import check_matrix, landmark_matrix
+from spatial_impute.tl._places import check_matrix, landmark_matrix
 
 SIZE = 10.0
 

@@ -11,7 +11,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack.spots import read_stacks, stack_list, units
 from spatial_impute._validation import require_count, require_device, require_folder, resolve_params
-from spatial_impute.tl._base_layers import kinds_of_bases, require_same_folds, with_bases
+from spatial_impute.tl._other_layers import kinds_of_bases, require_same_folds, with_bases
 from spatial_impute.tl._provenance import encoder, feature_settings, fitted_state
 
 if TYPE_CHECKING:

@@ -41,8 +41,14 @@ from spatial_impute._validation import (
     require_slot_key,
     resolve_params,
 )
-from spatial_impute.tl._given_places import PlaceReader, approved_places, check_skip, given_tissue, tissue_keys
-from spatial_impute.tl._write_registration import write_registration
+from spatial_impute.tl._places import (
+    PlaceReader,
+    approved_places,
+    check_skip,
+    given_tissue,
+    tissue_keys,
+    write_registration,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +58,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
-    from spatial_impute.tl._given_places import Placement
+    from spatial_impute.tl._places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
 # Tissue rarely fills less than half of the side of its scan. It then still has the pixels that registration needs.
