@@ -1,4 +1,4 @@
-"""Checks of arguments and of classes of settings. Messages say what was expected, what was found and what to do next."""
+"""Checks of arguments, and classes of settings. Messages say what was expected, what was found and what to do next."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from spatial_impute._registration import (
     chain_to_reference,
     run_all,
 )
-from spatial_impute._registration.channel import Channel, contrast, deformation_channel, inside_only, shrink
 from spatial_impute._registration.deform import (
     Placed,
     _agreement,
@@ -37,6 +36,7 @@ from spatial_impute._registration.quality import (
     pull_back,
     section_errors,
 )
+from spatial_impute._registration.types import Channel, contrast, deformation_channel, inside_only, shrink
 from spatial_impute.tl._places import check_matrix, landmark_matrix
 
 SIZE = 10.0

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import norm
 
-from spatial_impute._registration.channel import registration_channel
 from spatial_impute._registration.deform import Placed
 from spatial_impute._registration.pair import register_pair
 from spatial_impute._registration.quality import correlations_without, disagreement, edges_inside, masked_blur
-from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
+from spatial_impute._registration.types import (
+    ChainResult,
+    PairResult,
+    RegistrationParams,
+    SectionImage,
+    registration_channel,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
     Matrices = Mapping[str, NDArray[np.float64]]
     from collections.abc import Iterator
 
-    from spatial_impute._registration.channel import Channel
+    from spatial_impute._registration.types import Channel
 
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
 _NAMES = {"direct": "direct one", "sequential": "other one"}

@@ -8,16 +8,15 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
-from spatial_impute._registration.channel import inside_only
+from spatial_impute._registration.types import inside_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from spatial_impute._registration.channel import Channel
     from spatial_impute._registration.transform import DisplacementField, PullBack
-    from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams
+    from spatial_impute._registration.types import ChainResult, Channel, PairResult, RegistrationParams
 
 _MIN_SEEN = 0.5  # see common_tissue
 _SAME_POSE = 0.2  # of the radius of the tissue: poses that differ by less are the same

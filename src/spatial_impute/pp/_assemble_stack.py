@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._graph import typical_spacing
-from spatial_impute._image.pixel_size import RANGE
+from spatial_impute._image.levels import PIXEL_RANGE
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
@@ -24,8 +24,8 @@ from spatial_impute._stack import (
     spots_by_section,
 )
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._positions import place_spots
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
+from spatial_impute.pp._spots import place_spots
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -212,7 +212,7 @@ def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray)
 
 
 def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:
-    low, high = RANGE
+    low, high = PIXEL_RANGE
     if not low <= parts.mpp <= high:
         msg = (
             f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um "

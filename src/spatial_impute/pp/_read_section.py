@@ -12,7 +12,7 @@ import pandas as pd
 
 from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
-from spatial_impute._image.pixel_size import SAME
+from spatial_impute._image.levels import SAME_SIZE
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -125,7 +125,7 @@ def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionPar
         )
         raise ValueError(msg)
     x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
-    if mpp is not None and known is not None and max(x, known[0]) > SAME * min(x, known[0]):
+    if mpp is not None and known is not None and max(x, known[0]) > SAME_SIZE * min(x, known[0]):
         logger.warning("Section %s: `mpp=%g` differs from %g in its file; `mpp` is used", name, mpp, known[0])
     source = "metadata" if mpp is None else "argument"
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)

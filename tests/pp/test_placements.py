@@ -8,7 +8,7 @@ import xarray as xr
 
 from spatial_impute._geometry import scaling
 from spatial_impute._image.levels import Level
-from spatial_impute.pp._positions import _TURNS, AS_IT_IS, compare_pictures, place_spots, turned_picture, turned_points
+from spatial_impute.pp._spots import _TURNS, AS_IT_IS, compare_pictures, place_spots, turned_picture, turned_points
 
 OTHERS = [turn for turn in _TURNS if turn != AS_IT_IS]
 
