@@ -9,6 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from spatial_impute._geometry import apply_affine, exchanged_axes
 from spatial_impute._io.files import file_to_write, written_whole
@@ -191,8 +192,6 @@ def _part(name: str, row: dict[str, Any], dice: tuple[float, float], images: lis
 
 def _jpeg(image: np.ndarray) -> str:
     """RGB (y, x, 3) in 0-255 as JPEG in base64."""
-    from PIL import Image
-
     file = io.BytesIO()
     Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
     return base64.b64encode(file.getvalue()).decode()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from spatialdata.transformations import get_transformation
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
@@ -382,8 +383,6 @@ def dense(
 
 def _choose_system(element: DataArray, wanted: str | None, where: str) -> str:
     """Coordinate system to draw in: the one that the user names, or the only one."""
-    from spatialdata.transformations import get_transformation
-
     systems = list(get_transformation(element, get_all=True))
     if wanted is None and len(systems) > 1:
         msg = f"`{where}` has the coordinate systems {systems}; choose one with `coordinate_system=`."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from spatialdata import SpatialData
 
 from spatial_impute._graph import typical_spacing
 from spatial_impute._image.levels import PIXEL_RANGE
@@ -28,8 +29,6 @@ from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read
 from spatial_impute.pp._spots import place_spots
 
 if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
     from spatial_impute.pp._read_section import SectionInput, SectionParts
 
 
@@ -132,8 +131,6 @@ def assemble_stack(
     >>> sorted(sdata.coordinate_systems)
     ['bottom', 'top']
     """
-    from spatialdata import SpatialData
-
     inputs = _named_inputs(_by_name(sections), coordinate_system, image_key)
     names = list(inputs)
     heights = _heights(names, _by_name(z), section_spacing)

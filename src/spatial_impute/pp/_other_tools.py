@@ -6,8 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
+import shapely
+from shapely.errors import ShapelyError
+from shapely.geometry import shape
+from shapely.geometry.base import BaseGeometry
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Identity, get_transformation
 
 from spatial_impute._geometry import apply_affine, polygons_of, xy_of
 from spatial_impute._io.files import read_text
@@ -98,8 +105,6 @@ def add_cells(
     >>> len(sdata.shapes["s1_cells"])
     2
     """
-    from spatialdata.models import ShapesModel
-
     record = load_record(sdata)
     require_key(section, record.names, where="the stack's sections")
     key = f"{section}_cells" if key_added is None else key_added
@@ -121,8 +126,6 @@ def add_cells(
 
 def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
     """Raise a ``ValueError`` if shapes that would be replaced lie in another section: they are no earlier result."""
-    from spatialdata.transformations import get_transformation
-
     if key in sdata.shapes and section not in (places := get_transformation(sdata.shapes[key], get_all=True)):
         msg = (
             f"`key_added={key!r}` would write over `sdata.shapes[{key!r}]`, which lies in {sorted(places)} and not in "
@@ -133,8 +136,6 @@ def _require_own_shapes(sdata: SpatialData, key: str, section: str) -> None:
 
 def _own_place(cells: Any, section: str) -> np.ndarray | None:
     """Matrix to the frame of the section of shapes that have one; None for plain outlines, which are in pixels."""
-    from spatialdata.transformations import Identity
-
     places = getattr(cells, "attrs", {}).get("transform") or {}
     if section in places:
         return element_affine(cells, section)
@@ -150,9 +151,6 @@ def _own_place(cells: Any, section: str) -> np.ndarray | None:
 
 def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
     """Outlines in pixels, with unique names."""
-    import geopandas as gpd
-    from shapely.geometry.base import BaseGeometry
-
     if isinstance(cells, str | Path):
         found = _read_geojson(Path(cells).expanduser())
     elif isinstance(cells, gpd.GeoDataFrame):
@@ -179,10 +177,6 @@ def _outlines(cells: Any, size: tuple[int, int]) -> GeoDataFrame:
 
 def _read_geojson(path: Path) -> GeoDataFrame:
     """Outlines of a GeoJSON file; QuPath writes a list of features, or a collection of them."""
-    import geopandas as gpd
-    from shapely.errors import ShapelyError
-    from shapely.geometry import shape
-
     if not path.is_file():
         msg = f"`cells` must be a GeoJSON file, found none at {str(path)!r}."
         raise FileNotFoundError(msg)
@@ -221,9 +215,6 @@ def _class_name(found: Any) -> str:
 
 def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
     """Outlines of labels along the edges of their pixels, so that areas are exact."""
-    import geopandas as gpd
-    import shapely
-
     if tuple(labels.shape) != tuple(size):
         msg = (
             f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found "
@@ -250,8 +241,6 @@ def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
 
 def _with_area(found: GeoDataFrame) -> GeoDataFrame:
     """Polygons with an area, repaired where they cross themselves."""
-    import geopandas as gpd
-
     if not len(found):
         msg = "`cells` holds no object. Give at least one outline."
         raise ValueError(msg)
@@ -395,8 +384,6 @@ def _tiles(
 
 def _from_slide(slide: SpatialData, features_key: str | None, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Features and centres (px) of the tiles of a slide, joined by their ids."""
-    import shapely
-
     if features_key is None and len(slide.tables) == 1:
         features_key = next(iter(slide.tables))
     if features_key is None:

@@ -6,9 +6,12 @@ import io
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import geopandas as gpd
 import numpy as np
 import pandas as pd
 from skimage.transform import resize
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Identity
 
 from spatial_impute._geometry import apply_affine, grid_in_box, lattice_of, lies_on, linear_scale
 from spatial_impute._graph import typical_spacing
@@ -164,10 +167,6 @@ def _write_spots(
     sdata: SpatialData, record: StackRecord, name: str, points: np.ndarray, diameter: float
 ) -> StackRecord:
     """Write the spots of a section and return the record with them."""
-    import geopandas as gpd
-    from spatialdata.models import ShapesModel
-    from spatialdata.transformations import Identity
-
     # Ids are strings like barcodes: one table cannot join both strings and numbers.
     frame = gpd.GeoDataFrame(
         {"radius": np.full(len(points), diameter / 2)},

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import shapely
+from spatialdata.models import PointsModel
+from spatialdata.transformations import Identity
 
 from spatial_impute._geometry import apply_affine, linear_scale, scaling
 from spatial_impute._image.brightfield import names_alpha
@@ -108,9 +111,6 @@ def points_3d(
     >>> sdata.points["stack_points"].compute()["z"].nunique()
     3
     """
-    from spatialdata.models import PointsModel
-    from spatialdata.transformations import Identity
-
     record = load_record(sdata)
     target = require_registration(record)["coordinate_system"]
     table = stack_table(sdata)
@@ -207,8 +207,6 @@ def write_geojson(
 
 
 def _features(shapes: GeoDataFrame, to_pixels: np.ndarray) -> list[dict[str, Any]]:
-    import shapely
-
     shapes = shapes[~(shapes.geometry.is_empty | shapes.geometry.isna())]
     geometry = shapes.geometry.to_numpy()
     columns = pd.DataFrame(shapes.drop(columns=shapes.geometry.name))

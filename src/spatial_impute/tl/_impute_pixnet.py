@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, progress_steps
@@ -317,8 +318,6 @@ def warn_of_shared_groups(data: HeldOut, group: pd.Series) -> None:
 
 def warn_of_overlapping_spots(data: HeldOut) -> None:
     """Warn if held-out spots share tissue with spots that are learned from."""
-    from scipy.spatial import cKDTree
-
     known = data.spots.known
     found = np.zeros(len(known), bool)
     for _, _, centers, radius, rows in data.sections():

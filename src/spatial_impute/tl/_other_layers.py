@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from anndata import AnnData
 from scipy import sparse
 
 from spatial_impute._expression import gene_ids
@@ -21,7 +22,6 @@ from spatial_impute.tl._provenance import ImputedLayer, measured_hash, provenanc
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute.models import AsignParams
@@ -183,8 +183,6 @@ def add_prediction(
     >>> int(np.isfinite(table.layers["mine"]).all(axis=0).sum())
     1
     """
-    from anndata import AnnData
-
     table = stack_table(sdata, table_key)
     taken = (*Keys.NO_RESULT, Keys.ASIGN, *map(Keys.sd, table.layers), *_other_records(table))
     require_slot_key(key_added, name="key_added", taken=taken)

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import shapely
 from scipy import ndimage as ndi
+from spatialdata.transformations import Sequence as SequenceOfTransformations
+from spatialdata.transformations import get_transformation, remove_transformation, set_transformation
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._keys import Keys
@@ -95,8 +98,6 @@ class PlaceReader:
 
     def _present_matrix(self, name: str) -> np.ndarray:
         """Present transformation of the section's image to the common frame; the identity if it has none."""
-        from spatialdata.transformations import get_transformation
-
         image = self.sdata.images[self.record[name].image]
         if self.target not in get_transformation(image, get_all=True):
             return np.eye(3)
@@ -260,8 +261,6 @@ def _decisions(path: Path, state: str) -> dict[str, str]:
 
 def tissue_keys(sdata: SpatialData, record: StackRecord, tissue_key: str | Mapping[str, str] | None) -> dict[str, str]:
     """Name of the labels or shapes of each section whose tissue the user gives, after a check of the argument."""
-    from spatialdata.transformations import get_transformation
-
     available, where = {*sdata.labels, *sdata.shapes}, "sdata.labels and sdata.shapes"
     if isinstance(tissue_key, str) and _SECTION in tissue_key:
         wanted = {name: tissue_key.replace(_SECTION, name) for name in record.names}
@@ -293,8 +292,6 @@ def given_tissue(sdata: SpatialData, key: str, name: str, shape: tuple[int, int]
     element = sdata[key]
     to_element = np.linalg.inv(element_affine(element, name)) @ to_um
     if key in sdata.shapes:
-        import shapely
-
         rows, columns = np.indices(shape).reshape(2, -1) + 0.5
         tissue = shapely.union_all(element.geometry.to_numpy())
         shapely.prepare(tissue)
@@ -350,8 +347,6 @@ def _state(sdata: SpatialData, record: StackRecord, registration: dict[str, Any]
 def _write_transformations(
     sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
 ) -> None:
-    from spatialdata.transformations import Sequence, get_transformation, remove_transformation, set_transformation
-
     left = []
     ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
     for _, name, element in list(sdata.gen_spatial_elements()):
@@ -361,7 +356,9 @@ def _write_transformations(
         for section in (n for n in record.names if n in own):
             if section in transforms:
                 affine = plane_affine(transforms[section].matrix)
-                set_transformation(element, Sequence([own[section], affine]), to_coordinate_system=target)
+                set_transformation(
+                    element, SequenceOfTransformations([own[section], affine]), to_coordinate_system=target
+                )
                 logger.debug("Transformation of %r to %r", name, target)
             elif target in own:  # from an earlier registration, in which the section was not skipped
                 remove_transformation(element, to_coordinate_system=target)

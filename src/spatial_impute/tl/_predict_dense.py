@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import get_transformation
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
@@ -243,7 +246,6 @@ def _write(writer: DenseStore, *, show: bool | None) -> DataArray:
 def _lazy_array(job: DenseJob) -> Any:
     """Dask array of the map: one chunk per tile, computed when its values are needed."""
     import dask
-    import dask.array as da
 
     shared = dask.delayed(job, pure=False, traverse=False)
     rows, columns = job.tiling.shape
@@ -318,9 +320,6 @@ def genes_from_features(
     >>> genes.sizes["c"]
     1
     """
-    from spatialdata.models import Image2DModel
-    from spatialdata.transformations import get_transformation
-
     from spatial_impute.models.pixnet._model import PixNetModel
 
     require_model(model, PixNetModel, made_by="si.tl.fit_pixnet(sdata, image_key, shapes_key)")

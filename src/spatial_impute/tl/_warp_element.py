@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
+from spatialdata.models import PointsModel, ShapesModel, get_model
+from spatialdata.transformations import Identity, get_transformation, set_transformation
 
 from spatial_impute._geometry import apply_affine, linear_scale, polygons_of
 from spatial_impute._image.levels import best_level, image_levels
@@ -101,8 +104,6 @@ def warp_element(
     >>> "s0_spots_aligned" in sdata.shapes
     True
     """
-    from spatialdata.transformations import get_transformation
-
     record = load_record(sdata)
     target = require_registration(record)["coordinate_system"]
     answer(registration_problems(sdata, record))
@@ -132,8 +133,6 @@ def warp_element(
 
 def section_of(element: Any, key: str, record: StackRecord, wanted: str | None) -> str:
     """Section of the element `key`: the `wanted` one, or the only one to which it has a transformation."""
-    from spatialdata.transformations import get_transformation
-
     own = get_transformation(element, get_all=True)
     if wanted is not None:
         then = "Set a transformation of the element to the frame of the section (um)."
@@ -178,9 +177,6 @@ class Warp:
         return [] if self.transform.grid is None else [self.transform.grid]
 
     def points(self, points: Any) -> Any:
-        from spatialdata.models import PointsModel
-        from spatialdata.transformations import Identity
-
         def move(frame: pd.DataFrame) -> pd.DataFrame:
             xy = self(frame[["x", "y"]].to_numpy(float))
             return frame.assign(x=xy[:, 0], y=xy[:, 1])
@@ -192,10 +188,6 @@ class Warp:
         return PointsModel.parse(moved, transformations={self.target: Identity()}, **known)
 
     def shapes(self, shapes: GeoDataFrame) -> GeoDataFrame:
-        import shapely
-        from spatialdata.models import ShapesModel
-        from spatialdata.transformations import Identity
-
         moved = shapes.copy()
         moved.attrs = {}
         if are_circles(shapes):
@@ -222,8 +214,6 @@ class Warp:
         return np.sqrt(np.abs(dx[:, 0] * dy[:, 1] - dx[:, 1] * dy[:, 0]))
 
     def raster(self, element: Any, pixel_size: float | None, *, white: bool) -> Any:
-        from spatialdata.models import get_model
-
         levels = image_levels(element, self.to_section)
         finest, scale = levels[0], linear_scale(self.transform.matrix)
         if pixel_size is None:
@@ -295,8 +285,6 @@ def transfer_shapes(
     >>> sorted(name for name in sdata.shapes if "_on_" in name)
     ['s1_tissue_outline_on_s0', 's1_tissue_outline_on_s2']
     """
-    from spatialdata.transformations import Identity, set_transformation
-
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     answer(registration_problems(sdata, record))
