@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
+from spatial_impute._io.workers import run_all
 from spatial_impute._registration import (
     ChainResult,
     DisplacementField,
@@ -16,7 +17,6 @@ from spatial_impute._registration import (
     SectionImage,
     SectionTransform,
     chain_to_reference,
-    run_all,
 )
 from spatial_impute._registration.deform import (
     Placed,

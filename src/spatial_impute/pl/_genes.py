@@ -45,7 +45,7 @@ _MOST_BARS = 8
 _ROW = 0.17  # inches per gene: names can be read
 _MOST_NAMES = 80  # genes; of more, every second or third name is written
 _SHORT = 4  # letters of a name that stands across
-_BELIEVED, _NOT = "#0072B2", "0.7"  # Okabe and Ito
+_NOT_BELIEVED = "0.7"
 
 
 @document_figure
@@ -355,7 +355,7 @@ def gene_overview(
     heat.tick_params(length=0)
     heat.spines[:].set_visible(False)
     believed = table.var[Keys.PREDICTABLE].reindex(names) if Keys.PREDICTABLE in table.var else r[names] > 0
-    bars.barh(range(len(names)), r[names], color=np.where(believed, _BELIEVED, _NOT), height=0.7)
+    bars.barh(range(len(names)), r[names], color=np.where(believed, _OTHER, _NOT_BELIEVED), height=0.7)
     bars.axvline(0, color=INK, linewidth=0.6)
     grey = "" if np.all(believed) else "\n(grey: not better than chance)"
     bars.set_xlabel(f"r on held-out blocks{grey}", fontsize="small")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._io.workers import run_all
 from spatial_impute._keys import Keys
 from spatial_impute._registration import (
     ChainResult,
@@ -27,7 +28,6 @@ from spatial_impute._registration import (
     exchanged_sections,
     in_inferred_order,
     register_chain,
-    run_all,
     section_errors,
 )
 from spatial_impute._settings import logger
