@@ -206,7 +206,7 @@ def seeds(options: argparse.Namespace) -> None:
 
 def encoders(options: argparse.Namespace) -> None:
     """Encoders on the task of `kinds`; ``"resnet18"`` with random weights."""
-    from spatial_impute.encoders._resnet import build_resnet
+    from spatial_impute.encoders._networks import build_resnet
 
     *train, test = slides_of(options, (55.0,))
     torch.manual_seed(0)

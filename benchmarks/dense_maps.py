@@ -262,7 +262,7 @@ def regions(options: argparse.Namespace) -> None:
     # The same task for both: sums of 16 channels over 4096 square labels of 16 px on 1024 x 1024 pixels.
     n, k = 1024, 16
     cells = torch.rand(16, n // 8, n // 8)
-    from spatial_impute.encoders._context import Box
+    from spatial_impute.encoders._pyramids import Box
     from spatial_impute.models.pixnet._region_weights import CellGrid
 
     pixels = nn.functional.interpolate(cells[None], size=(n, n), mode="bilinear")[0].numpy()

@@ -217,7 +217,7 @@ def patch_ridge(objects: dict, trained: str, key: str, true: np.ndarray) -> floa
     """Ridge on the features of one patch around each region, whatever its size."""
     from spatial_impute._image.resampling import iter_patches
     from spatial_impute.encoders._encoder import resolve_encoder
-    from spatial_impute.models.pixnet._base import BaseData, fit_base
+    from spatial_impute.models.pixnet._fit import BaseData, fit_base
     from spatial_impute.tl._read_regions import Frame, read_levels, read_shapes
 
     encoder = resolve_encoder("tellez-multitask", patch_px=64, device="cpu")

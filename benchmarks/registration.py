@@ -25,9 +25,9 @@ from scipy import ndimage as ndi
 
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
 from spatial_impute._registration.ants_fits import fit_deformable
-from spatial_impute._registration.channel import deformation_channel, working_pixel
 from spatial_impute._registration.deform import contrast_fits
 from spatial_impute._registration.orientation import pose
+from spatial_impute._registration.types import deformation_channel, working_pixel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

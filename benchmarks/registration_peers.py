@@ -27,9 +27,8 @@ from scipy import ndimage as ndi
 
 from spatial_impute._registration import SectionImage, register_pair
 from spatial_impute._registration.ants_fits import fit_linear
-from spatial_impute._registration.channel import registration_channel, working_pixel
 from spatial_impute._registration.orientation import pose
-from spatial_impute._registration.types import RegistrationParams
+from spatial_impute._registration.types import RegistrationParams, registration_channel, working_pixel
 
 ANGLES = (0, 45, 90, 180)
 KNOWN = {"C2": 0, "C3": 0, "C5": 0, "C6": 0, "MOB1": -10, "MOB3": 5, "MOB4": 175}  # degrees, about; none mirrored

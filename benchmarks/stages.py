@@ -40,8 +40,8 @@ from spatialdata.models import Image2DModel, Labels2DModel
 
 import spatial_impute as si
 from spatial_impute._stack import image_element
-from spatial_impute.encoders._context import Box
 from spatial_impute.encoders._encoder import resolve_encoder
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.asign import _propagation
 from spatial_impute.models.pixnet._region_weights import CellGrid, Polygons
 from spatial_impute.models.pixnet._tiles import bag

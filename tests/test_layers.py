@@ -12,13 +12,11 @@ LAYERS = [
     {
         "_keys",
         "_settings",
-        "_params",
         "_validation",
         "_geometry",
         "_expression",
         "_scores",
         "_graph",
-        "_voxels",
     },
     {"_image", "_io"},
     {"encoders", "_registration"},

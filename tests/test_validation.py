@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from spatial_impute._expression import looks_like_counts, require_log_values
-from spatial_impute._params import resolve_params, settings_class
 from spatial_impute._registration import RegistrationParams
-from spatial_impute._validation import require_finite, require_key, require_one_of, require_positive
+from spatial_impute._validation import (
+    require_finite,
+    require_key,
+    require_one_of,
+    require_positive,
+    resolve_params,
+    settings_class,
+)
 from spatial_impute.encoders._encoder import require_encoder_name
 from spatial_impute.models import AsignParams, PixNetParams
 

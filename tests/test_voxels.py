@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spatial_impute._geometry import grid_in_box
-from spatial_impute._voxels import interpolate_stack
+from spatial_impute._geometry import grid_in_box, interpolate_stack
 
 SPACING = 10.0
 

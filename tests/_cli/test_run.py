@@ -375,11 +375,11 @@ def test_html_escapes_and_markdown_leaves_missing_values_empty(tmp_path):
 
 
 def test_demo_leaves_what_it_names(small_stack, quick_params, tmp_path, monkeypatch):
-    from spatial_impute._cli import demo
+    from spatial_impute import __main__ as demo
 
     truth = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, truth=True)[1]
     fit = si.tl.fit_asign
-    monkeypatch.setattr(demo, "_load", lambda data: (small_stack, truth, ["smooth_0", "texture_3"]))
+    monkeypatch.setattr(demo, "_demo_stack", lambda data: (small_stack, truth, ["smooth_0", "texture_3"]))
     monkeypatch.setattr(si.tl, "register_stack", lambda sdata: None)  # it is registered
     monkeypatch.setattr(si.tl, "fit_asign", lambda sdata: fit(sdata, model_params=quick_params))
     said = []

@@ -11,8 +11,7 @@ from PIL import Image
 
 from spatial_impute._geometry import scaling
 from spatial_impute._image.brightfield import rgb_order
-from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb
-from spatial_impute._image.pixel_size import um_per_unit
+from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb, um_per_unit
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._stack import image_element
 

@@ -13,7 +13,7 @@ import xarray as xr
 from spatial_impute._image.levels import Level
 from spatial_impute._image.resampling import resampled_image, slide_overview
 from spatial_impute.models.pixnet._network import Stain
-from spatial_impute.models.pixnet._slide import Slide, Tiling
+from spatial_impute.models.pixnet._tiles import Slide, Tiling
 
 
 def level(array: np.ndarray, mpp: float | tuple[float, float], *, chunks: int = 64) -> Level:

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import Likeness, RegistrationParams, SectionImage, exchanged_sections
-from spatial_impute._registration.order import most_alike
+from spatial_impute._registration.chain import most_alike
 
 
 @pytest.fixture(scope="module")

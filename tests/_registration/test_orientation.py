@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.channel import Channel
 from spatial_impute._registration.orientation import orientation_candidates, pose
-from spatial_impute._registration.types import RegistrationParams
+from spatial_impute._registration.types import Channel, RegistrationParams
 
 SIZE = 20.0  # um per pixel
 

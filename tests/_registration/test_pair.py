@@ -10,9 +10,9 @@ from scipy import ndimage as ndi
 
 from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
 from spatial_impute._registration.ants_fits import _read_matrix, _write_matrix, itk_matrix
-from spatial_impute._registration.channel import registration_channel
 from spatial_impute._registration.orientation import pose
 from spatial_impute._registration.quality import StructureScore, pull_back
+from spatial_impute._registration.types import registration_channel
 
 SIZE = 16.0  # um per pixel: a tissue of about 2.5 x 2 mm
 SHAPE = (200, 240)

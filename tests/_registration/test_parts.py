@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
+from spatial_impute._io.workers import run_all
 from spatial_impute._registration import (
     ChainResult,
     DisplacementField,
@@ -16,9 +17,7 @@ from spatial_impute._registration import (
     SectionImage,
     SectionTransform,
     chain_to_reference,
-    run_all,
 )
-from spatial_impute._registration.channel import Channel, contrast, deformation_channel, inside_only, shrink
 from spatial_impute._registration.deform import (
     Placed,
     _agreement,
@@ -28,15 +27,17 @@ from spatial_impute._registration.deform import (
     _without,
     fit_deformation,
 )
-from spatial_impute._registration.error import expected_error, section_errors
 from spatial_impute._registration.orientation import orientation_candidates, pose
 from spatial_impute._registration.quality import (
     StructureScore,
     edges_inside,
+    expected_error,
     mutual_information,
     pull_back,
+    section_errors,
 )
-from spatial_impute.tl._given_places import check_matrix, landmark_matrix
+from spatial_impute._registration.types import Channel, contrast, deformation_channel, inside_only, shrink
+from spatial_impute.tl._places import check_matrix, landmark_matrix
 
 SIZE = 10.0
 
@@ -108,7 +109,7 @@ def test_error_counts_the_bend_within_a_patch(monkeypatch):
     true = np.median(np.linalg.norm(bend[fixed.mask], axis=1))
     moving = warped(fixed, bend)
     found = expected_error(fixed, moving, np.eye(3), None, 0.0)["error_um"]
-    monkeypatch.setattr("spatial_impute._registration.error._WITHIN", 0.0)
+    monkeypatch.setattr("spatial_impute._registration.quality._WITHIN", 0.0)
     of_means = expected_error(fixed, moving, np.eye(3), None, 0.0)["error_um"]
     assert of_means < 0.9 * true
     assert 0.9 * true < found < 2 * true

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.channel import Channel, shrink
 from spatial_impute._registration.orientation import pose
 from spatial_impute._registration.quality import (
     StructureScore,
@@ -20,7 +19,7 @@ from spatial_impute._registration.quality import (
     verdict,
 )
 from spatial_impute._registration.transform import DisplacementField
-from spatial_impute._registration.types import RegistrationParams
+from spatial_impute._registration.types import Channel, RegistrationParams, shrink
 
 PARAMS = RegistrationParams()
 GOOD = {"dice_after": 0.98, "score": 0.6, "margin": 0.3, "scale_min": 0.98, "scale_max": 1.02}

@@ -12,7 +12,7 @@ from torch import nn
 
 import spatial_impute as si
 from spatial_impute._io.workers import requested_threads, suitable_threads, torch_threads
-from spatial_impute.encoders import _resnet
+from spatial_impute.encoders import _networks
 from spatial_impute.encoders._encoder import IMAGENET_MEAN, IMAGENET_STD, ModuleEncoder, TextureEncoder, resolve_encoder
 from spatial_impute.models import Encoder
 
@@ -137,17 +137,17 @@ def test_missing_libraries_say_what_to_install(library, monkeypatch):
 
 def test_resnets_come_by_name(monkeypatch, tmp_path):
     torch.manual_seed(0)
-    network = _resnet.build_resnet("resnet18")
+    network = _networks.build_resnet("resnet18")
     path = tmp_path / "weights.pth"
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(_resnet, "fetch_weights", lambda file: path)
+    monkeypatch.setattr(_networks, "fetch_weights", lambda file: path)
     encoder = resolve_encoder("ciga-resnet18", device="cpu", patch_px=64)
     assert isinstance(encoder, Encoder)
     given = patches(2, 64)
     scaled = torch.from_numpy((given / 255 - IMAGENET_MEAN) / IMAGENET_STD).float().movedim(-1, 1)
     with torch.inference_mode():
         np.testing.assert_allclose(encoder(given), network.eval()(scaled), atol=1e-4)
-    assert replace(_resnet.WEIGHTS["resnet18"]).sha256.startswith("f37072fd")
+    assert replace(_networks.WEIGHTS["resnet18"]).sha256.startswith("f37072fd")
 
 
 def test_tellez_slides_as_it_encodes_patches(weights_at_hand):

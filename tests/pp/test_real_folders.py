@@ -12,8 +12,8 @@ from PIL import Image
 from scipy import sparse
 
 import spatial_impute as si
-from spatial_impute._image.placement import place_spots
 from spatial_impute._stack import load_record, section_levels
+from spatial_impute.pp._spots import place_spots
 
 SAMPLES = [
     "cytassist_2898/outs",

@@ -20,7 +20,7 @@ from spatial_impute._geometry import scaling
 from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb
 from spatial_impute._image.reading import open_image
 from spatial_impute._stack import image_element
-from spatial_impute.pp._positions import read_positions
+from spatial_impute.pp._spots import read_positions
 
 EXAMPLES = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")))
 UM = {1: None, 2: 25_400.0, 3: 10_000.0}  # ResolutionUnit

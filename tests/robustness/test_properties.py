@@ -18,7 +18,7 @@ import spatial_impute as si
 from spatial_impute._geometry import apply_affine, disc_iou
 from spatial_impute._graph import EdgeRules, build_graph, typical_spacing
 from spatial_impute._image.levels import image_levels, read_thumbnail
-from spatial_impute.encoders._context import Box
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign._baselines import METHODS
 from spatial_impute.models.asign._propagation import propagate

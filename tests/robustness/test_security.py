@@ -18,7 +18,7 @@ import spatial_impute as si
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.files import fetch
 from spatial_impute.datasets import _her2st, _olfactory_bulb
-from spatial_impute.encoders import _resnet, _tellez, _weights
+from spatial_impute.encoders import _networks
 from spatial_impute.encoders._tokens import load_tokens
 
 SOURCE = Path(si.__file__).parent
@@ -94,10 +94,10 @@ def test_source_neither_unpickles_nor_unpacks_nor_starts_programs(path):
 
 
 def test_every_download_is_https_and_has_a_hash():
-    files = [_tellez._FILE, *_resnet.WEIGHTS.values()]
+    files = [_networks._TELLEZ_FILE, *_networks.WEIGHTS.values()]
     assert len(files) >= 4
     for file in files:
-        assert isinstance(file, _weights.WeightFile)
+        assert isinstance(file, _networks.WeightFile)
         assert file.url.startswith("https://")
         assert len(bytes.fromhex(file.sha256)) == 32
     for data in (_her2st, _olfactory_bulb):
@@ -129,7 +129,7 @@ def test_download_refuses_other_bytes(tmp_path, monkeypatch):
 def test_weights_with_code_in_them_are_refused(trace, tmp_path):
     torch.save({"weight": torch.ones(2), "exploit": Exploit(trace)}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="would run code from the file, so it is refused"):
-        _weights.read_state(tmp_path / "w.pth")
+        _networks.read_state(tmp_path / "w.pth")
 
 
 def test_cached_features_with_code_in_them_are_not_read(trace, tmp_path):

@@ -15,8 +15,8 @@ from spatialdata.transformations import Identity, Scale, Sequence, get_transform
 
 import spatial_impute as si
 from spatial_impute._scores import pearson_by_gene
-from spatial_impute.encoders._context import Box
-from spatial_impute.encoders._resnet import build_resnet
+from spatial_impute.encoders._networks import build_resnet
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet._region_weights import CellGrid
 from spatial_impute.models.pixnet._tiles import bag
 

@@ -76,10 +76,10 @@ def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):
 
 
 def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monkeypatch):
-    from spatial_impute.models import _match
     from spatial_impute.models.asign import _baselines
+    from spatial_impute.tl import _match_sections
 
-    original, matched, predicted = _match.match_sections, [], []
+    original, matched, predicted = _match_sections.match_measured, [], []
 
     def match(spots):
         matched.append(set(spots.section[spots.known]))
@@ -89,7 +89,7 @@ def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monke
         predicted.append(set(spots.section[spots.known]))
         return np.nan_to_num(np.random.default_rng(0).normal(size=(len(spots.known), spots.expression.shape[1])))
 
-    monkeypatch.setattr(_match, "match_sections", match)
+    monkeypatch.setattr(_match_sections, "match_measured", match)
     monkeypatch.setattr(_baselines, "kernel", kernel)
     monkeypatch.setattr(_baselines, "cokriging", kernel)
     si.tl.match_sections(stack, key_added="again")

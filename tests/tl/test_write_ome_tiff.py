@@ -27,7 +27,7 @@ def _small_tiles(monkeypatch):
     """Several strips, tiles and levels of a small image."""
     monkeypatch.setattr(tiff, "TILE", 128)
     monkeypatch.setattr(tiff, "_SMALLEST", 100)
-    monkeypatch.setattr("spatial_impute.tl._write_ome_tiff.TILE", 128)
+    monkeypatch.setattr("spatial_impute.tl._export.TILE", 128)
 
 
 def test_every_level_shows_what_warp_element_shows(placed, tmp_path):
@@ -114,7 +114,7 @@ def test_a_broken_run_leaves_the_old_file(placed, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spatial_impute.tl._write_ome_tiff.resampled", stop)
+    monkeypatch.setattr("spatial_impute.tl._export.resampled", stop)
     with pytest.raises(KeyboardInterrupt):
         si.tl.write_ome_tiff(placed, "s0_image", path, overwrite=True)
     assert path.read_bytes() == b"old"

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from spatial_impute._params import Flag, Natural, Whole, explain, resolve_params, settings_class, shown
+from spatial_impute._validation import Flag, Natural, Whole, explain, resolve_params, settings_class, shown
 
 EXAMPLE = """\
 # A run of spatial_impute: python -m spatial_impute run run.yaml

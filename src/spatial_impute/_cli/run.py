@@ -10,7 +10,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import anndata as ad
 import numpy as np
+import spatialdata as sd
 
 import spatial_impute as si
 from spatial_impute._cli.config import ConfigError, in_words_of_file
@@ -20,7 +22,7 @@ from spatial_impute._geometry import xy_of
 from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record
+from spatial_impute._stack import image_element, load_record, section_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -238,8 +240,6 @@ def _read(name: str, section: SectionConfig) -> tuple[Any, float | None]:
     if section.counts is not None:
         return _spots_on_image(name, section)
     if section.source == "spatialdata":
-        import spatialdata as sd
-
         return sd.read_zarr(section.path), None
     return str(section.path), None
 
@@ -260,10 +260,7 @@ def _drop_empty_spots(sdata: SpatialData) -> None:
 
 def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, float]:
     """Image file and AnnData with pixel coordinates as one object, and um per pixel."""
-    import anndata as ad
-
     from spatial_impute._image.reading import open_image
-    from spatial_impute._stack import image_element, section_object
 
     opened = open_image(section.path)
     mpp = section.mpp or opened.mpp

@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from spatial_impute._image.brightfield import Samples, brightfield, names_by_color, rgb_order, upright
-from spatial_impute._image.pixel_size import zarr_pixel_size
+from spatial_impute._image.levels import zarr_pixel_size
 from spatial_impute._image.tiff import how_to_convert, open_tiff, require_plausible
 from spatial_impute._settings import logger
 

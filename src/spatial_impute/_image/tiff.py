@@ -17,7 +17,7 @@ import zarr
 from dask.base import tokenize
 
 from spatial_impute._image.brightfield import Samples, names_by_color, rgb_order
-from spatial_impute._image.pixel_size import ome_pixels, tiff_pixel_size
+from spatial_impute._image.levels import ome_pixels, tiff_pixel_size
 from spatial_impute._io.files import written_whole
 from spatial_impute._settings import logger
 

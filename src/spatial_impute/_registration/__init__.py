@@ -1,38 +1,16 @@
 """Registration of section images: arrays in, transforms out."""
 
-from __future__ import annotations
-
-from spatial_impute._io.workers import run_all
 from spatial_impute._registration.chain import (
+    Likeness,
     StackTask,
     chain_to_reference,
+    exchanged_sections,
+    in_inferred_order,
     register_chain,
     warp_along_path,
 )
 from spatial_impute._registration.deform import deform_stack
-from spatial_impute._registration.error import section_errors
-from spatial_impute._registration.order import Likeness, exchanged_sections, in_inferred_order
 from spatial_impute._registration.pair import register_pair
+from spatial_impute._registration.quality import section_errors
 from spatial_impute._registration.transform import DisplacementField, KeptDeformation, SectionTransform
 from spatial_impute._registration.types import ChainResult, PairResult, RegistrationParams, SectionImage
-
-__all__ = [
-    "ChainResult",
-    "DisplacementField",
-    "KeptDeformation",
-    "Likeness",
-    "PairResult",
-    "RegistrationParams",
-    "SectionImage",
-    "SectionTransform",
-    "StackTask",
-    "chain_to_reference",
-    "deform_stack",
-    "exchanged_sections",
-    "in_inferred_order",
-    "register_chain",
-    "register_pair",
-    "run_all",
-    "section_errors",
-    "warp_along_path",
-]

@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.channel import contrast
 from spatial_impute._registration.transform import DisplacementField
+from spatial_impute._registration.types import contrast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from spatial_impute._registration.channel import Channel
-    from spatial_impute._registration.types import RegistrationParams
+    from spatial_impute._registration.types import Channel, RegistrationParams
 
 Look = Literal["information", "contrast", "correlation"]
 

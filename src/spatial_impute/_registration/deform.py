@@ -10,9 +10,8 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from spatial_impute._registration import ants_fits
-from spatial_impute._registration.channel import RIM, SOFT_EDGE, Channel, contrast, deformation_channel, working_pixel
-from spatial_impute._registration.error import expected_error
-from spatial_impute._registration.quality import field_quality, pull_back, tissue_dice
+from spatial_impute._registration.quality import expected_error, field_quality, pull_back, tissue_dice
+from spatial_impute._registration.types import RIM, SOFT_EDGE, Channel, contrast, deformation_channel, working_pixel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -9,14 +9,13 @@ import numpy as np
 from scipy import fft
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.channel import shrink
 from spatial_impute._registration.quality import disagreement, edges_inside
+from spatial_impute._registration.types import shrink
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from spatial_impute._registration.channel import Channel
-    from spatial_impute._registration.types import RegistrationParams
+    from spatial_impute._registration.types import Channel, RegistrationParams
 
 _BLUR = 1.5  # search pixels: a step of 10 degrees moves the rim of the tissue by several pixels
 

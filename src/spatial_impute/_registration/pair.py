@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from spatial_impute._registration import ants_fits
-from spatial_impute._registration.channel import deformation_channel, registration_channel, shrink, working_pixel
 from spatial_impute._registration.deform import fit_deformation
-from spatial_impute._registration.error import NO_ERROR, expected_error
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
+    NO_ERROR,
     StructureScore,
     clear_pose,
     disagreement,
+    expected_error,
     is_sane,
     mutual_information,
     same_pose,
@@ -23,14 +23,22 @@ from spatial_impute._registration.quality import (
     tissue_dice,
     verdict,
 )
-from spatial_impute._registration.types import PairResult, RegistrationParams, SectionImage
+from spatial_impute._registration.types import (
+    PairResult,
+    RegistrationParams,
+    SectionImage,
+    deformation_channel,
+    registration_channel,
+    shrink,
+    working_pixel,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from spatial_impute._registration.channel import Channel
     from spatial_impute._registration.deform import Deformation
     from spatial_impute._registration.transform import DisplacementField
+    from spatial_impute._registration.types import Channel
 
 Matrix: TypeAlias = "NDArray[np.float64]"
 

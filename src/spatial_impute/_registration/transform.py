@@ -1,4 +1,8 @@
-"""Transforms of sections: a matrix and, on top of it, a displacement field."""
+"""Transforms of sections (a matrix and a displacement field on top of it), and images resampled by them.
+
+Images are lazy, one task per chunk of the result. ``spatialdata.transform`` and ``rasterize`` are off by up to a pixel,
+and the first makes one chunk of the whole image.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,17 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, scaling
 
 if TYPE_CHECKING:
+    import dask.array as da
     from numpy.typing import ArrayLike, NDArray
+
+    from spatial_impute._image.levels import Level
+
+_BORDER = 64  # points along an edge of an image: a deformation may bend the edge
+_WHOLE = 1e-6  # px: an edge that is so near to a pixel border lies on it
+_MAX_PIXELS = 2**36  # of a result: far more than any slide, so only an absurd pixel size is refused
 
 
 class PullBack(Protocol):
@@ -129,3 +140,143 @@ class KeptDeformation:
         """Points ``(n, 2)`` of that frame, before the deformation."""
         points = apply_affine(np.asarray(points, float).reshape(-1, 2), self.to_common)
         return apply_affine(self.transform.pulled(points), np.linalg.inv(self.to_common))
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """Grid of pixels in the common frame."""
+
+    matrix: NDArray[np.float64]
+    """(3, 3) from pixel corners (x, y) to the common frame."""
+    shape: tuple[int, int]
+    """(height, width) in px."""
+
+    def block(self, y0: int, x0: int, side: int) -> PixelGrid:
+        """The part of at most `side` x `side` pixels that begins at row `y0` and column `x0`."""
+        return PixelGrid(
+            _from_pixel(self.matrix, y0, x0), (min(side, self.shape[0] - y0), min(side, self.shape[1] - x0))
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings for reading pixel values from the source."""
+
+    nearest: bool
+    """Nearest pixel (labels) instead of bilinear interpolation."""
+    fill: float
+    """Value outside the source."""
+    dtype: np.dtype
+
+
+def output_grid(
+    shape: tuple[int, int], to_section: NDArray[np.float64], transform: SectionTransform, pixel_size: float
+) -> PixelGrid:
+    """Grid of the common frame that holds a whole image of `shape` px; `to_section` maps its pixel corners to um.
+
+    The origin is a multiple of the pixel size, so the grids of different sections fit on each other.
+    """
+    border = transform.points(apply_affine(_outline(shape), to_section))
+    extent = np.ptp(border, axis=0)
+    if pixel_size > extent.max():
+        msg = (
+            f"A `pixel_size` of {pixel_size:g} um is larger than the image, {extent[0]:g} x {extent[1]:g} um; choose a "
+            "smaller one."
+        )
+        raise ValueError(msg)
+    with np.errstate(over="ignore"):  # of the smallest floats; refused below
+        across = extent / pixel_size
+        n_pixels = across.prod()
+    if not n_pixels <= _MAX_PIXELS:
+        msg = (
+            f"A `pixel_size` of {pixel_size:g} um makes an image of {across[0]:.3g} x {across[1]:.3g} pixels; choose a "
+            "larger one."
+        )
+        raise ValueError(msg)
+    low = np.floor(border.min(axis=0) / pixel_size + _WHOLE)
+    width, height = (np.ceil(border.max(axis=0) / pixel_size - _WHOLE) - low).astype(int)
+    matrix = scaling(pixel_size)
+    matrix[:2, 2] = low * pixel_size
+    return PixelGrid(matrix, (int(height), int(width)))
+
+
+def resampled(
+    level: Level, transform: SectionTransform, grid: PixelGrid, *, nearest: bool, fill: float, chunk: int
+) -> da.Array:
+    """Image `level` on `grid` as a lazy array, (c, y, x) or (y, x) like the level."""
+    import dask
+    import dask.array as da
+
+    source = da.asarray(level.data.data)
+    flat = source.ndim == 2
+    source = source[None] if flat else source
+    factor = 1 if nearest else max(1, round(np.sqrt(abs(np.linalg.det(grid.matrix[:2, :2]))) / level.pixel_size))
+    to_section = level.to_um
+    if factor > 1:  # the grid is coarser than every level: means of blocks instead of every n-th pixel
+        factors = {1: min(factor, source.shape[1]), 2: min(factor, source.shape[2])}
+        to_section = to_section @ scaling(factors[2], factors[1])
+        source = da.coarsen(np.mean, source, factors, trim_excess=True).astype(np.float32)
+    warp = dask.delayed(_warp_block, pure=True)
+    shared = dask.delayed(transform, traverse=False)
+    sampling = Sampling(nearest, fill, level.data.dtype)
+
+    def block(y0: int, x0: int) -> da.Array:
+        part = grid.block(y0, x0, chunk)
+        shape = (source.shape[0], *part.shape)
+        window = _window(transform, part, to_section, source.shape[1:])
+        if window is None:
+            return da.full(shape, fill, dtype=sampling.dtype, chunks=shape)
+        ys, xs = window
+        pixels = warp(source[:, ys, xs], shared, part, _from_pixel(to_section, ys.start, xs.start), sampling)
+        return da.from_delayed(pixels, shape, dtype=sampling.dtype)
+
+    height, width = grid.shape
+    result = da.block([[block(y0, x0) for x0 in range(0, width, chunk)] for y0 in range(0, height, chunk)])
+    return result[0] if flat else result
+
+
+def _from_pixel(matrix: NDArray[np.float64], y0: int, x0: int) -> NDArray[np.float64]:
+    """`matrix` for pixel corners that are counted from row `y0` and column `x0`."""
+    return matrix @ np.array([[1, 0, x0], [0, 1, y0], [0, 0, 1.0]])
+
+
+def _outline(shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Points (x, y) along the four edges of an image, px."""
+    x, y = (np.linspace(0, length, _BORDER) for length in shape[::-1])
+    zero = np.zeros(_BORDER)
+    sides = [(x, zero), (x, zero + shape[0]), (zero, y), (zero + shape[1], y)]
+    return np.column_stack([np.concatenate(axis) for axis in zip(*sides, strict=True)])
+
+
+def _window(
+    transform: SectionTransform, grid: PixelGrid, to_section: NDArray[np.float64], shape: tuple[int, ...]
+) -> tuple[slice, slice] | None:
+    """Rows and columns of the source that a block of the grid needs; None if the block lies outside."""
+    border = transform.inverse(apply_affine(_outline(grid.shape), grid.matrix))
+    pixels = apply_affine(border, np.linalg.inv(to_section))
+    # A deformation is continuous and invertible, so the outline bounds the block; between its points it may bend.
+    slack = 2 + 0.05 * np.ptp(pixels, axis=0).max() * transform.deforms
+    low, high = np.floor(pixels.min(axis=0) - slack).astype(int), np.ceil(pixels.max(axis=0) + slack).astype(int)
+    (x0, y0), (x1, y1) = np.maximum(low, 0), np.minimum(high, shape[::-1])
+    return (slice(y0, y1), slice(x0, x1)) if x0 < x1 and y0 < y1 else None
+
+
+def _warp_block(
+    source: NDArray, transform: SectionTransform, grid: PixelGrid, to_section: NDArray[np.float64], sampling: Sampling
+) -> NDArray:
+    """One block (c, y, x) of the result from a window of the source."""
+    rows, columns = np.indices(grid.shape).reshape(2, -1) + 0.5
+    points = transform.inverse(apply_affine(np.column_stack([columns, rows]), grid.matrix))
+    x, y = apply_affine(points, np.linalg.inv(to_section)).T
+    height, width = source.shape[1:]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    result = np.full((source.shape[0], rows.size), sampling.fill, dtype=sampling.dtype)
+    if sampling.nearest:
+        result[:, inside] = source[:, y[inside].astype(int), x[inside].astype(int)]
+        return result.reshape(-1, *grid.shape)
+    where = np.stack([y[inside], x[inside]]) - 0.5
+    for channel, values in zip(source, result, strict=True):
+        # "nearest": the outer half of the rim pixels has no neighbour to interpolate with.
+        sampled = ndi.map_coordinates(channel.astype(np.float32, copy=False), where, order=1, mode="nearest")
+        values[inside] = np.round(sampled) if np.issubdtype(sampling.dtype, np.integer) else sampled
+    return result.reshape(-1, *grid.shape)

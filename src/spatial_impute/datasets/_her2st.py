@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import dask.array as da
 import numpy as np
 import pandas as pd
+from anndata import AnnData, concat
 from scipy import sparse
 from scipy.spatial import cKDTree
 
@@ -22,7 +24,6 @@ from spatial_impute.pp import assemble_stack, select_genes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
 # Public files of the study at one commit; the folder structure below data/ is kept in the cache.
@@ -164,8 +165,6 @@ def her2st(
 
 def truth_table(counts: Mapping[str, AnnData], **options: Any) -> AnnData:
     """One table with the expression of all sections; rows are named as in the stack table."""
-    from anndata import concat
-
     for name, table in counts.items():
         table.layers["counts"] = table.X.copy()
         table.X = log_normalize(table.X, 1e4).astype(np.float32)
@@ -239,8 +238,6 @@ def _fetch_section(name: str, image: str | Path | None) -> dict[str, Path]:
 
 def read_counts(path: Path) -> AnnData:
     """Counts of one section: rows are spots "XxY", columns genes."""
-    from anndata import AnnData
-
     frame = pd.read_csv(path, sep="\t", index_col=0)
     return AnnData(
         X=sparse.csr_matrix(frame.to_numpy(np.float32)),
@@ -277,8 +274,6 @@ def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: flo
 
 def _drawn_section(name: str, files: dict[str, Path], counts: AnnData | None) -> SpatialData:
     """Spots and counts of one section, with an image on which the spots are tissue; places come from the array."""
-    import dask.array as da
-
     spots = pd.read_csv(files["spots"], sep="\t")
     array = spots[["new_x", "new_y"]].to_numpy(float)
     centers = ((array - array.min(axis=0)) * _PITCH + _MARGIN) / _DRAWN_MPP

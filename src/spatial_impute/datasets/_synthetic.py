@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
+from scipy.ndimage import gaussian_filter
 
 from spatial_impute._geometry import apply_affine, grid_in_box
 from spatial_impute._keys import Keys
@@ -19,7 +21,6 @@ from spatial_impute.pp import assemble_stack, select_genes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     Motion = Callable[[np.ndarray], np.ndarray]
@@ -308,8 +309,6 @@ def _draw_section(
     rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan: _Scan, height: float
 ) -> tuple[AnnData, np.ndarray, np.ndarray]:
     """Expression of the spots of a section, their positions (n, 2) on it in um, and its image."""
-    from anndata import AnnData
-
     spots = grid_in_box(0, 0, scan.extent, scan.extent, spacing=scan.spot_pitch, layout="hex")
     positions = motion(spots)
     on_tissue = tissue.inside(positions, 0.5 * scan.spot_diameter)
@@ -327,8 +326,6 @@ def _draw_section(
 
 def _draw_image(rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan: _Scan, height: float) -> np.ndarray:
     """H&E-like image (c, y, x) uint8: eosin from the smooth structure, nuclei as dots where the density is high."""
-    from scipy.ndimage import gaussian_filter
-
     n = round(scan.extent / scan.mpp)
     axis = (np.arange(n) + 0.5) * scan.mpp
     xy = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -16,6 +17,7 @@ from spatial_impute._validation import did_you_mean, require_device, require_one
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
+    from types import ModuleType
 
     import torch
 
@@ -25,6 +27,9 @@ ENCODERS = ("texture", "tellez-multitask", "efficientnet-lite2", "resnet18", "re
 DEFAULT_PATCH_PX = 224  # networks for photographs, and most pathology networks, were trained on patches of this size
 DEFAULT_MPP = 0.5  # 20x, the usual magnification of pathology encoders
 PRECISIONS = ("float32", "bfloat16")
+# Errors of huggingface_hub for models whose licence must be accepted, or that need an account
+_ACCESS_ERRORS = {"GatedRepoError", "RepositoryNotFoundError", "LocalTokenNotFoundError"}
+_ACCESS_WORDS = ("gated", "401", "403", "restricted", "authenticated")
 
 
 @runtime_checkable
@@ -192,26 +197,90 @@ def _by_name(
     require_encoder_name(name)
     if name == TextureEncoder.name:
         return TextureEncoder()
-    if name == "tellez-multitask":
-        from spatial_impute.encoders._tellez import TellezEncoder
+    from spatial_impute.encoders._networks import LITE_MEAN, LITE_STD, TellezEncoder, load_efficientnet, load_resnet
 
+    if name == "tellez-multitask":
         return TellezEncoder(require_device(device))
     if name in ("ciga-resnet18", "resnet18", "resnet50"):
-        from spatial_impute.encoders._resnet import load_resnet
-
         return from_module(load_resnet(name), name=name)
     if name == "efficientnet-lite2":
-        from spatial_impute.encoders._efficientnet import MEAN, STD, load_efficientnet
-
-        return from_module(load_efficientnet(), name=name, mean=MEAN, std=STD)
+        return from_module(load_efficientnet(), name=name, mean=LITE_MEAN, std=LITE_STD)
     library, _, model = name.partition(":")
     if library in ("timm", "transformers") and model:
-        from spatial_impute.encoders._weights import load_timm, load_transformers
-
-        load = load_timm if library == "timm" else load_transformers
+        load = _load_timm if library == "timm" else _load_transformers
         module, own_px, mean, std = load(model, dict(params))
         return from_module(module, own_px, name=name, mean=mean, std=std)
     raise AssertionError(name)  # `require_encoder_name` lets none of the others pass
+
+
+def _load_timm(
+    name: str, params: dict[str, Any]
+) -> tuple[torch.nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
+    """Pretrained timm model without its head, edge of its input in px, mean and standard deviation of its normalisation.
+
+    `name` may be ``hf-hub:owner/model``.
+    """
+    timm = _require_library("timm", name)
+    try:
+        module = timm.create_model(name, pretrained=True, **{"num_classes": 0, **params})
+    except Exception as error:
+        _explain_access(error, name)
+        raise
+    config = timm.data.resolve_model_data_config(module)
+    return module, int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"])
+
+
+def _load_transformers(
+    name: str, params: dict[str, Any]
+) -> tuple[torch.nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
+    """As :func:`_load_timm`, for a transformers vision model ``owner/model``; from safetensors only."""
+    import torch
+
+    from spatial_impute.encoders._networks import ClassToken
+
+    transformers = _require_library("transformers", name)
+    try:
+        # Other formats of weights are pickles, which can run code.
+        model = transformers.AutoModel.from_pretrained(
+            name, **{"use_safetensors": True, "torch_dtype": torch.float32, **params}
+        )
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    except Exception as error:
+        _explain_access(error, name)
+        raise
+    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
+    edge = size.get("height") or size.get("shortest_edge")
+    return ClassToken(model), edge, tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def _require_library(library: str, model: str) -> ModuleType:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        msg = (
+            f"Encoder '{library}:{model}' needs {library}, which is not installed. "
+            "Run `pip install 'spatial-impute[encoders]'`, or use 'tellez-multitask' or 'texture', which need nothing."
+        )
+        raise ImportError(msg) from error
+
+
+def _explain_access(error: Exception, name: str) -> None:
+    """Raise a ``PermissionError`` with instructions if the model is gated; else return."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    denied = any(
+        type(cause).__name__ in _ACCESS_ERRORS
+        or (type(cause).__name__ in {"HfHubHTTPError", "OSError"} and any(w in str(cause) for w in _ACCESS_WORDS))
+        for cause in causes
+    )
+    if denied:
+        repository = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+        msg = (
+            f"Access to the weights of {name!r} was denied: the model is gated or does not exist. Accept its licence at "
+            f"https://huggingface.co/{repository}, then run `hf auth login`, or set the variable HF_TOKEN."
+        )
+        raise PermissionError(msg) from error
 
 
 def require_encoder_name(name: str) -> None:

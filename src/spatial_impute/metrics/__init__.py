@@ -1,7 +1,6 @@
 """Scores of imputations and of registrations."""
 
-from spatial_impute.metrics._evaluate import evaluate
-from spatial_impute.metrics._predictability import predictability
+from spatial_impute.metrics._evaluate import evaluate, predictability
 from spatial_impute.metrics._registration_quality import registration_quality
 
 __all__ = ["evaluate", "predictability", "registration_quality"]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spatial_impute._params import Count, Flag, Natural, Number, Positive, Whole, settings_class
+from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Whole, settings_class
 
 # The product of two step sizes or weights must be a number in single precision, else torch fails.
 Rate = Annotated[Number, Field(ge=0, le=1e18)]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from scipy import sparse
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from mpl_toolkits.mplot3d import Axes3D
-    from scipy import sparse
     from spatialdata import SpatialData
 
     from spatial_impute._stack import Section
@@ -106,8 +106,6 @@ def typed_edges(
     >>> edges.kind.tolist()
     ['within', 'overlap', 'near', 'similar']
     """
-    from scipy import sparse
-
     upper = sparse.triu(weights, k=1).tocoo()
     pairs = np.column_stack([upper.row, upper.col])
     kind = np.full(len(pairs), "near", dtype="<U8")

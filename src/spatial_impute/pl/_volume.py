@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import pyplot as plt
 
+from spatial_impute._geometry import Volume, interpolate_stack
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_spots, stack_table, warn_if_old
 from spatial_impute._validation import require_positive
-from spatial_impute._voxels import Volume, interpolate_stack
 from spatial_impute.pl._color import (
     add_colorbar,
     color_limits,

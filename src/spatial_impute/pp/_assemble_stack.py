@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from spatialdata import SpatialData
 
 from spatial_impute._graph import typical_spacing
-from spatial_impute._image.pixel_size import RANGE
-from spatial_impute._image.placement import place_spots
+from spatial_impute._image.levels import PIXEL_RANGE
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
@@ -26,10 +26,9 @@ from spatial_impute._stack import (
 )
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
+from spatial_impute.pp._spots import place_spots
 
 if TYPE_CHECKING:
-    from spatialdata import SpatialData
-
     from spatial_impute.pp._read_section import SectionInput, SectionParts
 
 
@@ -132,8 +131,6 @@ def assemble_stack(
     >>> sorted(sdata.coordinate_systems)
     ['bottom', 'top']
     """
-    from spatialdata import SpatialData
-
     inputs = _named_inputs(_by_name(sections), coordinate_system, image_key)
     names = list(inputs)
     heights = _heights(names, _by_name(z), section_spacing)
@@ -212,7 +209,7 @@ def _require_separate(section: Section, centers: np.ndarray, radius: np.ndarray)
 
 
 def _add_section(sdata: SpatialData, name: str, z: float, parts: SectionParts) -> Section:
-    low, high = RANGE
+    low, high = PIXEL_RANGE
     if not low <= parts.mpp <= high:
         msg = (
             f"Section {name!r}: pixels of scans and overviews measure {low:g} to {high:g} um, found {parts.mpp:g} um "

@@ -16,7 +16,15 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
 from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
-from spatial_impute.encoders._tokens import image_identity, load_tokens, save_tokens, section_key
+from spatial_impute.encoders._tokens import (
+    FIELD_TOKENS,
+    image_identity,
+    load_tokens,
+    save_tokens,
+    section_key,
+    section_tokens,
+    token_layout,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +222,6 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     """Tokens of a section by all encoders, from the folder if they are there."""
     from spatial_impute._io.workers import requested_threads
-    from spatial_impute.encoders._tokens import section_tokens
 
     parts, widths = [], {level: len(fields) for level, fields in run.layout.items()}
     for encode, key in zip(run.encoders, keys, strict=True):
@@ -242,8 +249,6 @@ def write_features(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write the tokens of all sections, place and diameter of their spots, and provenance to the stack table."""
-    from spatial_impute.encoders._tokens import FIELD_TOKENS
-
     for key in layout:
         widths = {name: tokens[key].shape[1] for name, tokens in found.items()}
         if len(set(widths.values())) > 1:
@@ -272,8 +277,6 @@ def write_features(
 
 def fields_layout(region_scale: float, global_scale: float) -> Layout:
     """Fields of view of all tokens, in spot diameters."""
-    from spatial_impute.encoders._tokens import token_layout
-
     return token_layout(
         require_positive(region_scale, name="region_scale"), require_positive(global_scale, name="global_scale")
     )

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import zarr
+from anndata import AnnData, read_h5ad
+from spatialdata import SpatialData
+from spatialdata.models import TableModel
+from spatialdata.transformations import Scale, Sequence, get_transformation, set_transformation
 
 from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
-from spatial_impute._image.pixel_size import SAME
+from spatial_impute._image.levels import SAME_SIZE
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -28,9 +33,7 @@ from spatial_impute.pp._read_spaceranger import (
 )
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from geopandas import GeoDataFrame
-    from spatialdata import SpatialData
     from xarray import DataArray, DataTree
 
     SectionInput: TypeAlias = SpatialData | AnnData | DataArray | DataTree | np.ndarray | str | Path
@@ -66,8 +69,6 @@ class SectionParts:
 
 def read_section(name: str, value: SectionInput, options: SectionOptions) -> SectionParts:
     """Read one section from a file, a folder, an array or an object."""
-    from spatialdata import SpatialData
-
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         return _from_spaceranger(name, Path(value), options)
     if _is_anndata(value):
@@ -88,8 +89,6 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
 
 
 def _is_anndata(value: object) -> bool:
-    from anndata import AnnData
-
     return isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad")
 
 
@@ -101,12 +100,10 @@ def _is_slide(value: object) -> bool:
 def _from_anndata(name: str, value: Any, options: SectionOptions) -> SectionParts:
     where = f"sections[{name!r}]"
     if isinstance(value, str | Path):
-        import anndata as ad
-
         if not Path(value).exists():
             msg = f"{where}: no file at {str(value)!r}."
             raise FileNotFoundError(msg)
-        value = ad.read_h5ad(value)
+        value = read_h5ad(value)
     return _of_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
 
 
@@ -125,7 +122,7 @@ def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionPar
         )
         raise ValueError(msg)
     x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
-    if mpp is not None and known is not None and max(x, known[0]) > SAME * min(x, known[0]):
+    if mpp is not None and known is not None and max(x, known[0]) > SAME_SIZE * min(x, known[0]):
         logger.warning("Section %s: `mpp=%g` differs from %g in its file; `mpp` is used", name, mpp, known[0])
     source = "metadata" if mpp is None else "argument"
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
@@ -163,15 +160,11 @@ def _of_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: 
 
 def is_spatialdata(value: object) -> bool:
     """Return True for a SpatialData object or the folder of one."""
-    from spatialdata import SpatialData
-
     if not isinstance(value, str | Path):
         return isinstance(value, SpatialData)
     path = Path(value)
     if not path.is_dir() or not _is_zarr(path):
         return False
-    import zarr
-
     try:
         attrs = zarr.open_group(path, mode="r").attrs
         # Images within a store have these attributes too.
@@ -286,8 +279,6 @@ def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, cho
 
 def _is_of_another_section(source: SpatialData, regions: list[str], system: str) -> bool:
     """True if a table annotates shapes that lie with an image in another coordinate system, and not in this one."""
-    from spatialdata.transformations import get_transformation
-
     if not regions or not all(region in source.shapes for region in regions):
         return False
     with_image = {name for image in source.images.values() for name in get_transformation(image, get_all=True)}
@@ -311,8 +302,6 @@ def _choose_system(source: SpatialData, wanted: str | None, where: str) -> str:
 
 
 def _in_system(element: object, system: str) -> bool:
-    from spatialdata.transformations import get_transformation
-
     return system in get_transformation(element, get_all=True)
 
 
@@ -370,8 +359,6 @@ def _regions(table: AnnData) -> list[str]:
 
 def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
     """Shallow copy of an element whose only transformation goes to the section's frame in um."""
-    from spatialdata.transformations import Scale, Sequence, get_transformation, set_transformation
-
     to_system = get_transformation(element, to_coordinate_system=system)
     copy = element.copy()
     copy.attrs = dict(copy.attrs)
@@ -409,8 +396,6 @@ def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_k
 
 def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, name: str, where: str) -> AnnData | None:
     """Copy of the table rows that annotate the spots, with the region and ids of the stack."""
-    from spatialdata.models import TableModel
-
     annotating = {key: table for key, table in _count_tables(source).items() if shapes_key in _regions(table)}
     if table_key is not None:
         require_key(table_key, source.tables, where=f"{where}.tables")

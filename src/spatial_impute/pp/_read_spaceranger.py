@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
-from spatial_impute._image.levels import image_levels, read_thumbnail
-from spatial_impute._image.pixel_size import SAME
-from spatial_impute._image.placement import AS_IT_IS, compare_pictures
+from spatial_impute._image.levels import SAME_SIZE, image_levels, read_thumbnail
 from spatial_impute._image.reading import ImageFile, open_image
 from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._positions import COLUMNS, checked_positions, read_positions
+from spatial_impute.pp._spots import AS_IT_IS, COLUMNS, checked_positions, compare_pictures, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -249,7 +247,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
     off = float(np.median(np.linalg.norm(pixels - place @ matrix, axis=1))) * mpp
     stretch = np.linalg.cond(matrix)
-    if stretch > SAME or off > _LATTICE_TOLERANCE:
+    if stretch > SAME_SIZE or off > _LATTICE_TOLERANCE:
         msg = (
             f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times "
             f"between its directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what "
@@ -297,7 +295,7 @@ def warn_of_other_pixels(
     if given is None and spot_pitch is not None:
         given = mpp_from_pitch(next(iter(sdata.shapes.values())), "global", spot_pitch)
     given = require_positive(given, name=f"mpp of section {name!r}", unit="um per pixel")
-    if not 1 / SAME < given / mpp < SAME:
+    if not 1 / SAME_SIZE < given / mpp < SAME_SIZE:
         logger.warning(
             "Section %s: the array of spots gives %.4g um per full-resolution pixel, your `%s` gives %.4g; the latter is used. Leave "
             "the argument out to use the array",
@@ -317,7 +315,7 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
     if fullres_image is not None:
         opened = _opened(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
-        if opened.mpp is not None and not 1 / SAME < opened.mpp / (pixel * mpp) < SAME:
+        if opened.mpp is not None and not 1 / SAME_SIZE < opened.mpp / (pixel * mpp) < SAME_SIZE:
             logger.warning(
                 "%s: the metadata of `fullres_image` give %.3g um per pixel, the spots give %.3g; the latter is used",
                 sample.where,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
+from spatialdata.models import TableModel
 
 from spatial_impute._expression import (
     log_normalize,
@@ -35,7 +37,6 @@ from spatial_impute._validation import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
 _MITOCHONDRIAL = re.compile(r"mt-", re.IGNORECASE)
@@ -56,7 +57,6 @@ def _moran(values: Any, xy: np.ndarray) -> np.ndarray:
 def _dispersion(values: Any, _xy: np.ndarray) -> np.ndarray:
     """Variability compared with genes of the same mean, as ``scanpy.pp.highly_variable_genes`` ranks genes."""
     import scanpy as sc
-    from anndata import AnnData
 
     found = sc.pp.highly_variable_genes(AnnData(values), flavor="seurat", inplace=False)
     return np.nan_to_num(found["dispersions_norm"].to_numpy(dtype=float), nan=-np.inf)
@@ -433,9 +433,6 @@ def _write(
     totals: np.ndarray | None,
 ) -> None:
     """Replace the stack table by one with the chosen genes; obs, obsm, obsp and uns are kept."""
-    from anndata import AnnData
-    from spatialdata.models import TableModel
-
     obs = old.obs.drop(columns=Keys.TOTAL_COUNTS, errors="ignore")
     # Spots may have been removed from the counts since the table was made.
     obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)

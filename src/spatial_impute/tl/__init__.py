@@ -1,24 +1,19 @@
 """Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
-from spatial_impute.tl._add_prediction import add_prediction
 from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
+from spatial_impute.tl._export import points_3d, write_geojson, write_ome_tiff
 from spatial_impute.tl._fit_asign import fit_asign
 from spatial_impute.tl._fit_pixnet import fit_pixnet
 from spatial_impute.tl._foreign_transforms import read_placement, read_transformation, write_transformation
-from spatial_impute.tl._genes_from_features import genes_from_features
 from spatial_impute.tl._impute_3d import impute_3d
-from spatial_impute.tl._impute_baseline import impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
 from spatial_impute.tl._match_sections import match_sections
-from spatial_impute.tl._points_3d import points_3d
-from spatial_impute.tl._predict_dense import predict_dense
+from spatial_impute.tl._other_layers import add_prediction, impute_baseline
+from spatial_impute.tl._predict_dense import genes_from_features, predict_dense
 from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack
-from spatial_impute.tl._transfer_shapes import transfer_shapes
-from spatial_impute.tl._warp_element import warp_element
-from spatial_impute.tl._write_geojson import write_geojson
-from spatial_impute.tl._write_ome_tiff import write_ome_tiff
+from spatial_impute.tl._warp_element import transfer_shapes, warp_element
 
 __all__ = [
     "add_prediction",

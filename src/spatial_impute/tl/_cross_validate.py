@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
 from spatial_impute._settings import progress_steps
 from spatial_impute._stack import section_levels
@@ -21,11 +20,17 @@ from spatial_impute._validation import (
     require_key,
     require_one_of,
     require_positive,
+    resolve_params,
 )
-from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
 from spatial_impute.tl._fit_pixnet import PixNetSetup
-from spatial_impute.tl._held_out import HeldOut, warn_of_equal_images, warn_of_overlapping_spots, warn_of_shared_groups
+from spatial_impute.tl._impute_pixnet import (
+    HeldOut,
+    warn_of_equal_images,
+    warn_of_overlapping_spots,
+    warn_of_shared_groups,
+)
 from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
+from spatial_impute.tl._other_layers import INDEPENDENT, kinds_of_bases, with_bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from spatial_impute._io.files import owned_folder
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack.spots import read_stacks, stack_list, units
-from spatial_impute._validation import require_count, require_device, require_folder
-from spatial_impute.tl._base_layers import kinds_of_bases, require_same_folds, with_bases
+from spatial_impute._validation import require_count, require_device, require_folder, resolve_params
+from spatial_impute.tl._other_layers import kinds_of_bases, require_same_folds, with_bases
 from spatial_impute.tl._provenance import encoder, feature_settings, fitted_state
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ import numpy as np
 
 from spatial_impute._io.files import owned_folder
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._settings import logger, progress_steps
-from spatial_impute._validation import require_count, require_device, require_one_of
+from spatial_impute._validation import require_count, require_device, require_one_of, resolve_params
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,

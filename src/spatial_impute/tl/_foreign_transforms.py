@@ -17,7 +17,7 @@ from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
 from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.tl._given_places import check_matrix, landmark_matrix
+from spatial_impute.tl._places import check_matrix, landmark_matrix
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -19,7 +19,7 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
-from spatial_impute.tl._base_layers import kinds_of_bases, with_bases
+from spatial_impute.tl._other_layers import kinds_of_bases, with_bases
 from spatial_impute.tl._provenance import (
     ImputedLayer,
     bases_state,

@@ -6,6 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from anndata import AnnData
+from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress_steps
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     from spatial_impute.models import PixNetModel
@@ -167,16 +168,12 @@ def predict_regions(
         logger.warning("%d of %d shapes of %r hold no pixel of %r: NaN", n_off, len(index), shapes_key, image_key)
     if not inplace:
         return table
-    from spatialdata.models import TableModel
-
     sdata.tables[key] = TableModel.parse(table, region=shapes_key, region_key=Keys.REGION, instance_key=Keys.INSTANCE)
     log_added(f"tables[{key!r}]")
     return None
 
 
 def _table(read: Callable[..., RegionValues], slots: dict[str, Any], on_tile: Callable[[], None]) -> AnnData:
-    from anndata import AnnData
-
     found = read(on_tile=on_tile)
     slots["obs"][Keys.N_PIXELS] = found.n_pixels
     return AnnData(found.expression, **slots)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
+from spatialdata.transformations import get_transformation
 
-from spatial_impute._expression import looks_like_counts, require_amounts
+from spatial_impute._expression import log_normalize, looks_like_counts, require_amounts
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
@@ -62,8 +64,6 @@ class ExpressionChoice:
 
 def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
     """Coordinate system of an image (and shapes), and its unit; a ``ValueError`` if one of them is not clear."""
-    from spatialdata.transformations import get_transformation
-
     require_spatialdata(sdata)
     require_key(image_key, sdata.images, where="sdata.images")
     elements = {f"images[{image_key!r}]": sdata.images[image_key]}
@@ -199,8 +199,6 @@ def read_measured(
     Rows of the stack table are read if ``obs["measured"]`` is True, rows of other tables always. Raises a
     ``ValueError`` if nothing is measured, or values are not finite, or not of the wanted kind (counts or log values).
     """
-    from scipy import sparse
-
     key = annotating_table(sdata, shapes_key, table_key)
     table, where = sdata.tables[key], f"sdata.tables[{key!r}]"
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
@@ -267,10 +265,6 @@ def _columns(table: AnnData, genes: Sequence[str] | None, where: str) -> np.ndar
 
 def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice) -> tuple[Any, str]:
     """Values in the units that the loss needs, and the name of these units."""
-    from scipy import sparse
-
-    from spatial_impute._expression import log_normalize
-
     data = values.data if sparse.issparse(values) else np.asarray(values)
     require_amounts(data, where=where)
     raw = looks_like_counts(data)

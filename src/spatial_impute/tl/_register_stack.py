@@ -14,8 +14,8 @@ import pandas as pd
 
 from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._image.levels import read_thumbnail
+from spatial_impute._io.workers import run_all
 from spatial_impute._keys import Keys
-from spatial_impute._params import resolve_params
 from spatial_impute._registration import (
     ChainResult,
     KeptDeformation,
@@ -28,7 +28,6 @@ from spatial_impute._registration import (
     exchanged_sections,
     in_inferred_order,
     register_chain,
-    run_all,
     section_errors,
 )
 from spatial_impute._settings import logger
@@ -40,9 +39,16 @@ from spatial_impute._validation import (
     require_one_of,
     require_positive,
     require_slot_key,
+    resolve_params,
 )
-from spatial_impute.tl._given_places import PlaceReader, approved_places, check_skip, given_tissue, tissue_keys
-from spatial_impute.tl._write_registration import write_registration
+from spatial_impute.tl._places import (
+    PlaceReader,
+    approved_places,
+    check_skip,
+    given_tissue,
+    tissue_keys,
+    write_registration,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +58,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._registration import DisplacementField, PairResult
     from spatial_impute._stack import StackRecord
-    from spatial_impute.tl._given_places import Placement
+    from spatial_impute.tl._places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next
 # Tissue rarely fills less than half of the side of its scan. It then still has the pixels that registration needs.

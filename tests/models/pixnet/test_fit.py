@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
-from spatial_impute.models.pixnet import _base
-from spatial_impute.models.pixnet._base import BaseData, set_base, standardise_decoder
+from spatial_impute.models.pixnet import _fit
 from spatial_impute.models.pixnet._crops import (
     CropSettings,
     TrainingSlide,
@@ -25,7 +24,7 @@ from spatial_impute.models.pixnet._crops import (
     make_crop,
     random_crop,
 )
-from spatial_impute.models.pixnet._fit import LinearBase
+from spatial_impute.models.pixnet._fit import BaseData, LinearBase, set_base, standardise_decoder
 from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, _Predictions, _trust, is_confirmed
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain
 from spatial_impute.models.pixnet._region_weights import Discs
@@ -36,7 +35,7 @@ CROP = CropSettings(256, 8, margin=8, max_regions=999)
 
 
 def fit_base(features, target, number, block, **kwargs):
-    return _base.fit_base(BaseData(features, target, number, block), **kwargs)
+    return _fit.fit_base(BaseData(features, target, number, block), **kwargs)
 
 
 class Ramp:
@@ -242,7 +241,7 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 6))
     data = BaseData(x, x @ rng.normal(size=(6, 3)) + rng.normal(size=(50, 3)), np.zeros(50), np.arange(50) // 5)
-    fitted = _base.fit_base(data, n_components=5)
+    fitted = _fit.fit_base(data, n_components=5)
     rgb = torch.rand(1, 3, 16, 16, dtype=torch.float64) * 255
     with torch.inference_mode():
         maps = network.encode(rgb)

@@ -10,11 +10,10 @@ import shapely
 import torch
 from torch.nn import functional as F
 
-from spatial_impute.encoders._context import Box
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet import _region_weights
 from spatial_impute.models.pixnet._region_weights import CellGrid, Discs, Polygons, build_stencil
-from spatial_impute.models.pixnet._slide import Tiling
-from spatial_impute.models.pixnet._tiles import TileIndex, bag
+from spatial_impute.models.pixnet._tiles import TileIndex, Tiling, bag
 
 STRIDE = 4
 HEIGHT, WIDTH = 258, 307  # no multiples of the stride

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from spatial_impute.encoders._networks import build_resnet
 from spatial_impute.encoders._pyramids import ModulePyramid, Pyramid, TellezPyramid, build_pyramid
-from spatial_impute.encoders._resnet import build_resnet
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptive_halo
 from spatial_impute.models.pixnet._region_weights import Discs
-from spatial_impute.models.pixnet._slide import Slide, Tiling
 from spatial_impute.models.pixnet._tiles import (
+    Slide,
     TileIndex,
+    Tiling,
     bag,
     forward_tile,
     iter_sums,
@@ -305,7 +306,7 @@ def counted_pixels(network: PixNetNetwork) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("limit", "times"), [(2**28, 1.0), (2**19, 2.0), (0, 9.0)])
 def test_each_pixel_is_encoded_once(limit, times, monkeypatch):
     """Twice at the borders of stripes, if the maps of two rows of tiles are too many to keep; values are the same."""
-    monkeypatch.setattr("spatial_impute.models.pixnet._slide._LIMIT", limit)
+    monkeypatch.setattr("spatial_impute.models.pixnet._tiles._LIMIT", limit)
     network = make_network(SmallPyramid()).double()
     image = Pixels(512, 700)
     whole = assemble(network, image, 704, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute.encoders._context import Box
+from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet._region_weights import CellGrid, Regions, Stencil, build_stencil
 from spatial_impute.models.pixnet._tiles import sum_cells
 

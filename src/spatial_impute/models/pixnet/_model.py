@@ -17,8 +17,7 @@ from spatial_impute.encoders._pyramids import build_pyramid
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
-from spatial_impute.models.pixnet._slide import Slide, Tiling
-from spatial_impute.models.pixnet._tiles import TileIndex, iter_sums
+from spatial_impute.models.pixnet._tiles import Slide, TileIndex, Tiling, iter_sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

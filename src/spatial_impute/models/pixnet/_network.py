@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatial_impute.encoders._context import Box, coarser, cut, grow, measured_halo, relative
 from spatial_impute.encoders._encoder import autocast
-from spatial_impute.encoders._pyramids import window_mean
+from spatial_impute.encoders._pyramids import Box, coarser, cut, grow, measured_halo, relative, window_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

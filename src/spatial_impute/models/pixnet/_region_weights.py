@@ -19,7 +19,7 @@ from spatial_impute._settings import compiled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spatial_impute.encoders._context import Box
+    from spatial_impute.encoders._pyramids import Box
 
 _TINY = 2.0  # px; a larger region contains a pixel centre
 _BATCH = 50_000  # polygons split into edges at a time

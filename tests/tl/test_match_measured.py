@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spatial_impute.models._match import match_sections
 from spatial_impute.models._spots import Spots
+from spatial_impute.tl._match_sections import match_measured
 
 N_SECTIONS, SIDE, N_GENES = 5, 14, 12
 
@@ -40,7 +40,7 @@ def test_an_offset_and_a_scale_are_found_and_undone():
     own = spots.section == 1
     off[own] = (off[own] - 2) * 1.6 + 2
     off[own, :6] += 0.8
-    found = match_sections(changed(spots, off))
+    found = match_measured(changed(spots, off))
     np.testing.assert_allclose(found.shift[1], (off - values)[own].mean(axis=0), atol=0.2)
     assert np.abs(found.shift[[0, 2, 3, 4]]).max() < 0.2
     assert np.median(found.ratio[1]) == pytest.approx(1.6, rel=0.12)
@@ -50,7 +50,7 @@ def test_an_offset_and_a_scale_are_found_and_undone():
 
 def test_sections_that_agree_stay_as_they_are():
     spots, values = world()
-    found = match_sections(spots)
+    found = match_measured(spots)
     assert np.abs(found.expression - values).mean() < 0.05
 
 
@@ -58,7 +58,7 @@ def test_a_gradient_along_z_stays():
     spots, values = world()
     slope = np.linspace(0.1, 0.4, N_GENES)
     steep = values + spots.section[:, None] * slope
-    found = match_sections(changed(spots, steep))
+    found = match_measured(changed(spots, steep))
     rise = np.diff(means(found.expression, spots.section), axis=0)
     expected = np.diff(means(steep, spots.section), axis=0)
     np.testing.assert_allclose(rise.mean(axis=0), expected.mean(axis=0), atol=0.08)
@@ -67,15 +67,15 @@ def test_a_gradient_along_z_stays():
 def test_units_and_order_of_sections_do_not_count():
     spots, values = world()
     off = values + (spots.section == 2)[:, None] * 1.0
-    expected = match_sections(changed(spots, off)).expression
-    np.testing.assert_allclose(match_sections(changed(spots, 3 * off)).expression, 3 * expected, atol=1e-9)
+    expected = match_measured(changed(spots, off)).expression
+    np.testing.assert_allclose(match_measured(changed(spots, 3 * off)).expression, 3 * expected, atol=1e-9)
     order = np.random.default_rng(0).permutation(len(values))
     moved = Spots(spots.xyz[order], spots.section[order], spots.known, off[order], spacing=100.0)
-    np.testing.assert_allclose(match_sections(moved).expression, expected[order], atol=1e-9)
+    np.testing.assert_allclose(match_measured(moved).expression, expected[order], atol=1e-9)
 
 
 def test_sections_side_by_side_are_refused():
     spots, values = world()
     xyz = spots.xyz + np.outer(spots.section, [5000, 0, 0])
     with pytest.raises(ValueError, match="share only 0 places"):
-        match_sections(Spots(xyz, spots.section, spots.known, values, spacing=100.0))
+        match_measured(Spots(xyz, spots.section, spots.known, values, spacing=100.0))

@@ -1,43 +1,237 @@
-"""Write an image of a section in the common frame as a file for other programs."""
+"""Results for other programs: points with a height for viewers, GeoJSON for QuPath, OME-TIFF."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import shapely
+from spatialdata.models import PointsModel
+from spatialdata.transformations import Identity
 
-from spatial_impute._geometry import linear_scale, scaling
+from spatial_impute._geometry import apply_affine, linear_scale, scaling
 from spatial_impute._image.brightfield import names_alpha
 from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._image.tiff import TILE, Pyramid, write_pyramid
-from spatial_impute._io.files import file_to_write
-from spatial_impute._registration.warp_image import PixelGrid, output_grid, resampled
-from spatial_impute._settings import logger, progress
+from spatial_impute._io.files import file_to_write, written_whole
+from spatial_impute._keys import Keys
+from spatial_impute._registration.transform import PixelGrid, output_grid, resampled
+from spatial_impute._settings import log_added, logger, progress
 from spatial_impute._stack import (
     answer,
+    are_circles,
+    dense_rows,
     element_affine,
     in_rgb_order,
     load_record,
     load_transform,
+    registered_spots,
     registration_problems,
+    require_current,
+    require_element_key,
+    require_registration,
     section_levels,
+    stack_table,
+    warn_if_old,
 )
-from spatial_impute._validation import require_key, require_one_of, require_positive
+from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
 from spatial_impute.tl._warp_element import section_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import StackRecord
 
+_CORNERS = 8  # of a quarter of a circle: its area is right to 0.6 %
+_DECIMALS = 2  # of a pixel
 _BLOCK = 2048  # px along a strip that one task computes
 # Types that OME does not have.
 _WRITTEN_AS = {"bool": "uint8", "float16": "float32", "int64": "int32", "uint64": "uint32"}
+
+
+def points_3d(
+    sdata: SpatialData,
+    columns: str | Sequence[str] = (),
+    *,
+    layer: str = Keys.ASIGN,
+    key_added: str = Keys.STACK_POINTS,
+    inplace: bool = True,
+) -> Any:
+    """Make points with x, y and z of the spots of all registered sections, for the 3D view of napari and other viewers.
+
+    In SpatialData the height of a section is a number beside its spots (``obs["z"]``), and a viewer shows each section
+    as a plane of its own. Points can have three coordinates.
+
+    Parameters
+    ----------
+    sdata
+        Stack registered by :func:`register_stack`.
+    columns
+        Genes, or columns of ``obs`` of the stack table, that become columns of the points, beside ``section`` and
+        ``measured``.
+    layer
+        Layer of the genes.
+    key_added
+        Name of the new points.
+    inplace
+        Write to `sdata`, or return the points and write nothing.
+
+    Returns
+    -------
+    ``None``, or the points with ``inplace=False``. Writes:
+
+    `sdata.points['stack_points']`
+        x, y, z in um in the coordinate system of the registration (``"aligned"``), one point per spot in the order of
+        the table, with ``spot`` (its name in the table), ``section``, ``measured`` and the columns that were asked for.
+
+    Raises
+    ------
+    KeyError
+        If the stack is not registered, or a gene, column or layer does not exist.
+    ValueError
+        If `key_added` is the name of another element, `columns` names ``x``, ``y`` or ``spot``, or spots or images were
+        changed after the registration.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.points_3d(sdata, ["smooth_0"], layer="measured")
+    >>> sdata.points["stack_points"].compute()["z"].nunique()
+    3
+    """
+    record = load_record(sdata)
+    target = require_registration(record)["coordinate_system"]
+    table = stack_table(sdata)
+    xyz = registered_spots(table, Keys.STACK_TABLE)
+    require_current(sdata, record, table, measured=False)
+    frame = pd.DataFrame({"x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2], "spot": table.obs_names.to_numpy(str)})
+    for name in (Keys.SECTION, Keys.MEASURED):
+        frame[name] = table.obs[name].to_numpy()
+    columns = name_list(columns, name="columns")
+    if taken := [name for name in columns if name in {"x", "y", "spot"} & {*table.obs, *table.var_names}]:
+        msg = (
+            f"`columns` names {taken}, which the points have already. Rename these columns or genes in the stack table."
+        )
+        raise ValueError(msg)
+    if any(name in table.var_names for name in columns):
+        warn_if_old(sdata, table, [layer])
+    for name in columns:
+        if name not in {Keys.Z, Keys.SECTION, Keys.MEASURED}:  # which are there
+            frame[name] = _column(table, name, layer)
+    if inplace:
+        require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
+    points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})
+    if not inplace:
+        return points
+    sdata.points[key_added] = points
+    log_added(f"points[{key_added!r}]")
+    return None
+
+
+def _column(table: AnnData, name: str, layer: str) -> np.ndarray | pd.Categorical:
+    if name in table.var_names:
+        require_key(layer, table.layers, where=f"sdata.tables[{Keys.STACK_TABLE!r}].layers")
+        column = table.layers[layer][:, [table.var_names.get_loc(name)]]
+        return dense_rows(column, np.ones(table.n_obs, bool)).ravel()
+    require_key(name, table.obs, where="the genes and the columns of obs of the stack table")
+    return table.obs[name].to_numpy()
+
+
+def write_geojson(
+    sdata: SpatialData, key: str, path: str | Path, *, section: str | None = None, overwrite: bool = False
+) -> None:
+    """Write polygons or circles of a section as GeoJSON for QuPath, in pixels of its full-resolution image.
+
+    Parameters
+    ----------
+    sdata
+        Stack.
+    key
+        Shapes. The columns ``class``, ``name`` and ``objectType`` become class, name and type of the objects of QuPath,
+        columns of numbers their measurements (1 and 0 for True and False). Other columns are left out, as are empty
+        polygons.
+    path
+        File to write (``.geojson`` or ``.json``).
+    section
+        Section of the shapes; by default the one section to which they have a transformation.
+    overwrite
+        Replace a file that is there.
+
+    Returns
+    -------
+    ``None``. Writes the file. :func:`~spatial_impute.pp.add_cells` reads it.
+
+    Raises
+    ------
+    KeyError
+        If the shapes do not exist or belong to no section.
+    FileExistsError
+        If there is a file at `path` and `overwrite` is False.
+    FileNotFoundError
+        If the folder of `path` does not exist.
+    ValueError
+        If the shapes belong to several sections and `section` is not given, or `path` has another end.
+
+    Examples
+    --------
+    >>> import spatial_impute as si
+    >>> sdata = si.datasets.synthetic_stack()
+    >>> si.pp.segment_tissue(sdata, sections="s1")
+    >>> si.tl.write_geojson(sdata, "s1_tissue_outline", "s1.geojson")
+    >>> si.pp.add_cells(sdata, "s1", "s1.geojson", key_added="s1_again")
+    """
+    record = load_record(sdata)
+    path = file_to_write(path, ends=(".geojson", ".json"), overwrite=overwrite)
+    require_key(key, sdata.shapes, where="sdata.shapes")
+    shapes = sdata.shapes[key]
+    section = section_of(shapes, key, record, section)
+    image = record[section].image
+    require_key(image, sdata.images, where="sdata.images", then="The file has pixels of the image of the section.")
+    to_pixels = np.linalg.inv(element_affine(sdata.images[image], section))
+    features = _features(shapes, to_pixels @ element_affine(shapes, section))
+    with written_whole(path) as part:
+        part.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    logger.info("Wrote %d objects in pixels of %r to %s", len(features), image, path)
+
+
+def _features(shapes: GeoDataFrame, to_pixels: np.ndarray) -> list[dict[str, Any]]:
+    shapes = shapes[~(shapes.geometry.is_empty | shapes.geometry.isna())]
+    geometry = shapes.geometry.to_numpy()
+    columns = pd.DataFrame(shapes.drop(columns=shapes.geometry.name))
+    if are_circles(shapes):
+        geometry = shapely.buffer(geometry, columns.pop("radius").to_numpy(float), quad_segs=_CORNERS)
+    geometry = shapely.transform(geometry, lambda xy: apply_affine(xy, to_pixels).round(_DECIMALS))
+    rows = columns.to_dict("records") if columns.columns.size else [{}] * len(columns)
+    return [
+        {"type": "Feature", "id": str(name), "geometry": shapely.geometry.mapping(one), "properties": _properties(row)}
+        for name, one, row in zip(shapes.index, geometry, rows, strict=True)
+    ]
+
+
+def _properties(row: dict[Any, Any]) -> dict[str, Any]:
+    """Properties as QuPath names them."""
+    known = {key: "" if pd.isna(row.get(key, "")) else str(row.get(key, "")) for key in ("class", "name", "objectType")}
+    numbers = {
+        str(key): float(value)
+        for key, value in row.items()
+        if key not in known and isinstance(value, int | float | np.number) and np.isfinite(value)
+    }
+    found: dict[str, Any] = {"objectType": known["objectType"] or "annotation"}
+    found |= {"classification": {"name": known["class"]}} if known["class"] else {}
+    found |= {"name": known["name"]} if known["name"] else {}
+    return found | ({"measurements": numbers} if numbers else {})
 
 
 def write_ome_tiff(

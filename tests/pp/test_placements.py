@@ -7,11 +7,10 @@ import pytest
 import xarray as xr
 
 from spatial_impute._geometry import scaling
-from spatial_impute._image import placement
 from spatial_impute._image.levels import Level
-from spatial_impute._image.placement import AS_IT_IS, compare_pictures, place_spots, turned_picture, turned_points
+from spatial_impute.pp._spots import _TURNS, AS_IT_IS, compare_pictures, place_spots, turned_picture, turned_points
 
-OTHERS = [turn for turn in placement._TURNS if turn != AS_IT_IS]
+OTHERS = [turn for turn in _TURNS if turn != AS_IT_IS]
 
 
 def tissue(height: int = 100, width: int = 130) -> np.ndarray:
@@ -32,7 +31,7 @@ def spots_on(mask: np.ndarray, step: int = 5) -> np.ndarray:
     return np.column_stack([x, y])[keep] + 0.5
 
 
-@pytest.mark.parametrize("turn", placement._TURNS)
+@pytest.mark.parametrize("turn", _TURNS)
 def test_points_and_pictures_turn_alike(turn):
     picture = np.random.default_rng(0).random((5, 7))
     points = np.array([(x + 0.5, y + 0.5) for y in range(5) for x in range(7)])
@@ -75,14 +74,12 @@ def test_images_without_glass_or_tissue_say_only_if_spots_lie_on_them(mask):
     assert "only 0% of the measured spots" in beside.sentence
 
 
-@pytest.mark.parametrize("turn", placement._TURNS)
+@pytest.mark.parametrize("turn", _TURNS)
 @pytest.mark.parametrize("size", [(100, 130), (101, 100), (90, 90)])
 def test_pictures_are_compared_in_all_turns(turn, size):
     """The best turn is the one that undoes what was done; of oblong pictures only half of the turns fit."""
     picture = np.random.default_rng(1).random((10, 13)).repeat(12, 0).repeat(12, 1)[: size[0], : size[1]]
-    undone = next(
-        t for t in placement._TURNS if np.array_equal(turned_picture(turned_picture(picture, turn), t), picture)
-    )
+    undone = next(t for t in _TURNS if np.array_equal(turned_picture(turned_picture(picture, turn), t), picture))
     found = compare_pictures(turned_picture(picture, turn), picture[::2, ::2])
     assert max(found, key=lambda t: found[t]) == undone
     assert len(found) == (8 if abs(size[0] - size[1]) <= 1 else 4)
