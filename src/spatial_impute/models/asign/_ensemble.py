@@ -94,7 +94,8 @@ class TrainingSet:
     @cached_property
     def truth(self) -> np.ndarray:
         """(n_known, g) expression of the known spots of all stacks."""
-        return np.concatenate([spots.expression for spots in self.stacks])
+        first, *others = (spots.expression for spots in self.stacks)
+        return np.concatenate([first, *others]) if others else first
 
     @cached_property
     def graphs(self) -> list[KnownGraph]:
@@ -264,7 +265,8 @@ class NetworkFit:
 
     def held_out(self, runs: Runs, folds: Iterable[int]) -> np.ndarray:
         """(n_known, g) prediction of the spots of some folds, with the choices of the others; NaN elsewhere."""
-        predicted = [np.full((len(s.known), s.expression.shape[1]), np.nan) for s in self.data.stacks]
+        predicted = np.full(self.data.truth.shape, np.nan, np.float32)
+        of_stack = self.data.by_stack(predicted)
         for k in folds:
             regime = self.best_regime(runs, [t for t in self.trials if t != k] or self.trials)
             if (regime, k) not in runs:
@@ -276,8 +278,9 @@ class NetworkFit:
             for i, part in zip(seen, found, strict=True):
                 if k < len(self.data.folds[i]):  # else its last fold, which another network predicts
                     fold = self.data.folds[i][k]
-                    predicted[i][fold] = scale.restore(part) if useful else self.single[i].base[fold]
-        return np.concatenate([v[s.known] for v, s in zip(predicted, self.data.stacks, strict=True)])
+                    found_here = scale.restore(part) if useful else self.single[i].base.expression(fold)
+                    of_stack[i][fold[self.data.stacks[i].known]] = found_here
+        return predicted
 
     @cached_property
     def regimes(self) -> list[AsignParams]:
@@ -416,7 +419,9 @@ class NetworkFit:
         of_known = targets[spots.known]
         fields = None
         if seen is not None and (params.auxiliary_weight or params.consistency_weight):
-            lacking = (genes.standardise(spots.expression) - genes.standardise(labels.base[spots.known])).numpy()
+            lacking = (
+                genes.standardise(spots.expression) - genes.standardise(labels.base.expression(spots.known))
+            ).numpy()
             means = [field_means(spots, lacking, rows, seen, edge) for edge in spots.field_um]
             fields = torch.from_numpy(np.stack(means))
         return Batch(
