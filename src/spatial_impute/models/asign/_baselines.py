@@ -107,7 +107,8 @@ def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_transfer_ridge(spots: Spots) -> Mean:
     """Mean of kernel and ridge after scaling both to the same standard deviation per gene."""
-    centre, parts = spots.expression.mean(axis=0), (fit_kernel(spots), fit_image_ridge(spots))
+    centre = spots.expression.mean(axis=0)
+    parts: list[Prediction] = [fit_kernel(spots), fit_image_ridge(spots)]
     spreads = [np.maximum(spread(part, centre, len(spots.known)), 1e-12) for part in parts]
     factors = [(np.mean(spreads, axis=0) / own).astype(centre.dtype) for own in spreads]
     return Mean([Rescaled(part, centre, factor) for part, factor in zip(parts, factors, strict=True)])

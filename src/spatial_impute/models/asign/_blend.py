@@ -44,7 +44,9 @@ class KnownTruth:
             predictions = np.stack([(held_out[name][:, genes] - own_centre) / own_scale for name in experts])
             return predictions, (self.values[:, genes] - own_centre) / own_scale
 
-        weights, blended = _Blend(deviations, self.folds, self.weight, self._used(held_out, experts), self.values.dtype).solve()
+        weights, blended = _Blend(
+            deviations, self.folds, self.weight, self._used(held_out, experts), self.values.dtype
+        ).solve()
         for rows in row_blocks(*blended.shape):
             blended[rows] *= scale[fold[rows]]
             blended[rows] += centre[fold[rows]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from spatial_impute.models.asign._ensemble import (
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import held_out_noise, held_out_spread, relative_noise, spot_scale
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
-from spatial_impute.models.asign._predictions import Mean, Table, row_blocks
+from spatial_impute.models.asign._predictions import Mean, OfKnown, Table, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,15 +199,18 @@ def _better_base(errors: dict[str, np.ndarray]) -> str:
 
 def _base_layers(data: TrainingSet) -> dict[str, np.ndarray]:
     """(n_known, g) held-out predictions by base layers."""
-    rows, independent = {}, data.stacks[0].independent
+    rows: dict[str, np.ndarray] = {}
+    independent = data.stacks[0].independent
     for name in data.stacks[0].bases or {}:
         if name in independent:
-            rows |= _predict_held_out(
-                data, {name: lambda rest, name=name: Table(recalibrate(rest, name))}, lambda: None
-            )
+            rows |= _predict_held_out(data, {name: partial(_recalibrated, name)}, lambda: None)
         else:
             rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
     return rows
+
+
+def _recalibrated(name: str, rest: Spots) -> Table:
+    return Table(recalibrate(rest, name))
 
 
 def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -225,14 +229,14 @@ def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple
 
 def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Linear]]]:
     """Per stack and hidden fold: co-kriging with all image features and, of several sections, with those they share."""
-    tasks: list[tuple] = []
-    for i, (spots, folds) in enumerate(zip(data.stacks, data.folds, strict=True)):
-        base = TWO_VIEWS if len(np.unique(spots.section)) > 1 else "cokriging"
-        for k in range(len(folds)):
-            rest, groups = data.rest(i, k)
-            tasks.append((rest, base, groups))
-    found = iter(run_tasks(krige_for, tasks, on_fold))
+    tasks = [(data, i, k) for i, folds in enumerate(data.folds) for k in range(len(folds))]
+    found = iter(run_tasks(_krige_fold, tasks, on_fold))
     return [[next(found) for _ in folds] for folds in data.folds]
+
+
+def _krige_fold(data: TrainingSet, i: int, k: int) -> list[Linear]:
+    rest, groups = data.rest(i, k)
+    return krige_for(rest, TWO_VIEWS if len(np.unique(rest.section)) > 1 else "cokriging", groups)
 
 
 def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Linear]]]) -> dict[str, np.ndarray]:
@@ -247,15 +251,10 @@ def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Linear]]]) -> di
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
-    """Predictions of the known spots at their positions among all; 0 elsewhere."""
-
-    def spread(values: np.ndarray, dtype: type) -> np.ndarray:
-        result = np.zeros((len(spots.known), *values.shape[1:]), dtype)
-        result[spots.known] = values
-        return result
-
-    tables = (Table(spread(values, np.float32)) for values in (base, propagated))
-    return LabelPredictions(*tables, spread(support, np.float64))
+    """Predictions of the known spots; the others have no support."""
+    of_all = np.zeros(len(spots.known))
+    of_all[spots.known] = support
+    return LabelPredictions(OfKnown(base, spots.known), OfKnown(propagated, spots.known), of_all)
 
 
 def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> dict[str, Any]:
@@ -315,7 +314,7 @@ def _interval_tensors(
     usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
     # The error of a spot depends on its depth, so residuals are divided by this effect before they are compared.
     parts = np.array([usual_noise, *variance_parts(residuals, relative_noise(noise, usual_noise))])
-    size = spot_scale(noise, parts)[:, None]
+    size = spot_scale(noise, parts)[:, None].astype(np.float32)
     known = [np.column_stack([s.section[s.known], blocks(s, params.block_spacings)]) for s in data.stacks]
     n_blocks = sum(len(np.unique(rows, axis=0)) for rows in known)  # of each section separately
     return {

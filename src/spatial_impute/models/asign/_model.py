@@ -156,10 +156,18 @@ class AsignModel:
 
     def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
         """Predictions from the known spots, and the co-krigings among them."""
-        two = self.base == TWO_VIEWS or self.weights.get(TWO_VIEWS, np.zeros(1)).any()
-        views = krige_for(spots, TWO_VIEWS if two else "cokriging")
-        of_base = views if self.base == TWO_VIEWS else views[:1]
-        return predict_from_labels(spots, self.base, of_base), views
+        views = krige_for(
+            spots,
+            TWO_VIEWS
+            if TWO_VIEWS in {self.base, *self._used("weights"), *self._used("weights_without")}
+            else "cokriging",
+        )
+        return predict_from_labels(spots, self.base, views if self.base == TWO_VIEWS else views[:1]), views
+
+    def _used(self, weights: str) -> list[str]:
+        """Blended methods that have a weight, without the networks."""
+        values = self._tensors[weights].numpy()
+        return [name for name, own in zip(self._experts, values.T, strict=False) if own.any() and name != NETWORK]
 
     def _widening(self, _spots: Spots) -> float:
         """Factor on the intervals of a stack."""
@@ -204,13 +212,10 @@ class AsignModel:
         self, spots: Spots, labels: LabelPredictions, views: list[Linear], *, parts: bool
     ) -> dict[str, Prediction]:
         """The blended methods that have a weight, without the networks; base layers that are shown with the parts."""
-        used = self._tensors["weights"].numpy().any(axis=0)
+        names = self._used("weights")
         if parts:
-            used[:-1] |= self._tensors["weights_without"].numpy().any(axis=0)
-        names = [name for name, has_weight in zip(self._experts, used, strict=True) if has_weight and name != NETWORK]
-        if parts:
-            names += [name for name in sorted(spots.independent) if name not in names]
-        return {name: self._fit_expert(spots, name, labels, views) for name in names}
+            names += [*self._used("weights_without"), *sorted(spots.independent)]
+        return {name: self._fit_expert(spots, name, labels, views) for name in dict.fromkeys(names)}
 
     def _fit_expert(self, spots: Spots, name: str, labels: LabelPredictions, views: list[Linear]) -> Prediction:
         bases = spots.bases or {}

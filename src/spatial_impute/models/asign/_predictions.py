@@ -75,6 +75,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class OfKnown:
+    """Values of the known spots; the others have none."""
+
+    values: np.ndarray  # (n_known, g)
+    known: np.ndarray  # (n,) bool
+
+    def expression(self, rows: Rows = ALL) -> np.ndarray:
+        """(m, g) of some known spots."""
+        position = np.cumsum(self.known) - 1
+        return self.values[position[rows]]
+
+
+@dataclass(frozen=True)
 class Rescaled:
     """Prediction whose distance from a profile is multiplied by a factor for each gene."""
 
