@@ -11,6 +11,8 @@ from scipy import sparse
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anndata import AnnData
 
 GENE_COLUMNS = (
@@ -25,7 +27,19 @@ GENE_COLUMNS = (
 )
 """Columns of ``var`` that say what a gene is."""
 _IDS = GENE_COLUMNS[:-1]
+_GENES_AT_A_TIME = (
+    1024  # of some thousand spots: arrays that stay in the cache, and that the allocator keeps for the next ones
+)
 _LARGEST_LOG = 25.0  # log2 of a million is 20
+
+
+def gene_blocks(n_genes: int, size: int = _GENES_AT_A_TIME) -> Iterator[slice]:
+    """Columns of consecutive genes, for computations on some genes at a time.
+
+    Memory then does not grow with the genes. It also saves time: arrays above 32 MB are given back to the system after each use.
+    """
+    for start in range(0, n_genes, size):
+        yield slice(start, min(start + size, n_genes))
 
 
 def gene_ids(table: AnnData) -> pd.Index | None:

@@ -10,7 +10,7 @@ from scipy import ndimage as ndi
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from spatial_impute._expression import log_normalize
+from spatial_impute._expression import gene_blocks, log_normalize
 from spatial_impute._graph import nearest_others
 
 INTERVAL_LEVEL = 0.9  # of the intervals that standard deviations stand for
@@ -18,6 +18,7 @@ HALF_WIDTH = NormalDist().inv_cdf(0.5 + INTERVAL_LEVEL / 2)  # of such an interv
 _N_DRAWS, _INSIDE = 1000, [(1 - 0.95) / 2, (1 + 0.95) / 2]  # of the bootstrap
 _N_NEIGHS = 6  # of a hexagonal lattice
 _GENES_AT_A_TIME = 512
+_MAX_VALUES = 1_000_000  # scored at a time: arrays of 8 MB
 _WINDOW = 7  # grid cells along a window of SSIM, its usual size
 
 
@@ -36,8 +37,14 @@ def pearson_by_gene(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray |
     >>> pearson_by_gene(np.ones((3, 2)), true)
     array([ 0., nan])
     """
-    p = np.asarray(predicted, dtype=float)
-    t = np.asarray(true, dtype=float)
+    p, t = np.asarray(predicted), np.asarray(true)
+    blocks = gene_blocks(p.shape[1], max(1, _MAX_VALUES // max(len(p), 1)))
+    return np.concatenate([_pearson(p[:, genes], t[:, genes], folds) for genes in blocks] or [np.empty(0)])
+
+
+def _pearson(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray | None) -> np.ndarray:
+    """:func:`pearson_by_gene` of some genes."""
+    p, t = predicted.astype(float), true.astype(float)
     p_centred, t_centred = _centred(p, folds), _centred(t, folds)
     p_norm, t_norm = np.linalg.norm(p_centred, axis=0), np.linalg.norm(t_centred, axis=0)
     # Centring a constant gives a rounding error that is proportional to its size.
@@ -76,8 +83,9 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, flo
     values = values[np.isfinite(values)]
     if not values.size:
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, values.size, (_N_DRAWS, values.size))
-    low, high = np.quantile(values[draws].mean(axis=1), _INSIDE)
+    rng, size = np.random.default_rng(seed), values.size
+    means = [values[rng.integers(0, size, size)].mean() for _ in range(_N_DRAWS)]
+    low, high = np.quantile(means, _INSIDE)
     return float(low), float(high)
 
 
@@ -132,19 +140,24 @@ def predictable_genes(predicted: np.ndarray, true: np.ndarray, folds: np.ndarray
 
 
 def summarise(
-    predicted: np.ndarray, true: np.ndarray, reference_profile: np.ndarray, folds: np.ndarray | None = None
+    predicted: np.ndarray,
+    true: np.ndarray,
+    reference_profile: np.ndarray,
+    folds: np.ndarray | None = None,
+    *,
+    r: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Scores of predicted against true (n_spots, n_genes) expression; see :func:`spatial_impute.metrics.evaluate`.
 
     `reference_profile`, (n_genes,) or (n_spots, n_genes), is the mean of the measured spots: the prediction without spatial
-    information. `folds` (n_spots,) are as in :func:`pearson_by_gene`.
+    information. `folds` (n_spots,) are as in :func:`pearson_by_gene`, whose result can be given as `r`.
     """
-    p, t = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
-    r = pearson_by_gene(p, t, folds)
+    p, t = np.asarray(predicted), np.asarray(true)
+    r = pearson_by_gene(p, t, folds) if r is None else r
     scored = r[np.isfinite(r)]
     by_spot = pearson_by_spot(p, t)
-    mse = float(np.mean((p - t) ** 2))
-    reference_mse = float(np.mean((reference_profile - t) ** 2))
+    mse, mae = _mean_errors(p, t)
+    reference_mse, _ = _mean_errors(np.broadcast_to(reference_profile, t.shape), t)
     nan = float("nan")
     return {
         "pearson_gene": float(scored.mean()) if scored.size else nan,
@@ -153,11 +166,22 @@ def summarise(
         "pearson_gene_positive": float((scored > 0).mean()) if scored.size else nan,
         "pearson_spot": float(np.nanmean(by_spot)) if np.isfinite(by_spot).any() else nan,
         "mse": mse,
-        "mae": float(np.mean(np.abs(p - t))),
+        "mae": mae,
         "skill": 1 - mse / reference_mse if reference_mse > 0 else nan,
         "n_spots": len(t),
         "n_genes": int(scored.size),
     }
+
+
+def _mean_errors(predicted: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """Mean squared and mean absolute error."""
+    squared, absolute = 0.0, 0.0
+    for genes in gene_blocks(true.shape[1], max(1, _MAX_VALUES // max(len(true), 1))):
+        error = np.subtract(predicted[:, genes], true[:, genes], dtype=float)
+        squared += float(np.vdot(error, error))
+        absolute += float(np.abs(error).sum())
+    n = true.size or np.nan
+    return squared / n, absolute / n
 
 
 def moran_gap(predicted: np.ndarray, true: np.ndarray, xy: np.ndarray) -> float:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _DIGITS = 6  # of a position in um
 _MOVED = 1e-3  # um; rounding of a store or of another machine is far below
-_ROWS = 2**16  # hashed at a time
+_VALUES = 2**21  # hashed at a time: 16 MB
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over: spreads small differences
 _REGISTER = "Run `si.tl.register_stack(sdata)` again."
 SLOT_WORDS = {
@@ -58,10 +58,11 @@ def fingerprint(*arrays: Any) -> str:
     n = len(arrays[0])
     total, rng = n, np.random.default_rng(0)
     weights = [rng.integers(0, 2**63, int(np.prod(a.shape[1:])), dtype=np.uint64) * 2 + 1 for a in arrays]
-    for start in range(0, n, _ROWS):
-        mixed = np.zeros(min(_ROWS, n - start), np.uint64)
+    n_rows = max(1, _VALUES // max(1, *(len(weight) for weight in weights)))
+    for start in range(0, n, n_rows):
+        mixed = np.zeros(min(n_rows, n - start), np.uint64)
         for array, weight in zip(arrays, weights, strict=True):
-            part = np.ascontiguousarray(array[start : start + _ROWS]).reshape(len(mixed), -1)
+            part = np.ascontiguousarray(array[start : start + n_rows]).reshape(len(mixed), -1)
             part = part + part.dtype.type(0) if part.dtype.kind == "f" else part.astype(np.int64)  # no -0.0
             words = part.view(f"u{part.dtype.itemsize}").astype(np.uint64, copy=False)
             mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX + np.einsum("ij,j->i", words, weight)

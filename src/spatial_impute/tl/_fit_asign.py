@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,7 @@ def fit_asign(
         fitted_state(one, table, layer=layer, graph_key=graph_key, base_layers=bases)
         for one, table in zip(stacks, tables, strict=True)
     ]
+    del spots  # in double precision
     start = None if start_from is None else _start_networks(start_from, data, params)
     models = []
     with owned_folder(folder, what="The checkpoint"):
@@ -169,7 +170,7 @@ class TrainingSet:
         spots = [with_bases(s, t, base_layers) for t, s in zip(tables, spots, strict=True)]
         for table, found in zip(tables, spots, strict=True):
             require_same_folds(table, found, params, seed=seed)
-        split = [by_panel(found) for found in spots]
+        split = [by_panel(replace(found, expression=found.expression.astype("float32"))) for found in spots]
         if len(split) > 1 and any(len(parts) > 1 for parts in split):
             msg = (
                 "Stacks whose sections were measured with different genes are fitted one at a time; use "

@@ -188,6 +188,7 @@ def _read_stack(
         del origin[Keys.STATE]["measured"]  # not read: a later measurement does not make the result old
     if seen := compare_with_fit(sdata, table, model, origin[Keys.STATE]):
         origin[Keys.SEEN] = section_images(sdata, record, seen)
+    spots = replace(spots, expression=spots.expression.astype(np.float32))  # half the memory; results have this type
     return table, spots, model, origin
 
 

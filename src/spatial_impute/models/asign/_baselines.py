@@ -1,21 +1,22 @@
-"""Baselines: simple imputation methods to compare a model with. All take :class:`Spots` and return (n, g)."""
+"""Baselines: simple imputation methods to compare a model with. All are fitted to :class:`Spots`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
-from spatial_impute.models.asign._cokriging import cokriging
+from spatial_impute.models.asign._cokriging import krige
+from spatial_impute.models.asign._predictions import Linear, Mean, Neighbours, Rescaled, Table, spread, weighted_mean
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from spatial_impute.models._spots import Spots
+    from spatial_impute.models.asign._predictions import Prediction
 
 # In spot spacings: from hardly more than the nearest spot to a whole region.
 _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -25,65 +26,59 @@ _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
 _MAX_GENES = 1000  # genes on which one setting for all of them is chosen
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
-_ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
 _SAME = 1e-6  # relative difference of numbers that are the same but for rounding
 _MAX_TIED = 12  # neighbors at one distance on a lattice
 _MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
-def section_mean(spots: Spots) -> np.ndarray:
+def fit_mean(spots: Spots) -> Linear:
     """Mean profile of the known spots; all known sections have the same weight."""
-    return np.tile(_mean_profile(spots), (len(spots.known), 1))
+    centre = mean_profile(spots)
+    return Linear(centre, np.empty((len(spots.known), 0), centre.dtype), np.empty((0, len(centre)), centre.dtype))
 
 
-def nearest(spots: Spots) -> np.ndarray:
+def fit_nearest(spots: Spots) -> Neighbours:
     """Values of the nearest known spot in the registered frame."""
-    _, found = cKDTree(spots.xyz[spots.known]).query(spots.xyz)
-    return spots.expression[found]
+    return Neighbours(cKDTree(spots.xyz[spots.known]), spots.xyz, spots.expression, 1, np.ones_like)
 
 
-def knn(spots: Spots) -> np.ndarray:
+def fit_knn(spots: Spots) -> Neighbours:
     """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
-    def predict(values: np.ndarray, distance: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
+    def weights(distance: np.ndarray, k: int) -> np.ndarray:
         # Spots as far as the k-th one share the places that are left, so that the order of the spots has no effect.
         last = distance[:, k - 1 : k]
         tied = np.abs(distance - last) <= _SAME * last
         nearer = (distance < last) & ~tied
         share = (k - nearer.sum(axis=1)) / tied.sum(axis=1)
-        return _weighted_mean(values, found, (nearer + tied * share[:, None]) / k)
+        return (nearer + tied * share[:, None]) / k
 
-    return _by_neighbours(spots, counts, max(counts) + _MAX_TIED, predict)
+    return _best_neighbours(spots, counts, max(counts) + _MAX_TIED, weights)
 
 
-def kernel(spots: Spots) -> np.ndarray:
+def fit_kernel(spots: Spots) -> Neighbours:
     """Mean of the known spots weighted by a Gaussian of distance; bandwidth by leave-one-out on the known spots."""
 
-    def predict(values: np.ndarray, distance: np.ndarray, found: np.ndarray, bandwidth: float) -> np.ndarray:
+    def weights(distance: np.ndarray, bandwidth: float) -> np.ndarray:
         exponent = -0.5 * (distance / (bandwidth * spots.spacing)) ** 2
         weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
-        weight /= weight.sum(axis=1, keepdims=True)
-        return _weighted_mean(values, found, weight)
+        return weight / weight.sum(axis=1, keepdims=True)
 
-    return _by_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, predict)
+    return _best_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, weights)
 
 
-def propagation(spots: Spots) -> np.ndarray:
+def fit_propagation(spots: Spots) -> Table:
     """Clamped label propagation on the 3D graph; the section mean for spots that no label reaches."""
     values, mass = propagate(given(spots.graph), spots.known, spots.expression, device=spots.solver_device)
-    values[mass == 0] = _mean_profile(spots)
-    return values
+    values[mass == 0] = mean_profile(spots)
+    return Table(values)
 
 
-def ridge(spots: Spots) -> np.ndarray:
+def fit_image_ridge(spots: Spots) -> Linear:
     """Ridge regression on image features; penalty by leave-one-out on the known spots."""
-    return apply_linear(given(spots.features), *fit_ridge(spots))
-
-
-def apply_linear(features: np.ndarray, slope: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """(n, g) prediction of a linear model with (d, g) slope and (g,) offset."""
-    return features @ slope + offset
+    slope, offset = fit_ridge(spots)
+    return Linear(offset, given(spots.features), slope)
 
 
 def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
@@ -96,33 +91,27 @@ def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
     known = given(spots.features)[rows].astype(float)
     offset = known.mean(axis=0)
     u, s, vt = np.linalg.svd(known - offset, full_matrices=False)
-    target, genes = u.T @ (expression - centre), _some_genes(expression)
+    target, genes = u.T.astype(expression.dtype) @ (expression - centre), _some_genes(expression)
+    some = (expression[:, genes] - centre[genes]).astype(float)
     errors, shrinkages = [], []
     for penalty in _PENALTIES:
         shrink = s**2 / (s**2 + penalty * len(known))
         fitted = u @ (shrink[:, None] * target[:, genes])
         leverage = (u**2 * shrink).sum(axis=1) + 1 / len(known)
-        residual = ((expression - centre)[:, genes] - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
+        residual = (some - fitted) / np.maximum(1 - leverage, 1e-6)[:, None]
         errors.append(float(np.mean(residual**2)))
         shrinkages.append(shrink / np.where(s > 0, s, 1.0))
-    slope = vt.T @ (shrinkages[int(np.argmin(errors))][:, None] * target)
-    return slope, centre - offset @ slope
+    slope = (vt.T * shrinkages[int(np.argmin(errors))]).astype(expression.dtype) @ target
+    return slope, centre - offset.astype(expression.dtype) @ slope
 
 
-def transfer_ridge(spots: Spots) -> np.ndarray:
+def fit_transfer_ridge(spots: Spots) -> Mean:
     """Mean of kernel and ridge after scaling both to the same standard deviation per gene."""
     centre = spots.expression.mean(axis=0)
-    result, spreads = np.zeros((), np.float32), []
-    for method in (kernel, ridge):
-        part = method(spots).astype(np.float32)  # and in place: tables of a large stack take gigabytes
-        part -= centre
-        spreads.append(np.maximum(part.std(axis=0), 1e-12))
-        part /= spreads[-1]
-        part += result
-        result = part
-    result *= np.mean(spreads, axis=0) / 2
-    result += centre
-    return result
+    parts: list[Prediction] = [fit_kernel(spots), fit_image_ridge(spots)]
+    spreads = [np.maximum(spread(part, centre, len(spots.known)), 1e-12) for part in parts]
+    factors = [(np.mean(spreads, axis=0) / own).astype(centre.dtype) for own in spreads]
+    return Mean([Rescaled(part, centre, factor) for part, factor in zip(parts, factors, strict=True)])
 
 
 def hest(spots: Spots) -> np.ndarray:
@@ -139,23 +128,35 @@ def hest(spots: Spots) -> np.ndarray:
     known = features[spots.known]
     n_components = min(_HEST_COMPONENTS, len(known) - 1, known.shape[1])
     if n_components < 1:
-        return section_mean(spots)
+        return fit_mean(spots).expression()
     penalty = _HEST_PENALTY / (n_components * spots.expression.shape[1])
     steps = StandardScaler(), PCA(n_components, random_state=0), Ridge(alpha=penalty)
     return make_pipeline(*steps).fit(known, spots.expression).predict(features).reshape(len(features), -1)
 
 
-METHODS: dict[str, Callable[[Spots], np.ndarray]] = {
-    "mean": section_mean,
-    "nearest": nearest,
-    "knn": knn,
-    "kernel": kernel,
-    "propagation": propagation,
-    "ridge": ridge,
-    "transfer_ridge": transfer_ridge,
-    "cokriging": cokriging,
+FITS: dict[str, Callable[[Spots], Prediction]] = {
+    "mean": fit_mean,
+    "nearest": fit_nearest,
+    "knn": fit_knn,
+    "kernel": fit_kernel,
+    "propagation": fit_propagation,
+    "ridge": fit_image_ridge,
+    "transfer_ridge": fit_transfer_ridge,
+    "cokriging": krige,
 }
-"""Every baseline by name."""
+"""Fit of every baseline by name."""
+
+
+def _for_all_spots(fit: Callable[[Spots], Prediction]) -> Callable[[Spots], np.ndarray]:
+    def predict(spots: Spots) -> np.ndarray:
+        return fit(spots).expression()
+
+    return predict
+
+
+METHODS: dict[str, Callable[[Spots], np.ndarray]] = {name: _for_all_spots(fit) for name, fit in FITS.items()}
+"""Prediction of all spots by every baseline."""
+knn, kernel, cokriging = (METHODS[name] for name in ("knn", "kernel", "cokriging"))
 
 RECIPES: dict[str, Callable[[Spots], np.ndarray]] = {"hest": hest}
 """Recipes of other benchmarks, to compare with; they have no part in the blend."""
@@ -173,13 +174,13 @@ def available_methods(spots: Spots) -> list[str]:
     ]
 
 
-def _by_neighbours(
+def _best_neighbours(
     spots: Spots,
     options: Sequence[float],
     n_neighbours: int,
-    predict: Callable[[np.ndarray, np.ndarray, np.ndarray, Any], np.ndarray],
-) -> np.ndarray:
-    """Predict from the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
+    weights: Callable[[np.ndarray, Any], np.ndarray],
+) -> Neighbours:
+    """Mean of the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
     tree = cKDTree(spots.xyz[spots.known])
     n_known = int(spots.known.sum())
     best = options[0]
@@ -189,16 +190,11 @@ def _by_neighbours(
         others = found != np.arange(n_known)[:, None]
         others[others.all(axis=1), -1] = False  # spots at the same place can displace the spot itself
         distance, found = (a[others].reshape(n_known, k - 1) for a in (distance, found))
-        values = spots.expression[:, _some_genes(spots.expression)]
-        errors = [np.mean((predict(values, distance, found, option) - values) ** 2) for option in options]
+        values = spots.expression[:, _some_genes(spots.expression)].astype(float)
+        errors = [np.mean((weighted_mean(values, found, weights(distance, o)) - values) ** 2) for o in options]
         best = options[int(np.argmin(errors))]
-    ranks = list(range(1, min(n_neighbours, n_known) + 1))
-    result = np.empty((len(spots.xyz), spots.expression.shape[1]))
-    for start in range(0, len(result), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        distance, found = tree.query(spots.xyz[rows], k=ranks)
-        result[rows] = predict(spots.expression, distance, found, best)
-    return result
+    n_used = min(n_neighbours, n_known)
+    return Neighbours(tree, spots.xyz, spots.expression, n_used, lambda distance: weights(distance, best))
 
 
 def _some_genes(expression: np.ndarray) -> np.ndarray:
@@ -207,17 +203,12 @@ def _some_genes(expression: np.ndarray) -> np.ndarray:
     return np.linspace(0, n_genes - 1, min(n_genes, _MAX_GENES)).astype(int)
 
 
-def _mean_profile(spots: Spots) -> np.ndarray:
+def mean_profile(spots: Spots) -> np.ndarray:
     """(g,) mean of the known spots: mean of each known section, then mean of these."""
-    section = spots.section[spots.known]
-    return np.mean([spots.expression[section == code].mean(axis=0) for code in np.unique(section)], axis=0)
-
-
-def _weighted_mean(values: np.ndarray, found: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(n, g) means of `values` rows `found` (n, k) by `weight` (n, k), as one sparse product."""
-    n, k = found.shape
-    matrix = sparse.csr_matrix((weight.ravel(), found.ravel(), np.arange(n + 1) * k), shape=(n, len(values)))
-    return matrix @ values
+    section, codes = spots.section[spots.known], np.unique(spots.section[spots.known])
+    if len(codes) == 1:
+        return spots.expression.mean(axis=0)
+    return np.mean([spots.expression[section == code].mean(axis=0) for code in codes], axis=0)
 
 
 def recalibrate(spots: Spots, name: str) -> np.ndarray:

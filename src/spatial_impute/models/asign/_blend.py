@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute._scores import bootstrap_interval, pearson_by_gene, predictable_genes, summarise
+from spatial_impute.models.asign._predictions import row_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # From separate weights for each gene (0.01 of the size of its data) to the same weights for all genes.
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, 1e6)
@@ -19,6 +21,7 @@ _ROUNDING = 1e-5  # sd of a gene; single precision
 _SIGN = 1e-12  # relative size of numbers whose sign is rounding
 _CHANCES = 3  # exchanges of all wrong signs that need not lower their number
 _MAX_EXCHANGES = 200
+_MAX_VALUES = 2_000_000  # of all predictions of some genes: 16 MB
 _NEGLIGIBLE = 1e-4  # a weight without a visible effect; the method is not run for it
 
 
@@ -33,15 +36,30 @@ class KnownTruth:
 
     def blend(self, held_out: dict[str, np.ndarray], experts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(g, k) weights of the experts, and the blend of their held-out predictions with the weights of other folds."""
-        centre, scale = np.empty(self.values.shape), np.empty(self.values.shape)
-        for code in np.unique(self.folds):
-            own = self.folds == code
-            centre[own] = self.values[~own].mean(axis=0)
-            scale[own] = np.maximum(self.values[~own].std(axis=0), 1e-3)
-        deviations = np.stack([(held_out[name] - centre) / scale for name in experts])
-        used = self._used(held_out, experts)
-        weights, blended = blend_weights(deviations, (self.values - centre) / scale, self.folds, self.weight, used)
-        return weights, centre + blended * scale
+        fold = np.unique(self.folds, return_inverse=True)[1]
+        centre, scale = self._without_fold(fold)
+
+        def deviations(genes: slice) -> tuple[np.ndarray, np.ndarray]:
+            own_centre, own_scale = centre[:, genes][fold], scale[:, genes][fold]
+            predictions = np.stack([(held_out[name][:, genes] - own_centre) / own_scale for name in experts])
+            return predictions, (self.values[:, genes] - own_centre) / own_scale
+
+        weights, blended = _Blend(
+            deviations, self.folds, self.weight, self._used(held_out, experts), self.values.dtype
+        ).solve()
+        for rows in row_blocks(*blended.shape):
+            blended[rows] *= scale[fold[rows]]
+            blended[rows] += centre[fold[rows]]
+        return weights, blended
+
+    def _without_fold(self, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(folds, g) mean and standard deviation of the spots that are not in a fold."""
+        centre, scale = np.empty((2, fold.max() + 1, self.values.shape[1]))
+        for genes in gene_blocks(self.values.shape[1]):
+            values = self.values[:, genes].astype(float)
+            for k in range(len(centre)):
+                centre[k, genes], scale[k, genes] = values[fold != k].mean(axis=0), values[fold != k].std(axis=0)
+        return centre, np.maximum(scale, 1e-3)
 
     def _used(self, held_out: dict[str, np.ndarray], experts: list[str]) -> np.ndarray:
         """(folds + 1, k, g) genes for which an expert is used: as the other folds say, for each fold; as all say, the last."""
@@ -56,20 +74,23 @@ class KnownTruth:
 def held_out_results(held_out: dict[str, np.ndarray], known: KnownTruth, var_names: Sequence[str]) -> dict[str, Any]:
     """Attributes of a model that come from held-out predictions: scores, and which genes can be predicted."""
     found, truth, folds, names = held_out["asign"], known.values, known.folds, list(var_names)
+    r = {name: pearson_by_gene(predicted, truth, folds) for name, predicted in held_out.items()}
     return {
-        "cross_validation": cross_validation_table(held_out, truth, folds),
-        "predictability": pd.Series(pearson_by_gene(found, truth, folds), index=names),
+        "cross_validation": cross_validation_table(held_out, truth, r),
+        "predictability": pd.Series(r["asign"], index=names),
         "predictable": pd.Series(predictable_genes(found, truth, folds), index=names),
     }
 
 
-def cross_validation_table(held_out: dict[str, np.ndarray], truth: np.ndarray, folds: np.ndarray) -> pd.DataFrame:
+def cross_validation_table(
+    held_out: dict[str, np.ndarray], truth: np.ndarray, correlations: dict[str, np.ndarray]
+) -> pd.DataFrame:
     """Scores of every method, and the gain of the blend over it with its 95 % interval over genes."""
-    reached = pearson_by_gene(held_out["asign"], truth, folds)
     rows = {}
     for name, predicted in held_out.items():
-        rows[name] = summarise(predicted, truth, held_out["mean"], folds)
-        gain = reached - np.nan_to_num(pearson_by_gene(predicted, truth, folds))
+        r = correlations[name]
+        rows[name] = summarise(predicted, truth, held_out["mean"], r=r)
+        gain = correlations["asign"] - np.nan_to_num(r)
         gain = gain[np.isfinite(gain)]
         low, high = bootstrap_interval(gain)
         rows[name] |= {"gain": float(gain.mean()) if gain.size else np.nan, "gain_low": low, "gain_high": high}
@@ -96,16 +117,66 @@ def blend_weights(
     is False where a prediction gets no weight: in each fold, and in the weights from all folds. `alone` are the positions
     of the predictions that may be used alone; all by default.
     """
-    # A network that returned to the mean differs from it by rounding, which must not get a weight.
-    predictions = np.where((np.abs(predictions) < _ROUNDING).all(axis=(1, 2), keepdims=True), 0.0, predictions)
     w = np.ones(len(truth)) if spot_weights is None else spot_weights
-    rows = [folds == code for code in np.unique(folds)]
-    sums = [_products(predictions[:, own], truth[own], w[own]) for own in rows]
-    gram, moment = (np.stack(parts) for parts in zip(*sums, strict=True))  # (fold, g, k, k) and (fold, g, k)
-
     if used is None:
-        used = np.ones((len(rows) + 1, len(predictions), truth.shape[1]), dtype=bool)
-    allowed = used.transpose(0, 2, 1)
+        used = np.ones((len(np.unique(folds)) + 1, len(predictions), truth.shape[1]), dtype=bool)
+    blend = _Blend(lambda genes: (predictions[:, :, genes], truth[:, genes]), folds, w, used, truth.dtype)
+    return blend.solve(alone)
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """Blend of predictions that are read for some genes at a time: all of them together take gigabytes."""
+
+    read: Callable[[slice], tuple[np.ndarray, np.ndarray]]  # predictions (k, n, b) and truth (n, b) of some genes
+    folds: np.ndarray  # (n,)
+    spot_weights: np.ndarray  # (n,)
+    used: np.ndarray  # (folds + 1, k, g) bool
+    dtype: np.dtype  # of the result
+
+    @property
+    def blocks(self) -> Iterator[slice]:
+        """Genes to read at a time."""
+        _, k, n_genes = self.used.shape
+        return gene_blocks(n_genes, max(1, _MAX_VALUES // (k * len(self.folds))))
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """(n,) bool of each fold."""
+        return [self.folds == code for code in np.unique(self.folds)]
+
+    def solve(self, alone: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and blend; see :func:`blend_weights`."""
+        gram, moment = self.products()
+        of_folds, weights = _choose_weights(gram, moment, self.used.transpose(0, 2, 1), alone)
+        blended = np.empty((len(self.folds), self.used.shape[2]), self.dtype)
+        for genes in self.blocks:
+            predictions, _ = self.read(genes)
+            for own, part in zip(self.rows, of_folds[:, genes], strict=True):
+                blended[own, genes] = np.einsum("kng,gk->ng", predictions[:, own], part)
+        return weights, blended
+
+    def products(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted sums over the spots of products of predictions (folds, g, k, k), and with the truth (folds, g, k)."""
+        n_folds, k, n_genes = self.used.shape
+        gram, moment = np.empty((n_folds - 1, n_genes, k, k)), np.empty((n_folds - 1, n_genes, k))
+        largest = np.zeros(k)
+        for genes in self.blocks:
+            predictions, truth = self.read(genes)
+            largest = np.maximum(largest, np.abs(predictions).max(axis=(1, 2)))
+            for f, own in enumerate(self.rows):
+                gram[f, genes], moment[f, genes] = _products(predictions[:, own], truth[own], self.spot_weights[own])
+        # A network that returned to the mean differs from it by rounding, which must not get a weight.
+        rounding = largest < _ROUNDING
+        moment[..., rounding] = 0.0
+        gram[..., rounding], gram[..., rounding, :] = 0.0, 0.0
+        return gram, moment
+
+
+def _choose_weights(
+    gram: np.ndarray, moment: np.ndarray, allowed: np.ndarray, alone: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(folds, g, k) weights without each fold, and (g, k) weights from all folds, from their sums of products."""
 
     def solve(gram: np.ndarray, moment: np.ndarray, own: np.ndarray, strength: float) -> np.ndarray:
         return _gene_weights(gram * own[:, :, None] * own[:, None], moment * own, strength) * own
@@ -121,22 +192,20 @@ def blend_weights(
 
     candidates = {strength: without_fold(strength) for strength in _STRENGTHS}
     strength = min(candidates, key=lambda s: error(candidates[s]))
-    single = np.eye(len(predictions))
-    allowed_alone = range(len(predictions)) if alone is None else alone
+    single = np.eye(moment.shape[2])
+    allowed_alone = range(len(single)) if alone is None else alone
     errors = {k: error(np.broadcast_to(single[k], moment.shape)) for k in allowed_alone}
     best = min(errors, key=errors.__getitem__)
     if error(candidates[strength]) >= errors[best]:
-        return single[best] * allowed[-1], predictions[best]
-    blended = np.empty(truth.shape)
-    for own, weights in zip(rows, candidates[strength], strict=True):
-        blended[own] = np.einsum("kng,gk->ng", predictions[:, own], weights)
-    return solve(gram.sum(axis=0), moment.sum(axis=0), allowed[-1], strength), blended
+        return np.broadcast_to(single[best], moment.shape), single[best] * allowed[-1]
+    return candidates[strength], solve(gram.sum(axis=0), moment.sum(axis=0), allowed[-1], strength)
 
 
 def _products(predictions: np.ndarray, truth: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weighted sums over the spots of products of the predictions (g, k, k), and with the truth (g, k)."""
-    weighted = predictions.transpose(2, 0, 1) * w  # (g, k, n)
-    return weighted @ predictions.transpose(2, 1, 0), (weighted @ truth.T[..., None])[..., 0]
+    by_gene = np.ascontiguousarray(predictions.transpose(2, 0, 1))  # (g, k, n)
+    weighted = by_gene * w
+    return weighted @ by_gene.transpose(0, 2, 1), (weighted @ np.ascontiguousarray(truth.T)[..., None])[..., 0]
 
 
 def _gene_weights(gram: np.ndarray, moment: np.ndarray, strength: float) -> np.ndarray:
@@ -159,19 +228,23 @@ def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
     diagonal = np.eye(gram.shape[1], dtype=bool)
     # A small ridge, because the matrix is singular if two predictions are equal.
     gram = gram + np.where(size > 0, 1e-10 * size, 1.0) * diagonal
+    least = -_SIGN * np.abs(moment).max(axis=1, keepdims=True)
     zero = np.ones(moment.shape, dtype=bool)
     solution, gradient = np.zeros(moment.shape), -moment
     fewest, chances = np.full(len(moment), moment.shape[1] + 1), np.full(len(moment), _CHANCES)
+    left = np.arange(len(moment))  # genes with a wrong sign
     for _ in range(_MAX_EXCHANGES):
-        wrong = np.where(zero, gradient, solution) < -_SIGN * np.abs(moment).max(axis=1, keepdims=True)
+        wrong = np.where(zero[left], gradient[left], solution[left]) < least[left]
         n_wrong = wrong.sum(axis=1)
-        if not n_wrong.any():
+        left, wrong, n_wrong = left[n_wrong > 0], wrong[n_wrong > 0], n_wrong[n_wrong > 0]
+        if not len(left):
             break
-        chances = np.where(n_wrong < fewest, _CHANCES, chances - 1)
-        fewest = np.minimum(fewest, n_wrong)
+        chances[left] = np.where(n_wrong < fewest[left], _CHANCES, chances[left] - 1)
+        fewest[left] = np.minimum(fewest[left], n_wrong)
         last = wrong & (np.cumsum(wrong[:, ::-1], axis=1)[:, ::-1] == 1)
-        zero ^= np.where((chances < 0)[:, None], last, wrong)
-        fixed = zero[:, :, None] | zero[:, None, :]
-        solution = np.linalg.solve(np.where(fixed, diagonal, gram), np.where(zero, 0.0, moment)[..., None])[..., 0]
-        gradient = (gram @ solution[..., None])[..., 0] - moment
+        zero[left] ^= np.where((chances[left] < 0)[:, None], last, wrong)
+        own, own_gram, own_moment = zero[left], gram[left], moment[left]
+        fixed = own[:, :, None] | own[:, None, :]
+        found = np.linalg.solve(np.where(fixed, diagonal, own_gram), np.where(own, 0.0, own_moment)[..., None])
+        solution[left], gradient[left] = found[..., 0], (own_gram @ found)[..., 0] - own_moment
     return np.maximum(solution, 0.0)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
-from spatial_impute.models.asign._baselines import apply_linear, fit_ridge
+from spatial_impute.models.asign._baselines import fit_ridge
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
 from spatial_impute.models.asign._intervals import held_out_spread
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
+from spatial_impute.models.asign._predictions import Linear, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ def fit_cohort(
     single = [_from_others(stacks, i, {i}) for i in range(n)]
     held_out = {
         "mean": np.concatenate([np.tile(truth[fold != i].mean(axis=0), (int((fold == i).sum()), 1)) for i in range(n)]),
-        _RIDGE: np.concatenate([part.base[s.known] for part, s in zip(single, stacks, strict=True)]),
+        _RIDGE: np.concatenate([part.base.expression(s.known) for part, s in zip(single, stacks, strict=True)]),
     }
 
     def nested(i: int, k: int) -> LabelPredictions:
@@ -86,8 +87,8 @@ def fit_cohort(
 def _from_others(stacks: Sequence[Spots], i: int, hidden: set[int]) -> LabelPredictions:
     """Ridge prediction of all spots of stack `i` from the stacks that are not hidden."""
     slope, offset = fit_ridge(concatenate([s for j, s in enumerate(stacks) if j not in hidden]))
-    found = apply_linear(given(stacks[i].features), slope, offset).astype(np.float32)
-    return LabelPredictions(found, found, np.zeros(len(found)))
+    found = Linear(offset, given(stacks[i].features), slope)
+    return LabelPredictions(found, found, np.zeros(len(stacks[i].known)))
 
 
 def _from_blocks(spots: Spots, settings: FitSettings) -> LabelPredictions:
@@ -97,8 +98,8 @@ def _from_blocks(spots: Spots, settings: FitSettings) -> LabelPredictions:
     blocks = block_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=settings.seed)
     for block in blocks:
         slope, offset = fit_ridge(spots.hide(block))
-        found[block] = apply_linear(given(spots.features)[block], slope, offset)
-    return LabelPredictions(found, found, np.zeros(len(found)))
+        found[block] = Linear(offset, given(spots.features), slope).expression(block)
+    return LabelPredictions(Table(found), Table(found), np.zeros(len(found)))
 
 
 def _spread(residuals: np.ndarray, fold: np.ndarray) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ from scipy.linalg.lapack import dpotrf, dpotri, get_lapack_funcs
 from scipy.optimize import minimize, nnls
 from threadpoolctl import threadpool_limits
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute._geometry import plane_tiles
 from spatial_impute._io.workers import torch_threads
+from spatial_impute.models.asign._predictions import Linear, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,30 +68,45 @@ class _AllInputs:
 
 
 @dataclass(frozen=True)
-class Kriging:
-    """Prediction of :func:`krige` by component: ``centre + scores @ effects``."""
+class Axes:
+    """Principal components of the expression of known spots. They do not depend on the image, so all views share them."""
 
     centre: np.ndarray  # (g,) mean profile
-    scores: np.ndarray  # (n, k) expected components
-    effects: np.ndarray  # (k, g) expression of a component
+    loadings: np.ndarray  # (k, g) unit vectors
+    projected: np.ndarray  # (n_known, k) components of the known spots
+    weight: np.ndarray  # of each spot of the sample that the components were fitted to
 
-    def expression(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
-        found = self.scores[rows] @ self.effects
-        found += self.centre
-        return found
+    @classmethod
+    @threadpool_limits.wrap(limits=1, user_api="blas")
+    def of(cls, spots: Spots) -> Axes:
+        """Mean profile, and components of the deviations from it, weighted by the noise of the spots."""
+        keep = _sample_of_known(spots)
+        values = spots.expression[keep].astype(float)
+        centre = values.mean(axis=0)
+        values -= centre
+        # Weighted, because spots with few counts show noise instead of structure.
+        weight = counting_weights(values, spots.counting_noise[keep])
+        shift = np.average(values, axis=0, weights=weight)
+        centre += shift
+        values -= shift
+        values *= np.sqrt(weight)[:, None]
+        loadings = _principal_axes(values, _MAX_COMPONENTS)
+        projected = np.empty((len(spots.expression), len(loadings)))
+        for rows in row_blocks(*spots.expression.shape):
+            projected[rows] = (spots.expression[rows] - centre) @ loadings.T
+        return cls(centre, loadings, projected, weight)
 
 
-def cokriging(spots: Spots) -> np.ndarray:
-    """(n, g) expected expression by :func:`krige`; in single precision if there are more than 2000 known spots."""
-    return krige(spots).expression()
+def _sample_of_known(spots: Spots) -> np.ndarray:
+    """Positions among the known spots of those that parameters are fitted to."""
+    return _sample(int(spots.known.sum()), _MAX_EXACT, np.random.default_rng(0))
 
 
 # On matrices of this size, threads wait for each other longer than they compute. On a shared machine they made it 25
 # times slower.
 @threadpool_limits.wrap(limits=1, user_api="blas")
 @torch_threads(1)
-def krige(spots: Spots, *, left_out: np.ndarray | None = None) -> Kriging:
+def krige(spots: Spots, *, left_out: np.ndarray | None = None, axes: Axes | None = None) -> Linear:
     """Predict expression from place and image by Gaussian processes on its principal components.
 
     The kernel of each component is the sum of a Gaussian of the registered distance, a linear and a Gaussian kernel of
@@ -98,31 +115,30 @@ def krige(spots: Spots, *, left_out: np.ndarray | None = None) -> Kriging:
     if it predicts left-out spots significantly better than its mean does (by two standard errors).
 
     Without features only the place of spots is used. `left_out` is the (n_known,) group of each known spot: each is then
-    predicted from the known spots of the other groups; components and parameters still come from all of them.
+    predicted from the known spots of the other groups; components and parameters still come from all of them. `axes` are
+    those of the spots, if they are known already.
     """
-    inputs = _AllInputs(spots)
-    rows = np.flatnonzero(spots.known)
-    keep = _sample(len(rows), _MAX_EXACT, np.random.default_rng(0))
+    inputs, axes = _AllInputs(spots), axes or Axes.of(spots)
+    rows, keep = np.flatnonzero(spots.known), _sample_of_known(spots)
     sample = inputs.of(rows[keep])
-    centre, components = _fit_components(sample, spots.expression[keep], spots.counting_noise[keep])
+    components = _fit_components(sample, axes, axes.projected[keep], spots.counting_noise[keep])
     # Single precision halves the time and the memory of the result, and is enough within a tile.
     in_tiles = len(rows) > _MAX_EXACT
     precision = np.float32 if in_tiles else np.float64
-    n, n_genes = len(spots.known), len(centre)
-    loadings = np.stack([c.loading / c.spread for c in components], axis=1) if components else np.empty((n_genes, 0))
-    effects = np.reshape([c.loading * (c.spread * c.skill) for c in components], (len(components), n_genes))
-    scores = np.zeros((n, len(components)), precision)
+    used = [c.axis for c in components]
+    standardised = axes.projected[:, used] / [c.spread for c in components]
+    effects = axes.loadings[used] * np.reshape([c.spread * c.skill for c in components], (-1, 1))
+    scores = np.zeros((len(spots.known), len(components)), precision)
     kernels = _Kernels(sample)
     for inside, others, own in _tiles(inputs.place, rows) if components else ():
         near = np.concatenate([others, own])
         origin = inputs.place[rows[own]].mean(axis=0) if in_tiles else None
         known, counting = kernels.around(inputs.of(rows[near], origin)), spots.counting_noise[near]
-        targets = (spots.expression[near] - centre) @ loadings
         distances = known.distances(known.known)
         groups = None if left_out is None else left_out[near]
         solved = [
             _solve(known.covariance(*distances, c.theta), target, _noise_variance(c.theta, counting), groups)
-            for c, target in zip(components, targets.T, strict=True)
+            for c, target in zip(components, standardised[near].T, strict=True)
         ]
         duals = np.stack([dual for dual, _ in solved], axis=1)
         for start in range(0, len(inside), _ROWS_AT_A_TIME):
@@ -130,40 +146,32 @@ def krige(spots: Spots, *, left_out: np.ndarray | None = None) -> Kriging:
             scores[part] = known.predict(inputs.of(part, origin), [c.theta for c in components], duals)
         if left_out is not None:
             scores[rows[own]] = np.stack([found[len(others) :] for _, found in solved], axis=1)
-    return Kriging(centre.astype(precision), scores, effects.astype(precision))
+    return Linear(axes.centre.astype(precision), scores, effects.astype(precision))
 
 
 @dataclass(frozen=True)
 class _Component:
-    loading: np.ndarray  # (g,) unit vector
+    axis: int  # Position among the axes
     spread: float  # Standard deviation of the component
     theta: np.ndarray  # Logarithms of the parameters of its kernel
     skill: float  # Factor on its prediction, 0-1
 
 
-def _fit_components(
-    known: _Inputs, expression: np.ndarray, counting: np.ndarray
-) -> tuple[np.ndarray, list[_Component]]:
-    """Mean profile, and the principal components that can be predicted."""
-    weight = counting_weights(expression - expression.mean(axis=0), counting)
-    centre = np.average(expression, axis=0, weights=weight)
-    centred = expression - centre
-    # Weighted, because spots with few counts show noise instead of structure.
-    axes = _principal_axes(np.sqrt(weight)[:, None] * centred, _MAX_COMPONENTS)
+def _fit_components(known: _Inputs, axes: Axes, projected: np.ndarray, counting: np.ndarray) -> list[_Component]:
+    """The principal components that can be predicted; `projected` (n, k) and `counting` (n,) are those of the sample."""
     kernels, posterior = _Kernels(known), _Posterior(known, counting)
     distances = kernels.distances(known)
     components = []
-    for loading in axes:
-        target = centred @ loading
-        spread = float(np.sqrt(np.average(target**2, weights=weight)))
+    for k, target in enumerate(projected.T):
+        spread = float(np.sqrt(np.average(target**2, weights=axes.weight)))
         theta = posterior.mode(target / spread)
         noise = _noise_variance(theta, counting)
         alone = np.arange(len(target))
         _, left_out = _solve(kernels.covariance(*distances, theta), target / spread, noise, alone)
         skill = _skill(target / spread, left_out, noise)
         if skill > 0:
-            components.append(_Component(loading, spread, theta, skill))
-    return centre, components
+            components.append(_Component(k, spread, theta, skill))
+    return components
 
 
 def _principal_axes(values: np.ndarray, n: int) -> np.ndarray:
@@ -389,8 +397,11 @@ def variance_parts(residuals: np.ndarray, counting: np.ndarray) -> tuple[float, 
 
     (1, 0) if nothing varies, or if counting alone explains the variance and some spot has no counting noise.
     """
-    scale = np.maximum(residuals.std(axis=0), 1e-12)
-    size = np.mean((residuals / scale) ** 2, axis=1)
+    size = np.zeros(len(residuals))
+    for genes in gene_blocks(residuals.shape[1]):
+        part = residuals[:, genes]
+        size += ((part / np.maximum(part.std(axis=0, dtype=float), 1e-12)) ** 2).sum(axis=1)
+    size /= residuals.shape[1]
     constant, slope = nnls(np.column_stack([np.ones(len(size)), counting]), size)[0]
     if not (constant + slope * counting).min() > 0:
         return 1.0, 0.0

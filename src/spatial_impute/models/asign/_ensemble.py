@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -94,7 +94,8 @@ class TrainingSet:
     @cached_property
     def truth(self) -> np.ndarray:
         """(n_known, g) expression of the known spots of all stacks."""
-        return np.concatenate([spots.expression for spots in self.stacks])
+        first, *others = (spots.expression for spots in self.stacks)
+        return np.concatenate([first, *others]) if others else first
 
     @cached_property
     def graphs(self) -> list[KnownGraph]:
@@ -195,8 +196,6 @@ class Ensemble:
 Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
 """Training by regime and hidden fold."""
 
-_Parts: TypeAlias = tuple[list[Batch], list[Batch]]
-
 
 @dataclass(frozen=True)
 class NetworkFit:
@@ -232,13 +231,12 @@ class NetworkFit:
         tried = [self.regimes[r] for r in range(len(self.regimes)) if only in (None, r)]
         stage = self._stage("choice of settings", len(self.trials) * sum(given(params.n_steps) for params in tried))
         runs: Runs = {}
-        parts = cache(self._parts)  # all regimes train on the same
         for r in range(len(self.regimes)):
             if only not in (None, r):
                 continue
             if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
                 break
-            for k, run in stage._train_each(r, self.trials, parts):
+            for k, run in stage._train_each(r, self.trials):
                 runs[r, k] = run
                 if self.best_regime(runs, [k]) != r:
                     break
@@ -251,7 +249,7 @@ class NetworkFit:
         left = [k for k in folds if (chosen, k) not in runs]
         n_steps = len(left) * given(params.n_steps) + n_refits(len(folds)) * self._refit_steps(params)
         stage = self._stage("networks", n_steps)
-        runs |= {(chosen, k): run for k, run in stage._train_each(chosen, left, self._parts)}
+        runs |= {(chosen, k): run for k, run in stage._train_each(chosen, left)}
         own = [runs[chosen, k] for k in folds]
         useful = _is_useful(own)
         kept = -1 if useful else 0
@@ -264,7 +262,8 @@ class NetworkFit:
 
     def held_out(self, runs: Runs, folds: Iterable[int]) -> np.ndarray:
         """(n_known, g) prediction of the spots of some folds, with the choices of the others; NaN elsewhere."""
-        predicted = [np.full((len(s.known), s.expression.shape[1]), np.nan) for s in self.data.stacks]
+        predicted = np.full(self.data.truth.shape, np.nan, np.float32)
+        of_stack = self.data.by_stack(predicted)
         for k in folds:
             regime = self.best_regime(runs, [t for t in self.trials if t != k] or self.trials)
             if (regime, k) not in runs:
@@ -276,8 +275,9 @@ class NetworkFit:
             for i, part in zip(seen, found, strict=True):
                 if k < len(self.data.folds[i]):  # else its last fold, which another network predicts
                     fold = self.data.folds[i][k]
-                    predicted[i][fold] = scale.restore(part) if useful else self.single[i].base[fold]
-        return np.concatenate([v[s.known] for v, s in zip(predicted, self.data.stacks, strict=True)])
+                    found_here = scale.restore(part) if useful else self.single[i].base.expression(fold)
+                    of_stack[i][fold[self.data.stacks[i].known]] = found_here
+        return predicted
 
     @cached_property
     def regimes(self) -> list[AsignParams]:
@@ -318,14 +318,12 @@ class NetworkFit:
         """The same training, with progress of its own."""
         return replace(self, on_step=self.settings.progress(n_steps, name))
 
-    def _train_each(
-        self, r: int, folds: Sequence[int], parts: Callable[[int], _Parts]
-    ) -> Iterator[tuple[int, TrainingRun]]:
+    def _train_each(self, r: int, folds: Sequence[int]) -> Iterator[tuple[int, TrainingRun]]:
         """Fold and network of each fold with one regime: one after the other, or together on the workers of a dask client."""
         client = active_client()
         if client is None:
             for k in folds:
-                yield k, self._train_fold(r, k, parts)
+                yield k, self._train_fold(r, k)
             return
         # The progress bar stays here: it advances by a whole network.
         alone = replace(self, on_step=_no_step, settings=replace(self.settings, progress=_no_progress))
@@ -333,9 +331,12 @@ class NetworkFit:
         tasks = [(alone, r, k) for k in folds]
         yield from zip(folds, run_on_workers(client, NetworkFit._train_fold, tasks, on_done=done), strict=True)
 
-    def _train_fold(self, r: int, k: int, parts: Callable[[int], _Parts] | None = None) -> TrainingRun:
-        """Network of one regime and fold, in this process or on a worker."""
-        return self._train_or_load(f"network{k}-{r}", k, self.regimes[r], *(parts or self._parts)(k))
+    def _train_fold(self, r: int, k: int) -> TrainingRun:
+        """Network of one regime and fold, in this process or on a worker.
+
+        Its batches are not kept for the next regime: with all genes they take a gigabyte, and little time.
+        """
+        return self._train_or_load(f"network{k}-{r}", k, self.regimes[r], self._batches(k), self._held_out(k))
 
     def _skip_steps(self, params: AsignParams) -> None:
         """Advance the progress by a network that was trained elsewhere."""
@@ -373,10 +374,6 @@ class NetworkFit:
             # The groups of genes are those of the new data.
             network.load_state_dict(start[k % len(start)] | {"group": self.group})
         return network
-
-    def _parts(self, k: int) -> _Parts:
-        """Batches of the spots that network `k` sees, and of those that it does not."""
-        return self._batches(k), self._held_out(k)
 
     def _batches(self, k: int | None) -> list[Batch]:
         """Batches of all spots that network `k` sees; of all known ones for None."""
@@ -416,7 +413,9 @@ class NetworkFit:
         of_known = targets[spots.known]
         fields = None
         if seen is not None and (params.auxiliary_weight or params.consistency_weight):
-            lacking = (genes.standardise(spots.expression) - genes.standardise(labels.base[spots.known])).numpy()
+            lacking = (
+                genes.standardise(spots.expression) - genes.standardise(labels.base.expression(spots.known))
+            ).numpy()
             means = [field_means(spots, lacking, rows, seen, edge) for edge in spots.field_um]
             fields = torch.from_numpy(np.stack(means))
         return Batch(

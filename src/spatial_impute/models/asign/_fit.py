@@ -15,14 +15,13 @@ from spatial_impute._io.workers import run_tasks
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import (
+    FITS,
     METHODS,
     NEEDS_FEATURES,
     RECIPES,
     available_methods,
-    knn,
+    mean_profile,
     recalibrate,
-    ridge,
-    section_mean,
 )
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results
 from spatial_impute.models.asign._cohort import fit_cohort
@@ -35,6 +34,7 @@ from spatial_impute.models.asign._ensemble import (
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
 from spatial_impute.models.asign._intervals import held_out_noise, held_out_spread, relative_noise, spot_scale
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
+from spatial_impute.models.asign._predictions import Mean, OfKnown, Table, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute.models._params import AsignParams
-    from spatial_impute.models.asign._cokriging import Kriging
     from spatial_impute.models.asign._ensemble import Runs
+    from spatial_impute.models.asign._predictions import Linear, Prediction
 
 # The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
@@ -55,7 +55,10 @@ BASES = ("mean", "propagation", "cokriging", TWO_VIEWS)
 def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> AsignModel:
     """Fit a model on the known spots of one or several stacks."""
     params = settings.params
-    stacks = [replace(spots, device=settings.device) for spots in stacks]
+    stacks = [
+        replace(spots, device=settings.device, expression=spots.expression.astype(np.float32, copy=False))
+        for spots in stacks
+    ]
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
     n_folds = sum(map(len, data.folds))
     on_fold = settings.progress(len(available_methods(data.stacks[0])) * n_folds, "baselines")
@@ -107,7 +110,7 @@ class _HeldOut:
     known: KnownTruth
     rows: dict[str, np.ndarray]  # by method: (n_known, g)
     error: dict[str, float]  # mean squared error of the baselines
-    kriged: list[list[list[Kriging]]]  # per stack and hidden fold
+    kriged: list[list[list[Linear]]]  # per stack and hidden fold
     support: np.ndarray  # (n_known,) mass of the propagation
 
     @classmethod
@@ -115,14 +118,13 @@ class _HeldOut:
         """Predict all folds with all baselines, and take those of base layers."""
         truth = data.truth
         propagated, support = _propagate_held_out(data, on_fold)
-        rows = {
-            name: propagated if name == "propagation" else _predict_held_out(data, METHODS[name], on_fold)
-            for name in available_methods(data.stacks[0])
-            if name != "cokriging"
-        }
+        fits = {name: FITS[name] for name in available_methods(data.stacks[0])}
+        others = {name: fit for name, fit in fits.items() if name not in ("propagation", "cokriging")}
+        found = {"propagation": propagated} | _predict_held_out(data, others, on_fold)
+        rows = {name: found[name] for name in fits if name in found}
         kriged = _krige_folds(data, on_fold)
         rows |= _held_out_kriging(data, kriged)
-        error = {name: float(np.mean((found - truth) ** 2)) for name, found in rows.items()}
+        error = {name: _squared_error(found, truth) for name, found in rows.items()}
         # The residuals of the best baseline are mostly noise, which determines the weight of each spot.
         best = rows[min(error, key=error.__getitem__)]
         weight = counting_weights(best - truth, np.concatenate([s.counting_noise for s in data.stacks]))
@@ -197,13 +199,18 @@ def _better_base(errors: dict[str, np.ndarray]) -> str:
 
 def _base_layers(data: TrainingSet) -> dict[str, np.ndarray]:
     """(n_known, g) held-out predictions by base layers."""
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
+    independent = data.stacks[0].independent
     for name in data.stacks[0].bases or {}:
-        if name in data.stacks[0].independent:
-            rows[name] = _predict_held_out(data, partial(recalibrate, name=name), lambda: None)
+        if name in independent:
+            rows |= _predict_held_out(data, {name: partial(_recalibrated, name)}, lambda: None)
         else:
             rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
     return rows
+
+
+def _recalibrated(name: str, rest: Spots) -> Table:
+    return Table(recalibrate(rest, name))
 
 
 def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,49 +222,39 @@ def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple
             hidden, rest = fold[spots.known], spots.hide(fold)
             found[hidden], mass[hidden] = graph.propagate(hidden, rest.expression)
             unreached = hidden & (mass == 0)
-            found[unreached] = section_mean(rest)[: unreached.sum()]
+            found[unreached] = mean_profile(rest)
             on_fold()
     return values, support
 
 
-def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Kriging]]]:
+def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[list[Linear]]]:
     """Per stack and hidden fold: co-kriging with all image features and, of several sections, with those they share."""
-    tasks: list[tuple] = []
-    for i, (spots, folds) in enumerate(zip(data.stacks, data.folds, strict=True)):
-        base = TWO_VIEWS if len(np.unique(spots.section)) > 1 else "cokriging"
-        for k in range(len(folds)):
-            rest, groups = data.rest(i, k)
-            tasks.append((rest, base, groups))
-    found = iter(run_tasks(krige_for, tasks, on_fold))
+    tasks = [(data, i, k) for i, folds in enumerate(data.folds) for k in range(len(folds))]
+    found = iter(run_tasks(_krige_fold, tasks, on_fold))
     return [[next(found) for _ in folds] for folds in data.folds]
 
 
-def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Kriging]]]) -> dict[str, np.ndarray]:
+def _krige_fold(data: TrainingSet, i: int, k: int) -> list[Linear]:
+    rest, groups = data.rest(i, k)
+    return krige_for(rest, TWO_VIEWS if len(np.unique(rest.section)) > 1 else "cokriging", groups)
+
+
+def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Linear]]]) -> dict[str, np.ndarray]:
     """(n_known, g) held-out predictions by co-kriging, and by both views of it where all stacks have them."""
     n_views = min(len(views) for parts in kriged for views in parts)
-    names = ["cokriging", TWO_VIEWS][:n_views]
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for spots, folds, parts in zip(data.stacks, data.folds, kriged, strict=True):
-        values = [np.empty((len(spots.known), spots.expression.shape[1]), np.float32) for _ in names]
-        for fold, views in zip(folds, parts, strict=True):
-            total = np.zeros((), float)
-            for n, (own, view) in enumerate(zip(values, views, strict=False), start=1):
-                total = total + view.expression(fold)
-                own[fold] = total / n
-        for name, own in zip(names, values, strict=True):
-            found[name].append(own[spots.known])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    rows = {name: np.empty(data.truth.shape, np.float32) for name in ("cokriging", TWO_VIEWS)[:n_views]}
+    for n, found in enumerate(rows.values(), start=1):
+        for spots, folds, parts, own in zip(data.stacks, data.folds, kriged, data.by_stack(found), strict=True):
+            for fold, views in zip(folds, parts, strict=True):
+                own[fold[spots.known]] = Mean(views[:n]).expression(fold)
+    return rows
 
 
 def _at_known(spots: Spots, base: np.ndarray, propagated: np.ndarray, support: np.ndarray) -> LabelPredictions:
-    """Predictions of the known spots at their positions among all; 0 elsewhere."""
-
-    def spread(values: np.ndarray, dtype: type) -> np.ndarray:
-        result = np.zeros((len(spots.known), *values.shape[1:]), dtype)
-        result[spots.known] = values
-        return result
-
-    return LabelPredictions(spread(base, np.float32), spread(propagated, np.float32), spread(support, np.float64))
+    """Predictions of the known spots; the others have no support."""
+    of_all = np.zeros(len(spots.known))
+    of_all[spots.known] = support
+    return LabelPredictions(OfKnown(base, spots.known), OfKnown(propagated, spots.known), of_all)
 
 
 def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> dict[str, Any]:
@@ -283,18 +280,24 @@ def _fingerprint(stacks: Sequence[Spots], var_names: Sequence[str], settings: Fi
 
 
 def _predict_held_out(
-    data: TrainingSet, method: Callable[[Spots], np.ndarray], on_fold: Callable[[], None]
-) -> np.ndarray:
-    """(n_known, g) predictions of the known spots of all stacks, each with its fold hidden."""
-
-    def predict(spots: Spots, folds: list[np.ndarray]) -> np.ndarray:
-        predicted = np.empty((len(spots.known), spots.expression.shape[1]), np.float32)
+    data: TrainingSet, fits: dict[str, Callable[[Spots], Prediction]], on_fold: Callable[[], None]
+) -> dict[str, np.ndarray]:
+    """(n_known, g) predictions of the known spots of all stacks by several methods, each spot with its fold hidden."""
+    rows = {name: np.empty(data.truth.shape, np.float32) for name in fits}
+    of_stack = {name: data.by_stack(values) for name, values in rows.items()}
+    for i, (spots, folds) in enumerate(zip(data.stacks, data.folds, strict=True)):
         for fold in folds:
-            predicted[fold] = method(spots.hide(fold))[fold]
-            on_fold()
-        return predicted[spots.known]
+            rest, own = spots.hide(fold), fold[spots.known]
+            for name, method in fits.items():
+                of_stack[name][i][own] = method(rest).expression(fold)
+                on_fold()
+    return rows
 
-    return data.per_stack(predict)
+
+def _squared_error(found: np.ndarray, truth: np.ndarray) -> float:
+    """Mean squared error."""
+    parts = [((found[rows] - truth[rows]) ** 2).sum(dtype=float) for rows in row_blocks(*truth.shape)]
+    return float(np.sum(parts)) / truth.size
 
 
 def _gene_groups(r: np.ndarray, n_groups: int) -> np.ndarray:
@@ -311,7 +314,7 @@ def _interval_tensors(
     usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
     # The error of a spot depends on its depth, so residuals are divided by this effect before they are compared.
     parts = np.array([usual_noise, *variance_parts(residuals, relative_noise(noise, usual_noise))])
-    size = spot_scale(noise, parts)[:, None]
+    size = spot_scale(noise, parts)[:, None].astype(np.float32)
     known = [np.column_stack([s.section[s.known], blocks(s, params.block_spacings)]) for s in data.stacks]
     n_blocks = sum(len(np.unique(rows, axis=0)) for rows in known)  # of each section separately
     return {
@@ -358,9 +361,9 @@ def predict_held_out(
             model = fit([rest], var_names, settings)
             found = model._impute(rest, device=settings.device).expression
         elif method == IMAGE_KNN:
-            found = knn(replace(rest, xyz=given(rest.features)))  # neighbours in feature space
+            found = METHODS["knn"](replace(rest, xyz=given(rest.features)))  # neighbours in feature space
         elif method == COLOR:
-            found = ridge(rest)
+            found = METHODS["ridge"](rest)
         elif method in rest.independent:
             found = recalibrate(rest, method)
         else:

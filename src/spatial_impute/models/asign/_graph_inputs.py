@@ -11,9 +11,10 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
-from spatial_impute.models.asign._baselines import section_mean
-from spatial_impute.models.asign._cokriging import krige
+from spatial_impute.models.asign._baselines import fit_mean
+from spatial_impute.models.asign._cokriging import Axes, krige
 from spatial_impute.models.asign._network import Edges, GraphInputs, LabelInputs
+from spatial_impute.models.asign._predictions import Mean, Table
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models._spots import Spots
-    from spatial_impute.models.asign._cokriging import Kriging
+    from spatial_impute.models.asign._predictions import Linear, Prediction
     from spatial_impute.models.asign._propagation import KnownGraph
 
 TWO_VIEWS = "cokriging-two-views"
@@ -87,33 +88,36 @@ def graph_inputs(spots: Spots, params: AsignParams, *, targets: np.ndarray | Non
 class LabelPredictions:
     """Expression of spots as the labels of other spots predict it: base, and propagation over the 3D graph."""
 
-    base: np.ndarray  # (n, g)
-    propagated: np.ndarray  # (n, g)
+    base: Prediction
+    propagated: Prediction
     support: np.ndarray  # (n,) mass of the propagation, 0-1
+
+    def part(self, rows: slice) -> LabelPredictions:
+        """Those of some spots, as tables."""
+        base, propagated = (Table(part.expression(rows)) for part in (self.base, self.propagated))
+        return LabelPredictions(base, propagated, self.support[rows])
 
     def inputs(self, genes: GeneScale, rows: np.ndarray | slice = slice(None)) -> LabelInputs:
         """Tensors for some spots."""
         support = torch.from_numpy(self.support[rows].astype(np.float32))[:, None]
-        return LabelInputs(genes.standardise(self.base[rows]), genes.standardise(self.propagated[rows]), support)
+        base, propagated = (genes.standardise(part.expression(rows)) for part in (self.base, self.propagated))
+        return LabelInputs(base, propagated, support)
 
 
-def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Kriging]) -> LabelPredictions:
+def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Linear]) -> LabelPredictions:
     """Predict all spots from the known ones.
 
     `kriged` are the predictions by co-kriging that the base is made of; see :func:`krige_for`.
     """
     graph = given(spots.graph)
     propagated, support = propagate(graph, spots.known, spots.expression, dtype=np.float32, device=spots.solver_device)
-    found = base_prediction(base, kriged, propagated, section_mean(spots))
-    # Where no label arrives, the base takes the place of propagated labels.
-    np.copyto(propagated, found, where=~np.isfinite(propagated))
-    return LabelPredictions(found, propagated, support)
+    return _with_base(spots, base, kriged, propagated, support)
 
 
 def nested_predictions(
-    rest: Spots, graph: KnownGraph, groups: np.ndarray, base: str, kriged: Sequence[Kriging]
+    rest: Spots, graph: KnownGraph, groups: np.ndarray, base: str, kriged: Sequence[Linear]
 ) -> LabelPredictions:
-    """Predict the known spots, each of them without its group; 0 for all others.
+    """Predict the known spots, each of them without its group; all others have no support.
 
     `graph` is that between the known spots; `groups` (n_known,) are those that `kriged` has left out.
     """
@@ -122,35 +126,31 @@ def nested_predictions(
     for code in np.unique(groups):
         hidden, own = np.flatnonzero(rest.known)[groups == code], groups == code
         propagated[hidden], support[hidden] = graph.propagate(own, rest.expression[~own])
-    found = base_prediction(base, kriged, propagated, section_mean(rest)).astype(np.float32)
-    np.copyto(propagated, found, where=~np.isfinite(propagated))
-    return LabelPredictions(found, propagated, support)
+    return _with_base(rest, base, kriged, propagated, support)
 
 
-def krige_for(spots: Spots, base: str, left_out: np.ndarray | None = None) -> list[Kriging]:
+def _with_base(
+    spots: Spots, base: str, kriged: Sequence[Linear], propagated: np.ndarray, support: np.ndarray
+) -> LabelPredictions:
+    """Base, and propagated labels; the base takes the place of labels that do not arrive."""
+    found: Prediction = fit_mean(spots)
+    if base not in ("mean", "none", "propagation"):
+        found = Mean(kriged)
+    unreached = np.flatnonzero((support == 0) & ~np.isfinite(propagated[:, 0]))
+    propagated[unreached] = found.expression(unreached)
+    labels = Table(propagated)
+    return LabelPredictions(labels if base == "propagation" else found, labels, support)
+
+
+def krige_for(spots: Spots, base: str, left_out: np.ndarray | None = None) -> list[Linear]:
     """Co-krigings that a base is the mean of; see ``AsignParams.base``."""
+    if not base.startswith("cokriging"):
+        return []
     views = [spots]
     if base == TWO_VIEWS:  # with different errors: all image features, and the components that sections share
         views.append(replace(spots, features=spots.components))
-    return [krige(view, left_out=left_out) for view in views] if base.startswith("cokriging") else []
-
-
-def base_prediction(base: str, kriged: Sequence[Kriging], propagated: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(n, g) prediction to which the network adds its correction."""
-    if base == "propagation":
-        return np.where(np.isfinite(propagated), propagated, mean)
-    if base in ("mean", "none"):
-        return mean
-    return mean_of(kriged)
-
-
-def mean_of(kriged: Sequence[Kriging]) -> np.ndarray:
-    """(n, g) mean of several co-krigings."""
-    found = kriged[0].expression()
-    for part in kriged[1:]:
-        found += part.expression()
-    found /= len(kriged)
-    return found
+    axes = Axes.of(spots)
+    return [krige(view, left_out=left_out, axes=axes) for view in views]
 
 
 def _edge_types(features: np.ndarray) -> list[np.ndarray]:

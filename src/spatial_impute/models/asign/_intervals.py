@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute._scores import HALF_WIDTH, INTERVAL_LEVEL
-from spatial_impute.models.asign._cokriging import cokriging
+from spatial_impute.models.asign._cokriging import krige
 
 if TYPE_CHECKING:
     from spatial_impute.models._spots import Spots
@@ -28,7 +29,8 @@ def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
     """
     # A new block is one more: of n held-out blocks, the interval must cover 0.9 (n + 1).
     level = min(1.0, INTERVAL_LEVEL * (n_blocks + 1) / n_blocks)
-    return np.quantile(np.abs(residuals), level, axis=0) / HALF_WIDTH
+    blocks = gene_blocks(residuals.shape[1])
+    return np.concatenate([np.quantile(np.abs(residuals[:, genes].T), level, axis=1) for genes in blocks]) / HALF_WIDTH
 
 
 def expected_noise(spots: Spots) -> np.ndarray:
@@ -39,7 +41,7 @@ def expected_noise(spots: Spots) -> np.ndarray:
     if spots.total_counts is None or not spots.known.any():
         return np.full(len(spots.known), np.nan)
     log_noise = -np.log(spots.total_counts)[:, None]
-    return np.exp(cokriging(replace(spots, expression=log_noise, total_counts=None))[:, 0])
+    return np.exp(krige(replace(spots, expression=log_noise, total_counts=None)).expression()[:, 0])
 
 
 def noise_elsewhere(spots: Spots, noise: np.ndarray, usual: float) -> np.ndarray:

@@ -24,26 +24,26 @@ from spatial_impute.models._storage import (
     save_model,
     tensors_below,
 )
-from spatial_impute.models.asign._baselines import METHODS, apply_linear, recalibrate
+from spatial_impute.models.asign._baselines import FITS, METHODS, recalibrate
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
     LabelPredictions,
     graph_inputs,
     krige_for,
-    mean_of,
     predict_from_labels,
     with_components,
 )
 from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
-from spatial_impute.models.asign._network import MSAGNet, predict
+from spatial_impute.models.asign._network import MSAGNet, decode_states, graph_states
+from spatial_impute.models.asign._predictions import Linear, Mean, Table, row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from spatial_impute.models._spots import Spots
     from spatial_impute.models._storage import ModelConfig
-    from spatial_impute.models.asign._cokriging import Kriging
+    from spatial_impute.models.asign._predictions import Prediction
 
 NETWORK = "network alone"  # Mean over the networks, one of the blended methods
 BASE = "base"  # What the networks add their correction to
@@ -135,61 +135,101 @@ class AsignModel:
                 "Run `si.pp.extract_features` as for the training data."
             )
             raise ValueError(msg)
-        spots = replace(with_components(spots), device=device)
-        # For the largest stacks a table of all spots and genes takes a gigabyte: one at a time, and in place.
+        expression = spots.expression.astype(np.float32, copy=False)
+        spots = replace(with_components(spots), device=device, expression=expression)
         labels, views = self._labels(spots)
+        found, shown = self._blend(spots, labels, views, parts=parts)
         support = labels.support
-        network = self._network_prediction(spots, labels, device)
-        expression = self._blend(spots, {self.base: labels.base, NETWORK: network}, views, "weights")
-        shown = {}
-        if parts:
-            without = self._blend(spots, {self.base: labels.base}, views, "weights_without")
-            shown = {BASE: labels.base, NETWORK: network, WITHOUT: without}
-            shown |= {name: recalibrate(spots, name).astype(np.float32) for name in sorted(spots.independent)}
-            for values in shown.values():
-                values[spots.known] = spots.expression
-        del views, labels, network
-        expression[spots.known] = spots.expression
+        del labels, views  # a table of all spots and genes is a gigabyte in large stacks
+        for values in (found, *shown.values()):
+            values[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
-        sd = spread_by_support(support, float(usual[0]), *spreads) * self._widening(spots)
         noise = self._expected_noise(spots) if depth is None else 1.0 / depth
         if spots.total_counts is not None:
             noise[spots.known] = 1.0 / spots.total_counts
-        sd *= spot_scale(noise, self._tensors["noise"].numpy())[:, None].astype(np.float32)
+        size = spot_scale(noise, self._tensors["noise"].numpy()) * self._widening(spots)
+        sd = np.empty_like(found)
+        for rows in row_blocks(*sd.shape):
+            sd[rows] = spread_by_support(support[rows], float(usual[0]), *spreads) * size[rows, None]
         sd[spots.known] = 0.0
-        return Imputation(expression, sd, support, 1.0 / noise, shown)
+        return Imputation(found, sd, support, 1.0 / noise, shown)
 
-    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
+    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
         """Predictions from the known spots, and the co-krigings among them."""
-        views = krige_for(spots, self.base if self.base.startswith("cokriging") else "cokriging")
-        return predict_from_labels(spots, self.base, views), views
+        views = krige_for(
+            spots,
+            TWO_VIEWS
+            if TWO_VIEWS in {self.base, *self._used("weights"), *self._used("weights_without")}
+            else "cokriging",
+        )
+        return predict_from_labels(spots, self.base, views if self.base == TWO_VIEWS else views[:1]), views
+
+    def _used(self, weights: str) -> list[str]:
+        """Blended methods that have a weight, without the networks."""
+        values = self._tensors[weights].numpy()
+        return [name for name, own in zip(self._experts, values.T, strict=False) if own.any() and name != NETWORK]
 
     def _widening(self, _spots: Spots) -> float:
         """Factor on the intervals of a stack."""
         return 1.0
 
-    def _blend(self, spots: Spots, found: dict[str, np.ndarray], views: list[Kriging], weights: str) -> np.ndarray:
-        """(n, g) weighted sum of the predictions; those that are not in `found` are made."""
+    def _blend(
+        self, spots: Spots, labels: LabelPredictions, views: list[Linear], *, parts: bool
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(n, g) weighted sum of all predictions, and those of the parts of the model if they are wanted.
+
+        Some spots at a time, because each of the predictions is as large as the result.
+        """
+        names = [BASE, NETWORK, WITHOUT, *sorted(spots.independent)] if parts else []
+        shape = len(spots.known), len(self.var_names)
+        result, shown = np.empty(shape, np.float32), {name: np.empty(shape, np.float32) for name in names}
+        networks, experts = self._network_states(spots), self._fit_experts(spots, labels, views, parts=parts)
+        for rows in row_blocks(*shape):
+            network = self._network_prediction(networks, labels, rows)
+            found = {name: part.expression(rows) for name, part in experts.items()} | {NETWORK: network}
+            result[rows] = self._weighted_sum(found, "weights")
+            for name, values in shown.items():
+                if name == WITHOUT:
+                    values[rows] = self._weighted_sum(found, "weights_without")
+                else:
+                    values[rows] = labels.base.expression(rows) if name == BASE else found[name]
+        return result, shown
+
+    def _weighted_sum(self, found: dict[str, np.ndarray], weights: str) -> np.ndarray:
+        """(m, g) blend of the predictions of some spots."""
         centre = self._tensors["centre"].numpy()
-        total = np.zeros((len(spots.known), len(centre)), np.float32)
+        total = np.zeros(found[NETWORK].shape, np.float32)
         # The network comes last, and is absent from the blend without it.
         for name, weight in zip(self._experts, self._tensors[weights].numpy().T, strict=False):
             if weight.any():
-                part = (found[name] if name in found else self._expert(spots, name, views)).astype(np.float32)
-                part -= centre
+                part = found[name] - centre
                 part *= weight
                 total += part
-        return total + centre
+        total += centre
+        return total
 
-    def _expert(self, spots: Spots, name: str, views: list[Kriging]) -> np.ndarray:
+    def _fit_experts(
+        self, spots: Spots, labels: LabelPredictions, views: list[Linear], *, parts: bool
+    ) -> dict[str, Prediction]:
+        """The blended methods that have a weight, without the networks; base layers that are shown with the parts."""
+        names = self._used("weights")
+        if parts:
+            names += [*self._used("weights_without"), *sorted(spots.independent)]
+        return {name: self._fit_expert(spots, name, labels, views) for name in dict.fromkeys(names)}
+
+    def _fit_expert(self, spots: Spots, name: str, labels: LabelPredictions, views: list[Linear]) -> Prediction:
         bases = spots.bases or {}
+        if name == self.base:
+            return labels.base
         if name in spots.independent:
-            return recalibrate(spots, name)
+            return Table(recalibrate(spots, name))
         if name == "cokriging":
-            return views[0].expression()
+            return views[0]
         if name == TWO_VIEWS:
-            return mean_of(views if len(views) > 1 else krige_for(spots, name))
-        return bases[name] if name in bases else METHODS[name](spots)
+            return Mean(views)
+        if name == "propagation" and (labels.support > 0).all():
+            return labels.propagated
+        return Table(bases[name]) if name in bases else FITS[name](spots)
 
     def _expected_noise(self, spots: Spots) -> np.ndarray:
         """(n,) expected counting noise of a measurement of each spot."""
@@ -198,16 +238,28 @@ class AsignModel:
             return noise
         return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
 
-    def _network_prediction(self, spots: Spots, labels: LabelPredictions, device: str) -> np.ndarray:
-        """(n, g) mean over the networks."""
-        inputs = graph_inputs(spots, self.params)
-        total = np.zeros(labels.base.shape, np.float32)
+    def _network_states(self, spots: Spots) -> list[tuple[MSAGNet, Tensor]]:
+        """Networks, and the states of all spots after their graph layers."""
+        inputs, found = graph_inputs(spots, self.params), []
         with suitable_threads(len(spots.known), self.params.width):
-            for genes, state in zip(self._scales, self._networks, strict=True):
+            for state in self._networks:
                 network = MSAGNet(self._n_features, self._tensors["group"], self.params)
                 network.load_state_dict(state)
-                total += genes.restore(predict(network, inputs, labels.inputs(genes), device=device))
-        return total / len(self._networks)
+                network.eval().to(spots.device)
+                found.append((network, graph_states(network, inputs)))
+        return found
+
+    def _network_prediction(
+        self, networks: list[tuple[MSAGNet, Tensor]], labels: LabelPredictions, rows: slice
+    ) -> np.ndarray:
+        """(m, g) mean over the networks at some spots."""
+        part = labels.part(rows)
+        total = np.zeros(part.base.expression().shape, np.float32)
+        with suitable_threads(len(labels.support), self.params.width):
+            for genes, (network, states) in zip(self._scales, networks, strict=True):
+                total += genes.restore(decode_states(network, states[rows], part.inputs(genes)))
+        total /= len(networks)
+        return total
 
     @property
     def _scales(self) -> list[GeneScale]:
@@ -320,11 +372,10 @@ class CohortModel(AsignModel):
             raise does_not_fit(path, f"{sorted(missing)} are missing.")
         return model
 
-    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Kriging]]:
-        base = apply_linear(
-            given(spots.features), self._tensors["ridge"].numpy(), self._tensors["ridge_offset"].numpy()
-        )
-        return LabelPredictions(base, base, np.zeros(len(base))), []
+    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
+        offset, slope = (self._tensors[key].numpy() for key in ("ridge_offset", "ridge"))
+        base = Linear(offset, given(spots.features), slope)
+        return LabelPredictions(base, base, np.zeros(len(spots.known))), []
 
     def _widening(self, spots: Spots) -> float:
         """Factor on the intervals of a stack whose images are unlike those of the training; logs a warning."""

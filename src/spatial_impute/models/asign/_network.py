@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import GATv2Conv
 
+from spatial_impute._expression import gene_blocks
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -181,12 +183,15 @@ class MSAGNet(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, x: GraphInputs, labels: LabelInputs, *, levels: bool = False) -> Tensor:
+    def forward(
+        self, x: GraphInputs, labels: LabelInputs, *, levels: bool = False, in_blocks: bool = False
+    ) -> Tensor | list[Tensor]:
         """Predict the first m spots of the graph (see ``x.reach``), with `labels` of these -> (m, g).
 
         The result is ``a * propagated + (1 - a) * (base + correction)``. The merge weight ``a`` depends on the spot, its
         support, and the gene group; 0 is the network, 1 the propagated labels. With `levels` the result is (3, m, g): also
-        the corrections that region and global field predict with the same head.
+        the corrections that region and global field predict with the same head. With `in_blocks` the result is a list of
+        (m, b), some genes each.
         """
         reach = x.reach or (len(x.spot),) * len(self.graph)
         edges = [[part.into(n) for part in x.edges] for n in reach] if x.reach else [x.edges] * len(reach)
@@ -196,9 +201,10 @@ class MSAGNet(nn.Module):
                 state = self.apply_layer(layer, state, into, n)
             states.append(state[: x.n_predicted])
         predicted, sequence = self.decode(torch.stack(states, dim=1), labels)
-        if not levels:
+        if in_blocks:
             return predicted
-        return torch.cat([predicted[None], self.correction(sequence[:, 1:]).transpose(0, 1)])
+        whole = torch.cat(predicted, dim=1)
+        return torch.cat([whole[None], self.correction(sequence[:, 1:]).transpose(0, 1)]) if levels else whole
 
     def apply_layer(self, layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], n: int) -> Tensor:
         """State of the first n spots after a graph layer.
@@ -222,8 +228,8 @@ class MSAGNet(nn.Module):
         nodes = self.to_surroundings(self.to_region(self.embed[0](x.spot), region), surroundings)
         return nodes, torch.stack([region.mean(dim=1), surroundings.mean(dim=1)], dim=1)
 
-    def decode(self, states: Tensor, labels: LabelInputs) -> tuple[Tensor, Tensor]:
-        """Prediction (m, g) from the state of each spot and of its larger fields of view after the graph, (m, 3, w).
+    def decode(self, states: Tensor, labels: LabelInputs) -> tuple[list[Tensor], Tensor]:
+        """Prediction (m, b) of some genes each, from the state of each spot and of its larger fields of view, (m, 3, w).
 
         Also returns these states after the attention between the levels of the same spot.
         """
@@ -232,17 +238,23 @@ class MSAGNet(nn.Module):
         state = self.dropout(sequence.mean(dim=1))
         merge = torch.tanh(self.merge(torch.cat([state, labels.support], dim=1)))  # (m, groups)
         # A product with the membership of the genes, because the gradient of an index is slow.
-        merge = merge @ nn.functional.one_hot(self.group, merge.shape[1]).T.to(merge.dtype)  # (m, g)
-        return torch.lerp(labels.base + self.correction(state), labels.propagated, merge), sequence
+        member = nn.functional.one_hot(self.group, merge.shape[1]).T.to(merge.dtype)
+        blocks = list(gene_blocks(len(self.group)))
+        sizes = [genes.stop - genes.start for genes in blocks]
+        predicted = []
+        heads = zip(blocks, self.correction.weight.split(sizes), self.correction.bias.split(sizes), strict=True)
+        for genes, weight, bias in heads:
+            corrected = labels.base[:, genes] + nn.functional.linear(state, weight, bias)
+            predicted.append(torch.lerp(corrected, labels.propagated[:, genes], merge @ member[:, genes]))
+        return predicted, sequence
 
 
-def predict(network: MSAGNet, x: GraphInputs, labels: LabelInputs, *, device: str) -> Tensor:
-    """(n, g) prediction of all spots on the CPU.
+def graph_states(network: MSAGNet, x: GraphInputs) -> Tensor:
+    """(n, 3, w) state of all spots and of their larger fields of view after the graph, on the device of the network.
 
     Spots are processed in parts, so that memory does not grow with the edges of a large stack.
     """
-    network = network.eval().to(device)
-    n = len(x.spot)
+    n, device = len(x.spot), str(network.place.device)
     parts = [slice(start, min(start + _SPOTS_AT_A_TIME, n)) for start in range(0, n, _SPOTS_AT_A_TIME)]
     with torch.inference_mode():
         encoded = [network.encode(x.part(rows).to(device)) for rows in parts]
@@ -253,11 +265,13 @@ def predict(network: MSAGNet, x: GraphInputs, labels: LabelInputs, *, device: st
             for layer in layers:
                 state = torch.cat([_attend(layer, state, x.edges, rows) for rows in parts])
             states.append(state)
-        result = torch.empty_like(labels.base)
-        for rows in parts:
-            sequence = torch.stack([state[rows] for state in states], dim=1)
-            result[rows] = network.decode(sequence, labels.part(rows).to(device))[0].cpu()
-    return result
+        return torch.stack(states, dim=1)
+
+
+def decode_states(network: MSAGNet, states: Tensor, labels: LabelInputs) -> Tensor:
+    """(m, g) prediction on the CPU of some spots from their states; see :func:`graph_states`."""
+    with torch.inference_mode():
+        return torch.cat(network.decode(states, labels.to(str(states.device)))[0], dim=1).cpu()
 
 
 def _attend(layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], rows: slice) -> Tensor:

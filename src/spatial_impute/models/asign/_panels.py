@@ -25,6 +25,8 @@ def by_panel(spots: Spots) -> list[tuple[np.ndarray, Spots]]:
     measured with this panel.
     """
     present = np.isfinite(spots.expression)
+    if present.all():
+        return [(np.arange(present.shape[1]), spots)]
     patterns, panel = np.unique(present, axis=1, return_inverse=True)
     result = []
     for k, measured in enumerate(patterns.T):

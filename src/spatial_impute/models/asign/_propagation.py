@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def propagate(
     system, degree = _system(weights, unknown, leak)
     # Values are centred, so that rounding errors are relative to their range.
     centre = values.mean(axis=0)
-    scale = max(float(np.abs(values - centre).max()), float(np.finfo(dtype).tiny))
+    largest = max((values.max(axis=0) - centre).max(), (centre - values.min(axis=0)).max())
+    scale = max(float(largest), float(np.finfo(dtype).tiny))
     from_known = weights[unknown][:, np.flatnonzero(known)]
 
     def solve(columns: np.ndarray) -> np.ndarray:
@@ -122,16 +124,20 @@ class KnownGraph:
 
         Values are NaN where the mass is zero.
         """
-        factor = cho_factor(self.matrix[hidden][:, hidden])
         from_others = -self.matrix[hidden][:, ~hidden]
-        mass = np.clip(cho_solve(factor, from_others.sum(axis=1)), 0.0, 1.0)
+        weights = cho_solve(cho_factor(self.matrix[hidden][:, hidden]), from_others)  # few, beside those of all genes
+        mass = np.clip(weights.sum(axis=1), 0.0, 1.0)
         mass[mass < _NO_MASS] = 0.0
-        centre = values.mean(axis=0)
-        found = cho_solve(factor, from_others @ (values - centre))
         with np.errstate(divide="ignore", invalid="ignore"):
-            found /= mass[:, None]
-        found[mass == 0] = np.nan
-        return found + centre, mass
+            weights /= mass[:, None]
+        weights[mass == 0] = np.nan
+        weights = weights.astype(values.dtype, copy=False)
+        found = np.empty((len(weights), values.shape[1]), values.dtype)
+        for genes in gene_blocks(values.shape[1]):
+            part = values[:, genes]
+            centre = part.mean(axis=0)
+            found[:, genes] = weights @ (part - centre) + centre
+        return found, mass
 
 
 def _system(weights: sparse.csr_matrix, rows: np.ndarray, leak: float) -> tuple[sparse.csr_matrix, np.ndarray]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute.models._storage import Checkpoint, cpu_state, tensors_below
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from spatial_impute.models._params import AsignParams
     from spatial_impute.models.asign._network import GraphInputs, LabelInputs, MSAGNet
@@ -63,22 +64,29 @@ class Target:
 
     def errors(self, predicted: Tensor) -> Tensor:
         """(m,) weighted squared error of each spot, mean over the genes."""
-        return self.weight * (predicted - self.mean - self.centred).square().mean(dim=1)
+        parts = [
+            (predicted[:, genes] - self.mean[genes] - self.centred[:, genes]).square().sum(dim=1)
+            for genes in gene_blocks(len(self.mean))
+        ]
+        return self.weight * sum(parts, start=torch.zeros_like(self.weight)) / len(self.mean)
 
-    def losses(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, predicted: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Weighted squared error, and 1 - weighted Pearson correlation across the spots, means over the genes.
 
         Both follow from three sums over the spots, so that all genes of a tissue take few operations. A prediction that varies
         less than a tenth as much as the truth is divided by that tenth: around a constant prediction the correlation is
-        not defined, and its gradient would have no bound.
+        not defined, and its gradient would have no bound. `predicted` may be blocks of genes.
         """
-        share = self.weight / self.weight.sum()
-        mean, square = share @ predicted, share @ predicted.square()
-        product = share @ (predicted * self.centred)
+        blocks = [predicted] if isinstance(predicted, Tensor) else predicted
+        truth = self.centred.split([block.shape[1] for block in blocks], dim=1)
+        share, sums = self.weight / self.weight.sum(), []
+        for block, centred in zip(blocks, truth, strict=True):
+            sums.append(torch.stack([share @ block, share @ block.square(), share @ (block * centred)]))
+        mean, square, product = torch.cat(sums, dim=1)
         error = square - 2 * (product + self.mean * mean) + self.variance + self.mean.square()
         squared = self.weight.mean() * error.mean()
         if not self.varies.any():
-            return squared, predicted.sum() * 0.0
+            return squared, mean.sum() * 0.0
         variance, least = (square - mean.square())[self.varies], self.variance[self.varies]
         r = product[self.varies] / (torch.maximum(variance, 0.01 * least).sqrt() * least.sqrt())
         return squared, (1.0 - r).mean()
@@ -103,8 +111,9 @@ class Batch:
 
     def loss(self, network: nn.Module, params: AsignParams) -> Tensor:
         """Squared error and correlation of the spots, and correlations of their larger fields of view."""
-        found = network(self.inputs, self.labels, levels=self.fields is not None)
-        squared, correlation = self.target.losses(found if self.fields is None else found[0])
+        levels = self.fields is not None
+        found = network(self.inputs, self.labels, levels=levels, in_blocks=not levels)
+        squared, correlation = self.target.losses(found[0] if levels else found)
         loss = squared + params.correlation_weight * correlation
         if self.fields is None:
             return loss
