@@ -27,9 +27,8 @@ GENE_COLUMNS = (
 )
 """Columns of ``var`` that say what a gene is."""
 _IDS = GENE_COLUMNS[:-1]
-_GENES_AT_A_TIME = (
-    1024  # of some thousand spots: arrays that stay in the cache, and that the allocator keeps for the next ones
-)
+# Of some thousand spots: arrays that stay in the cache, and that the allocator keeps for the next ones.
+_GENES_AT_A_TIME = 1024
 _LARGEST_LOG = 25.0  # log2 of a million is 20
 
 
