@@ -97,8 +97,7 @@ class Rescaled:
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
         """(m, g) of some spots, of all by default."""
-        found = self.part.expression(rows)
-        found -= self.centre
+        found = self.part.expression(rows) - self.centre  # not in place: a table gives its own values
         found *= self.factor
         found += self.centre
         return found
@@ -113,7 +112,7 @@ class Mean:
     def expression(self, rows: Rows = ALL) -> np.ndarray:
         """(m, g) of some spots, of all by default."""
         first, *others = self.parts
-        found = first.expression(rows)
+        found = first.expression(rows).copy()
         for part in others:
             found += part.expression(rows)
         found /= len(self.parts)
@@ -131,8 +130,7 @@ def spread(prediction: Prediction, centre: np.ndarray, n: int) -> np.ndarray:
     """(g,) standard deviation over n spots of a prediction that is about the (g,) `centre`."""
     total, squares = np.zeros(len(centre)), np.zeros(len(centre))
     for rows in row_blocks(n, len(centre)):
-        part = prediction.expression(rows)
-        part -= centre
+        part = prediction.expression(rows) - centre
         total += part.sum(axis=0, dtype=float)
         squares += np.einsum("ng,ng->g", part, part)
     return np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0.0))
