@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 import torch
-from shapely.geometry import Point
+from shapely.geometry import MultiPolygon, Point, Polygon
+from spatialdata.models import ShapesModel
 from spatialdata.transformations import get_transformation
 from torch.nn import functional as F
 
@@ -283,3 +284,15 @@ def test_cells_become_rows_with_values_of_the_map(small_stack, small_pixnet):
     assert table.n_obs == 2
     assert np.isfinite(table.X).all()
     assert (table.obs["n_pixels"] > 0).all()
+
+
+def test_outline_that_crosses_itself_counts_both_loops(small_stack, small_pixnet, caplog):
+    loops = [Polygon([(140, 140), (180, 140), (160, 160)]), Polygon([(160, 160), (180, 180), (140, 180)])]
+    crossing = Polygon([(140, 140), (180, 140), (140, 180), (180, 180)])
+    um = {"s1": get_transformation(small_stack.shapes["s1_spots"], to_coordinate_system="s1")}
+    both = gpd.GeoDataFrame(geometry=[crossing, MultiPolygon(loops)], index=["crossing", "two loops"])
+    small_stack.shapes["areas"] = ShapesModel.parse(both, transformations=um)
+    table = si.tl.predict_regions(small_stack, "areas", small_pixnet, image_key="s1_image", inplace=False)
+    np.testing.assert_allclose(table.X[0], table.X[1], rtol=1e-5)
+    assert table.obs["n_pixels"].nunique() == 1
+    assert "1 of 2 polygons in `sdata.shapes['areas']` cross themselves" in caplog.text
