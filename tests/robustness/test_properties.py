@@ -138,7 +138,10 @@ def test_graph_and_imputation_follow_the_frame(seed, n, flip):
     known = parts["section"] == 1
     values = rng.normal(size=(n, 3))
     for method in ("mean", "nearest", "knn", "kernel", "propagation"):
-        a, b = (METHODS[method](spots_of(p, known, values, g)) for p, g in ((parts, graph), (moved, graph_moved)))
+        a, b = (
+            METHODS[method](spots_of(p, known, values, g)).expression()
+            for p, g in ((parts, graph), (moved, graph_moved))
+        )
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=method)
 
 

@@ -76,7 +76,8 @@ def test_sections_that_agree_may_stay_as_they_are(stack, monkeypatch):
 
 
 def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monkeypatch):
-    from spatial_impute.models.asign import _baselines
+    from spatial_impute.models.asign._baselines import METHODS
+    from spatial_impute.models.asign._predictions import Table
     from spatial_impute.tl import _match_sections
 
     original, matched, predicted = _match_sections.match_measured, [], []
@@ -87,11 +88,11 @@ def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monke
 
     def kernel(spots):
         predicted.append(set(spots.section[spots.known]))
-        return np.nan_to_num(np.random.default_rng(0).normal(size=(len(spots.known), spots.expression.shape[1])))
+        return Table(np.random.default_rng(0).normal(size=(len(spots.known), spots.expression.shape[1])))
 
     monkeypatch.setattr(_match_sections, "match_measured", match)
-    monkeypatch.setattr(_baselines, "kernel", kernel)
-    monkeypatch.setattr(_baselines, "cokriging", kernel)
+    monkeypatch.setitem(METHODS, "kernel", kernel)
+    monkeypatch.setitem(METHODS, "cokriging", kernel)
     si.tl.match_sections(stack, key_added="again")
     everything = {0, 1, 2, 4}
     assert matched == [everything, *(everything - {code} for code in sorted(everything))]

@@ -143,13 +143,14 @@ def _matched(spots: Spots) -> Spots:
 def _held_out_r(spots: Spots, prepare: Callable[[Spots], Spots]) -> float:
     """Mean correlation of the genes within sections, each predicted from the others, which are prepared without it."""
     from spatial_impute._scores import pearson_by_gene
-    from spatial_impute.models.asign._baselines import cokriging, kernel
+    from spatial_impute.models.asign._baselines import METHODS
 
-    method = kernel if spots.features is None else cokriging
+    fit = METHODS["kernel" if spots.features is None else "cokriging"]
     section, scores = spots.section[spots.known], []
     for code in np.unique(section):
         fold = spots.known & (spots.section == code)
-        scores.append(pearson_by_gene(method(prepare(spots.hide(fold)))[fold], spots.expression[section == code]))
+        predicted = fit(prepare(spots.hide(fold))).expression(fold)
+        scores.append(pearson_by_gene(predicted, spots.expression[section == code]))
     return float(np.nanmean(np.nanmean(scores, axis=0)))
 
 

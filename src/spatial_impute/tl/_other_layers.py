@@ -115,7 +115,7 @@ def impute_baseline(
     )
     values = np.empty(table.shape, dtype=np.float32)
     for columns, panel in by_panel(spots):
-        found = methods[method](panel)
+        found = methods[method](panel).expression()
         found[panel.known] = panel.expression
         values[:, columns] = found
     used = {"layer": layer, "features": features, "graph": graph_key if graph else None}

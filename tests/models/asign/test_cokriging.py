@@ -8,8 +8,11 @@ import torch
 
 from spatial_impute.models._spots import Spots
 from spatial_impute.models.asign import _cokriging
-from spatial_impute.models.asign._baselines import cokriging
 from spatial_impute.models.asign._cokriging import Axes, counting_weights, krige
+
+
+def cokriging(spots: Spots) -> np.ndarray:
+    return krige(spots).expression()
 
 
 def field_spots(

@@ -114,7 +114,7 @@ def fit_transfer_ridge(spots: Spots) -> Mean:
     return Mean([Rescaled(part, centre, factor) for part, factor in zip(parts, factors, strict=True)])
 
 
-def hest(spots: Spots) -> np.ndarray:
+def fit_hest(spots: Spots) -> Prediction:
     """Regression from image features as HEST-Bench scores encoders: standardised, 256 principal components, ridge.
 
     Its penalty is fixed, 100 / (components x genes), and is not chosen on the tissue.
@@ -128,13 +128,14 @@ def hest(spots: Spots) -> np.ndarray:
     known = features[spots.known]
     n_components = min(_HEST_COMPONENTS, len(known) - 1, known.shape[1])
     if n_components < 1:
-        return fit_mean(spots).expression()
+        return fit_mean(spots)
     penalty = _HEST_PENALTY / (n_components * spots.expression.shape[1])
     steps = StandardScaler(), PCA(n_components, random_state=0), Ridge(alpha=penalty)
-    return make_pipeline(*steps).fit(known, spots.expression).predict(features).reshape(len(features), -1)
+    found = make_pipeline(*steps).fit(known, spots.expression).predict(features)
+    return Table(found.reshape(len(features), -1))
 
 
-FITS: dict[str, Callable[[Spots], Prediction]] = {
+METHODS: dict[str, Callable[[Spots], Prediction]] = {
     "mean": fit_mean,
     "nearest": fit_nearest,
     "knn": fit_knn,
@@ -144,21 +145,9 @@ FITS: dict[str, Callable[[Spots], Prediction]] = {
     "transfer_ridge": fit_transfer_ridge,
     "cokriging": krige,
 }
-"""Fit of every baseline by name."""
+"""Every baseline by name: its fit to the known spots."""
 
-
-def _for_all_spots(fit: Callable[[Spots], Prediction]) -> Callable[[Spots], np.ndarray]:
-    def predict(spots: Spots) -> np.ndarray:
-        return fit(spots).expression()
-
-    return predict
-
-
-METHODS: dict[str, Callable[[Spots], np.ndarray]] = {name: _for_all_spots(fit) for name, fit in FITS.items()}
-"""Prediction of all spots by every baseline."""
-knn, kernel, cokriging = (METHODS[name] for name in ("knn", "kernel", "cokriging"))
-
-RECIPES: dict[str, Callable[[Spots], np.ndarray]] = {"hest": hest}
+RECIPES: dict[str, Callable[[Spots], Prediction]] = {"hest": fit_hest}
 """Recipes of other benchmarks, to compare with; they have no part in the blend."""
 
 NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging", *RECIPES})

@@ -15,7 +15,6 @@ from spatial_impute._io.workers import run_tasks
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute.models._spots import Spots, blocks, given
 from spatial_impute.models.asign._baselines import (
-    FITS,
     METHODS,
     NEEDS_FEATURES,
     RECIPES,
@@ -118,7 +117,7 @@ class _HeldOut:
         """Predict all folds with all baselines, and take those of base layers."""
         truth = data.truth
         propagated, support = _propagate_held_out(data, on_fold)
-        fits = {name: FITS[name] for name in available_methods(data.stacks[0])}
+        fits = {name: METHODS[name] for name in available_methods(data.stacks[0])}
         others = {name: fit for name, fit in fits.items() if name not in ("propagation", "cokriging")}
         found = {"propagation": propagated} | _predict_held_out(data, others, on_fold)
         rows = {name: found[name] for name in fits if name in found}
@@ -361,13 +360,13 @@ def predict_held_out(
             model = fit([rest], var_names, settings)
             found = model._impute(rest, device=settings.device).expression
         elif method == IMAGE_KNN:
-            found = METHODS["knn"](replace(rest, xyz=given(rest.features)))  # neighbours in feature space
+            found = METHODS["knn"](replace(rest, xyz=given(rest.features))).expression()  # neighbours in feature space
         elif method == COLOR:
-            found = METHODS["ridge"](rest)
+            found = METHODS["ridge"](rest).expression()
         elif method in rest.independent:
             found = recalibrate(rest, method)
         else:
-            found = {**METHODS, **RECIPES}[method](rest)
+            found = {**METHODS, **RECIPES}[method](rest).expression()
         result[fold] = found[fold]
         on_fold()
     return result

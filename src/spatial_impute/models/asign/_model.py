@@ -24,7 +24,7 @@ from spatial_impute.models._storage import (
     save_model,
     tensors_below,
 )
-from spatial_impute.models.asign._baselines import FITS, METHODS, recalibrate
+from spatial_impute.models.asign._baselines import METHODS, recalibrate
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
@@ -229,7 +229,7 @@ class AsignModel:
             return Mean(views)
         if name == "propagation" and (labels.support > 0).all():
             return labels.propagated
-        return Table(bases[name]) if name in bases else FITS[name](spots)
+        return Table(bases[name]) if name in bases else METHODS[name](spots)
 
     def _expected_noise(self, spots: Spots) -> np.ndarray:
         """(n,) expected counting noise of a measurement of each spot."""
