@@ -214,7 +214,9 @@ def _stained(
     core = core if core.any() else rough
     tissue_level = float(np.median(total[core]))
     glass = ~rough & (total < 0.5 * tissue_level)
-    usual = np.minimum(total, _DARK * tissue_level)  # pigment and ink do not decide about the tissue around them
+    # Pigment and ink do not decide about the tissue around them.
+    dense = core & (total > _MIN_DENSITY)
+    usual = np.minimum(total, _DARK * float(np.median(total[dense]))) if dense.any() else total
     tissue = _level(usual, core, _NEAR_TISSUE, sampling, tissue_level)
     empty = _level(total, glass, _NEAR_GLASS, sampling, 0.0)
     halfway = empty + np.maximum(0.5 * (tissue - empty), _MIN_DENSITY)
