@@ -113,6 +113,14 @@ def test_blend_gives_no_weight_to_rounding(data):
     assert (weights[:, 3] == 0).all()
 
 
+def test_rounding_of_a_network_that_returned_to_the_mean_has_no_correlation():
+    truth, folds = np.random.default_rng(0).normal(size=(50, 7)), np.repeat(np.arange(5), 10)
+    mean = np.concatenate([np.tile(truth[folds != k].mean(axis=0), (10, 1)) for k in range(5)])
+    held_out = {"mean": mean, "opposite": mean - 0.3 * truth, "network": mean + 2e-6 * truth}
+    _, blended = KnownTruth(truth, folds, np.ones(50)).blend(held_out, ["opposite", "network"])
+    np.testing.assert_array_equal(blended, mean)
+
+
 def test_blend_survives_identical_and_empty_predictions():
     p = np.random.default_rng(4).normal(size=(1, 50, 3))
     both = np.concatenate([p, p, np.zeros_like(p)])

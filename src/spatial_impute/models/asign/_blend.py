@@ -147,17 +147,21 @@ class _Blend:
 
     def solve(self, alone: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Weights and blend; see :func:`blend_weights`."""
-        gram, moment = self.products()
+        gram, moment, rounding = self.products()
         of_folds, weights = _choose_weights(gram, moment, self.used.transpose(0, 2, 1), alone)
         blended = np.empty((len(self.folds), self.used.shape[2]), self.dtype)
         for genes in self.blocks:
             predictions, _ = self.read(genes)
             for own, part in zip(self.rows, of_folds[:, genes], strict=True):
-                blended[own, genes] = np.einsum("kng,gk->ng", predictions[:, own], part)
+                blended[own, genes] = np.einsum("kng,gk->ng", predictions[:, own], part * ~rounding)
         return weights, blended
 
-    def products(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted sums over the spots of products of predictions (folds, g, k, k), and with the truth (folds, g, k)."""
+    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weighted sums over the spots of products of predictions (folds, g, k, k), and with the truth (folds, g, k).
+
+        Also the predictions (k,) bool that differ from the mean by rounding, such as a network that returned to it: they
+        count as the mean, because rounding must get neither a weight nor a correlation.
+        """
         n_folds, k, n_genes = self.used.shape
         gram, moment = np.empty((n_folds - 1, n_genes, k, k)), np.empty((n_folds - 1, n_genes, k))
         largest = np.zeros(k)
@@ -166,11 +170,10 @@ class _Blend:
             largest = np.maximum(largest, np.abs(predictions).max(axis=(1, 2)))
             for f, own in enumerate(self.rows):
                 gram[f, genes], moment[f, genes] = _products(predictions[:, own], truth[own], self.spot_weights[own])
-        # A network that returned to the mean differs from it by rounding, which must not get a weight.
         rounding = largest < _ROUNDING
         moment[..., rounding] = 0.0
         gram[..., rounding], gram[..., rounding, :] = 0.0, 0.0
-        return gram, moment
+        return gram, moment, rounding
 
 
 def _choose_weights(
