@@ -11,13 +11,15 @@ import torch
 from scipy import sparse
 
 import spatial_impute as si
+from spatial_impute import _scores
+from spatial_impute._expression import gene_blocks
 from spatial_impute._graph import EdgeRules, build_graph
 from spatial_impute._scores import HALF_WIDTH, pearson_by_gene
 from spatial_impute._settings import logger
 from spatial_impute._stack.spots import read_spots
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import Spots
-from spatial_impute.models.asign import _ensemble
+from spatial_impute.models.asign import _blend, _ensemble, _predictions
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._fit import _krige_folds, fit
 from spatial_impute.models.asign._graph_inputs import LabelPredictions, nested_predictions, with_components
@@ -562,3 +564,17 @@ def test_genes_must_be_those_of_the_model_in_their_order(small_stack, model, gen
     small_stack.tables["stack"] = small_stack.tables["stack"][:, genes].copy()
     with pytest.raises(KeyError, match=problem):
         si.tl.impute_3d(small_stack, model)
+
+
+def test_results_do_not_depend_on_how_many_genes_and_spots_are_computed_at_a_time(small_prepared, model, monkeypatch):
+    whole = si.tl.impute_3d(small_prepared, model, parts=True, inplace=False)
+    monkeypatch.setattr(gene_blocks, "__defaults__", (3,))
+    for module in (_blend, _predictions, _scores):
+        monkeypatch.setattr(module, "_MAX_VALUES", 500)
+    same = si.tl.fit_asign(small_prepared, model_params=SMALL)
+    in_blocks = si.tl.impute_3d(small_prepared, same, parts=True, inplace=False)
+    assert set(in_blocks.layers) == set(whole.layers)
+    for name, values in whole.layers.items():
+        np.testing.assert_allclose(in_blocks.layers[name], values, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(same.predictability, model.predictability, atol=1e-3)
+    np.testing.assert_allclose(same.cross_validation, model.cross_validation, atol=1e-3)
