@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import shapely
 from scipy import sparse
 from spatialdata.transformations import get_transformation
 
 from spatial_impute._expression import log_normalize, looks_like_counts, require_amounts
-from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, polygons_of, scaling
+from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -147,27 +146,11 @@ def read_shapes(sdata: SpatialData, shapes_key: str, frame: Frame) -> tuple[Regi
             raise ValueError(msg)
         return Discs(apply_affine(points, matrix), radius * linear_scale(matrix)), shapes.index
     if kinds <= {"Polygon", "MultiPolygon"} and not shapes.geometry.is_empty.any():
-        regions = Polygons.from_shapely(_without_crossings(shapes.geometry.to_numpy(), where))
+        regions = Polygons.from_shapely(shapes.geometry.to_numpy())
         require_finite(regions.edges, name=where)
         return regions.moved(matrix), shapes.index
     msg = f"`{where}` must hold circles (points with a `radius` column) or polygons, none empty; found {sorted(kinds)}."
     raise ValueError(msg)
-
-
-def _without_crossings(polygons: np.ndarray, where: str) -> np.ndarray:
-    """Polygons, repaired where their outline crosses itself: the loops of an 8 would count with opposite signs."""
-    crossed = ~shapely.is_valid(polygons) & np.isfinite(shapely.bounds(polygons)).all(axis=1)
-    if not crossed.any():
-        return polygons
-    logger.warning(
-        "%d of %d polygons in `%s` cross themselves. Both sides of a crossing count as inside.",
-        int(crossed.sum()),
-        len(polygons),
-        where,
-    )
-    repaired = polygons.copy()
-    repaired[crossed] = [polygons_of(polygon) for polygon in polygons[crossed]]
-    return repaired
 
 
 def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None) -> str:
