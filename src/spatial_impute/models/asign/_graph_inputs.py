@@ -92,11 +92,6 @@ class LabelPredictions:
     propagated: Prediction
     support: np.ndarray  # (n,) mass of the propagation, 0-1
 
-    def part(self, rows: slice) -> LabelPredictions:
-        """Those of some spots, as tables."""
-        base, propagated = (Table(part.expression(rows)) for part in (self.base, self.propagated))
-        return LabelPredictions(base, propagated, self.support[rows])
-
     def inputs(self, genes: GeneScale, rows: np.ndarray | slice = slice(None)) -> LabelInputs:
         """Tensors for some spots."""
         support = torch.from_numpy(self.support[rows].astype(np.float32))[:, None]

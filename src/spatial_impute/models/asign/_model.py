@@ -182,11 +182,11 @@ class AsignModel:
         """
         names = [BASE, NETWORK, WITHOUT, *sorted(spots.independent)] if parts else []
         shape = len(spots.known), len(self.var_names)
-        result, shown = np.empty(shape, np.float32), {name: np.empty(shape, np.float32) for name in names}
-        networks, experts = self._network_states(spots), self._fit_experts(spots, labels, views, parts=parts)
+        shown = {name: np.empty(shape, np.float32) for name in names}
+        result = self._network_prediction(spots, labels)  # the blend takes its place
+        experts = self._fit_experts(spots, labels, views, parts=parts)
         for rows in row_blocks(*shape):
-            network = self._network_prediction(networks, labels, rows)
-            found = {name: part.expression(rows) for name, part in experts.items()} | {NETWORK: network}
+            found = {name: part.expression(rows) for name, part in experts.items()} | {NETWORK: result[rows].copy()}
             result[rows] = self._weighted_sum(found, "weights")
             for name, values in shown.items():
                 if name == WITHOUT:
@@ -238,27 +238,17 @@ class AsignModel:
             return noise
         return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
 
-    def _network_states(self, spots: Spots) -> list[tuple[MSAGNet, Tensor]]:
-        """Networks, and the states of all spots after their graph layers."""
-        inputs, found = graph_inputs(spots, self.params), []
+    def _network_prediction(self, spots: Spots, labels: LabelPredictions) -> np.ndarray:
+        """(n, g) mean over the networks, one after the other: the states of a network take more memory than 250 genes."""
+        inputs, total = graph_inputs(spots, self.params), np.zeros((len(spots.known), len(self.var_names)), np.float32)
         with suitable_threads(len(spots.known), self.params.width):
-            for state in self._networks:
+            for genes, weights in zip(self._scales, self._networks, strict=True):
                 network = MSAGNet(self._n_features, self._tensors["group"], self.params)
-                network.load_state_dict(state)
-                network.eval().to(spots.device)
-                found.append((network, graph_states(network, inputs)))
-        return found
-
-    def _network_prediction(
-        self, networks: list[tuple[MSAGNet, Tensor]], labels: LabelPredictions, rows: slice
-    ) -> np.ndarray:
-        """(m, g) mean over the networks at some spots."""
-        part = labels.part(rows)
-        total = np.zeros(part.base.expression().shape, np.float32)
-        with suitable_threads(len(labels.support), self.params.width):
-            for genes, (network, states) in zip(self._scales, networks, strict=True):
-                total += genes.restore(decode_states(network, states[rows], part.inputs(genes)))
-        total /= len(networks)
+                network.load_state_dict(weights)
+                states = graph_states(network.eval().to(spots.device), inputs)
+                for rows in row_blocks(*total.shape):
+                    total[rows] += genes.restore(decode_states(network, states[rows], labels.inputs(genes, rows)))
+        total /= len(self._networks)
         return total
 
     @property
