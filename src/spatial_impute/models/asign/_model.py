@@ -239,7 +239,7 @@ class AsignModel:
         return noise_elsewhere(spots, noise, float(self._tensors["noise"][0]))
 
     def _network_prediction(self, spots: Spots, labels: LabelPredictions) -> np.ndarray:
-        """(n, g) mean over the networks, one after the other: the states of a network take more memory than 250 genes."""
+        """(n, g) mean over the networks. One after the other, so that the states of one are in memory."""
         inputs, total = graph_inputs(spots, self.params), np.zeros((len(spots.known), len(self.var_names)), np.float32)
         with suitable_threads(len(spots.known), self.params.width):
             for genes, weights in zip(self._scales, self._networks, strict=True):
