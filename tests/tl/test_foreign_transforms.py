@@ -3,8 +3,11 @@ from __future__ import annotations
 import copy
 
 import ants
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.ndimage import gaussian_filter, shift
 
 import spatial_impute as si
 from spatial_impute._registration import SectionTransform
@@ -270,6 +273,36 @@ def test_units_of_a_field(tmp_path):
     found = si.tl.read_transformation(tmp_path / "f.nrrd", section_unit=500.0, reference_unit=1000.0)
     np.testing.assert_allclose(found.inverse([[1000.0, 800.0]]), [[750.0, 400.0]], atol=0.01)
     np.testing.assert_allclose(found.points([[750.0, 400.0]]), [[1000.0, 800.0]], atol=0.01)
+
+
+def test_composite_transform_is_the_matrix_and_the_field(tmp_path):
+    """A composite of antspyx moves points as antspyx does with it."""
+    rng = np.random.default_rng(0)
+    fixed = gaussian_filter(rng.random((60, 50)), 3)
+    moving = gaussian_filter(shift(fixed, (2, -3), mode="nearest") + 0.01 * rng.random(fixed.shape), 1)
+    images = [ants.from_numpy(a, spacing=(10.0, 10.0), origin=(5.0, 5.0)) for a in (fixed, moving)]
+    made = ants.registration(*images, "SyN", outprefix=str(tmp_path / "s"), write_composite_transform=True)
+    found = si.tl.read_transformation(made["fwdtransforms"])
+    points = pd.DataFrame(rng.uniform(100, 400, (50, 2)), columns=["x", "y"])
+    expected = ants.apply_transforms_to_points(2, points, [made["fwdtransforms"]]).to_numpy()
+    assert np.ptp(expected - points, axis=0).min() > 1  # not a shift alone
+    np.testing.assert_allclose(found.inverse(points.to_numpy()), expected, atol=0.2)
+    np.testing.assert_allclose(found.points(expected), points, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"), [(None, "no HDF5"), ([], "0 displacement"), (["Affine"], "0 displacement")]
+)
+def test_file_that_is_no_composite(tmp_path, kinds, message):
+    path = tmp_path / "s.h5"
+    path.write_bytes(b"x")
+    if kinds is not None:
+        with h5py.File(path, "w") as file:
+            for i, kind in enumerate(kinds):
+                file[f"TransformGroup/{i}/TransformType"] = [f"{kind}Transform_float_2_2".encode()]
+                file[f"TransformGroup/{i}/TransformFixedParameters"] = np.zeros(2)
+    with pytest.raises(ValueError, match=message):
+        si.tl.read_transformation(path)
 
 
 def test_image_that_is_no_field(tmp_path):

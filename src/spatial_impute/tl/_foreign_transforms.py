@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from spatial_impute._geometry import apply_affine, exchanged_axes, linear_scale, scaling
 from spatial_impute._io.files import file_to_write, read_text, written_whole
@@ -41,8 +42,9 @@ def read_transformation(
     """Read the place of a section from a file of another program, for ``register_stack(transformations=...)``.
 
     - A matrix of ITK or ANTs (``.mat``, ``.tfm``, ``.txt``) with the reference as the fixed image.
-    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``) from the reference, as the fixed image, all
-      the way to the section. ``antsApplyTransforms -o [field.nii.gz,1]`` writes one for a list of transforms.
+    - A displacement field of ITK or ANTs (``.nii``, ``.nii.gz``, ``.nrrd``), or a composite transform with one
+      (``.h5``), from the reference, as the fixed image, all the way to the section. ``antsApplyTransforms -o
+      [field.nii.gz,1]`` writes a field for a list of transforms.
     - Pairs of points (``.csv``, ``.tsv``): rows that end in four numbers (x, y in the section, x, y in the reference),
       or in six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows,
       with a warning.
@@ -96,14 +98,14 @@ def read_transformation(
         _warn_of_units(path, np.sqrt(reference.var(axis=0).sum() / max(section.var(axis=0).sum(), 1e-12)))
         return section, reference
     try:
-        if path.name.lower().endswith(_FIELDS):
+        if path.name.lower().endswith((*_FIELDS, ".h5")):
             return _read_field(path, (here, there))
         is_itk = path.suffix.lower() == ".mat" or path.read_bytes().startswith(_ITK_HEADER)
         matrix = _read_itk(path) if is_itk else _read_numbers(path)
         matrix = check_matrix(scaling(there) @ matrix @ scaling(1 / here))
     except (ValueError, RuntimeError) as error:
         msg = (
-            "Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`), or six or nine "
+            "Expected a 2D linear transform of ITK, a 2D displacement field (`.nii.gz`, `.nrrd`, `.h5`), or six or nine "
             f"numbers of a matrix, found something else in {str(path)!r}: {error}"
         )
         raise ValueError(msg) from error
@@ -175,9 +177,8 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         elif path.suffix.lower() in (".mat", ".tfm"):
             _write_itk(part, transform.matrix)
         else:
-            require_key(
-                record.reference, record.names, where="the stack's sections", then="The field covers its image."
-            )
+            there = {"where": "the stack's sections", "then": "The field covers its image."}
+            require_key(record.reference, record.names, **there)
             _write_field(part, transform, section_levels(sdata, record[record.reference])[0])
 
 
@@ -382,21 +383,8 @@ def _read_field(path: Path, units: tuple[float, float]) -> SectionTransform:
 
     The matrix that fits the whole field best becomes the affine part, and the rest the deformation.
     """
-    import ants
-
-    image = ants.image_read(str(path))
-    if image.dimension != 2 or image.components != 2 or not np.allclose(image.direction, np.eye(2)):
-        msg = (
-            f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction "
-            f"{image.direction.tolist()}."
-        )
-        raise ValueError(msg)
-    size, first = np.array(image.spacing), np.array(image.origin)
-    shape = np.array(image.shape)
-    index = np.stack(np.meshgrid(*map(np.arange, shape)), axis=-1).reshape(-1, 2)
-    reference = first + index * size
-    section = (reference + image.numpy()[index[:, 0], index[:, 1]]) * units[0]
-    reference = reference * units[1]
+    (size, first, shape), found = (_sample_composite if path.suffix.lower() == ".h5" else _sample_image)(path)
+    section, reference = found * units[0], _lattice(size, first, shape) * units[1]
     matrix = landmark_matrix(section, reference, "affine")
     pull = (apply_affine(section, matrix) - reference).reshape(*shape[::-1], 2).astype(np.float32)
     corner = (first - 0.5 * size) * units[1]
@@ -406,6 +394,43 @@ def _read_field(path: Path, units: tuple[float, float]) -> SectionTransform:
         back = SectionTransform(np.eye(3), pull, push, grid).inverse(reference + push.reshape(-1, 2))
         push -= (back - reference).reshape(push.shape).astype(np.float32)
     return SectionTransform(matrix, pull, push, grid)
+
+
+def _lattice(size: np.ndarray, first: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """(n, 2) centres of pixels, row by row, from their size, the first centre, and the number along x and y."""
+    return first + np.stack(np.meshgrid(*map(np.arange, shape)), axis=-1).reshape(-1, 2) * size
+
+
+def _sample_image(path: Path) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Lattice of a displacement field, and the places to which it moves the points of the lattice."""
+    import ants
+
+    image = ants.image_read(str(path))
+    if image.dimension != 2 or image.components != 2 or not np.allclose(image.direction, np.eye(2)):
+        msg = f"it has {image.dimension} dimensions, {image.components} values per pixel and the direction {image.direction}."
+        raise ValueError(msg)
+    lattice = np.array(image.spacing), np.array(image.origin), np.array(image.shape)
+    return lattice, _lattice(*lattice) + image.numpy().transpose(1, 0, 2).reshape(-1, 2)
+
+
+def _sample_composite(path: Path) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Lattice of the field in a composite transform, and the places to which the whole transform moves its points."""
+    import ants
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        msg = "it is no HDF5 file."
+        raise ValueError(msg)
+    with h5py.File(path) as file:
+        parts = list(file.get("TransformGroup", {}).values())
+        fields = [p["TransformFixedParameters"][:] for p in parts if b"DisplacementField" in p["TransformType"][0]]
+    if len(fields) != 1 or len(fields[0]) != 10 or not np.allclose(fields[0][6:], [1, 0, 0, 1]):
+        msg = f"it has {len(fields)} displacement fields; expected one of two dimensions that is not turned."
+        raise ValueError(msg)
+    shape, first, size = fields[0][:6].reshape(3, 2)
+    lattice = size, first, shape.astype(int)
+    moved = ants.apply_transforms_to_points(2, pd.DataFrame(_lattice(*lattice), columns=["x", "y"]), [str(path)])
+    return lattice, moved[["x", "y"]].to_numpy()
 
 
 def _write_field(path: Path, transform: SectionTransform, reference: Level) -> None:
@@ -420,7 +445,7 @@ def _write_field(path: Path, transform: SectionTransform, reference: Level) -> N
         step = min(step, float(np.linalg.norm(transform.grid[:2, 0])))
     shape = np.ceil(extent / step).astype(int)
     first = low + 0.5 * step
-    points = first + np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 2) * step
-    field = (transform.inverse(points) - points).reshape(*shape, 2).astype(np.float32)
+    points = _lattice(step, first, shape)
+    field = (transform.inverse(points) - points).reshape(*shape[::-1], 2).transpose(1, 0, 2).astype(np.float32)
     image = ants.from_numpy(field, origin=tuple(first), spacing=(step, step), has_components=True)
     ants.image_write(image, str(path))
