@@ -418,12 +418,11 @@ def _sample_composite(path: Path) -> tuple[tuple[np.ndarray, np.ndarray, np.ndar
     import ants
     import h5py
 
-    if not h5py.is_hdf5(path):
-        msg = "it is no HDF5 file."
-        raise ValueError(msg)
-    with h5py.File(path) as file:
-        parts = list(file.get("TransformGroup", {}).values())
-        fields = [p["TransformFixedParameters"][:] for p in parts if b"DisplacementField" in p["TransformType"][0]]
+    fields = []
+    if h5py.is_hdf5(path):
+        with h5py.File(path) as file:
+            parts = list(file.get("TransformGroup", {}).values())
+            fields = [p["TransformFixedParameters"][:] for p in parts if b"DisplacementField" in p["TransformType"][0]]
     if len(fields) != 1 or len(fields[0]) != 10 or not np.allclose(fields[0][6:], [1, 0, 0, 1]):
         msg = f"it has {len(fields)} displacement fields; expected one of two dimensions that is not turned."
         raise ValueError(msg)
