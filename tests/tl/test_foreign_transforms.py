@@ -290,10 +290,8 @@ def test_composite_transform_is_the_matrix_and_the_field(tmp_path):
     np.testing.assert_allclose(found.points(expected), points, atol=0.2)
 
 
-@pytest.mark.parametrize(
-    ("kinds", "message"), [(None, "no HDF5"), ([], "0 displacement"), (["Affine"], "0 displacement")]
-)
-def test_file_that_is_no_composite(tmp_path, kinds, message):
+@pytest.mark.parametrize("kinds", [None, [], ["Affine"]])
+def test_file_that_is_no_composite(tmp_path, kinds):
     path = tmp_path / "s.h5"
     path.write_bytes(b"x")
     if kinds is not None:
@@ -301,7 +299,7 @@ def test_file_that_is_no_composite(tmp_path, kinds, message):
             for i, kind in enumerate(kinds):
                 file[f"TransformGroup/{i}/TransformType"] = [f"{kind}Transform_float_2_2".encode()]
                 file[f"TransformGroup/{i}/TransformFixedParameters"] = np.zeros(2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="0 displacement fields"):
         si.tl.read_transformation(path)
 
 
