@@ -109,6 +109,7 @@ def stack(n_spots: int, n_sections: int, n_genes: int, times: dict[str, float]):
         tokens.append(standardise_by_section(noise, section).reshape(len(xyz), t, _WIDTH))
     known = section == n_sections // 2
     expression = fields[known] @ rng.normal(size=(8, n_genes)) / 4 + rng.normal(size=(known.sum(), n_genes))
+    expression = expression.astype(np.float32)  # as `tl.fit_asign` and `tl.impute_3d` do
     start = time.perf_counter()
     graph = default_graph(xyz, section, tokens[0][:, 0])
     times["graph_s"] = time.perf_counter() - start

@@ -10,7 +10,7 @@ import pandas as pd
 
 from spatial_impute._expression import gene_blocks
 from spatial_impute._scores import bootstrap_interval, pearson_by_gene, predictable_genes, summarise
-from spatial_impute.models.asign._predictions import row_blocks
+from spatial_impute.models.asign._predictions import ALL, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +33,11 @@ class KnownTruth:
     folds: np.ndarray  # (n_known,)
     weight: np.ndarray  # (n_known,) of each spot
     gated: frozenset[str] = frozenset()  # methods that are used only for genes that they predict better than chance
+    rows: np.ndarray | None = None  # of these spots in the tables of held-out predictions; all by default
+
+    def some(self, rows: np.ndarray) -> KnownTruth:
+        """Some of the spots, from a (n_known,) mask; tables of predictions are read, and not copied."""
+        return KnownTruth(self.values[rows], self.folds[rows], self.weight[rows], self.gated, np.flatnonzero(rows))
 
     def blend(self, held_out: dict[str, np.ndarray], experts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(g, k) weights of the experts, and the blend of their held-out predictions with the weights of other folds."""
@@ -41,7 +46,7 @@ class KnownTruth:
 
         def deviations(genes: slice) -> tuple[np.ndarray, np.ndarray]:
             own_centre, own_scale = centre[:, genes][fold], scale[:, genes][fold]
-            predictions = np.stack([(held_out[name][:, genes] - own_centre) / own_scale for name in experts])
+            predictions = np.stack([(self._own(held_out[name], genes) - own_centre) / own_scale for name in experts])
             return predictions, (self.values[:, genes] - own_centre) / own_scale
 
         weights, blended = _Blend(
@@ -51,6 +56,10 @@ class KnownTruth:
             blended[rows] *= scale[fold[rows]]
             blended[rows] += centre[fold[rows]]
         return weights, blended
+
+    def _own(self, table: np.ndarray, genes: slice = ALL) -> np.ndarray:
+        """Rows of the spots in a table of held-out predictions."""
+        return table[:, genes] if self.rows is None else table[:, genes][self.rows]
 
     def _without_fold(self, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(folds, g) mean and standard deviation of the spots that are not in a fold."""
@@ -67,7 +76,8 @@ class KnownTruth:
         used = np.ones((len(parts), len(experts), self.values.shape[1]), dtype=bool)
         for k, name in enumerate(experts):
             if name in self.gated:
-                used[:, k] = [predictable_genes(held_out[name][p], self.values[p], self.folds[p]) for p in parts]
+                found = self._own(held_out[name])
+                used[:, k] = [predictable_genes(found[p], self.values[p], self.folds[p]) for p in parts]
         return used
 
 

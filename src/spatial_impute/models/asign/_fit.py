@@ -71,7 +71,10 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         tried[name] = networks, networks.try_regimes(regime)
         regime = networks.best_regime(tried[name][1], networks.trials)  # the first base chooses for the other
     base = _better_base({name: _trial_errors(*parts, found) for name, parts in tried.items()})
-    ensemble = tried[base][0].run(tried[base][1])
+    networks, runs = tried[base]
+    del tried  # each run has predictions of all genes, and all of them together take a gigabyte
+    ensemble = networks.run(runs)
+    del networks, runs
 
     truth, rows = found.known.values, dict(found.rows)
     rows[NETWORK] = ensemble.held_out
@@ -79,6 +82,9 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     weights, rows["asign"] = found.known.blend(rows, experts)
     weights_without, rows[WITHOUT] = found.known.blend(rows, found.blended)
     rows[BASE] = rows["mean" if base == "none" else base]
+    results = held_out_results(rows, found.known, var_names)
+    residuals, residuals_of_mean, support = rows["asign"] - truth, rows["mean"] - truth, found.support
+    del rows, found
     return AsignModel(
         params=params,
         var_names=list(var_names),
@@ -92,9 +98,9 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
             "weights_without": torch.tensor(weights_without, dtype=torch.float32),
-            **_interval_tensors(data, rows["asign"] - truth, rows["mean"] - truth, found.support, params),
+            **_interval_tensors(data, residuals, residuals_of_mean, support, params),
         },
-        **held_out_results(rows, found.known, var_names),
+        **results,
         history=ensemble.history,
         config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
         cohort=fit_cohort(stacks, var_names, settings, fingerprint) if len(stacks) > 1 else None,
@@ -175,9 +181,8 @@ def _bases(params: AsignParams, error: dict[str, float]) -> list[str]:
 def _trial_errors(networks: NetworkFit, runs: Runs, held_out: _HeldOut) -> np.ndarray:
     """(m,) squared error of the blend of the networks with other methods at the spots of the trial folds."""
     found, known = networks.held_out(runs, networks.trials), held_out.known
-    seen = np.isfinite(found).all(axis=1)
-    part = KnownTruth(known.values[seen], known.folds[seen], known.weight[seen], known.gated)
-    rows = {name: held_out.rows[name][seen] for name in held_out.blended} | {NETWORK: found[seen]}
+    rows = {name: held_out.rows[name] for name in held_out.blended} | {NETWORK: found}
+    part = known.some(np.isfinite(found[:, 0]))
     _, blended = part.blend(rows, list(rows))
     return part.weight * np.mean((blended - part.values) ** 2, axis=1)
 
