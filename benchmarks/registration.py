@@ -154,7 +154,8 @@ def moved_section(
     y, x = np.indices((side, side)) + 0.5
     back = np.linalg.inv(forward)
     source = np.stack([x, y], axis=-1) * size @ back[:2, :2].T + back[:2, 2] + bend
-    glass = np.median(rgb[~section.mask], axis=0)
+    # Tissue that fills the image shows no glass; its brightest pixels are nearest to it.
+    glass = np.percentile(rgb, 99, axis=(0, 1)) if section.mask.all() else np.median(rgb[~section.mask], axis=0)
     where = [source[..., 1] / section.pixel_size[1] - 0.5, source[..., 0] / size - 0.5]
     image = np.stack([ndi.map_coordinates(rgb[..., k], where, order=1, cval=glass[k]) for k in range(3)], axis=-1)
     density = -np.log(np.clip(image, 1, None) / glass) * rng.uniform(0.7, 1.3, 3)
