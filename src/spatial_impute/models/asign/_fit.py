@@ -83,8 +83,8 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     weights_without, rows[WITHOUT] = found.known.blend(rows, found.blended)
     rows[BASE] = rows["mean" if base == "none" else base]
     results = held_out_results(rows, found.known, var_names)
-    residuals, residuals_of_mean, support = rows["asign"] - truth, rows["mean"] - truth, found.support
-    del rows, found
+    asign, mean, support = rows["asign"], rows["mean"], found.support
+    del rows, found  # the tables of the other methods
     return AsignModel(
         params=params,
         var_names=list(var_names),
@@ -98,7 +98,7 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
             "weights_without": torch.tensor(weights_without, dtype=torch.float32),
-            **_interval_tensors(data, residuals, residuals_of_mean, support, params),
+            **_interval_tensors(data, asign - truth, mean - truth, support, params),
         },
         **results,
         history=ensemble.history,
