@@ -120,7 +120,7 @@ def evaluate(
         If a layer or section does not exist, or if `truth` shares no spot or no gene with the stack.
     ValueError
         If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or
-        if a layer was imputed when other spots were measured than now.
+        if a layer was imputed when other spots were measured than now, or equals the truth.
     TypeError
         If `truth` is not an AnnData.
 

@@ -270,13 +270,13 @@ def _with_area(found: GeoDataFrame) -> GeoDataFrame:
 
 def _require_on_image(middle: np.ndarray, size: tuple[int, int], what: str) -> None:
     """Raise a ``ValueError`` if most of the points (n, 2), in px, lie outside the image."""
-    outside = ((middle < 0) | (middle > [size[1], size[0]])).any(axis=1)
+    outside = np.any((middle < 0) | (middle > [size[1], size[0]]), axis=1)
     if outside.mean() > _MOST_OUTSIDE:
         low, high = middle.min(axis=0), middle.max(axis=0)
         msg = (
-            f"{int(outside.sum())} of {len(outside)} {what} ({size[1]} x {size[0]} px): they run from ({low[0]:.0f}, {low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must "
-            "be in pixels of its full resolution: multiply by the downsampling of the image that they were found on, "
-            "or divide um by its `mpp`."
+            f"{int(outside.sum())} of {len(outside)} {what} ({size[1]} x {size[0]} px): they run from ({low[0]:.0f}, "
+            f"{low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must be in pixels of its full resolution: multiply "
+            "by the downsampling of the image that they were found on, or divide um by its `mpp`."
         )
         raise ValueError(msg)
 
