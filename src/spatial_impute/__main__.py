@@ -56,12 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     if options.command == "demo":
-        run_demo(options.output, data=options.data)
-        return 0
+        return _demo(options)
     if options.command == "info":
         print(info())
         return 0
     return _run(run, options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from spatial_impute._cli.config import ConfigError
+
+    try:
+        run_demo(options.output, data=options.data)
+    except (ConfigError, FileExistsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -130,12 +140,14 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
     """
     import matplotlib as mpl
 
-    from spatial_impute._cli.run import draw, save_stack
+    from spatial_impute._cli.run import draw, require_own_folder, save_stack
     from spatial_impute._io.workers import local_workers
 
     mpl.use("Agg")
     start = time.perf_counter()
+    require_own_folder(output)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "run.json").touch()
     sdata, truth, genes = _demo_stack(data)
     with local_workers():
         si.tl.register_stack(sdata)
@@ -161,6 +173,7 @@ def run_demo(output: Path, *, data: str = "auto") -> pd.DataFrame:
         "imputed.h5ad": "the stack table: layers, coordinates, graph",
         "stack.zarr": "the whole SpatialData object",
         "asign_model": "the fitted model",
+        "run.json": "the sign that the files of this folder may be replaced",
     }
     lines = [f"  {output / name}: {what}" for name, what in contents.items()]
     logger.info("Wrote in %.0f s:\n%s", time.perf_counter() - start, "\n".join(lines))

@@ -309,6 +309,25 @@ def test_run_refuses_a_folder_of_others(inputs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_demo_refuses_a_folder_of_others(tmp_path, capsys):
+    (tmp_path / "stack.zarr").mkdir()  # of the user; a demo writes one of this name
+    assert main(["demo", "--data", "synthetic", "--output", str(tmp_path)]) == 2
+    assert "holds files that no run has written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["stack.zarr"]
+
+
+@pytest.mark.parametrize("more", [[], ["--check"]])
+def test_run_refuses_to_replace_its_own_input(inputs, tmp_path, capsys, more):
+    """The result of a run as the input of the next one: images are lazy, and would be deleted before they are read."""
+    store = tmp_path / "out" / "stack.zarr"
+    store.mkdir(parents=True)
+    (tmp_path / "out" / "run.json").touch()
+    (inputs / "again.yaml").write_text(RUN.replace("image: top.tif", f"spatialdata: {store}"))
+    assert main(["run", str(inputs / "again.yaml"), "--output", str(tmp_path / "out"), *more]) == 2
+    assert f"`sections.top.spatialdata`: '{store}' lies in the output of this run" in capsys.readouterr().err
+    assert store.exists()
+
+
 @pytest.fixture
 def results(small_stack):
     table = small_stack.tables["stack"]

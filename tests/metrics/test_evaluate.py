@@ -278,3 +278,32 @@ def test_scores_of_a_section_that_the_model_has_seen_are_announced(small_stack, 
     with caplog.at_level("WARNING", "spatial_impute"):
         si.metrics.evaluate(small_stack, own, sections=["s1"])
     assert "so their scores are too high" in caplog.text
+
+
+def held_out(sdata) -> None:
+    """The measured section counts as unmeasured from now on, and another one as measured."""
+    table = sdata.tables["stack"]
+    table.obs["measured"] = (table.obs["section"] == "s0").to_numpy()
+    table.layers["measured"][table.obs["measured"]] = table.layers["close"][table.obs["measured"]]
+
+
+@pytest.mark.parametrize("name", ["measured", "copy", "float16", "part"])
+def test_a_layer_that_holds_the_truth_itself_is_refused(scored, truth, name):
+    """Copies, renamed layers, and tables after `anndata.concat` have no record of what was measured then."""
+    table = scored.tables["stack"]
+    layer = table.layers["measured"].copy()
+    held_out(scored)
+    if name == "part":  # most spots of the section were predicted
+        rows = np.flatnonzero((table.obs["section"] == "s1").to_numpy())[8:]
+        layer[rows] = table.layers["close"][rows]
+    if name != "measured":
+        table.layers[name] = layer.astype(np.float16) if name == "float16" else layer
+    with pytest.raises(ValueError, match=r"equals `truth` at \d+ of \d+ scored spots of section 's1'"):
+        si.metrics.evaluate(scored, truth, layers=name, sections=["s1"])
+
+
+def test_the_nearest_spot_of_noisy_counts_is_a_prediction(scored, truth):
+    """Copied spots are predictions of others, also where many genes are zero."""
+    table = scored.tables["stack"]
+    table.layers["nearest"] = np.roll(truth[table.obs_names, table.var_names].X.toarray(), 1, axis=0)
+    assert np.isfinite(si.metrics.evaluate(scored, truth, layers="nearest").loc["nearest", "pearson_gene"])

@@ -413,3 +413,74 @@ def test_graph_notices_that_two_sections_exchanged_their_features(pristine):
         ValueError, match=r"was built from other image features than the table has now\. [^.]* run `.*` again\.$"
     ):
         si.tl.impute_baseline(sdata, "propagation")
+
+
+def test_what_was_moved_in_the_common_frame_is_said(pristine):
+    """Only `register_stack` places sections: by hand, the transformation alone would change."""
+    sdata = copy.deepcopy(pristine[0])
+    for call in (select, register):
+        call(sdata, 0)
+    image = sdata.images["s0_image"]
+    moved = Sequence([get_transformation(image, "aligned"), Translation([40, 0], axes=("x", "y"))])
+    set_transformation(image, moved, "aligned")
+    _, said = listen(lambda: si.tl.impute_baseline(sdata, "kernel", inplace=False))
+    assert len(said) == 1
+    assert "`sdata.images['s0_image']` was moved in 'aligned'" in said[0]
+    register(sdata, 0)
+    assert listen(lambda: si.tl.impute_baseline(sdata, "kernel", inplace=False))[1] == []
+
+
+def test_points_that_lost_their_place_do_not_stop_a_registration(pristine):
+    """`copy.deepcopy` drops the transformations of points; before, images were moved and then an error came."""
+    sdata = copy.deepcopy(pristine[0])
+    register(sdata, 0)
+    si.tl.points_3d(sdata)
+    sdata = copy.deepcopy(sdata)
+    register(sdata, 1)
+    np.testing.assert_allclose(
+        sdata.attrs["spatial_impute"]["stack"]["registration"]["sections"]["s0"]["matrix"][0][2], 12
+    )
+    with pytest.raises(KeyError, match="has no transformation to a section"):
+        si.tl.warp_element(sdata, "stack_points", key_added="again")
+
+
+def test_counts_are_compared_by_gene(pristine):
+    """Columns in another order are the same counts; the columns of two genes exchanged are not, though all sums are."""
+    sdata = copy.deepcopy(pristine[0])
+    for call in PREPARE.values():
+        call(sdata, 0)
+    sdata.tables["s1_counts"] = counts = sdata.tables["s1_counts"][:, ::-1].copy()
+    assert listen(lambda: si.tl.impute_baseline(sdata, "mean"))[1] == []
+    counts.X = counts.X[:, [1, 0, *range(2, counts.n_vars)]]
+    _, said = listen(lambda: si.tl.impute_baseline(sdata, "mean"))
+    assert len(said) == 1
+    assert "Run `si.pp.select_genes(sdata)` again" in said[0]
+
+
+def test_pixels_that_were_loaded_are_used_as_lazy_ones(sdata, pixnet):
+    """`element.load()` leaves an array of NumPy, which SpatialData takes in no new element."""
+    si.tl.predict_dense(sdata, "s0_image", pixnet, features=True, key_added="features")
+    lazy = si.tl.genes_from_features(sdata, "features", pixnet, inplace=False)
+    warped = si.tl.warp_element(sdata, "s0_image", inplace=False)
+    for key in ("features", "s0_image"):
+        sdata.images[key].load()
+    np.testing.assert_array_equal(si.tl.genes_from_features(sdata, "features", pixnet, inplace=False), lazy)
+    np.testing.assert_array_equal(si.tl.warp_element(sdata, "s0_image", inplace=False), warped)
+    again = si.pp.assemble_stack({"a": sdata}, coordinate_system={"a": "s0"}, mpp=1.0, z=[0.0])
+    np.testing.assert_array_equal(again.images["a_image"], sdata.images["s0_image"])
+
+
+def test_a_map_of_another_image_is_said_where_it_is_exported(sdata, pixnet, tmp_path):
+    si.tl.predict_dense(sdata, "s0_image", pixnet)
+    register(sdata, 1)
+    calls = {
+        "write_ome_tiff": lambda: si.tl.write_ome_tiff(
+            sdata, "s0_image_expression", tmp_path / "map.ome.tif", overwrite=True
+        ),
+        "warp_element": lambda: si.tl.warp_element(sdata, "s0_image_expression", inplace=False),
+        "dense": lambda: si.pl.dense(sdata, "s0_image_expression", sdata.tables["stack"].var_names[0], show=False),
+    }
+    assert {name: listen(call)[1] for name, call in calls.items()} == {name: [] for name in calls}
+    sdata.images["s0_image"].data = 255 - sdata.images["s0_image"].data
+    for name, call in calls.items():
+        assert ["predicted from another image" in text for text in listen(call)[1]] == [True], name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import geopandas as gpd
@@ -327,6 +328,10 @@ def test_a_changed_slide_is_named_and_another_slide_with_the_same_grid_is_not(sm
     table = small_stack.tables["stack"]
     table.layers["measured"] = 0.9 * table.layers["measured"]
     assert not warnings()
+    si.pp.select_genes(small_stack, n_top_genes=2)
+    assert re.search(
+        "What the model was fitted on, 's1_image' and 's1_spots', cannot be compared .* not found", warnings()[0]
+    )
 
 
 def test_frame_of_another_unit_gives_the_same_values(small_stack, small_pixnet):

@@ -95,10 +95,18 @@ def test_pixels_become_micrometres(tmp_path):
         "section_x,reference_x,section_y,reference_y",
         "fixed x,fixed y,mov x,mov y",
         "y,x,y,x",
+        "y1,x1,y2,x2",
+        "y_section,x_section,y_reference,x_reference",
+        "section y (px),section x (px),reference y (px),reference x (px)",
+        "section_row,section_col,reference_row,reference_col",
+        "sy,sx,ry,rx",
+        "fixedX,fixedY,movingX,movingY",
+        "section_x,section_y,reference_x,reference_y,error",
     ],
 )
 def test_columns_in_another_order_are_refused(tmp_path, header):
-    (tmp_path / "points.csv").write_text(f"{header}\n1,2,3,4\n5,6,7,9")
+    rows = "1,2,3,4,5\n5,6,7,9,5" if "error" in header else "1,2,3,4\n5,6,7,9"
+    (tmp_path / "points.csv").write_text(f"{header}\n{rows}")
     with pytest.raises(ValueError, match="Change the order of the columns"):
         si.tl.read_transformation(tmp_path / "points.csv")
 
@@ -109,6 +117,11 @@ def test_columns_in_another_order_are_refused(tmp_path, header):
         "moving_x,moving_y,fixed_x,fixed_y",
         "sec_x,sec_y,ref_x,ref_y",
         "x,y,x,y",
+        "x1,y1,x2,y2",
+        "sx,sy,rx,ry",
+        "section x (px),section y (px),reference x (px),reference y (px)",
+        "section_col,section_row,reference_column,reference_row",
+        "movingX,movingY,fixedX,fixedY",
         "mov x,mov y,z,fix x,fix y,z",
         "a,b,c,d",
     ],
@@ -144,6 +157,7 @@ def test_pairs_of_points_place_a_section(sdata, tmp_path):
     [
         ("a.txt", "1 2 3 4", "4 numbers"),
         ("a.txt", "1 0 0\n0 0 0", "invertible"),
+        ("a.txt", "1 0.1 20\n\u22120.1 1 10", "6 numbers and '\u2212'"),
         ("a.txt", "1 0 20 0 1 10", "may stand row by row or column by column"),
         ("a.txt", "1\n0\n0\n1\n20\n10", "in lines of three"),
         ("a.txt", "1 0\n0 1\n20 10", "in lines of three"),

@@ -59,7 +59,7 @@ def check(config: RunConfig) -> None:
 
     _raise_all(
         [
-            lambda: _require_own_folder(config.output),
+            lambda: _require_output(config),
             lambda: require_encoder_name(config.encoder),
             lambda: require_device(config.device),
             lambda: _choose_genes(_open_sections(config), config),
@@ -92,7 +92,7 @@ def run(config: RunConfig) -> Path:
 
     mpl.use("Agg")
     started = time.perf_counter()
-    figures = _prepare(config.output)
+    figures = _prepare(config)
     sdata = assemble(config)
     with local_workers(config.workers, config.device):
         model, layer, scores = _impute(sdata, config)
@@ -305,16 +305,32 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     return found, float(mpp)
 
 
-def _prepare(output: Path) -> Path:
+def _prepare(config: RunConfig) -> Path:
     """Make the folder of figures; only the files of an earlier run are replaced."""
-    _require_own_folder(output)
+    _require_output(config)
+    output = config.output
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     (output / "run.json").touch()
     return figures
 
 
-def _require_own_folder(output: Path) -> None:
+def _require_output(config: RunConfig) -> None:
+    """Raise an error if the output may not be replaced, or holds an input of the run."""
+    require_own_folder(config.output)
+    for name, section in config.sections.items():
+        for key in (section.source, "counts", "fullres_image"):
+            path = getattr(section, key)
+            if path is not None and path.resolve().is_relative_to(config.output.resolve()):
+                msg = (
+                    f"`sections.{name}.{key}`: '{path}' lies in the output of this run, '{config.output}', whose files are replaced. "
+                    "Give another `output`."
+                )
+                raise ConfigError(msg)
+
+
+def require_own_folder(output: Path) -> None:
+    """Raise an error unless the folder is new, empty, or that of an earlier run, whose files may be replaced."""
     if output.exists() and not output.is_dir():
         msg = f"`output`: '{output}' is a file; give a folder."
         raise ConfigError(msg)

@@ -5,6 +5,7 @@ from spatial_impute._stack.elements import (
     as_circles,
     displacement_elements,
     element_affine,
+    element_frames,
     image_element,
     in_rgb_order,
     load_transform,

@@ -236,6 +236,32 @@ def require_registration(record: StackRecord) -> dict:
     return record.registration
 
 
+def element_frames(element: object) -> dict[str, Any]:
+    """Transformations of an element by coordinate system; none for points of `copy.deepcopy`, which loses them."""
+    try:
+        return get_transformation(element, get_all=True) or {}
+    except AssertionError:  # of spatialdata
+        return {}
+
+
+def moved_elements(sdata: SpatialData, record: StackRecord) -> list[str]:
+    """Images and spots whose place in the common frame is not that of the registration."""
+    found, registration = [], require_registration(record)
+    target = registration["coordinate_system"]
+    for section in record.sections:
+        for kind, key in (("images", section.image), ("shapes", str(section.spots))):
+            element = getattr(sdata, kind).get(key)
+            frames = {} if element is None else element_frames(element)
+            if section.name not in registration["sections"] or not {section.name, target} <= set(frames):
+                continue
+            placed = np.asarray(registration["sections"][section.name]["matrix"]) @ element_affine(
+                element, section.name
+            )
+            if not np.allclose(placed, element_affine(element, target), rtol=1e-5, atol=1e-3):
+                found.append(f"sdata.{kind}[{key!r}]")
+    return found
+
+
 def registration_state(record: StackRecord) -> str:
     """Short hash of the places and qualities of all sections: it tells one registration from another."""
     text = json.dumps(require_registration(record)["sections"], sort_keys=True)

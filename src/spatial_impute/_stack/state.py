@@ -8,7 +8,6 @@ objects without fingerprints are used as they are.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from scipy import sparse
 from spatial_impute._image.levels import image_fingerprint, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack.elements import element_affine, load_transform, rows_of_spots, spot_geometry
+from spatial_impute._stack.elements import element_affine, load_transform, moved_elements, rows_of_spots, spot_geometry
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks
 
@@ -100,14 +99,12 @@ def section_images(sdata: SpatialData, record: StackRecord, names: Iterable[str]
 
 
 def counts_state(table: AnnData, layer: str | None) -> str:
-    """Fingerprint of a table of counts: its names, and the sums of its rows and columns."""
+    """Fingerprint of a table of counts: the sums of its rows and columns, each with its name."""
     matrix: Any = table.X if layer is None else table.layers[layer]
     ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
-    sums = (np.asarray(matrix.sum(axis=axis), dtype=np.float64).ravel() for axis in (1, 0))
-    rows, columns = (np.round(values, 3) for values in sums)
-    names = zlib.crc32("\n".join(table.var_names).encode())
-    of_rows = fingerprint(pd.util.hash_array(ids.to_numpy(object)).view(np.int64), rows)
-    return f"{of_rows}{fingerprint(columns)}{names:08x}"
+    sums = (np.round(np.asarray(matrix.sum(axis=axis), np.float64).ravel(), 3) for axis in (1, 0))
+    hashes = (pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64) for names in (ids, table.var_names))
+    return "".join(map(fingerprint, hashes, sums))
 
 
 def table_state(
@@ -116,8 +113,7 @@ def table_state(
     """Fingerprints of the slots of a stack table that an imputation reads."""
     known = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     xyz = np.round(np.asarray(table.obsm[Keys.SPATIAL_3D], float), _DIGITS)
-    rank = section_ranks(table, record.names)
-    rank = pd.factorize(rank, sort=True)[0]  # numbers of the sections that have rows
+    rank = pd.factorize(section_ranks(table, record.names), sort=True)[0]  # numbers of the sections that have rows
     found = {
         "layer": layer,
         "positions": fingerprint(xyz, rank),
@@ -181,8 +177,7 @@ def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections:
                 f"measurements at spots of sections {changed} that count as unmeasured. Impute the layer again."
             )
             raise ValueError(msg)
-    seen = origin.get(Keys.SEEN, {})
-    if seen:
+    if seen := origin.get(Keys.SEEN, {}):
         images = section_images(sdata, load_record(sdata), sections)
         learned = [name for name in sections if name in seen or images[name] in seen.values()]
         if learned:
@@ -239,6 +234,7 @@ def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str
     if Keys.SPATIAL not in table.obsm:
         return
     own = np.asarray(table.obsm[Keys.SPATIAL], float)
+    height = table.obs[Keys.Z].to_numpy(float) if Keys.Z in table.obs else np.full(table.n_obs, np.nan)
     for name, (centers, _, rows) in circles.items():
         moved = np.abs(own[rows, :2] - centers).max(axis=1, initial=0) > _MOVED
         if moved.any():
@@ -246,10 +242,6 @@ def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str
                 f"{int(moved.sum())} spots of section {name!r} lie elsewhere in `sdata.shapes[{record[name].spots!r}]` than in "
                 f"`obsm[{Keys.SPATIAL!r}]`, the first is {table.obs_names[rows[moved]][0]!r}. {_REGISTER} It reads them anew."
             )
-    if Keys.Z not in table.obs or not circles:
-        return
-    height = table.obs[Keys.Z].to_numpy(float)
-    for name, (_, _, rows) in circles.items():
         off = np.abs(height[rows] - record[name].z) > _MOVED
         if off.any():
             yield Problem(
@@ -279,18 +271,23 @@ def changed_images(sdata: SpatialData, record: StackRecord) -> list[str]:
     """Sections of a registered stack whose image is not the one that was registered."""
     registration = record.registration or {"sections": {}}
     recorded = registration.get(Keys.STATE, {}).get("images", {})  # none if all places were given
-    return _changed(
-        recorded, section_images(sdata, record, from_images(registration["sections"], record) if recorded else ())
-    )
+    names = from_images(registration["sections"], record) if recorded else ()
+    return _changed(recorded, section_images(sdata, record, names))
 
 
 def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
-    """Images that changed after the registration, and sections that are gone."""
+    """Images that changed or elements that moved after the registration, and sections that are gone."""
     registration = record.registration
     if registration is None:
         return
     for name in changed_images(sdata, record):
         yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
+    for element in moved_elements(sdata, record):
+        yield Problem(
+            f"`{element}` was moved in {registration['coordinate_system']!r} after the registration, whose place is used. Give your "
+            "place as `si.tl.register_stack(sdata, transformations={section: matrix})`.",
+            wrong=False,
+        )
     gone = sorted(set(registration["sections"]) - set(record.names))
     if gone:
         yield Problem(f"The stack was registered with the sections {gone}, which are gone. {_REGISTER}", wrong=False)

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+_SAME_VALUE = 1e-3  # relative: float16 rounds to half of it
+_LEAST_SEEN = 3  # genes above zero; two may agree by chance
+_MOST_COPIED = 0.05  # of the spots
 _MAX_COMPONENTS = 50  # of the features: enough to tell spots apart, few enough to find neighbors fast
 
 
@@ -117,7 +120,7 @@ def evaluate(
         If a layer or section does not exist, or if `truth` shares no spot or no gene with the stack.
     ValueError
         If `truth` holds raw counts, if ``truth.X`` is empty, if ``truth.layers[counts_layer]`` does not hold counts, or
-        if a layer was imputed when other spots were measured than now.
+        if a layer was imputed when other spots were measured than now, or equals the truth.
     TypeError
         If `truth` is not an AnnData.
 
@@ -277,9 +280,23 @@ def _read_layer(
         )
         values = np.where(missing, profile, values)
     sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
-    for part in parts.values():
+    for name, part in parts.items():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])
+        _require_prediction(values[part.rows], part.true, f"`{where}[{key!r}]`", name)
     return _Layer(values, sd)
+
+
+def _require_prediction(values: np.ndarray, true: np.ndarray, where: str, section: str) -> None:
+    """Raise a ``ValueError`` if a layer holds the truth itself: copies and renamed layers have no record that tells."""
+    seen = true != 0  # zeros may be predicted by chance
+    same = (np.abs(values - true) <= _SAME_VALUE * np.abs(true)) | ~seen
+    copied = same.all(axis=1) & (seen.sum(axis=1) >= _LEAST_SEEN)
+    if copied.mean() > _MOST_COPIED:
+        msg = (
+            f"{where} equals `truth` at {int(copied.sum())} of {len(copied)} scored spots of section {section!r}, so it holds their "
+            "measurement: it was made when they counted as measured, or is a copy. Impute the layer again, or leave it out."
+        )
+        raise ValueError(msg)
 
 
 def _ceilings(

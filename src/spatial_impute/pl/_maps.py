@@ -352,6 +352,8 @@ def dense(
     element = sdata.images[map_key]
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")
+    if coordinate_system is None:  # a registration adds the common frame
+        coordinate_system = _entry(sdata, map_key).get("coordinate_system")
     coordinate_system = _choose_system(element, coordinate_system, f"sdata.images[{map_key!r}]")
     image_key = _source(sdata, map_key) if image_key is None else image_key
     require_key(image_key, sdata.images, where="sdata.images")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import shapely
+from scipy.spatial import cKDTree
 from shapely.errors import ShapelyError
 from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
@@ -34,7 +36,7 @@ from spatial_impute._validation import require_finite, require_key, require_slot
 from spatial_impute.pp._extract_features import fields_layout, rows_of_spots, write_features
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from geopandas import GeoDataFrame, GeoSeries
@@ -119,7 +121,9 @@ def add_cells(
     if (own := _own_place(cells, section)) is not None:
         (a, b, x), (d, e, y), _ = np.linalg.inv(to_um) @ own
         found = found.set_geometry(found.geometry.affine_transform([a, b, d, e, x, y]))
-    _require_on_image(found, size, image)
+    bounds = found.geometry.bounds
+    middle = (bounds[["minx", "miny"]].to_numpy() + bounds[["maxx", "maxy"]].to_numpy()) / 2
+    _require_on_image(middle, size, f"outlines lie outside `sdata.images[{image!r}]`")
     sdata.shapes[key] = ShapesModel.parse(found, transformations=to_frames(record, section, plane_affine(to_um)))
     log_added(f"shapes[{key!r}]")
 
@@ -184,16 +188,19 @@ def _read_geojson(path: Path) -> GeoDataFrame:
         content = json.loads(read_text(path))
         features = _features(content)
         geometry = [shape(feature["geometry"]) if feature["geometry"] else None for feature in features]
+        properties = [feature.get("properties") or {} for feature in features]
+        columns = {
+            "class": [_class_name(part.get("classification") or {}) for part in properties],
+            "name": [str(part.get("name") or "") for part in properties],
+            "objectType": [str(part.get("objectType") or "") for part in properties],
+        }
     except (ValueError, KeyError, TypeError, AttributeError, ShapelyError) as error:
         msg = f"'{path}' is no GeoJSON file with features: {error!r}."
         raise ValueError(msg) from error
-    properties = [feature.get("properties") or {} for feature in features]
-    columns = {
-        "class": [_class_name(part.get("classification") or {}) for part in properties],
-        "name": [str(part.get("name") or "") for part in properties],
-        "objectType": [str(part.get("objectType") or "") for part in properties],
-    }
     ids = pd.Index([str(i if feature.get("id") is None else feature["id"]) for i, feature in enumerate(features)])
+    if not ids.is_unique:  # early versions of QuPath write the type of the object there
+        logger.warning("%s: the ids of its objects are repeated, so they are numbered", path)
+        ids = pd.RangeIndex(len(features)).astype(str)
     return gpd.GeoDataFrame({key: v for key, v in columns.items() if any(v)}, geometry=geometry, index=ids)
 
 
@@ -261,18 +268,15 @@ def _with_area(found: GeoDataFrame) -> GeoDataFrame:
     return found[kept]
 
 
-def _require_on_image(found: GeoDataFrame, size: tuple[int, int], image: str) -> None:
-    """Raise a ``ValueError`` if most outlines lie outside the image."""
-    bounds = found.geometry.bounds
-    middle = (bounds[["minx", "miny"]].to_numpy() + bounds[["maxx", "maxy"]].to_numpy()) / 2
-    outside = ((middle < 0) | (middle > [size[1], size[0]])).any(axis=1)
+def _require_on_image(middle: np.ndarray, size: tuple[int, int], what: str) -> None:
+    """Raise a ``ValueError`` if most of the points (n, 2), in px, lie outside the image."""
+    outside = np.any((middle < 0) | (middle > [size[1], size[0]]), axis=1)
     if outside.mean() > _MOST_OUTSIDE:
         low, high = middle.min(axis=0), middle.max(axis=0)
         msg = (
-            f"{int(outside.sum())} of {len(outside)} outlines lie outside `sdata.images[{image!r}]` ({size[1]} x "
-            f"{size[0]} px): they run from ({low[0]:.0f}, {low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must "
-            "be in pixels of its full resolution: multiply by the downsampling of the image that they were found on, "
-            "or divide um by its `mpp`."
+            f"{int(outside.sum())} of {len(outside)} {what} ({size[1]} x {size[0]} px): they run from ({low[0]:.0f}, "
+            f"{low[1]:.0f}) to ({high[0]:.0f}, {high[1]:.0f}). They must be in pixels of its full resolution: multiply "
+            "by the downsampling of the image that they were found on, or divide um by its `mpp`."
         )
         raise ValueError(msg)
 
@@ -303,7 +307,7 @@ def pool_features(
           shapes are the tiles, in pixels of the full resolution;
         - an AnnData with a row per tile: features in ``X``, centres of the tiles in ``obsm[spatial_key]``, in pixels
           (x, y) of the full resolution of the section's image;
-        - an array with a row per spot, in the order of ``sdata.shapes["{section}_spots"]``.
+        - a row per spot, as array in the order of ``sdata.shapes["{section}_spots"]`` or as data frame by their names.
     name
         Name of the encoder, for the provenance.
     features_key
@@ -324,7 +328,8 @@ def pool_features(
     KeyError
         If a section, a table or positions are missing.
     ValueError
-        For features that are not finite, have several widths, or have another number of rows than the spots.
+        For features that are not finite, have several widths, or have another number of rows than the spots, and for
+        tiles that lie outside the image or far from the spots.
 
     Examples
     --------
@@ -342,17 +347,22 @@ def pool_features(
     record = load_record(sdata)
     table = stack_table(sdata)
     layout = fields_layout(region_scale, global_scale)
+    if not isinstance(features, Mapping):
+        msg = f"`features` must name the section of each entry, e.g. `{{'s0': ...}}`, found {type(features).__name__}."
+        raise TypeError(msg)
     sections = [section for section in record.sections if section.spots is not None]
     spots = {section.name: spot_geometry(sdata, section) for section in sections}
     rows = rows_of_spots(table, {section: index for section, (_, _, index) in spots.items()})
     found, places = {}, {}
     for section in sections:
         require_key(section.name, features, where="features", then="Every section with spots needs features.")
-        centers, radius, _ = spots[section.name]
-        values, positions = _tiles(
-            sdata, section, features[section.name], centers, features_key=features_key, spatial_key=spatial_key
-        )
+        centers, radius, index = spots[section.name]
+        given = features[section.name]
+        if isinstance(given, pd.DataFrame):
+            given = _by_name(given, index.astype(str), section.name)
+        values, positions = _tiles(sdata, section, given, centers, features_key=features_key, spatial_key=spatial_key)
         places[section.name] = centers, 2 * float(np.median(radius))
+        _require_near(positions, centers, region_scale * places[section.name][1], f"features[{section.name!r}]")
         found[section.name] = pool_tiles(positions, values, *places[section.name], layout)
     images = section_images(sdata, record, found)
     provenance = {"encoder": name, "mpp": float("nan"), "stain_normalization": "", "sections": {}, Keys.STATE: images}
@@ -379,7 +389,38 @@ def _tiles(
     if pixels is None:
         return values, centers
     require_finite(pixels, name=f"positions of {where}")
-    return values, apply_affine(pixels, section_levels(sdata, section)[0].to_um)
+    finest = section_levels(sdata, section)[0]
+    _require_on_image(pixels, finest.shape, f"tiles of {where} lie outside `sdata.images[{section.image!r}]`")
+    return values, apply_affine(pixels, finest.to_um)
+
+
+def _by_name(frame: pd.DataFrame, ids: pd.Index, section: str) -> np.ndarray:
+    """Rows of a data frame in the order of the spots."""
+    require_unique(frame.index, name=f"The index of `features[{section!r}]`")
+    rows = frame.index.astype(str).get_indexer(ids)
+    if (rows < 0).any():
+        msg = (
+            f"`features[{section!r}]` has no row for {int((rows < 0).sum())} of {len(ids)} spots, the first is {ids[rows < 0][0]!r}. "
+            "Its index must name the spots; give rows in the order of the spots as an array, `frame.to_numpy()`."
+        )
+        raise ValueError(msg)
+    return frame.to_numpy()[rows]
+
+
+def _require_near(positions: np.ndarray, centers: np.ndarray, field: float, where: str) -> None:
+    """Raise a ``ValueError`` if most spots have no tile near them, and warn if some have none; lengths are in um."""
+    spacing = np.median(cKDTree(positions).query(positions, k=[min(2, len(positions))])[0])
+    far = cKDTree(positions).query(centers)[0] > max(field, 2 * spacing)
+    if far.mean() > _MOST_OUTSIDE:
+        msg = (
+            f"{int(far.sum())} of {len(far)} spots have no tile of {where} near them. The positions must be x and y in pixels of "
+            "the full resolution, and the tiles must cover the spots."
+        )
+        raise ValueError(msg)
+    if far.any():
+        logger.warning(
+            "%d of %d spots have no tile of %s near them and get the nearest one", far.sum(), len(far), where
+        )
 
 
 def _from_slide(slide: SpatialData, features_key: str | None, where: str) -> tuple[np.ndarray, np.ndarray]:

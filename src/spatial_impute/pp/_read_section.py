@@ -222,7 +222,8 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
     where = f"sections[{name!r}]"
     system = _choose_system(source, options.coordinate_system, where)
     image_key = _choose_image(source, options.image_key, system, where)
-    image = _rgb(source.images[image_key], f"{name}, image {image_key}")
+    # SpatialData takes no element whose pixels were loaded, unless they are chunks again.
+    image = _rgb(source.images[image_key], f"{name}, image {image_key}").chunk({})
     shapes_key = _choose_spots(source, options.shapes_key, system, where)
     circles = None if shapes_key is None else as_circles(source.shapes[shapes_key], shapes_key, where)
     if options.mpp is not None:

@@ -28,6 +28,7 @@ from spatial_impute._stack import (
     in_rgb_order,
     load_record,
     load_transform,
+    map_problems,
     registered_spots,
     registration_problems,
     require_current,
@@ -304,6 +305,7 @@ def write_ome_tiff(
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
     answer(registration_problems(sdata, record))
     require_key(key, [*sdata.images, *sdata.labels], where="the images and labels of sdata")
+    answer(map_problems(sdata, key))
     section = section_of(sdata[key], key, record, section)
     transform = load_transform(sdata, record, section)
     is_slide = key == record[section].image

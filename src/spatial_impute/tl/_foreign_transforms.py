@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _ITK_HEADER = b"#Insight Transform File"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_ROLES = ("sec|mov|source|src", "ref|fix|target|tgt")  # names of the section, and of the reference
+# x in `x`, `x1`, `section_x`, `x (px)`, `sx` and `fixedX`, and for rows and columns of pixels
+_AXIS = re.compile(rf"(?:^|[^a-z]|(?:{'|'.join(_ROLES)})[a-z]*)([a-oq-z]?[xyz]|rows?|col(?:umn)?s?)(?![a-z])")
 _LATTICE = 12  # points along a side of the image: a deformation bends less than between two of them
 _FAR = 1e4  # ITK moves points in single precision: their distance is that of a section in um
 _MOST_SCALE = 1.5  # serial sections shrink or stretch by some per cent; magnifications of scans differ by a factor of 2
@@ -293,8 +296,9 @@ def _read_numbers(path: Path) -> np.ndarray:
     rows = [[float(n) for n in re.findall(_NUMBER, row)] for row in text.split(mark)]
     rows = [row for row in rows if row]
     found = np.array([number for row in rows for number in row])
-    if found.size not in (6, 9) or re.search(r"[A-DF-Za-df-z]", text):
-        msg = f"it holds {found.size} numbers."
+    others = re.sub(rf"{_NUMBER}|[\s,;\[\](){{}}]", "", text)  # such as a typographic minus
+    if found.size not in (6, 9) or others:
+        msg = f"it holds {found.size} numbers{f' and {others[:20]!r}' if others else ''}."
         raise ValueError(msg)
     if by_column and found.size == 6:
         return np.vstack([found.reshape(3, 2).T, [0, 0, 1]])
@@ -344,25 +348,31 @@ def _read_pairs(path: Path) -> np.ndarray:
 
 def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
     """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells if there is z."""
-    with_z = any(re.search("(^|[^a-z])z$", name) for name in header) if header else len(numbers) == 6
+    with_z = "z" in map(_axis, header) if header else len(numbers) == 6
     if with_z:
         numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []
     wanted = numbers[-4:] if header else numbers
     return wanted if len(wanted) == 4 and np.isfinite(wanted).all() else None
 
 
+def _axis(column: str) -> str:
+    """Axis that a column is named by, ``"x"``, ``"y"`` or ``"z"``; empty without one."""
+    found = _AXIS.search(column)
+    if found is None:
+        return ""
+    return found[1][-1] if len(found[1]) < 3 else {"r": "y", "c": "x"}[found[1][0]]
+
+
 def _require_order(header: list[str], path: Path) -> None:
-    """Raise a ``ValueError`` unless the columns stand in the order x, y in the section, x, y in the reference."""
-    section, reference, x, y = (
-        [i for i, name in enumerate(header) if re.search(pattern, name)]
-        for pattern in ("sec|mov|source|src", "ref|fix|target|tgt", "(^|[^a-z])x$", "(^|[^a-z])y$")
-    )
-    # x, y, x, y; also not x, x, y, y
-    turned = x != sorted(x + y)[::2] if len(x) == len(y) else bool(x and y and x[0] > y[0])
-    if turned or (section and reference and section[0] > reference[0]):
+    """Raise a ``ValueError`` unless the last columns are x, y in the section, x, y in the reference, as far as named."""
+    axes = [_axis(name) for name in header]
+    order = list("xyzxyz" if "z" in axes else "xyxy")
+    section, reference = ([i for i, name in enumerate(header) if re.search(role, name)] for role in _ROLES)
+    turned = section and reference and section[0] > reference[0]
+    if turned or (any(axes) and axes[-len(order) :] != order):
         msg = (
-            f"Expected the columns x, y in the section, then x, y in the reference, found {header} in {str(path)!r}. "
-            "Change the order of the columns."
+            f"Expected that the last columns are x, y in the section, then x, y in the reference (four numbers, or six with z), "
+            f"found {header} in {str(path)!r}. Change the order of the columns, and leave out those behind them."
         )
         raise ValueError(msg)
 

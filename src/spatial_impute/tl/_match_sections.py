@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, table_state, write_slots
+from spatial_impute._stack import load_record, measured_ids, table_state, write_slots
 from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_slot_key
 
@@ -126,6 +126,7 @@ def match_sections(
         "r_as_measured": scores[0],
         "r_matched": scores[1],
         Keys.MATCHED_FROM: layer,
+        Keys.MEASURED_IDS: measured_ids(table),
         Keys.STATE: table_state(table, record, layer=layer),
         "version": version("spatial-impute"),
     }

@@ -212,6 +212,9 @@ def add_prediction(
             f"`prediction` holds infinite values, the first at spot {bad!r}. Set them to NaN if there is no prediction."
         )
         raise ValueError(msg)
+    if not np.isfinite(values).any():
+        msg = "`prediction` holds no number for the spots and genes of the stack, only NaN. Give predicted expression."
+        raise ValueError(msg)
     n_spots, n_genes = table.shape
     logger.info("%r has %d of %d spots and %d of %d genes", key_added, len(found), n_spots, len(genes), n_genes)
     write_slots(table, table_key, {"layers": {key_added: values}})

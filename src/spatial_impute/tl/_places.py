@@ -23,6 +23,7 @@ from spatial_impute._stack import (
     changed_images,
     displacement_elements,
     element_affine,
+    element_frames,
     from_images,
     load_transform,
     plane_affine,
@@ -350,7 +351,7 @@ def _write_transformations(
     left = []
     ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
     for _, name, element in list(sdata.gen_spatial_elements()):
-        own = get_transformation(element, get_all=True)
+        own = element_frames(element)
         if target in own and name not in ours and not set(own) & set(record.names):
             left.append(name)
         for section in (n for n in record.names if n in own):

@@ -341,8 +341,9 @@ def genes_from_features(
         )
         raise ValueError(msg)
     network = model.network.with_genes(index)
-    data = element.data.rechunk({0: -1}).map_blocks(
-        _apply_head, network=network, dtype=np.float32, chunks=((len(index),), *element.data.chunks[1:])
+    features = da.asarray(element.data).rechunk({0: -1})
+    data = features.map_blocks(
+        _apply_head, network=network, dtype=np.float32, chunks=((len(index),), *features.chunks[1:])
     )
     result = Image2DModel.parse(
         data,

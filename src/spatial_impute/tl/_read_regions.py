@@ -323,11 +323,17 @@ def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
                 sdata, entry["shapes"], index, table_key, ExpressionChoice(**{**read, "genes": model.var_names})
             )
             now = slide_state(sdata, entry["image"], frame, regions, measured)
-        except (KeyError, ValueError):  # what it was fitted on cannot be read any more
-            now = {}
-        changed = [key for key in ("image", "shapes", "measured") if now.get(key) != then[key]]
+        except (KeyError, ValueError) as error:
+            logger.warning(
+                "What the model was fitted on, %r and %r, cannot be compared with the present data: %s",
+                entry["image"],
+                entry["shapes"],
+                error,
+            )
+            continue
+        changed = [key for key in ("image", "shapes", "measured") if now[key] != then[key]]
         # Another slide may have elements of the same names, and spots on the same grid.
-        another_slide = now and {"image", "measured"} <= set(changed)
+        another_slide = {"image", "measured"} <= set(changed)
         if changed and not another_slide:
             logger.warning(
                 "The model was fitted on %r and %r before their %s changed. Fit it again with `si.tl.fit_pixnet`.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
-from spatialdata.models import PointsModel, ShapesModel, get_model
+from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, ShapesModel
 from spatialdata.transformations import Identity, get_transformation, set_transformation
 
 from spatial_impute._geometry import apply_affine, linear_scale, polygons_of
@@ -19,8 +19,10 @@ from spatial_impute._stack import (
     answer,
     are_circles,
     element_affine,
+    element_frames,
     load_record,
     load_transform,
+    map_problems,
     plane_affine,
     registration_problems,
     require_element_key,
@@ -109,6 +111,7 @@ def warp_element(
     answer(registration_problems(sdata, record))
     names = [name for _, name, _ in sdata.gen_spatial_elements()]
     require_key(key, names, where="the points, shapes, images and labels of sdata")
+    answer(map_problems(sdata, key))
     element = sdata[key]
     section = section_of(element, key, record, section)
     warp = Warp(element_affine(element, section), load_transform(sdata, record, section), target)
@@ -133,7 +136,7 @@ def warp_element(
 
 def section_of(element: Any, key: str, record: StackRecord, wanted: str | None) -> str:
     """Section of the element `key`: the `wanted` one, or the only one to which it has a transformation."""
-    own = get_transformation(element, get_all=True)
+    own = element_frames(element)
     if wanted is not None:
         then = "Set a transformation of the element to the frame of the section (um)."
         require_key(wanted, own, where=f"the coordinate systems of {key!r}", then=then)
@@ -232,7 +235,8 @@ class Warp:
             if n_levels:
                 chunks = {"y": _CHUNK, "x": _CHUNK} | ({} if is_labels else {"c": data.shape[0]})
                 kwargs |= {"scale_factors": [2] * n_levels, "chunks": chunks}
-        return get_model(element).parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)
+        model: Any = Labels2DModel if is_labels else Image2DModel  # `get_model` refuses pixels that were loaded
+        return model.parse(data, dims=level.data.dims if is_labels else ("c", "y", "x"), **kwargs)
 
 
 def transfer_shapes(

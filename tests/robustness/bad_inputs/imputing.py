@@ -368,6 +368,13 @@ OUTSIDE = [
     refuses("tl.add_prediction", "an empty `X`", ValueError, "`prediction.X` is empty", lambda w: bring(w, X=None)),
     refuses(
         "tl.add_prediction",
+        "nothing but NaN",
+        ValueError,
+        "holds no number for the spots and genes of the stack",
+        lambda w: bring(w, X=np.full(w.table.shape, np.nan)),
+    ),
+    refuses(
+        "tl.add_prediction",
         "infinite values",
         ValueError,
         "holds infinite values, the first at spot 's0_0'",

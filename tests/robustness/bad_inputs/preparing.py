@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
-from shapely.geometry import box
+from shapely.geometry import box, mapping
 from spatialdata.models import ShapesModel
 from spatialdata.transformations import Scale, remove_transformation
 
@@ -40,6 +42,7 @@ def pool(world, spoil=lambda f: f, **kwargs):
     found = {f"s{i}": rng.normal(size=(len(world.sdata.shapes[f"s{i}_spots"]), 4)) for i in range(3)}
     spoil(found)
     si.pp.pool_features(world.sdata, found, **kwargs)
+    return world.table.obsm["X_spot"]
 
 
 def register(world, **kwargs):
@@ -273,7 +276,52 @@ PP = [
         "equally many features",
         lambda w: pool(w, lambda f: f.update(s1=f["s1"][:, :2])),
     ),
+    refuses(
+        "pp.pool_features",
+        "a list without names of sections",
+        TypeError,
+        "must name the section of each entry",
+        lambda w: si.pp.pool_features(w.sdata, [np.ones((34, 4))] * 3),
+    ),
+    refuses(
+        "pp.pool_features",
+        "positions of tiles in um, or in pixels of a larger image",
+        ValueError,
+        "tiles of features['s1'] lie outside `sdata.images['s1_image']`",
+        lambda w: pool(w, lambda f: f.update(s1=_tiles(4.0))),
+    ),
+    refuses(
+        "pp.pool_features",
+        "positions of tiles in pixels of a smaller image",
+        ValueError,
+        "spots have no tile of features['s1'] near them. The positions must be x and y in pixels",
+        lambda w: pool(w, lambda f: f.update(s1=_tiles(0.25))),
+    ),
+    answers(
+        "pp.pool_features",
+        "a data frame with its rows in another order",
+        "is joined by the names of the spots",
+        lambda w: pool(w, lambda f: f.update(s1=_frame(w, f["s1"])[::-1])),
+        lambda w, found: np.array_equal(found, pool(w)),
+    ),
+    refuses(
+        "pp.pool_features",
+        "a data frame of other spots",
+        ValueError,
+        "Its index must name the spots",
+        lambda w: pool(w, lambda f: f.update(s1=_frame(w, f["s1"]).add_prefix("x", axis=0))),
+    ),
 ]
+
+
+def _tiles(scale: float) -> AnnData:
+    """Tiles of 16 px over the image of 350 px, at positions that are multiplied by `scale`."""
+    xy = np.stack(np.meshgrid(np.arange(8, 350, 16), np.arange(8, 350, 16)), axis=-1).reshape(-1, 2)
+    return AnnData(np.random.default_rng(0).normal(size=(len(xy), 4)), obsm={"spatial": xy * scale})
+
+
+def _frame(world, values) -> pd.DataFrame:
+    return pd.DataFrame(values, index=world.spots.index)
 
 
 def _tiled_again(world) -> int:
@@ -759,6 +807,11 @@ def squares(*places):
     return gpd.GeoDataFrame(geometry=[box(x, y, x + 4, y + 4) for x, y in places])
 
 
+def _geojson(world, **more):
+    features = [{"type": "Feature", "geometry": mapping(box(x, x, x + 9, x + 9)), **more} for x in (10, 30)]
+    return write(world.tmp / "cells.geojson", json.dumps(features).encode())
+
+
 CELLS = [
     refuses("pp.add_cells", "an unknown section", KeyError, "'s9' not found in", lambda w: cells(w, None, "s9")),
     refuses(
@@ -788,6 +841,20 @@ CELLS = [
         ValueError,
         "is no GeoJSON file with features",
         lambda w: cells(w, write(w.tmp / "cells.geojson", b"x,y")),
+    ),
+    answers(
+        "pp.add_cells",
+        "a file of QuPath whose objects all have one id",
+        "gets numbers as ids, with a warning",
+        lambda w: cells(w, _geojson(w, id="PathDetectionObject")),
+        lambda w, _: list(w.sdata.shapes["s1_cells"].index) == ["0", "1"],
+    ),
+    refuses(
+        "pp.add_cells",
+        "a file with a list of classes",
+        ValueError,
+        "is no GeoJSON file with features",
+        lambda w: cells(w, _geojson(w, properties={"classification": ["Tumor"]})),
     ),
     refuses("pp.add_cells", "no outline", ValueError, "`cells` holds no object", lambda w: cells(w, [])),
     refuses("pp.add_cells", "an image", TypeError, "whole numbers (y, x)", lambda w: cells(w, np.ones((5, 5, 3)))),
