@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scipy.ndimage import gaussian_filter
+from scipy.special import expit
 
 from spatial_impute._geometry import apply_affine, grid_in_box
 from spatial_impute._keys import Keys
@@ -334,13 +335,11 @@ def _draw_image(rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan:
     where = np.column_stack([where[inside], np.full(inside.sum(), height)])
     eosin = np.zeros(n * n)
     eosin[inside] = 0.30 + 0.12 * np.tanh(tissue.smooth(where)[:, :2]).sum(axis=1)
-    eosin[inside] *= 1 - 0.8 / (
-        1 + np.exp(-8 * (tissue.glands(where)[:, 0] - 1.0))
-    )  # pale where the field exceeds 1 sd
+    eosin[inside] *= 1 - 0.8 * expit(8 * (tissue.glands(where)[:, 0] - 1.0))  # pale where the field exceeds 1 sd
     eosin += inside * 0.03 * rng.normal(size=n * n)
     # One nucleus per pixel at most: about 8 um across at the default pixel size.
     probability = np.zeros(n * n)
-    probability[inside] = 0.08 / (1 + np.exp(-1.5 * tissue.density(where)[:, 0]))
+    probability[inside] = 0.08 * expit(1.5 * tissue.density(where)[:, 0])
     nuclei = (rng.random(n * n) < probability).reshape(n, n).astype(float)
     hematoxylin = np.clip(gaussian_filter(nuclei, 3.0 / scan.mpp) * 2.0, 0, 1.5).ravel()
     density = np.clip(eosin, 0, None)[:, None] * _EOSIN + hematoxylin[:, None] * _HEMATOXYLIN

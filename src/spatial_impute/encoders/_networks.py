@@ -370,9 +370,7 @@ def _tellez_state(group: h5py.Group) -> dict[str, Tensor]:
 
 def fetch_weights(file: WeightFile) -> Path:
     """Path of the file in ``settings.data_dir``; downloaded if missing, and refused if its sha256 is not the published one."""
-    return fetch(
-        file.name, folder=settings.data_dir / _FOLDER, sha256={file.name: file.sha256}, urls={file.name: file.url}
-    )
+    return fetch(settings.data_dir / _FOLDER / file.name, url=file.url, sha256=file.sha256)
 
 
 def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
