@@ -165,7 +165,7 @@ Distance = Annotated[Length, AfterValidator(_plausible)]  # diameter or pitch of
 
 @settings_class
 class SectionConfig:
-    """Files of a section, and what they do not say. One of `image`, `spaceranger` and `spatialdata` is given."""
+    """Files and settings of a section. One of `image`, `spaceranger` and `spatialdata` is given."""
 
     image: Input | None = None
     spaceranger: Input | None = None

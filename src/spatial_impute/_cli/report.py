@@ -225,24 +225,20 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
 def _of_positions(sdata: SpatialData) -> list[Verdict]:
     """Verdict on the places of the sections."""
     registration = load_record(sdata).registration or {}
-    by_verdict: dict[str, list[str]] = {}
-    for name, row in registration.get("sections", {}).items():
-        by_verdict.setdefault(row.get("verdict", "ok"), []).append(name)
+    verdict_of = {name: row.get("verdict", "ok") for name, row in registration.get("sections", {}).items()}
     found = []
-    if weak := by_verdict.pop("weak", []):
+    if weak := [name for name, verdict in verdict_of.items() if verdict == "weak"]:
         text = (
             f"The position of {_sections(weak)} is uncertain. Compare the map with the image before you read single "
             "spots."
         )
         found.append(Verdict(CARE, text))
-    good = by_verdict.pop("ok", [])
-    failed = [name for names in by_verdict.values() for name in names]
-    if failed:
+    if failed := [name for name, verdict in verdict_of.items() if verdict not in ("ok", "weak")]:
         found.append(Verdict(BAD, f"The position of {_sections(failed)} was not found. Do not use the maps there."))
     if skipped := list(registration.get("skipped", [])):
         found.append(Verdict(BAD, f"{_sections(skipped).capitalize()} has no place in the stack, and no map."))
-    if good and not found:
-        found.append(Verdict(GOOD, f"All {len(good)} sections fit on each other."))
+    if verdict_of and not found:
+        found.append(Verdict(GOOD, f"All {len(verdict_of)} sections fit on each other."))
     return found
 
 

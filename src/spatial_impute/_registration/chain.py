@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import combinations, pairwise, product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import norm
 
 from spatial_impute._registration.deform import Placed
 from spatial_impute._registration.pair import register_pair
-from spatial_impute._registration.quality import correlations_without, disagreement, edges_inside, masked_blur
+from spatial_impute._registration.quality import (
+    correlations_without,
+    disagreement,
+    edges_inside,
+    jackknife_error,
+    masked_blur,
+    square_tiles,
+)
 from spatial_impute._registration.types import (
     ChainResult,
     PairResult,
@@ -22,21 +29,17 @@ from spatial_impute._registration.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    Run = Callable[[Callable, list[tuple], str], list]
-
-    Pairs = dict[tuple[str, str], PairResult]
-
-    Matrices = Mapping[str, NDArray[np.float64]]
-    from collections.abc import Iterator
-
     from spatial_impute._registration.types import Channel
 
+    Run = Callable[[Callable, list[tuple], str], list]
+    Pairs = dict[tuple[str, str], PairResult]
+    Matrices = Mapping[str, NDArray[np.float64]]
+
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
-_NAMES = {"direct": "direct one", "sequential": "other one"}
 
 
 def chain_to_reference(
@@ -126,8 +129,10 @@ def _place(
     if not rivals:
         return chain
     rival = min(rivals, key=_order)
-    box = _moving_box(name, pairs)
-    distance = None if box is None else disagreement(chain.matrix, rival.matrix, _corners(box))
+    # The extent of the tissue is known from any pair in which the section was the moving one.
+    box = next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
+    corners = None if box is None else np.array(list(product(box[::2], box[1::2])))
+    distance = None if corners is None else disagreement(chain.matrix, rival.matrix, corners)
     if distance is None or distance <= params.max_chain_disagreement:
         confirmed = rival.route == "direct" and rival.verdict == "ok" and distance is not None
         return replace(chain, disagreement=distance, confirmed=confirmed)
@@ -147,11 +152,11 @@ def _split(options: list[ChainResult], neighbour: str) -> tuple[ChainResult, lis
 def _better(chain: ChainResult, rival: ChainResult, distance: float) -> ChainResult:
     """Better one of two placements that disagree; weak if both look sound, because one of them is wrong."""
     if rival.route == "direct":
-        kinds = "Chained and direct placement"
+        kinds, other = "Chained and direct placement", "direct one"
     else:
-        kinds = f"Placements by {chain.path[1]!r} and {rival.path[1]!r}"
+        kinds, other = f"Placements by {chain.path[1]!r} and {rival.path[1]!r}", "other one"
     better = min(chain, rival, key=_order)
-    which = "chain" if better is chain else _NAMES[rival.route]
+    which = "chain" if better is chain else other
     note = f"{kinds} differ by {distance:.0f} um; the {which} has the better score and is used."
     verdict = "weak" if chain.verdict == rival.verdict == "ok" else better.verdict
     return replace(better, verdict=verdict, reasons=[*better.reasons, note], disagreement=distance)
@@ -187,16 +192,6 @@ def _step(
         verdict,
         reasons=reasons,
     )
-
-
-def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple[float, float, float, float] | None:
-    """Extent of the section's tissue, known from any pair in which it was the moving one."""
-    return next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
-
-
-def _corners(box: tuple[float, float, float, float]) -> NDArray[np.float64]:
-    x0, y0, x1, y1 = box
-    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
 
 
 def wanted_pairs(names: Sequence[str], reference: str, policy: str) -> list[tuple[str, str]]:
@@ -244,7 +239,7 @@ def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tup
     wanted = [pair for pair in wanted if pair not in pairs]
 
     def register(some: list[tuple[str, str]], starts: Sequence[NDArray | None]) -> None:
-        fit = partial(_register, method=task.method, params=task.params, seed=task.seed)
+        fit = partial(register_pair, method=task.method, params=task.params, seed=task.seed)
         tasks = [(task.images[f], task.images[m], start) for (f, m), start in zip(some, starts, strict=True)]
         pairs.update(zip(some, run(fit, tasks, "Registering pairs"), strict=True))
 
@@ -279,23 +274,15 @@ def _bridges(task: StackTask, pairs: Pairs, placed: dict[str, ChainResult]) -> l
     return bridges
 
 
-def _register(
-    fixed: SectionImage, moving: SectionImage, initial: NDArray[np.float64] | None, **kwargs: Any
-) -> PairResult:
-    return register_pair(fixed, moving, initial=initial, **kwargs)
-
-
 def _poses(pairs: Pairs, names: Sequence[str], reference: str, given: Matrices) -> dict[str, NDArray[np.float64]]:
     """Matrices to the reference of the sections that can be placed so far."""
     poses: dict[str, NDArray[np.float64]] = {reference: np.eye(3), **given}
     middle = list(names).index(reference)
-    for side in (names[:middle][::-1], names[middle + 1 :]):
-        for name in side:
-            # The nearest neighbour comes last in the stack order towards the reference; any placed one will do.
-            fixed = next((f for f, m in pairs if m == name and f in poses and pairs[f, m].verdict != "failed"), None)
-            fixed = next((f for f, m in pairs if m == name and f in poses), None) if fixed is None else fixed
-            if name not in poses and fixed is not None:
-                poses[name] = poses[fixed] @ pairs[fixed, name].matrix
+    for name in (*names[:middle][::-1], *names[middle + 1 :]):
+        links = [fixed for fixed, moving in pairs if moving == name and fixed in poses]
+        if links and name not in poses:
+            fixed = min(links, key=lambda link: pairs[link, name].verdict == "failed")  # a sound one, if there is one
+            poses[name] = poses[fixed] @ pairs[fixed, name].matrix
     return poses
 
 
@@ -326,8 +313,7 @@ class Likeness:
         low, high = corners[:, 0].min(axis=0) - _RIM, corners[:, 1].max(axis=0) + _RIM
         width, height = np.ceil((high - low) / size).astype(int)
         self._drawn = {name: section.drawn(low, (int(height), int(width))) for name, section in sections.items()}
-        row, column = np.indices((int(height), int(width))) // _TILE
-        self._tiles = row * (column.max() + 1) + column
+        self._tiles = square_tiles((int(height), int(width)), _TILE)
         self._found: dict[frozenset[str], NDArray[np.float64]] = {}
 
     def __call__(self, a: str, b: str) -> NDArray[np.float64]:
@@ -436,6 +422,4 @@ def _changed(order: list[int]) -> Iterator[list[int]]:
 
 def _clear(left_out: NDArray[np.float64], limit: float) -> bool:
     """True if a difference, given without each tile, exceeds `limit` standard errors."""
-    n = len(left_out)
-    error = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
-    return bool(left_out.mean() > limit * error)
+    return bool(left_out.mean() > limit * jackknife_error(left_out))

@@ -9,7 +9,8 @@ import numpy as np
 from scipy import fft
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.quality import disagreement, edges_inside
+from spatial_impute._geometry import affine_between
+from spatial_impute._registration.quality import disagreement, edges_inside, masked_blur
 from spatial_impute._registration.types import shrink
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ def pose(
     """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees, and moves one centre onto the other."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = np.asarray(fixed_centre) - linear @ np.asarray(moving_centre)
-    return matrix
+    return affine_between(linear, moving_centre, fixed_centre)
 
 
 def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
@@ -75,7 +73,7 @@ def _search(
 ) -> list[tuple[NDArray, dict[tuple[int, int], NDArray]]]:
     """Score ``(face, angle)`` at the best shift, and the poses, by stain and by edges."""
     fixed_mask, moving_mask = (channel.mask.astype(np.float32) for channel in (fixed, moving))
-    contents = [(_unit(look(fixed)), look(moving)) for look in (_stain, _edges)]
+    contents = list(zip(map(_unit, _contents(fixed)), _contents(moving), strict=True))
     # Every rotation of the moving tissue about its centre fits a square of this half side.
     radius = float(np.linalg.norm(moving.centres() - centre, axis=1).max()) / moving.size
     side = 2 * int(np.ceil(radius)) + 3
@@ -100,9 +98,8 @@ def _search(
             scores[f, a] = surface[peak]
             # surface[s] = sum_p fixed[p] * turned[p + s]: the turned image has to move by -s.
             shift = [-(p if p < side else p - n) for p, n in zip(peak, shape, strict=True)]
-            move = np.eye(3)
-            move[:2, 2] = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
-            poses[f, a] = move @ turn
+            offset = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
+            poses[f, a] = affine_between(np.eye(2), np.zeros(2), offset) @ turn
     return found
 
 
@@ -110,20 +107,10 @@ def _unit(image: NDArray) -> NDArray[np.float32]:
     return image / (np.sqrt(np.sum(image**2)) + 1e-12)
 
 
-def _stain(channel: Channel) -> NDArray[np.float32]:
-    """Stain inside the tissue: zero mean there, zero outside."""
-    return _centred(channel.image, channel.mask)
-
-
-def _edges(channel: Channel) -> NDArray[np.float32]:
-    """Strength of edges inside the tissue: zero mean there, zero outside."""
-    return _centred(edges_inside(channel), channel.mask)
-
-
-def _centred(image: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    weight = mask.astype(np.float32)
-    blurred = ndi.gaussian_filter(image * weight, _BLUR) / np.maximum(ndi.gaussian_filter(weight, _BLUR), 1e-3)
-    return (blurred - blurred[mask].mean()) * weight
+def _contents(channel: Channel) -> list[NDArray[np.float32]]:
+    """Stain and strength of edges inside the tissue: zero mean there, zero outside."""
+    blurred = [masked_blur(image, channel.mask, _BLUR) for image in (channel.image, edges_inside(channel))]
+    return [(image - image[channel.mask].mean()) * channel.mask for image in blurred]
 
 
 def _turned(image: NDArray, channel: Channel, turn: NDArray, side: int) -> NDArray[np.float32]:

@@ -187,9 +187,7 @@ class StructureScore:
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
         """Score of the second pose minus that of the first, and its standard error by a jackknife over tiles."""
-        side = max(1, -(-max(self.fixed.image.shape) // _TILES))
-        row, column = np.indices(self.fixed.image.shape) // side
-        tiles = row * (column.max() + 1) + column
+        tiles = square_tiles(self.fixed.image.shape, max(1, -(-max(self.fixed.image.shape) // _TILES)))
         left_out, total = [], []
         for matrix in (before, after):
             overlap, share = self._overlap(matrix, None)
@@ -199,9 +197,7 @@ class StructureScore:
             left_out.append(scores * min(1.0, share / _FULL_OVERLAP))
             total.append(self(matrix))
         used = np.bincount(tiles[self.fixed.mask], minlength=tiles.max() + 1) > 0
-        change = (left_out[1] - left_out[0])[used]
-        spread = np.sum((change - change.mean()) ** 2) * (len(change) - 1) / len(change)
-        return total[1] - total[0], float(np.sqrt(spread))
+        return total[1] - total[0], jackknife_error((left_out[1] - left_out[0])[used])
 
     def correlation(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> tuple[float, float]:
         """Correlation in the common tissue at the finer and the coarser scale; 0 if the tissues do not meet."""
@@ -257,6 +253,17 @@ def masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArra
     """Blur that neither takes in background nor fades at the tissue's edge."""
     weight = ndi.gaussian_filter(mask.astype(np.float32), sigma)
     return ndi.gaussian_filter(image * mask, sigma) / np.maximum(weight, 1e-3)
+
+
+def square_tiles(shape: tuple[int, ...], side: int) -> NDArray[np.int64]:
+    """Number ``(y, x)`` of the square of `side` pixels in which each pixel lies."""
+    row, column = np.indices(shape) // side
+    return row * (column.max() + 1) + column
+
+
+def jackknife_error(left_out: NDArray[np.float64]) -> float:
+    """Standard error of an estimate, from its values without each of the parts."""
+    return float(np.sqrt(len(left_out) - 1) * np.std(left_out))
 
 
 def correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_tiles: int) -> NDArray[np.float64]:
@@ -374,8 +381,7 @@ def section_errors(
 def _centres(tissue: NDArray[np.bool_]) -> list[tuple[int, int]]:
     share = ndi.uniform_filter(tissue.astype(np.float32), 2 * _HALF + 1)
     margin = _HALF + _REACH
-    grid = (range(margin, n - margin, _STEP) for n in tissue.shape)
-    rows, columns = (list(axis) for axis in grid)
+    rows, columns = (range(margin, n - margin, _STEP) for n in tissue.shape)
     return [(row, column) for row in rows for column in columns if share[row, column] >= _TISSUE]
 
 
@@ -391,33 +397,22 @@ def _upper_square(looks: dict[tuple[int, int], tuple[NDArray, NDArray]]) -> floa
 
     The limit is that of a jackknife over squares of patches.
     """
-    if not looks:
+    home = np.unique(np.array(list(looks)) // _BLOCK, axis=0, return_inverse=True)[1].ravel()
+    n_squares = int(home.max()) + 1
+    if n_squares < _FEWEST:
         return None
-    squares = np.unique([[row // _BLOCK, column // _BLOCK] for row, column in looks], axis=0, return_inverse=True)[1]
-    home = dict(zip(looks, squares.ravel(), strict=True))
-    n = int(squares.max()) + 1
-    if n < _FEWEST:
-        return None
-    terms = [[(home[centre], float(a @ b)) for centre, (a, b) in looks.items()]]
+    place = {centre: i for i, centre in enumerate(looks)}
+    shifts = np.array(list(looks.values()))  # (patches, looks, 2)
+    terms = [(home, shifts.prod(axis=1).sum(axis=1))]
     for down, right in ((_STEP, 0), (0, _STEP)):
-        pairs = [(c, (c[0] + down, c[1] + right)) for c in looks if (c[0] + down, c[1] + right) in looks]
-        apart = [(home[c], [p - q for p, q in zip(looks[other], looks[c], strict=True)]) for c, other in pairs]
-        terms.append([(square, _WITHIN * float(a @ b)) for square, (a, b) in apart])
-    sums, counts = (
-        np.array(
-            [np.bincount([s for s, _ in t], [v if k else 1.0 for _, v in t], n) if t else np.zeros(n) for t in terms]
-        )
-        for k in (1, 0)
-    )
-    total, *left_out = (
-        (s / np.maximum(c, 1)).sum()
-        for s, c in [
-            (sums.sum(1), counts.sum(1)),
-            *zip((sums.sum(1) - sums.T), (counts.sum(1) - counts.T), strict=True),
-        ]
-    )
-    error = np.sqrt((n - 1) / n * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
-    return max(float(total), 0.0) + _LIMIT * float(error)
+        near = [(i, place.get((row + down, column + right))) for (row, column), i in place.items()]
+        own, other = np.array([pair for pair in near if pair[1] is not None], int).reshape(-1, 2).T
+        terms.append((home[own], _WITHIN * (shifts[other] - shifts[own]).prod(axis=1).sum(axis=1)))
+    sums = np.array([np.bincount(square, products, n_squares) for square, products in terms])
+    counts = np.array([np.bincount(square, minlength=n_squares) for square, _ in terms])
+    total, n = sums.sum(axis=1, keepdims=True), counts.sum(axis=1, keepdims=True)
+    left_out = ((total - sums) / np.maximum(n - counts, 1)).sum(axis=0)
+    return max(float((total / np.maximum(n, 1)).sum()), 0.0) + _LIMIT * jackknife_error(left_out)
 
 
 def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from scipy import ndimage as ndi
 
 from spatial_impute._geometry import apply_affine
+from spatial_impute._image.levels import area_means
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
@@ -366,9 +367,7 @@ def shrink(channel: Channel, size: float) -> Channel:
     pad = [(0, -n % factor) for n in channel.image.shape]
 
     def mean(array: NDArray) -> NDArray:
-        array = np.pad(array.astype(np.float32), pad)
-        rows, cols = array.shape[0] // factor, array.shape[1] // factor
-        return array.reshape(rows, factor, cols, factor).mean((1, 3))
+        return area_means(np.pad(array.astype(np.float32), pad), factor, factor)
 
     image, mask = mean(channel.image), mean(channel.mask) > 0.5
     seen = None if channel.seen is None else mean(channel.seen) > 0.5

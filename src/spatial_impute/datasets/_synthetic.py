@@ -12,7 +12,7 @@ from scipy import sparse
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 
-from spatial_impute._geometry import apply_affine, grid_in_box
+from spatial_impute._geometry import affine_between, apply_affine, grid_in_box
 from spatial_impute._keys import Keys
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import require_key, require_positive
@@ -275,9 +275,7 @@ def _make_motion(
     offset = rng.uniform(-shift, shift, 2)
     elastic = _random_field(rng, 2, length_xy=extent / 5, length_z=1.0, n_waves=20)
     linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = extent / 2 + offset - linear @ np.full(2, extent / 2)
+    matrix = affine_between(linear, np.full(2, extent / 2), extent / 2 + offset)
 
     def motion(xy: np.ndarray) -> np.ndarray:
         moved = apply_affine(xy, matrix)
