@@ -62,11 +62,11 @@ _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to 
 def register_pair(
     fixed: SectionImage,
     moving: SectionImage,
+    initial: Matrix | None = None,
     *,
     method: Literal["rigid", "affine", "syn", "auto"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
-    initial: Matrix | None = None,
 ) -> PairResult:
     """Find where the moving section lies on the fixed one.
 
@@ -77,6 +77,8 @@ def register_pair(
     ----------
     fixed, moving
         Thumbnails of the two sections. Their resolution may differ.
+    initial
+        Matrix ``(3, 3)`` to start from, moving to fixed, um, instead of the search.
     method
         ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept only if
         it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was hidden
@@ -85,8 +87,6 @@ def register_pair(
         Advanced settings.
     seed
         Seed of the optimiser. The same seed gives the same result on the same machine with the same number of threads.
-    initial
-        Matrix ``(3, 3)`` to start from, moving to fixed, um, instead of the search.
 
     Returns
     -------
