@@ -31,7 +31,7 @@ from spatial_impute._registration.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
     from spatial_impute._registration.types import Channel
 
@@ -61,7 +61,7 @@ def chain_to_reference(
     Parameters
     ----------
     pairs
-        Registrations by ``(fixed, moving)``. A pair given in the other direction is inverted.
+        Registrations by ``(fixed, moving)``, at least one of each section to one that is nearer to the reference.
     sections
         Names in the order of the stack, the reference among them.
     reference
@@ -77,9 +77,6 @@ def chain_to_reference(
     """
     params = RegistrationParams() if params is None else params
     sections = list(sections)
-    if reference not in sections or len(set(sections)) != len(sections):
-        msg = f"`reference` must be one of the sections, which must be unique; found {reference!r} and {sections}."
-        raise ValueError(msg)
     given = {} if given is None else given
     placed = {reference: ChainResult(np.eye(3), (reference,), "reference", 1.0, "ok")}
     middle = sections.index(reference)
@@ -95,19 +92,6 @@ def chain_to_reference(
     return {name: placed[name] for name in sections}
 
 
-def warp_along_path(
-    points: ArrayLike, path: Sequence[str], pairs: Mapping[tuple[str, str], PairResult]
-) -> NDArray[np.float64]:
-    """Carry points ``(n, 2)``, um, of the first section of `path` to the frame of the last, deformations included."""
-    points = np.asarray(points, float).reshape(-1, 2)
-    for moving, fixed in pairwise(path):
-        if (fixed, moving) in pairs:
-            points = pairs[fixed, moving].warp_points(points)
-        else:
-            points = pairs[moving, fixed].pull_points(points)
-    return points
-
-
 def _place(
     name: str,
     inner: list[str],
@@ -116,26 +100,15 @@ def _place(
     params: RegistrationParams,
 ) -> ChainResult:
     """Place a section through the sections `inner` that are placed already."""
-    steps = (_step(name, parent, pairs, placed) for parent in reversed(inner))
-    options = [option for option in steps if option is not None]
-    if not options:
-        msg = (
-            f"No registration links section {name!r} to the reference: expected one of "
-            f"{[(parent, name) for parent in reversed(inner)]}, found the pairs {sorted(pairs)}. "
-            f"Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
-        )
-        raise ValueError(msg)
-    chain, rivals = _split(options, inner[-1])
+    parents = [parent for parent in reversed(inner) if (parent, name) in pairs]
+    chain, rivals = _split([_step(name, pairs[parent, name], placed[parent]) for parent in parents], inner[-1])
     if not rivals:
         return chain
     rival = min(rivals, key=_order)
-    # The extent of the tissue is known from any pair in which the section was the moving one.
-    box = next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
-    corners = None if box is None else np.array(list(product(box[::2], box[1::2])))
-    distance = None if corners is None else disagreement(chain.matrix, rival.matrix, corners)
-    if distance is None or distance <= params.max_chain_disagreement:
-        confirmed = rival.route == "direct" and rival.verdict == "ok" and distance is not None
-        return replace(chain, disagreement=distance, confirmed=confirmed)
+    box = pairs[parents[0], name].moving_box
+    distance = disagreement(chain.matrix, rival.matrix, np.array(list(product(box[::2], box[1::2]))))
+    if distance <= params.max_chain_disagreement:
+        return replace(chain, disagreement=distance, confirmed=rival.route == "direct" and rival.verdict == "ok")
     return _better(chain, rival, distance)
 
 
@@ -167,25 +140,15 @@ def _order(option: ChainResult) -> tuple[int, float]:
     return _RANK[option.verdict], -option.score
 
 
-def _step(
-    name: str, parent: str, pairs: Mapping[tuple[str, str], PairResult], placed: dict[str, ChainResult]
-) -> ChainResult | None:
-    """`name` placed through `parent`, or None if they were not registered."""
-    if (parent, name) in pairs:
-        pair = pairs[parent, name]
-        matrix = pair.matrix
-    elif (name, parent) in pairs:
-        pair = pairs[name, parent]
-        matrix = np.asarray(np.linalg.inv(pair.matrix), float)
-    else:
-        return None
-    before = placed[parent]
+def _step(name: str, pair: PairResult, before: ChainResult) -> ChainResult:
+    """Section placed through another one, which is placed `before`, by their registration."""
+    parent = before.path[0]
     verdict = max(pair.verdict, before.verdict, key=_RANK.__getitem__)
     reasons = [f"Pair {parent!r}, {name!r}: {reason}" for reason in pair.quality.get("reasons", [])]
     if before.verdict != "ok":
         reasons.append(f"Placed through {parent!r}, whose own placement is {before.verdict}.")
     return ChainResult(
-        np.asarray(before.matrix, float) @ matrix,
+        np.asarray(before.matrix, float) @ pair.matrix,
         (name, *before.path),
         "direct" if len(before.path) == 1 else "sequential",
         min(float(pair.quality.get("score", 0.0)), before.score),

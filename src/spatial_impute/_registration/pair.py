@@ -64,7 +64,7 @@ def register_pair(
     moving: SectionImage,
     initial: Matrix | None = None,
     *,
-    method: Literal["rigid", "affine", "syn", "auto"] = "affine",
+    method: str = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
 ) -> PairResult:
@@ -106,8 +106,9 @@ def register_pair(
     )
     starts, fits = fitter.refine(starts, affine=method != "rigid")
     best, score, runner_up, agreed = _choose(fitter.target, fitter.source, fits, params)
+    notes: list[str] = []
     if method == "rigid":
-        matrix, used, notes = fitter.finest(fits[best], "Rigid"), "rigid", []
+        matrix, used = fitter.finest(fits[best], "Rigid"), "rigid"
     else:
         matrix, used, notes = fitter.affine(fits[best], score)
     start = _start(starts[best]) | {"look": score.look, "looks_agree": agreed}

@@ -364,7 +364,7 @@ def section_errors(
         if len(result.path) < 2 or result.route == "given":
             return known.get(name, {}).get(key, 0.0)
         parent = result.path[1]
-        pair = next(pairs[names].quality for names in ((parent, name), (name, parent)) if names in pairs)
+        pair = pairs[parent, name].quality
         own = pair if pair.get(key) is None else deformed.get(name, pair)  # a deformation does not make a pose certain
         if own is not pair and result.confirmed:  # deformed onto the reference itself
             parent = result.path[-1]

@@ -202,12 +202,6 @@ class PairResult:
         points = apply_affine(points, self.matrix)
         return points if self.field is None else self.field.pushed(points)
 
-    def pull_points(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Points ``(n, 2)`` of the fixed section in the moving frame, um, where its image is sampled."""
-        points = np.asarray(points, float).reshape(-1, 2)
-        points = points if self.field is None else self.field.pulled(points)
-        return apply_affine(points, np.linalg.inv(self.matrix))
-
     @property
     def verdict(self) -> str:
         """``"ok"``, ``"weak"`` or ``"failed"``."""
