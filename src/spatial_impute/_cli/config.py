@@ -52,19 +52,10 @@ seed: 0
 """
 
 _SOURCES = ("image", "spaceranger", "spatialdata")
-_TAKES = {
-    "image": {"mpp", "z", "counts", "spot_diameter", "counts_layer"},
-    "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
-    "spatialdata": {
-        "mpp",
-        "z",
-        "spot_pitch",
-        "image_key",
-        "shapes_key",
-        "table_key",
-        "coordinate_system",
-        "counts_layer",
-    },
+_TAKES = {  # and `mpp` and `z`
+    "image": {"counts", "spot_diameter", "counts_layer"},
+    "spaceranger": {"fullres_image", "bin_size"},
+    "spatialdata": {"spot_pitch", "image_key", "shapes_key", "table_key", "coordinate_system", "counts_layer"},
 }
 # Keys whose values are text, also where YAML would read a number, a date, or true and false.
 _TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
@@ -193,7 +184,7 @@ class SectionConfig:
         if len(sources) != 1:
             msg = f"needs exactly one of {list(_SOURCES)}, found {sources or 'none of them'}."
             raise ValueError(msg)
-        takes = _TAKES[self.source]
+        takes = {"mpp", "z"} | _TAKES[self.source]
         others = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None and name not in takes]
         others.remove(self.source)
         if others:

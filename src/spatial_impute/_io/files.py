@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-_ATTEMPTS = 5  # to make a folder that the process before us removes
+_ATTEMPTS = 5  # to make a folder that an earlier owner removes in between
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def file_to_write(path: Any, *, ends: Sequence[str], overwrite: bool) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Path of a hidden file to write to, which becomes `path` at the end of the ``with`` block, or goes after an error.
+    """Path of a hidden file to write to. It becomes `path` at the end of the ``with`` block; after an error it is removed.
 
     The part of a process that was killed is written over. Raises a ``FileExistsError`` while another process writes.
     """

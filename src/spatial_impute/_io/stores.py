@@ -150,7 +150,7 @@ class DenseStore:
         """Lay out the element, or find an unfinished one, and return the missing tiles."""
         if self.complete:
             return []
-        for other in self.room.iterdir():  # rests of other maps of this name; nobody else owns the room
+        for other in self.room.iterdir():  # unfinished work on other maps of this name; no other process owns it now
             if other.is_dir() and other != self.staging:
                 _remove_ours(other)
         plan = self.staging / _PLAN

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage as ndi
 from scipy.stats import sem
 
+from spatial_impute._geometry import apply_affine
 from spatial_impute._registration import ants_fits
 from spatial_impute._registration.quality import (
     expected_error,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from spatial_impute._registration.transform import DisplacementField, PullBack
     from spatial_impute._registration.types import ChainResult, RegistrationParams, SectionImage
 
-_BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
+_BLOCK = 20  # pixels: several times the smoothing of the fit, so that the rim of a block says little about its middle
 _MIN_BLOCKS = 8  # of each color; smaller tissue gets smaller blocks
 _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
@@ -207,7 +208,7 @@ def _without(channel: Channel, hidden: NDArray[np.bool_]) -> Channel:
     blocks. So the blocks are also filled from their surroundings.
     """
     seen = channel.visible() & ~hidden
-    blur = 0.15 * _BLOCK  # narrow enough to go on from the rim of a block without an edge, and reaches its middle
+    blur = 0.15 * _BLOCK  # narrow enough to continue the rim of a block without an edge, wide enough for its middle
     weight = ndi.gaussian_filter(seen.astype(np.float32), blur)
     likely = ndi.gaussian_filter(np.where(seen, channel.image, 0.0), blur) / np.maximum(weight, 1e-6)
     return replace(channel, image=np.where(seen, channel.image, likely).astype(np.float32), seen=seen)
@@ -272,14 +273,13 @@ class Placed:
         rows, columns = np.indices(shape).reshape(2, -1)
         points = np.column_stack([columns, rows]) * own.size + (origin + 0.5 * own.size)
         points = points if self.field is None else self.field.pulled(points)
-        back = np.linalg.inv(self.matrix)
-        seen = own.in_frame(points @ back[:2, :2].T + back[:2, 2]).reshape(shape)
+        seen = own.in_frame(apply_affine(points, np.linalg.inv(self.matrix))).reshape(shape)
         image, mask = (pull_back(a, own, grid, self.matrix, self.field) for a in (own.image, own.mask))
         return replace(grid, image=image, mask=(mask > 0.5) & seen, seen=seen)
 
     def corners(self) -> NDArray[np.float64]:
         """Lowest and highest x, y of the tissue, um."""
-        points = self.channel.centres() @ self.matrix[:2, :2].T + self.matrix[:2, 2]
+        points = apply_affine(self.channel.centres(), self.matrix)
         return np.array([points.min(axis=0), points.max(axis=0)])
 
 

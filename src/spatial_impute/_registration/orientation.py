@@ -79,7 +79,7 @@ def _search(
     side = 2 * int(np.ceil(radius)) + 3
     shape = [fft.next_fast_len(n + side, real=True) for n in fixed.image.shape]
     spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_mask, *(content for content, _ in contents))]
-    # The overlap is relative to the smaller tissue, so that a torn section is not punished for what it lost.
+    # The overlap is relative to the smaller tissue: lost tissue does not lower the score of a torn section.
     area = min(float(fixed_mask.sum()), float(moving_mask.sum()))
 
     faces = (False, True) if params.allow_mirror else (False,)

@@ -80,8 +80,7 @@ def same_pose(first: NDArray[np.float64], second: NDArray[np.float64], moving: C
 
 def disagreement(first: NDArray[np.float64], second: NDArray[np.float64], points: NDArray[np.float64]) -> float:
     """Root mean square distance in um between `points` ``(n, 2)`` moved by one matrix and by the other."""
-    difference = (first - second)[:2]
-    return float(np.sqrt(np.mean(np.sum((points @ difference[:, :2].T + difference[:, 2]) ** 2, axis=1))))
+    return float(np.sqrt(np.mean(np.sum(apply_affine(points, first - second) ** 2, axis=1))))
 
 
 def singular_values(matrix: NDArray[np.float64]) -> tuple[float, float]:
@@ -147,12 +146,12 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
 
 
 # Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working
-# grid, not um, because what can be compared between serial sections is structure on the scale of the section.
+# grid, not um, because serial sections share structure on the scale of the section.
 _STRUCTURE_SCALES = (2.0, 6.0)
 _EDGE = 1.0  # working pixels: scale of the edges
 _N_BINS = 24  # of the mutual information; thousands of pixels fill their squares
 _FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
-_MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
+_MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would rest on too few pixels
 _TILES = 8  # along the longer side, each left out in turn: larger than the structure, and enough of them for an error
 
 
@@ -290,7 +289,7 @@ _REACH = 12  # largest shift looked for; larger errors show in the score
 _STEP = 20  # from patch to patch
 _MATCHED_EDGE = 1.5  # scale of the edges that are compared, so that another stain does not matter
 _TISSUE = 0.8  # share of a patch that must be tissue: outlines match, whatever is inside
-_PEAK = 4.0  # radius of what belongs to a peak
+_PEAK = 4.0  # radius of a peak
 _LEAD = 0.02  # in correlation, over the best elsewhere: in flat tissue all places fit alike
 _NEAR = 4.0  # two matches that differ by less agree
 _AGREE = 0.25  # share of patches whose matches agree; unrelated tissue has 0.08, the share of the area within reach

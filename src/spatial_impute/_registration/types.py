@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, lies_on
 from spatial_impute._image.levels import area_means
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
@@ -265,11 +265,7 @@ class Channel:
         if self.seen is None:
             inside = (points >= 0) & (points <= np.asarray(self.frame))
             return inside[:, 0] & inside[:, 1]
-        col, row = np.floor((points - self.origin) / self.size).astype(int).T
-        height, width = self.seen.shape
-        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-        inside[inside] = self.seen[row[inside], col[inside]]
-        return inside
+        return lies_on(self.seen, (points - self.origin) / self.size)
 
     def visible(self) -> NDArray[np.bool_]:
         """``(y, x)`` bool: pixels of the grid inside the image."""

@@ -138,7 +138,7 @@ class TellezPyramid(Pyramid):
         for factor in (1, 2, 4, 8):
             if factor > 1:
                 reduced = F.avg_pool2d(reduced, 2)
-            # The deepest map needs less than a cell around the window: the finer the image, the less is computed in vain.
+            # The deepest map needs less than a cell around the window; the context is smaller on a finer image.
             inner = coarser(window, factor)
             around = grow(inner, self._CONTEXT, reduced.shape[-2:])
             found = cut_pixels(self._stack(cut(reduced, around)), (4, 8, 16), relative(inner, around))
