@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage as ndi
 from skimage.filters import threshold_otsu
+from skimage.morphology import isotropic_dilation, isotropic_erosion
 
 from spatial_impute._image.levels import area_means
 
@@ -368,15 +369,12 @@ def _otsu(values: NDArray) -> float:
 
 # Discs of a given radius in um by the distance transform: exact for any pixel size, and as fast for large radii.
 def _dilate(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
-    if not mask.any():
-        return mask
-    return ndi.distance_transform_edt(~mask, sampling=sampling) <= radius
+    return isotropic_dilation(mask, radius, spacing=sampling) if mask.any() else mask
 
 
 def _erode(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
-    if mask.all():  # nothing is known beyond the frame: tissue cut by it is not eroded from there
-        return mask
-    return ndi.distance_transform_edt(mask, sampling=sampling) > radius
+    # Nothing is known beyond the frame: tissue cut by it is not eroded from there.
+    return mask if mask.all() else isotropic_erosion(mask, radius, spacing=sampling)
 
 
 def _closed(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:

@@ -51,20 +51,10 @@ def fit_linear(
 ) -> NDArray[np.float64]:
     """Refine a linear transform by mutual information inside the (widened) tissue masks.
 
-    Mutual information works across stains. Every pixel is a sample, so the result has no random part.
-
-    Parameters
-    ----------
-    initial
-        Matrix ``(3, 3)`` to start from, moving to fixed, um. A mirrored one stays mirrored.
-    iterations
-        One number per level. Each level is twice as fine as the one before; the last one is the grid of the channels.
-    mask_margin
-        Width in um of the rim of background that takes part.
-
-    Returns
-    -------
-    Matrix ``(3, 3)``, moving to fixed, um.
+    Mutual information works across stains. Every pixel is a sample, so the result has no random part. Start and result
+    are matrices ``(3, 3)``, moving to fixed, um; a mirrored start stays mirrored. `iterations` has one number per level,
+    each twice as fine as the one before; the last one is the grid of the channels. `mask_margin` is the width in um of
+    the rim of background that takes part.
     """
     levels = tuple(range(len(iterations)))[::-1]
     options: dict[str, Any] = {
@@ -94,14 +84,8 @@ def fit_deformable(
 
     The measure is mutual information, alone or in equal parts with a second one. Mutual information works across stains.
     Squared differences of contrast follow structure that differs from its surroundings, in proportion to its strength.
-    Local correlation also follows small and pale structure, but it follows patterns of the slide as well.
-
-    Parameters
-    ----------
-    smoothing
-        Smoothing of the update and of the total field, working pixels.
-    look
-        ``"information"`` for mutual information alone, else the second measure.
+    Local correlation also follows small and pale structure, but it follows patterns of the slide as well. `smoothing`
+    is that of the update and of the total field, in working pixels.
     """
     import ants
 

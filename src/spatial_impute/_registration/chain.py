@@ -58,22 +58,9 @@ def chain_to_reference(
     placement with the better score is used. If two sound registrations disagree, one of them is wrong, perhaps upside
     down; the section is then weak.
 
-    Parameters
-    ----------
-    pairs
-        Registrations by ``(fixed, moving)``, at least one of each section to one that is nearer to the reference.
-    sections
-        Names in the order of the stack, the reference among them.
-    reference
-        Section whose frame is the common one.
-    given
-        Matrices of sections whose place is known; they are not looked for in `pairs`.
-    params
-        ``max_chain_disagreement`` is used.
-
-    Returns
-    -------
-    One result per section, in the order of `sections`. The reference has the identity.
+    `pairs` are registrations by ``(fixed, moving)``, at least one of each section to one that is nearer to the reference.
+    `sections` are names in the order of the stack, the reference among them. Sections with a `given` matrix are not
+    looked for in `pairs`. The reference has the identity.
     """
     params = RegistrationParams() if params is None else params
     sections = list(sections)

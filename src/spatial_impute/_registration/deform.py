@@ -303,22 +303,10 @@ def deform_stack(
     Every field acts in the frame of the reference and is smoothed as a whole. Composed fields of pairs would add up their
     errors (measured: two to five times the drift of the matrices).
 
-    Parameters
-    ----------
-    images
-        Thumbnails; a section without one is not deformed.
-    placed
-        Matrices and paths. Failed and given sections are not deformed; others may be deformed onto given ones.
-    run
-        Function that calls another one for each tuple of arguments, and returns the results in order.
-    certain
-        Keep a deformation only if hidden tissue fits clearly better with it.
-    kept
-        Deformations of given sections, in the frame of the reference. Sections that are deformed onto these follow them.
-
-    Returns
-    -------
-    Field (None if none is kept) and quality of every section that was tried.
+    Failed and given sections, and those without a thumbnail, are not deformed; others may be deformed onto given ones, and
+    follow their `kept` deformations, in the frame of the reference. `run` calls a function for each tuple of arguments,
+    and returns the results in order. With `certain` a deformation is kept only if hidden tissue fits clearly better with
+    it. The result has a field (None if none is kept) and the quality of every section that was tried.
     """
     size = max(working_pixel(i, images[reference], params, side=params.syn_side) for i in images.values())
     kept = {} if kept is None else kept

@@ -38,11 +38,9 @@ def orientation_candidates(fixed: Channel, moving: Channel, params: Registration
     symmetric section from itself turned by 180 degrees. The content is compared as stain and as edges, because another
     stain may turn dark into pale but keeps the edges.
 
-    Returns
-    -------
-    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um: alternately the best peaks of stain and of
-    edges, with errors of up to half a step of angle. Two more poses always follow: the section unmoved, and the section
-    moved so that the centres of both tissues meet. Most sections have about the right face and rotation.
+    The result has at most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um: alternately the best peaks of
+    stain and of edges, with errors of up to half a step of angle. Two more poses always follow: the section unmoved, and
+    the section moved so that the centres of both tissues meet. Most sections have about the right face and rotation.
     """
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)

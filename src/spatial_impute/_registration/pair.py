@@ -68,30 +68,17 @@ def register_pair(
     params: RegistrationParams | None = None,
     seed: int = 0,
 ) -> PairResult:
-    """Find where the moving section lies on the fixed one.
+    """Find where the moving section lies on the fixed one; the resolution of their thumbnails may differ.
 
-    All rotations and both faces are searched. The best distinct candidates are refined, and the structure inside the
-    tissue decides between them. An affine fit is kept only if it is plausible and not clearly worse than the rigid one.
+    All rotations and both faces are searched, unless there is an `initial` matrix ``(3, 3)``, moving to fixed, um. The
+    best distinct candidates are refined, and the structure inside the tissue decides between them. An affine fit is kept
+    only if it is plausible and not clearly worse than the rigid one. A poor result is returned and never replaced by the
+    identity; check its ``verdict``.
 
-    Parameters
-    ----------
-    fixed, moving
-        Thumbnails of the two sections. Their resolution may differ.
-    initial
-        Matrix ``(3, 3)`` to start from, moving to fixed, um, instead of the search.
-    method
-        ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept only if
-        it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was hidden
-        from the fit also fits clearly better).
-    params
-        Advanced settings.
-    seed
-        Seed of the optimiser. The same seed gives the same result on the same machine with the same number of threads.
-
-    Returns
-    -------
-    Matrix from moving to fixed points in um, the method used, and the quality. A poor result is returned and never
-    replaced by the identity; check its ``verdict``.
+    `method` is ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept
+    only if it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was
+    hidden from the fit also fits clearly better). The same `seed` gives the same result on the same machine with the same
+    number of threads.
     """
     if method not in _METHODS:
         msg = f"`method` must be one of {_METHODS}, found {method!r}."
@@ -158,12 +145,7 @@ class _Fitter:
         return ants_fits.fit_linear(*channels, start, kind, **options)
 
     def refine(self, starts: list[Matrix], *, affine: bool) -> tuple[list[Matrix], list[Matrix]]:
-        """Coarse fits of all candidates, those that end in one place only once; only the winner is fitted further.
-
-        Returns
-        -------
-        Starts of the distinct fits, and the fits.
-        """
+        """Starts of the distinct coarse fits of all candidates, and the fits; only the winner is fitted further."""
         coarse, iterations = self._coarse()
         found: list[tuple[Matrix, Matrix]] = []
         for start in starts:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage as ndi
+from scipy.stats import rankdata
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._registration.types import inside_only
@@ -42,12 +43,9 @@ def common_tissue(
 ) -> tuple[NDArray[np.bool_], float, float]:
     """Common tissue after `matrix`, and the tissue of each section that lies inside the image of the other one.
 
-    Tissue outside the other image is no evidence for or against a pose. But at least half of each tissue counts.
-    Otherwise a pose that shows only a corner would look perfect.
-
-    Returns
-    -------
-    Overlap on the fixed grid ``(y, x)``, and the two areas in pixels of that grid.
+    The overlap is on the fixed grid ``(y, x)``, the two areas are in pixels of that grid. Tissue outside the other image
+    is no evidence for or against a pose. But at least half of each tissue counts. Otherwise a pose that shows only a
+    corner would look perfect.
     """
     moved = pull_back(moving.mask, moving, fixed, matrix, field) > 0.5
     areas = []
@@ -162,12 +160,9 @@ class StructureScore:
     tissue that overlaps. Unlike Dice it uses the content. It can distinguish 0 from 180 degrees, and a section that lost
     half of its tissue can still score well.
 
-    Parameters
-    ----------
-    look
-        ``"stain"``, or ``"edges"`` for the strength of edges. Another stain may turn dark into pale but keeps the edges.
-        Between H&E sections, edges often separate right from wrong poses better. In tissue of scattered nuclei edges
-        are noise, and the stain is better.
+    `look` is ``"stain"``, or ``"edges"`` for the strength of edges. Another stain may turn dark into pale but keeps the
+    edges. Between H&E sections, edges often separate right from wrong poses better. In tissue of scattered nuclei edges
+    are noise, and the stain is better.
     """
 
     def __init__(self, fixed: Channel, moving: Channel, look: str = "stain") -> None:
@@ -225,6 +220,8 @@ class StructureScore:
 
 def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> float:
     """Mutual information of the stain in the common tissue, in nats, times the share of the smaller tissue in it."""
+    from sklearn.metrics import mutual_info_score
+
     overlap, *areas = common_tissue(fixed, moving, matrix)
     count = int(overlap.sum())
     if count < _MIN_OVERLAP * min(areas) or count < _N_BINS**2:
@@ -233,13 +230,9 @@ def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float
     blurred = masked_blur(moving.image, moving.mask, _STRUCTURE_SCALES[0])
     second = pull_back(blurred, moving, fixed, matrix)[overlap]
     # Bins of equal counts: no outlier sets the scale, and the two marginals carry no information.
-    ranks = [
-        np.argsort(np.argsort(values, kind="stable"), kind="stable") * _N_BINS // count for values in (first, second)
-    ]
-    joint = np.bincount(ranks[0] * _N_BINS + ranks[1], minlength=_N_BINS**2).reshape(_N_BINS, _N_BINS) / count
-    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    filled = joint > 0
-    information = float((joint[filled] * np.log(joint[filled] / expected[filled])).sum())
+    a, b = ((rankdata(values, method="ordinal").astype(int) - 1) * _N_BINS // count for values in (first, second))
+    joint = np.bincount(a * _N_BINS + b, minlength=_N_BINS**2).reshape(_N_BINS, _N_BINS)
+    information = float(mutual_info_score(None, None, contingency=joint))
     return information * min(1.0, count / max(min(areas), 1.0) / _FULL_OVERLAP)
 
 
@@ -320,11 +313,8 @@ def expected_error(
     from the shifts of neighboring patches, by the same products. The error that remains after a fit is a bend. It grows with
     the square of the distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion.
     Two parts are added to the upper limit: the difference between fits to two halves of the tissue (`halves`, root mean
-    square in um), and half a working pixel, below which content cannot be placed.
-
-    Returns
-    -------
-    ``error_um``, ``error_p90_um`` (None if too few patches match, or the two looks do not agree), ``error_patches``.
+    square in um), and half a working pixel, below which content cannot be placed. ``error_um`` and ``error_p90_um`` are
+    None if too few patches match, or the two looks do not agree.
     """
     moved = pull_back(moving.image, moving, fixed, matrix, field)
     tissue = fixed.mask & (pull_back(moving.mask, moving, fixed, matrix, field) > 0.5)

@@ -303,15 +303,8 @@ def working_pixel(
 def registration_channel(section: SectionImage, size: float, margin: float) -> Channel:
     """Summed optical density, from background (0) to the densest tissue (1), faded out just outside the tissue.
 
-    Parameters
-    ----------
-    section
-        Thumbnail with its tissue mask.
-    size
-        Working resolution, um per pixel.
-    margin
-        Width in um of the background kept around the tissue. The rest is cut off, so a small section in a large image
-        costs no more than a cropped one.
+    `size` is in um per pixel, `margin` the width in um of the background around the tissue. The rest is cut off, so a
+    small section in a large image costs no more than a cropped one.
     """
     channel = _on_grid(section, section.stain, size, margin)
     near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
