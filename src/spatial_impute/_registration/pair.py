@@ -240,7 +240,7 @@ def _choose(
     scores = [StructureScore(fixed, moving, look) for look in ("stain", "edges")]
     values = [measured(score) for score in scores]
     best = [int(np.argmax(found)) for found in values]
-    agreed = same_pose(fits[best[0]], fits[best[1]], moving)
+    agreed = bool(same_pose(fits[best[0]], fits[best[1]], moving))
     if not agreed:
         best = [int(np.argmax(measured(partial(mutual_information, fixed, moving))))] * 2
     options = []
