@@ -204,9 +204,7 @@ def _of_layer(table: AnnData, layer: str | None, where: str) -> AnnData:
         msg = f"`{where}.counts_layer`: there is no layer {layer!r}; found {_layers(table) or 'none'}."
         raise ConfigError(msg)
     if layer == "raw" and "raw" not in table.layers:
-        uns = table.uns
         table = table.raw.to_adata()
-        table.uns = uns
     elif layer is not None:
         table = table.copy()
         table.X = table.layers[layer]

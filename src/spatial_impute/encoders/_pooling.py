@@ -236,10 +236,8 @@ class StreamingPooler:
         if not n_ready or done <= self._base:
             return
         ready, self._waiting = self._waiting[:n_ready], self._waiting[n_ready:]
-        known = self._known[self._base : done]
-        values = self._values[: done - self._base, :]
-        if len(values) < len(known):  # rows without any known cell at the end were never made
-            known = known[: len(values)]
+        values = self._values[: done - self._base]
+        known = self._known[self._base : self._base + len(values)]  # the last rows are not made if they have no cell
         lattice = Lattice(self._step, (self._first[0] + self._base, self._first[1]), values, known)
         fields = [(self._centers[ready] + shift, side) for shift, side in self._fields]
         for (mean, spread), (new_mean, new_spread) in zip(self._pooled, pool_fields(lattice, fields), strict=True):
