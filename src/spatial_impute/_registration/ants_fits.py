@@ -67,7 +67,7 @@ def fit_linear(
     }
     with _controlled(seed), _fitted(fixed, moving, initial, kind, margin=mask_margin, **options) as (forward, _):
         matrix = _read_matrix(forward[0])
-    return _to_centre(fixed) @ matrix @ np.linalg.inv(_to_centre(moving))
+    return _from_centre(fixed) @ matrix @ np.linalg.inv(_from_centre(moving))
 
 
 def fit_deformable(
@@ -129,13 +129,13 @@ def _fitted(
     """Files of the forward and of the inverse transforms of a fit; they are gone after the ``with`` block.
 
     `initial` ``(3, 3)`` maps moving to fixed, um; the masks are `margin` um wider than the tissue. The transforms act on
-    coordinates from the centres of the tissues, see :func:`_to_centre`.
+    coordinates from the centres of the tissues, see :func:`_from_centre`.
     """
     import ants
 
     with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder:
         start = str(Path(folder) / "initial.mat")
-        _write_matrix(np.linalg.inv(_to_centre(fixed)) @ initial @ _to_centre(moving), start)
+        _write_matrix(np.linalg.inv(_from_centre(fixed)) @ initial @ _from_centre(moving), start)
         result = ants.registration(
             _image(fixed, fixed.image),
             _image(moving, moving.image),
@@ -149,7 +149,7 @@ def _fitted(
         yield result["fwdtransforms"], result["invtransforms"]
 
 
-def _to_centre(channel: Channel) -> NDArray[np.float64]:
+def _from_centre(channel: Channel) -> NDArray[np.float64]:
     """Translation from coordinates with their origin at the centre of the tissue to the frame of the section.
 
     antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and shift
@@ -162,7 +162,7 @@ def _image(channel: Channel, array: NDArray) -> Any:
     """`array` on the grid of `channel` as an ANTs image, in coordinates with their origin at the centre of the tissue."""
     import ants
 
-    corner = np.asarray(channel.origin) - _to_centre(channel)[:2, 2]
+    corner = np.asarray(channel.origin) - _from_centre(channel)[:2, 2]
     return ants.from_numpy(
         np.ascontiguousarray(array.T, dtype=np.float32),
         origin=tuple(float(c) for c in corner + 0.5 * channel.size),

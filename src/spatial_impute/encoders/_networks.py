@@ -398,7 +398,7 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], *, drop: tu
     and unknown keys, and those of another shape, raise a ``ValueError``.
     """
     expected = module.state_dict()
-    kept = {key: value for key, value in state.items() if not key.startswith(drop)} if drop else dict(state)
+    kept = {key: value for key, value in state.items() if not key.startswith(drop)}
     # Counters of batch normalisation: older files lack them, and evaluation never reads them.
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing = sorted(set(expected) - set(kept) - counters)
