@@ -193,9 +193,7 @@ def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bo
     side = _block_side(channel)
     black = chessboard(channel.image.shape, side)
     core = max(1, min(_CORE * ants_fits.correlation_window(channel, params), side // 3))
-    inner = np.zeros_like(black)
-    for color in (black, ~black):
-        inner |= ndi.binary_erosion(color, iterations=core)
+    inner = ndi.binary_erosion(black, iterations=core) | ndi.binary_erosion(~black, iterations=core)
     labels = np.where(inner & channel.mask, square_tiles(black.shape, side) + 1, 0)
     size = np.bincount(labels.ravel())
     return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
@@ -231,7 +229,7 @@ def _agreement(first: NDArray, second: NDArray, mask: NDArray[np.bool_], side: i
 
 def _gain(difference: NDArray, labels: NDArray[np.int64]) -> tuple[float, float]:
     """Mean over blocks, and its standard error."""
-    blocks = np.setdiff1d(np.unique(labels), [0])
+    blocks = np.unique(labels[labels > 0])
     if len(blocks) < 2:
         return 0.0, 0.0
     means = ndi.mean(difference, labels, blocks)
