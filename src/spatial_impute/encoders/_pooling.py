@@ -237,7 +237,7 @@ class StreamingPooler:
             return
         ready, self._waiting = self._waiting[:n_ready], self._waiting[n_ready:]
         values = self._values[: done - self._base]
-        known = self._known[self._base : self._base + len(values)]  # the last rows are not made if they have no cell
+        known = self._known[self._base : self._base + len(values)]  # rows below the last known cell are never made
         lattice = Lattice(self._step, (self._first[0] + self._base, self._first[1]), values, known)
         fields = [(self._centers[ready] + shift, side) for shift, side in self._fields]
         for (mean, spread), (new_mean, new_spread) in zip(self._pooled, pool_fields(lattice, fields), strict=True):
