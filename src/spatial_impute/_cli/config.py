@@ -250,7 +250,7 @@ class RunConfig:
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, found: Any) -> Any:
-        """Keys without a value keep their defaults."""
+        """Drop keys without a value, so that they keep their defaults."""
         return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
 
     def __post_init__(self) -> None:
@@ -277,7 +277,7 @@ class RunConfig:
             raise ValueError(msg)
 
     def _require_own_files(self) -> None:
-        """A file that two sections share is a slip of copying; only a SpatialData object may hold several sections."""
+        """Refuse a file that two sections share, a slip of copying; only a SpatialData object may hold several."""
         seen: dict[Path, str] = {}
         for name, section in self.sections.items():
             for key in ("image", "counts", "spaceranger", "fullres_image"):

@@ -50,7 +50,7 @@ def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> It
         yield
     finally:
         if not keep:
-            file.unlink(missing_ok=True)  # before the lock ends: who opened this file meanwhile looks again
+            file.unlink(missing_ok=True)  # before the lock ends: a process that opened this file meanwhile tries again
         lock.release()
 
 

@@ -192,7 +192,7 @@ def _lite_norm(width: int) -> nn.BatchNorm2d:
 
 
 class _LiteBlock(nn.Module):
-    """Inverted bottleneck: a 1x1 convolution that widens, a depthwise one, and a 1x1 that narrows; names of the file."""
+    """Inverted bottleneck: a 1x1 convolution that widens, a depthwise one, and a 1x1 that narrows."""
 
     def __init__(self, in_width: int, width: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
