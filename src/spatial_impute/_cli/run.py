@@ -213,7 +213,7 @@ def _of_layer(table: AnnData, layer: str | None, where: str) -> AnnData:
 
 def _require_counts(table: AnnData, layer: str | None, key: str) -> None:
     """Raise an error in terms of the file of the run if ``X``, which came from `layer`, holds no raw counts."""
-    values = np.empty(0) if table.X is None else table.X
+    values: Any = np.empty(0) if table.X is None else table.X
     sample = values.data if hasattr(values, "tocsr") else np.asarray(values)
     if sample.size and looks_like_counts(sample):
         return
