@@ -68,6 +68,13 @@ def scaling(x: float, y: float | None = None) -> np.ndarray:
     return np.diag([x, x if y is None else y, 1.0])
 
 
+def translation(offset: ArrayLike) -> np.ndarray:
+    """Matrix that moves points by an offset (x, y)."""
+    matrix = np.eye(3)
+    matrix[:2, 2] = offset
+    return matrix
+
+
 def affine_between(linear: ArrayLike, source: ArrayLike, target: ArrayLike) -> np.ndarray:
     """(3, 3) affine with the linear part (2, 2) that moves the point `source` (x, y) to `target`."""
     matrix = np.eye(3)

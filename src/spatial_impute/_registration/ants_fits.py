@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import affine_between
+from spatial_impute._geometry import affine_between, translation
 from spatial_impute._registration.transform import DisplacementField
 from spatial_impute._registration.types import contrast
 
@@ -117,9 +117,9 @@ def correlation_window(channel: Channel, params: RegistrationParams) -> int:
     return min(_MAX_WINDOW, max(2, round(params.syn_radius / channel.size)))
 
 
-def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
+def itk_matrix(linear: NDArray, centre: NDArray, offset: NDArray) -> NDArray[np.float64]:
     """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
-    return affine_between(linear, centre, np.asarray(translation, float) + centre)
+    return affine_between(linear, centre, np.asarray(offset, float) + centre)
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def _from_centre(channel: Channel) -> NDArray[np.float64]:
     antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and shift
     are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections).
     """
-    return affine_between(np.eye(2), np.zeros(2), channel.centres().mean(0))
+    return translation(channel.centres().mean(0))
 
 
 def _image(channel: Channel, array: NDArray) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import fft
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import affine_between
+from spatial_impute._geometry import affine_between, translation
 from spatial_impute._registration.quality import disagreement, edges_inside, masked_blur
 from spatial_impute._registration.types import shrink
 
@@ -97,7 +97,7 @@ def _search(
             # surface[s] = sum_p fixed[p] * turned[p + s]: the turned image has to move by -s.
             shift = [-(p if p < side else p - n) for p, n in zip(peak, shape, strict=True)]
             offset = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
-            poses[f, a] = affine_between(np.eye(2), np.zeros(2), offset) @ turn
+            poses[f, a] = translation(offset) @ turn
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import affine_between, apply_affine, scaling
+from spatial_impute._geometry import apply_affine, scaling, translation
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -98,7 +98,7 @@ class SectionTransform:
         """Transform from a matrix and a field in the fixed frame; `to_common` ``(3, 3)`` maps that frame to the common one."""
         if field is None:
             return cls(np.asarray(matrix, float))
-        grid = to_common @ affine_between(field.size * np.eye(2), np.zeros(2), field.origin)
+        grid = to_common @ translation(field.origin) @ scaling(field.size)
         turn = to_common[:2, :2].T.astype(np.float32)
         return cls(np.asarray(matrix, float), field.pull @ turn, field.push @ turn, grid)
 
@@ -152,9 +152,8 @@ class PixelGrid:
 
     def block(self, y0: int, x0: int, side: int) -> PixelGrid:
         """The part of at most `side` x `side` pixels that begins at row `y0` and column `x0`."""
-        return PixelGrid(
-            _from_pixel(self.matrix, y0, x0), (min(side, self.shape[0] - y0), min(side, self.shape[1] - x0))
-        )
+        shape = (min(side, self.shape[0] - y0), min(side, self.shape[1] - x0))
+        return PixelGrid(self.matrix @ translation((x0, y0)), shape)
 
 
 def output_grid(
@@ -183,8 +182,7 @@ def output_grid(
         raise ValueError(msg)
     low = np.floor(border.min(axis=0) / pixel_size + _WHOLE)
     width, height = (np.ceil(border.max(axis=0) / pixel_size - _WHOLE) - low).astype(int)
-    matrix = affine_between(pixel_size * np.eye(2), np.zeros(2), low * pixel_size)
-    return PixelGrid(matrix, (int(height), int(width)))
+    return PixelGrid(translation(low * pixel_size) @ scaling(pixel_size), (int(height), int(width)))
 
 
 def resampled(
@@ -217,18 +215,13 @@ def resampled(
         if window is None:
             return da.full(shape, fill, dtype=blank.dtype, chunks=shape)
         ys, xs = window
-        of_window = _from_pixel(to_section, ys.start, xs.start)
+        of_window = to_section @ translation((xs.start, ys.start))
         pixels = warp(source[:, ys, xs], shared, part, of_window, blank, nearest=nearest)
         return da.from_delayed(pixels, shape, dtype=blank.dtype)
 
     height, width = grid.shape
     result = da.block([[block(y0, x0) for x0 in range(0, width, chunk)] for y0 in range(0, height, chunk)])
     return result[0] if flat else result
-
-
-def _from_pixel(matrix: NDArray[np.float64], y0: int, x0: int) -> NDArray[np.float64]:
-    """`matrix` for pixel corners that are counted from row `y0` and column `x0`."""
-    return matrix @ affine_between(np.eye(2), np.zeros(2), (x0, y0))
 
 
 def _outline(shape: tuple[int, int]) -> NDArray[np.float64]:
