@@ -268,8 +268,7 @@ class Placed:
         """The section on a grid of the common frame."""
         own = self.channel
         grid = Channel(np.zeros(shape, np.float32), np.zeros(shape, bool), tuple(origin), own.size, (0.0, 0.0))
-        rows, columns = np.indices(shape).reshape(2, -1)
-        points = np.column_stack([columns, rows]) * own.size + (origin + 0.5 * own.size)
+        points = grid.centres(np.ones(shape, bool))
         points = points if self.field is None else self.field.pulled(points)
         seen = own.in_frame(apply_affine(points, np.linalg.inv(self.matrix))).reshape(shape)
         image, mask = (pull_back(a, own, grid, self.matrix, self.field) for a in (own.image, own.mask))

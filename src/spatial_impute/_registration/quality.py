@@ -32,8 +32,7 @@ def pull_back(
     if field is None:
         index = index @ np.linalg.inv(fixed.to_index())
         return ndi.affine_transform(image, index[:2, :2], index[:2, 2], output_shape=fixed.image.shape, order=1)
-    rows, cols = np.indices(fixed.image.shape).reshape(2, -1)
-    points = field.pulled(np.column_stack([cols, rows]) * fixed.size + (np.asarray(fixed.origin) + 0.5 * fixed.size))
+    points = field.pulled(fixed.centres(np.ones(fixed.image.shape, bool)))
     where = index[:2, :2] @ points.T + index[:2, 2:]
     return ndi.map_coordinates(image, where, order=1).reshape(fixed.image.shape)
 

@@ -275,9 +275,9 @@ class Channel:
         inside = [(axis > 0) & (axis < length) for axis, length in zip(axes, self.frame, strict=True)]
         return inside[1][:, None] & inside[0]
 
-    def centres(self) -> NDArray[np.float64]:
-        """Centres of the tissue pixels, ``(n, 2)`` as ``(x, y)`` in um."""
-        rows, cols = np.nonzero(self.mask)
+    def centres(self, pixels: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Centres of the tissue, or of other `pixels` ``(y, x)``, row by row, ``(n, 2)`` as ``(x, y)`` in um."""
+        rows, cols = np.nonzero(self.mask if pixels is None else pixels)
         return np.column_stack([cols, rows]) * self.size + (np.asarray(self.origin) + 0.5 * self.size)
 
     def to_index(self) -> NDArray[np.float64]:
