@@ -14,6 +14,8 @@ from scipy.spatial import cKDTree
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import ArrayLike
+
 _AXES = {"x": ("x", "col", "column"), "y": ("y", "row")}  # words in the names of columns
 _SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
@@ -64,6 +66,21 @@ def _is_axis(name: object, axis: str) -> bool:
 def scaling(x: float, y: float | None = None) -> np.ndarray:
     """Matrix that multiplies x and y."""
     return np.diag([x, x if y is None else y, 1.0])
+
+
+def translation(offset: ArrayLike) -> np.ndarray:
+    """Matrix that moves points by an offset (x, y)."""
+    matrix = np.eye(3)
+    matrix[:2, 2] = offset
+    return matrix
+
+
+def affine_between(linear: ArrayLike, source: ArrayLike, target: ArrayLike) -> np.ndarray:
+    """(3, 3) affine with the linear part (2, 2) that moves the point `source` (x, y) to `target`."""
+    matrix = np.eye(3)
+    matrix[:2, :2] = linear
+    matrix[:2, 2] = np.asarray(target, float) - matrix[:2, :2] @ np.asarray(source, float)
+    return matrix
 
 
 def exchanged_axes(matrix: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from spatial_impute._registration import (
     SectionTransform,
     chain_to_reference,
     deform_stack,
-    warp_along_path,
 )
 from spatial_impute._registration.orientation import pose
 
@@ -66,13 +65,6 @@ def test_matrices_compose_towards_the_reference(truth):
     assert placed["d"].path == ("d", "c", "b")
     assert placed["d"].route == "sequential"
     assert placed["c"].route == "direct"
-
-
-def test_pairs_of_either_direction(truth):
-    pairs = {(f, m): pair(between(truth, f, m)) for f, m in (("a", "b"), ("b", "c"), ("d", "c"))}
-    placed = chain_to_reference(pairs, NAMES, "a")
-    for name in NAMES:
-        np.testing.assert_allclose(placed[name].matrix, between(truth, "a", name), atol=1e-9)
 
 
 def test_chain_is_kept_while_direct_agrees():
@@ -187,32 +179,12 @@ def test_score_and_verdict_are_those_of_the_weakest_link():
     assert (placed.score, placed.verdict) == (0.3, "weak")
 
 
-def test_points_follow_the_path(truth):
-    pairs = {("b", "a"): pair(between(truth, "b", "a")), ("c", "b"): pair(between(truth, "c", "b"))}
-    placed = chain_to_reference(pairs, NAMES[:3], "a")["c"]
-    points = np.array([[3.0, 4.0], [100.0, -20.0]])
-    expected = points @ placed.matrix[:2, :2].T + placed.matrix[:2, 2]
-    np.testing.assert_allclose(warp_along_path(points, placed.path, pairs), expected, atol=1e-9)
-    assert warp_along_path(np.zeros((0, 2)), placed.path, pairs).shape == (0, 2)
-
-
 def test_points_follow_deformations():
     push = np.zeros((10, 10, 2), np.float32)
     push[..., 0] = 7
     field = DisplacementField(-push, push, (0.0, 0.0), 10.0)
-    pairs = {("a", "b"): PairResult(shift(10), "syn", {"verdict": "ok"}, field=field)}
-    np.testing.assert_allclose(warp_along_path([[30, 40]], ("b", "a"), pairs), [[47, 40]])
-    np.testing.assert_allclose(warp_along_path([[47, 40]], ("a", "b"), pairs), [[30, 40]])
-    np.testing.assert_allclose(warp_along_path([[500, 40]], ("b", "a"), pairs), [[510, 40]])  # outside: matrix only
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="'c'"):
-        chain_to_reference({("a", "b"): pair(shift(1))}, ["a", "b", "c"], "a")
-    with pytest.raises(ValueError, match="reference"):
-        chain_to_reference({}, ["a", "b"], "z")
-    with pytest.raises(ValueError, match="unique"):
-        chain_to_reference({}, ["a", "a"], "a")
+    result = PairResult(shift(10), "syn", {"verdict": "ok"}, field=field)
+    np.testing.assert_allclose(result.warp_points([[30, 40], [500, 40]]), [[47, 40], [510, 40]])  # outside: matrix only
 
 
 def test_single_section():

@@ -305,9 +305,7 @@ def test_her2st_takes_images_that_the_user_has(data_dir, tmp_path):
         np.testing.assert_allclose(centers, spots[["pixel_x", "pixel_y"]].to_numpy() * section.mpp)
         for axis, column in (("new_x", 0), ("new_y", 1)):
             assert np.polyfit(spots[axis], centers[:, column], 1)[0] == pytest.approx(200, rel=0.01)
-    assert _her2st._mpp_of_array(data_dir / "her2st" / "ST-spotfiles" / "A1_selection.tsv") == pytest.approx(
-        0.917, rel=0.01
-    )
+    assert _her2st._mpp_of_array(selection(data_dir, "A1")) == pytest.approx(0.917, rel=0.01)
 
 
 def test_her2st_refuses_images_that_are_not_the_published_ones(data_dir, tmp_path):

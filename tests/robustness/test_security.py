@@ -119,7 +119,7 @@ def test_download_refuses_other_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(pooch.core, "choose_downloader", lambda *args, **kwargs: download)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=r"(?i)sha256 hash"):
-        fetch("a.bin", folder=tmp_path, sha256={"a.bin": "0" * 64}, urls={"a.bin": "https://x.example/a.bin"})
+        fetch(tmp_path / "a.bin", url="https://x.example/a.bin", sha256="0" * 64)
     assert not (tmp_path / "a.bin").exists()
 
 

@@ -52,19 +52,10 @@ seed: 0
 """
 
 _SOURCES = ("image", "spaceranger", "spatialdata")
-_TAKES = {
-    "image": {"mpp", "z", "counts", "spot_diameter", "counts_layer"},
-    "spaceranger": {"mpp", "z", "fullres_image", "bin_size"},
-    "spatialdata": {
-        "mpp",
-        "z",
-        "spot_pitch",
-        "image_key",
-        "shapes_key",
-        "table_key",
-        "coordinate_system",
-        "counts_layer",
-    },
+_TAKES = {  # and `mpp` and `z`
+    "image": {"counts", "spot_diameter", "counts_layer"},
+    "spaceranger": {"fullres_image", "bin_size"},
+    "spatialdata": {"spot_pitch", "image_key", "shapes_key", "table_key", "coordinate_system", "counts_layer"},
 }
 # Keys whose values are text, also where YAML would read a number, a date, or true and false.
 _TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
@@ -165,7 +156,7 @@ Distance = Annotated[Length, AfterValidator(_plausible)]  # diameter or pitch of
 
 @settings_class
 class SectionConfig:
-    """Files of a section, and what they do not say. One of `image`, `spaceranger` and `spatialdata` is given."""
+    """Files and settings of a section. One of `image`, `spaceranger` and `spatialdata` is given."""
 
     image: Input | None = None
     spaceranger: Input | None = None
@@ -193,7 +184,7 @@ class SectionConfig:
         if len(sources) != 1:
             msg = f"needs exactly one of {list(_SOURCES)}, found {sources or 'none of them'}."
             raise ValueError(msg)
-        takes = _TAKES[self.source]
+        takes = {"mpp", "z"} | _TAKES[self.source]
         others = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None and name not in takes]
         others.remove(self.source)
         if others:
@@ -259,7 +250,7 @@ class RunConfig:
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, found: Any) -> Any:
-        """Keys without a value keep their defaults."""
+        """Drop keys without a value, so that they keep their defaults."""
         return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else found
 
     def __post_init__(self) -> None:
@@ -286,7 +277,7 @@ class RunConfig:
             raise ValueError(msg)
 
     def _require_own_files(self) -> None:
-        """A file that two sections share is a slip of copying; only a SpatialData object may hold several sections."""
+        """Refuse a file that two sections share, a slip of copying; only a SpatialData object may hold several."""
         seen: dict[Path, str] = {}
         for name, section in self.sections.items():
             for key in ("image", "counts", "spaceranger", "fullres_image"):

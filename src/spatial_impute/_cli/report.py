@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 "
-    "1em;line-height:1.45;color:#222}table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em "
-    ".7em;border-bottom:1px solid "
-    "#ccc;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em "
-    "0}.verdicts{list-style:none;padding:0}.verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em "
-    "0;background:#f7f7f7}pre{background:#f5f5f5;padding:1em;overflow:auto}"
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em;line-height:1.45;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0}"
+    "td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}"
+    ".verdicts{list-style:none;padding:0}"
+    ".verdicts li{border-left:.4em solid;padding:.3em .8em;margin:.5em 0;background:#f7f7f7}"
+    "pre{background:#f5f5f5;padding:1em;overflow:auto}"
 )
 GOOD, CARE, BAD = "Good", "Take care", "Do not use"
 _COLORS = {GOOD: "#009E73", CARE: "#E69F00", BAD: "#D55E00"}  # Okabe and Ito
@@ -199,7 +200,7 @@ def sections_table(sdata: SpatialData) -> pd.DataFrame:
 
 
 def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> list[Verdict]:
-    """Findings of a run on position, genes, method and reach, and what no run can test."""
+    """Findings of a run on positions, genes, method and reach, and the limits of its tests."""
     table = sdata.tables[Keys.STACK_TABLE]
     found = [*_of_positions(sdata), *_of_method(scores)]
     if Keys.PREDICTABLE in table.var and layer == Keys.ASIGN:
@@ -225,24 +226,20 @@ def verdicts(sdata: SpatialData, layer: str, scores: pd.DataFrame | None) -> lis
 def _of_positions(sdata: SpatialData) -> list[Verdict]:
     """Verdict on the places of the sections."""
     registration = load_record(sdata).registration or {}
-    by_verdict: dict[str, list[str]] = {}
-    for name, row in registration.get("sections", {}).items():
-        by_verdict.setdefault(row.get("verdict", "ok"), []).append(name)
+    verdict_of = {name: row.get("verdict", "ok") for name, row in registration.get("sections", {}).items()}
     found = []
-    if weak := by_verdict.pop("weak", []):
+    if weak := [name for name, verdict in verdict_of.items() if verdict == "weak"]:
         text = (
             f"The position of {_sections(weak)} is uncertain. Compare the map with the image before you read single "
             "spots."
         )
         found.append(Verdict(CARE, text))
-    good = by_verdict.pop("ok", [])
-    failed = [name for names in by_verdict.values() for name in names]
-    if failed:
+    if failed := [name for name, verdict in verdict_of.items() if verdict not in ("ok", "weak")]:
         found.append(Verdict(BAD, f"The position of {_sections(failed)} was not found. Do not use the maps there."))
     if skipped := list(registration.get("skipped", [])):
         found.append(Verdict(BAD, f"{_sections(skipped).capitalize()} has no place in the stack, and no map."))
-    if good and not found:
-        found.append(Verdict(GOOD, f"All {len(good)} sections fit on each other."))
+    if verdict_of and not found:
+        found.append(Verdict(GOOD, f"All {len(verdict_of)} sections fit on each other."))
     return found
 
 

@@ -204,9 +204,7 @@ def _of_layer(table: AnnData, layer: str | None, where: str) -> AnnData:
         msg = f"`{where}.counts_layer`: there is no layer {layer!r}; found {_layers(table) or 'none'}."
         raise ConfigError(msg)
     if layer == "raw" and "raw" not in table.layers:
-        uns = table.uns
         table = table.raw.to_adata()
-        table.uns = uns
     elif layer is not None:
         table = table.copy()
         table.X = table.layers[layer]
@@ -215,15 +213,11 @@ def _of_layer(table: AnnData, layer: str | None, where: str) -> AnnData:
 
 def _require_counts(table: AnnData, layer: str | None, key: str) -> None:
     """Raise an error in terms of the file of the run if ``X``, which came from `layer`, holds no raw counts."""
-    values = table.X
-    sample = None if values is None else values.data if hasattr(values, "tocsr") else np.asarray(values)
-    if sample is not None and sample.size and looks_like_counts(sample):
+    values: Any = np.empty(0) if table.X is None else table.X
+    sample = values.data if hasattr(values, "tocsr") else np.asarray(values)
+    if sample.size and looks_like_counts(sample):
         return
-    what = (
-        "is empty"
-        if sample is None or not sample.size
-        else f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers"
-    )
+    what = f"holds {sample.min():.3g} to {sample.max():.3g}, not all whole numbers" if sample.size else "is empty"
     slot = "X" if layer is None else f"layer {layer!r}"
     others = [name for name in _layers(table) if name != layer]
     hint = (
@@ -245,7 +239,7 @@ def _read(name: str, section: SectionConfig) -> tuple[Any, float | None]:
 
 
 def _drop_empty_spots(sdata: SpatialData) -> None:
-    """Drop spots without a single count, which Space Ranger keeps: a run has nobody to ask about them."""
+    """Drop spots without a single count, which Space Ranger keeps: a run cannot ask its user about them."""
     for section in load_record(sdata).sections:
         table = None if section.counts is None else sdata.tables[section.counts]
         if table is None or table.X is None:
@@ -345,12 +339,10 @@ def require_own_folder(output: Path) -> None:
 
 def plot_genes(sdata: SpatialData, wanted: list[str] | None) -> list[str]:
     """Genes to draw: the wanted ones that are in the table, else the most predictable, else the first."""
-    table = sdata.tables[Keys.STACK_TABLE]
-    missing = [gene for gene in wanted or [] if gene not in table.var_names]
-    if missing:
+    table, wanted = sdata.tables[Keys.STACK_TABLE], wanted or []
+    if missing := [gene for gene in wanted if gene not in table.var_names]:
         logger.warning("`plot_genes`: %s are not among the genes of the run and are not drawn", missing)
-    found = [gene for gene in wanted or [] if gene in table.var_names]
-    if found:
+    if found := [gene for gene in wanted if gene in table.var_names]:
         return found
     if Keys.PREDICTABILITY in table.var:
         return list(table.var[Keys.PREDICTABILITY].nlargest(_N_PLOT_GENES).index)

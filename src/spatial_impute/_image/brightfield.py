@@ -80,20 +80,16 @@ def upright(array: da.Array, orientation: int) -> da.Array:
 
 def _convert(block: np.ndarray, samples: Samples) -> np.ndarray:
     """One block of :func:`brightfield`, without the orientation."""
-    colors = block[: samples.n_colors]
-    alpha = None if samples.alpha is None else block[samples.alpha][None]
     if samples.kind == "palette":
         palette = cast("np.ndarray", samples.palette)
-        colors = np.moveaxis(palette[np.minimum(colors[0], len(palette) - 1)], -1, 0)
-        if alpha is not None:
-            alpha = _filled(alpha, samples.bits)
-            alpha = _rounded(alpha * (255 / _most(alpha.dtype)), np.uint8)
+        colors = np.moveaxis(palette[np.minimum(block[0], len(palette) - 1)], -1, 0)
     else:
-        colors = _filled(colors, samples.bits)
-        alpha = None if alpha is None else _filled(alpha, samples.bits)
-        colors = _to_rgb(colors, samples)
-    if alpha is None:
+        colors = _to_rgb(_filled(block[: samples.n_colors], samples.bits), samples)
+    if samples.alpha is None:
         return colors
+    alpha = _filled(block[samples.alpha][None], samples.bits)
+    if samples.kind == "palette":
+        alpha = _rounded(alpha * (255 / _most(alpha.dtype)), np.uint8)
     if samples.premultiplied:
         full = _most(colors.dtype)
         share = np.where(alpha > 0, alpha, 1) / full

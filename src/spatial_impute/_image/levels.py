@@ -7,6 +7,7 @@ Pixel convention: the centre of pixel i lies at i + 0.5, so coordinates are meas
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import weakref
 from dataclasses import dataclass
@@ -231,12 +232,12 @@ def read_thumbnail(levels: Sequence[Level], pixel_size: float) -> tuple[np.ndarr
     return np.concatenate(strips), level.to_um @ scaling(float(factor))
 
 
-def area_means(rgb: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
-    """(y, x, 3) reduced by whole numbers along y and x."""
+def area_means(image: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
+    """(y, x) or (y, x, c) reduced by whole numbers along y and x."""
     if factor_y == factor_x == 1:
-        return rgb
-    height, width = rgb.shape[0] // factor_y, rgb.shape[1] // factor_x
-    return rgb.reshape(height, factor_y, width, factor_x, 3).mean(axis=(1, 3))
+        return image
+    height, width = image.shape[0] // factor_y, image.shape[1] // factor_x
+    return image.reshape(height, factor_y, width, factor_x, *image.shape[2:]).mean(axis=(1, 3))
 
 
 PIXEL_RANGE = (0.05, 50.0)
@@ -361,21 +362,16 @@ def ome_pixels(xml: str, page: tifffile.TiffPage) -> ET.Element | None:
 
 def zarr_pixel_size(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
     """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale."""
+    maps = (
+        t for holder in (multiscale["datasets"][0], multiscale) for t in holder.get("coordinateTransformations", ())
+    )
+    scales = [t["scale"] for t in maps if t.get("type") == "scale"]
     sizes = []
     for name in "xy":
         axis = axes.get(name)
         um = um_per_unit(axis.get("unit")) if isinstance(axis, dict) else None
-        holders = (multiscale["datasets"][0], multiscale)
-        scales = [
-            t["scale"]
-            for holder in holders
-            for t in holder.get("coordinateTransformations", ())
-            if t.get("type") == "scale"
-        ]
         if um is None or not scales:
             return None
         place = list(axes).index(name)
-        for scale in scales:
-            um *= float(scale[place])
-        sizes.append(um)
+        sizes.append(um * math.prod(float(scale[place]) for scale in scales))
     return (sizes[0], sizes[1]) if min(sizes) > 0 else None

@@ -168,13 +168,18 @@ def _channels_first(array: da.Array, axes: str) -> da.Array:
 
 def _open_plain(path: Path) -> ImageFile:
     """PNG or JPEG; a JPEG also gives halved levels, which are cheap to decode."""
-    shape, dtype, fractions, orientation = _plain_shape(path)
+    with _pil_open(path) as image:
+        mode, size = _plain_mode(image), (image.height, image.width)
+        # libjpeg scales by powers of two while decoding.
+        fractions = (1, 2, 4, 8) if image.format == "JPEG" and min(size) >= 1024 else (1,)
+        orientation = int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))  # that of PNG would decode the image
+    n_channels, dtype = (1, np.uint16) if mode == "I;16" else (len(mode), np.uint8)
     levels = []
     for fraction in fractions:
-        size = (shape[0], *(-(-n // fraction) for n in shape[1:]))
+        shape = (n_channels, *(-(-n // fraction) for n in size))
         decoded = dask.delayed(_decode_plain, pure=True)(str(path), fraction, path.stat().st_mtime_ns)
         # Chunks of a usual size, so that the image can be written to zarr as it is.
-        array = da.from_delayed(decoded, size, dtype=dtype).rechunk((shape[0], _CHUNK, _CHUNK))
+        array = da.from_delayed(decoded, shape, dtype=dtype).rechunk((n_channels, _CHUNK, _CHUNK))
         levels.append(upright(array, orientation))
     return ImageFile(levels, None)
 
@@ -204,17 +209,6 @@ def _pil_open(path: str | Path) -> Image.Image:
     return image
 
 
-def _plain_shape(path: Path) -> tuple[tuple[int, int, int], type, tuple[int, ...], int]:
-    """Shape (c, y, x), type, the fractions of the size at which the file can be decoded, and the orientation of EXIF."""
-    with _pil_open(path) as image:
-        mode = _plain_mode(image)
-        dtype = np.uint16 if mode == "I;16" else np.uint8
-        # libjpeg scales by powers of two while decoding.
-        fractions = (1, 2, 4, 8) if image.format == "JPEG" and min(image.size) >= 1024 else (1,)
-        orientation = int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))  # that of PNG would decode the image
-        return (len(mode) if mode != "I;16" else 1, image.height, image.width), dtype, fractions, orientation
-
-
 def _plain_mode(image: Image.Image) -> str:
     """Mode to convert to: alpha is kept, and palettes, CMYK and bits become RGB or grey."""
     if image.has_transparency_data:
@@ -231,19 +225,19 @@ def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
     """
     with _pil_open(path) as image:
         mode = _plain_mode(image)
-        if fraction == 1 and image.format == "JPEG" and image.mode == mode:
-            pixels = _decode_jpeg(path)
-            if pixels is not None:
-                return _channels_of(pixels)
+        pixels: np.ndarray | None = None
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
+        elif image.format == "JPEG" and image.mode == mode:
+            pixels = _decode_jpeg(path)
         try:
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+            if pixels is None:
+                pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         except (OSError, SyntaxError) as error:
             msg = f"{path!r} is damaged: {error}. Copy or export it again."
             raise ValueError(msg) from error
-    return _channels_of(pixels)
+    return np.moveaxis(pixels[..., None] if pixels.ndim == 2 else pixels, -1, 0)
 
 
 def _decode_jpeg(path: str) -> np.ndarray | None:
@@ -258,11 +252,6 @@ def _decode_jpeg(path: str) -> np.ndarray | None:
         return imagecodecs.jpeg8_decode(data) if data.endswith(_JPEG_END) else None
     except imagecodecs.Jpeg8Error:
         return None
-
-
-def _channels_of(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as ``(c, y, x)``."""
-    return np.moveaxis(pixels[..., None] if pixels.ndim == 2 else pixels, -1, 0)
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:

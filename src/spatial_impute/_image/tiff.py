@@ -94,7 +94,7 @@ class TiffImage:
 
 
 def open_tiff(path: Path) -> TiffImage:
-    """Levels of the largest image of a TIFF, and what the file says about them.
+    """Levels of the largest image of a TIFF, with their axes, samples, order of channels and pixel size.
 
     Raises a ``ValueError`` for samples that are no brightfield image, and for damaged files.
     """
@@ -258,7 +258,7 @@ def _rationals(value: Any) -> tuple[float, ...]:
 
 
 def _channel_names(tiff: tifffile.TiffFile, pixels: Any) -> list[str] | None:
-    """Names of the channels in OME-XML or ImageJ; what lights up is named by its dye or by its light."""
+    """Names of the channels in OME-XML or ImageJ; fluorescent ones are named by their dye, or as fluorescence."""
     if pixels is not None:
         names, colors = [], []
         for channel in pixels.findall("{*}Channel"):

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage as ndi
 from skimage.filters import threshold_otsu
+from skimage.morphology import isotropic_dilation, isotropic_erosion
+
+from spatial_impute._image.levels import area_means
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,9 +153,7 @@ def _coarser(
     pad = [(0, -n % k) for n, k in zip(visible.shape, factors, strict=True)]
 
     def mean(array: NDArray) -> NDArray[np.float32]:
-        array = np.pad(array, pad).astype(np.float32)
-        rows, columns = (n // k for n, k in zip(array.shape, factors, strict=True))
-        return array.reshape(rows, factors[0], columns, factors[1]).mean((1, 3))
+        return area_means(np.pad(array, pad).astype(np.float32), *factors)
 
     share = mean(visible)
     channels = [mean(image[..., k] * visible) / np.maximum(share, 1e-6) for k in range(3)]
@@ -172,11 +173,9 @@ def _finer(mask: NDArray[np.bool_], shape: tuple[int, ...], factors: tuple[int, 
 
 def _texture(density: NDArray[np.float32], sampling: tuple[float, float]) -> NDArray[np.float32]:
     """Local standard deviation ``(y, x)`` of the density on the scale of cells."""
-    fine, coarse = ([length / s for s in sampling] for length in (_CELL, _NEIGHBOURHOOD))
-    square = np.zeros(density.shape[:2], np.float32)
-    for channel in np.moveaxis(density, -1, 0):
-        square += (ndi.gaussian_filter(channel, fine) - ndi.gaussian_filter(channel, coarse)) ** 2
-    return np.sqrt(ndi.gaussian_filter(square / density.shape[-1], coarse))
+    fine, coarse = ([*(length / s for s in sampling), 0] for length in (_CELL, _NEIGHBOURHOOD))
+    square = (ndi.gaussian_filter(density, fine) - ndi.gaussian_filter(density, coarse)) ** 2
+    return np.sqrt(ndi.gaussian_filter(square.mean(-1), coarse[:2]))
 
 
 def _uneven_light(density: NDArray[np.float32], still: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -225,9 +224,8 @@ def _stained(
 
 def _fat(density: NDArray[np.float32], stained: NDArray[np.bool_], sampling: tuple[float, float]) -> NDArray[np.bool_]:
     """Pixels of fat: thin walls around empty cells, which are too pale on average for the outline by density."""
-    scale = [_NEIGHBOURHOOD / s for s in sampling]
-    fine = np.stack([channel - ndi.gaussian_filter(channel, scale) for channel in np.moveaxis(density, -1, 0)])
-    strength, hue = fine.mean(0), np.ptp(fine, axis=0)
+    fine = density - ndi.gaussian_filter(density, [*(_NEIGHBOURHOOD / s for s in sampling), 0])
+    strength, hue = fine.mean(-1), np.ptp(fine, axis=-1)
     noise = 1.48 * float(np.median(np.abs(strength)))
     walls = (strength > max(_WALL_DENSITY, 4 * noise)) & (hue > _WALL_HUE * strength)
     walls = _closed(walls | stained, _WALL_GAP, sampling)
@@ -371,15 +369,12 @@ def _otsu(values: NDArray) -> float:
 
 # Discs of a given radius in um by the distance transform: exact for any pixel size, and as fast for large radii.
 def _dilate(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
-    if not mask.any():
-        return mask
-    return ndi.distance_transform_edt(~mask, sampling=sampling) <= radius
+    return isotropic_dilation(mask, radius, spacing=sampling) if mask.any() else mask
 
 
 def _erode(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:
-    if mask.all():  # nothing is known beyond the frame: tissue cut by it is not eroded from there
-        return mask
-    return ndi.distance_transform_edt(mask, sampling=sampling) > radius
+    # Nothing is known beyond the frame: tissue cut by it is not eroded from there.
+    return mask if mask.all() else isotropic_erosion(mask, radius, spacing=sampling)
 
 
 def _closed(mask: NDArray[np.bool_], radius: float, sampling: tuple[float, float]) -> NDArray[np.bool_]:

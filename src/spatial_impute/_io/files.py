@@ -18,10 +18,10 @@ from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-_ATTEMPTS = 5  # to make a folder that the process before us removes
+_ATTEMPTS = 5  # to make a folder that an earlier owner removes in between
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def owned(file: Path, *, what: str, wait: float = 0.0, keep: bool = False) -> It
         yield
     finally:
         if not keep:
-            file.unlink(missing_ok=True)  # before the lock ends: who opened this file meanwhile looks again
+            file.unlink(missing_ok=True)  # before the lock ends: a process that opened this file meanwhile tries again
         lock.release()
 
 
@@ -103,7 +103,7 @@ def file_to_write(path: Any, *, ends: Sequence[str], overwrite: bool) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Path of a hidden file to write to, which becomes `path` at the end of the ``with`` block, or goes after an error.
+    """Path of a hidden file to write to. It becomes `path` at the end of the ``with`` block; after an error it is removed.
 
     The part of a process that was killed is written over. Raises a ``FileExistsError`` while another process writes.
     """
@@ -128,27 +128,27 @@ def read_text(path: Path) -> str:
         raise ValueError(msg) from error
 
 
-def fetch(name: str, *, folder: Path, sha256: Mapping[str, str], urls: Mapping[str, str]) -> Path:
-    """Path of a file below `folder`; downloaded if it is missing, or if its bytes differ from the published ones.
+def fetch(path: Path, *, url: str, sha256: str) -> Path:
+    """Return the path after a download, if the file is missing or its bytes differ from the published ones.
 
-    `sha256` and `urls` hold hash and address of each file. Raises a ``ConnectionError`` without a connection, and a
-    ``ValueError`` (from pooch) if the downloaded bytes have another hash; that file is not kept.
+    Raises a ``ConnectionError`` without a connection, and a ``ValueError`` (from pooch) if the downloaded bytes have
+    another hash; that file is not kept.
     """
     import pooch
     from requests.exceptions import RequestException
 
     cache = pooch.create(
-        path=folder,
+        path=path.parent,
         base_url="",
-        registry={file: f"sha256:{digest}" for file, digest in sha256.items()},
-        urls=dict(urls),
+        registry={path.name: f"sha256:{sha256}"},
+        urls={path.name: url},
         retry_if_failed=2,
     )
     try:
-        return Path(cache.fetch(name, progressbar=settings.show_progress_bar))
+        return Path(cache.fetch(path.name, progressbar=settings.show_progress_bar))
     except RequestException as error:
         msg = (
-            f"{urls[name]} could not be downloaded: {error}. Check the connection, or put the file (sha256 "
-            f"{sha256[name]}) at {str(folder / name)!r}."
+            f"{url} could not be downloaded: {error}. Check the connection, or put the file (sha256 {sha256}) at "
+            f"{str(path)!r}."
         )
         raise ConnectionError(msg) from error

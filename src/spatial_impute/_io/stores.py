@@ -99,8 +99,7 @@ class DenseStore:
         if not (self.store / "zarr.json").is_file():
             msg = f"No SpatialData store at {str(store)!r}; write the object first with `sdata.write({str(store)!r})`."
             raise FileNotFoundError(msg)
-        self.key, self.job, self.names = key, job, list(names)
-        self.frame = frame
+        self.key, self.job, self.names, self.frame = key, job, list(names), frame
         self.fingerprint = job.fingerprint(self.names)
         self.target = self.store / _IMAGES / key
         self.room = self.store / _STAGING / key
@@ -129,10 +128,10 @@ class DenseStore:
         """Raise a ``ValueError`` if there is an element that must not be replaced; find out whether the map is there."""
         if not self.target.exists():
             return
-        found = self._attribute(self.target, _FINGERPRINT)
+        found = _attribute(self.target, _FINGERPRINT)
         where = f"{str(self.store)!r} already has an image {self.key!r}"
         if found == self.fingerprint:
-            self.complete = self._attribute(self.target, _FILES) == _size(self.target)
+            self.complete = _attribute(self.target, _FILES) == _size(self.target)
             if not self.complete:
                 logger.warning("%s, but some of its files are missing or damaged; it is computed again", where)
         elif found is None and self.overwrite:
@@ -147,17 +146,11 @@ class DenseStore:
         """Path of the growing element."""
         return self.staging / _SKELETON / _IMAGES / self.key
 
-    def _attribute(self, element: Path, name: str) -> Any:
-        try:
-            return json.loads((element / "zarr.json").read_text())["attributes"].get(name)
-        except (OSError, KeyError, json.JSONDecodeError):
-            return None
-
     def prepare(self) -> list[tuple[int, int]]:
         """Lay out the element, or find an unfinished one, and return the missing tiles."""
         if self.complete:
             return []
-        for other in self.room.iterdir():  # rests of other maps of this name; nobody else owns the room
+        for other in self.room.iterdir():  # unfinished work on other maps of this name; no other process owns it now
             if other.is_dir() and other != self.staging:
                 _remove_ours(other)
         plan = self.staging / _PLAN
@@ -187,7 +180,6 @@ class DenseStore:
         SpatialData(images={self.key: element}).write(self.staging / _SKELETON)
         group = zarr.open_group(self.element, mode="r+")
         name = _array_name(group)
-        old = cast("zarr.Array", group[name])
         rows, columns = self.job.cells
         n = self.job.chunk
         # Readers read single chunks of a file: one gene costs a hundredth of the map, and files stay few. A file holds
@@ -203,7 +195,7 @@ class DenseStore:
             shards=(per_chunk * n_chunks, *stack),
             dtype=self.job.dtype,
             fill_value=float("nan"),
-            dimension_names=cast("Any", old.metadata).dimension_names,
+            dimension_names=cast("Any", group[name].metadata).dimension_names,
             overwrite=True,
         )
         group.attrs[_FINGERPRINT] = self.fingerprint
@@ -217,8 +209,7 @@ class DenseStore:
         # Two maps of one store must not list its elements at the same time: one of them would miss the other.
         with owned(self.room.parent / _OWNER, what=f"The list of elements of {str(self.store)!r}", wait=_COMMIT_WAIT):
             if not self.complete:
-                images = zarr.open_group(self.store, mode="r+", use_consolidated=False).require_group(_IMAGES)
-                del images
+                zarr.open_group(self.store, mode="r+", use_consolidated=False).require_group(_IMAGES)
                 self._move_into_place()
             _remove_ours(self.staging)
             # Last: until now readers of the store see its earlier content. The element carries its fingerprint, so that
@@ -240,6 +231,13 @@ class DenseStore:
         """Lazy element of the store."""
         group = zarr.open_group(self.target, mode="r")
         return as_element(da.from_zarr(group[_array_name(group)]), self.names, self.job, self.frame)
+
+
+def _attribute(element: Path, name: str) -> Any:
+    try:
+        return json.loads((element / "zarr.json").read_text())["attributes"].get(name)
+    except (OSError, KeyError, json.JSONDecodeError):
+        return None
 
 
 def _size(element: Path) -> list[int]:

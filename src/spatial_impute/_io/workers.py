@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from spatial_impute._settings import logger, progress, settings
@@ -175,21 +175,15 @@ def local_workers(n_workers: int | None = None, device: str | None = None) -> It
     keys = {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in keep_memory.items()}
     one: dict[str, Any] = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
     one["silence_logs"] = logging.ERROR  # workers that end late are not the user's concern
-    with dask.config.set(keys):
+    with dask.config.set(keys), ExitStack() as opened:
         cluster = LocalCluster(n_workers=n_workers, **one)
-        client = None
-        try:
-            client = Client(cluster)
-            yield
-        finally:
-            for part in (client, cluster):
-                _close(part)
+        opened.callback(_close, cluster)
+        opened.callback(_close, Client(cluster))
+        yield
 
 
 def _close(part: Any) -> None:
-    """Close a client or a cluster; what ends too late on a busy machine must not take the results of the block with it."""
-    if part is None:
-        return
+    """Close a client or a cluster. If it ends too late on a busy machine, the results of the block must not be lost."""
     try:
         part.close()
     except TimeoutError:

@@ -7,7 +7,6 @@ from spatial_impute._registration.chain import (
     exchanged_sections,
     in_inferred_order,
     register_chain,
-    warp_along_path,
 )
 from spatial_impute._registration.deform import deform_stack
 from spatial_impute._registration.pair import register_pair

@@ -1,7 +1,7 @@
 """Calls of antspyx, and its conventions.
 
 * ITK wants ``[x, y]`` arrays and the position of the first pixel centre; :func:`_image` gives both, so that ITK's
-  physical space is the section's corner-based frame in um (up to a shift) at any resolution.
+  physical space is the frame of the section in um, up to a shift, at any resolution.
 * An ITK transform maps points of the fixed image to the moving one, because that is what resampling an image needs.
   The matrices of this package map moving points to fixed ones. The inverse is taken here and nowhere else.
 * antsRegistration passes everything by files. They live in a temporary folder that is gone when the call returns.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import ndimage as ndi
 
+from spatial_impute._geometry import affine_between, translation
 from spatial_impute._registration.transform import DisplacementField
 from spatial_impute._registration.types import contrast
 
@@ -50,49 +51,23 @@ def fit_linear(
 ) -> NDArray[np.float64]:
     """Refine a linear transform by mutual information inside the (widened) tissue masks.
 
-    Mutual information works across stains. Every pixel is a sample, so the result has no random part.
-
-    Parameters
-    ----------
-    initial
-        Matrix ``(3, 3)`` to start from, moving to fixed, um. A mirrored one stays mirrored.
-    iterations
-        One number per level. Each level is twice as fine as the one before; the last one is the grid of the channels.
-    mask_margin
-        Width in um of the rim of background that takes part.
-
-    Returns
-    -------
-    Matrix ``(3, 3)``, moving to fixed, um.
+    Mutual information works across stains. Every pixel is a sample, so the result has no random part. Start and result
+    are matrices ``(3, 3)``, moving to fixed, um; a mirrored start stays mirrored. `iterations` has one number per level,
+    each twice as fine as the one before; the last one is the grid of the channels. `mask_margin` is the width in um of
+    the rim of background that takes part.
     """
-    import ants
-
-    # antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and
-    # shift are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections). So each
-    # image gets its own origin, at the centre of its tissue.
-    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
-    initial = np.linalg.inv(to_fixed) @ initial @ to_moving
     levels = tuple(range(len(iterations)))[::-1]
-    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
-        start = str(Path(folder) / "initial.mat")
-        _write_matrix(initial, start)
-        result = ants.registration(
-            _image(fixed, fixed.image, to_fixed),
-            _image(moving, moving.image, to_moving),
-            kind,
-            initial_transform=[start],
-            outprefix=str(Path(folder) / "linear_"),
-            mask=_image(fixed, _widen(fixed, mask_margin), to_fixed),
-            moving_mask=_image(moving, _widen(moving, mask_margin), to_moving),
-            mask_all_stages=True,
-            aff_metric="mattes",
-            aff_random_sampling_rate=1.0,
-            aff_iterations=tuple(iterations),
-            aff_shrink_factors=tuple(2**level for level in levels),
-            aff_smoothing_sigmas=levels,
-        )
-        matrix = _read_matrix(result["fwdtransforms"][0])
-    return to_fixed @ matrix @ np.linalg.inv(to_moving)
+    options: dict[str, Any] = {
+        "mask_all_stages": True,
+        "aff_metric": "mattes",
+        "aff_random_sampling_rate": 1.0,
+        "aff_iterations": tuple(iterations),
+        "aff_shrink_factors": tuple(2**level for level in levels),
+        "aff_smoothing_sigmas": levels,
+    }
+    with _controlled(seed), _fitted(fixed, moving, initial, kind, margin=mask_margin, **options) as (forward, _):
+        matrix = _read_matrix(forward[0])
+    return _from_centre(fixed) @ matrix @ np.linalg.inv(_from_centre(moving))
 
 
 def fit_deformable(
@@ -109,46 +84,30 @@ def fit_deformable(
 
     The measure is mutual information, alone or in equal parts with a second one. Mutual information works across stains.
     Squared differences of contrast follow structure that differs from its surroundings, in proportion to its strength.
-    Local correlation also follows small and pale structure, but it follows patterns of the slide as well.
-
-    Parameters
-    ----------
-    smoothing
-        Smoothing of the update and of the total field, working pixels.
-    look
-        ``"information"`` for mutual information alone, else the second measure.
+    Local correlation also follows small and pale structure, but it follows patterns of the slide as well. `smoothing`
+    is that of the update and of the total field, in working pixels.
     """
     import ants
 
-    to_fixed, to_moving = _translation(fixed.centres().mean(0)), _translation(moving.centres().mean(0))
     flow, total = smoothing
-    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder, _controlled(seed):
-        start = str(Path(folder) / "initial.mat")
-        _write_matrix(np.linalg.inv(to_fixed) @ matrix @ to_moving, start)
-        images = _image(fixed, fixed.image, to_fixed), _image(moving, moving.image, to_moving)
-        more = None
-        if look == "contrast":
-            pair = _image(fixed, contrast(fixed), to_fixed), _image(moving, contrast(moving), to_moving)
-            more = [("MeanSquares", *pair, 1.0, 1)]  # the last number is not used
-        elif look == "correlation":
-            more = [("CC", *images, 1.0, correlation_window(fixed, params))]
-        result = ants.registration(
-            *images,
-            "SyNOnly",
-            initial_transform=[start],
-            outprefix=str(Path(folder) / "syn_"),
-            mask=_image(fixed, _widen(fixed, params.max_displacement), to_fixed),
-            moving_mask=_image(moving, _widen(moving, params.max_displacement), to_moving),
-            syn_metric="mattes",
-            syn_sampling=_SYN_BINS,
-            multivariate_extras=more,
-            reg_iterations=params.syn_iterations,
-            flow_sigma=flow,
-            total_sigma=total,
-            grad_step=_SYN_STEP_FINE if look == "correlation" else _SYN_STEP,
-        )
+    options: dict[str, Any] = {
+        "margin": params.max_displacement,
+        "syn_metric": "mattes",
+        "syn_sampling": _SYN_BINS,
+        "reg_iterations": params.syn_iterations,
+        "flow_sigma": flow,
+        "total_sigma": total,
+        "grad_step": _SYN_STEP_FINE if look == "correlation" else _SYN_STEP,
+    }
+    if look == "contrast":
+        pair = _image(fixed, contrast(fixed)), _image(moving, contrast(moving))
+        options["multivariate_extras"] = [("MeanSquares", *pair, 1.0, 1)]  # the last number is not used
+    elif look == "correlation":
+        pair = _image(fixed, fixed.image), _image(moving, moving.image)
+        options["multivariate_extras"] = [("CC", *pair, 1.0, correlation_window(fixed, params))]
+    with _controlled(seed), _fitted(fixed, moving, matrix, "SyNOnly", **options) as (forward, inverse):
         # Forward is [warp, matrix] (pull-back of images), inverse is [matrix, inverse warp] (points).
-        fields = [ants.image_read(path).numpy() for path in (result["fwdtransforms"][0], result["invtransforms"][-1])]
+        fields = [ants.image_read(path).numpy() for path in (forward[0], inverse[-1])]
     pull, push = (np.ascontiguousarray(field.transpose(1, 0, 2), np.float32) for field in fields)
     return DisplacementField(pull, push, fixed.origin, fixed.size)
 
@@ -158,23 +117,52 @@ def correlation_window(channel: Channel, params: RegistrationParams) -> int:
     return min(_MAX_WINDOW, max(2, round(params.syn_radius / channel.size)))
 
 
-def itk_matrix(linear: NDArray, centre: NDArray, translation: NDArray) -> NDArray[np.float64]:
+def itk_matrix(linear: NDArray, centre: NDArray, offset: NDArray) -> NDArray[np.float64]:
     """ITK's ``y = A (x - c) + c + t`` as a ``(3, 3)`` matrix."""
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = np.asarray(translation, float) + centre - matrix[:2, :2] @ np.asarray(centre, float)
-    return matrix
+    return affine_between(linear, centre, np.asarray(offset, float) + centre)
 
 
-def _translation(offset: NDArray) -> NDArray[np.float64]:
-    return itk_matrix(np.eye(2), np.zeros(2), offset)
+@contextmanager
+def _fitted(
+    fixed: Channel, moving: Channel, initial: NDArray[np.float64], kind: str, *, margin: float, **options: Any
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Files of the forward and of the inverse transforms of a fit; they are gone after the ``with`` block.
 
-
-def _image(channel: Channel, array: NDArray, shift: NDArray) -> Any:
-    """`array` on the grid of `channel` as an ANTs image, in coordinates whose origin is at the translation `shift`."""
+    `initial` ``(3, 3)`` maps moving to fixed, um; the masks are `margin` um wider than the tissue. The transforms act on
+    coordinates from the centres of the tissues, see :func:`_from_centre`.
+    """
     import ants
 
-    corner = np.asarray(channel.origin) - shift[:2, 2]
+    with tempfile.TemporaryDirectory(prefix="spatial_impute_") as folder:
+        start = str(Path(folder) / "initial.mat")
+        _write_matrix(np.linalg.inv(_from_centre(fixed)) @ initial @ _from_centre(moving), start)
+        result = ants.registration(
+            _image(fixed, fixed.image),
+            _image(moving, moving.image),
+            kind,
+            initial_transform=[start],
+            outprefix=str(Path(folder) / "fit_"),
+            mask=_image(fixed, _widen(fixed, margin)),
+            moving_mask=_image(moving, _widen(moving, margin)),
+            **options,
+        )
+        yield result["fwdtransforms"], result["invtransforms"]
+
+
+def _from_centre(channel: Channel) -> NDArray[np.float64]:
+    """Translation from coordinates with their origin at the centre of the tissue to the frame of the section.
+
+    antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and shift
+    are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections).
+    """
+    return translation(channel.centres().mean(0))
+
+
+def _image(channel: Channel, array: NDArray) -> Any:
+    """`array` on the grid of `channel` as an ANTs image, in coordinates with their origin at the centre of the tissue."""
+    import ants
+
+    corner = np.asarray(channel.origin) - _from_centre(channel)[:2, 2]
     return ants.from_numpy(
         np.ascontiguousarray(array.T, dtype=np.float32),
         origin=tuple(float(c) for c in corner + 0.5 * channel.size),

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations, pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import combinations, pairwise, product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import norm
 
 from spatial_impute._registration.deform import Placed
 from spatial_impute._registration.pair import register_pair
-from spatial_impute._registration.quality import correlations_without, disagreement, edges_inside, masked_blur
+from spatial_impute._registration.quality import (
+    correlations_without,
+    disagreement,
+    edges_inside,
+    jackknife_error,
+    masked_blur,
+    square_tiles,
+)
 from spatial_impute._registration.types import (
     ChainResult,
     PairResult,
@@ -22,21 +29,17 @@ from spatial_impute._registration.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
-
-    Run = Callable[[Callable, list[tuple], str], list]
-
-    Pairs = dict[tuple[str, str], PairResult]
-
-    Matrices = Mapping[str, NDArray[np.float64]]
-    from collections.abc import Iterator
+    from numpy.typing import NDArray
 
     from spatial_impute._registration.types import Channel
 
+    Run = Callable[[Callable, list[tuple], str], list]
+    Pairs = dict[tuple[str, str], PairResult]
+    Matrices = Mapping[str, NDArray[np.float64]]
+
 _RANK = {"ok": 0, "weak": 1, "failed": 2}
-_NAMES = {"direct": "direct one", "sequential": "other one"}
 
 
 def chain_to_reference(
@@ -55,28 +58,12 @@ def chain_to_reference(
     placement with the better score is used. If two sound registrations disagree, one of them is wrong, perhaps upside
     down; the section is then weak.
 
-    Parameters
-    ----------
-    pairs
-        Registrations by ``(fixed, moving)``. A pair given in the other direction is inverted.
-    sections
-        Names in the order of the stack, the reference among them.
-    reference
-        Section whose frame is the common one.
-    given
-        Matrices of sections whose place is known; they are not looked for in `pairs`.
-    params
-        ``max_chain_disagreement`` is used.
-
-    Returns
-    -------
-    One result per section, in the order of `sections`. The reference has the identity.
+    `pairs` are registrations by ``(fixed, moving)``, at least one of each section to one that is nearer to the reference.
+    `sections` are names in the order of the stack, the reference among them. Sections with a `given` matrix are not
+    looked for in `pairs`. The reference has the identity.
     """
     params = RegistrationParams() if params is None else params
     sections = list(sections)
-    if reference not in sections or len(set(sections)) != len(sections):
-        msg = f"`reference` must be one of the sections, which must be unique; found {reference!r} and {sections}."
-        raise ValueError(msg)
     given = {} if given is None else given
     placed = {reference: ChainResult(np.eye(3), (reference,), "reference", 1.0, "ok")}
     middle = sections.index(reference)
@@ -92,19 +79,6 @@ def chain_to_reference(
     return {name: placed[name] for name in sections}
 
 
-def warp_along_path(
-    points: ArrayLike, path: Sequence[str], pairs: Mapping[tuple[str, str], PairResult]
-) -> NDArray[np.float64]:
-    """Carry points ``(n, 2)``, um, of the first section of `path` to the frame of the last, deformations included."""
-    points = np.asarray(points, float).reshape(-1, 2)
-    for moving, fixed in pairwise(path):
-        if (fixed, moving) in pairs:
-            points = pairs[fixed, moving].warp_points(points)
-        else:
-            points = pairs[moving, fixed].pull_points(points)
-    return points
-
-
 def _place(
     name: str,
     inner: list[str],
@@ -113,24 +87,15 @@ def _place(
     params: RegistrationParams,
 ) -> ChainResult:
     """Place a section through the sections `inner` that are placed already."""
-    steps = (_step(name, parent, pairs, placed) for parent in reversed(inner))
-    options = [option for option in steps if option is not None]
-    if not options:
-        msg = (
-            f"No registration links section {name!r} to the reference: expected one of "
-            f"{[(parent, name) for parent in reversed(inner)]}, found the pairs {sorted(pairs)}. "
-            f"Register it to its neighbour {inner[-1]!r}, or leave it out of `sections`."
-        )
-        raise ValueError(msg)
-    chain, rivals = _split(options, inner[-1])
+    parents = [parent for parent in reversed(inner) if (parent, name) in pairs]
+    chain, rivals = _split([_step(name, pairs[parent, name], placed[parent]) for parent in parents], inner[-1])
     if not rivals:
         return chain
     rival = min(rivals, key=_order)
-    box = _moving_box(name, pairs)
-    distance = None if box is None else disagreement(chain.matrix, rival.matrix, _corners(box))
-    if distance is None or distance <= params.max_chain_disagreement:
-        confirmed = rival.route == "direct" and rival.verdict == "ok" and distance is not None
-        return replace(chain, disagreement=distance, confirmed=confirmed)
+    box = pairs[parents[0], name].moving_box
+    distance = disagreement(chain.matrix, rival.matrix, np.array(list(product(box[::2], box[1::2]))))
+    if distance <= params.max_chain_disagreement:
+        return replace(chain, disagreement=distance, confirmed=rival.route == "direct" and rival.verdict == "ok")
     return _better(chain, rival, distance)
 
 
@@ -147,11 +112,11 @@ def _split(options: list[ChainResult], neighbour: str) -> tuple[ChainResult, lis
 def _better(chain: ChainResult, rival: ChainResult, distance: float) -> ChainResult:
     """Better one of two placements that disagree; weak if both look sound, because one of them is wrong."""
     if rival.route == "direct":
-        kinds = "Chained and direct placement"
+        kinds, other = "Chained and direct placement", "direct one"
     else:
-        kinds = f"Placements by {chain.path[1]!r} and {rival.path[1]!r}"
+        kinds, other = f"Placements by {chain.path[1]!r} and {rival.path[1]!r}", "other one"
     better = min(chain, rival, key=_order)
-    which = "chain" if better is chain else _NAMES[rival.route]
+    which = "chain" if better is chain else other
     note = f"{kinds} differ by {distance:.0f} um; the {which} has the better score and is used."
     verdict = "weak" if chain.verdict == rival.verdict == "ok" else better.verdict
     return replace(better, verdict=verdict, reasons=[*better.reasons, note], disagreement=distance)
@@ -162,41 +127,21 @@ def _order(option: ChainResult) -> tuple[int, float]:
     return _RANK[option.verdict], -option.score
 
 
-def _step(
-    name: str, parent: str, pairs: Mapping[tuple[str, str], PairResult], placed: dict[str, ChainResult]
-) -> ChainResult | None:
-    """`name` placed through `parent`, or None if they were not registered."""
-    if (parent, name) in pairs:
-        pair = pairs[parent, name]
-        matrix = pair.matrix
-    elif (name, parent) in pairs:
-        pair = pairs[name, parent]
-        matrix = np.asarray(np.linalg.inv(pair.matrix), float)
-    else:
-        return None
-    before = placed[parent]
+def _step(name: str, pair: PairResult, before: ChainResult) -> ChainResult:
+    """Section placed through another one, which is placed `before`, by their registration."""
+    parent = before.path[0]
     verdict = max(pair.verdict, before.verdict, key=_RANK.__getitem__)
     reasons = [f"Pair {parent!r}, {name!r}: {reason}" for reason in pair.quality.get("reasons", [])]
     if before.verdict != "ok":
         reasons.append(f"Placed through {parent!r}, whose own placement is {before.verdict}.")
     return ChainResult(
-        np.asarray(before.matrix, float) @ matrix,
+        np.asarray(before.matrix, float) @ pair.matrix,
         (name, *before.path),
         "direct" if len(before.path) == 1 else "sequential",
         min(float(pair.quality.get("score", 0.0)), before.score),
         verdict,
         reasons=reasons,
     )
-
-
-def _moving_box(name: str, pairs: Mapping[tuple[str, str], PairResult]) -> tuple[float, float, float, float] | None:
-    """Extent of the section's tissue, known from any pair in which it was the moving one."""
-    return next((pair.moving_box for (_, moving), pair in pairs.items() if moving == name), None)
-
-
-def _corners(box: tuple[float, float, float, float]) -> NDArray[np.float64]:
-    x0, y0, x1, y1 = box
-    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
 
 
 def wanted_pairs(names: Sequence[str], reference: str, policy: str) -> list[tuple[str, str]]:
@@ -244,7 +189,7 @@ def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tup
     wanted = [pair for pair in wanted if pair not in pairs]
 
     def register(some: list[tuple[str, str]], starts: Sequence[NDArray | None]) -> None:
-        fit = partial(_register, method=task.method, params=task.params, seed=task.seed)
+        fit = partial(register_pair, method=task.method, params=task.params, seed=task.seed)
         tasks = [(task.images[f], task.images[m], start) for (f, m), start in zip(some, starts, strict=True)]
         pairs.update(zip(some, run(fit, tasks, "Registering pairs"), strict=True))
 
@@ -279,23 +224,15 @@ def _bridges(task: StackTask, pairs: Pairs, placed: dict[str, ChainResult]) -> l
     return bridges
 
 
-def _register(
-    fixed: SectionImage, moving: SectionImage, initial: NDArray[np.float64] | None, **kwargs: Any
-) -> PairResult:
-    return register_pair(fixed, moving, initial=initial, **kwargs)
-
-
 def _poses(pairs: Pairs, names: Sequence[str], reference: str, given: Matrices) -> dict[str, NDArray[np.float64]]:
     """Matrices to the reference of the sections that can be placed so far."""
     poses: dict[str, NDArray[np.float64]] = {reference: np.eye(3), **given}
     middle = list(names).index(reference)
-    for side in (names[:middle][::-1], names[middle + 1 :]):
-        for name in side:
-            # The nearest neighbour comes last in the stack order towards the reference; any placed one will do.
-            fixed = next((f for f, m in pairs if m == name and f in poses and pairs[f, m].verdict != "failed"), None)
-            fixed = next((f for f, m in pairs if m == name and f in poses), None) if fixed is None else fixed
-            if name not in poses and fixed is not None:
-                poses[name] = poses[fixed] @ pairs[fixed, name].matrix
+    for name in (*names[:middle][::-1], *names[middle + 1 :]):
+        links = [fixed for fixed, moving in pairs if moving == name and fixed in poses]
+        if links and name not in poses:
+            fixed = min(links, key=lambda link: pairs[link, name].verdict == "failed")  # a sound one, if there is one
+            poses[name] = poses[fixed] @ pairs[fixed, name].matrix
     return poses
 
 
@@ -326,8 +263,7 @@ class Likeness:
         low, high = corners[:, 0].min(axis=0) - _RIM, corners[:, 1].max(axis=0) + _RIM
         width, height = np.ceil((high - low) / size).astype(int)
         self._drawn = {name: section.drawn(low, (int(height), int(width))) for name, section in sections.items()}
-        row, column = np.indices((int(height), int(width))) // _TILE
-        self._tiles = row * (column.max() + 1) + column
+        self._tiles = square_tiles((int(height), int(width)), _TILE)
         self._found: dict[frozenset[str], NDArray[np.float64]] = {}
 
     def __call__(self, a: str, b: str) -> NDArray[np.float64]:
@@ -436,6 +372,4 @@ def _changed(order: list[int]) -> Iterator[list[int]]:
 
 def _clear(left_out: NDArray[np.float64], limit: float) -> bool:
     """True if a difference, given without each tile, exceeds `limit` standard errors."""
-    n = len(left_out)
-    error = np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
-    return bool(left_out.mean() > limit * error)
+    return bool(left_out.mean() > limit * jackknife_error(left_out))

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage as ndi
+from scipy.stats import sem
 
+from spatial_impute._geometry import apply_affine
 from spatial_impute._registration import ants_fits
-from spatial_impute._registration.quality import expected_error, field_quality, pull_back, tissue_dice
+from spatial_impute._registration.quality import (
+    expected_error,
+    field_quality,
+    jackknife_error,
+    pull_back,
+    square_tiles,
+    tissue_dice,
+)
 from spatial_impute._registration.types import RIM, SOFT_EDGE, Channel, contrast, deformation_channel, working_pixel
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
     from spatial_impute._registration.transform import DisplacementField, PullBack
     from spatial_impute._registration.types import ChainResult, RegistrationParams, SectionImage
 
-_BLOCK = 20  # pixels: several times the smoothing of the fit, so that a block is no more than guessed from its rim
+_BLOCK = 20  # pixels: several times the smoothing of the fit, so that the rim of a block says little about its middle
 _MIN_BLOCKS = 8  # of each color; smaller tissue gets smaller blocks
 _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
@@ -73,18 +82,18 @@ def fit_deformation(
     """
     fixed, moving = _common_view(fixed, moving, matrix)
     black, labels = _blocks(fixed, params)
+    fit = partial(ants_fits.fit_deformable, moving=moving, matrix=matrix, params=params, seed=seed)
 
     def trials(smoothing: tuple[float, float], look: ants_fits.Look) -> list[DisplacementField]:
-        views = [_without(fixed, hidden) for hidden in (black, ~black)]
-        options: dict[str, Any] = {"smoothing": smoothing, "look": look, "params": params, "seed": seed}
-        return [ants_fits.fit_deformable(view, moving, matrix, **options) for view in views]
+        views = (_without(fixed, hidden) for hidden in (black, ~black))
+        return [fit(view, smoothing=smoothing, look=look) for view in views]
 
     def unseen(compare: Callable[[DisplacementField], NDArray], fits: list[DisplacementField]) -> NDArray:
         """Result of `compare` for each fit in the blocks that the fit has not seen."""
         return np.where(black, compare(fits[0]), compare(fits[1]))
 
-    def correlation(fit: DisplacementField | None) -> NDArray:
-        return _local_correlation(fixed, moving, matrix, fit, params)
+    def correlation(field: DisplacementField | None) -> NDArray:
+        return _local_correlation(fixed, moving, matrix, field, params)
 
     def agreement(fits: list[DisplacementField]) -> tuple[float, float]:
         return _agreement(fits[0].pull, fits[1].pull, fixed.mask, _PATCH * _block_side(fixed))
@@ -92,7 +101,7 @@ def fit_deformation(
     stiff: tuple[tuple[float, float], ants_fits.Look] = (params.syn_smoothing[0], "information")
     first = trials(*stiff)
     standing_out = contrast(fixed), contrast(moving)
-    product = unseen(lambda fit: standing_out[0] * pull_back(standing_out[1], moving, fixed, matrix, fit), first)
+    product = unseen(lambda field: standing_out[0] * pull_back(standing_out[1], moving, fixed, matrix, field), first)
     common, error = _gain(product, labels)
     by_contrast = contrast_fits(params) if common > -_CLEAR * error else []
     evidence = agreement(first)
@@ -129,9 +138,7 @@ def fit_deformation(
             quality |= dict(zip(("heldout_gain", "heldout_error"), _gain(best - before, labels), strict=True))
 
     for smoothing, look in kept[::-1]:  # to stiffer ones, if need be
-        field = ants_fits.fit_deformable(
-            fixed, moving, matrix, smoothing=smoothing, look=look, params=params, seed=seed
-        )
+        field = fit(fixed, smoothing=smoothing, look=look)
         found = field_quality(field, fixed.mask)
         low, high = params.jacobian_limits
         if found["folds"] == 0 and found["jacobian_min"] >= low and found["jacobian_max"] <= high:
@@ -175,16 +182,19 @@ def _block_side(channel: Channel) -> int:
     return max(6, min(_BLOCK, round(np.sqrt(channel.mask.sum() / (2 * _MIN_BLOCKS)))))
 
 
+def chessboard(shape: tuple[int, ...], side: int) -> NDArray[np.bool_]:
+    """Black squares ``(y, x)`` of `side` pixels."""
+    row, column = np.indices(shape) // side
+    return (row + column) % 2 == 1
+
+
 def _blocks(channel: Channel, params: RegistrationParams) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Blocks of one color ``(y, x)``, and the number of the block for pixels in the core of its tissue (0 elsewhere)."""
     side = _block_side(channel)
-    row, column = np.indices(channel.image.shape) // side
-    black = (row + column) % 2 == 1
+    black = chessboard(channel.image.shape, side)
     core = max(1, min(_CORE * ants_fits.correlation_window(channel, params), side // 3))
-    inner = np.zeros_like(black)
-    for color in (black, ~black):
-        inner |= ndi.binary_erosion(color, iterations=core)
-    labels = np.where(inner & channel.mask, row * (column.max() + 1) + column + 1, 0)
+    inner = ndi.binary_erosion(black, iterations=core) | ndi.binary_erosion(~black, iterations=core)
+    labels = np.where(inner & channel.mask, square_tiles(black.shape, side) + 1, 0)
     size = np.bincount(labels.ravel())
     return black, np.where(size[labels] >= _MIN_SHARE * (side - 2 * core) ** 2, labels, 0)
 
@@ -196,7 +206,7 @@ def _without(channel: Channel, hidden: NDArray[np.bool_]) -> Channel:
     blocks. So the blocks are also filled from their surroundings.
     """
     seen = channel.visible() & ~hidden
-    blur = 0.15 * _BLOCK  # narrow enough to go on from the rim of a block without an edge, and reaches its middle
+    blur = 0.15 * _BLOCK  # narrow enough to continue the rim of a block without an edge, wide enough for its middle
     weight = ndi.gaussian_filter(seen.astype(np.float32), blur)
     likely = ndi.gaussian_filter(np.where(seen, channel.image, 0.0), blur) / np.maximum(weight, 1e-6)
     return replace(channel, image=np.where(seen, channel.image, likely).astype(np.float32), seen=seen)
@@ -208,24 +218,22 @@ def _agreement(first: NDArray, second: NDArray, mask: NDArray[np.bool_], side: i
     The agreement is the mean scalar product over the mean square: 1 for equal fields, 0 for unrelated ones. The error is
     a jackknife over square patches of `side` pixels.
     """
-    row, column = np.indices(mask.shape) // side
-    patches = (row * (column.max() + 1) + column)[mask]
+    patches = square_tiles(mask.shape, side)[mask]
     first, second = (field[mask].astype(float) for field in (first, second))
     common = np.bincount(patches, (first * second).sum(-1))
     size = np.bincount(patches, 0.5 * (first**2 + second**2).sum(-1))
     left_out = (common.sum() - common) / np.maximum(size.sum() - size, 1e-12)
     left_out = left_out[np.bincount(patches) > 0]
-    spread = np.sum((left_out - left_out.mean()) ** 2) * (len(left_out) - 1) / len(left_out)
-    return float(common.sum() / max(size.sum(), 1e-12)), float(np.sqrt(spread))
+    return float(common.sum() / max(size.sum(), 1e-12)), jackknife_error(left_out)
 
 
 def _gain(difference: NDArray, labels: NDArray[np.int64]) -> tuple[float, float]:
     """Mean over blocks, and its standard error."""
-    blocks = np.setdiff1d(np.unique(labels), [0])
+    blocks = np.unique(labels[labels > 0])
     if len(blocks) < 2:
         return 0.0, 0.0
     means = ndi.mean(difference, labels, blocks)
-    return float(np.mean(means)), float(np.std(means, ddof=1) / np.sqrt(len(blocks)))
+    return float(np.mean(means)), float(sem(means))
 
 
 def _local_correlation(
@@ -260,17 +268,15 @@ class Placed:
         """The section on a grid of the common frame."""
         own = self.channel
         grid = Channel(np.zeros(shape, np.float32), np.zeros(shape, bool), tuple(origin), own.size, (0.0, 0.0))
-        rows, columns = np.indices(shape).reshape(2, -1)
-        points = np.column_stack([columns, rows]) * own.size + (origin + 0.5 * own.size)
+        points = grid.centres(np.ones(shape, bool))
         points = points if self.field is None else self.field.pulled(points)
-        back = np.linalg.inv(self.matrix)
-        seen = own.in_frame(points @ back[:2, :2].T + back[:2, 2]).reshape(shape)
+        seen = own.in_frame(apply_affine(points, np.linalg.inv(self.matrix))).reshape(shape)
         image, mask = (pull_back(a, own, grid, self.matrix, self.field) for a in (own.image, own.mask))
         return replace(grid, image=image, mask=(mask > 0.5) & seen, seen=seen)
 
     def corners(self) -> NDArray[np.float64]:
         """Lowest and highest x, y of the tissue, um."""
-        points = self.channel.centres() @ self.matrix[:2, :2].T + self.matrix[:2, 2]
+        points = apply_affine(self.channel.centres(), self.matrix)
         return np.array([points.min(axis=0), points.max(axis=0)])
 
 
@@ -294,22 +300,10 @@ def deform_stack(
     Every field acts in the frame of the reference and is smoothed as a whole. Composed fields of pairs would add up their
     errors (measured: two to five times the drift of the matrices).
 
-    Parameters
-    ----------
-    images
-        Thumbnails; a section without one is not deformed.
-    placed
-        Matrices and paths. Failed and given sections are not deformed; others may be deformed onto given ones.
-    run
-        Function that calls another one for each tuple of arguments, and returns the results in order.
-    certain
-        Keep a deformation only if hidden tissue fits clearly better with it.
-    kept
-        Deformations of given sections, in the frame of the reference. Sections that are deformed onto these follow them.
-
-    Returns
-    -------
-    Field (None if none is kept) and quality of every section that was tried.
+    Failed and given sections, and those without a thumbnail, are not deformed; others may be deformed onto given ones, and
+    follow their `kept` deformations, in the frame of the reference. `run` calls a function for each tuple of arguments,
+    and returns the results in order. With `certain` a deformation is kept only if hidden tissue fits clearly better with
+    it. The result has a field (None if none is kept) and the quality of every section that was tried.
     """
     size = max(working_pixel(i, images[reference], params, side=params.syn_side) for i in images.values())
     kept = {} if kept is None else kept
@@ -320,14 +314,11 @@ def deform_stack(
     }
     done = {name: own for name, own in sections.items() if placed[name].route in ("reference", "given")}
     todo = [name for name in sections if name not in done and placed[name].verdict != "failed"]
-    found = {}
+    found: dict[str, tuple[DisplacementField | None, dict[str, Any]]] = {}
     while ready := [name for name in todo if _target(placed[name], reference) in done]:  # the rest: through failed ones
         tasks = [(done[_target(placed[name], reference)], sections[name], params, seed) for name in ready]
-        for name, result in zip(
-            ready, run(partial(deform_onto, certain=certain), tasks, "Deforming sections"), strict=True
-        ):
-            done[name] = replace(sections[name], field=result[0])
-            found[name] = result
+        found |= zip(ready, run(partial(deform_onto, certain=certain), tasks, "Deforming sections"), strict=True)
+        done |= {name: replace(sections[name], field=found[name][0]) for name in ready}
         todo = [name for name in todo if name not in done]
     return found
 
@@ -342,8 +333,8 @@ def deform_onto(
 ) -> tuple[DisplacementField | None, dict[str, Any]]:
     """Field that brings `source` onto `target`, both in the common frame (None if it is not kept), and its quality."""
     size = target.channel.size
-    low = np.minimum(target.corners()[0], source.corners()[0]) - _margin(size, params)
-    high = np.maximum(target.corners()[1], source.corners()[1]) + _margin(size, params)
+    corners, margin = np.array([target.corners(), source.corners()]), _margin(size, params)
+    low, high = corners[:, 0].min(axis=0) - margin, corners[:, 1].max(axis=0) + margin
     # On the target's own lattice: then a section that does not move is not blurred by resampling.
     own = np.asarray(target.channel.origin)
     origin = own + np.floor((low - own) / size) * size

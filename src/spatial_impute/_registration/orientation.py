@@ -9,7 +9,8 @@ import numpy as np
 from scipy import fft
 from scipy import ndimage as ndi
 
-from spatial_impute._registration.quality import disagreement, edges_inside
+from spatial_impute._geometry import affine_between, translation
+from spatial_impute._registration.quality import disagreement, edges_inside, masked_blur
 from spatial_impute._registration.types import shrink
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ def pose(
     """``(3, 3)`` matrix that mirrors (x to -x), rotates by `angle` degrees, and moves one centre onto the other."""
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirrored else 1.0, 1.0])
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = np.asarray(fixed_centre) - linear @ np.asarray(moving_centre)
-    return matrix
+    return affine_between(linear, moving_centre, fixed_centre)
 
 
 def orientation_candidates(fixed: Channel, moving: Channel, params: RegistrationParams) -> list[NDArray[np.float64]]:
@@ -40,11 +38,9 @@ def orientation_candidates(fixed: Channel, moving: Channel, params: Registration
     symmetric section from itself turned by 180 degrees. The content is compared as stain and as edges, because another
     stain may turn dark into pale but keeps the edges.
 
-    Returns
-    -------
-    At most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um: alternately the best peaks of stain and of
-    edges, with errors of up to half a step of angle. Two more poses always follow: the section unmoved, and the section
-    moved so that the centres of both tissues meet. Most sections have about the right face and rotation.
+    The result has at most ``params.n_candidates`` matrices ``(3, 3)``, moving to fixed, um: alternately the best peaks of
+    stain and of edges, with errors of up to half a step of angle. Two more poses always follow: the section unmoved, and
+    the section moved so that the centres of both tissues meet. Most sections have about the right face and rotation.
     """
     size = max(max(fixed.image.shape), max(moving.image.shape)) * fixed.size / params.search_side
     fixed, moving = shrink(fixed, size), shrink(moving, size)
@@ -75,13 +71,13 @@ def _search(
 ) -> list[tuple[NDArray, dict[tuple[int, int], NDArray]]]:
     """Score ``(face, angle)`` at the best shift, and the poses, by stain and by edges."""
     fixed_mask, moving_mask = (channel.mask.astype(np.float32) for channel in (fixed, moving))
-    contents = [(_unit(look(fixed)), look(moving)) for look in (_stain, _edges)]
+    contents = list(zip(map(_unit, _contents(fixed)), _contents(moving), strict=True))
     # Every rotation of the moving tissue about its centre fits a square of this half side.
     radius = float(np.linalg.norm(moving.centres() - centre, axis=1).max()) / moving.size
     side = 2 * int(np.ceil(radius)) + 3
     shape = [fft.next_fast_len(n + side, real=True) for n in fixed.image.shape]
     spectra = [np.conj(fft.rfft2(image, shape)) for image in (fixed_mask, *(content for content, _ in contents))]
-    # The overlap is relative to the smaller tissue, so that a torn section is not punished for what it lost.
+    # The overlap is relative to the smaller tissue: lost tissue does not lower the score of a torn section.
     area = min(float(fixed_mask.sum()), float(moving_mask.sum()))
 
     faces = (False, True) if params.allow_mirror else (False,)
@@ -100,9 +96,8 @@ def _search(
             scores[f, a] = surface[peak]
             # surface[s] = sum_p fixed[p] * turned[p + s]: the turned image has to move by -s.
             shift = [-(p if p < side else p - n) for p, n in zip(peak, shape, strict=True)]
-            move = np.eye(3)
-            move[:2, 2] = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
-            poses[f, a] = move @ turn
+            offset = np.asarray(fixed.origin) + np.array(shift[::-1]) * fixed.size
+            poses[f, a] = translation(offset) @ turn
     return found
 
 
@@ -110,20 +105,10 @@ def _unit(image: NDArray) -> NDArray[np.float32]:
     return image / (np.sqrt(np.sum(image**2)) + 1e-12)
 
 
-def _stain(channel: Channel) -> NDArray[np.float32]:
-    """Stain inside the tissue: zero mean there, zero outside."""
-    return _centred(channel.image, channel.mask)
-
-
-def _edges(channel: Channel) -> NDArray[np.float32]:
-    """Strength of edges inside the tissue: zero mean there, zero outside."""
-    return _centred(edges_inside(channel), channel.mask)
-
-
-def _centred(image: NDArray, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    weight = mask.astype(np.float32)
-    blurred = ndi.gaussian_filter(image * weight, _BLUR) / np.maximum(ndi.gaussian_filter(weight, _BLUR), 1e-3)
-    return (blurred - blurred[mask].mean()) * weight
+def _contents(channel: Channel) -> list[NDArray[np.float32]]:
+    """Stain and strength of edges inside the tissue: zero mean there, zero outside."""
+    blurred = [masked_blur(image, channel.mask, _BLUR) for image in (channel.image, edges_inside(channel))]
+    return [(image - image[channel.mask].mean()) * channel.mask for image in blurred]
 
 
 def _turned(image: NDArray, channel: Channel, turn: NDArray, side: int) -> NDArray[np.float32]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from spatial_impute._geometry import affine_between, apply_affine
 from spatial_impute._registration import ants_fits
-from spatial_impute._registration.deform import fit_deformation
+from spatial_impute._registration.deform import chessboard, fit_deformation
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
     NO_ERROR,
@@ -34,6 +37,8 @@ from spatial_impute._registration.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from spatial_impute._registration.deform import Deformation
@@ -57,55 +62,45 @@ _MIN_WORKING_PIXELS = 100  # tissue of fewer working pixels has no structure to 
 def register_pair(
     fixed: SectionImage,
     moving: SectionImage,
+    initial: Matrix | None = None,
     *,
-    method: Literal["rigid", "affine", "syn", "auto"] = "affine",
+    method: str = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
-    initial: Matrix | None = None,
 ) -> PairResult:
-    """Find where the moving section lies on the fixed one.
+    """Find where the moving section lies on the fixed one; the resolution of their thumbnails may differ.
 
-    All rotations and both faces are searched. The best distinct candidates are refined, and the structure inside the
-    tissue decides between them. An affine fit is kept only if it is plausible and not clearly worse than the rigid one.
+    All rotations and both faces are searched, unless there is an `initial` matrix ``(3, 3)``, moving to fixed, um. The
+    best distinct candidates are refined, and the structure inside the tissue decides between them. An affine fit is kept
+    only if it is plausible and not clearly worse than the rigid one. A poor result is returned and never replaced by the
+    identity; check its ``verdict``.
 
-    Parameters
-    ----------
-    fixed, moving
-        Thumbnails of the two sections. Their resolution may differ.
-    method
-        ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept only if
-        it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was hidden
-        from the fit also fits clearly better).
-    params
-        Advanced settings.
-    seed
-        Seed of the optimiser. The same seed gives the same result on the same machine with the same number of threads.
-    initial
-        Matrix ``(3, 3)`` to start from, moving to fixed, um, instead of the search.
-
-    Returns
-    -------
-    Matrix from moving to fixed points in um, the method used, and the quality. A poor result is returned and never
-    replaced by the identity; check its ``verdict``.
+    `method` is ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept
+    only if it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was
+    hidden from the fit also fits clearly better). The same `seed` gives the same result on the same machine with the same
+    number of threads.
     """
     if method not in _METHODS:
         msg = f"`method` must be one of {_METHODS}, found {method!r}."
         raise ValueError(msg)
     params = RegistrationParams() if params is None else params
     _check_areas(fixed, moving)
-    fitter = _Fitter.of(fixed, moving, params, seed)
+    fitter = _Fitter(fixed, moving, params, seed)
     starts = (
         orientation_candidates(fitter.target, fitter.source, params)
         if initial is None
         else [np.asarray(initial, float)]
     )
     starts, fits = fitter.refine(starts, affine=method != "rigid")
-    choice, score = _choose(fitter.target, fitter.source, fits, params)
-    best = choice.index
-    matrix, used, notes = fitter.rigid(fits[best]) if method == "rigid" else fitter.affine(fits[best], score)
-    start = _start(starts[best]) | {"look": score.look, "looks_agree": choice.agreed}
+    best, score, runner_up, agreed = _choose(fitter.target, fitter.source, fits, params)
+    notes: list[str] = []
+    if method == "rigid":
+        matrix, used = fitter.finest(fits[best], "Rigid"), "rigid"
+    else:
+        matrix, used, notes = fitter.affine(fits[best], score)
+    start = _start(starts[best]) | {"look": score.look, "looks_agree": agreed}
     halves = fitter.halves(matrix, "Rigid" if used == "rigid" else "Affine")
-    quality = start | _quality(score, matrix, None, choice.runner_up)
+    quality = start | _quality(score, matrix, None, runner_up)
     field, failed = None, verdict(quality, params)[0] == "failed"
     # A deformation would only make a wrong pose look better.
     if method in ("syn", "auto") and not failed:
@@ -115,7 +110,7 @@ def register_pair(
             notes.append(found.note)
             quality |= found.quality
         else:
-            used, quality = "syn", start | _quality(score, matrix, field, choice.runner_up) | found.quality
+            used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
             halves = found.quality["halves_um"]
     # Patches are matched near the pose: they tell how exact it is, not if it is another one.
     known = clear_pose(quality, params) and not failed
@@ -125,35 +120,15 @@ def register_pair(
     return PairResult(matrix, used, quality, moving.tissue_box, field)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Chosen pose."""
-
-    index: int
-    runner_up: float
-    """Score of the best different pose."""
-    agreed: bool
-    """True if stain and edges prefer the same pose."""
-
-
-@dataclass(frozen=True)
 class _Fitter:
-    """Linear fits of a pair of sections at its working resolution."""
+    """Fits of a pair of sections; `target` and `source` are the two at the working resolution."""
 
-    fixed: SectionImage
-    moving: SectionImage
-    target: Channel
-    source: Channel
-    params: RegistrationParams
-    seed: int
-
-    @classmethod
-    def of(cls, fixed: SectionImage, moving: SectionImage, params: RegistrationParams, seed: int) -> _Fitter:
+    def __init__(self, fixed: SectionImage, moving: SectionImage, params: RegistrationParams, seed: int) -> None:
+        self.fixed, self.moving, self.params, self.seed = fixed, moving, params, seed
         size = working_pixel(fixed, moving, params)
         margin = params.mask_margin + 4 * size  # a rim beyond the fit's own, so that its gradient is defined everywhere
-        target, source = (registration_channel(section, size, margin) for section in (fixed, moving))
-        _check_pixels(target, source)
-        return cls(fixed, moving, target, source, params, seed)
+        self.target, self.source = (registration_channel(section, size, margin) for section in (fixed, moving))
+        _check_pixels(self.target, self.source)
 
     def _fit(
         self,
@@ -170,12 +145,7 @@ class _Fitter:
         return ants_fits.fit_linear(*channels, start, kind, **options)
 
     def refine(self, starts: list[Matrix], *, affine: bool) -> tuple[list[Matrix], list[Matrix]]:
-        """Coarse fits of all candidates, those that end in one place only once; only the winner is fitted further.
-
-        Returns
-        -------
-        Starts of the distinct fits, and the fits.
-        """
+        """Starts of the distinct coarse fits of all candidates, and the fits; only the winner is fitted further."""
         coarse, iterations = self._coarse()
         found: list[tuple[Matrix, Matrix]] = []
         for start in starts:
@@ -200,31 +170,28 @@ class _Fitter:
                 return pair, (*two, *finer)
         return (self.target, self.source), (*two, 0, 0)
 
-    def rigid(self, start: Matrix) -> tuple[Matrix, str, list[str]]:
-        """Rigid fit down to the finest level, in the form of :meth:`affine`."""
-        return self._fit((self.target, self.source), start, "Rigid", self._fine()), "rigid", []
+    def finest(self, start: Matrix, kind: Literal["Rigid", "Affine"]) -> Matrix:
+        """Fit down to the finest level."""
+        return self._fit((self.target, self.source), start, kind, self.params.linear_iterations[2:])
 
     def affine(self, start: Matrix, score: StructureScore) -> tuple[Matrix, str, list[str]]:
         """Affine fit, or the rigid one if the affine fit is not plausible; the method used, and remarks."""
         near = _nearest_rigid(start, self.source)
-        matrix, used, notes = self._fit((self.target, self.source), start, "Affine", self._fine()), "affine", []
+        matrix, used, notes = self.finest(start, "Affine"), "affine", []
         if not is_sane(matrix, self.params):
             largest, smallest = singular_values(matrix)
             notes.append(f"The affine fit stretched by {smallest:.2f} to {largest:.2f}; the rigid fit was kept.")
-        elif _clearly_lower(score, near, matrix) and _clearly_lower(score, self.rigid(near)[0], matrix):
+        elif _clearly_lower(score, near, matrix) and _clearly_lower(score, self.finest(near, "Rigid"), matrix):
             # Six numbers cannot follow the noise of a whole section, and a score inside the tissue does not see the
             # outline. So the affine fit is rejected only if the score is lower by more than its own error.
             notes.append("The affine fit scored clearly lower than the rigid fit, which was kept.")
         if notes:
-            matrix, used, _ = self.rigid(near)
+            matrix, used = self.finest(near, "Rigid"), "rigid"
         if not self.params.partial_tissue:  # outlines say little if tissue is lost
             other = self._outline_fit(matrix)
             if other is not None and is_sane(other, self.params) and _fits_outline(score, matrix, other):
                 return other, "affine", []
         return matrix, used, notes
-
-    def _fine(self) -> tuple[int, ...]:
-        return self.params.linear_iterations[2:]
 
     def _outline_fit(self, matrix: Matrix) -> Matrix | None:
         """Affine fit that first sees as much background as a stretch may cross; None if the outlines fit no better.
@@ -238,13 +205,12 @@ class _Fitter:
         pair = self.target, self.source
         if tissue_dice(*pair, wide) <= tissue_dice(*pair, matrix):
             return None
-        return self._fit(pair, wide, "Affine", self._fine())
+        return self.finest(wide, "Affine")
 
     def halves(self, matrix: Matrix, kind: Literal["Rigid", "Affine"]) -> float:
         """Root mean square distance in um between fits to the black and to the white squares of a chessboard."""
         fixed, moving = (shrink(channel, 2 * channel.size) for channel in (self.target, self.source))
-        row, column = np.indices(fixed.mask.shape) // _SQUARE
-        black = (row + column) % 2 == 1
+        black = chessboard(fixed.mask.shape, _SQUARE)
         views = [replace(fixed, mask=fixed.mask & color) for color in (black, ~black)]
         if min(int(view.mask.sum()) for view in views) < _MIN_WORKING_PIXELS:
             return 0.0
@@ -261,33 +227,30 @@ class _Fitter:
 
 def _choose(
     fixed: Channel, moving: Channel, fits: list[Matrix], params: RegistrationParams
-) -> tuple[_Choice, StructureScore]:
-    """Best pose, and the score that it was chosen by.
+) -> tuple[int, StructureScore, float, bool]:
+    """Index of the best pose, the score that it was chosen by, the score of the best different pose, and agreement.
 
     Stain and edges may prefer different poses. Then the pose with the most mutual information is taken, which does not
-    depend on the stain. If both prefer the same pose, the one with the larger lead gives the score.
+    depend on the stain. If both prefer the same pose, they agree, and the one with the larger lead gives the score.
     """
-    sane = [is_sane(pose, params) for pose in fits]
-    scores, best = {}, {}
-    for look in ("stain", "edges"):
-        score = StructureScore(fixed, moving, look)
-        scores[look] = score, [score(pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)]
-        best[look] = int(np.argmax(scores[look][1]))
-    agreed = bool(same_pose(fits[best["stain"]], fits[best["edges"]], moving))
+
+    def measured(measure: Callable[[Matrix], float]) -> list[float]:
+        return [measure(pose) if is_sane(pose, params) else -1.0 for pose in fits]
+
+    scores = [StructureScore(fixed, moving, look) for look in ("stain", "edges")]
+    values = [measured(score) for score in scores]
+    best = [int(np.argmax(found)) for found in values]
+    agreed = bool(same_pose(fits[best[0]], fits[best[1]], moving))
     if not agreed:
-        shared = [
-            mutual_information(fixed, moving, pose) if good else -1.0 for pose, good in zip(fits, sane, strict=True)
-        ]
-        best = dict.fromkeys(best, int(np.argmax(shared)))
+        best = [int(np.argmax(measured(partial(mutual_information, fixed, moving))))] * 2
     options = []
-    for look, (score, values) in scores.items():
-        chosen = best[look]
+    for score, found, index in zip(scores, values, best, strict=True):
         # Two starts that end in one pose are no alternatives to each other.
-        rivals = [value for pose, value in zip(fits, values, strict=True) if not same_pose(pose, fits[chosen], moving)]
+        rivals = [value for pose, value in zip(fits, found, strict=True) if not same_pose(pose, fits[index], moving)]
         runner_up = max(rivals, default=0.0)
-        options.append((values[chosen] - max(runner_up, 0.0), _Choice(chosen, runner_up, agreed), score))
-    _, choice, score = max(options, key=lambda option: option[0])
-    return choice, score
+        options.append((found[index] - max(runner_up, 0.0), index, score, runner_up))
+    _, index, score, runner_up = max(options, key=itemgetter(0))
+    return index, score, runner_up, agreed
 
 
 def _clearly_lower(score: StructureScore, before: Matrix, after: Matrix) -> bool:
@@ -316,10 +279,7 @@ def _nearest_rigid(matrix: Matrix, moving: Channel) -> Matrix:
     """Rotation (and mirror) and shift closest to a matrix on the moving tissue."""
     u, _, vt = np.linalg.svd(matrix[:2, :2])
     centre = moving.centres().mean(0)
-    rigid = np.eye(3)
-    rigid[:2, :2] = u @ vt
-    rigid[:2, 2] = matrix[:2, :2] @ centre + matrix[:2, 2] - rigid[:2, :2] @ centre
-    return rigid
+    return affine_between(u @ vt, centre, apply_affine(centre, matrix))
 
 
 def _quality(

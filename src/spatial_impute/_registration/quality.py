@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage as ndi
+from scipy.stats import rankdata
 
 from spatial_impute._geometry import apply_affine
 from spatial_impute._registration.types import inside_only
@@ -31,8 +32,7 @@ def pull_back(
     if field is None:
         index = index @ np.linalg.inv(fixed.to_index())
         return ndi.affine_transform(image, index[:2, :2], index[:2, 2], output_shape=fixed.image.shape, order=1)
-    rows, cols = np.indices(fixed.image.shape).reshape(2, -1)
-    points = field.pulled(np.column_stack([cols, rows]) * fixed.size + (np.asarray(fixed.origin) + 0.5 * fixed.size))
+    points = field.pulled(fixed.centres(np.ones(fixed.image.shape, bool)))
     where = index[:2, :2] @ points.T + index[:2, 2:]
     return ndi.map_coordinates(image, where, order=1).reshape(fixed.image.shape)
 
@@ -42,12 +42,9 @@ def common_tissue(
 ) -> tuple[NDArray[np.bool_], float, float]:
     """Common tissue after `matrix`, and the tissue of each section that lies inside the image of the other one.
 
-    Tissue outside the other image is no evidence for or against a pose. But at least half of each tissue counts.
-    Otherwise a pose that shows only a corner would look perfect.
-
-    Returns
-    -------
-    Overlap on the fixed grid ``(y, x)``, and the two areas in pixels of that grid.
+    The overlap is on the fixed grid ``(y, x)``, the two areas are in pixels of that grid. Tissue outside the other image
+    is no evidence for or against a pose. But at least half of each tissue counts. Otherwise a pose that shows only a
+    corner would look perfect.
     """
     moved = pull_back(moving.mask, moving, fixed, matrix, field) > 0.5
     areas = []
@@ -80,8 +77,7 @@ def same_pose(first: NDArray[np.float64], second: NDArray[np.float64], moving: C
 
 def disagreement(first: NDArray[np.float64], second: NDArray[np.float64], points: NDArray[np.float64]) -> float:
     """Root mean square distance in um between `points` ``(n, 2)`` moved by one matrix and by the other."""
-    difference = (first - second)[:2]
-    return float(np.sqrt(np.mean(np.sum((points @ difference[:, :2].T + difference[:, 2]) ** 2, axis=1))))
+    return float(np.sqrt(np.mean(np.sum(apply_affine(points, first - second) ** 2, axis=1))))
 
 
 def singular_values(matrix: NDArray[np.float64]) -> tuple[float, float]:
@@ -147,12 +143,12 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
 
 
 # Standard deviations in working pixels: texture and regions of a section of about 320 pixels. They follow the working
-# grid, not um, because what can be compared between serial sections is structure on the scale of the section.
+# grid, not um, because serial sections share structure on the scale of the section.
 _STRUCTURE_SCALES = (2.0, 6.0)
 _EDGE = 1.0  # working pixels: scale of the edges
 _N_BINS = 24  # of the mutual information; thousands of pixels fill their squares
 _FULL_OVERLAP = 0.9  # serial sections differ by about this much at their edges; more overlap is no further evidence
-_MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would be read off too few pixels
+_MIN_OVERLAP = 0.05  # share of the smaller tissue below which a correlation would rest on too few pixels
 _TILES = 8  # along the longer side, each left out in turn: larger than the structure, and enough of them for an error
 
 
@@ -163,12 +159,9 @@ class StructureScore:
     tissue that overlaps. Unlike Dice it uses the content. It can distinguish 0 from 180 degrees, and a section that lost
     half of its tissue can still score well.
 
-    Parameters
-    ----------
-    look
-        ``"stain"``, or ``"edges"`` for the strength of edges. Another stain may turn dark into pale but keeps the edges.
-        Between H&E sections, edges often separate right from wrong poses better. In tissue of scattered nuclei edges
-        are noise, and the stain is better.
+    `look` is ``"stain"``, or ``"edges"`` for the strength of edges. Another stain may turn dark into pale but keeps the
+    edges. Between H&E sections, edges often separate right from wrong poses better. In tissue of scattered nuclei edges
+    are noise, and the stain is better.
     """
 
     def __init__(self, fixed: Channel, moving: Channel, look: str = "stain") -> None:
@@ -187,9 +180,7 @@ class StructureScore:
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
         """Score of the second pose minus that of the first, and its standard error by a jackknife over tiles."""
-        side = max(1, -(-max(self.fixed.image.shape) // _TILES))
-        row, column = np.indices(self.fixed.image.shape) // side
-        tiles = row * (column.max() + 1) + column
+        tiles = square_tiles(self.fixed.image.shape, max(1, -(-max(self.fixed.image.shape) // _TILES)))
         left_out, total = [], []
         for matrix in (before, after):
             overlap, share = self._overlap(matrix, None)
@@ -199,9 +190,7 @@ class StructureScore:
             left_out.append(scores * min(1.0, share / _FULL_OVERLAP))
             total.append(self(matrix))
         used = np.bincount(tiles[self.fixed.mask], minlength=tiles.max() + 1) > 0
-        change = (left_out[1] - left_out[0])[used]
-        spread = np.sum((change - change.mean()) ** 2) * (len(change) - 1) / len(change)
-        return total[1] - total[0], float(np.sqrt(spread))
+        return total[1] - total[0], jackknife_error((left_out[1] - left_out[0])[used])
 
     def correlation(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> tuple[float, float]:
         """Correlation in the common tissue at the finer and the coarser scale; 0 if the tissues do not meet."""
@@ -230,6 +219,8 @@ class StructureScore:
 
 def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float64]) -> float:
     """Mutual information of the stain in the common tissue, in nats, times the share of the smaller tissue in it."""
+    from sklearn.metrics import mutual_info_score
+
     overlap, *areas = common_tissue(fixed, moving, matrix)
     count = int(overlap.sum())
     if count < _MIN_OVERLAP * min(areas) or count < _N_BINS**2:
@@ -238,13 +229,9 @@ def mutual_information(fixed: Channel, moving: Channel, matrix: NDArray[np.float
     blurred = masked_blur(moving.image, moving.mask, _STRUCTURE_SCALES[0])
     second = pull_back(blurred, moving, fixed, matrix)[overlap]
     # Bins of equal counts: no outlier sets the scale, and the two marginals carry no information.
-    ranks = [
-        np.argsort(np.argsort(values, kind="stable"), kind="stable") * _N_BINS // count for values in (first, second)
-    ]
-    joint = np.bincount(ranks[0] * _N_BINS + ranks[1], minlength=_N_BINS**2).reshape(_N_BINS, _N_BINS) / count
-    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    filled = joint > 0
-    information = float((joint[filled] * np.log(joint[filled] / expected[filled])).sum())
+    a, b = ((rankdata(values, method="ordinal").astype(int) - 1) * _N_BINS // count for values in (first, second))
+    joint = np.bincount(a * _N_BINS + b, minlength=_N_BINS**2).reshape(_N_BINS, _N_BINS)
+    information = float(mutual_info_score(None, None, contingency=joint))
     return information * min(1.0, count / max(min(areas), 1.0) / _FULL_OVERLAP)
 
 
@@ -257,6 +244,17 @@ def masked_blur(image: NDArray, mask: NDArray[np.bool_], sigma: float) -> NDArra
     """Blur that neither takes in background nor fades at the tissue's edge."""
     weight = ndi.gaussian_filter(mask.astype(np.float32), sigma)
     return ndi.gaussian_filter(image * mask, sigma) / np.maximum(weight, 1e-3)
+
+
+def square_tiles(shape: tuple[int, ...], side: int) -> NDArray[np.int64]:
+    """Number ``(y, x)`` of the square of `side` pixels in which each pixel lies."""
+    row, column = np.indices(shape) // side
+    return row * (column.max() + 1) + column
+
+
+def jackknife_error(left_out: NDArray[np.float64]) -> float:
+    """Standard error of an estimate, from its values without each of the parts."""
+    return float(np.sqrt(len(left_out) - 1) * np.std(left_out))
 
 
 def correlations_without(first: NDArray, second: NDArray, tiles: NDArray, n_tiles: int) -> NDArray[np.float64]:
@@ -283,7 +281,7 @@ _REACH = 12  # largest shift looked for; larger errors show in the score
 _STEP = 20  # from patch to patch
 _MATCHED_EDGE = 1.5  # scale of the edges that are compared, so that another stain does not matter
 _TISSUE = 0.8  # share of a patch that must be tissue: outlines match, whatever is inside
-_PEAK = 4.0  # radius of what belongs to a peak
+_PEAK = 4.0  # radius of a peak
 _LEAD = 0.02  # in correlation, over the best elsewhere: in flat tissue all places fit alike
 _NEAR = 4.0  # two matches that differ by less agree
 _AGREE = 0.25  # share of patches whose matches agree; unrelated tissue has 0.08, the share of the area within reach
@@ -314,11 +312,8 @@ def expected_error(
     from the shifts of neighboring patches, by the same products. The error that remains after a fit is a bend. It grows with
     the square of the distance from the centre, so the error at the rim, where no patch lies, is larger in that proportion.
     Two parts are added to the upper limit: the difference between fits to two halves of the tissue (`halves`, root mean
-    square in um), and half a working pixel, below which content cannot be placed.
-
-    Returns
-    -------
-    ``error_um``, ``error_p90_um`` (None if too few patches match, or the two looks do not agree), ``error_patches``.
+    square in um), and half a working pixel, below which content cannot be placed. ``error_um`` and ``error_p90_um`` are
+    None if too few patches match, or the two looks do not agree.
     """
     moved = pull_back(moving.image, moving, fixed, matrix, field)
     tissue = fixed.mask & (pull_back(moving.mask, moving, fixed, matrix, field) > 0.5)
@@ -357,7 +352,7 @@ def section_errors(
         if len(result.path) < 2 or result.route == "given":
             return known.get(name, {}).get(key, 0.0)
         parent = result.path[1]
-        pair = next(pairs[names].quality for names in ((parent, name), (name, parent)) if names in pairs)
+        pair = pairs[parent, name].quality
         own = pair if pair.get(key) is None else deformed.get(name, pair)  # a deformation does not make a pose certain
         if own is not pair and result.confirmed:  # deformed onto the reference itself
             parent = result.path[-1]
@@ -374,8 +369,7 @@ def section_errors(
 def _centres(tissue: NDArray[np.bool_]) -> list[tuple[int, int]]:
     share = ndi.uniform_filter(tissue.astype(np.float32), 2 * _HALF + 1)
     margin = _HALF + _REACH
-    grid = (range(margin, n - margin, _STEP) for n in tissue.shape)
-    rows, columns = (list(axis) for axis in grid)
+    rows, columns = (range(margin, n - margin, _STEP) for n in tissue.shape)
     return [(row, column) for row in rows for column in columns if share[row, column] >= _TISSUE]
 
 
@@ -391,33 +385,22 @@ def _upper_square(looks: dict[tuple[int, int], tuple[NDArray, NDArray]]) -> floa
 
     The limit is that of a jackknife over squares of patches.
     """
-    if not looks:
+    home = np.unique(np.array(list(looks)) // _BLOCK, axis=0, return_inverse=True)[1].ravel()
+    n_squares = int(home.max()) + 1
+    if n_squares < _FEWEST:
         return None
-    squares = np.unique([[row // _BLOCK, column // _BLOCK] for row, column in looks], axis=0, return_inverse=True)[1]
-    home = dict(zip(looks, squares.ravel(), strict=True))
-    n = int(squares.max()) + 1
-    if n < _FEWEST:
-        return None
-    terms = [[(home[centre], float(a @ b)) for centre, (a, b) in looks.items()]]
+    place = {centre: i for i, centre in enumerate(looks)}
+    shifts = np.array(list(looks.values()))  # (patches, looks, 2)
+    terms = [(home, shifts.prod(axis=1).sum(axis=1))]
     for down, right in ((_STEP, 0), (0, _STEP)):
-        pairs = [(c, (c[0] + down, c[1] + right)) for c in looks if (c[0] + down, c[1] + right) in looks]
-        apart = [(home[c], [p - q for p, q in zip(looks[other], looks[c], strict=True)]) for c, other in pairs]
-        terms.append([(square, _WITHIN * float(a @ b)) for square, (a, b) in apart])
-    sums, counts = (
-        np.array(
-            [np.bincount([s for s, _ in t], [v if k else 1.0 for _, v in t], n) if t else np.zeros(n) for t in terms]
-        )
-        for k in (1, 0)
-    )
-    total, *left_out = (
-        (s / np.maximum(c, 1)).sum()
-        for s, c in [
-            (sums.sum(1), counts.sum(1)),
-            *zip((sums.sum(1) - sums.T), (counts.sum(1) - counts.T), strict=True),
-        ]
-    )
-    error = np.sqrt((n - 1) / n * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
-    return max(float(total), 0.0) + _LIMIT * float(error)
+        near = [(i, place.get((row + down, column + right))) for (row, column), i in place.items()]
+        own, other = np.array([pair for pair in near if pair[1] is not None], int).reshape(-1, 2).T
+        terms.append((home[own], _WITHIN * (shifts[other] - shifts[own]).prod(axis=1).sum(axis=1)))
+    sums = np.array([np.bincount(square, products, n_squares) for square, products in terms])
+    counts = np.array([np.bincount(square, minlength=n_squares) for square, _ in terms])
+    total, n = sums.sum(axis=1, keepdims=True), counts.sum(axis=1, keepdims=True)
+    left_out = ((total - sums) / np.maximum(n - counts, 1)).sum(axis=0)
+    return max(float((total / np.maximum(n, 1)).sum()), 0.0) + _LIMIT * jackknife_error(left_out)
 
 
 def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[np.float64] | None:

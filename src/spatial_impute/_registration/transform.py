@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import apply_affine, scaling
+from spatial_impute._geometry import apply_affine, scaling, translation
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -98,8 +98,7 @@ class SectionTransform:
         """Transform from a matrix and a field in the fixed frame; `to_common` ``(3, 3)`` maps that frame to the common one."""
         if field is None:
             return cls(np.asarray(matrix, float))
-        (x0, y0), size = field.origin, field.size
-        grid = to_common @ np.array([[size, 0, x0], [0, size, y0], [0, 0, 1.0]])
+        grid = to_common @ translation(field.origin) @ scaling(field.size)
         turn = to_common[:2, :2].T.astype(np.float32)
         return cls(np.asarray(matrix, float), field.pull @ turn, field.push @ turn, grid)
 
@@ -153,20 +152,8 @@ class PixelGrid:
 
     def block(self, y0: int, x0: int, side: int) -> PixelGrid:
         """The part of at most `side` x `side` pixels that begins at row `y0` and column `x0`."""
-        return PixelGrid(
-            _from_pixel(self.matrix, y0, x0), (min(side, self.shape[0] - y0), min(side, self.shape[1] - x0))
-        )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings for reading pixel values from the source."""
-
-    nearest: bool
-    """Nearest pixel (labels) instead of bilinear interpolation."""
-    fill: float
-    """Value outside the source."""
-    dtype: np.dtype
+        shape = (min(side, self.shape[0] - y0), min(side, self.shape[1] - x0))
+        return PixelGrid(self.matrix @ translation((x0, y0)), shape)
 
 
 def output_grid(
@@ -195,15 +182,16 @@ def output_grid(
         raise ValueError(msg)
     low = np.floor(border.min(axis=0) / pixel_size + _WHOLE)
     width, height = (np.ceil(border.max(axis=0) / pixel_size - _WHOLE) - low).astype(int)
-    matrix = scaling(pixel_size)
-    matrix[:2, 2] = low * pixel_size
-    return PixelGrid(matrix, (int(height), int(width)))
+    return PixelGrid(translation(low * pixel_size) @ scaling(pixel_size), (int(height), int(width)))
 
 
 def resampled(
     level: Level, transform: SectionTransform, grid: PixelGrid, *, nearest: bool, fill: float, chunk: int
 ) -> da.Array:
-    """Image `level` on `grid` as a lazy array, (c, y, x) or (y, x) like the level."""
+    """Image `level` on `grid` as a lazy array, (c, y, x) or (y, x) like the level; `fill` outside the image.
+
+    With `nearest` (labels) a pixel has the value of the nearest one, else pixels are interpolated.
+    """
     import dask
     import dask.array as da
 
@@ -218,26 +206,22 @@ def resampled(
         source = da.coarsen(np.mean, source, factors, trim_excess=True).astype(np.float32)
     warp = dask.delayed(_warp_block, pure=True)
     shared = dask.delayed(transform, traverse=False)
-    sampling = Sampling(nearest, fill, level.data.dtype)
+    blank = np.full((), fill, level.data.dtype)
 
     def block(y0: int, x0: int) -> da.Array:
         part = grid.block(y0, x0, chunk)
         shape = (source.shape[0], *part.shape)
         window = _window(transform, part, to_section, source.shape[1:])
         if window is None:
-            return da.full(shape, fill, dtype=sampling.dtype, chunks=shape)
+            return da.full(shape, fill, dtype=blank.dtype, chunks=shape)
         ys, xs = window
-        pixels = warp(source[:, ys, xs], shared, part, _from_pixel(to_section, ys.start, xs.start), sampling)
-        return da.from_delayed(pixels, shape, dtype=sampling.dtype)
+        of_window = to_section @ translation((xs.start, ys.start))
+        pixels = warp(source[:, ys, xs], shared, part, of_window, blank, nearest=nearest)
+        return da.from_delayed(pixels, shape, dtype=blank.dtype)
 
     height, width = grid.shape
     result = da.block([[block(y0, x0) for x0 in range(0, width, chunk)] for y0 in range(0, height, chunk)])
     return result[0] if flat else result
-
-
-def _from_pixel(matrix: NDArray[np.float64], y0: int, x0: int) -> NDArray[np.float64]:
-    """`matrix` for pixel corners that are counted from row `y0` and column `x0`."""
-    return matrix @ np.array([[1, 0, x0], [0, 1, y0], [0, 0, 1.0]])
 
 
 def _outline(shape: tuple[int, int]) -> NDArray[np.float64]:
@@ -262,21 +246,27 @@ def _window(
 
 
 def _warp_block(
-    source: NDArray, transform: SectionTransform, grid: PixelGrid, to_section: NDArray[np.float64], sampling: Sampling
+    source: NDArray,
+    transform: SectionTransform,
+    grid: PixelGrid,
+    to_section: NDArray[np.float64],
+    blank: NDArray,
+    *,
+    nearest: bool,
 ) -> NDArray:
-    """One block (c, y, x) of the result from a window of the source."""
+    """One block (c, y, x) of the result from a window of the source; `blank` () is the value outside, in its type."""
     rows, columns = np.indices(grid.shape).reshape(2, -1) + 0.5
     points = transform.inverse(apply_affine(np.column_stack([columns, rows]), grid.matrix))
     x, y = apply_affine(points, np.linalg.inv(to_section)).T
     height, width = source.shape[1:]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    result = np.full((source.shape[0], rows.size), sampling.fill, dtype=sampling.dtype)
-    if sampling.nearest:
+    result = np.full((source.shape[0], rows.size), blank)
+    if nearest:
         result[:, inside] = source[:, y[inside].astype(int), x[inside].astype(int)]
         return result.reshape(-1, *grid.shape)
     where = np.stack([y[inside], x[inside]]) - 0.5
     for channel, values in zip(source, result, strict=True):
         # "nearest": the outer half of the rim pixels has no neighbour to interpolate with.
         sampled = ndi.map_coordinates(channel.astype(np.float32, copy=False), where, order=1, mode="nearest")
-        values[inside] = np.round(sampled) if np.issubdtype(sampling.dtype, np.integer) else sampled
+        values[inside] = np.round(sampled) if np.issubdtype(blank.dtype, np.integer) else sampled
     return result.reshape(-1, *grid.shape)

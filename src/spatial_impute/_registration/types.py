@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import Field, field_validator
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, lies_on
+from spatial_impute._image.levels import area_means
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
@@ -201,12 +202,6 @@ class PairResult:
         points = apply_affine(points, self.matrix)
         return points if self.field is None else self.field.pushed(points)
 
-    def pull_points(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Points ``(n, 2)`` of the fixed section in the moving frame, um, where its image is sampled."""
-        points = np.asarray(points, float).reshape(-1, 2)
-        points = points if self.field is None else self.field.pulled(points)
-        return apply_affine(points, np.linalg.inv(self.matrix))
-
     @property
     def verdict(self) -> str:
         """``"ok"``, ``"weak"`` or ``"failed"``."""
@@ -270,11 +265,7 @@ class Channel:
         if self.seen is None:
             inside = (points >= 0) & (points <= np.asarray(self.frame))
             return inside[:, 0] & inside[:, 1]
-        col, row = np.floor((points - self.origin) / self.size).astype(int).T
-        height, width = self.seen.shape
-        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-        inside[inside] = self.seen[row[inside], col[inside]]
-        return inside
+        return lies_on(self.seen, (points - self.origin) / self.size)
 
     def visible(self) -> NDArray[np.bool_]:
         """``(y, x)`` bool: pixels of the grid inside the image."""
@@ -284,9 +275,9 @@ class Channel:
         inside = [(axis > 0) & (axis < length) for axis, length in zip(axes, self.frame, strict=True)]
         return inside[1][:, None] & inside[0]
 
-    def centres(self) -> NDArray[np.float64]:
-        """Centres of the tissue pixels, ``(n, 2)`` as ``(x, y)`` in um."""
-        rows, cols = np.nonzero(self.mask)
+    def centres(self, pixels: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+        """Centres of the tissue, or of other `pixels` ``(y, x)``, row by row, ``(n, 2)`` as ``(x, y)`` in um."""
+        rows, cols = np.nonzero(self.mask if pixels is None else pixels)
         return np.column_stack([cols, rows]) * self.size + (np.asarray(self.origin) + 0.5 * self.size)
 
     def to_index(self) -> NDArray[np.float64]:
@@ -312,15 +303,8 @@ def working_pixel(
 def registration_channel(section: SectionImage, size: float, margin: float) -> Channel:
     """Summed optical density, from background (0) to the densest tissue (1), faded out just outside the tissue.
 
-    Parameters
-    ----------
-    section
-        Thumbnail with its tissue mask.
-    size
-        Working resolution, um per pixel.
-    margin
-        Width in um of the background kept around the tissue. The rest is cut off, so a small section in a large image
-        costs no more than a cropped one.
+    `size` is in um per pixel, `margin` the width in um of the background around the tissue. The rest is cut off, so a
+    small section in a large image costs no more than a cropped one.
     """
     channel = _on_grid(section, section.stain, size, margin)
     near = ndi.distance_transform_edt(~channel.mask, sampling=size) <= RIM
@@ -366,9 +350,7 @@ def shrink(channel: Channel, size: float) -> Channel:
     pad = [(0, -n % factor) for n in channel.image.shape]
 
     def mean(array: NDArray) -> NDArray:
-        array = np.pad(array.astype(np.float32), pad)
-        rows, cols = array.shape[0] // factor, array.shape[1] // factor
-        return array.reshape(rows, factor, cols, factor).mean((1, 3))
+        return area_means(np.pad(array.astype(np.float32), pad), factor, factor)
 
     image, mask = mean(channel.image), mean(channel.mask) > 0.5
     seen = None if channel.seen is None else mean(channel.seen) > 0.5

@@ -22,7 +22,7 @@ from spatial_impute._validation import name_list, require_key, require_one_of, r
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from spatialdata import SpatialData
 
@@ -137,30 +137,44 @@ def her2st(
     paths = _image_files(patient, images=images)
     if measured is None:
         measured = ["C4" if images is True else next(iter(paths))]
-    measured = name_list(measured, name="measured")
-    if not measured:
-        msg = f"`measured` is empty; name at least one of {sorted(paths)}."
-        raise ValueError(msg)
-    for name in measured:
-        require_key(name, paths, where=f"sections of patient {patient!r}")
+    measured = require_measured(measured, paths, where=f"sections of patient {patient!r}")
     section_spacing = require_positive(section_spacing, name="section_spacing", unit="um")
 
     files = {name: _fetch_section(name, image) for name, image in paths.items()}
     counts = {name: read_counts(files[name]["counts"]) for name in paths if truth or name in measured}
     sections, mpp = {}, {}
-    for name in paths:
-        table = counts[name].copy() if name in measured else None
+    for name, own in files.items():
+        spots = pd.read_csv(own["spots"], sep="\t")
         if images is False:
-            mpp[name], sections[name] = _DRAWN_MPP, _drawn_section(name, files[name], table)
+            mpp[name], (centers, levels) = _DRAWN_MPP, _drawn(spots)
         else:
-            mpp[name] = _MPP if images is True else _mpp_of_array(files[name]["spots"])
-            sections[name] = _section(name, files[name], table, mpp[name])
+            mpp[name] = _MPP if images is True else _mpp_of_array(spots)
+            centers, levels = _scanned(name, spots, own["image"])
+        sections[name] = section_object(
+            name,
+            image_element(levels, "global", 1.0),
+            centers=centers,
+            radius=_SPOT_DIAMETER / 2 / mpp[name],
+            ids=array_ids(spots),
+            table=counts[name].copy() if name in measured else None,
+        )
     number = {name: int(name[1:]) for name in paths}  # sections that are left out leave a gap
     heights = [section_spacing * (n - min(number.values())) for n in number.values()]
     sdata = assemble_stack(sections, mpp=mpp, z=heights)
     if n_top_genes is not None:
         select_genes(sdata, n_top_genes=n_top_genes)
     return (sdata, truth_table(counts, join="outer")) if truth else sdata
+
+
+def require_measured(measured: Sequence[str] | None, sections: Iterable[str], *, where: str) -> list[str]:
+    """Names of measured sections as a list; an error if there are none, or unknown ones."""
+    names = name_list(measured, name="measured")
+    if not names:
+        msg = f"`measured` is empty; name at least one of {sorted(sections)}."
+        raise ValueError(msg)
+    for name in names:
+        require_key(name, sections, where=where)
+    return names
 
 
 def truth_table(counts: Mapping[str, AnnData], **options: Any) -> AnnData:
@@ -170,9 +184,8 @@ def truth_table(counts: Mapping[str, AnnData], **options: Any) -> AnnData:
         table.X = log_normalize(table.X, 1e4).astype(np.float32)
         table.obs[Keys.SECTION] = name
         table.obs_names = [f"{name}_{i}" for i in table.obs_names]
-    return concat(
-        list(counts.values()), fill_value=0, **options
-    )  # a gene that a section does not list was not seen there
+    # A gene that a section does not list was not seen there.
+    return concat(list(counts.values()), fill_value=0, **options)
 
 
 def _image_files(patient: str, *, images: bool | str | Path) -> Mapping[str, str | Path | None]:
@@ -218,9 +231,8 @@ def _images_in(folder: Path, patient: str, sections: list[str]) -> dict[str, Pat
     return found
 
 
-def _mpp_of_array(path: Path) -> float:
+def _mpp_of_array(spots: pd.DataFrame) -> float:
     """Um per pixel of an image, from its spots, which lie 200 um apart on the array."""
-    spots = pd.read_csv(path, sep="\t")
     return _PITCH / float(np.mean([np.polyfit(spots[f"new_{axis}"], spots[f"pixel_{axis}"], 1)[0] for axis in "xy"]))
 
 
@@ -229,10 +241,8 @@ def _fetch_section(name: str, image: str | Path | None) -> dict[str, Path]:
     wanted = {"counts": f"ST-cnts/{name}.tsv.gz", "spots": f"ST-spotfiles/{name}_selection.tsv"}
     if isinstance(image, str):
         wanted["image"] = image
-    urls = {file: _BASE_URL + file for file in SHA256}
-    found = {
-        kind: fetch(file, folder=settings.data_dir / _FOLDER, sha256=SHA256, urls=urls) for kind, file in wanted.items()
-    }
+    folder = settings.data_dir / _FOLDER
+    found = {kind: fetch(folder / file, url=_BASE_URL + file, sha256=SHA256[file]) for kind, file in wanted.items()}
     return found | ({"image": image} if isinstance(image, Path) else {})
 
 
@@ -251,30 +261,21 @@ def array_ids(spots: pd.DataFrame) -> list[str]:
     return list(spots["x"].astype(str) + "x" + spots["y"].astype(str))
 
 
-def _section(name: str, files: dict[str, Path], counts: AnnData | None, mpp: float) -> SpatialData:
-    """Image, spots and counts of one section."""
-    spots = pd.read_csv(files["spots"], sep="\t")
-    centers, levels = spots[["pixel_x", "pixel_y"]].to_numpy(float), open_image(files["image"]).levels
+def _scanned(name: str, spots: pd.DataFrame, image: Path) -> tuple[np.ndarray, list[da.Array]]:
+    """Centres of the spots (x, y) in pixels, and the levels of the scan."""
+    centers, levels = spots[["pixel_x", "pixel_y"]].to_numpy(float), open_image(image).levels
     height, width = levels[0].shape[-2:]
     if (centers > [width, height]).any():
         msg = (
             f"The spots of section {name!r} reach pixel {centers.max(axis=0).round().astype(int).tolist()} (x, y), but "
-            f"'{files['image']}' has {width} x {height} pixels. Use the full-resolution image of the study."
+            f"'{image}' has {width} x {height} pixels. Use the full-resolution image of the study."
         )
         raise ValueError(msg)
-    return section_object(
-        name,
-        image_element(levels, "global", 1.0),
-        centers=centers,
-        radius=_SPOT_DIAMETER / 2 / mpp,
-        ids=array_ids(spots),
-        table=counts,
-    )
+    return centers, levels
 
 
-def _drawn_section(name: str, files: dict[str, Path], counts: AnnData | None) -> SpatialData:
-    """Spots and counts of one section, with an image on which the spots are tissue; places come from the array."""
-    spots = pd.read_csv(files["spots"], sep="\t")
+def _drawn(spots: pd.DataFrame) -> tuple[np.ndarray, list[da.Array]]:
+    """Centres of the spots (x, y) in pixels by their places on the array, and an image on which they are tissue."""
     array = spots[["new_x", "new_y"]].to_numpy(float)
     centers = ((array - array.min(axis=0)) * _PITCH + _MARGIN) / _DRAWN_MPP
     width, height = (np.ceil(centers.max(axis=0) + _MARGIN / _DRAWN_MPP)).astype(int)
@@ -282,11 +283,4 @@ def _drawn_section(name: str, files: dict[str, Path], counts: AnnData | None) ->
     # Discs of 0.8 pitches close the gaps of the lattice, also across a diagonal.
     inside = cKDTree(centers).query(grid.reshape(-1, 2))[0].reshape(height, width) < 0.8 * _PITCH / _DRAWN_MPP
     pixels = np.where(inside, np.reshape(_TISSUE, (3, 1, 1)), np.reshape(_GLASS, (3, 1, 1))).astype(np.uint8)
-    return section_object(
-        name,
-        image_element([da.from_array(pixels)], "global", 1.0),
-        centers=centers,
-        radius=_SPOT_DIAMETER / 2 / _DRAWN_MPP,
-        ids=array_ids(spots),
-        table=counts,
-    )
+    return centers, [da.from_array(pixels)]

@@ -14,8 +14,7 @@ from spatial_impute._image.reading import open_image
 from spatial_impute._io.files import fetch
 from spatial_impute._settings import settings
 from spatial_impute._stack import image_element, section_object
-from spatial_impute._validation import name_list, require_key
-from spatial_impute.datasets._her2st import array_ids, read_counts, truth_table
+from spatial_impute.datasets._her2st import array_ids, read_counts, require_measured, truth_table
 from spatial_impute.pp import assemble_stack, select_genes
 
 if TYPE_CHECKING:
@@ -116,12 +115,7 @@ def olfactory_bulb(
     >>> sdata, truth = si.datasets.olfactory_bulb(truth=True)  # doctest: +SKIP
     >>> sdata = si.datasets.olfactory_bulb(data_dir="downloads/STUtility")  # doctest: +SKIP
     """
-    measured = name_list(measured, name="measured")
-    if not measured:
-        msg = f"`measured` is empty; name at least one of {sorted(_HEIGHTS)}."
-        raise ValueError(msg)
-    for name in measured:
-        require_key(name, _HEIGHTS, where="sections of the olfactory bulb")
+    measured = require_measured(measured, _HEIGHTS, where="sections of the olfactory bulb")
     folder = settings.data_dir / _FOLDER if data_dir is None else Path(data_dir).expanduser()
     places = {name: _read_places(folder, name) for name in _HEIGHTS}
     counts = {name: _read_counts(folder, name, places[name]) for name in _HEIGHTS if truth or name in measured}
@@ -148,7 +142,7 @@ def _file(folder: Path, name: str) -> Path:
     if path.is_file() and folder != settings.data_dir / _FOLDER:
         _require_published(path, path.read_bytes())
         return path
-    return fetch(name, folder=folder, sha256=SHA256, urls={file: _BASE_URL + file for file in SHA256})
+    return fetch(path, url=_BASE_URL + name, sha256=SHA256[name])
 
 
 def _read_places(folder: Path, name: str) -> pd.DataFrame:

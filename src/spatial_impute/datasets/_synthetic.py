@@ -10,8 +10,9 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 from scipy.ndimage import gaussian_filter
+from scipy.special import expit
 
-from spatial_impute._geometry import apply_affine, grid_in_box
+from spatial_impute._geometry import affine_between, apply_affine, grid_in_box
 from spatial_impute._keys import Keys
 from spatial_impute._stack import image_element, section_object
 from spatial_impute._validation import require_key, require_positive
@@ -274,9 +275,7 @@ def _make_motion(
     offset = rng.uniform(-shift, shift, 2)
     elastic = _random_field(rng, 2, length_xy=extent / 5, length_z=1.0, n_waves=20)
     linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * stretch
-    matrix = np.eye(3)
-    matrix[:2, :2] = linear
-    matrix[:2, 2] = extent / 2 + offset - linear @ np.full(2, extent / 2)
+    matrix = affine_between(linear, np.full(2, extent / 2), extent / 2 + offset)
 
     def motion(xy: np.ndarray) -> np.ndarray:
         moved = apply_affine(xy, matrix)
@@ -334,13 +333,11 @@ def _draw_image(rng: np.random.Generator, tissue: _Tissue, motion: Motion, scan:
     where = np.column_stack([where[inside], np.full(inside.sum(), height)])
     eosin = np.zeros(n * n)
     eosin[inside] = 0.30 + 0.12 * np.tanh(tissue.smooth(where)[:, :2]).sum(axis=1)
-    eosin[inside] *= 1 - 0.8 / (
-        1 + np.exp(-8 * (tissue.glands(where)[:, 0] - 1.0))
-    )  # pale where the field exceeds 1 sd
+    eosin[inside] *= 1 - 0.8 * expit(8 * (tissue.glands(where)[:, 0] - 1.0))  # pale where the field exceeds 1 sd
     eosin += inside * 0.03 * rng.normal(size=n * n)
     # One nucleus per pixel at most: about 8 um across at the default pixel size.
     probability = np.zeros(n * n)
-    probability[inside] = 0.08 / (1 + np.exp(-1.5 * tissue.density(where)[:, 0]))
+    probability[inside] = 0.08 * expit(1.5 * tissue.density(where)[:, 0])
     nuclei = (rng.random(n * n) < probability).reshape(n, n).astype(float)
     hematoxylin = np.clip(gaussian_filter(nuclei, 3.0 / scan.mpp) * 2.0, 0, 1.5).ravel()
     density = np.clip(eosin, 0, None)[:, None] * _EOSIN + hematoxylin[:, None] * _HEMATOXYLIN

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    _Loaded = tuple[torch.nn.Module, int | None, tuple[float, ...], tuple[float, ...]]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODERS = ("texture", "tellez-multitask", "efficientnet-lite2", "resnet18", "resnet50", "ciga-resnet18")
@@ -206,16 +208,12 @@ def _by_name(
     if name == "efficientnet-lite2":
         return from_module(load_efficientnet(), name=name, mean=LITE_MEAN, std=LITE_STD)
     library, _, model = name.partition(":")
-    if library in ("timm", "transformers") and model:
-        load = _load_timm if library == "timm" else _load_transformers
-        module, own_px, mean, std = load(model, dict(params))
-        return from_module(module, own_px, name=name, mean=mean, std=std)
-    raise AssertionError(name)  # `require_encoder_name` lets none of the others pass
+    load = _load_timm if library == "timm" else _load_transformers  # `require_encoder_name` lets no other name pass
+    module, own_px, mean, std = load(model, dict(params))
+    return from_module(module, own_px, name=name, mean=mean, std=std)
 
 
-def _load_timm(
-    name: str, params: dict[str, Any]
-) -> tuple[torch.nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
+def _load_timm(name: str, params: dict[str, Any]) -> _Loaded:
     """Pretrained timm model without its head, edge of its input in px, mean and standard deviation of its normalisation.
 
     `name` may be ``hf-hub:owner/model``.
@@ -230,9 +228,7 @@ def _load_timm(
     return module, int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"])
 
 
-def _load_transformers(
-    name: str, params: dict[str, Any]
-) -> tuple[torch.nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
+def _load_transformers(name: str, params: dict[str, Any]) -> _Loaded:
     """As :func:`_load_timm`, for a transformers vision model ``owner/model``; from safetensors only."""
     import torch
 

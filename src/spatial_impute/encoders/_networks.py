@@ -34,35 +34,30 @@ class WeightFile:
     name: str
     url: str
     sha256: str
-    licence: str
     prefixes: tuple[str, ...] = ()  # Prefixes that a training framework added to the keys, removed in this order
 
 
-STRIDES = (4, 8, 16, 32)  # px of the input per cell of the four maps of a pyramid of a residual network
 _RESNET_STEM = 64
 _RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 
 WEIGHTS = {
     "resnet18": WeightFile(
-        name="resnet18-f37072fd.pth",
+        name="resnet18-f37072fd.pth",  # BSD-3-Clause
         url="https://download.pytorch.org/models/resnet18-f37072fd.pth",
         sha256="f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
-        licence="BSD-3-Clause",
     ),
     "resnet50": WeightFile(
-        name="resnet50-0676ba61.pth",
+        name="resnet50-0676ba61.pth",  # BSD-3-Clause
         url="https://download.pytorch.org/models/resnet50-0676ba61.pth",
         sha256="0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
-        licence="BSD-3-Clause",
     ),
     "ciga-resnet18": WeightFile(
-        name="pytorchnative_tenpercent_resnet18.ckpt",
+        name="pytorchnative_tenpercent_resnet18.ckpt",  # MIT
         url=(
             "https://github.com/ozanciga/self-supervised-histopathology/releases/download/nativetenpercent/"
             "pytorchnative_tenpercent_resnet18.ckpt"
         ),
         sha256="ae652d1a586c1be11b8ed7f4033094a98ac9c620e43a28998c6c86d248e750ab",
-        licence="MIT",
         prefixes=("model.", "resnet."),
     ),
 }
@@ -77,13 +72,12 @@ _STAGES = ((1, 16, 3, 1, 1), (3, 24, 3, 2, 6), (3, 48, 5, 2, 6), (4, 88, 3, 2, 6
 _LAST_STAGE = (1, 352, 3, 1, 6)
 
 _TELLEZ_FILE = WeightFile(
-    name="encoder_multitask-4.h5",
+    name="encoder_multitask-4.h5",  # MIT
     url=(
         "https://raw.githubusercontent.com/davidtellez/neural-image-compression/"
         "2f2e9ca71c53d97c415dede7c1afe91434bc4550/models/encoders_patches_pathology/encoder_multitask-4.h5"
     ),
     sha256="714684a5aacbc4b2dc3718db5e91f4222ffbcdaa7df81d6daa31a006a9a1da0b",
-    licence="MIT",
 )
 _TELLEZ_WIDTH = 128
 _TELLEZ_BLOCKS = 4
@@ -129,8 +123,6 @@ class ResNet(nn.Module):
     ceil(x / s)) at the strides s = 4, 8, 16, 32.
     """
 
-    strides: tuple[int, int, int, int] = STRIDES
-
     def __init__(self, layers: Sequence[int], *, bottleneck: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, _RESNET_STEM, 7, stride=2, padding=3, bias=False)
@@ -149,15 +141,9 @@ class ResNet(nn.Module):
                 for j in range(n_blocks)
             ]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Random weights of He et al., which keep the variance through the rectified layers."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d):  # keeps the variance through the rectified layers
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """Maps of the four stages, finest first, at the strides 4, 8, 16 and 32."""
@@ -206,7 +192,7 @@ def _lite_norm(width: int) -> nn.BatchNorm2d:
 
 
 class _LiteBlock(nn.Module):
-    """Inverted bottleneck: a 1x1 convolution that widens, a depthwise one, and a 1x1 that narrows; names of the file."""
+    """Inverted bottleneck: a 1x1 convolution that widens, a depthwise one, and a 1x1 that narrows."""
 
     def __init__(self, in_width: int, width: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -370,9 +356,7 @@ def _tellez_state(group: h5py.Group) -> dict[str, Tensor]:
 
 def fetch_weights(file: WeightFile) -> Path:
     """Path of the file in ``settings.data_dir``; downloaded if missing, and refused if its sha256 is not the published one."""
-    return fetch(
-        file.name, folder=settings.data_dir / _FOLDER, sha256={file.name: file.sha256}, urls={file.name: file.url}
-    )
+    return fetch(settings.data_dir / _FOLDER / file.name, url=file.url, sha256=file.sha256)
 
 
 def read_state(path: Path, *, prefixes: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -414,7 +398,7 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor], *, drop: tu
     and unknown keys, and those of another shape, raise a ``ValueError``.
     """
     expected = module.state_dict()
-    kept = {key: value for key, value in state.items() if not key.startswith(drop)} if drop else dict(state)
+    kept = {key: value for key, value in state.items() if not key.startswith(drop)}
     # Counters of batch normalisation: older files lack them, and evaluation never reads them.
     counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing = sorted(set(expected) - set(kept) - counters)

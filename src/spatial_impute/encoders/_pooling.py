@@ -70,12 +70,10 @@ def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) ->
     known, n_features = lattice.known, lattice.values.shape[2]
     origin = np.array([lattice.first[1], lattice.first[0]], dtype=float)  # x, y
     boxes, middles, results, weights = [], [], [], []
-    shape = (known.shape[0] + 1, known.shape[1] + 1)
-    area = np.zeros(shape)
-    area[1:, 1:] = known.cumsum(axis=0).cumsum(axis=1)
+    area = _known_area(known)
     for centers, side in fields:
         middle, half = np.asarray(centers) / lattice.step - origin, side / (2 * lattice.step)
-        boxes.append(_box_weights(shape, middle - half, middle + half))
+        boxes.append(_box_weights(area.shape, middle - half, middle + half))
         weights.append(boxes[-1] @ area.reshape(-1, 1))
         middles.append(middle)
         results.append((np.zeros((len(middle), n_features)), np.zeros((len(middle), n_features))))
@@ -85,7 +83,7 @@ def pool_fields(lattice: Lattice, fields: Sequence[tuple[np.ndarray, float]]) ->
     offset = lattice.values[rows[some], columns[some]].mean(axis=0, dtype=np.float64)
     for start in range(0, n_features, _CHANNELS):
         part = slice(start, start + _CHANNELS)
-        sums, squares = np.zeros((2, *shape, len(offset[part])))
+        sums, squares = np.zeros((2, *area.shape, len(offset[part])))
         _integrate(lattice.values[..., part], known, offset[part], sums, squares)
         sums, squares = (table.reshape(-1, table.shape[2]) for table in (sums, squares))
         for box, weight, (mean, spread) in zip(boxes, weights, results, strict=True):
@@ -123,6 +121,11 @@ def _integrate(
             for k in range(len(offset)):
                 sums[i + 1, j + 1, k] = sums[i, j + 1, k] + line[k]
                 squares[i + 1, j + 1, k] = squares[i, j + 1, k] + line_squares[k]
+
+
+def _known_area(known: np.ndarray) -> np.ndarray:
+    """(rows + 1, columns + 1) cumulative sum of the known cells (rows, columns)."""
+    return np.pad(known.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0))).astype(float)
 
 
 def _box_weights(shape: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> sparse.csr_matrix:
@@ -199,11 +202,10 @@ class StreamingPooler:
 
     def _row_spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows [top, end) of the lattice that the fields of each spot need."""
-        n_rows, n_columns = self._known.shape
+        n_rows = len(self._known)
         origin = np.array([self._first[1], self._first[0]], dtype=float)
         top, end = np.full(len(self._centers), n_rows), np.zeros(len(self._centers), dtype=np.int64)
-        area = np.zeros((n_rows + 1, n_columns + 1))
-        area[1:, 1:] = self._known.cumsum(axis=0).cumsum(axis=1)
+        area = _known_area(self._known)
         cells: np.ndarray | None = None
         for shift, side in self._fields:
             middle, half = (self._centers + shift) / self._step - origin, side / (2 * self._step)
@@ -234,10 +236,8 @@ class StreamingPooler:
         if not n_ready or done <= self._base:
             return
         ready, self._waiting = self._waiting[:n_ready], self._waiting[n_ready:]
-        known = self._known[self._base : done]
-        values = self._values[: done - self._base, :]
-        if len(values) < len(known):  # rows without any known cell at the end were never made
-            known = known[: len(values)]
+        values = self._values[: done - self._base]
+        known = self._known[self._base : self._base + len(values)]  # rows below the last known cell are never made
         lattice = Lattice(self._step, (self._first[0] + self._base, self._first[1]), values, known)
         fields = [(self._centers[ready] + shift, side) for shift, side in self._fields]
         for (mean, spread), (new_mean, new_spread) in zip(self._pooled, pool_fields(lattice, fields), strict=True):

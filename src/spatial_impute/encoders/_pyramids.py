@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Size of a strip of the largest map: it fits in the cache, and allocators reuse blocks of this size.
 _STRIP_BYTES = 2**22
 _PROBE = 256  # px; edge of the test image for an unknown module
-_FIRST_PROBE, _LAST_PROBE = 8, 64  # coarsest cells along the test image
+_PROBES = (8, 16, 32, 64)  # coarsest cells along the test image
 
 
 class Pyramid(nn.Module):
@@ -124,7 +124,6 @@ class TellezPyramid(Pyramid):
     _CONTEXT = 16  # px that the deepest map reads around a window, rounded up to its stride
 
     def __init__(self, *, pretrained: bool = True) -> None:
-
         super().__init__()
         self.blocks = (TellezEncoder("cpu").network if pretrained else TellezNetwork()).blocks
         for module in self.blocks.modules():
@@ -139,7 +138,7 @@ class TellezPyramid(Pyramid):
         for factor in (1, 2, 4, 8):
             if factor > 1:
                 reduced = F.avg_pool2d(reduced, 2)
-            # The deepest map needs less than a cell around the window: the finer the image, the less is computed in vain.
+            # The deepest map needs less than a cell around the window; the context is smaller on a finer image.
             inner = coarser(window, factor)
             around = grow(inner, self._CONTEXT, reduced.shape[-2:])
             found = cut_pixels(self._stack(cut(reduced, around)), (4, 8, 16), relative(inner, around))
@@ -177,9 +176,8 @@ def _by_strips(
         n_rows = max(1, _STRIP_BYTES // (x.shape[-1] * channels * x.element_size()))
     if n_rows >= height:
         return run(x, 1, 1)
-    n_rows = -(
-        -height // -(-height // n_rows)
-    )  # of about the same size: torch rounds differently for the rest, if it is small
+    # Strips of about the same size: torch rounds differently for the rest, if it is small.
+    n_rows = -(-height // -(-height // n_rows))
     whole = x.new_empty((len(x), channels, height, x.shape[-1] // stride))
     for top in range(0, height, n_rows):
         bottom = min(top + n_rows, height)
@@ -284,7 +282,6 @@ def build_pyramid(encoder: str | nn.Module, *, window: int | None = None, pretra
     if encoder == EFFICIENTNET:
         lite = load_efficientnet() if pretrained else EfficientNetLite2()
         return ModulePyramid(lite, name=encoder, mean=LITE_MEAN, std=LITE_STD)
-
     network = load_resnet(encoder) if pretrained else build_resnet(encoder.removeprefix("ciga-"))
     return ModulePyramid(network, name=encoder)
 
@@ -334,16 +331,14 @@ def measured_halo(run: Callable[[Tensor], list[Tensor]], strides: Sequence[int],
     measured, so that it holds for any encoder: pixels beyond an edge are set to NaN, which spreads to all cells that read
     them. Both ends of both axes are tested. Operations over the whole image raise a ``ValueError``, which names the encoder.
     """
-    n_cells = _FIRST_PROBE
-    while n_cells <= _LAST_PROBE:
+    for n_cells in _PROBES:
         length = n_cells * multiple
         found = [_reach(run, strides, multiple, (length, axis, side)) for axis in (2, 3) for side in (0, 1)]
         reach = [pixels for pixels in found if pixels is not None]
         if len(reach) == len(found):
             return max(reach)
-        n_cells *= 2
     msg = (
-        f"The encoder {name!r} reads the whole image (or more than {n_cells * multiple // 4} px "
+        f"The encoder {name!r} reads the whole image (or more than {_PROBES[-1] * multiple // 2} px "
         "around a pixel), so that tiles cannot equal the slide. Use a convolutional encoder without global operations, "
         "or set `model_params={'encoder_window': 224}`: the edge in px of windows that the encoder reads one by one."
     )

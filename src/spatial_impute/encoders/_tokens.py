@@ -74,8 +74,9 @@ def section_tokens(
     """
     extent = encoder.patch_px * encoder.mpp
     source = _PatchSource(encoder, levels, batch_size, recolor)
-    sliding = source.step_px is not None
-    step = extent if source.step_px is None else source.step_px * encoder.mpp
+    step_px: int | None = getattr(encoder, "step_px", None)
+    sliding = step_px is not None
+    step = extent if step_px is None else step_px * encoder.mpp
     reach = max(field.scale + 2 * max(map(abs, field.shift)) for fields in layout.values() for field in fields)
     first, needed = needed_cells(centers, reach * diameter, step)
     known = _inside_image(levels[0], first, needed, step)
@@ -123,11 +124,6 @@ class _PatchSource:
     levels: Sequence[Level]
     batch_size: int
     recolor: Callable[[np.ndarray], np.ndarray] | None
-
-    @property
-    def step_px(self) -> int | None:
-        """Step of a sliding encoder, px."""
-        return getattr(self.encoder, "step_px", None)
 
     def encode_patches(self, own: np.ndarray, cells: np.ndarray, pooler: StreamingPooler) -> np.ndarray:
         """(n, d) features around the points `own` (..., 2); those of all cells of the lattice go to the pooler.
