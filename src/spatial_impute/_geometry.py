@@ -120,10 +120,8 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     width = x1 - x0 - (spacing / 2 if layout == "hex" else 0.0)
     n_columns = int(np.floor(max(width, 0.0) / spacing)) + 1
     if n_rows * n_columns > _MAX_LATTICE:
-        msg = (
-            f"A lattice of {n_columns} x {n_rows} points {spacing:g} apart does not fit in memory. Take a wider "
-            "spacing."
-        )
+        n = f"{n_columns} x {n_rows}"
+        msg = f"A lattice of {n} points {spacing:g} apart does not fit in memory. Take a wider spacing."
         raise ValueError(msg)
     ys = (y0 + y1) / 2 + (np.arange(n_rows) - (n_rows - 1) / 2) * row_step
     xs = (x0 + x1) / 2 + (np.arange(n_columns) - (n_columns - 1) / 2) * spacing

@@ -185,12 +185,9 @@ def evaluate(
 class _Part:
     """Scored spots of a section."""
 
-    rows: np.ndarray
-    """(n,) rows of the stack table."""
-    true: np.ndarray
-    """(n, n_genes) truth."""
-    xy: np.ndarray
-    """(n, 2) position in the section, um."""
+    rows: np.ndarray  # (n,) rows of the stack table
+    true: np.ndarray  # (n, n_genes) truth
+    xy: np.ndarray  # (n, 2) position in the section, um
 
 
 @dataclass(frozen=True)
@@ -375,10 +372,7 @@ def predictability(
     spaces = {"image": spots.features[spots.known], "position": spots.xyz[spots.known, :2]}  # type: ignore[index]
     parts = [section == code for code in np.unique(section) if (section == code).sum() > n_neighs]
     if not parts:
-        msg = (
-            f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)} "
-            "spots."
-        )
+        msg = f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)}."
         raise ValueError(msg)
     found = {
         name: pd.DataFrame(

@@ -278,10 +278,7 @@ def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
     wanted = {*names, *map(Keys.landmarks, names)}
     taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
     if taken:
-        msg = (
-            f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers "
-            "first."
-        )
+        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove them first."
         raise ValueError(msg)
 
 

@@ -105,12 +105,10 @@ def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: s
 class Coloring:
     """Values of spots and their colors."""
 
-    values: np.ndarray
-    """(n_spots,) numbers, or codes of categories; NaN where there is none."""
+    values: np.ndarray  # (n_spots,) numbers, or codes of categories; NaN where there is none
     label: str
     categories: tuple[str, ...] | None = None
-    palette: tuple[str, ...] = ()
-    """Colors of the categories."""
+    palette: tuple[str, ...] = ()  # Colors of the categories
 
     def scale(
         self, shown: np.ndarray, cmap: str | Colormap, vmin: float | str | None, vmax: float | str | None

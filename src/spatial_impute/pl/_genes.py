@@ -178,10 +178,7 @@ def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dic
         found["asign (blocks)"] = float(table.var.loc[gene, Keys.PREDICTABILITY])
     if scores is not None:
         if scores.index.name != "gene":
-            msg = (
-                "`scores` must have a row per gene. Make it with `by='gene'`, e.g. `si.tl.cross_validate(sdata, "
-                "by='gene')`."
-            )
+            msg = "`scores` must have a row per gene. Make it so, e.g. with `si.tl.cross_validate(sdata, by='gene')`."
             raise ValueError(msg)
         require_key(gene, scores.index, where="scores.index")
         row = scores.loc[gene].drop("ceiling", errors="ignore").dropna()

@@ -60,13 +60,11 @@ class _Scene:
     """Spots and edges to draw, in the common frame."""
 
     sections: list[Section]
-    members: list[np.ndarray]
-    """Rows of the spots of each section."""
+    members: list[np.ndarray]  # Rows of the spots of each section
     measured: list[bool]
     xyz: np.ndarray
     radius: np.ndarray
-    chosen: np.ndarray
-    """Rows of the spots whose edges are drawn."""
+    chosen: np.ndarray  # Rows of the spots whose edges are drawn
     edges: Edges
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,12 +77,9 @@ class _Scene:
 class Edges:
     """Undirected edges of a graph, each once."""
 
-    pairs: np.ndarray
-    """(n_edges, 2) rows of the table."""
-    kind: np.ndarray
-    """(n_edges,) one of ``"within"``, ``"overlap"``, ``"near"``, ``"similar"``."""
-    weight: np.ndarray
-    """(n_edges,) strength."""
+    pairs: np.ndarray  # (n_edges, 2) rows of the table
+    kind: np.ndarray  # (n_edges,) one of ``"within"``, ``"overlap"``, ``"near"``, ``"similar"``
+    weight: np.ndarray  # (n_edges,) strength
 
     def where(self, rows: np.ndarray) -> Edges:
         return Edges(self.pairs[rows], self.kind[rows], self.weight[rows])
@@ -253,9 +248,7 @@ def _wanted_kinds(edges: str | Sequence[str] | None, view: str) -> list[str]:
         require_one_of(kind, _KINDS, name="edges")
     kinds = [kind for kind in kinds if view == "3d" or kind != "within"]
     if not kinds:
-        msg = (
-            f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; the types are {list(_KINDS)}."
-        )
+        msg = f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; types are {list(_KINDS)}."
         raise ValueError(msg)
     return kinds
 
@@ -266,9 +259,8 @@ def _named(table: AnnData, spots: list[str], shown: np.ndarray, sections: list[s
         require_key(spot, table.obs_names, where="obs_names of the stack table")
     rows = table.obs_names.get_indexer(spots)
     if not shown[rows].all():
-        msg = (
-            f"`spots` must lie on the sections shown ({sections}); {table.obs_names[rows[~shown[rows]]][0]!r} does not."
-        )
+        off = table.obs_names[rows[~shown[rows]]][0]
+        msg = f"`spots` must lie on the sections shown ({sections}); {off!r} does not."
         raise ValueError(msg)
     return rows
 

@@ -74,13 +74,11 @@ class _Row:
     """Values of one row of panels, and their scale."""
 
     label: str
-    values: np.ndarray
-    """(n_spots,) of the whole table."""
+    values: np.ndarray  # (n_spots,) of the whole table
     norm: Normalize
     cmap: Colormap
     scale_label: str
-    shows_measurement: bool = False
-    """Measured spots show their measurement."""
+    shows_measurement: bool = False  # Measured spots show their measurement
 
 
 @document_figure
@@ -199,10 +197,8 @@ def imputed(
     xyz = registered_spots(table, table_key)
     radius = require_positive(size, name="size") * registered_radius(sdata, record, table)
     if not shown.size:
-        msg = (
-            f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with "
-            "`si.pp.tile_spots(sdata)`."
-        )
+        names = [section.name for section in wanted]
+        msg = f"`{where}` has no spots on the sections {names}. Lay some with `si.pp.tile_spots(sdata)`."
         raise ValueError(msg)
     if show_support and Keys.SUPPORT in table.obs:
         support, hidden = table.obs[Keys.SUPPORT].to_numpy(dtype=float), shown[~flags[shown]]

@@ -133,9 +133,7 @@ def metrics(
     ['Pearson r per gene, mean', 'mean squared error']
     """
     if hasattr(sdata, "columns"):
-        msg = (
-            "`sdata` must be the stack, found a table of scores. The stack comes first: `si.pl.metrics(sdata, scores)`."
-        )
+        msg = "`sdata` must be the stack, found a table. The stack comes first: `si.pl.metrics(sdata, scores)`."
         raise TypeError(msg)
     table = stack_table(sdata, table_key)
     warn_if_old(sdata, table, [layer])

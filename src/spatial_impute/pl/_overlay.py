@@ -35,10 +35,8 @@ _FULL_INK = 0.85  # of the densest tissue: colors still differ where both are de
 class Scan:
     """One section at the resolution of the plot."""
 
-    rgb: np.ndarray
-    """(y, x, 3) in 0-255, white background."""
-    stain: np.ndarray
-    """(y, x) 0-1, 0 outside the tissue."""
+    rgb: np.ndarray  # (y, x, 3) in 0-255, white background
+    stain: np.ndarray  # (y, x) 0-1, 0 outside the tissue
     mask: np.ndarray
     to_um: np.ndarray
 
@@ -77,8 +75,7 @@ class Drawn:
     rgb: np.ndarray
     stain: np.ndarray
     mask: np.ndarray
-    seen: np.ndarray
-    """(y, x) bool: inside the image."""
+    seen: np.ndarray  # (y, x) bool: inside the image
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,7 @@ class _Paint:
 
     table: AnnData
     coloring: Coloring
-    shown: np.ndarray
-    """Values of all spots shown, which set the scale."""
+    shown: np.ndarray  # Values of all spots shown, which set the scale
     norm: Normalize
     cmap: Colormap
 
@@ -232,10 +231,8 @@ class _Panel:
     rgb: np.ndarray
     to_um: np.ndarray
     spots: _Spots | None
-    image_box: np.ndarray
-    """(2, 2) lowest and highest x, y of the image, um."""
-    box: np.ndarray
-    """(2, 2) lowest and highest x, y to show, um."""
+    image_box: np.ndarray  # (2, 2) lowest and highest x, y of the image, um
+    box: np.ndarray  # (2, 2) lowest and highest x, y to show, um
 
 
 def _read_panel(sdata: SpatialData, section: Section, resolution: float | None, *, crop: bool) -> _Panel:
@@ -290,13 +287,10 @@ class _Slab:
     """Tissue pixels and spots of one section in the frame of the 3D plot, um."""
 
     section: Section
-    corners: np.ndarray
-    """(n_pixels, 4, 3) corners of the tissue pixels."""
-    rgb: np.ndarray
-    """(n_pixels, 3) in 0-255."""
+    corners: np.ndarray  # (n_pixels, 4, 3) corners of the tissue pixels
+    rgb: np.ndarray  # (n_pixels, 3) in 0-255
     spots: _Spots | None
-    length: float
-    """Longer side of the image, um."""
+    length: float  # Longer side of the image, um
 
 
 def _read_slabs(

@@ -201,8 +201,7 @@ class _Used:
     """Sections with values, in the order of z."""
 
     sections: list[Section]
-    rows: list[np.ndarray]
-    """Rows of the table of each section."""
+    rows: list[np.ndarray]  # Rows of the table of each section
     measured: set[str]
 
     @property

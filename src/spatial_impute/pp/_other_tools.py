@@ -216,10 +216,7 @@ def _class_name(found: Any) -> str:
 def _from_labels(labels: Any, size: tuple[int, int]) -> GeoDataFrame:
     """Outlines of labels along the edges of their pixels, so that areas are exact."""
     if tuple(labels.shape) != tuple(size):
-        msg = (
-            f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found "
-            f"{labels.shape}."
-        )
+        msg = f"Labels must have the size of the full-resolution image, {size[0]} x {size[1]} (y, x), found {labels.shape}."
         raise ValueError(msg)
     values = np.asarray(labels)
     if values.min(initial=0) < 0:

@@ -373,16 +373,12 @@ def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_k
     if not known.any() and len(instance):
         msg = (
             f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name "
-            f"e.g. {instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Use the names of the spots as "
-            "instance ids."
+            f"e.g. {instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Use the names of spots as instance ids."
         )
         raise ValueError(msg)
     repeated = pd.Index(instance).duplicated()
     if repeated.any():
-        msg = (
-            f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of "
-            "them."
-        )
+        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one."
         raise ValueError(msg)
     if not known.all():
         logger.warning(

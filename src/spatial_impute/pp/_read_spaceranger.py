@@ -65,14 +65,11 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
 class _Sample:
     """Files of Space Ranger about a sample."""
 
-    where: str
-    """For messages."""
+    where: str  # For messages
     factors: dict[str, Any]
-    positions: pd.DataFrame
-    """One row per spot under the name of its barcode, with the columns of Space Ranger."""
+    positions: pd.DataFrame  # One row per spot under the name of its barcode, with the columns of Space Ranger
     counts: AnnData
-    images: dict[str, Any]
-    """Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)."""
+    images: dict[str, Any]  # Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)
 
 
 def read_spaceranger(

@@ -166,10 +166,7 @@ def cross_validate(
     block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
-        msg = (
-            f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use "
-            "'mse+pcc'."
-        )
+        msg = f"Methods are compared on log values; the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use 'mse+pcc'."
         raise ValueError(msg)
     tables, read = read_stacks(
         stacks,
@@ -231,8 +228,7 @@ def _independent(base_layers: Mapping[str, str]) -> dict[str, str]:
     if held_out:
         msg = (
             f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are "
-            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each "
-            "fold."
+            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, fitted again in each fold."
         )
         raise ValueError(msg)
     return kinds
@@ -309,8 +305,7 @@ def _require_stacks_to_learn_from(data: HeldOut) -> None:
         if not all(measured) and sum(measured) < 2:
             msg = (
                 "ASIGN predicts a stack without a measured spot only if it learned from at least two others; "
-                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or "
-                "leave "
+                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or leave "
                 'out "asign".'
             )
             raise ValueError(msg)

@@ -121,9 +121,7 @@ def points_3d(
         frame[name] = table.obs[name].to_numpy()
     columns = name_list(columns, name="columns")
     if taken := [name for name in columns if name in {"x", "y", "spot"} & {*table.obs, *table.var_names}]:
-        msg = (
-            f"`columns` names {taken}, which the points have already. Rename these columns or genes in the stack table."
-        )
+        msg = f"`columns` names {taken}, which the points have already. Rename them in the stack table."
         raise ValueError(msg)
     if any(name in table.var_names for name in columns):
         warn_if_old(sdata, table, [layer])
@@ -376,8 +374,7 @@ class _Slide:
     levels: list[Level]
     transform: SectionTransform
     grid: PixelGrid
-    channels: tuple[str, ...]
-    """Names of channels that are written one by one."""
+    channels: tuple[str, ...]  # Names of channels that are written one by one
     fill: float
     nearest: bool
 
@@ -414,9 +411,7 @@ class _Slide:
         if data.dtype.kind in "iu" and self.dtype.itemsize < data.dtype.itemsize:
             limits = np.iinfo(self.dtype)
             if data.size and (data.max() > limits.max or data.min() < limits.min):
-                msg = (
-                    f"OME-TIFF holds whole numbers up to {limits.max}, found {data.min()} to {data.max()}. Number the "
-                    "labels anew."
-                )
+                found = f"{data.min()} to {data.max()}"
+                msg = f"OME-TIFF holds whole numbers up to {limits.max}, found {found}. Number the labels anew."
                 raise ValueError(msg)
         return data.astype(self.dtype, copy=False)

@@ -153,8 +153,7 @@ class TrainingSet:
     genes: list[str]
     panels: list[tuple[list[str], list[Spots]]]
     """Genes that were measured together, and the spots of each stack with these genes."""
-    config: dict[str, Any]
-    """Provenance that the model keeps."""
+    config: dict[str, Any]  # Provenance that the model keeps
 
     @classmethod
     def from_tables(

@@ -184,8 +184,7 @@ class ReadPair:
     frame: Frame
     regions: Regions
     measured: Measured
-    state: dict[str, Any]
-    """Fingerprints of image, regions and expression, and how they were read."""
+    state: dict[str, Any]  # Fingerprints of image, regions and expression, and how they were read
 
     @property
     def place(self) -> tuple[int, str]:
@@ -213,10 +212,7 @@ class PixNetSetup:
 
 def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = (
-            f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss "
-            f"{loss!r}."
-        )
+        msg = f"`aggregate` must be 'mean', or 'sum' for losses on counts; found {aggregate!r} with the loss {loss!r}."
         raise ValueError(msg)
     if aggregate == "sum" and not counts:
         msg = (

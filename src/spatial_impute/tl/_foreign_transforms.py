@@ -221,10 +221,7 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
     reference = image.metadata["reference"]
     if section == reference:
-        msg = (
-            f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed "
-            "on it."
-        )
+        msg = f"`section` must not be the reference {section!r}, which does not move. Name the section placed on it."
         raise ValueError(msg)
     require_key(reference, layers, where="the layers of the viewer", then=there)
     points = []
@@ -331,8 +328,7 @@ def _read_pairs(path: Path) -> np.ndarray:
         msg = (
             "Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, "
             f"found {len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At "
-            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines "
-            "of three numbers."
+            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in lines of three numbers."
         )
         raise ValueError(msg)
     if inactive or unread:

@@ -250,8 +250,7 @@ class HeldOut:
     stacks: list[SpatialData]
     tables: list[AnnData]
     by_stack: list[Spots]
-    spots: Spots
-    """Of all stacks, as the methods need them that use the image alone."""
+    spots: Spots  # Of all stacks, as the methods need them that use the image alone
     folds: list[np.ndarray]
     table_key: str
     layer: str

@@ -197,9 +197,7 @@ def add_prediction(
         raise ValueError(msg)
     if np.dtype(matrix.dtype).kind not in "buif":
         where = "X" if layer is None else f"layers[{layer!r}]"
-        msg = (
-            f"`prediction.{where}` must hold real numbers, found {matrix.dtype}. Make it so with `.astype('float32')`."
-        )
+        msg = f"`prediction.{where}` must hold real numbers, found {matrix.dtype}. Convert with `.astype('float32')`."
         raise ValueError(msg)
     rows, columns = _rows(table, prediction), _columns(sdata, table, prediction)
     found, genes = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
@@ -208,9 +206,7 @@ def add_prediction(
     values[np.ix_(found, genes)] = picked.toarray() if sparse.issparse(picked) else picked
     if np.isinf(values).any():
         bad = table.obs_names[np.isinf(values).any(axis=1)][0]
-        msg = (
-            f"`prediction` holds infinite values, the first at spot {bad!r}. Set them to NaN if there is no prediction."
-        )
+        msg = f"`prediction` holds infinite values, the first at spot {bad!r}. Use NaN where there is no prediction."
         raise ValueError(msg)
     n_spots, n_genes = table.shape
     logger.info("%r has %d of %d spots and %d of %d genes", key_added, len(found), n_spots, len(genes), n_genes)
@@ -296,10 +292,8 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         if sparse.issparse(table.layers[name]):
-            msg = (
-                f"A base layer must be dense; make it so by `table.layers[{name!r}] = "
-                f"table.layers[{name!r}].toarray()`."
-            )
+            slot = f"table.layers[{name!r}]"
+            msg = f"A base layer must be dense; make it so by `{slot} = {slot}.toarray()`."
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)

@@ -59,10 +59,8 @@ class PlaceReader:
     sdata: SpatialData
     record: StackRecord
     reference: str
-    kind: str
-    """``"rigid"`` or ``"affine"``, for landmarks."""
-    target: str
-    """Common coordinate system."""
+    kind: str  # ``"rigid"`` or ``"affine"``, for landmarks
+    target: str  # Common coordinate system
 
     def read(self, places: Mapping[str, Placement] | None, argument: str) -> dict[str, np.ndarray]:
         """Matrices from the frames of the sections to that of the reference."""
@@ -113,9 +111,8 @@ def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapp
             raise ValueError(msg)
         if name not in given and record[name].spots is not None:
             msg = (
-                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give its "
-                f"place with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack "
-                "without it."
+                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give it one "
+                f"with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack without it."
             )
             raise ValueError(msg)
 
@@ -180,8 +177,7 @@ class Approved(NamedTuple):
     """Place of a section that is kept."""
 
     transform: SectionTransform
-    row: dict[str, Any]
-    """Row of the section in the record."""
+    row: dict[str, Any]  # Row of the section in the record
 
 
 def approved_places(
@@ -198,10 +194,7 @@ def approved_places(
         raise ValueError(msg)
     decisions = _decisions(Path(path).expanduser(), registration_state(record))
     if reference != record.reference:
-        msg = (
-            f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the "
-            "same one."
-        )
+        msg = f"`checked` keeps places on {record.reference!r}, but `reference` is {reference!r}. Use the same one."
         raise ValueError(msg)
     rows, approved, open_ = require_registration(record)["sections"], {}, []
     for name, decision in decisions.items():
@@ -211,10 +204,7 @@ def approved_places(
         elif decision == "rejected" and name not in answered:
             open_.append(name)
         elif decision == "approved" and name in answered:
-            msg = (
-                f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of "
-                "them."
-            )
+            msg = f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of them."
             raise ValueError(msg)
         elif decision == "approved":
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
@@ -251,10 +241,7 @@ def _decisions(path: Path, state: str) -> dict[str, str]:
         msg = f"`checked` must be the file that the page of {_PAGE} saves, found other content in {str(path)!r}."
         raise ValueError(msg)
     if found.get("registration") != state:
-        msg = (
-            f"The decisions in {str(path)!r} are on another registration than the present one. Make the page again: "
-            f"{_PAGE}."
-        )
+        msg = f"The decisions in {str(path)!r} are on another registration. Make the page again: {_PAGE}."
         raise ValueError(msg)
     return decisions
 

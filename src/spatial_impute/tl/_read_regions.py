@@ -47,8 +47,7 @@ class FrameChoice:
     """Coordinate system of image and regions, and its unit, as the user gave them; by default those of the stack."""
 
     coordinate_system: str | None = None
-    mpp: float | None = None
-    """um per unit."""
+    mpp: float | None = None  # um per unit
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class ExpressionChoice:
     layer: str | None = None
     genes: Sequence[str] | None = None
     target_sum: float | None = None
-    counts: bool = False
-    """Raw counts are needed, not log values."""
+    counts: bool = False  # Raw counts are needed, not log values
 
 
 def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
@@ -179,10 +177,8 @@ def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None)
 class Measured:
     """Measured regions of one element."""
 
-    rows: np.ndarray
-    """(n,) positions in the shapes element."""
-    values: np.ndarray
-    """(n, n_genes) float64."""
+    rows: np.ndarray  # (n,) positions in the shapes element
+    values: np.ndarray  # (n, n_genes) float64
     var_names: list[str]
     units: str
 
@@ -240,10 +236,8 @@ def _measured_rows(
         raise ValueError(msg)
     repeated = pd.Index(place[rows]).duplicated()
     if repeated.any():
-        msg = (
-            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep "
-            "one of them."
-        )
+        shape = index[place[rows][repeated][0]]
+        msg = f"Several rows of `{where}` annotate the shape {shape!r} of {shapes_key!r}; keep one of them."
         raise ValueError(msg)
     return rows, place[rows]
 
@@ -270,25 +264,19 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:
-            msg = (
-                f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw "
-                "counts."
-            )
+            msg = f"Losses for counts need raw counts, found other values in `{where}`. Name the layer or table with counts."
             raise ValueError(msg)
         return values, "counts"
     if choice.target_sum is not None:
         target_sum = require_positive(choice.target_sum, name="target_sum")
         if not raw:
-            msg = (
-                f"`target_sum` normalises raw counts, but `{where}` does not hold counts. Leave it out for log values."
-            )
+            msg = f"`target_sum` normalises raw counts, but `{where}` does not hold counts. Omit it for log values."
             raise ValueError(msg)
         return log_normalize(values, target_sum), f"log1p of counts per {target_sum:g} (all genes)"
     if raw:
         msg = (
             f"`{where}` holds raw counts (integers up to {data.max():g}); log-normalised expression is expected. Use "
-            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, "
-            "or "
+            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, or "
             'take a loss for counts (`model_params={"loss": "poisson"}`).'
         )
         raise ValueError(msg)

@@ -267,10 +267,8 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
-    kept: dict[str, SectionTransform]
-    """Places of `given` that are used as they are, with their deformation."""
-    approved: dict[str, dict[str, Any]]
-    """Rows of approved sections."""
+    kept: dict[str, SectionTransform]  # Places of `given` that are used as they are, with their deformation
+    approved: dict[str, dict[str, Any]]  # Rows of approved sections
     on_failure: str
     show_progress_bar: bool | None
 
@@ -279,13 +277,11 @@ class _Request:
 class _Registered:
     """Result of the registration, in the frames of the thumbnails: um from the corner."""
 
-    to_section: dict[str, np.ndarray]
-    """(3, 3) affines from the frames of the thumbnails to those of the sections."""
+    to_section: dict[str, np.ndarray]  # (3, 3) affines from the frames of the thumbnails to those of the sections
     pairs: dict[tuple[str, str], PairResult]
     placed: dict[str, ChainResult]
     fields: dict[str, tuple[DisplacementField | None, dict[str, Any]]]
-    exchanged: list[tuple[str, str, float]]
-    """Neighbors that fit better the other way round, and the gain in likeness."""
+    exchanged: list[tuple[str, str, float]]  # Neighbors that fit better the other way round, and the gain in likeness
 
 
 def _thumbnails(
