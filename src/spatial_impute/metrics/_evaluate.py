@@ -372,7 +372,9 @@ def predictability(
     spaces = {"image": spots.features[spots.known], "position": spots.xyz[spots.known, :2]}  # type: ignore[index]
     parts = [section == code for code in np.unique(section) if (section == code).sum() > n_neighs]
     if not parts:
-        msg = f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)}."
+        msg = (
+            f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)}."
+        )
         raise ValueError(msg)
     found = {
         name: pd.DataFrame(
