@@ -33,6 +33,12 @@ def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return points @ matrix[:2, :2].T + matrix[:2, 2]
 
 
+def box_after(low: Sequence[float], high: Sequence[float], matrix: np.ndarray) -> np.ndarray:
+    """(2, 2) lowest and highest x, y of a box after an affine map."""
+    corners = apply_affine(np.array([[x, y] for y in (low[1], high[1]) for x in (low[0], high[0])]), matrix)
+    return np.array([corners.min(axis=0), corners.max(axis=0)])
+
+
 def lies_on(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(n,) bool: points (n, 2), x and y in pixels, that lie on a mask (y, x)."""
     x, y = np.floor(points).astype(np.int64).T

@@ -23,7 +23,7 @@ from spatial_impute._stack import (
     warn,
 )
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pl._figure import nice_length, sections_in_z
+from spatial_impute.pl._figure import nice_length
 from spatial_impute.pl._overlay import compared_sections, on_reference, overlay, read_picture, tissue_dice
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def registration_page(
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     warn(registration_problems(sdata, record))
-    wanted = compared_sections(record, sections_in_z(record, sections), rows if sections is None else None)
+    wanted = compared_sections(record, sections, rows)
     canvas, reference, drawn = on_reference(sdata, record, wanted, resolution)
     tile = nice_length(max(canvas.width, canvas.height) / _TILES)
     parts = []

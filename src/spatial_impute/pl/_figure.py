@@ -15,6 +15,7 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from spatial_impute._keys import Keys
 from spatial_impute._stack import resolve_sections
 from spatial_impute._validation import name_list, require_count, require_positive
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from anndata import AnnData
     from matplotlib.artist import Artist
     from matplotlib.colors import Colormap, Normalize
 
@@ -49,6 +51,13 @@ _VIEW = {"elev": 20.0, "azim": -65.0}
 def sections_in_z(record: StackRecord, sections: str | Sequence[str] | None) -> list[Section]:
     """Wanted sections from the lowest to the highest."""
     return sorted((record[name] for name in resolve_sections(record, sections)), key=lambda section: section.z)
+
+
+def rows_by_section(table: AnnData, sections: Sequence[Section]) -> tuple[list[np.ndarray], list[bool]]:
+    """Rows of the spots of each section, and flags of the sections with measured spots."""
+    rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in sections]
+    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    return rows, [bool(flags[index].any()) for index in rows]
 
 
 def section_title(section: Section, *, measured: bool, separator: str = ", ") -> str:
@@ -346,5 +355,5 @@ _TAIL = """    figsize
 
 def document_figure(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Add the parameters that all plots share to the end of the parameters in a docstring."""
-    function.__doc__ = (function.__doc__ or "").replace("\n    Returns\n", f"{_TAIL}", 1)
+    function.__doc__ = (function.__doc__ or "").replace("\n    Returns\n", _TAIL, 1)
     return function

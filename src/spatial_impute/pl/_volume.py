@@ -32,6 +32,7 @@ from spatial_impute.pl._figure import (
     grid_shape,
     names_or_raise,
     resolve_stretch,
+    rows_by_section,
     sections_in_z,
     stack_share,
     titles_for,
@@ -215,11 +216,10 @@ class _Used:
     @classmethod
     def of(cls, table: AnnData, wanted: list[Section], values: np.ndarray, layer: str) -> _Used:
         """Sections of `wanted` with values (n_spots, n_genes); raise a ``ValueError`` if they do not make a volume."""
-        rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
-        pairs = [(s, index) for s, index in zip(wanted, rows, strict=True) if np.isfinite(values[index]).any()]
-        flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-        used = cls([s for s, _ in pairs], [i for _, i in pairs], {s.name for s, i in pairs if flags[i].any()})
-        if len(pairs) < 2:
+        each = zip(wanted, *rows_by_section(table, wanted), strict=True)
+        kept = [(s, rows, measured) for s, rows, measured in each if np.isfinite(values[rows]).any()]
+        used = cls([s for s, _, _ in kept], [r for _, r, _ in kept], {s.name for s, _, measured in kept if measured})
+        if len(kept) < 2:
             msg = (
                 f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. "
                 "Impute the others, or draw one section with `si.pl.imputed`."
@@ -357,10 +357,7 @@ def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units
 def _plane(found: Volume, axis: int, position: float) -> dict[str, Any]:
     """Coordinates and colors of a slice across x (0), y (1) or z (2); nothing outside the tissue."""
     values = found.slice(axis, position)
-    others = [found.axes[k] for k in (2, 1, 0) if k != axis]  # rows, columns of the slice
-    rows, columns = np.meshgrid(*others, indexing="ij")
-    here = np.full(values.shape, float(position))
-    order = {0: (here, columns, rows), 1: (columns, here, rows), 2: (columns, rows, here)}[axis]
+    places = [np.array([float(position)]) if k == axis else found.axes[k] for k in (2, 1, 0)]
+    z, y, x = (np.squeeze(part, axis=2 - axis) for part in np.meshgrid(*places, indexing="ij"))
     # plotly leaves out the points of a surface whose z is missing.
-    x, y, z = (order[0], order[1], np.where(np.isfinite(values), order[2], np.nan))
-    return {"x": x, "y": y, "z": z, "surfacecolor": values}
+    return {"x": x, "y": y, "z": np.where(np.isfinite(values), z, np.nan), "surfacecolor": values}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine, exchanged_axes, linear_scale, scaling
+from spatial_impute._geometry import apply_affine, box_after, exchanged_axes, linear_scale, scaling
 from spatial_impute._io.files import file_to_write, read_text, written_whole
 from spatial_impute._keys import Keys
 from spatial_impute._registration import SectionTransform
@@ -408,9 +408,8 @@ def _write_field(path: Path, transform: SectionTransform, reference: Level) -> N
     """Write the way from points of the reference image to the section, in um, affine part included."""
     import ants
 
-    height, width = reference.shape
-    corners = apply_affine(np.array([[0, 0], [width, 0], [0, height], [width, height]], float), reference.to_um)
-    low, extent = corners.min(axis=0), np.ptp(corners, axis=0)
+    low, high = box_after((0, 0), reference.shape[::-1], reference.to_um)
+    extent = high - low
     step = extent.max() / _COARSE
     if transform.grid is not None:
         step = min(step, float(np.linalg.norm(transform.grid[:2, 0])))
