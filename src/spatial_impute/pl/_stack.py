@@ -11,14 +11,7 @@ from spatial_impute._geometry import apply_affine, box_after
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import (
-    load_record,
-    load_transform,
-    section_levels,
-    spot_geometry,
-    stack_table,
-    warn_if_old,
-)
+from spatial_impute._stack import load_record, load_transform, section_levels, spot_geometry, stack_table, warn_if_old
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
 from spatial_impute.pl._figure import (

@@ -22,6 +22,7 @@ from spatial_impute._validation import (
     require_positive,
     resolve_params,
 )
+from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
 from spatial_impute.tl._fit_pixnet import PixNetSetup
 from spatial_impute.tl._impute_pixnet import (
     HeldOut,
@@ -30,7 +31,6 @@ from spatial_impute.tl._impute_pixnet import (
     warn_of_shared_groups,
 )
 from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
-from spatial_impute.tl._other_layers import INDEPENDENT, kinds_of_bases, with_bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

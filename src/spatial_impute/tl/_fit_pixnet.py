@@ -17,7 +17,6 @@ from spatial_impute._validation import require_count, require_device, require_on
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,
-    FrameChoice,
     find_frame,
     read_levels,
     read_measured,
@@ -153,13 +152,21 @@ def fit_pixnet(
     device = require_device(device)
     require_one_of(precision, PRECISIONS, name="precision")
     counts = params.loss != "mse+pcc"
-    _require_aggregate(aggregate, params.loss, counts=counts)
+    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
+        msg = f"`aggregate` must be 'mean', or 'sum' for losses on counts; found {aggregate!r} with the loss {params.loss!r}."
+        raise ValueError(msg)
+    if aggregate == "sum" and not counts:
+        msg = (
+            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
+            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {params.loss!r}."
+        )
+        raise ValueError(msg)
     pairs = _pairs(sdata, image_key, shapes_key, table_key)
     setup = PixNetSetup(
         build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed, aggregate, precision
     )
     expression = ExpressionChoice(layer, genes, target_sum, counts)
-    read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
+    read = read_pairs(pairs, expression, coordinate_system, mpp)
     folder = None if checkpoint is None else Path(checkpoint)
     with owned_folder(folder, what="The checkpoint"), progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
         model = fit_on_regions(read, setup, steps, folder)
@@ -210,18 +217,6 @@ class PixNetSetup:
         return self.params.resolution or self.pyramid.resolution
 
 
-def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
-    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = f"`aggregate` must be 'mean', or 'sum' for losses on counts; found {aggregate!r} with the loss {loss!r}."
-        raise ValueError(msg)
-    if aggregate == "sum" and not counts:
-        msg = (
-            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
-            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {loss!r}."
-        )
-        raise ValueError(msg)
-
-
 def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
     """Pairs of image and regions, or a ``ValueError`` if the arguments have different numbers of entries."""
     objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
@@ -235,15 +230,20 @@ def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str
 
 
 def read_pairs(
-    pairs: list[Pair], frame: FrameChoice, expression: ExpressionChoice, known: Sequence[np.ndarray] | None = None
+    pairs: list[Pair],
+    expression: ExpressionChoice,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    *,
+    known: Sequence[np.ndarray] | None = None,
 ) -> list[ReadPair]:
     """Read measured regions; with `known`, (n_shapes,) bool per pair, only these regions."""
     read: list[ReadPair] = []
     for i, pair in enumerate(pairs):
-        own_frame = find_frame(pair.sdata, pair.image, pair.shapes, frame)
-        regions, index = read_shapes(pair.sdata, pair.shapes, own_frame)
+        frame = find_frame(pair.sdata, pair.image, pair.shapes, coordinate_system, mpp)
+        regions, index = read_shapes(pair.sdata, pair.shapes, frame)
         found = read_measured(pair.sdata, pair.shapes, index, pair.table, expression)
-        state = slide_state(pair.sdata, pair.image, own_frame, regions, found)
+        state = slide_state(pair.sdata, pair.image, frame, regions, found)
         state["read"] = {"table_key": pair.table, **asdict(expression), "genes": None}
         if known is not None:
             found = found.take(known[i][found.rows])
@@ -253,7 +253,7 @@ def read_pairs(
                 f"{pairs[0].shapes!r}. Pass `genes=` with the genes that they share."
             )
             raise ValueError(msg)
-        read.append(ReadPair(pair, own_frame, regions.take(found.rows), found, state))
+        read.append(ReadPair(pair, frame, regions.take(found.rows), found, state))
     return read
 
 

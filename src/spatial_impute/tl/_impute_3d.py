@@ -19,12 +19,12 @@ from spatial_impute._validation import (
     require_positive,
     require_slot_key,
 )
-from spatial_impute.tl._other_layers import kinds_of_bases, with_bases
+from spatial_impute.tl._base_layers import kinds_of_bases, with_bases
 from spatial_impute.tl._provenance import (
     ImputedLayer,
     bases_state,
     compare_with_fit,
-    encoder,
+    encoder_name,
     feature_settings,
     provenance,
 )
@@ -266,10 +266,10 @@ def _require_fit(table: AnnData, model: AsignModel | AsignPanels) -> None:
             "Use `si.pp.select_genes(sdata, genes=model.var_names)`."
         )
         raise KeyError(msg)
-    if encoder(table) != model.config["encoder"]:
+    if encoder_name(table) != model.config["encoder"]:
         msg = (
             f"The model was fitted on features of encoder {model.config['encoder']!r}, the stack has those of "
-            f"{encoder(table)!r}. Run `si.pp.extract_features` with the same encoder."
+            f"{encoder_name(table)!r}. Run `si.pp.extract_features` with the same encoder."
         )
         raise ValueError(msg)
     wanted, found = model.config["features"], feature_settings(table)
