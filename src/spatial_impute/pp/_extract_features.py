@@ -213,7 +213,15 @@ def _section_views(sdata: SpatialData, record: StackRecord, finest: Encoder) -> 
             levels = section_levels(sdata, section)
             views[section.name] = _SectionView(levels, centers, 2 * float(np.median(radius)), index)
             _require_on_image(views[section.name], section.spots)
-            _warn_if_coarse(section.name, levels[0], finest)
+            if levels[0].pixel_size > _COARSE * finest.mpp:
+                logger.warning(
+                    "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but "
+                    "little texture. Give this section its full-resolution scan.",
+                    section.name,
+                    levels[0].pixel_size,
+                    finest.name,
+                    finest.mpp,
+                )
     return views
 
 
@@ -310,18 +318,6 @@ def _require_on_image(view: _SectionView, element: str) -> None:
             "Check `mpp` and the coordinate system given to `si.pp.assemble_stack`."
         )
         raise ValueError(msg)
-
-
-def _warn_if_coarse(name: str, level: Level, encoder: Encoder) -> None:
-    if level.pixel_size > _COARSE * encoder.mpp:
-        logger.warning(
-            "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but little "
-            "texture. Give this section its full-resolution scan.",
-            name,
-            level.pixel_size,
-            encoder.name,
-            encoder.mpp,
-        )
 
 
 def _stain_maps(

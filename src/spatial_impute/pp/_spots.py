@@ -128,22 +128,20 @@ def tile_spots(
     if not wanted:
         return
     answer(tissue_problems(sdata, record))
-    lattice = _lattice(sdata, record, (spot_diameter, spacing, layout), min_tissue_fraction)
-    centers = {name: _grid_on_tissue(sdata, name, lattice) for name in wanted}
+    lattice = _lattice(sdata, record, spot_diameter, spacing, layout)
+    centers = {name: _grid_on_tissue(sdata, name, *lattice, min_fraction=min_tissue_fraction) for name in wanted}
     for name, points in centers.items():
-        record = _write_spots(sdata, record, name, points, 2 * lattice.radius)
+        # Ids are strings like barcodes: one table cannot join both strings and numbers.
+        frame = gpd.GeoDataFrame(
+            {"radius": np.full(len(points), lattice[0])},
+            geometry=gpd.points_from_xy(*points.T),
+            index=[str(i) for i in range(len(points))],
+        )
+        sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
+        log_added(f"shapes[{Keys.spots(name)!r}]")
+        record = record.with_section(replace(record[name], spots=Keys.spots(name)))
     save_record(sdata, record)
     build_stack_table(sdata, record)
-
-
-@dataclass(frozen=True)
-class _Lattice:
-    """Lattice of virtual spots; lengths in um."""
-
-    spacing: float
-    radius: float
-    layout: str
-    min_fraction: float
 
 
 def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: str | Sequence[str] | None) -> list[str]:
@@ -163,31 +161,15 @@ def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: s
     return wanted
 
 
-def _write_spots(
-    sdata: SpatialData, record: StackRecord, name: str, points: np.ndarray, diameter: float
-) -> StackRecord:
-    """Write the spots of a section and return the record with them."""
-    # Ids are strings like barcodes: one table cannot join both strings and numbers.
-    frame = gpd.GeoDataFrame(
-        {"radius": np.full(len(points), diameter / 2)},
-        geometry=gpd.points_from_xy(*points.T),
-        index=[str(i) for i in range(len(points))],
-    )
-    sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
-    log_added(f"shapes[{Keys.spots(name)!r}]")
-    return record.with_section(replace(record[name], spots=Keys.spots(name)))
-
-
 def _lattice(
-    sdata: SpatialData, record: StackRecord, given: tuple[float | None, float | None, str | None], min_fraction: float
-) -> _Lattice:
-    """Lattice of the given diameter, spacing and layout; what is None is that of the first measured section."""
-    diameter, spacing, layout = given
+    sdata: SpatialData, record: StackRecord, diameter: float | None, spacing: float | None, layout: str | None
+) -> tuple[float, float, str]:
+    """Radius and spacing (um), and layout; what is None is that of the first measured section."""
     measured = [section for section in record.sections if section.counts is not None]
     if not measured and (diameter is None or spacing is None):
         msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section with known sizes."
         raise ValueError(msg)
-    if measured and None in given:
+    if measured and None in (diameter, spacing, layout):
         centers, radius, _ = spot_geometry(sdata, measured[0])
         diameter = 2 * float(np.median(radius)) if diameter is None else diameter
         found = lattice_of(centers)
@@ -197,40 +179,34 @@ def _lattice(
                 msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot."
                 raise ValueError(msg)
             spacing = typical_spacing(centers, np.zeros(len(centers))) if found is None else found[0]
-    return _Lattice(
-        require_positive(spacing, name="spacing", unit="um"),
-        require_positive(diameter, name="spot_diameter", unit="um") / 2,
-        layout or "hex",
-        min_fraction,
-    )
+    spacing = require_positive(spacing, name="spacing", unit="um")
+    return require_positive(diameter, name="spot_diameter", unit="um") / 2, spacing, layout or "hex"
 
 
-def _grid_on_tissue(sdata: SpatialData, name: str, lattice: _Lattice) -> np.ndarray:
-    """Lattice points in um whose discs lie on the tissue of a section by at least the given share of their area."""
+def _grid_on_tissue(
+    sdata: SpatialData, name: str, radius: float, spacing: float, layout: str, *, min_fraction: float
+) -> np.ndarray:
+    """Lattice points in um whose discs lie on the tissue of a section by at least `min_fraction` of their area."""
     labels = sdata.labels[Keys.tissue(name)]
     mask, to_um = np.asarray(labels.data) > 0, element_affine(labels, name)
     rows, columns = np.nonzero(mask)
     corners = apply_affine(np.column_stack([columns, rows]) + 0.5, to_um)
-    grid = grid_in_box(*corners.min(axis=0), *corners.max(axis=0), spacing=lattice.spacing, layout=lattice.layout)
+    grid = grid_in_box(*corners.min(axis=0), *corners.max(axis=0), spacing=spacing, layout=layout)
     # Rings of equal area, sampled evenly: the mean over the points estimates the share of the disc on tissue.
     rings = np.sqrt((np.arange(4) + 0.5) / 4)
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    disc = lattice.radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
+    disc = radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
     from_um = np.linalg.inv(to_um)
     kept = [np.empty((0, 2))]
     for start in range(0, len(grid), _POINTS_AT_A_TIME):
         points = grid[start : start + _POINTS_AT_A_TIME]
-        pixels = apply_affine((points[:, None] + disc).reshape(-1, 2), from_um)
-        column, row = np.floor(pixels).astype(int).T
-        inside = (column >= 0) & (row >= 0) & (column < mask.shape[1]) & (row < mask.shape[0])
-        covered = np.zeros(len(pixels))
-        covered[inside] = mask[row[inside], column[inside]]
-        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= lattice.min_fraction])
+        covered = lies_on(mask, apply_affine((points[:, None] + disc).reshape(-1, 2), from_um))
+        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= min_fraction])
     found = np.concatenate(kept)
     if not len(found):
         msg = (
-            f"No spot of diameter {2 * lattice.radius:g} um lies on the tissue of section {name!r} "
-            f"(at least {lattice.min_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
+            f"No spot of diameter {2 * radius:g} um lies on the tissue of section {name!r} "
+            f"(at least {min_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
         )
         raise ValueError(msg)
     return found

@@ -199,10 +199,13 @@ def cross_validate(
         setup = PixNetSetup(build_pyramid(encoder, window=pixnet.encoder_window), pixnet, tile_size, device, seed)
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
         found = _predict(data, names, settings, setup, steps(len(names) * len(folds)))
-    r = _correlations(data, found)
+    truth, parts, fold = data.truth, data.parts(), data.fold_of_spot
+    r = {
+        name: np.nanmean([pearson_by_gene(found[name][p], truth[p], fold[p]) for p in parts], axis=0) for name in names
+    }
     if by == "gene":
-        return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
-    return _method_table(data, found, r, names, seed)
+        return pd.DataFrame(r, index=pd.Index(data.genes, name="gene"))
+    return _method_table(data, found, r, seed)
 
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
@@ -336,24 +339,13 @@ def _color_features(data: HeldOut) -> np.ndarray:
     return standardise_by_section(values, data.spots.section)
 
 
-def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """(n_genes,) Pearson correlation of each method, mean over sections."""
-    truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
-    return {
-        name: np.nanmean([pearson_by_gene(values[rows], truth[rows], folds[rows]) for rows in parts], axis=0)
-        for name, values in found.items()
-    }
-
-
-def _method_table(
-    data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], names: list[str], seed: int
-) -> pd.DataFrame:
+def _method_table(data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
     """Scores of the methods from their predictions and their correlations `r`."""
     truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
-    baselines = [name for name in names if name not in ("asign", "pixnet")]
+    baselines = [name for name in r if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
     rows = {}
-    for name in names:
+    for name in r:
         scores = pd.DataFrame([summarise(found[name][p], truth[p], found["mean"][p], folds[p]) for p in parts]).mean()
         scores["low"], scores["high"] = bootstrap_interval(r[name], seed=seed)
         if best is not None:

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import StackRecord
 
 _CORNERS = 8  # of a quarter of a circle: its area is right to 0.6 %
 _DECIMALS = 2  # of a pixel
@@ -307,7 +306,12 @@ def write_ome_tiff(
     is_slide = key == record[section].image
     element, channels = (sdata[key], ()) if key in sdata.labels else _colors_or_channels(sdata[key], is_slide=is_slide)
     levels = image_levels(element, element_affine(sdata[key], section))
-    grid = _grid(levels[0], transform, _reference(sdata, record) if canvas == "reference" else None, pixel_size)
+    reference = None
+    if canvas == "reference":
+        then = "The file gets its frame from the reference. Without it, pass `canvas='section'`."
+        require_key(record.reference, record.names, where="the stack's sections", then=then)
+        reference = section_levels(sdata, record[record.reference])[0]
+    grid = _grid(levels[0], transform, reference, pixel_size)
     fill = levels[0].white if is_slide else 0
     image = _Slide(levels, transform, grid, channels, fill, key in sdata.labels).pyramid(key)
     bar = progress(None, f"Writing {path.name}", show=show_progress_bar, total=image.n_strips)
@@ -318,13 +322,6 @@ def write_ome_tiff(
     logger.info(
         "Wrote %s: %d x %d px at %.4g um, %d levels", path, *image.shape[1::-1], image.pixel_size, image.n_levels
     )
-
-
-def _reference(sdata: SpatialData, record: StackRecord) -> Level:
-    """Full resolution of the image of the reference."""
-    then = "The file gets its frame from the reference. Without it, pass `canvas='section'`."
-    require_key(record.reference, record.names, where="the stack's sections", then=then)
-    return section_levels(sdata, record[record.reference])[0]
 
 
 def _colors_or_channels(element: Any, *, is_slide: bool) -> tuple[Any, tuple[str, ...]]:

@@ -135,9 +135,8 @@ def match_sections(
 
 def _matched(spots: Spots) -> Spots:
     """Spots whose measured sections are matched; a single one is left as it is."""
-    if len(np.unique(spots.section[spots.known])) < 2:
-        return spots
-    return replace(spots, expression=match_measured(spots).expression)
+    single = len(np.unique(spots.section[spots.known])) < 2
+    return spots if single else replace(spots, expression=match_measured(spots).expression)
 
 
 def _held_out_r(spots: Spots, prepare: Callable[[Spots], Spots]) -> float:

@@ -84,7 +84,10 @@ class PlaceReader:
     def _matrix(self, name: str, place: Placement, argument: str) -> np.ndarray:
         if isinstance(place, str):
             require_one_of(place, {"aligned"}, name=f"{argument}[{name!r}]")
-            return self._present_matrix(name)
+            image = self.sdata.images[self.record[name].image]
+            if self.target not in get_transformation(image, get_all=True):
+                return np.eye(3)
+            return element_affine(image, self.target) @ np.linalg.inv(element_affine(image, name))
         if isinstance(place, SectionTransform):
             return check_matrix(place.matrix)
         if not (isinstance(place, list | tuple) and len(place) == 2):
@@ -93,13 +96,6 @@ class PlaceReader:
         errors = np.linalg.norm(apply_affine(place[0], matrix) - np.asarray(place[1], float), axis=1)
         logger.info("Section %s: the median error of the landmarks is %.1f um", name, np.median(errors))
         return matrix
-
-    def _present_matrix(self, name: str) -> np.ndarray:
-        """Present transformation of the section's image to the common frame; the identity if it has none."""
-        image = self.sdata.images[self.record[name].image]
-        if self.target not in get_transformation(image, get_all=True):
-            return np.eye(3)
-        return element_affine(image, self.target) @ np.linalg.inv(element_affine(image, name))
 
 
 def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapping[str, np.ndarray]) -> None:
@@ -162,12 +158,8 @@ def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], 
 def check_matrix(matrix: ArrayLike) -> NDArray[np.float64]:
     """Invertible affine matrix ``(3, 3)``, or a ``ValueError``."""
     found = np.asarray(matrix, float)
-    if (
-        found.shape != (3, 3)
-        or not np.isfinite(found).all()
-        or not np.allclose(found[2], [0, 0, 1])
-        or abs(np.linalg.det(found[:2, :2])) < 1e-6
-    ):
+    affine = found.shape == (3, 3) and np.isfinite(found).all() and np.allclose(found[2], [0, 0, 1])
+    if not affine or abs(np.linalg.det(found[:2, :2])) < 1e-6:
         msg = f"Expected an invertible (3, 3) affine matrix of x, y in um with last row 0, 0, 1; found {matrix!r}."
         raise ValueError(msg)
     return found
