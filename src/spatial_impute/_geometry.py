@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_AXES = {"x": ("x", "col", "column"), "y": ("y", "row")}  # words in the names of columns
+_AXES = {"x", "col", "column"}, {"y", "row"}  # words in the names of columns
 _SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
 
@@ -58,13 +58,10 @@ def xy_of(positions: Any) -> np.ndarray:
     [[2.0, 1.0]]
     """
     values = np.asarray(positions, dtype=float)
-    found = [[i for i, name in enumerate(getattr(positions, "columns", ())) if _is_axis(name, axis)] for axis in _AXES]
-    return values[:, [found[0][0], found[1][0]]] if len(found[0]) == len(found[1]) == 1 else values[:, :2]
-
-
-def _is_axis(name: object, axis: str) -> bool:
-    """True for names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``, by the words in them."""
-    return bool(set(_AXES[axis]) & set(re.split(r"[^a-z]+", str(name).lower())))
+    # The words in names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``.
+    words = [set(re.split(r"[^a-z]+", str(name).lower())) for name in getattr(positions, "columns", ())]
+    x, y = ([i for i, found in enumerate(words) if found & axis] for axis in _AXES)
+    return values[:, [x[0], y[0]]] if len(x) == len(y) == 1 else values[:, :2]
 
 
 def scaling(x: float, y: float | None = None) -> np.ndarray:

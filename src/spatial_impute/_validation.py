@@ -46,14 +46,18 @@ def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
         raise ValueError(msg)
 
 
-def name_list(value: object, *, name: str) -> list[str]:
-    """Return names (one, several, or ``None`` for no name) as a list without repeats; else raise a ``ValueError``."""
-    if value is None:
-        return []
-    names = [value] if isinstance(value, str) else value
+def name_list(value: object, *, name: str, empty: str | None = None) -> list[str]:
+    """Return names (one, several, or ``None`` for no name) as a list without repeats; else raise a ``ValueError``.
+
+    `empty` says what to do next if there must be a name and there is none.
+    """
+    names = [] if value is None else [value] if isinstance(value, str) else value
     names = list(names) if isinstance(names, Iterable) else [None]
     if not all(isinstance(n, str) for n in names):
         msg = f"`{name}` must be a name or a sequence of names, found {value!r}."
+        raise ValueError(msg)
+    if empty is not None and not names:
+        msg = f"`{name}` is empty; {empty}"
         raise ValueError(msg)
     return list(dict.fromkeys(names))
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import StackRecord
 
 _TILES = 8  # of the checkerboard along the longer side
-_QUALITY = 85  # of JPEG: no blocks to be seen, a quarter of the size of PNG
+_QUALITY = 85  # of JPEG: no visible blocks, a quarter of the size of PNG
 _STYLE = """
 body{font-family:sans-serif;max-width:84em;margin:0 auto;padding:1em 1em 5em;line-height:1.4;color:#222}
 section{border:1px solid #ccc;border-left:.5em solid #999;border-radius:.3em;padding:.2em 1em 1em;margin:1.2em 0}
@@ -89,7 +89,7 @@ outline should go on from tile to tile. Reject a section if they do not.</p>
 """
 _PIXELS = 1500  # along the longer side of an image
 _SHARE = 0.01  # of the longer side: size of a landmark
-_COLORS = ("blue", "orange")  # landmarks of the reference and of the section, to be seen on H&E
+_COLORS = ("blue", "orange")  # landmarks of the reference and of the section, visible on H&E
 _SEEN = 0.6  # opacity of the section, so that the reference shows below
 
 
@@ -245,13 +245,20 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
         raise ValueError(msg)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
-    _require_new_layers(viewer, (record.reference, section))
+    names = (record.reference, section)
+    present = set() if viewer is None else {layer.name for layer in viewer.layers}
+    if taken := sorted(present & {*names, *map(Keys.landmarks, names)}):  # napari would give the new ones other names
+        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove them first."
+        raise ValueError(msg)
     try:
         import napari
     except ImportError as error:
         msg = "Placing by hand needs napari: `pip install 'napari[all]'`."
         raise ImportError(msg) from error
-    pictures = {name: _picture(sdata, record, name, resolution) for name in (record.reference, section)}
+    pictures = {}
+    for name in names:
+        rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
+        pictures[name] = np.clip(rgb, 0, 255).astype(np.uint8), to_um
     start = _start(record, section, pictures)
     viewer = napari.Viewer() if viewer is None else viewer
     layers = []
@@ -271,23 +278,6 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     viewer.reset_view()
     viewer.layers.selection.active = viewer.layers[section]
     return viewer
-
-
-def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
-    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names."""
-    wanted = {*names, *map(Keys.landmarks, names)}
-    taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
-    if taken:
-        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove them first."
-        raise ValueError(msg)
-
-
-def _picture(
-    sdata: SpatialData, record: StackRecord, name: str, resolution: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(y, x, 3) uint8 of a section, and its map from pixel corners to um."""
-    rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
-    return np.clip(rgb, 0, 255).astype(np.uint8), to_um
 
 
 def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:

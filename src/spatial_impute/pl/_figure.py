@@ -17,7 +17,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from spatial_impute._keys import Keys
 from spatial_impute._stack import resolve_sections
-from spatial_impute._validation import name_list, require_count, require_positive
+from spatial_impute._validation import require_count, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,15 +74,6 @@ def titles_for(title: str | Sequence[str] | None, default: Sequence[str], of: st
         msg = f"`title` must have one entry {of} ({len(default)}), found {len(titles)}."
         raise ValueError(msg)
     return titles
-
-
-def names_or_raise(value: str | Sequence[str], *, name: str, there: str) -> list[str]:
-    """One name or several as a list that is not empty; `there` says where names can be found."""
-    names = name_list(value, name=name)
-    if not names:
-        msg = f"`{name}` is empty; name some of {there}."
-        raise ValueError(msg)
-    return names
 
 
 def grid_shape(n_panels: int, n_columns: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from spatial_impute._stack import (
     stack_table,
     warn_if_old,
 )
-from spatial_impute._validation import require_key, require_positive
+from spatial_impute._validation import name_list, require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
     color_limits,
@@ -41,7 +41,6 @@ from spatial_impute.pl._figure import (
     frame_panel,
     label_row,
     make_panels,
-    names_or_raise,
     rows_by_section,
     section_title,
     sections_in_z,
@@ -178,8 +177,8 @@ def imputed(
     wanted = sections_in_z(record, sections)
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
-    genes = names_or_raise(genes, name="genes", there=f"`{where}.var_names`")
-    layers = names_or_raise(layer, name="layer", there=str(list(table.layers)))
+    genes = name_list(genes, name="genes", empty=f"name some of `{where}.var_names`.")
+    layers = name_list(layer, name="layer", empty=f"name some of {list(table.layers)}.")
     warn_if_old(sdata, table, layers)
     flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     members, measured = rows_by_section(table, wanted)
@@ -342,7 +341,7 @@ def dense(
     >>> len(axes)
     3
     """
-    genes = names_or_raise(genes, name="genes", there=f"the channels of `sdata.images[{map_key!r}]`")
+    genes = name_list(genes, name="genes", empty=f"name some of the channels of `sdata.images[{map_key!r}]`.")
     require_key(map_key, sdata.images, where="sdata.images", then="Make it with `si.tl.predict_dense(sdata, ...)`.")
     answer(map_problems(sdata, map_key))
     element = sdata.images[map_key]

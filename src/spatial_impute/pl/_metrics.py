@@ -380,7 +380,7 @@ def _draw_curve(ax: Axes, name: str, runs: list[tuple[int | None, pd.DataFrame]]
         if name != "loss" and len(start):
             ax.axhline(start.iloc[0], color=color, linewidth=0.8, linestyle=":")
     kept = pd.concat([rows.loc[rows["kept"].astype(bool), "step"] for _, rows in runs])
-    if kept.nunique() == 1:  # else each network has stopped at a step of its own, which its marker shows
+    if kept.nunique() == 1:  # else the networks stopped at different steps, which the markers show
         ax.axvline(kept.iloc[0], color=INK, linewidth=0.8, linestyle="--")
         ax.text(kept.iloc[0], 1.0, " kept", transform=ax.get_xaxis_transform(), fontsize="x-small", va="top", color=INK)
     last = max(int(rows["step"].max()) for _, rows in runs)

@@ -12,7 +12,7 @@ from spatial_impute._geometry import Volume, interpolate_stack
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_spots, stack_table, warn_if_old
-from spatial_impute._validation import require_positive
+from spatial_impute._validation import name_list, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
     color_limits,
@@ -30,7 +30,6 @@ from spatial_impute.pl._figure import (
     frame_panel,
     given_axes,
     grid_shape,
-    names_or_raise,
     resolve_stretch,
     rows_by_section,
     sections_in_z,
@@ -150,7 +149,7 @@ def volume(
     (1, 3)
     """
     table = stack_table(sdata, table_key)
-    genes = names_or_raise(genes, name="genes", there=f"`sdata.tables[{table_key!r}].var_names`")
+    genes = name_list(genes, name="genes", empty=f"name some of `sdata.tables[{table_key!r}].var_names`.")
     if interactive and len(genes) > 1:
         msg = f"`interactive=True` shows one gene, found {len(genes)}: {genes}."
         raise ValueError(msg)

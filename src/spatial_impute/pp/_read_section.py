@@ -71,7 +71,7 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
     """Read one section from a file, a folder, an array or an object."""
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         return _from_spaceranger(name, Path(value), options)
-    if _is_anndata(value):
+    if isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad"):
         return _from_anndata(name, value, options)
     if options.fullres_image is not None:
         msg = (
@@ -79,17 +79,10 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
             f"returns; found {type(value).__name__}."
         )
         raise ValueError(msg)
-    if _is_slide(value):
-        return _from_image(name, value, options.mpp)
-    if is_spatialdata(value):
-        return _from_spatialdata(
-            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve()), options
-        )
+    if is_spatialdata(value) and not _is_slide(value):
+        sdata = value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve())
+        return _from_spatialdata(name, sdata, options)
     return _from_image(name, value, options.mpp)
-
-
-def _is_anndata(value: object) -> bool:
-    return isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad")
 
 
 def _is_slide(value: object) -> bool:

@@ -143,7 +143,7 @@ def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> 
     """See :func:`read_spaceranger`."""
     factors = sample.factors
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they get other names later
         positions, counts = _spots_under_tissue(sample)
         if "microns_per_pixel" in factors:
             mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
@@ -214,7 +214,7 @@ def _read_counts(folder: Path) -> AnnData:
     import scanpy as sc
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are told apart later
+        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they get other names later
         for pattern in _COUNTS:
             paths = sorted(folder.glob(pattern))
             if len(paths) > 1:

@@ -346,10 +346,7 @@ def _warn_of_other_features(table: AnnData, where: str) -> None:
 
 def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str) -> list[str]:
     """Names of the given genes, after a check that the measured sections have them."""
-    wanted = name_list(genes, name="genes")
-    if not wanted:
-        msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
-        raise ValueError(msg)
+    wanted = name_list(genes, name="genes", empty="name some genes, or leave it out and set `n_top_genes`.")
     for name, names in var_names.items() if join == "inner" else ():
         missing = [gene for gene in wanted if gene not in names]
         if missing:

@@ -336,7 +336,7 @@ def turned_picture(picture: np.ndarray, turn: str) -> np.ndarray:
 
 
 def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | None:
-    """Compare spots (um) with the tissue of their own image, or with all of it if none is seen; None for too few spots."""
+    """Compare spots (um) with the tissue of their image, or with all of it if none is found; None for too few spots."""
     height, width = levels[0].shape
     resolution = max(_FINEST, levels[0].pixel_size * max(height, width) / _MOST_PX)
     if len(centers) < _FEWEST or np.prod(best_level(levels, resolution).shape, dtype=float) > _MOST_DECODED:

@@ -215,10 +215,7 @@ def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     allowed = [*METHODS, *RECIPES, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else [*FROM_IMAGE, ASIGN]
     if methods is None:
         return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
-    names = name_list(methods, name="methods")
-    if not names:
-        msg = f"`methods` is empty; choose some of {allowed}, or leave it out for all."
-        raise ValueError(msg)
+    names = name_list(methods, name="methods", empty=f"choose some of {allowed}, or leave it out for all.")
     for name in names:
         require_one_of(name, allowed, name="methods")
     return names
@@ -302,7 +299,7 @@ def _predict(
 
 
 def _require_stacks_to_learn_from(data: HeldOut) -> None:
-    """Raise unless ASIGN can learn to predict a stack without a measured spot wherever it has to."""
+    """Raise unless ASIGN learns from two stacks or more wherever it predicts one without a measured spot."""
     for fold in data.folds:
         measured = [bool(spots.known.any()) for spots in data.without(fold)]
         if not all(measured) and sum(measured) < 2:

@@ -281,7 +281,7 @@ def _read_itk(path: Path) -> np.ndarray:
 
 
 def _read_numbers(path: Path) -> np.ndarray:
-    """Matrix of six or nine numbers whose layout tells rows from columns."""
+    """Matrix of six or nine numbers, if their layout distinguishes rows from columns."""
     text = read_text(path).strip()
     by_column = re.fullmatch(r"matrix\s*\((.*)\)", text, re.DOTALL)
     text = by_column.group(1) if by_column else text
@@ -338,7 +338,7 @@ def _read_pairs(path: Path) -> np.ndarray:
 
 
 def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
-    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells if there is z."""
+    """x, y, x, y of a row that ends in these numbers; None without a finite pair. A header says if there is z."""
     with_z = any(re.search("(^|[^a-z])z$", name) for name in header) if header else len(numbers) == 6
     if with_z:
         numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []

@@ -166,7 +166,7 @@ class Match:
     """Result of :func:`match_measured`; rows are the measured sections in ascending order."""
 
     expression: np.ndarray  # (n_known, g)
-    shift: np.ndarray  # (s, g) what a section is above the others, without a linear trend along z
+    shift: np.ndarray  # (s, g) offset of a section from the others, without a linear trend along z
     ratio: np.ndarray  # (s, g) spread of a section over that of the others
     n_places: int  # that all sections share
 
@@ -175,8 +175,8 @@ def match_measured(spots: Spots) -> Match:
     """Bring the measured sections to a common offset and scale of each gene.
 
     All sections are smoothed and read at the places that all of them cover. A straight line along z through their means
-    is kept, so that a real gradient stays; what a section lies off this line (Theil-Sen, so that one odd section does not
-    tilt it) is its shift. Estimates are shrunk by their standard error: blocks of places are left out in turn. Raises a
+    is kept, so that a real gradient stays. The shift of a section is its distance from this line (Theil-Sen, so that one
+    odd section does not tilt it). Estimates are shrunk by their standard error: blocks of places are left out in turn. Raises a
     ``ValueError`` if sections share too few places.
     """
     known = np.flatnonzero(spots.known)
