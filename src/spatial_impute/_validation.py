@@ -31,9 +31,10 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
 
     `where` is the container as the user writes it (``"sdata.images"``), `then` a sentence that says what to do next.
     """
-    names = sorted(map(str, available))
+    names = list(map(str, available))
     if key in names:
         return
+    names.sort()
     shown = f"{names}" if len(names) <= _MAX_SHOWN else f"{names[:_MAX_SHOWN]} and {len(names) - _MAX_SHOWN} more"
     msg = f"{key!r} not found in `{where}`; available: {shown}.{did_you_mean(key, names)}"
     raise KeyError(f"{msg} {then}" if then else msg)
