@@ -163,7 +163,7 @@ def evaluate(
     if by == "pooled":
         mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
         scores = [
-            _score(layer, pooled, profile) | _of_ceiling(layer, pooled, mean.get("all")) for layer in read.values()
+            _score(layer, pooled, profile) | _ceiling_scores(layer, pooled, mean.get("all")) for layer in read.values()
         ]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
     scores = []
@@ -171,7 +171,7 @@ def evaluate(
         for name, part in parts.items():
             data = layer.values[part.rows], part.true, part.xy
             spatial = {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}
-            scores.append(_score(layer, part, profile) | _of_ceiling(layer, part, ceilings.get(name)) | spatial)
+            scores.append(_score(layer, part, profile) | _ceiling_scores(layer, part, ceilings.get(name)) | spatial)
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
     if by == "section":
         return result
@@ -298,7 +298,7 @@ def _ceilings(
     return found
 
 
-def _of_ceiling(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[str, float]:
+def _ceiling_scores(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[str, float]:
     """Mean noise ceiling, and the mean correlation of the same genes divided by it."""
     if ceiling is None:
         return {}

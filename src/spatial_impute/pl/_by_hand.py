@@ -151,7 +151,7 @@ def registration_page(
     for section, (before, after) in zip(wanted, drawn, strict=True):
         images = overlay(reference, before), overlay(reference, after), canvas.checkerboard(reference, after, tile)
         dice = tissue_dice(reference, before), tissue_dice(reference, after)
-        parts.append(_part(section.name, rows[section.name], dice, [_jpeg(image) for image in images]))
+        parts.append(_section_html(section.name, rows[section.name], dice, [_jpeg(image) for image in images]))
     text = _PAGE.format(
         title=f"Registration of {len(parts)} section{'s' if len(parts) > 1 else ''} on {record.reference}",
         style=_STYLE,
@@ -164,7 +164,7 @@ def registration_page(
         part.write_text(text, encoding="utf-8")
 
 
-def _part(name: str, row: dict[str, Any], dice: tuple[float, float], images: list[str]) -> str:
+def _section_html(name: str, row: dict[str, Any], dice: tuple[float, float], images: list[str]) -> str:
     """Pictures, verdict and choice of one section."""
     median, most = row.get("error_um"), row.get("error_p90_um")
     error = (
@@ -259,7 +259,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     for name in names:
         rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
         pictures[name] = np.clip(rgb, 0, 255).astype(np.uint8), to_um
-    start = _start(record, section, pictures)
+    start = _start_matrix(record, section, pictures)
     viewer = napari.Viewer() if viewer is None else viewer
     layers = []
     for name, place, opacity in ((record.reference, np.eye(3), 1.0), (section, start, _SEEN)):
@@ -289,7 +289,7 @@ def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:
     return {"scale": found.scale, "rotate": found.rotate, "shear": found.shear[:1], "translate": found.translate}
 
 
-def _start(record: StackRecord, section: str, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _start_matrix(record: StackRecord, section: str, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Present place of the section; without one, its middle on that of the reference."""
     rows = (record.registration or {"sections": {}})["sections"]
     if section in rows:

@@ -124,8 +124,8 @@ class Canvas:
             return lambda image, cval: ndi.map_coordinates(image, [y, x], order=1, cval=cval).reshape(self.shape)
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])  # from indices to pixel corners
         to_scan = np.linalg.inv(half) @ np.linalg.inv(place.matrix @ to_um) @ self.to_um @ half
-        place_of = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
-        return lambda image, cval: ndi.affine_transform(image, *place_of, output_shape=self.shape, order=1, cval=cval)
+        affine = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
+        return lambda image, cval: ndi.affine_transform(image, *affine, output_shape=self.shape, order=1, cval=cval)
 
     def checkerboard(self, first: Drawn, second: Drawn, tile: float) -> np.ndarray:
         """Alternate tiles of edge `tile` (um) from both sections."""

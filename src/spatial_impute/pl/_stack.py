@@ -205,7 +205,7 @@ def _read_panel(sdata: SpatialData, section: Section, resolution: float | None, 
     rgb, to_um = read_picture(section_levels(sdata, section), resolution, _PIXELS)
     image_box = box_after((0, 0), rgb.shape[1::-1], to_um)
     spots = None if section.spots is None else _Spots(*spot_geometry(sdata, section))
-    box = _content(rgb, to_um, spots) if crop else image_box
+    box = _content_box(rgb, to_um, spots) if crop else image_box
     return _Panel(section, rgb, to_um, spots, image_box, image_box if box is None else box)
 
 
@@ -213,7 +213,7 @@ def _box(points: np.ndarray) -> np.ndarray:
     return np.array([points.min(axis=0), points.max(axis=0)])
 
 
-def _content(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
+def _content_box(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
     """(2, 2) lowest and highest x, y of tissue and spots with a margin, um; None if there are none."""
     step = max(1, max(rgb.shape[:2]) // _MASK_PIXELS)
     size_x, size_y = step * np.linalg.norm(to_um[:2, :2], axis=0)

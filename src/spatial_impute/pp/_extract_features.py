@@ -170,9 +170,9 @@ def extract_features(
     run = _Extraction(encoders, layout, batch_size, None if cache_dir is None else Path(cache_dir).expanduser())
     found, keys = {}, {}
     for name, view in progress(views.items(), "Extracting features", show=show_progress_bar):
-        of_encoder = [_key(run, encode, view, stain_maps.get(name)) for encode in encoders]
+        of_encoder = [_cache_key(run, encode, view, stain_maps.get(name)) for encode in encoders]
         keys[name] = "+".join(of_encoder) if all(of_encoder) else ""
-        tokens = _in_table(table, rows[name], name, keys[name])
+        tokens = _tokens_in_table(table, rows[name], name, keys[name])
         found[name] = _encode(run, name, view, of_encoder, stain_maps.get(name)) if tokens is None else tokens
     provenance = {
         "encoder": "+".join(encode.name for encode in encoders),
@@ -341,7 +341,7 @@ def _stain_maps(
     return maps
 
 
-def _key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: StainMap | None) -> str:
+def _cache_key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: StainMap | None) -> str:
     """Key of the features of a section; empty for an encoder without identity."""
     identity = getattr(encoder, "identity", None)
     if identity is None:
@@ -357,7 +357,7 @@ def _key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: Stai
     return section_key(identity, image, geometry, arrays)
 
 
-def _in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
+def _tokens_in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
     """Features of a section that the table already holds under this key, or None."""
     before = table.uns.get(Keys.FEATURES, {}).get("sections", {})
     if not key or before.get(name) != key or not all(level in table.obsm for level in Keys.LEVELS):

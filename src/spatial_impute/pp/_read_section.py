@@ -97,7 +97,7 @@ def _from_anndata(name: str, value: Any, options: SectionOptions) -> SectionPart
             msg = f"{where}: no file at {str(value)!r}."
             raise FileNotFoundError(msg)
         value = read_h5ad(value)
-    return _of_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
+    return _from_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
 
 
 def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionParts:
@@ -140,10 +140,10 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
             raise
         msg = f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
         raise ValueError(msg) from error
-    return _of_sample(name, sdata, mpp, source, options)
+    return _from_sample(name, sdata, mpp, source, options)
 
 
-def _of_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
+def _from_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
     """Section of one sample in ``"global"``, with its own pixel size unless the user gave one."""
     if options.mpp is not None or options.spot_pitch is not None:
         warn_of_other_pixels(name, sdata, mpp, given=options.mpp, spot_pitch=options.spot_pitch)
@@ -188,7 +188,8 @@ def _array_levels(name: str, value: Any) -> list[Any]:
                 "Rename them, e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
             )
             raise ValueError(msg)
-        return [_rgb((value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x"), name).data]
+        image = value if "c" in value.dims else value.expand_dims("c")
+        return [_as_rgb(image.transpose("c", "y", "x"), name).data]
     is_array = hasattr(value, "astype")  # unlike a tensor of torch
     shape = tuple(getattr(value, "shape", ()))
     if len(shape) == 2 and is_array:
@@ -203,7 +204,7 @@ def _array_levels(name: str, value: Any) -> list[Any]:
     raise ValueError(msg)
 
 
-def _rgb(image: Any, where: str) -> Any:
+def _as_rgb(image: Any, where: str) -> Any:
     try:
         return in_rgb_order(image)
     except ValueError as error:
@@ -215,7 +216,7 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
     where = f"sections[{name!r}]"
     system = _choose_system(source, options.coordinate_system, where)
     image_key = _choose_image(source, options.image_key, system, where)
-    image = _rgb(source.images[image_key], f"{name}, image {image_key}")
+    image = _as_rgb(source.images[image_key], f"{name}, image {image_key}")
     shapes_key = _choose_spots(source, options.shapes_key, system, where)
     circles = None if shapes_key is None else as_circles(source.shapes[shapes_key], shapes_key, where)
     if options.mpp is not None:
@@ -230,10 +231,10 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
         raise ValueError(msg)
     mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
     parts = SectionParts(
-        _moved(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
+        _in_section_frame(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
     )
     if shapes_key is not None:
-        parts.spots = _moved(circles, system, name, mpp)
+        parts.spots = _in_section_frame(circles, system, name, mpp)
         # One table annotates the spots of all sections, so their ids must have one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
@@ -350,7 +351,7 @@ def _regions(table: AnnData) -> list[str]:
     return [regions] if isinstance(regions, str) else list(regions or [])
 
 
-def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
+def _in_section_frame(element: Any, system: str, name: str, mpp: float) -> Any:
     """Shallow copy of an element whose only transformation goes to the section's frame in um."""
     to_system = get_transformation(element, to_coordinate_system=system)
     copy = element.copy()

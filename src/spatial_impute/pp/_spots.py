@@ -221,9 +221,9 @@ def read_positions(folder: Path) -> pd.DataFrame:
             "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
         )
         raise FileNotFoundError(msg)
-    found, *others = map(_read_file, paths)
+    found, *others = map(_read_positions_file, paths)
     for path, other in zip(paths[1:], others, strict=True):
-        if (differ := _difference(found, other)) is not None:
+        if (differ := _first_difference(found, other)) is not None:
             msg = (
                 f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
                 "or versions of Space Ranger; keep the one that belongs to the counts."
@@ -232,7 +232,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
     return found
 
 
-def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
+def _first_difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
     """First difference of two tables of positions, in words; None if they say the same."""
     only = first.index.symmetric_difference(second.index)
     if len(only):
@@ -246,8 +246,8 @@ def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
     return f"{column!r} of {name!r} is {one.loc[name, column]:g} and {other.loc[name, column]:g}"
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+def _read_positions_file(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_positions_csv(path)
     if table.index.name == "barcode":
         table = table.reset_index()
     missing = [column for column in COLUMNS if column not in table]
@@ -283,7 +283,7 @@ def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
     return table
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_positions_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
     text = read_text(path).lstrip()
     head = text.split("\n", 1)[0]

@@ -126,7 +126,7 @@ def points_3d(
         warn_if_old(sdata, table, [layer])
     for name in columns:
         if name not in {Keys.Z, Keys.SECTION, Keys.MEASURED}:  # which are there
-            frame[name] = _column(table, name, layer)
+            frame[name] = _column_values(table, name, layer)
     if inplace:
         require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
     points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})
@@ -137,7 +137,7 @@ def points_3d(
     return None
 
 
-def _column(table: AnnData, name: str, layer: str) -> np.ndarray | pd.Categorical:
+def _column_values(table: AnnData, name: str, layer: str) -> np.ndarray | pd.Categorical:
     if name in table.var_names:
         require_key(layer, table.layers, where=f"sdata.tables[{Keys.STACK_TABLE!r}].layers")
         column = table.layers[layer][:, [table.var_names.get_loc(name)]]

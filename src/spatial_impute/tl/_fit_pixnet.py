@@ -161,7 +161,7 @@ def fit_pixnet(
             f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {params.loss!r}."
         )
         raise ValueError(msg)
-    pairs = _pairs(sdata, image_key, shapes_key, table_key)
+    pairs = _training_pairs(sdata, image_key, shapes_key, table_key)
     setup = PixNetSetup(
         build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed, aggregate, precision
     )
@@ -217,7 +217,7 @@ class PixNetSetup:
         return self.params.resolution or self.pyramid.resolution
 
 
-def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
+def _training_pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
     """Pairs of image and regions, or a ``ValueError`` if the arguments have different numbers of entries."""
     objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     columns: list[list[Any]] = [objects, *([k] if isinstance(k, str) or k is None else list(k) for k in keys)]
@@ -334,7 +334,7 @@ def _training_slides(
         height, width = image.shape
         bounds = in_px.bounds
         inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2] <= width) & (bounds[:, 3] <= height)
-        _count_regions(bounds, inside, r.pair.image, resolution)
+        _warn_of_unused_regions(bounds, inside, r.pair.image, resolution)
         slide = TrainingSlide(
             image=image,
             stain=match_stain(overviews[r.place], density if params.match_stain else None),
@@ -347,7 +347,7 @@ def _training_slides(
     return slides, density
 
 
-def _count_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resolution: float) -> None:
+def _warn_of_unused_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resolution: float) -> None:
     """Say how many regions (bounds in px) cannot be used as they are; a ``ValueError`` if they are most of them."""
     n, n_off = len(inside), int((~inside).sum())
     if n_off > n / 2:

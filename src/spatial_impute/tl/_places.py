@@ -119,7 +119,7 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     ``kind="rigid"`` gives rotation, shift, and mirror if that fits better; ``"affine"`` needs three landmarks or more.
     Two landmarks always give rotation and shift. Too few landmarks, or landmarks on one line, raise a ``ValueError``.
     """
-    moving, fixed = _checked(moving, fixed)
+    moving, fixed = _require_landmarks(moving, fixed)
     matrix = np.eye(3)
     centres = moving.mean(axis=0), fixed.mean(axis=0)
     centred = moving - centres[0], fixed - centres[1]
@@ -135,7 +135,7 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     return matrix
 
 
-def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _require_landmarks(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Landmarks as two arrays (n, 2) that fix a transform."""
     moving, fixed = np.asarray(moving, float), np.asarray(fixed, float)
     if moving.ndim != 2 or moving.shape[-1] != 2 or moving.shape != fixed.shape or len(moving) < 2:
@@ -184,7 +184,7 @@ def approved_places(
     if not isinstance(path, str | Path):
         msg = f"`checked` must be the path of the file that the page of {_PAGE} saves, found {path!r}."
         raise ValueError(msg)
-    decisions = _decisions(Path(path).expanduser(), registration_state(record))
+    decisions = _read_decisions(Path(path).expanduser(), registration_state(record))
     if reference != record.reference:
         msg = f"`checked` keeps places on {record.reference!r}, but `reference` is {reference!r}. Use the same one."
         raise ValueError(msg)
@@ -218,7 +218,7 @@ def approved_places(
     return approved
 
 
-def _decisions(path: Path, state: str) -> dict[str, str]:
+def _read_decisions(path: Path, state: str) -> dict[str, str]:
     """Decision by section, from a file that belongs to the registration with this `state`."""
     if not path.is_file():
         msg = f"`checked` must be the file that the page of {_PAGE} saves, found nothing at {str(path)!r}."
@@ -306,12 +306,12 @@ def write_registration(
         log_added(f"images[{key!r}]")
     if slots:
         write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, slots)
-    registration = {**registration, Keys.STATE: _state(sdata, record, registration)}
+    registration = {**registration, Keys.STATE: _fingerprints(sdata, record, registration)}
     save_record(sdata, replace(record, registration=registration))
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
 
 
-def _state(sdata: SpatialData, record: StackRecord, registration: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _fingerprints(sdata: SpatialData, record: StackRecord, registration: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Fingerprints of the images and spots that were registered."""
     sections, pairs = registration["sections"], registration["pairs"]
     images = section_images(sdata, record, from_images(sections, record)) if pairs else {}
