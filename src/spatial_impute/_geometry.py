@@ -206,9 +206,8 @@ class Volume:
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centres of the cells along x, y, z."""
-        x, y, z = (
-            o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, self.values.shape[::-1], strict=True)
-        )
+        counts = self.values.shape[::-1]
+        x, y, z = (o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, counts, strict=True))
         return x, y, z
 
     @property

@@ -231,9 +231,8 @@ def explain(error: ValidationError, cls: type) -> str:
         case "unexpected_keyword_argument":
             name = str(first["loc"][-1])
             close = [key.removesuffix(name) + other for other in get_close_matches(name, known, n=1)]
-            return f"Unknown key `{key}`; " + (
-                f"did you mean `{close[0]}`?" if close else f"known keys: {sorted(known)}."
-            )
+            advice = f"did you mean `{close[0]}`?" if close else f"known keys: {sorted(known)}."
+            return f"Unknown key `{key}`; {advice}"
         case "missing" if len(first["loc"]) == key.count(".") + 1:
             return f"The key `{key}` is missing."
         case "value_error":

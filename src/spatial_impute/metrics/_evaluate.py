@@ -162,9 +162,7 @@ def evaluate(
     pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
     if by == "pooled":
         mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
-        scores = [
-            _score(layer, pooled, profile) | _ceiling_scores(layer, pooled, mean.get("all")) for layer in read.values()
-        ]
+        scores = [_score(v, pooled, profile) | _ceiling_scores(v, pooled, mean.get("all")) for v in read.values()]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
     scores = []
     for layer in read.values():
@@ -393,9 +391,8 @@ def _agreement(space: np.ndarray, expression: np.ndarray, n_neighs: int) -> np.n
 
     if space.shape[1] > _MAX_COMPONENTS and len(space) > _MAX_COMPONENTS:
         space = PCA(_MAX_COMPONENTS, random_state=0).fit_transform(space)
-    near = (
-        NearestNeighbors(n_neighbors=n_neighs).fit(space).kneighbors(return_distance=False)
-    )  # without the spot itself
+    # Without the spot itself.
+    near = NearestNeighbors(n_neighbors=n_neighs).fit(space).kneighbors(return_distance=False)
     mean = sum(expression[near[:, k]] for k in range(n_neighs)) / n_neighs
     r = pearson_by_gene(mean, expression)
     return np.where(np.isfinite(expression).all(axis=0), r, np.nan)

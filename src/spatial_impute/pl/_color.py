@@ -53,17 +53,14 @@ def color_limits(values: np.ndarray, vmin: Limit, vmax: Limit) -> Normalize:
 
 
 def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: float) -> float:
-    percentile = default if limit is None else None
+    percentile = default
     if isinstance(limit, str):
-        try:
-            percentile = float(limit.removeprefix("p")) if limit.startswith("p") else float("nan")
-        except ValueError:
-            percentile = float("nan")
+        percentile = float(pd.to_numeric(limit[1:], errors="coerce")) if limit.startswith("p") else float("nan")
         if not 0 <= percentile <= 100:
             msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
             raise ValueError(msg)
-    if percentile is None:
-        return float(limit)  # type: ignore[arg-type]
+    elif limit is not None:
+        return float(limit)
     return float(np.percentile(finite, percentile)) if finite.size else default / 100
 
 

@@ -173,9 +173,8 @@ def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> l
     if metric is None:
         names = [name for name in (_HEADLINE, "pearson_gene_positive", "skill") if name in scores]
         if not names:
-            require_key(
-                _HEADLINE, scores.columns, where="scores.columns", then="Pass a table of `si.metrics.evaluate`."
-            )
+            then = "Pass a table of `si.metrics.evaluate`."
+            require_key(_HEADLINE, scores.columns, where="scores.columns", then=then)
         return names
     names = [metric] if isinstance(metric, str) else list(metric)
     for name in names:
@@ -266,9 +265,8 @@ def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarr
         outside = bool((center - half < low).any() or (center + half > high).any())
         return outside, int((np.abs(apart - center) < half + 4).all(axis=1).sum())
 
-    center = min(
-        (around * (half + away) for away in _AWAY for around in _AROUND), key=faults
-    )  # the nearest of the best
+    # The nearest of the best.
+    center = min((around * (half + away) for away in _AWAY for around in _AROUND), key=faults)
     style: dict[str, Any] = {
         "ha": "center",
         "va": "center",

@@ -265,9 +265,9 @@ def _read_slabs(
     slabs = []
     registered = (record.registration or {}).get("sections", {})
     for section in sections:
-        place = (
-            load_transform(sdata, record, section.name) if section.name in registered else SectionTransform(np.eye(3))
-        )
+        place = SectionTransform(np.eye(3))
+        if section.name in registered:
+            place = load_transform(sdata, record, section.name)
         levels = section_levels(sdata, section)
         rgb, to_um = read_picture(levels, resolution, _PIXELS_3D)
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)

@@ -155,9 +155,8 @@ def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: s
                 f"section that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
             )
             raise ValueError(msg)
-        require_key(
-            Keys.tissue(name), sdata.labels, where="sdata.labels", then="Run `si.pp.segment_tissue(sdata)` first."
-        )
+        then = "Run `si.pp.segment_tissue(sdata)` first."
+        require_key(Keys.tissue(name), sdata.labels, where="sdata.labels", then=then)
     return wanted
 
 

@@ -136,13 +136,12 @@ def build_3d_graph(
         raise ValueError(msg)
     section = section_ranks(table, record.names)
     spacing = typical_spacing(xyz, section)
+    longest = 3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
     rules = EdgeRules(
         n_neighs=require_count(n_neighs, name="n_neighs"),
         n_cross_neighs=require_count(n_cross_neighs, name="n_cross_neighs", least=0),
         max_section_gap=require_count(max_section_gap, name="max_section_gap"),
-        max_distance=3 * spacing
-        if max_distance is None
-        else require_positive(max_distance, name="max_distance", unit="um"),
+        max_distance=longest,
         n_similar=require_count(n_similar, name="n_similar", least=0),
         similarity_threshold=float(similarity_threshold),
         similarity_weight=similarity_weight and require_positive(similarity_weight, name="similarity_weight"),

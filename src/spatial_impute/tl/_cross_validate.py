@@ -200,9 +200,7 @@ def cross_validate(
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
         found = _predict(data, names, settings, setup, steps(len(names) * len(folds)))
     truth, parts, fold = data.truth, data.parts(), data.fold_of_spot
-    r = {
-        name: np.nanmean([pearson_by_gene(found[name][p], truth[p], fold[p]) for p in parts], axis=0) for name in names
-    }
+    r = {n: np.nanmean([pearson_by_gene(found[n][p], truth[p], fold[p]) for p in parts], axis=0) for n in names}
     if by == "gene":
         return pd.DataFrame(r, index=pd.Index(data.genes, name="gene"))
     return _method_table(data, found, r, seed)

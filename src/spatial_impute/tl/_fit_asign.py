@@ -175,9 +175,7 @@ def _panels_and_config(
         "n_measured_spots": [int(s.known.sum()) for s in spots],
         "version": version("spatial-impute"),
     }
-    panels = [
-        ([genes[i] for i in columns], [parts[k][1] for parts in split]) for k, (columns, _) in enumerate(split[0])
-    ]
+    panels = [([genes[i] for i in columns], [part[k][1] for part in split]) for k, (columns, _) in enumerate(split[0])]
     return panels, config
 
 

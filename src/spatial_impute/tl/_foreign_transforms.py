@@ -175,9 +175,8 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         elif path.suffix.lower() in (".mat", ".tfm"):
             _write_itk(part, transform.matrix)
         else:
-            require_key(
-                record.reference, record.names, where="the stack's sections", then="The field covers its image."
-            )
+            then = "The field covers its image."
+            require_key(record.reference, record.names, where="the stack's sections", then=then)
             _write_field(part, transform, section_levels(sdata, record[record.reference])[0])
 
 

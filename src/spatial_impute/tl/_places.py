@@ -334,10 +334,8 @@ def _write_transformations(
             left.append(name)
         for section in (n for n in record.names if n in own):
             if section in transforms:
-                affine = plane_affine(transforms[section].matrix)
-                set_transformation(
-                    element, SequenceOfTransformations([own[section], affine]), to_coordinate_system=target
-                )
+                path = SequenceOfTransformations([own[section], plane_affine(transforms[section].matrix)])
+                set_transformation(element, path, to_coordinate_system=target)
                 logger.debug("Transformation of %r to %r", name, target)
             elif target in own:  # from an earlier registration, in which the section was not skipped
                 remove_transformation(element, to_coordinate_system=target)

@@ -234,9 +234,8 @@ def register_stack(
     request = _Request(reference, settings, params, given, starts, kept, by_hand, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
-        logger.warning(
-            "Order of the sections by their likeness: %s. The direction is not known", ", ".join(found.placed)
-        )
+        names = ", ".join(found.placed)
+        logger.warning("Order of the sections by their likeness: %s. The direction is not known", names)
         record = record.in_order(list(found.placed))
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
