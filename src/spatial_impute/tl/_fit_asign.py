@@ -149,7 +149,7 @@ def fit_asign(
 def _panels_and_config(
     tables: list[AnnData], spots: list[Spots], base_layers: dict[str, str], params: AsignParams, *, seed: int
 ) -> tuple[list[tuple[list[str], list[Spots]]], dict[str, Any]]:
-    """Genes that were measured together with the spots of each stack, after checks; and the provenance of the model."""
+    """Panels (genes that were measured together, with the spots of each stack), and the provenance of the model."""
     from spatial_impute.models.asign._panels import by_panel
 
     genes, encoders = list(tables[0].var_names), {encoder_name(table) for table in tables}
