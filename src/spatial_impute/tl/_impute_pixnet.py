@@ -325,10 +325,10 @@ def warn_of_overlapping_spots(data: HeldOut) -> None:
             if not len(held) or not len(rest):
                 continue
             reach = radius[held].max() + radius[rest].max()
-            pairs = cKDTree(centers[held]).query_ball_tree(cKDTree(centers[rest]), reach)
-            for spot, near in zip(held, pairs, strict=True):
-                distance = np.linalg.norm(centers[rest[near]] - centers[spot], axis=1)
-                found[rows[spot]] |= bool((distance < _OVERLAP * (radius[rest[near]] + radius[spot])).any())
+            tree, others = cKDTree(centers[held]), cKDTree(centers[rest])
+            near = tree.sparse_distance_matrix(others, reach, output_type="coo_matrix")
+            overlap = near.data < _OVERLAP * (radius[held[near.row]] + radius[rest[near.col]])
+            found[rows[held[near.row[overlap]]]] = True
     if found.any():
         logger.warning(
             "%d of %d held-out spots overlap spots that methods learn from: the scores are too high. Hold out whole "
