@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-_AXES = {"x": ("x", "col", "column"), "y": ("y", "row")}  # words in the names of columns
+_AXES = {"x", "col", "column"}, {"y", "row"}  # words in the names of columns
 _SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
 
@@ -33,6 +33,12 @@ def apply_affine(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Map points (n, 2) by a (3, 3) affine matrix that acts on columns (x, y, 1)."""
     points = np.asarray(points, dtype=float)
     return points @ matrix[:2, :2].T + matrix[:2, 2]
+
+
+def box_after(low: Sequence[float], high: Sequence[float], matrix: np.ndarray) -> np.ndarray:
+    """(2, 2) lowest and highest x, y of a box after an affine map."""
+    corners = apply_affine(np.array([[x, y] for y in (low[1], high[1]) for x in (low[0], high[0])]), matrix)
+    return np.array([corners.min(axis=0), corners.max(axis=0)])
 
 
 def lies_on(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -54,13 +60,10 @@ def xy_of(positions: Any) -> np.ndarray:
     [[2.0, 1.0]]
     """
     values = np.asarray(positions, dtype=float)
-    found = [[i for i, name in enumerate(getattr(positions, "columns", ())) if _is_axis(name, axis)] for axis in _AXES]
-    return values[:, [found[0][0], found[1][0]]] if len(found[0]) == len(found[1]) == 1 else values[:, :2]
-
-
-def _is_axis(name: object, axis: str) -> bool:
-    """True for names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``, by the words in them."""
-    return bool(set(_AXES[axis]) & set(re.split(r"[^a-z]+", str(name).lower())))
+    # The words in names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``.
+    words = [set(re.split(r"[^a-z]+", str(name).lower())) for name in getattr(positions, "columns", ())]
+    x, y = ([i for i, found in enumerate(words) if found & axis] for axis in _AXES)
+    return values[:, [x[0], y[0]]] if len(x) == len(y) == 1 else values[:, :2]
 
 
 def scaling(x: float, y: float | None = None) -> np.ndarray:
@@ -137,10 +140,8 @@ def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, l
     width = x1 - x0 - (spacing / 2 if layout == "hex" else 0.0)
     n_columns = int(np.floor(max(width, 0.0) / spacing)) + 1
     if n_rows * n_columns > _MAX_LATTICE:
-        msg = (
-            f"A lattice of {n_columns} x {n_rows} points {spacing:g} apart does not fit in memory. Take a wider "
-            "spacing."
-        )
+        n = f"{n_columns} x {n_rows}"
+        msg = f"A lattice of {n} points {spacing:g} apart does not fit in memory. Take a wider spacing."
         raise ValueError(msg)
     ys = (y0 + y1) / 2 + (np.arange(n_rows) - (n_rows - 1) / 2) * row_step
     xs = (x0 + x1) / 2 + (np.arange(n_columns) - (n_columns - 1) / 2) * spacing
@@ -222,9 +223,8 @@ class Volume:
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centres of the cells along x, y, z."""
-        x, y, z = (
-            o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, self.values.shape[::-1], strict=True)
-        )
+        counts = self.values.shape[::-1]
+        x, y, z = (o + s * np.arange(n) for o, s, n in zip(self.origin, self.step, counts, strict=True))
         return x, y, z
 
     @property

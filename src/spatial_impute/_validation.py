@@ -31,9 +31,10 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
 
     `where` is the container as the user writes it (``"sdata.images"``), `then` a sentence that says what to do next.
     """
-    names = sorted(map(str, available))
+    names = list(map(str, available))
     if key in names:
         return
+    names.sort()
     shown = f"{names}" if len(names) <= _MAX_SHOWN else f"{names[:_MAX_SHOWN]} and {len(names) - _MAX_SHOWN} more"
     msg = f"{key!r} not found in `{where}`; available: {shown}.{did_you_mean(key, names)}"
     raise KeyError(f"{msg} {then}" if then else msg)
@@ -46,14 +47,18 @@ def require_one_of(value: str, options: Collection[str], *, name: str) -> None:
         raise ValueError(msg)
 
 
-def name_list(value: object, *, name: str) -> list[str]:
-    """Return names (one, several, or ``None`` for no name) as a list without repeats; else raise a ``ValueError``."""
-    if value is None:
-        return []
-    names = [value] if isinstance(value, str) else value
+def name_list(value: object, *, name: str, empty: str | None = None) -> list[str]:
+    """Return names (one, several, or ``None`` for no name) as a list without repeats; else raise a ``ValueError``.
+
+    `empty` says what to do next if there must be a name and there is none.
+    """
+    names = [] if value is None else [value] if isinstance(value, str) else value
     names = list(names) if isinstance(names, Iterable) else [None]
     if not all(isinstance(n, str) for n in names):
         msg = f"`{name}` must be a name or a sequence of names, found {value!r}."
+        raise ValueError(msg)
+    if empty is not None and not names:
+        msg = f"`{name}` is empty; {empty}"
         raise ValueError(msg)
     return list(dict.fromkeys(names))
 
@@ -226,9 +231,8 @@ def explain(error: ValidationError, cls: type) -> str:
         case "unexpected_keyword_argument":
             name = str(first["loc"][-1])
             close = [key.removesuffix(name) + other for other in get_close_matches(name, known, n=1)]
-            return f"Unknown key `{key}`; " + (
-                f"did you mean `{close[0]}`?" if close else f"known keys: {sorted(known)}."
-            )
+            advice = f"did you mean `{close[0]}`?" if close else f"known keys: {sorted(known)}."
+            return f"Unknown key `{key}`; {advice}"
         case "missing" if len(first["loc"]) == key.count(".") + 1:
             return f"The key `{key}` is missing."
         case "value_error":

@@ -8,6 +8,7 @@ from matplotlib.colors import same_color
 from scipy import ndimage as ndi
 
 import spatial_impute as si
+from spatial_impute._registration import SectionTransform
 from spatial_impute.pl._figure import nice_length
 from spatial_impute.pl._overlay import Canvas, Scan
 from spatial_impute.pl._registration import _GRID_LINES
@@ -70,7 +71,7 @@ def test_registration_resampling_is_exact_at_pixel_centres():
     scan = Scan(rgb, gradient, np.ones((30, 40), bool), np.diag([size, size, 1.0]))
     matrix = np.array([[1, 0, 40.0], [0, 1, -10.0], [0, 0, 1]])
     canvas = Canvas(x0=100, y0=50, width=200, height=150, pixel=5.0)
-    drawn = canvas.draw(scan, matrix)
+    drawn = canvas.draw(scan, SectionTransform(matrix))
     assert drawn.stain.shape == (30, 40)
     cy, cx = (np.mgrid[:30, :40] + 0.5) * 5.0
     expected = 3.0 * (cx + 100 - 40) + 2.0 * (cy + 50 + 10)

@@ -157,7 +157,7 @@ def test_masks_and_labels_of_other_types_are_refused_with_the_way_out(small_stac
 
 @pytest.mark.parametrize("found", ["a: b", {"name": "a: b"}, {"names": ["a", "b"]}])
 def test_classes_of_other_tools_are_read(found):
-    from spatial_impute.pp._other_tools import _class_name
+    from spatial_impute.pp._add_cells import _class_name
 
     assert _class_name(found) == "a: b"
 

@@ -177,7 +177,7 @@ def test_a_prediction_does_not_take_the_name_of_a_record(small_stack, key):
 
 
 def test_a_gene_whose_id_is_that_of_another_one_is_not_joined_by_name():
-    from spatial_impute.tl import _other_layers as module
+    from spatial_impute.tl import _base_layers as module
 
     stack, found = AnnData(np.ones((1, 2))), AnnData(np.ones((1, 1)))
     stack.var_names, found.var_names, found.var["gene_ids"] = ["A", "B"], ["B"], ["ENSG1"]

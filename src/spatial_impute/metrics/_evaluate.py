@@ -165,16 +165,14 @@ def evaluate(
     pooled = _Part(*map(np.concatenate, zip(*((p.rows, p.true, p.xy) for p in parts.values()), strict=True)))
     if by == "pooled":
         mean = {"all": np.mean(list(ceilings.values()), axis=0)} if ceilings else {}
-        scores = [
-            _score(layer, pooled, profile) | _of_ceiling(layer, pooled, mean.get("all")) for layer in read.values()
-        ]
+        scores = [_score(v, pooled, profile) | _ceiling_scores(v, pooled, mean.get("all")) for v in read.values()]
         return pd.DataFrame(scores, index=pd.Index(keys, name="layer"))
     scores = []
     for layer in read.values():
         for name, part in parts.items():
             data = layer.values[part.rows], part.true, part.xy
             spatial = {"moran_gap": moran_gap(*data), "ssim": structural_similarity(*data)}
-            scores.append(_score(layer, part, profile) | _of_ceiling(layer, part, ceilings.get(name)) | spatial)
+            scores.append(_score(layer, part, profile) | _ceiling_scores(layer, part, ceilings.get(name)) | spatial)
     result = pd.DataFrame(scores, index=pd.MultiIndex.from_product([keys, names], names=["layer", "section"]))
     if by == "section":
         return result
@@ -188,12 +186,9 @@ def evaluate(
 class _Part:
     """Scored spots of a section."""
 
-    rows: np.ndarray
-    """(n,) rows of the stack table."""
-    true: np.ndarray
-    """(n, n_genes) truth."""
-    xy: np.ndarray
-    """(n, 2) position in the section, um."""
+    rows: np.ndarray  # (n,) rows of the stack table
+    true: np.ndarray  # (n, n_genes) truth
+    xy: np.ndarray  # (n, 2) position in the section, um
 
 
 @dataclass(frozen=True)
@@ -318,7 +313,7 @@ def _ceilings(
     return found
 
 
-def _of_ceiling(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[str, float]:
+def _ceiling_scores(layer: _Layer, part: _Part, ceiling: np.ndarray | None) -> dict[str, float]:
     """Mean noise ceiling, and the mean correlation of the same genes divided by it."""
     if ceiling is None:
         return {}
@@ -393,8 +388,7 @@ def predictability(
     parts = [section == code for code in np.unique(section) if (section == code).sum() > n_neighs]
     if not parts:
         msg = (
-            f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)} "
-            "spots."
+            f"`n_neighs` must be below the number of measured spots of a section, found {n_neighs} for {len(section)}."
         )
         raise ValueError(msg)
     found = {
@@ -414,9 +408,8 @@ def _agreement(space: np.ndarray, expression: np.ndarray, n_neighs: int) -> np.n
 
     if space.shape[1] > _MAX_COMPONENTS and len(space) > _MAX_COMPONENTS:
         space = PCA(_MAX_COMPONENTS, random_state=0).fit_transform(space)
-    near = (
-        NearestNeighbors(n_neighbors=n_neighs).fit(space).kneighbors(return_distance=False)
-    )  # without the spot itself
+    # Without the spot itself.
+    near = NearestNeighbors(n_neighbors=n_neighs).fit(space).kneighbors(return_distance=False)
     mean = sum(expression[near[:, k]] for k in range(n_neighs)) / n_neighs
     r = pearson_by_gene(mean, expression)
     return np.where(np.isfinite(expression).all(axis=0), r, np.nan)

@@ -23,7 +23,7 @@ from spatial_impute._stack import (
     warn,
 )
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pl._figure import nice_length, sections_in_z
+from spatial_impute.pl._figure import nice_length
 from spatial_impute.pl._overlay import compared_sections, on_reference, overlay, read_picture, tissue_dice
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spatial_impute._stack import StackRecord
 
 _TILES = 8  # of the checkerboard along the longer side
-_QUALITY = 85  # of JPEG: no blocks to be seen, a quarter of the size of PNG
+_QUALITY = 85  # of JPEG: no visible blocks, a quarter of the size of PNG
 _STYLE = """
 body{font-family:sans-serif;max-width:84em;margin:0 auto;padding:1em 1em 5em;line-height:1.4;color:#222}
 section{border:1px solid #ccc;border-left:.5em solid #999;border-radius:.3em;padding:.2em 1em 1em;margin:1.2em 0}
@@ -89,7 +89,7 @@ outline should go on from tile to tile. Reject a section if they do not.</p>
 """
 _PIXELS = 1500  # along the longer side of an image
 _SHARE = 0.01  # of the longer side: size of a landmark
-_COLORS = ("blue", "orange")  # landmarks of the reference and of the section, to be seen on H&E
+_COLORS = ("blue", "orange")  # landmarks of the reference and of the section, visible on H&E
 _SEEN = 0.6  # opacity of the section, so that the reference shows below
 
 
@@ -144,14 +144,14 @@ def registration_page(
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     warn(registration_problems(sdata, record))
-    wanted = compared_sections(record, sections_in_z(record, sections), rows if sections is None else None)
+    wanted = compared_sections(record, sections, rows)
     canvas, reference, drawn = on_reference(sdata, record, wanted, resolution)
     tile = nice_length(max(canvas.width, canvas.height) / _TILES)
     parts = []
     for section, (before, after) in zip(wanted, drawn, strict=True):
         images = overlay(reference, before), overlay(reference, after), canvas.checkerboard(reference, after, tile)
         dice = tissue_dice(reference, before), tissue_dice(reference, after)
-        parts.append(_part(section.name, rows[section.name], dice, [_jpeg(image) for image in images]))
+        parts.append(_section_html(section.name, rows[section.name], dice, [_jpeg(image) for image in images]))
     text = _PAGE.format(
         title=f"Registration of {len(parts)} section{'s' if len(parts) > 1 else ''} on {record.reference}",
         style=_STYLE,
@@ -164,7 +164,7 @@ def registration_page(
         part.write_text(text, encoding="utf-8")
 
 
-def _part(name: str, row: dict[str, Any], dice: tuple[float, float], images: list[str]) -> str:
+def _section_html(name: str, row: dict[str, Any], dice: tuple[float, float], images: list[str]) -> str:
     """Pictures, verdict and choice of one section."""
     median, most = row.get("error_um"), row.get("error_p90_um")
     error = (
@@ -245,14 +245,21 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
         raise ValueError(msg)
     if resolution is not None:
         resolution = require_positive(resolution, name="resolution", unit="um per pixel")
-    _require_new_layers(viewer, (record.reference, section))
+    names = (record.reference, section)
+    present = set() if viewer is None else {layer.name for layer in viewer.layers}
+    if taken := sorted(present & {*names, *map(Keys.landmarks, names)}):  # napari would give the new ones other names
+        msg = f"The viewer has layers {taken} already. Open another viewer for this section, or remove them first."
+        raise ValueError(msg)
     try:
         import napari
     except ImportError as error:
         msg = "Placing by hand needs napari: `pip install 'napari[all]'`."
         raise ImportError(msg) from error
-    pictures = {name: _picture(sdata, record, name, resolution) for name in (record.reference, section)}
-    start = _start(record, section, pictures)
+    pictures = {}
+    for name in names:
+        rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
+        pictures[name] = np.clip(rgb, 0, 255).astype(np.uint8), to_um
+    start = _start_matrix(record, section, pictures)
     viewer = napari.Viewer() if viewer is None else viewer
     layers = []
     for name, place, opacity in ((record.reference, np.eye(3), 1.0), (section, start, _SEEN)):
@@ -273,26 +280,6 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     return viewer
 
 
-def _require_new_layers(viewer: Any, names: tuple[str, str]) -> None:
-    """Raise a ``ValueError`` if the viewer has such layers: napari would give the new ones other names."""
-    wanted = {*names, *map(Keys.landmarks, names)}
-    taken = [] if viewer is None else sorted(wanted & {layer.name for layer in viewer.layers})
-    if taken:
-        msg = (
-            f"The viewer has layers {taken} already. Open another viewer for this section, or remove these layers "
-            "first."
-        )
-        raise ValueError(msg)
-
-
-def _picture(
-    sdata: SpatialData, record: StackRecord, name: str, resolution: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(y, x, 3) uint8 of a section, and its map from pixel corners to um."""
-    rgb, to_um = read_picture(section_levels(sdata, record[name]), resolution, _PIXELS)
-    return np.clip(rgb, 0, 255).astype(np.uint8), to_um
-
-
 def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:
     """Map from pixels to um as napari takes it; its pixels are counted from their centers."""
     from napari.utils.transforms import Affine
@@ -302,7 +289,7 @@ def _pixels_to_um(to_um: np.ndarray) -> dict[str, Any]:
     return {"scale": found.scale, "rotate": found.rotate, "shear": found.shear[:1], "translate": found.translate}
 
 
-def _start(record: StackRecord, section: str, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _start_matrix(record: StackRecord, section: str, pictures: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Present place of the section; without one, its middle on that of the reference."""
     rows = (record.registration or {"sections": {}})["sections"]
     if section in rows:

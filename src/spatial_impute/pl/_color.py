@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 
 from spatial_impute._keys import Keys
+from spatial_impute._stack import values_by_spot
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import MISSING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
+
+    from spatial_impute._stack import Section
 
     Limit = float | str | None
 
@@ -50,17 +53,14 @@ def color_limits(values: np.ndarray, vmin: Limit, vmax: Limit) -> Normalize:
 
 
 def _resolve_limit(finite: np.ndarray, limit: Limit, *, name: str, default: float) -> float:
-    percentile = default if limit is None else None
+    percentile = default
     if isinstance(limit, str):
-        try:
-            percentile = float(limit.removeprefix("p")) if limit.startswith("p") else float("nan")
-        except ValueError:
-            percentile = float("nan")
+        percentile = float(pd.to_numeric(limit[1:], errors="coerce")) if limit.startswith("p") else float("nan")
         if not 0 <= percentile <= 100:
             msg = f'`{name}` must be a number or a percentile from "p0" to "p100", found {limit!r}.'
             raise ValueError(msg)
-    if percentile is None:
-        return float(limit)  # type: ignore[arg-type]
+    elif limit is not None:
+        return float(limit)
     return float(np.percentile(finite, percentile)) if finite.size else default / 100
 
 
@@ -103,41 +103,30 @@ def limit_per_gene(limit: Limit | Sequence[Limit], genes: Sequence[str], name: s
 
 @dataclass(frozen=True)
 class Coloring:
-    """Values of spots and their colors."""
+    """Values of all spots of a table, and the scale that the shown ones set."""
 
-    values: np.ndarray
-    """(n_spots,) numbers, or codes of categories; NaN where there is none."""
+    table: AnnData
+    values: np.ndarray  # (n_spots,) numbers, or codes of categories; NaN where there is none
+    shown: np.ndarray
     label: str
+    norm: Normalize
+    cmap: Colormap
     categories: tuple[str, ...] | None = None
-    palette: tuple[str, ...] = ()
-    """Colors of the categories."""
 
-    def scale(
-        self, shown: np.ndarray, cmap: str | Colormap, vmin: float | str | None, vmax: float | str | None
-    ) -> tuple[Normalize, Colormap]:
-        """Color scale of the `shown` values."""
-        if self.categories is None:
-            return color_limits(shown, vmin, vmax), resolve_cmap(cmap)
-        return Normalize(-0.5, len(self.palette) - 0.5), ListedColormap(list(self.palette))
+    def of_section(self, section: Section, index: pd.Index) -> np.ndarray:
+        """(n_spots,) values of the spots of a section."""
+        return values_by_spot(self.table, section.name, self.values, index)
 
-    def add_key(
-        self,
-        axes: Sequence[Axes] | np.ndarray,
-        n_columns: int,
-        shown: np.ndarray,
-        norm: Normalize,
-        cmap: Colormap,
-        *,
-        n_rows: int | None = None,
-    ) -> None:
+    def add_key(self, axes: np.ndarray, n_columns: int, *, n_rows: int | None = None) -> None:
         """Color bar right of `axes`, as long as one of `n_rows` rows, or a legend right of the first row."""
         if self.categories is None:
-            add_colorbar(axes, shown, norm, cmap, self.label, n_rows=n_rows or -(-len(axes) // n_columns))
+            n_rows = n_rows or -(-len(axes) // n_columns)
+            add_colorbar(axes, self.shown, self.norm, self.cmap, self.label, n_rows=n_rows)
             return
         style: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 6, "markeredgewidth": 0}
-        present = np.unique(shown[np.isfinite(shown)]).astype(int)
+        present = np.unique(self.shown[np.isfinite(self.shown)]).astype(int)
         axes[n_columns - 1].legend(
-            handles=[Line2D([], [], color=self.palette[i], label=self.categories[i], **style) for i in present],
+            handles=[Line2D([], [], color=self.cmap(i), label=self.categories[i], **style) for i in present],
             title=self.label,
             loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
@@ -175,11 +164,23 @@ def wrap_units(units: str | None) -> str:
     return fill("expression, units unknown" if units is None else str(units), _LABEL_WIDTH)
 
 
-def read_color(table: AnnData, color: str, layer: str | None, *, table_key: str) -> Coloring:
-    """Values of an ``obs`` column, or of a gene, or a ``KeyError``; `layer` says that a gene is meant."""
+def read_color(
+    table: AnnData, color: str, layer: str | None, sections: list[Section], scale: tuple, *, table_key: str
+) -> Coloring:
+    """Colors by an ``obs`` column, or by a gene, for some sections; a `layer` says that a gene is meant.
+
+    `scale` holds the color map, vmin and vmax.
+    """
+    shown = table.obs[Keys.SECTION].isin([section.name for section in sections]).to_numpy()
+
+    def by_number(values: np.ndarray, label: str) -> Coloring:
+        cmap, vmin, vmax = scale
+        norm = color_limits(values[shown], vmin, vmax)
+        return Coloring(table, values, values[shown], label, norm, resolve_cmap(cmap))
+
     if layer is not None or (color not in table.obs and color in table.var_names):
         values = layer_values(table, [color], Keys.MEASURED if layer is None else layer, table_key=table_key)[:, 0]
-        return Coloring(values, f"{color}\n{units_label(table)}")
+        return by_number(values, f"{color}\n{units_label(table)}")
     if color not in table.obs:
         msg = (
             f"{color!r} is neither a column nor a gene of `sdata.tables[{table_key!r}]`; columns: "
@@ -189,13 +190,15 @@ def read_color(table: AnnData, color: str, layer: str | None, *, table_key: str)
         raise KeyError(msg)
     column = table.obs[color]
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        return Coloring(column.to_numpy(dtype=float), color)
+        return by_number(column.to_numpy(dtype=float), color)
     column = pd.Categorical(column)
     codes = np.where(column.codes < 0, np.nan, column.codes)
     names = tuple(map(str, column.categories))
     # scanpy and squidpy keep the palette of a column there.
     kept = table.uns.get(f"{color}_colors", ())
-    return Coloring(codes, color, names, tuple(kept) if len(kept) >= len(names) else _palette(len(names)))
+    palette = list(kept if len(kept) >= len(names) else _palette(len(names)))
+    norm = Normalize(-0.5, len(palette) - 0.5)
+    return Coloring(table, codes, codes[shown], color, norm, ListedColormap(palette), names)
 
 
 def _palette(n: int) -> tuple[str, ...]:

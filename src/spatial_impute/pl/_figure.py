@@ -15,13 +15,15 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from spatial_impute._keys import Keys
 from spatial_impute._stack import resolve_sections
-from spatial_impute._validation import name_list, require_count, require_positive
+from spatial_impute._validation import require_count, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from anndata import AnnData
     from matplotlib.artist import Artist
     from matplotlib.colors import Colormap, Normalize
 
@@ -51,6 +53,13 @@ def sections_in_z(record: StackRecord, sections: str | Sequence[str] | None) -> 
     return sorted((record[name] for name in resolve_sections(record, sections)), key=lambda section: section.z)
 
 
+def rows_by_section(table: AnnData, sections: Sequence[Section]) -> tuple[list[np.ndarray], list[bool]]:
+    """Rows of the spots of each section, and flags of the sections with measured spots."""
+    rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in sections]
+    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
+    return rows, [bool(flags[index].any()) for index in rows]
+
+
 def section_title(section: Section, *, measured: bool, separator: str = ", ") -> str:
     """Name and height of a section; says if it was measured."""
     return f"{section.name}{' (measured)' if measured else ''}{separator}z = {section.z:g} µm"
@@ -65,15 +74,6 @@ def titles_for(title: str | Sequence[str] | None, default: Sequence[str], of: st
         msg = f"`title` must have one entry {of} ({len(default)}), found {len(titles)}."
         raise ValueError(msg)
     return titles
-
-
-def names_or_raise(value: str | Sequence[str], *, name: str, there: str) -> list[str]:
-    """One name or several as a list that is not empty; `there` says where names can be found."""
-    names = name_list(value, name=name)
-    if not names:
-        msg = f"`{name}` is empty; name some of {there}."
-        raise ValueError(msg)
-    return names
 
 
 def grid_shape(n_panels: int, n_columns: int) -> tuple[int, int]:
@@ -346,5 +346,5 @@ _TAIL = """    figsize
 
 def document_figure(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Add the parameters that all plots share to the end of the parameters in a docstring."""
-    function.__doc__ = (function.__doc__ or "").replace("\n    Returns\n", f"{_TAIL}", 1)
+    function.__doc__ = (function.__doc__ or "").replace("\n    Returns\n", _TAIL, 1)
     return function

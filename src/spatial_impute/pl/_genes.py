@@ -23,6 +23,7 @@ from spatial_impute.pl._figure import (
     frame_panel,
     given_axes,
     make_panels,
+    rows_by_section,
     sections_in_z,
     show_image,
 )
@@ -178,10 +179,7 @@ def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dic
         found["asign (blocks)"] = float(table.var.loc[gene, Keys.PREDICTABILITY])
     if scores is not None:
         if scores.index.name != "gene":
-            msg = (
-                "`scores` must have a row per gene. Make it with `by='gene'`, e.g. `si.tl.cross_validate(sdata, "
-                "by='gene')`."
-            )
+            msg = "`scores` must have a row per gene. Make it so, e.g. with `si.tl.cross_validate(sdata, by='gene')`."
             raise ValueError(msg)
         require_key(gene, scores.index, where="scores.index")
         row = scores.loc[gene].drop("ceiling", errors="ignore").dropna()
@@ -329,7 +327,7 @@ def gene_overview(
         msg = "`genes` is empty; name some, or leave it out."
         raise ValueError(msg)
     values = layer_values(table, names, layer, table_key=table_key)
-    rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
+    rows, measured = rows_by_section(table, wanted)
     used = [k for k, index in enumerate(rows) if len(index)]
     means = np.stack([np.nanmean(values[rows[k]], axis=0) for k in used], axis=1)
     spread = np.maximum(np.nanstd(values[np.concatenate([rows[k] for k in used])], axis=0), 1e-12)
@@ -347,9 +345,8 @@ def gene_overview(
     labels = [wanted[k].name for k in used]
     heat.set_xticks(range(len(used)), labels, rotation=90 if max(map(len, labels)) > _SHORT else 0, fontsize="small")
     heat.set_xlabel("bold: measured", fontsize="small")
-    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     for label, k in zip(heat.get_xticklabels(), used, strict=True):
-        label.set_fontweight("bold" if flags[rows[k]].any() else "normal")
+        label.set_fontweight("bold" if measured[k] else "normal")
     step = -(-len(names) // _MOST_NAMES)
     heat.set_yticks(range(0, len(names), step), names[::step], fontsize="x-small")
     heat.tick_params(length=0)

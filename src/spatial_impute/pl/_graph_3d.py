@@ -28,6 +28,7 @@ from spatial_impute.pl._figure import (
     make_panels,
     make_space,
     resolve_stretch,
+    rows_by_section,
     section_title,
     sections_in_z,
     stack_share,
@@ -60,13 +61,11 @@ class _Scene:
     """Spots and edges to draw, in the common frame."""
 
     sections: list[Section]
-    members: list[np.ndarray]
-    """Rows of the spots of each section."""
+    members: list[np.ndarray]  # Rows of the spots of each section
     measured: list[bool]
     xyz: np.ndarray
     radius: np.ndarray
-    chosen: np.ndarray
-    """Rows of the spots whose edges are drawn."""
+    chosen: np.ndarray  # Rows of the spots whose edges are drawn
     edges: Edges
 
     def box(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,15 +78,9 @@ class _Scene:
 class Edges:
     """Undirected edges of a graph, each once."""
 
-    pairs: np.ndarray
-    """(n_edges, 2) rows of the table."""
-    kind: np.ndarray
-    """(n_edges,) one of ``"within"``, ``"overlap"``, ``"near"``, ``"similar"``."""
-    weight: np.ndarray
-    """(n_edges,) strength."""
-
-    def where(self, rows: np.ndarray) -> Edges:
-        return Edges(self.pairs[rows], self.kind[rows], self.weight[rows])
+    pairs: np.ndarray  # (n_edges, 2) rows of the table
+    kind: np.ndarray  # (n_edges,) one of ``"within"``, ``"overlap"``, ``"near"``, ``"similar"``
+    weight: np.ndarray  # (n_edges,) strength
 
 
 def typed_edges(
@@ -108,18 +101,13 @@ def typed_edges(
     """
     upper = sparse.triu(weights, k=1).tocoo()
     pairs = np.column_stack([upper.row, upper.col])
-    kind = np.full(len(pairs), "near", dtype="<U8")
+    kind, n = np.full(len(pairs), "near", dtype="<U8"), weights.shape[0]
     for matrix, name in ((similarity, "similar"), (overlap, "overlap")):
-        kind[_stored(matrix, pairs)] = name
+        stored = matrix.tocoo()  # entries count, zero or not
+        entries = stored.row.astype(np.int64) * n + stored.col
+        kind[np.isin(pairs[:, 0].astype(np.int64) * n + pairs[:, 1], entries)] = name
     kind[section[pairs[:, 0]] == section[pairs[:, 1]]] = "within"
     return Edges(pairs, kind, np.asarray(upper.data, dtype=float))
-
-
-def _stored(matrix: sparse.csr_matrix, pairs: np.ndarray) -> np.ndarray:
-    """(n_edges,) bool: pairs that have an entry, zero or not."""
-    coo = matrix.tocoo()
-    n = matrix.shape[0]
-    return np.isin(pairs[:, 0].astype(np.int64) * n + pairs[:, 1], coo.row.astype(np.int64) * n + coo.col)
 
 
 @document_figure
@@ -213,27 +201,16 @@ def graph_3d(
         chosen = _spread(xyz, np.flatnonzero(shown & (section == start)), n_spots)
     else:
         chosen = _named(table, name_list(spots, name="spots"), shown, names)
-    found = found.where(
-        shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
-    )
-    members = [np.flatnonzero(section == name) for name in names]
-    flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    measured = [bool(flags[index].any()) for index in members]
-    scene = _Scene(wanted, members, measured, xyz, registered_radius(sdata, record, table), chosen, found)
+    drawn = shown[found.pairs].all(axis=1) & np.isin(found.pairs, chosen).any(axis=1) & np.isin(found.kind, kinds)
+    found = Edges(found.pairs[drawn], found.kind[drawn], found.weight[drawn])
+    scene = _Scene(wanted, *rows_by_section(table, wanted), xyz, registered_radius(sdata, record, table), chosen, found)
     axis = _draw_in_space(scene, make_space(ax, figsize), z_stretch) if view == "3d" else _draw_pair(scene, ax, figsize)
     text = f"edges of {len(chosen)} of {int(shown.sum())} spots" if title is None else title
     axis.set_title(text, fontsize="medium", pad=6 if view == "3d" else 20)
-    _add_legend(axis, found, kinds, y=0.0 if view == "3d" else -0.08)
+    texts = {kind: f"{_KINDS[kind][0]} ({int((found.kind == kind).sum())})" for kind in kinds}
+    handles: list[Artist] = [Line2D([], [], color=_KINDS[k][1], linewidth=2, label=text) for k, text in texts.items()]
+    legend_below(axis, handles, y=0.0 if view == "3d" else -0.08, n_columns=min(len(handles), 4), handlelength=1.2)
     return finish(np.array([axis], dtype=object), ax=ax, save=save, show=show, return_ax=return_ax)
-
-
-def _add_legend(ax: Axes, edges: Edges, kinds: list[str], *, y: float) -> None:
-    """Legend with the number of edges of each type."""
-    handles: list[Artist] = []
-    for kind in kinds:
-        label, color = _KINDS[kind]
-        handles.append(Line2D([], [], color=color, linewidth=2, label=f"{label} ({int((edges.kind == kind).sum())})"))
-    legend_below(ax, handles, y=y, n_columns=min(len(handles), 4), handlelength=1.2)
 
 
 def _read_edges(table: AnnData, graph_key: str, table_key: str) -> Edges:
@@ -253,9 +230,7 @@ def _wanted_kinds(edges: str | Sequence[str] | None, view: str) -> list[str]:
         require_one_of(kind, _KINDS, name="edges")
     kinds = [kind for kind in kinds if view == "3d" or kind != "within"]
     if not kinds:
-        msg = (
-            f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; the types are {list(_KINDS)}."
-        )
+        msg = f"No type of edge is left to draw with `edges={edges!r}` and `view={view!r}`; types are {list(_KINDS)}."
         raise ValueError(msg)
     return kinds
 
@@ -266,9 +241,8 @@ def _named(table: AnnData, spots: list[str], shown: np.ndarray, sections: list[s
         require_key(spot, table.obs_names, where="obs_names of the stack table")
     rows = table.obs_names.get_indexer(spots)
     if not shown[rows].all():
-        msg = (
-            f"`spots` must lie on the sections shown ({sections}); {table.obs_names[rows[~shown[rows]]][0]!r} does not."
-        )
+        off = table.obs_names[rows[~shown[rows]]][0]
+        msg = f"`spots` must lie on the sections shown ({sections}); {off!r} does not."
         raise ValueError(msg)
     return rows
 

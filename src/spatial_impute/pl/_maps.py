@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from spatialdata.transformations import get_transformation
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import box_after
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack import (
@@ -21,7 +21,7 @@ from spatial_impute._stack import (
     stack_table,
     warn_if_old,
 )
-from spatial_impute._validation import require_key, require_positive
+from spatial_impute._validation import name_list, require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
     color_limits,
@@ -41,7 +41,7 @@ from spatial_impute.pl._figure import (
     frame_panel,
     label_row,
     make_panels,
-    names_or_raise,
+    rows_by_section,
     section_title,
     sections_in_z,
     show_image,
@@ -51,7 +51,7 @@ from spatial_impute.pl._figure import (
 from spatial_impute.pl._overlay import Canvas, images_on_canvas
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -74,13 +74,11 @@ class _Row:
     """Values of one row of panels, and their scale."""
 
     label: str
-    values: np.ndarray
-    """(n_spots,) of the whole table."""
+    values: np.ndarray  # (n_spots,) of the whole table
     norm: Normalize
     cmap: Colormap
     scale_label: str
-    shows_measurement: bool = False
-    """Measured spots show their measurement."""
+    shows_measurement: bool = False  # Measured spots show their measurement
 
 
 @document_figure
@@ -179,12 +177,11 @@ def imputed(
     wanted = sections_in_z(record, sections)
     table = stack_table(sdata, table_key)
     where = f"sdata.tables[{table_key!r}]"
-    genes = names_or_raise(genes, name="genes", there=f"`{where}.var_names`")
-    layers = names_or_raise(layer, name="layer", there=str(list(table.layers)))
+    genes = name_list(genes, name="genes", empty=f"name some of `{where}.var_names`.")
+    layers = name_list(layer, name="layer", empty=f"name some of {list(table.layers)}.")
     warn_if_old(sdata, table, layers)
     flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-    members = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
-    measured = [bool(flags[index].any()) for index in members]
+    members, measured = rows_by_section(table, wanted)
     heads = [section_title(s, measured=m, separator="\n") for s, m in zip(wanted, measured, strict=True)]
     titles = titles_for(title, heads, "per section")
     scales = [limit_per_gene(limit, genes, name) for limit, name in ((vmin, "vmin"), (vmax, "vmax"))]
@@ -199,10 +196,8 @@ def imputed(
     xyz = registered_spots(table, table_key)
     radius = require_positive(size, name="size") * registered_radius(sdata, record, table)
     if not shown.size:
-        msg = (
-            f"`{where}` has no spots on the sections {[s.name for s in wanted]}. Lay some with "
-            "`si.pp.tile_spots(sdata)`."
-        )
+        names = [section.name for section in wanted]
+        msg = f"`{where}` has no spots on the sections {names}. Lay some with `si.pp.tile_spots(sdata)`."
         raise ValueError(msg)
     if show_support and Keys.SUPPORT in table.obs:
         support, hidden = table.obs[Keys.SUPPORT].to_numpy(dtype=float), shown[~flags[shown]]
@@ -346,22 +341,35 @@ def dense(
     >>> len(axes)
     3
     """
-    genes = names_or_raise(genes, name="genes", there=f"the channels of `sdata.images[{map_key!r}]`")
+    genes = name_list(genes, name="genes", empty=f"name some of the channels of `sdata.images[{map_key!r}]`.")
     require_key(map_key, sdata.images, where="sdata.images", then="Make it with `si.tl.predict_dense(sdata, ...)`.")
     answer(map_problems(sdata, map_key))
     element = sdata.images[map_key]
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")
+    # Empty for a map of another tool.
+    entry = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key, {})
     if coordinate_system is None:  # a registration adds the common frame
-        coordinate_system = _entry(sdata, map_key).get("coordinate_system")
+        coordinate_system = entry.get("coordinate_system")
     coordinate_system = _choose_system(element, coordinate_system, f"sdata.images[{map_key!r}]")
-    image_key = _source(sdata, map_key) if image_key is None else image_key
+    if image_key is None and not entry:
+        msg = f"`sdata.attrs` do not name the image from which {map_key!r} was predicted; name it with `image_key=`."
+        raise ValueError(msg)
+    image_key = entry["image"] if image_key is None else image_key
     require_key(image_key, sdata.images, where="sdata.images")
     matrix = element_affine(element, coordinate_system)
-    x0, x1, y0, y1 = window = _extent(element.sizes, matrix) if window is None else window
+    (left, top), (right, bottom) = box_after((0, 0), (element.sizes["x"], element.sizes["y"]), matrix)
+    x0, x1, y0, y1 = window = (left, right, top, bottom) if window is None else window
     limits = [limit_per_gene(value, genes, name) for name, value in (("vmin", vmin), ("vmax", vmax))]
     titles = titles_for(title, [image_key, *genes], f"for the image and each of the {len(genes)} genes")
-    values, to_frame = _read_map(element.sel(c=genes), matrix, window, map_key)
+    values, to_frame = _read_cells(element.sel(c=genes), matrix, window)
+    if not values.size:
+        msg = (
+            f"`window` {tuple(round(float(v), 1) for v in window)} does not meet `sdata.images[{map_key!r}]`, which "
+            f"covers x {left:.1f} to {right:.1f}, y {top:.1f} to {bottom:.1f}."
+        )
+        raise ValueError(msg)
+    values = values.astype(np.float32)
     levels = image_levels(sdata.images[image_key], element_affine(sdata.images[image_key], coordinate_system))
     level = best_level(levels, max(x1 - x0, y1 - y0) / _PIXELS)
 
@@ -374,7 +382,7 @@ def dense(
     rgb, rgb_to_frame = _read_cells(level.data, level.to_um, window)
     if rgb.size:
         show_image(axes[0], to_rgb(rgb, level), rgb_to_frame)
-    colors, units = resolve_cmap(cmap), _units(sdata, map_key)
+    colors, units = resolve_cmap(cmap), _units(entry)
     for panel, cells, low, high in zip(axes[1:], values, *limits, strict=True):
         norm = color_limits(cells, low, high)
         show_raster(panel, np.ma.masked_invalid(cells), to_frame, cmap=colors, norm=norm, interpolation="nearest")
@@ -394,58 +402,23 @@ def _choose_system(element: DataArray, wanted: str | None, where: str) -> str:
     return chosen
 
 
-def _entry(sdata: SpatialData, map_key: str) -> dict[str, Any]:
-    """Record of a map; empty for a map of another tool."""
-    return dict(sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key, {}))
-
-
-def _units(sdata: SpatialData, map_key: str) -> str:
+def _units(entry: Mapping[str, Any]) -> str:
     """Units of the values of a map, for its color bars."""
-    entry = _entry(sdata, map_key)
     if entry.get("features"):
         return "feature of the network"
     units = entry.get("units")
     return wrap_units("counts per µm²" if units == "counts" else units)  # a map of counts holds a density
 
 
-def _source(sdata: SpatialData, map_key: str) -> str:
-    """Image from which a map was predicted."""
-    found = _entry(sdata, map_key)
-    if not found:
-        msg = f"`sdata.attrs` do not name the image from which {map_key!r} was predicted; name it with `image_key=`."
-        raise ValueError(msg)
-    return found["image"]
-
-
-def _extent(sizes: Mapping[Hashable, int], matrix: np.ndarray) -> Window:
-    """Lowest and highest x, then y, of a raster."""
-    corners = apply_affine(np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) * [sizes["x"], sizes["y"]], matrix)
-    (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
-    return x0, x1, y0, y1
-
-
 def _read_cells(data: DataArray, matrix: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
     """(c, y, x) cells of a raster in a window, thinned to what can be drawn, and their affine to the frame."""
     x0, x1, y0, y1 = window
-    corners = apply_affine(np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]), np.linalg.inv(matrix))
+    first, last = box_after((x0, y0), (x1, y1), np.linalg.inv(matrix))
     n = np.array([data.sizes["x"], data.sizes["y"]])
-    low = np.clip(np.floor(corners.min(axis=0)), 0, n).astype(int)
-    high = np.clip(np.ceil(corners.max(axis=0)), 0, n).astype(int)
+    low, high = np.clip(np.floor(first), 0, n).astype(int), np.clip(np.ceil(last), 0, n).astype(int)
     step = max(1, int((high - low).max(initial=0) // _PIXELS))
     cells = data.isel(x=slice(low[0], high[0], step), y=slice(low[1], high[1], step)).data
     cells = np.asarray(cells.compute() if hasattr(cells, "compute") else cells)
     # Every k-th cell stands for the k around its centre.
     shift = np.array([[step, 0, low[0]], [0, step, low[1]], [0, 0, 1.0]])
     return cells, matrix @ shift
-
-
-def _read_map(element: DataArray, matrix: np.ndarray, window: Window, map_key: str) -> tuple[np.ndarray, np.ndarray]:
-    cells, to_frame = _read_cells(element, matrix, window)
-    if not cells.size:
-        x0, x1, y0, y1 = _extent(element.sizes, matrix)
-        msg = (
-            f"`window` {tuple(round(float(v), 1) for v in window)} does not meet `sdata.images[{map_key!r}]`, which "
-            f"covers x {x0:.1f} to {x1:.1f}, y {y0:.1f} to {y1:.1f}."
-        )
-        raise ValueError(msg)
-    return cells.astype(np.float32), to_frame

@@ -133,9 +133,7 @@ def metrics(
     ['Pearson r per gene, mean', 'mean squared error']
     """
     if hasattr(sdata, "columns"):
-        msg = (
-            "`sdata` must be the stack, found a table of scores. The stack comes first: `si.pl.metrics(sdata, scores)`."
-        )
+        msg = "`sdata` must be the stack, found a table. The stack comes first: `si.pl.metrics(sdata, scores)`."
         raise TypeError(msg)
     table = stack_table(sdata, table_key)
     warn_if_old(sdata, table, [layer])
@@ -175,9 +173,8 @@ def _metric_names(scores: pd.DataFrame, metric: str | Sequence[str] | None) -> l
     if metric is None:
         names = [name for name in (_HEADLINE, "pearson_gene_positive", "skill") if name in scores]
         if not names:
-            require_key(
-                _HEADLINE, scores.columns, where="scores.columns", then="Pass a table of `si.metrics.evaluate`."
-            )
+            then = "Pass a table of `si.metrics.evaluate`."
+            require_key(_HEADLINE, scores.columns, where="scores.columns", then=then)
         return names
     names = [metric] if isinstance(metric, str) else list(metric)
     for name in names:
@@ -268,9 +265,8 @@ def _name_point(ax: Axes, name: str, place: tuple[float, float], drawn: np.ndarr
         outside = bool((center - half < low).any() or (center + half > high).any())
         return outside, int((np.abs(apart - center) < half + 4).all(axis=1).sum())
 
-    center = min(
-        (around * (half + away) for away in _AWAY for around in _AROUND), key=faults
-    )  # the nearest of the best
+    # The nearest of the best.
+    center = min((around * (half + away) for away in _AWAY for around in _AROUND), key=faults)
     style: dict[str, Any] = {
         "ha": "center",
         "va": "center",
@@ -382,7 +378,7 @@ def _draw_curve(ax: Axes, name: str, runs: list[tuple[int | None, pd.DataFrame]]
         if name != "loss" and len(start):
             ax.axhline(start.iloc[0], color=color, linewidth=0.8, linestyle=":")
     kept = pd.concat([rows.loc[rows["kept"].astype(bool), "step"] for _, rows in runs])
-    if kept.nunique() == 1:  # else each network has stopped at a step of its own, which its marker shows
+    if kept.nunique() == 1:  # else the networks stopped at different steps, which the markers show
         ax.axvline(kept.iloc[0], color=INK, linewidth=0.8, linestyle="--")
         ax.text(kept.iloc[0], 1.0, " kept", transform=ax.get_xaxis_transform(), fontsize="x-small", va="top", color=INK)
     last = max(int(rows["step"].max()) for _, rows in runs)

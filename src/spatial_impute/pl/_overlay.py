@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage as ndi
@@ -12,15 +12,16 @@ from spatial_impute._geometry import apply_affine
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._registration.quality import dice
+from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._stack import load_transform, require_registration, section_levels
+from spatial_impute.pl._figure import sections_in_z
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._registration.transform import SectionTransform
     from spatial_impute._stack import Section, StackRecord
 
     Sampler = Callable[[np.ndarray, float], np.ndarray]
@@ -35,10 +36,8 @@ _FULL_INK = 0.85  # of the densest tissue: colors still differ where both are de
 class Scan:
     """One section at the resolution of the plot."""
 
-    rgb: np.ndarray
-    """(y, x, 3) in 0-255, white background."""
-    stain: np.ndarray
-    """(y, x) 0-1, 0 outside the tissue."""
+    rgb: np.ndarray  # (y, x, 3) in 0-255, white background
+    stain: np.ndarray  # (y, x) 0-1, 0 outside the tissue
     mask: np.ndarray
     to_um: np.ndarray
 
@@ -77,8 +76,7 @@ class Drawn:
     rgb: np.ndarray
     stain: np.ndarray
     mask: np.ndarray
-    seen: np.ndarray
-    """(y, x) bool: inside the image."""
+    seen: np.ndarray  # (y, x) bool: inside the image
 
 
 @dataclass(frozen=True)
@@ -110,38 +108,24 @@ class Canvas:
     def to_um(self) -> np.ndarray:
         return np.array([[self.pixel, 0, self.x0], [0, self.pixel, self.y0], [0, 0, 1.0]])
 
-    def draw(self, scan: Scan, place: np.ndarray | SectionTransform) -> Drawn:
-        """Resample a section that a matrix or a transform (um to um) places in the frame of the reference."""
+    def draw(self, scan: Scan, place: SectionTransform) -> Drawn:
+        """Resample a section at its place in the frame of the reference."""
         sample = self.sampler(scan.to_um, place)
         mask, everywhere = scan.mask.astype(np.float32), np.ones(scan.mask.shape, dtype=np.float32)
         parts = sample(scan.stain, 0.0), sample(mask, 0.0) > 0.5, sample(everywhere, 0.0) > 0.5
         return Drawn(_sample_rgb(scan.rgb, sample), *parts)
 
-    def sampler(self, to_um: np.ndarray, place: np.ndarray | SectionTransform) -> Sampler:
-        """Function that resamples an image, given its affine to um."""
-        if isinstance(place, np.ndarray):
-            return self._affine_sampler(to_um, place)
-        return self._sampler(to_um, place) if place.deforms else self._affine_sampler(to_um, place.matrix)
-
-    def _affine_sampler(self, to_um: np.ndarray, matrix: np.ndarray) -> Sampler:
+    def sampler(self, to_um: np.ndarray, place: SectionTransform) -> Sampler:
+        """Function that resamples an image, given its affine to um; its second argument is the value outside."""
+        if place.deforms:
+            rows, columns = np.indices(self.shape).reshape(2, -1) + 0.5
+            points = place.inverse(apply_affine(np.column_stack([columns, rows]), self.to_um))
+            x, y = apply_affine(points, np.linalg.inv(to_um)).T - 0.5
+            return lambda image, cval: ndi.map_coordinates(image, [y, x], order=1, cval=cval).reshape(self.shape)
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])  # from indices to pixel corners
-        to_scan = np.linalg.inv(half) @ np.linalg.inv(matrix @ to_um) @ self.to_um @ half
-        rows_columns = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
-
-        def sample(image: np.ndarray, outside: float) -> np.ndarray:
-            return ndi.affine_transform(image, *rows_columns, output_shape=self.shape, order=1, cval=outside)
-
-        return sample
-
-    def _sampler(self, to_um: np.ndarray, transform: SectionTransform) -> Sampler:
-        rows, columns = np.indices(self.shape).reshape(2, -1) + 0.5
-        points = transform.inverse(apply_affine(np.column_stack([columns, rows]), self.to_um))
-        x, y = apply_affine(points, np.linalg.inv(to_um)).T - 0.5
-
-        def sample(image: np.ndarray, outside: float) -> np.ndarray:
-            return ndi.map_coordinates(image, [y, x], order=1, cval=outside).reshape(self.shape)
-
-        return sample
+        to_scan = np.linalg.inv(half) @ np.linalg.inv(place.matrix @ to_um) @ self.to_um @ half
+        affine = to_scan[:2, :2][::-1, ::-1], to_scan[:2, 2][::-1]  # x, y to array axes
+        return lambda image, cval: ndi.affine_transform(image, *affine, output_shape=self.shape, order=1, cval=cval)
 
     def checkerboard(self, first: Drawn, second: Drawn, tile: float) -> np.ndarray:
         """Alternate tiles of edge `tile` (um) from both sections."""
@@ -155,23 +139,24 @@ def on_reference(
 ) -> tuple[Canvas, Drawn, list[tuple[Drawn, Drawn]]]:
     """Canvas around reference and sections, the reference on it, and each section before and after registration."""
     transforms = [load_transform(sdata, record, section.name) for section in sections]
-    fixed = read_scan(section_levels(sdata, record[record.reference]), resolution)
+    fixed, still = read_scan(section_levels(sdata, record[record.reference]), resolution), SectionTransform(np.eye(3))
     scans = [read_scan(section_levels(sdata, section), resolution) for section in sections]
     corners = [fixed.tissue_corners(np.eye(3))]
     for scan, transform in zip(scans, transforms, strict=True):
         corners += [scan.tissue_corners(np.eye(3)), scan.tissue_corners(transform.matrix)]
     canvas = Canvas.around(np.concatenate(corners))
     drawn = [
-        (canvas.draw(scan, np.eye(3)), canvas.draw(scan, transform))
-        for scan, transform in zip(scans, transforms, strict=True)
+        (canvas.draw(scan, still), canvas.draw(scan, place)) for scan, place in zip(scans, transforms, strict=True)
     ]
-    return canvas, canvas.draw(fixed, np.eye(3)), drawn
+    return canvas, canvas.draw(fixed, still), drawn
 
 
-def compared_sections(record: StackRecord, sections: list[Section], registered: dict[str, Any] | None) -> list[Section]:
-    """Sections to compare with the reference; only the `registered` ones if these are given."""
-    found = [section for section in sections if section.name != record.reference]
-    found = [section for section in found if registered is None or section.name in registered]
+def compared_sections(
+    record: StackRecord, sections: str | Sequence[str] | None, registered: Collection[str]
+) -> list[Section]:
+    """Sections to compare with the reference, from the lowest to the highest; all `registered` ones by default."""
+    found = [section for section in sections_in_z(record, sections) if section.name != record.reference]
+    found = [section for section in found if sections is not None or section.name in registered]
     if not found:
         others = [name for name in record.names if name != record.reference]
         then = f"`sections` must name some of {others}" if others else "the stack has no other section"

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, lies_on
 from spatial_impute._stack import load_record, load_transform, registration_problems, require_registration, warn
 from spatial_impute._validation import require_count, require_positive
 from spatial_impute.metrics import registration_quality
@@ -22,7 +22,6 @@ from spatial_impute.pl._figure import (
     legend_below,
     make_panels,
     nice_length,
-    sections_in_z,
     show_image,
     titles_for,
 )
@@ -127,10 +126,15 @@ def registration(
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
     warn(registration_problems(sdata, record))
-    wanted = compared_sections(record, sections_in_z(record, sections), rows if sections is None else None)
+    wanted = compared_sections(record, sections, rows)
     transforms = [load_transform(sdata, record, section.name) for section in wanted]
     titles = titles_for(title, [""] * len(wanted), "per section")
-    resolution = _check_options(resolution, n_tiles, show_table=show_table, ax=ax)
+    require_count(n_tiles, name="n_tiles", least=2)
+    if show_table and ax is not None:
+        msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
+        raise ValueError(msg)
+    if resolution is not None:
+        resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     canvas, on_canvas, drawn = on_reference(sdata, record, wanted, resolution)
     deformed = any(transform.deforms for transform in transforms)
     quality = registration_quality(sdata) if show_table else None
@@ -157,32 +161,18 @@ def registration(
     for panel, head in zip(axes[0], _COLUMNS, strict=False):
         panel.set_title(head, fontsize="medium")
     add_scale_bar(axes[-1, 0])
-    _add_legend(axes[-1, 1], record.reference)
-    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
-
-
-def _check_options(
-    resolution: float | None, n_tiles: int, *, show_table: bool, ax: Axes | Sequence[Axes] | None
-) -> float | None:
-    """Pixel size to read the images at, after a check of the options."""
-    require_count(n_tiles, name="n_tiles", least=2)
-    if show_table and ax is not None:
-        msg = "`show_table=True` needs a figure of its own; leave out `ax`, or the table."
-        raise ValueError(msg)
-    return None if resolution is None else require_positive(resolution, name="resolution", unit="um per pixel")
-
-
-def _add_legend(ax: Axes, reference: str) -> None:
-    colors = {f"{reference} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
+    colors = {f"{record.reference} (reference)": _REFERENCE, "section": _MOVED, "both": _BOTH}
     handles: list[Artist] = [Patch(color=color, label=label) for label, color in colors.items()]
-    legend_below(ax, handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
+    legend_below(axes[-1, 1], handles, handlelength=1, handleheight=1, columnspacing=1.0, handletextpad=0.4)
+    return finish(axes, ax=ax, save=save, show=show, return_ax=return_ax)
 
 
 def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
     """Table of the registered pairs of sections; a verdict other than "ok" is colored."""
     columns = {key: head for key, head in _TABLE.items() if key in quality}
+    cells = quality[list(columns)].map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value))
     rows = [
-        [f"{moving} on {fixed}", *(_cell(row[key]) for key in columns)] for (fixed, moving), row in quality.iterrows()
+        [f"{moving} on {fixed}", *row] for (fixed, moving), row in zip(quality.index, cells.to_numpy(), strict=True)
     ]
     ax.set_axis_off()
     table = ax.table(rows, colLabels=["pair", *columns.values()], loc="center", cellLoc="center", edges="horizontal")
@@ -196,10 +186,6 @@ def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
             cell.get_text().set_fontweight("bold")
         elif column == len(columns) and quality["verdict"].iloc[row - 1] != "ok":
             cell.get_text().set_color(_ALARM)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _describe(name: str, row: dict[str, Any], before: float, after: float) -> str:
@@ -252,10 +238,7 @@ def _bends(
     back = np.linalg.inv(transform.matrix)
     result = []
     for line in lines:
-        column, row = ((line - [canvas.x0, canvas.y0]) // canvas.pixel).astype(int).T
-        height, width = section.mask.shape
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        inside[inside] = section.mask[row[inside], column[inside]]
+        inside = lies_on(section.mask, (line - [canvas.x0, canvas.y0]) // canvas.pixel)
         # Points placed by the matrix alone, and where the deformation takes them.
         shift = transform.points(apply_affine(line, back)) - line
         edges = np.flatnonzero(np.diff(np.r_[False, inside, False]))
@@ -270,13 +253,9 @@ def _draw_row(panels: np.ndarray, canvas: Canvas, drawn: tuple[Drawn, Drawn, Dra
     for panel, picture in zip(panels, pictures, strict=False):
         frame_panel(panel, canvas.limits)
         show_image(panel, picture, canvas.to_um)
-    _draw_tiles(panels[2], canvas, tile)
-
-
-def _draw_tiles(ax: Axes, canvas: Canvas, tile: float) -> None:
-    """Edges of the tiles, where structures should continue."""
+    # Edges of the tiles, where structures should continue.
     style: dict[str, Any] = {"colors": "black", "linewidths": 0.4, "alpha": 0.35}
     x0, y0, x1, y1 = canvas.limits
-    ax.vlines(np.arange(x0, x1, tile), y0, y1, **style)
-    ax.hlines(np.arange(y0, y1, tile), x0, x1, **style)
-    ax.set(xlim=(x0, x1), ylim=(y1, y0))
+    panels[2].vlines(np.arange(x0, x1, tile), y0, y1, **style)
+    panels[2].hlines(np.arange(y0, y1, tile), x0, x1, **style)
+    panels[2].set(xlim=(x0, x1), ylim=(y1, y0))

@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, box_after
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import (
-    load_record,
-    load_transform,
-    section_levels,
-    spot_geometry,
-    stack_table,
-    values_by_spot,
-    warn_if_old,
-)
+from spatial_impute._stack import load_record, load_transform, section_levels, spot_geometry, stack_table, warn_if_old
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
 from spatial_impute.pl._figure import (
@@ -49,9 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.colors import Colormap
     from mpl_toolkits.mplot3d import Axes3D
     from spatialdata import SpatialData
 
@@ -159,7 +150,7 @@ def stack(
         table = stack_table(sdata, table_key)
         of_asign = color in (Keys.SUPPORT, Keys.SOURCE, Keys.DEPTH)
         warn_if_old(sdata, table, [Keys.ASIGN if of_asign and layer is None else layer or Keys.MEASURED])
-        paint = _Paint.of(table, read_color(table, color, layer, table_key=table_key), wanted, (cmap, vmin, vmax))
+        paint = read_color(table, color, layer, wanted, (cmap, vmin, vmax), table_key=table_key)
     strength = img_alpha if img_alpha is not None else (1.0 if paint is None else 0.5)
     if projection == "3d":
         slabs = _read_slabs(sdata, record, wanted, resolution)
@@ -190,32 +181,6 @@ def stack(
 
 
 @dataclass(frozen=True)
-class _Paint:
-    """Colors of the spots of the sections shown."""
-
-    table: AnnData
-    coloring: Coloring
-    shown: np.ndarray
-    """Values of all spots shown, which set the scale."""
-    norm: Normalize
-    cmap: Colormap
-
-    @classmethod
-    def of(cls, table: AnnData, coloring: Coloring, sections: list[Section], scale: tuple) -> _Paint:
-        """Colors on a `scale` of color map, vmin and vmax."""
-        shown = coloring.values[table.obs[Keys.SECTION].isin([section.name for section in sections]).to_numpy()]
-        return cls(table, coloring, shown, *coloring.scale(shown, *scale))
-
-    def values(self, section: Section, index: pd.Index) -> np.ndarray:
-        """(n_spots,) values of the spots of a section."""
-        return values_by_spot(self.table, section.name, self.coloring.values, index)
-
-    def add_key(self, axes: np.ndarray, n_columns: int, n_rows: int | None = None) -> None:
-        """Color bar or legend."""
-        self.coloring.add_key(axes, n_columns, self.shown, self.norm, self.cmap, n_rows=n_rows)
-
-
-@dataclass(frozen=True)
 class _Spots:
     """Spots of a section in the frame of the plot, um."""
 
@@ -232,18 +197,15 @@ class _Panel:
     rgb: np.ndarray
     to_um: np.ndarray
     spots: _Spots | None
-    image_box: np.ndarray
-    """(2, 2) lowest and highest x, y of the image, um."""
-    box: np.ndarray
-    """(2, 2) lowest and highest x, y to show, um."""
+    image_box: np.ndarray  # (2, 2) lowest and highest x, y of the image, um
+    box: np.ndarray  # (2, 2) lowest and highest x, y to show, um
 
 
 def _read_panel(sdata: SpatialData, section: Section, resolution: float | None, *, crop: bool) -> _Panel:
     rgb, to_um = read_picture(section_levels(sdata, section), resolution, _PIXELS)
-    height, width = rgb.shape[:2]
-    image_box = _box(apply_affine(np.array([[0, 0], [width, 0], [width, height], [0, height]]), to_um))
+    image_box = box_after((0, 0), rgb.shape[1::-1], to_um)
     spots = None if section.spots is None else _Spots(*spot_geometry(sdata, section))
-    box = _content(rgb, to_um, spots) if crop else image_box
+    box = _content_box(rgb, to_um, spots) if crop else image_box
     return _Panel(section, rgb, to_um, spots, image_box, image_box if box is None else box)
 
 
@@ -251,7 +213,7 @@ def _box(points: np.ndarray) -> np.ndarray:
     return np.array([points.min(axis=0), points.max(axis=0)])
 
 
-def _content(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
+def _content_box(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
     """(2, 2) lowest and highest x, y of tissue and spots with a margin, um; None if there are none."""
     step = max(1, max(rgb.shape[:2]) // _MASK_PIXELS)
     size_x, size_y = step * np.linalg.norm(to_um[:2, :2], axis=0)
@@ -267,7 +229,7 @@ def _content(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.nda
     return box + np.array([[-margin], [margin]])
 
 
-def _draw_panel(ax: Axes, panel: _Panel, span: np.ndarray, strength: float, paint: _Paint | None) -> None:
+def _draw_panel(ax: Axes, panel: _Panel, span: np.ndarray, strength: float, paint: Coloring | None) -> None:
     # Stay inside the image where it is large enough.
     room = np.maximum(np.ptp(panel.image_box, axis=0) - span, 0) / 2
     center = panel.image_box.mean(axis=0)
@@ -277,7 +239,7 @@ def _draw_panel(ax: Axes, panel: _Panel, span: np.ndarray, strength: float, pain
     if panel.spots is None:
         return
     centers, radius = panel.spots.centers, panel.spots.radius
-    values = np.full(len(radius), np.nan) if paint is None else paint.values(panel.section, panel.spots.index)
+    values = np.full(len(radius), np.nan) if paint is None else paint.of_section(panel.section, panel.spots.index)
     known = np.isfinite(values)
     if not known.all():
         draw_circles(ax, centers[~known], radius[~known], facecolors="none", edgecolors=INK, linewidths=0.4)
@@ -290,13 +252,10 @@ class _Slab:
     """Tissue pixels and spots of one section in the frame of the 3D plot, um."""
 
     section: Section
-    corners: np.ndarray
-    """(n_pixels, 4, 3) corners of the tissue pixels."""
-    rgb: np.ndarray
-    """(n_pixels, 3) in 0-255."""
+    corners: np.ndarray  # (n_pixels, 4, 3) corners of the tissue pixels
+    rgb: np.ndarray  # (n_pixels, 3) in 0-255
     spots: _Spots | None
-    length: float
-    """Longer side of the image, um."""
+    length: float  # Longer side of the image, um
 
 
 def _read_slabs(
@@ -306,9 +265,9 @@ def _read_slabs(
     slabs = []
     registered = (record.registration or {}).get("sections", {})
     for section in sections:
-        place = (
-            load_transform(sdata, record, section.name) if section.name in registered else SectionTransform(np.eye(3))
-        )
+        place = SectionTransform(np.eye(3))
+        if section.name in registered:
+            place = load_transform(sdata, record, section.name)
         levels = section_levels(sdata, section)
         rgb, to_um = read_picture(levels, resolution, _PIXELS_3D)
         size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
@@ -333,7 +292,7 @@ def _pixel_corners(mask: np.ndarray, to_um: np.ndarray, place: SectionTransform,
 
 
 def _draw_3d(
-    ax: Axes3D, slabs: list[_Slab], strength: float, z_stretch: float | None, paint: _Paint | None
+    ax: Axes3D, slabs: list[_Slab], strength: float, z_stretch: float | None, paint: Coloring | None
 ) -> np.ndarray:
     """Draw the tissue of every section, and the spots if they have colors."""
     points = [np.empty((0, 2))]
@@ -347,7 +306,7 @@ def _draw_3d(
             continue
         points.append(slab.spots.centers)
         if paint is not None:
-            values = np.ma.masked_invalid(paint.values(slab.section, slab.spots.index))
+            values = np.ma.masked_invalid(paint.of_section(slab.section, slab.spots.index))
             xyz = np.column_stack([slab.spots.centers, np.full(len(values), slab.section.z)])
             draw_discs(ax, xyz, slab.spots.radius, facecolors=paint.cmap(paint.norm(values)), edgecolors="none")
     found = np.concatenate(points)
@@ -360,7 +319,7 @@ def _draw_3d(
     return np.array([ax], dtype=object)
 
 
-def _label_3d(axes: np.ndarray, title: str | Sequence[str] | None, *, registered: bool, paint: _Paint | None) -> None:
+def _label_3d(axes: np.ndarray, title: str | Sequence[str] | None, *, registered: bool, paint: Coloring | None) -> None:
     if not registered:
         style = {"ha": "center", "fontsize": "small", "color": INK}
         axes[0].text2D(0.5, 0.0, "not registered", transform=axes[0].transAxes, **style)

@@ -12,7 +12,7 @@ from spatial_impute._geometry import Volume, interpolate_stack
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._stack import load_record, registered_spots, stack_table, warn_if_old
-from spatial_impute._validation import require_positive
+from spatial_impute._validation import name_list, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
     color_limits,
@@ -30,8 +30,8 @@ from spatial_impute.pl._figure import (
     frame_panel,
     given_axes,
     grid_shape,
-    names_or_raise,
     resolve_stretch,
+    rows_by_section,
     sections_in_z,
     stack_share,
     titles_for,
@@ -149,7 +149,7 @@ def volume(
     (1, 3)
     """
     table = stack_table(sdata, table_key)
-    genes = names_or_raise(genes, name="genes", there=f"`sdata.tables[{table_key!r}].var_names`")
+    genes = name_list(genes, name="genes", empty=f"name some of `sdata.tables[{table_key!r}].var_names`.")
     if interactive and len(genes) > 1:
         msg = f"`interactive=True` shows one gene, found {len(genes)}: {genes}."
         raise ValueError(msg)
@@ -161,7 +161,7 @@ def volume(
     titles = titles_for(title, [gene_title(table, gene, layer) for gene in genes], "per gene")
     limits = list(zip(limit_per_gene(vmin, genes, "vmin"), limit_per_gene(vmax, genes, "vmax"), strict=True))
     xyz = registered_spots(table, table_key)
-    used = _Used.of(table, sections_in_z(load_record(sdata), sections), values, layer)
+    used = _Sections.of(table, sections_in_z(load_record(sdata), sections), values, layer)
     spacing = typical_spacing(xyz, table.obs[Keys.SECTION].cat.codes.to_numpy())
     points, heights = [xyz[rows, :2] for rows in used.rows], used.heights
     volumes = [
@@ -170,7 +170,7 @@ def volume(
     ]
     shown = np.concatenate(used.rows)
     middle = (*((xyz[shown, :2].min(axis=0) + xyz[shown, :2].max(axis=0)) / 2), (heights[0] + heights[-1]) / 2)
-    place = _place(position, middle, volumes[0])
+    place = _slice_position(position, middle, volumes[0])
     (x0, x1), (y0, y1), (z0, z1) = volumes[0].limits
     share = stack_share(len(used.sections)) if interactive else _SLICE_HEIGHT
     stretch = resolve_stretch(z_stretch, max(x1 - x0, y1 - y0), z1 - z0, share=share)
@@ -197,12 +197,11 @@ def volume(
 
 
 @dataclass(frozen=True)
-class _Used:
+class _Sections:
     """Sections with values, in the order of z."""
 
     sections: list[Section]
-    rows: list[np.ndarray]
-    """Rows of the table of each section."""
+    rows: list[np.ndarray]  # Rows of the table of each section
     measured: set[str]
 
     @property
@@ -214,13 +213,12 @@ class _Used:
         return [section.z for section in self.sections]
 
     @classmethod
-    def of(cls, table: AnnData, wanted: list[Section], values: np.ndarray, layer: str) -> _Used:
+    def of(cls, table: AnnData, wanted: list[Section], values: np.ndarray, layer: str) -> _Sections:
         """Sections of `wanted` with values (n_spots, n_genes); raise a ``ValueError`` if they do not make a volume."""
-        rows = [np.flatnonzero(table.obs[Keys.SECTION] == section.name) for section in wanted]
-        pairs = [(s, index) for s, index in zip(wanted, rows, strict=True) if np.isfinite(values[index]).any()]
-        flags = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
-        used = cls([s for s, _ in pairs], [i for _, i in pairs], {s.name for s, i in pairs if flags[i].any()})
-        if len(pairs) < 2:
+        each = zip(wanted, *rows_by_section(table, wanted), strict=True)
+        kept = [(s, rows, measured) for s, rows, measured in each if np.isfinite(values[rows]).any()]
+        used = cls([s for s, _, _ in kept], [r for _, r, _ in kept], {s.name for s, _, measured in kept if measured})
+        if len(kept) < 2:
             msg = (
                 f"A volume needs values on at least two sections; `layers[{layer!r}]` has values on {used.names}. "
                 "Impute the others, or draw one section with `si.pl.imputed`."
@@ -242,7 +240,7 @@ class _Look:
     stretch: float
 
 
-def _place(
+def _slice_position(
     position: tuple[float | None, float | None, float | None] | None, middle: tuple[float, ...], found: Volume
 ) -> Point:
     """Place of the slices (um): from the user, or the middle of the tissue."""
@@ -276,7 +274,7 @@ def _make_axes(
     return np.array(panels, dtype=object)
 
 
-def _draw_slices(panels: np.ndarray, found: Volume, look: _Look, used: _Used) -> None:
+def _draw_slices(panels: np.ndarray, found: Volume, look: _Look, used: _Sections) -> None:
     x, y, z = look.place
     stretch = look.stretch
     x_limits, y_limits, z_limits = found.limits
@@ -310,7 +308,7 @@ def _draw_slices(panels: np.ndarray, found: Volume, look: _Look, used: _Used) ->
     add_scale_bar(across_y)
 
 
-def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units: str) -> Figure:
+def _interactive_view(found: Volume, look: _Look, used: _Sections, title: str, units: str) -> Figure:
     """Slices of a volume in 3D: two upright ones, and one that a slider moves along z."""
     try:
         from plotly import graph_objects as go
@@ -327,10 +325,10 @@ def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units
     flat = {"ambient": 1.0, "diffuse": 0.0, "specular": 0.0, "fresnel": 0.0}
     colors = {"colorscale": scale, "cmin": look.norm.vmin, "cmax": look.norm.vmax, "lighting": flat}
     x, y, z = found.axes
-    surfaces = [{**_plane(found, axis, look.place[axis]), "showscale": axis == 1} for axis in (0, 1)]
+    surfaces = [{**_surface(found, axis, look.place[axis]), "showscale": axis == 1} for axis in (0, 1)]
     surfaces[1]["colorbar"] = {"title": {"text": units.replace("\n", "<br>")}}
     start = found.cell(2, look.place[2])
-    moving = [{**_plane(found, 2, height), "showscale": False, "visible": k == start} for k, height in enumerate(z)]
+    moving = [{**_surface(found, 2, height), "showscale": False, "visible": k == start} for k, height in enumerate(z)]
     figure = go.Figure([go.Surface(**surface, **colors, connectgaps=False) for surface in [*surfaces, *moving]])
     visible = [[True, True, *(i == k for i in range(len(z)))] for k in range(len(z))]
     steps = [
@@ -355,13 +353,10 @@ def _interactive_view(found: Volume, look: _Look, used: _Used, title: str, units
     return figure
 
 
-def _plane(found: Volume, axis: int, position: float) -> dict[str, Any]:
+def _surface(found: Volume, axis: int, position: float) -> dict[str, Any]:
     """Coordinates and colors of a slice across x (0), y (1) or z (2); nothing outside the tissue."""
     values = found.slice(axis, position)
-    others = [found.axes[k] for k in (2, 1, 0) if k != axis]  # rows, columns of the slice
-    rows, columns = np.meshgrid(*others, indexing="ij")
-    here = np.full(values.shape, float(position))
-    order = {0: (here, columns, rows), 1: (columns, here, rows), 2: (columns, rows, here)}[axis]
+    places = [np.array([float(position)]) if k == axis else found.axes[k] for k in (2, 1, 0)]
+    z, y, x = (np.squeeze(part, axis=2 - axis) for part in np.meshgrid(*places, indexing="ij"))
     # plotly leaves out the points of a surface whose z is missing.
-    x, y, z = (order[0], order[1], np.where(np.isfinite(values), order[2], np.nan))
-    return {"x": x, "y": y, "z": z, "surfacecolor": values}
+    return {"x": x, "y": y, "z": np.where(np.isfinite(values), z, np.nan), "surfacecolor": values}

@@ -170,9 +170,9 @@ def extract_features(
     run = _Extraction(encoders, layout, batch_size, None if cache_dir is None else Path(cache_dir).expanduser())
     found, keys = {}, {}
     for name, view in progress(views.items(), "Extracting features", show=show_progress_bar):
-        of_encoder = [_key(run, encode, view, stain_maps.get(name)) for encode in encoders]
+        of_encoder = [_cache_key(run, encode, view, stain_maps.get(name)) for encode in encoders]
         keys[name] = "+".join(of_encoder) if all(of_encoder) else ""
-        tokens = _in_table(table, rows[name], name, keys[name])
+        tokens = _tokens_in_table(table, rows[name], name, keys[name])
         found[name] = _encode(run, name, view, of_encoder, stain_maps.get(name)) if tokens is None else tokens
     provenance = {
         "encoder": "+".join(encode.name for encode in encoders),
@@ -213,7 +213,15 @@ def _section_views(sdata: SpatialData, record: StackRecord, finest: Encoder) -> 
             levels = section_levels(sdata, section)
             views[section.name] = _SectionView(levels, centers, 2 * float(np.median(radius)), index)
             _require_on_image(views[section.name], section.spots)
-            _warn_if_coarse(section.name, levels[0], finest)
+            if levels[0].pixel_size > _COARSE * finest.mpp:
+                logger.warning(
+                    "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but "
+                    "little texture. Give this section its full-resolution scan.",
+                    section.name,
+                    levels[0].pixel_size,
+                    finest.name,
+                    finest.mpp,
+                )
     return views
 
 
@@ -312,18 +320,6 @@ def _require_on_image(view: _SectionView, element: str) -> None:
         raise ValueError(msg)
 
 
-def _warn_if_coarse(name: str, level: Level, encoder: Encoder) -> None:
-    if level.pixel_size > _COARSE * encoder.mpp:
-        logger.warning(
-            "Section %s: its image has %.3g um per pixel, encoder %r expects %.3g: features will show color but little "
-            "texture. Give this section its full-resolution scan.",
-            name,
-            level.pixel_size,
-            encoder.name,
-            encoder.mpp,
-        )
-
-
 def _stain_maps(
     sdata: SpatialData, record: StackRecord, views: Mapping[str, _SectionView], method: str | None
 ) -> dict[str, StainMap]:
@@ -345,7 +341,7 @@ def _stain_maps(
     return maps
 
 
-def _key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: StainMap | None) -> str:
+def _cache_key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: StainMap | None) -> str:
     """Key of the features of a section; empty for an encoder without identity."""
     identity = getattr(encoder, "identity", None)
     if identity is None:
@@ -361,7 +357,7 @@ def _key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map: Stai
     return section_key(identity, image, geometry, arrays)
 
 
-def _in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
+def _tokens_in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
     """Features of a section that the table already holds under this key, or None."""
     before = table.uns.get(Keys.FEATURES, {}).get("sections", {})
     if not key or before.get(name) != key or not all(level in table.obsm for level in Keys.LEVELS):

@@ -71,7 +71,7 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
     """Read one section from a file, a folder, an array or an object."""
     if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
         return _from_spaceranger(name, Path(value), options)
-    if _is_anndata(value):
+    if isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad"):
         return _from_anndata(name, value, options)
     if options.fullres_image is not None:
         msg = (
@@ -79,17 +79,10 @@ def read_section(name: str, value: SectionInput, options: SectionOptions) -> Sec
             f"returns; found {type(value).__name__}."
         )
         raise ValueError(msg)
-    if _is_slide(value):
-        return _from_image(name, value, options.mpp)
-    if is_spatialdata(value):
-        return _from_spatialdata(
-            name, value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve()), options
-        )
+    if is_spatialdata(value) and not _is_slide(value):
+        sdata = value if isinstance(value, SpatialData) else SpatialData.read(Path(str(value)).resolve())
+        return _from_spatialdata(name, sdata, options)
     return _from_image(name, value, options.mpp)
-
-
-def _is_anndata(value: object) -> bool:
-    return isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad")
 
 
 def _is_slide(value: object) -> bool:
@@ -104,7 +97,7 @@ def _from_anndata(name: str, value: Any, options: SectionOptions) -> SectionPart
             msg = f"{where}: no file at {str(value)!r}."
             raise FileNotFoundError(msg)
         value = read_h5ad(value)
-    return _of_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
+    return _from_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
 
 
 def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionParts:
@@ -147,10 +140,10 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
             raise
         msg = f"Section {name!r}: {folder} cannot be read as output of Space Ranger: {error!r}. Copy its files again."
         raise ValueError(msg) from error
-    return _of_sample(name, sdata, mpp, source, options)
+    return _from_sample(name, sdata, mpp, source, options)
 
 
-def _of_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
+def _from_sample(name: str, sdata: SpatialData, mpp: float, source: str, options: SectionOptions) -> SectionParts:
     """Section of one sample in ``"global"``, with its own pixel size unless the user gave one."""
     if options.mpp is not None or options.spot_pitch is not None:
         warn_of_other_pixels(name, sdata, mpp, given=options.mpp, spot_pitch=options.spot_pitch)
@@ -195,7 +188,8 @@ def _array_levels(name: str, value: Any) -> list[Any]:
                 "Rename them, e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
             )
             raise ValueError(msg)
-        return [_rgb((value if "c" in value.dims else value.expand_dims("c")).transpose("c", "y", "x"), name).data]
+        image = value if "c" in value.dims else value.expand_dims("c")
+        return [_as_rgb(image.transpose("c", "y", "x"), name).data]
     is_array = hasattr(value, "astype")  # unlike a tensor of torch
     shape = tuple(getattr(value, "shape", ()))
     if len(shape) == 2 and is_array:
@@ -210,7 +204,7 @@ def _array_levels(name: str, value: Any) -> list[Any]:
     raise ValueError(msg)
 
 
-def _rgb(image: Any, where: str) -> Any:
+def _as_rgb(image: Any, where: str) -> Any:
     try:
         return in_rgb_order(image)
     except ValueError as error:
@@ -223,7 +217,7 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
     system = _choose_system(source, options.coordinate_system, where)
     image_key = _choose_image(source, options.image_key, system, where)
     # SpatialData takes no element whose pixels were loaded, unless they are chunks again.
-    image = _rgb(source.images[image_key], f"{name}, image {image_key}").chunk({})
+    image = _as_rgb(source.images[image_key], f"{name}, image {image_key}").chunk({})
     shapes_key = _choose_spots(source, options.shapes_key, system, where)
     circles = None if shapes_key is None else as_circles(source.shapes[shapes_key], shapes_key, where)
     if options.mpp is not None:
@@ -238,10 +232,10 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
         raise ValueError(msg)
     mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
     parts = SectionParts(
-        _moved(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
+        _in_section_frame(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
     )
     if shapes_key is not None:
-        parts.spots = _moved(circles, system, name, mpp)
+        parts.spots = _in_section_frame(circles, system, name, mpp)
         # One table annotates the spots of all sections, so their ids must have one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
         parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
@@ -358,7 +352,7 @@ def _regions(table: AnnData) -> list[str]:
     return [regions] if isinstance(regions, str) else list(regions or [])
 
 
-def _moved(element: Any, system: str, name: str, mpp: float) -> Any:
+def _in_section_frame(element: Any, system: str, name: str, mpp: float) -> Any:
     """Shallow copy of an element whose only transformation goes to the section's frame in um."""
     to_system = get_transformation(element, to_coordinate_system=system)
     copy = element.copy()
@@ -374,16 +368,12 @@ def _require_joining(instance: np.ndarray, index: pd.Index, where: str, shapes_k
     if not known.any() and len(instance):
         msg = (
             f"{where}: no row of its table names one of the {len(index)} spots of `shapes[{shapes_key!r}]`; rows name "
-            f"e.g. {instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Use the names of the spots as "
-            "instance ids."
+            f"e.g. {instance[:3].tolist()}, spots are named e.g. {list(index[:3])}. Use the names of spots as instance ids."
         )
         raise ValueError(msg)
     repeated = pd.Index(instance).duplicated()
     if repeated.any():
-        msg = (
-            f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one of "
-            "them."
-        )
+        msg = f"{where}: several rows of its table annotate the same spot {str(instance[repeated][0])!r}; keep one."
         raise ValueError(msg)
     if not known.all():
         logger.warning(

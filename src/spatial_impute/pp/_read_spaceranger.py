@@ -65,14 +65,11 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
 class _Sample:
     """Files of Space Ranger about a sample."""
 
-    where: str
-    """For messages."""
+    where: str  # For messages
     factors: dict[str, Any]
-    positions: pd.DataFrame
-    """One row per spot under the name of its barcode, with the columns of Space Ranger."""
+    positions: pd.DataFrame  # One row per spot under the name of its barcode, with the columns of Space Ranger
     counts: AnnData
-    images: dict[str, Any]
-    """Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)."""
+    images: dict[str, Any]  # Small images by kind (``"hires"``, ``"lowres"``): paths, or arrays (y, x, c)
 
 
 def read_spaceranger(
@@ -105,7 +102,8 @@ def read_spaceranger(
             "replace their polygons by `spatialdata.to_circles(...)`, and give the object with `shapes_key=`."
         )
         raise ValueError(msg)
-    return _section(_Sample(str(folder), factors, read_positions(folder), _read_counts(folder), images), fullres_image)
+    sample = _Sample(str(folder), factors, read_positions(folder), _read_counts(folder), images)
+    return _sample_object(sample, fullres_image)
 
 
 def read_legacy(
@@ -139,14 +137,14 @@ def read_legacy(
     scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
     require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
-    return _section(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
+    return _sample_object(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
 
 
-def _section(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
+def _sample_object(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
     """See :func:`read_spaceranger`."""
     factors = sample.factors
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Variable names are not unique")  # they are told apart later
+        warnings.filterwarnings("ignore", "Variable names are not unique")  # they get other names later
         positions, counts = _spots_under_tissue(sample)
         if "microns_per_pixel" in factors:
             mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
@@ -217,7 +215,7 @@ def _read_counts(folder: Path) -> AnnData:
     import scanpy as sc
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they are told apart later
+        warnings.simplefilter("ignore", UserWarning)  # of names that are not unique: they get other names later
         for pattern in _COUNTS:
             paths = sorted(folder.glob(pattern))
             if len(paths) > 1:
@@ -361,7 +359,7 @@ def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] |
     levels, pixel = small
     wanted = np.array(levels[0].shape[1:]) * pixel
     size, name = np.array(scan[0].shape[1:]), f"{where}: `fullres_image` of {scan[0].shape[2]} x {scan[0].shape[1]} px"
-    found = compare_pictures(*(_grey(image) for image in (scan, levels)))
+    found = compare_pictures(*(_grey_thumbnail(image) for image in (scan, levels)))
     best = max(found, key=lambda turn: found[turn], default=None)
     expected = f"the scan that Space Ranger was given, of about {wanted[1]:.0f} x {wanted[0]:.0f} px"
     if best not in (None, AS_IT_IS) and found[best] > max(_OTHER_PICTURE, found.get(AS_IT_IS, -1.0) + _BETTER):
@@ -384,7 +382,7 @@ def _pixel_of_scan(where: str, scan: list[Any], small: tuple[list[Any], float] |
     return 1 / scale
 
 
-def _grey(arrays: list[Any]) -> np.ndarray:
+def _grey_thumbnail(arrays: list[Any]) -> np.ndarray:
     """Grey thumbnail (y, x) of levels (c, y, x)."""
     levels = image_levels(image_element(arrays, "global", 1.0), scaling(1.0))
     return read_thumbnail(levels, max(1.0, max(arrays[0].shape[1:]) / 512))[0].mean(axis=2)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
-
 
 def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None = None, resolution: float = 8.0) -> None:
     """Find the tissue on the H&E image of each section.
@@ -63,7 +61,15 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     resolution = require_positive(resolution, name="resolution", unit="um per pixel")
     found = {}
     for name in resolve_sections(record, sections):
-        mask, to_um = section_tissue(sdata, record[name], resolution)
+        image = record[name].image
+        rgb, to_um = read_thumbnail(section_levels(sdata, record[name]), resolution)
+        mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0).mean())
+        if not mask.any():
+            msg = (
+                f"No tissue found on `sdata.images[{image!r}]` (section {name!r}); its grey values run from "
+                f"{rgb.min():.0f} to {rgb.max():.0f}. Check the image, or make the stack without this section."
+            )
+            raise ValueError(msg)
         found[name] = (mask, to_um, _outline(mask, to_um, to_frames(record, name, Identity())))
     ours = sdata.attrs.get(Keys.ATTRS, {})
     images = {**ours.get(Keys.TISSUE, {}), **section_images(sdata, record, found)}
@@ -76,19 +82,6 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
         sdata.shapes[Keys.tissue_outline(name)] = outline
         log_added(f"shapes[{Keys.tissue_outline(name)!r}]")
         logger.info("Section %s: %.2f mm2 of tissue", name, outline["area"].sum() / 1e6)
-
-
-def section_tissue(sdata: SpatialData, section: Section, resolution: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tissue mask (y, x) of one section and its (3, 3) affine from pixel corners to um."""
-    rgb, to_um = read_thumbnail(section_levels(sdata, section), resolution)
-    mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0).mean())
-    if not mask.any():
-        msg = (
-            f"No tissue found on `sdata.images[{section.image!r}]` (section {section.name!r}); its grey values run "
-            f"from {rgb.min():.0f} to {rgb.max():.0f}. Check the image, or make the stack without this section."
-        )
-        raise ValueError(msg)
-    return mask, to_um
 
 
 def _outline(mask: np.ndarray, to_um: np.ndarray, transformations: dict[str, Any]) -> GeoDataFrame:

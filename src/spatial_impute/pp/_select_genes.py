@@ -45,16 +45,7 @@ _RIBOSOMAL = re.compile(r"rp[sl](a$|p?\d+(?![k\d]))", re.IGNORECASE)
 _N_NAMED = 5
 
 
-def _mean(values: Any, _xy: np.ndarray) -> np.ndarray:
-    return np.asarray(values.mean(axis=0)).ravel()
-
-
-def _moran(values: Any, xy: np.ndarray) -> np.ndarray:
-    """Moran's I on the nearest neighbors, as ``squidpy.gr.spatial_autocorr`` ranks genes."""
-    return morans_i(nearest_graph(xy), values)
-
-
-def _dispersion(values: Any, _xy: np.ndarray) -> np.ndarray:
+def _dispersion(values: Any) -> np.ndarray:
     """Variability compared with genes of the same mean, as ``scanpy.pp.highly_variable_genes`` ranks genes."""
     import scanpy as sc
 
@@ -62,8 +53,12 @@ def _dispersion(values: Any, _xy: np.ndarray) -> np.ndarray:
     return np.nan_to_num(found["dispersions_norm"].to_numpy(dtype=float), nan=-np.inf)
 
 
-_FLAVORS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {"mean": _mean, "svg": _moran, "hvg": _dispersion}
-"""Functions of (n, g) log-normalised values and (n, 2) positions in the section to (g,) scores."""
+# Functions of (n, g) log-normalised values and (n, 2) positions in the section to (g,) scores.
+_FLAVORS: dict[str, Callable[[Any, np.ndarray], np.ndarray]] = {
+    "mean": lambda values, _: np.asarray(values.mean(axis=0)).ravel(),
+    "svg": lambda values, xy: morans_i(nearest_graph(xy), values),  # as ``squidpy.gr.spatial_autocorr`` ranks genes
+    "hvg": lambda values, _: _dispersion(values),
+}
 
 
 def select_genes(
@@ -346,10 +341,7 @@ def _warn_of_other_features(table: AnnData, where: str) -> None:
 
 def _given_genes(genes: Sequence[str], var_names: dict[str, pd.Index], join: str) -> list[str]:
     """Names of the given genes, after a check that the measured sections have them."""
-    wanted = name_list(genes, name="genes")
-    if not wanted:
-        msg = "`genes` is empty; name some genes, or leave it out and set `n_top_genes`."
-        raise ValueError(msg)
+    wanted = name_list(genes, name="genes", empty="name some genes, or leave it out and set `n_top_genes`.")
     for name, names in var_names.items() if join == "inner" else ():
         missing = [gene for gene in wanted if gene not in names]
         if missing:

@@ -128,22 +128,20 @@ def tile_spots(
     if not wanted:
         return
     answer(tissue_problems(sdata, record))
-    lattice = _lattice(sdata, record, (spot_diameter, spacing, layout), min_tissue_fraction)
-    centers = {name: _grid_on_tissue(sdata, name, lattice) for name in wanted}
+    lattice = _lattice(sdata, record, spot_diameter, spacing, layout)
+    centers = {name: _grid_on_tissue(sdata, name, *lattice, min_fraction=min_tissue_fraction) for name in wanted}
     for name, points in centers.items():
-        record = _write_spots(sdata, record, name, points, 2 * lattice.radius)
+        # Ids are strings like barcodes: one table cannot join both strings and numbers.
+        frame = gpd.GeoDataFrame(
+            {"radius": np.full(len(points), lattice[0])},
+            geometry=gpd.points_from_xy(*points.T),
+            index=[str(i) for i in range(len(points))],
+        )
+        sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
+        log_added(f"shapes[{Keys.spots(name)!r}]")
+        record = record.with_section(replace(record[name], spots=Keys.spots(name)))
     save_record(sdata, record)
     build_stack_table(sdata, record)
-
-
-@dataclass(frozen=True)
-class _Lattice:
-    """Lattice of virtual spots; lengths in um."""
-
-    spacing: float
-    radius: float
-    layout: str
-    min_fraction: float
 
 
 def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: str | Sequence[str] | None) -> list[str]:
@@ -157,37 +155,20 @@ def _sections_without_spots(sdata: SpatialData, record: StackRecord, sections: s
                 f"section that was not measured, delete them first: `del sdata.shapes[{record[name].spots!r}]`."
             )
             raise ValueError(msg)
-        require_key(
-            Keys.tissue(name), sdata.labels, where="sdata.labels", then="Run `si.pp.segment_tissue(sdata)` first."
-        )
+        then = "Run `si.pp.segment_tissue(sdata)` first."
+        require_key(Keys.tissue(name), sdata.labels, where="sdata.labels", then=then)
     return wanted
 
 
-def _write_spots(
-    sdata: SpatialData, record: StackRecord, name: str, points: np.ndarray, diameter: float
-) -> StackRecord:
-    """Write the spots of a section and return the record with them."""
-    # Ids are strings like barcodes: one table cannot join both strings and numbers.
-    frame = gpd.GeoDataFrame(
-        {"radius": np.full(len(points), diameter / 2)},
-        geometry=gpd.points_from_xy(*points.T),
-        index=[str(i) for i in range(len(points))],
-    )
-    sdata.shapes[Keys.spots(name)] = ShapesModel.parse(frame, transformations=to_frames(record, name, Identity()))
-    log_added(f"shapes[{Keys.spots(name)!r}]")
-    return record.with_section(replace(record[name], spots=Keys.spots(name)))
-
-
 def _lattice(
-    sdata: SpatialData, record: StackRecord, given: tuple[float | None, float | None, str | None], min_fraction: float
-) -> _Lattice:
-    """Lattice of the given diameter, spacing and layout; what is None is that of the first measured section."""
-    diameter, spacing, layout = given
+    sdata: SpatialData, record: StackRecord, diameter: float | None, spacing: float | None, layout: str | None
+) -> tuple[float, float, str]:
+    """Radius and spacing (um), and layout; what is None is that of the first measured section."""
     measured = [section for section in record.sections if section.counts is not None]
     if not measured and (diameter is None or spacing is None):
         msg = "Give `spot_diameter` and `spacing` (um): the stack has no measured section with known sizes."
         raise ValueError(msg)
-    if measured and None in given:
+    if measured and None in (diameter, spacing, layout):
         centers, radius, _ = spot_geometry(sdata, measured[0])
         diameter = 2 * float(np.median(radius)) if diameter is None else diameter
         found = lattice_of(centers)
@@ -197,40 +178,34 @@ def _lattice(
                 msg = f"Give `spacing` (um): section {measured[0].name!r} has only one spot."
                 raise ValueError(msg)
             spacing = typical_spacing(centers, np.zeros(len(centers))) if found is None else found[0]
-    return _Lattice(
-        require_positive(spacing, name="spacing", unit="um"),
-        require_positive(diameter, name="spot_diameter", unit="um") / 2,
-        layout or "hex",
-        min_fraction,
-    )
+    spacing = require_positive(spacing, name="spacing", unit="um")
+    return require_positive(diameter, name="spot_diameter", unit="um") / 2, spacing, layout or "hex"
 
 
-def _grid_on_tissue(sdata: SpatialData, name: str, lattice: _Lattice) -> np.ndarray:
-    """Lattice points in um whose discs lie on the tissue of a section by at least the given share of their area."""
+def _grid_on_tissue(
+    sdata: SpatialData, name: str, radius: float, spacing: float, layout: str, *, min_fraction: float
+) -> np.ndarray:
+    """Lattice points in um whose discs lie on the tissue of a section by at least `min_fraction` of their area."""
     labels = sdata.labels[Keys.tissue(name)]
     mask, to_um = np.asarray(labels.data) > 0, element_affine(labels, name)
     rows, columns = np.nonzero(mask)
     corners = apply_affine(np.column_stack([columns, rows]) + 0.5, to_um)
-    grid = grid_in_box(*corners.min(axis=0), *corners.max(axis=0), spacing=lattice.spacing, layout=lattice.layout)
+    grid = grid_in_box(*corners.min(axis=0), *corners.max(axis=0), spacing=spacing, layout=layout)
     # Rings of equal area, sampled evenly: the mean over the points estimates the share of the disc on tissue.
     rings = np.sqrt((np.arange(4) + 0.5) / 4)
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    disc = lattice.radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
+    disc = radius * np.array([(r * np.cos(a), r * np.sin(a)) for r in rings for a in angles])
     from_um = np.linalg.inv(to_um)
     kept = [np.empty((0, 2))]
     for start in range(0, len(grid), _POINTS_AT_A_TIME):
         points = grid[start : start + _POINTS_AT_A_TIME]
-        pixels = apply_affine((points[:, None] + disc).reshape(-1, 2), from_um)
-        column, row = np.floor(pixels).astype(int).T
-        inside = (column >= 0) & (row >= 0) & (column < mask.shape[1]) & (row < mask.shape[0])
-        covered = np.zeros(len(pixels))
-        covered[inside] = mask[row[inside], column[inside]]
-        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= lattice.min_fraction])
+        covered = lies_on(mask, apply_affine((points[:, None] + disc).reshape(-1, 2), from_um))
+        kept.append(points[covered.reshape(len(points), -1).mean(axis=1) >= min_fraction])
     found = np.concatenate(kept)
     if not len(found):
         msg = (
-            f"No spot of diameter {2 * lattice.radius:g} um lies on the tissue of section {name!r} "
-            f"(at least {lattice.min_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
+            f"No spot of diameter {2 * radius:g} um lies on the tissue of section {name!r} "
+            f"(at least {min_fraction:.0%} of its area). Lower `min_tissue_fraction` or `spot_diameter`."
         )
         raise ValueError(msg)
     return found
@@ -245,9 +220,9 @@ def read_positions(folder: Path) -> pd.DataFrame:
             "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
         )
         raise FileNotFoundError(msg)
-    found, *others = map(_read_file, paths)
+    found, *others = map(_read_positions_file, paths)
     for path, other in zip(paths[1:], others, strict=True):
-        if (differ := _difference(found, other)) is not None:
+        if (differ := _first_difference(found, other)) is not None:
             msg = (
                 f"{paths[0]} and {path.name} beside it contradict each other: {differ}. They are of different samples "
                 "or versions of Space Ranger; keep the one that belongs to the counts."
@@ -256,7 +231,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
     return found
 
 
-def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
+def _first_difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
     """First difference of two tables of positions, in words; None if they say the same."""
     only = first.index.symmetric_difference(second.index)
     if len(only):
@@ -270,8 +245,8 @@ def _difference(first: pd.DataFrame, second: pd.DataFrame) -> str | None:
     return f"{column!r} of {name!r} is {one.loc[name, column]:g} and {other.loc[name, column]:g}"
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+def _read_positions_file(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else _read_positions_csv(path)
     if table.index.name == "barcode":
         table = table.reset_index()
     missing = [column for column in COLUMNS if column not in table]
@@ -307,7 +282,7 @@ def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
     return table
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _read_positions_csv(path: Path) -> pd.DataFrame:
     """Positions with the columns that the header names; Space Ranger 1 wrote no header."""
     text = read_text(path).lstrip()
     head = text.split("\n", 1)[0]
@@ -360,7 +335,7 @@ def turned_picture(picture: np.ndarray, turn: str) -> np.ndarray:
 
 
 def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | None:
-    """Compare spots (um) with the tissue of their own image, or with all of it if none is seen; None for too few spots."""
+    """Compare spots (um) with the tissue of their image, or with all of it if none is found; None for too few spots."""
     height, width = levels[0].shape
     resolution = max(_FINEST, levels[0].pixel_size * max(height, width) / _MOST_PX)
     if len(centers) < _FEWEST or np.prod(best_level(levels, resolution).shape, dtype=float) > _MOST_DECODED:

@@ -1,15 +1,16 @@
 """Tools: register sections, link them in 3D, fit and impute; dense maps from one image."""
 
+from spatial_impute.tl._base_layers import add_prediction
 from spatial_impute.tl._build_3d_graph import build_3d_graph
 from spatial_impute.tl._cross_validate import cross_validate
 from spatial_impute.tl._export import points_3d, write_geojson, write_ome_tiff
 from spatial_impute.tl._fit_asign import fit_asign
 from spatial_impute.tl._fit_pixnet import fit_pixnet
-from spatial_impute.tl._foreign_transforms import read_placement, read_transformation, write_transformation
-from spatial_impute.tl._impute_3d import impute_3d
+from spatial_impute.tl._foreign_transforms import read_transformation, write_transformation
+from spatial_impute.tl._impute_3d import impute_3d, impute_baseline
 from spatial_impute.tl._impute_pixnet import impute_pixnet
 from spatial_impute.tl._match_sections import match_sections
-from spatial_impute.tl._other_layers import add_prediction, impute_baseline
+from spatial_impute.tl._places import read_placement
 from spatial_impute.tl._predict_dense import genes_from_features, predict_dense
 from spatial_impute.tl._predict_regions import predict_regions
 from spatial_impute.tl._register_stack import register_stack

@@ -131,17 +131,19 @@ def build_3d_graph(
         )
         require_finite(np.asarray(table.obsm[use_rep]), name=f"{where}[{use_rep!r}]", row_names=table.obs_names)
     require_slot_key(key_added, name="key_added")
+    if not isinstance(similarity_threshold, int | float | np.number) or not -1 <= similarity_threshold < 1:
+        msg = f"`similarity_threshold` is a cosine and must lie in [-1, 1), found {similarity_threshold!r}."
+        raise ValueError(msg)
     section = section_ranks(table, record.names)
     spacing = typical_spacing(xyz, section)
+    longest = 3 * spacing if max_distance is None else require_positive(max_distance, name="max_distance", unit="um")
     rules = EdgeRules(
         n_neighs=require_count(n_neighs, name="n_neighs"),
         n_cross_neighs=require_count(n_cross_neighs, name="n_cross_neighs", least=0),
         max_section_gap=require_count(max_section_gap, name="max_section_gap"),
-        max_distance=3 * spacing
-        if max_distance is None
-        else require_positive(max_distance, name="max_distance", unit="um"),
+        max_distance=longest,
         n_similar=require_count(n_similar, name="n_similar", least=0),
-        similarity_threshold=_require_cosine(similarity_threshold, name="similarity_threshold"),
+        similarity_threshold=float(similarity_threshold),
         similarity_weight=similarity_weight and require_positive(similarity_weight, name="similarity_weight"),
         bandwidth=spacing,
     )
@@ -169,13 +171,6 @@ def build_3d_graph(
     }
     write_slots(table, table_key, {"obsp": slots, "uns": {Keys.neighbors(key_added): parameters}})
     return None
-
-
-def _require_cosine(value: float, *, name: str) -> float:
-    if not isinstance(value, int | float | np.number) or not -1 <= value < 1:
-        msg = f"`{name}` is a cosine and must lie in [-1, 1), found {value!r}."
-        raise ValueError(msg)
-    return float(value)
 
 
 def _misplaced(record: StackRecord) -> np.ndarray:

@@ -22,6 +22,7 @@ from spatial_impute._validation import (
     require_positive,
     resolve_params,
 )
+from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bases
 from spatial_impute.tl._fit_pixnet import PixNetSetup
 from spatial_impute.tl._impute_pixnet import (
     HeldOut,
@@ -30,7 +31,6 @@ from spatial_impute.tl._impute_pixnet import (
     warn_of_shared_groups,
 )
 from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
-from spatial_impute.tl._other_layers import INDEPENDENT, kinds_of_bases, with_bases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -166,10 +166,7 @@ def cross_validate(
     block_spacings = require_positive(block_spacings, name="block_spacings")
     device = require_device(device)
     if pixnet.loss != "mse+pcc":
-        msg = (
-            f"Methods are compared on log values, but the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use "
-            "'mse+pcc'."
-        )
+        msg = f"Methods are compared on log values; the loss {pixnet.loss!r} of `pixnet_params` is for counts. Use 'mse+pcc'."
         raise ValueError(msg)
     tables, read = read_stacks(
         stacks,
@@ -202,10 +199,11 @@ def cross_validate(
         setup = PixNetSetup(build_pyramid(encoder, window=pixnet.encoder_window), pixnet, tile_size, device, seed)
     with progress_steps("Cross-validating", show=show_progress_bar) as steps:
         found = _predict(data, names, settings, setup, steps(len(names) * len(folds)))
-    r = _correlations(data, found)
+    truth, parts, fold = data.truth, data.parts(), data.fold_of_spot
+    r = {n: np.nanmean([pearson_by_gene(found[n][p], truth[p], fold[p]) for p in parts], axis=0) for n in names}
     if by == "gene":
-        return pd.DataFrame({name: r[name] for name in names}, index=pd.Index(data.genes, name="gene"))
-    return _method_table(data, found, r, names, seed)
+        return pd.DataFrame(r, index=pd.Index(data.genes, name="gene"))
+    return _method_table(data, found, r, seed)
 
 
 def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
@@ -215,10 +213,7 @@ def _method_names(methods: Sequence[str] | None, n_stacks: int) -> list[str]:
     allowed = [*METHODS, *RECIPES, IMAGE_KNN, COLOR, PIXNET, ASIGN] if n_stacks == 1 else [*FROM_IMAGE, ASIGN]
     if methods is None:
         return [*METHODS, ASIGN] if n_stacks == 1 else ["mean", "ridge", IMAGE_KNN]
-    names = name_list(methods, name="methods")
-    if not names:
-        msg = f"`methods` is empty; choose some of {allowed}, or leave it out for all."
-        raise ValueError(msg)
+    names = name_list(methods, name="methods", empty=f"choose some of {allowed}, or leave it out for all.")
     for name in names:
         require_one_of(name, allowed, name="methods")
     return names
@@ -231,8 +226,7 @@ def _independent(base_layers: Mapping[str, str]) -> dict[str, str]:
     if held_out:
         msg = (
             f"`base_layers` names {held_out}, which are not declared {INDEPENDENT!r}: they have seen spots that are "
-            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, which is fitted again in each "
-            "fold."
+            f"hidden here. Leave them out; for PixNet use the method {Keys.PIXNET!r}, fitted again in each fold."
         )
         raise ValueError(msg)
     return kinds
@@ -303,14 +297,13 @@ def _predict(
 
 
 def _require_stacks_to_learn_from(data: HeldOut) -> None:
-    """Raise unless ASIGN can learn to predict a stack without a measured spot wherever it has to."""
+    """Raise unless ASIGN learns from two stacks or more wherever it predicts one without a measured spot."""
     for fold in data.folds:
         measured = [bool(spots.known.any()) for spots in data.without(fold)]
         if not all(measured) and sum(measured) < 2:
             msg = (
                 "ASIGN predicts a stack without a measured spot only if it learned from at least two others; "
-                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or "
-                "leave "
+                f"{sum(measured)} are left while {len(measured) - sum(measured)} are held out. Pass more stacks, or leave "
                 'out "asign".'
             )
             raise ValueError(msg)
@@ -341,24 +334,13 @@ def _color_features(data: HeldOut) -> np.ndarray:
     return standardise_by_section(values, data.spots.section)
 
 
-def _correlations(data: HeldOut, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """(n_genes,) Pearson correlation of each method, mean over sections."""
-    truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
-    return {
-        name: np.nanmean([pearson_by_gene(values[rows], truth[rows], folds[rows]) for rows in parts], axis=0)
-        for name, values in found.items()
-    }
-
-
-def _method_table(
-    data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], names: list[str], seed: int
-) -> pd.DataFrame:
+def _method_table(data: HeldOut, found: dict[str, np.ndarray], r: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
     """Scores of the methods from their predictions and their correlations `r`."""
     truth, parts, folds = data.truth, data.parts(), data.fold_of_spot
-    baselines = [name for name in names if name not in ("asign", "pixnet")]
+    baselines = [name for name in r if name not in ("asign", "pixnet")]
     best = max(baselines, key=lambda name: np.nanmean(r[name])) if baselines else None
     rows = {}
-    for name in names:
+    for name in r:
         scores = pd.DataFrame([summarise(found[name][p], truth[p], found["mean"][p], folds[p]) for p in parts]).mean()
         scores["low"], scores["high"] = bootstrap_interval(r[name], seed=seed)
         if best is not None:

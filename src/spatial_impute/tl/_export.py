@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.levels import Level
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import StackRecord
 
 _CORNERS = 8  # of a quarter of a circle: its area is right to 0.6 %
 _DECIMALS = 2  # of a pixel
@@ -122,15 +121,13 @@ def points_3d(
         frame[name] = table.obs[name].to_numpy()
     columns = name_list(columns, name="columns")
     if taken := [name for name in columns if name in {"x", "y", "spot"} & {*table.obs, *table.var_names}]:
-        msg = (
-            f"`columns` names {taken}, which the points have already. Rename these columns or genes in the stack table."
-        )
+        msg = f"`columns` names {taken}, which the points have already. Rename them in the stack table."
         raise ValueError(msg)
     if any(name in table.var_names for name in columns):
         warn_if_old(sdata, table, [layer])
     for name in columns:
         if name not in {Keys.Z, Keys.SECTION, Keys.MEASURED}:  # which are there
-            frame[name] = _column(table, name, layer)
+            frame[name] = _column_values(table, name, layer)
     if inplace:
         require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
     points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})
@@ -141,7 +138,7 @@ def points_3d(
     return None
 
 
-def _column(table: AnnData, name: str, layer: str) -> np.ndarray | pd.Categorical:
+def _column_values(table: AnnData, name: str, layer: str) -> np.ndarray | pd.Categorical:
     if name in table.var_names:
         require_key(layer, table.layers, where=f"sdata.tables[{Keys.STACK_TABLE!r}].layers")
         column = table.layers[layer][:, [table.var_names.get_loc(name)]]
@@ -311,7 +308,12 @@ def write_ome_tiff(
     is_slide = key == record[section].image
     element, channels = (sdata[key], ()) if key in sdata.labels else _colors_or_channels(sdata[key], is_slide=is_slide)
     levels = image_levels(element, element_affine(sdata[key], section))
-    grid = _grid(levels[0], transform, _reference(sdata, record) if canvas == "reference" else None, pixel_size)
+    reference = None
+    if canvas == "reference":
+        then = "The file gets its frame from the reference. Without it, pass `canvas='section'`."
+        require_key(record.reference, record.names, where="the stack's sections", then=then)
+        reference = section_levels(sdata, record[record.reference])[0]
+    grid = _grid(levels[0], transform, reference, pixel_size)
     fill = levels[0].white if is_slide else 0
     image = _Slide(levels, transform, grid, channels, fill, key in sdata.labels).pyramid(key)
     bar = progress(None, f"Writing {path.name}", show=show_progress_bar, total=image.n_strips)
@@ -322,13 +324,6 @@ def write_ome_tiff(
     logger.info(
         "Wrote %s: %d x %d px at %.4g um, %d levels", path, *image.shape[1::-1], image.pixel_size, image.n_levels
     )
-
-
-def _reference(sdata: SpatialData, record: StackRecord) -> Level:
-    """Full resolution of the image of the reference."""
-    then = "The file gets its frame from the reference. Without it, pass `canvas='section'`."
-    require_key(record.reference, record.names, where="the stack's sections", then=then)
-    return section_levels(sdata, record[record.reference])[0]
 
 
 def _colors_or_channels(element: Any, *, is_slide: bool) -> tuple[Any, tuple[str, ...]]:
@@ -378,8 +373,7 @@ class _Slide:
     levels: list[Level]
     transform: SectionTransform
     grid: PixelGrid
-    channels: tuple[str, ...]
-    """Names of channels that are written one by one."""
+    channels: tuple[str, ...]  # Names of channels that are written one by one
     fill: float
     nearest: bool
 
@@ -416,9 +410,7 @@ class _Slide:
         if data.dtype.kind in "iu" and self.dtype.itemsize < data.dtype.itemsize:
             limits = np.iinfo(self.dtype)
             if data.size and (data.max() > limits.max or data.min() < limits.min):
-                msg = (
-                    f"OME-TIFF holds whole numbers up to {limits.max}, found {data.min()} to {data.max()}. Number the "
-                    "labels anew."
-                )
+                found = f"{data.min()} to {data.max()}"
+                msg = f"OME-TIFF holds whole numbers up to {limits.max}, found {found}. Number the labels anew."
                 raise ValueError(msg)
         return data.astype(self.dtype, copy=False)

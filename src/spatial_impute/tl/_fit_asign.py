@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, progress_steps
 from spatial_impute._stack.spots import read_stacks, stack_list, units
 from spatial_impute._validation import require_count, require_device, require_folder, resolve_params
-from spatial_impute.tl._other_layers import kinds_of_bases, require_same_folds, with_bases
-from spatial_impute.tl._provenance import encoder, feature_settings, fitted_state
+from spatial_impute.tl._base_layers import kinds_of_bases, require_same_folds, with_bases
+from spatial_impute.tl._provenance import encoder_name, feature_settings, fitted_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -124,85 +124,74 @@ def fit_asign(
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
     bases = kinds_of_bases(base_layers)
-    data = TrainingSet.from_tables(tables, spots, bases, params, seed=seed)
-    data.config["stacks"] = [
+    panels, config = _panels_and_config(tables, spots, bases, params, seed=seed)
+    config["stacks"] = [
         fitted_state(one, table, layer=layer, graph_key=graph_key, base_layers=bases)
         for one, table in zip(stacks, tables, strict=True)
     ]
     del spots  # in double precision
-    start = None if start_from is None else _start_networks(start_from, data, params)
+    start = () if start_from is None else _start_networks(start_from, panels, config["encoder"], params)
     models = []
     with owned_folder(folder, what="The checkpoint"):
-        for k, (genes, panel) in enumerate(data.panels):
-            label = f"Fitting ASIGN, genes {k + 1} of {len(data.panels)}" if len(data.panels) > 1 else "Fitting ASIGN"
+        for k, (genes, panel) in enumerate(panels):
+            label = f"Fitting ASIGN, genes {k + 1} of {len(panels)}" if len(panels) > 1 else "Fitting ASIGN"
             own_folder = folder
-            if folder is not None and len(data.panels) > 1:
+            if folder is not None and len(panels) > 1:
                 own_folder = require_folder(folder / f"panel{k}", name="checkpoint")
             with progress_steps(label, show=show_progress_bar) as steps:
-                settings = FitSettings(params, seed, device, data.config, steps, own_folder, start or ())
+                settings = FitSettings(params, seed, device, config, steps, own_folder, start)
                 models.append(fit(panel, genes, settings))
-    model = AsignPanels(models, data.genes) if len(models) > 1 else models[0]
+    model = AsignPanels(models, list(tables[0].var_names)) if len(models) > 1 else models[0]
     logger.info("Fitted %r", model)
     return model
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """Data of all stacks, checked against each other."""
+def _panels_and_config(
+    tables: list[AnnData], spots: list[Spots], base_layers: dict[str, str], params: AsignParams, *, seed: int
+) -> tuple[list[tuple[list[str], list[Spots]]], dict[str, Any]]:
+    """Panels (genes that were measured together, with the spots of each stack), and the provenance of the model."""
+    from spatial_impute.models.asign._panels import by_panel
 
-    genes: list[str]
-    panels: list[tuple[list[str], list[Spots]]]
-    """Genes that were measured together, and the spots of each stack with these genes."""
-    config: dict[str, Any]
-    """Provenance that the model keeps."""
-
-    @classmethod
-    def from_tables(
-        cls, tables: list[AnnData], spots: list[Spots], base_layers: dict[str, str], params: AsignParams, *, seed: int
-    ) -> TrainingSet:
-        """Check the features and base layers of the stacks, and split their genes by panel."""
-        from spatial_impute.models.asign._panels import by_panel
-
-        genes, encoders = list(tables[0].var_names), {encoder(table) for table in tables}
-        if len(encoders) > 1:
-            msg = f"All stacks must have features of the same encoder, found {sorted(encoders)}."
-            raise ValueError(msg)
-        spots = [with_bases(s, t, base_layers) for t, s in zip(tables, spots, strict=True)]
-        for table, found in zip(tables, spots, strict=True):
-            require_same_folds(table, found, params, seed=seed)
-        split = [by_panel(replace(found, expression=found.expression.astype("float32"))) for found in spots]
-        if len(split) > 1 and any(len(parts) > 1 for parts in split):
-            msg = (
-                "Stacks whose sections were measured with different genes are fitted one at a time; use "
-                '`si.pp.select_genes(sdata, genes=..., join="inner")` to fit several together.'
-            )
-            raise ValueError(msg)
-        config = {
-            "base_layers": base_layers,
-            "encoder": encoders.pop(),
-            "features": feature_settings(tables[0]),
-            "units": units(tables[0]),
-            "sections": [sorted(t.obs[Keys.SECTION][s.known].unique()) for t, s in zip(tables, spots, strict=True)],
-            "n_measured_spots": [int(s.known.sum()) for s in spots],
-            "version": version("spatial-impute"),
-        }
-        panels = [
-            ([genes[i] for i in columns], [parts[k][1] for parts in split]) for k, (columns, _) in enumerate(split[0])
-        ]
-        return cls(genes, panels, config)
+    genes, encoders = list(tables[0].var_names), {encoder_name(table) for table in tables}
+    if len(encoders) > 1:
+        msg = f"All stacks must have features of the same encoder, found {sorted(encoders)}."
+        raise ValueError(msg)
+    spots = [with_bases(s, t, base_layers) for t, s in zip(tables, spots, strict=True)]
+    for table, found in zip(tables, spots, strict=True):
+        require_same_folds(table, found, params, seed=seed)
+    split = [by_panel(replace(found, expression=found.expression.astype("float32"))) for found in spots]
+    if len(split) > 1 and any(len(parts) > 1 for parts in split):
+        msg = (
+            "Stacks whose sections were measured with different genes are fitted one at a time; use "
+            '`si.pp.select_genes(sdata, genes=..., join="inner")` to fit several together.'
+        )
+        raise ValueError(msg)
+    config = {
+        "base_layers": base_layers,
+        "encoder": encoders.pop(),
+        "features": feature_settings(tables[0]),
+        "units": units(tables[0]),
+        "sections": [sorted(t.obs[Keys.SECTION][s.known].unique()) for t, s in zip(tables, spots, strict=True)],
+        "n_measured_spots": [int(s.known.sum()) for s in spots],
+        "version": version("spatial-impute"),
+    }
+    panels = [([genes[i] for i in columns], [part[k][1] for part in split]) for k, (columns, _) in enumerate(split[0])]
+    return panels, config
 
 
-def _start_networks(model: AsignModel | AsignPanels, data: TrainingSet, params: AsignParams) -> list[Any]:
+def _start_networks(
+    model: AsignModel | AsignPanels, panels: list[tuple[list[str], list[Spots]]], encoder: str, params: AsignParams
+) -> list[Any]:
     """Networks of a model, or a ``ValueError`` if they cannot be trained further on these data."""
     from spatial_impute.models.asign._model import AsignModel
 
-    if len(data.panels) > 1 or not isinstance(model, AsignModel):
+    if len(panels) > 1 or not isinstance(model, AsignModel):
         msg = "`start_from` is for sections that were measured with the same genes, and needs an `AsignModel`."
         raise ValueError(msg)
     sizes = ("width", "n_heads", "n_graph_layers", "level_graph", "n_level_layers", "n_gene_groups")
     pairs = {
-        "genes": (model.var_names, data.genes),
-        "encoder": (model.config["encoder"], data.config["encoder"]),
+        "genes": (model.var_names, panels[0][0]),
+        "encoder": (model.config["encoder"], encoder),
         **{name: (getattr(model.params, name), getattr(params, name)) for name in sizes},
     }
     different = [name for name, (found, wanted) in pairs.items() if found != wanted]

@@ -17,7 +17,6 @@ from spatial_impute._validation import require_count, require_device, require_on
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._read_regions import (
     ExpressionChoice,
-    FrameChoice,
     find_frame,
     read_levels,
     read_measured,
@@ -153,13 +152,21 @@ def fit_pixnet(
     device = require_device(device)
     require_one_of(precision, PRECISIONS, name="precision")
     counts = params.loss != "mse+pcc"
-    _require_aggregate(aggregate, params.loss, counts=counts)
-    pairs = _pairs(sdata, image_key, shapes_key, table_key)
+    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
+        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for counts; found {aggregate!r} with the loss {params.loss!r}."
+        raise ValueError(msg)
+    if aggregate == "sum" and not counts:
+        msg = (
+            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
+            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {params.loss!r}."
+        )
+        raise ValueError(msg)
+    pairs = _training_pairs(sdata, image_key, shapes_key, table_key)
     setup = PixNetSetup(
         build_pyramid(encoder, window=params.encoder_window), params, tile_size, device, seed, aggregate, precision
     )
     expression = ExpressionChoice(layer, genes, target_sum, counts)
-    read = read_pairs(pairs, FrameChoice(coordinate_system, mpp), expression)
+    read = read_pairs(pairs, expression, coordinate_system, mpp)
     folder = None if checkpoint is None else Path(checkpoint)
     with owned_folder(folder, what="The checkpoint"), progress_steps("Fitting PixNet", show=show_progress_bar) as steps:
         model = fit_on_regions(read, setup, steps, folder)
@@ -184,8 +191,7 @@ class ReadPair:
     frame: Frame
     regions: Regions
     measured: Measured
-    state: dict[str, Any]
-    """Fingerprints of image, regions and expression, and how they were read."""
+    state: dict[str, Any]  # Fingerprints of image, regions and expression, and how they were read
 
     @property
     def place(self) -> tuple[int, str]:
@@ -211,22 +217,7 @@ class PixNetSetup:
         return self.params.resolution or self.pyramid.resolution
 
 
-def _require_aggregate(aggregate: str, loss: str, *, counts: bool) -> None:
-    if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = (
-            f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss "
-            f"{loss!r}."
-        )
-        raise ValueError(msg)
-    if aggregate == "sum" and not counts:
-        msg = (
-            "The sum over a region grows with its area, log values do not: `aggregate='sum'` needs counts and "
-            f"`model_params={{'loss': 'poisson'}}` or 'nb'; found the loss {loss!r}."
-        )
-        raise ValueError(msg)
-
-
-def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
+def _training_pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str] | None) -> list[Pair]:
     """Pairs of image and regions, or a ``ValueError`` if the arguments have different numbers of entries."""
     objects = list(sdata) if isinstance(sdata, Sequence) else [sdata]
     columns: list[list[Any]] = [objects, *([k] if isinstance(k, str) or k is None else list(k) for k in keys)]
@@ -239,15 +230,20 @@ def _pairs(sdata: SpatialData | Sequence[SpatialData], *keys: str | Sequence[str
 
 
 def read_pairs(
-    pairs: list[Pair], frame: FrameChoice, expression: ExpressionChoice, known: Sequence[np.ndarray] | None = None
+    pairs: list[Pair],
+    expression: ExpressionChoice,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+    *,
+    known: Sequence[np.ndarray] | None = None,
 ) -> list[ReadPair]:
     """Read measured regions; with `known`, (n_shapes,) bool per pair, only these regions."""
     read: list[ReadPair] = []
     for i, pair in enumerate(pairs):
-        own_frame = find_frame(pair.sdata, pair.image, pair.shapes, frame)
-        regions, index = read_shapes(pair.sdata, pair.shapes, own_frame)
+        frame = find_frame(pair.sdata, pair.image, pair.shapes, coordinate_system, mpp)
+        regions, index = read_shapes(pair.sdata, pair.shapes, frame)
         found = read_measured(pair.sdata, pair.shapes, index, pair.table, expression)
-        state = slide_state(pair.sdata, pair.image, own_frame, regions, found)
+        state = slide_state(pair.sdata, pair.image, frame, regions, found)
         state["read"] = {"table_key": pair.table, **asdict(expression), "genes": None}
         if known is not None:
             found = found.take(known[i][found.rows])
@@ -257,7 +253,7 @@ def read_pairs(
                 f"{pairs[0].shapes!r}. Pass `genes=` with the genes that they share."
             )
             raise ValueError(msg)
-        read.append(ReadPair(pair, own_frame, regions.take(found.rows), found, state))
+        read.append(ReadPair(pair, frame, regions.take(found.rows), found, state))
     return read
 
 
@@ -338,7 +334,7 @@ def _training_slides(
         height, width = image.shape
         bounds = in_px.bounds
         inside = (bounds[:, :2] >= 0).all(axis=1) & (bounds[:, 2] <= width) & (bounds[:, 3] <= height)
-        _count_regions(bounds, inside, r.pair.image, resolution)
+        _warn_of_unused_regions(bounds, inside, r.pair.image, resolution)
         slide = TrainingSlide(
             image=image,
             stain=match_stain(overviews[r.place], density if params.match_stain else None),
@@ -351,7 +347,7 @@ def _training_slides(
     return slides, density
 
 
-def _count_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resolution: float) -> None:
+def _warn_of_unused_regions(bounds: np.ndarray, inside: np.ndarray, image_key: str, resolution: float) -> None:
     """Say how many regions (bounds in px) cannot be used as they are; a ``ValueError`` if they are most of them."""
     n, n_off = len(inside), int((~inside).sum())
     if n_off > n / 2:

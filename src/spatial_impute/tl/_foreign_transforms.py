@@ -1,4 +1,4 @@
-"""Places of sections from and for other programs: matrices, displacement fields, pairs of points, layers of napari."""
+"""Places of sections from and for other programs: matrices, displacement fields, pairs of points."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from spatial_impute._geometry import apply_affine, exchanged_axes, linear_scale, scaling
+from spatial_impute._geometry import apply_affine, box_after, linear_scale, scaling
 from spatial_impute._io.files import file_to_write, read_text, written_whole
-from spatial_impute._keys import Keys
 from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
 from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
@@ -180,75 +179,9 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         elif path.suffix.lower() in (".mat", ".tfm"):
             _write_itk(part, transform.matrix)
         else:
-            there = {"where": "the stack's sections", "then": "The field covers its image."}
-            require_key(record.reference, record.names, **there)
+            then = "The field covers its image."
+            require_key(record.reference, record.names, where="the stack's sections", then=then)
             _write_field(part, transform, section_levels(sdata, record[record.reference])[0])
-
-
-def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Read the place of a section from the window of :func:`spatial_impute.pl.place_by_hand`.
-
-    Parameters
-    ----------
-    viewer
-        Viewer of napari, after a section was dragged or landmarks were clicked.
-    section
-        Name of the section.
-
-    Returns
-    -------
-    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
-    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
-    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
-
-    Raises
-    ------
-    TypeError
-        If `viewer` is no viewer.
-    KeyError
-        If the viewer has no layers of this section.
-    ValueError
-        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the
-        reference.
-
-    Examples
-    --------
-    See :func:`spatial_impute.pl.place_by_hand`.
-    """
-    if not hasattr(viewer, "layers"):
-        msg = f"`viewer` must be the viewer that `si.pl.place_by_hand` returned, found {viewer!r}."
-        raise TypeError(msg)
-    layers = {layer.name: layer for layer in viewer.layers}
-    there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
-    require_key(section, layers, where="the layers of the viewer", then=there)
-    image = layers[section]
-    require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
-    reference = image.metadata["reference"]
-    if section == reference:
-        msg = (
-            f"`section` must not be the reference {section!r}, which does not move. Name the section that was placed "
-            "on it."
-        )
-        raise ValueError(msg)
-    require_key(reference, layers, where="the layers of the viewer", then=there)
-    points = []
-    for name in (section, reference):
-        require_key(Keys.landmarks(name), layers, where="the layers of the viewer", then=there)
-        points.append(np.asarray(layers[Keys.landmarks(name)].data, float).reshape(-1, 2)[:, ::-1])
-    in_section, in_reference = points
-    if len(in_section) == len(in_reference) == 0:
-        # The viewer may have more dimensions. The user may have dragged the reference instead.
-        affines = (np.asarray(layer.affine.affine_matrix, float)[-3:, -3:] for layer in (layers[reference], image))
-        below, place = map(exchanged_axes, affines)
-        return np.linalg.inv(below) @ place
-    if len(in_section) != len(in_reference) or len(in_section) < 2:
-        msg = (
-            f"Expected the same number of landmarks, at least two, in the layers {Keys.landmarks(section)!r} and "
-            f"{Keys.landmarks(reference)!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
-            "Click the missing ones, or delete all of them to use the place of the image."
-        )
-        raise ValueError(msg)
-    return in_section, in_reference
 
 
 def _write_pairs(path: Path, transform: SectionTransform, level: Level) -> None:
@@ -288,7 +221,7 @@ def _read_itk(path: Path) -> np.ndarray:
 
 
 def _read_numbers(path: Path) -> np.ndarray:
-    """Matrix of six or nine numbers whose layout tells rows from columns."""
+    """Matrix of six or nine numbers, if their layout distinguishes rows from columns."""
     text = read_text(path).strip()
     by_column = re.fullmatch(r"matrix\s*\((.*)\)", text, re.DOTALL)
     text = by_column.group(1) if by_column else text
@@ -336,8 +269,7 @@ def _read_pairs(path: Path) -> np.ndarray:
         msg = (
             "Expected rows that end in four numbers (x, y in the section, x, y in the reference) or in six with z, "
             f"found {len(pairs)} such rows, {inactive} that are not active and {unread} others in {str(path)!r}. At "
-            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in two or three lines "
-            "of three numbers."
+            "least two pairs are needed, and most rows must be pairs. Save a matrix as `.txt`, in lines of three numbers."
         )
         raise ValueError(msg)
     if inactive or unread:
@@ -347,7 +279,7 @@ def _read_pairs(path: Path) -> np.ndarray:
 
 
 def _pair(numbers: list[float], header: list[str]) -> list[float] | None:
-    """x, y, x, y of a row that ends in these numbers; None if it holds no finite pair. A header tells if there is z."""
+    """x, y, x, y of a row that ends in these numbers; None without a finite pair. A header says if there is z."""
     with_z = "z" in map(_axis, header) if header else len(numbers) == 6
     if with_z:
         numbers = [*numbers[-6:-4], *numbers[-3:-1]] if len(numbers) >= 6 else []
@@ -446,9 +378,8 @@ def _write_field(path: Path, transform: SectionTransform, reference: Level) -> N
     """Write the way from points of the reference image to the section, in um, affine part included."""
     import ants
 
-    height, width = reference.shape
-    corners = apply_affine(np.array([[0, 0], [width, 0], [0, height], [width, height]], float), reference.to_um)
-    low, extent = corners.min(axis=0), np.ptp(corners, axis=0)
+    low, high = box_after((0, 0), reference.shape[::-1], reference.to_um)
+    extent = high - low
     step = extent.max() / _COARSE
     if transform.grid is not None:
         step = min(step, float(np.linalg.norm(transform.grid[:2, 0])))

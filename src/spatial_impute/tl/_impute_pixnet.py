@@ -25,7 +25,7 @@ from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key, resolve_params
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import ImputedLayer, measured_hash
-from spatial_impute.tl._read_regions import ExpressionChoice, FrameChoice, find_frame, read_levels, read_shapes
+from spatial_impute.tl._read_regions import ExpressionChoice, find_frame, read_levels, read_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -216,7 +216,7 @@ def _fit_on(sections: Sequence[SectionSpots], rows: np.ndarray, setup: PixNetSet
     known = [(s.rows >= 0) & rows[s.rows] for s in sections]
     used = [(s.pair, k) for s, k in zip(sections, known, strict=True) if k.any()]
     pairs, known = [pair for pair, _ in used], [k for _, k in used]
-    read = read_pairs(pairs, FrameChoice(), ExpressionChoice(sections[0].layer), known)
+    read = read_pairs(pairs, ExpressionChoice(sections[0].layer), known=known)
     return fit_on_regions(read, setup, lambda _total: lambda: None)
 
 
@@ -233,7 +233,7 @@ def _predict_spots(
         if not len(wanted):
             continue
         sdata, image_key, shapes_key, _ = section.pair
-        frame = find_frame(sdata, image_key, shapes_key, FrameChoice())
+        frame = find_frame(sdata, image_key, shapes_key)
         regions, _ = read_shapes(sdata, shapes_key, frame)
         levels = read_levels(sdata, image_key, frame)
         image, stain = model._image(levels), model._stain(slide_overview(levels))
@@ -250,8 +250,7 @@ class HeldOut:
     stacks: list[SpatialData]
     tables: list[AnnData]
     by_stack: list[Spots]
-    spots: Spots
-    """Of all stacks, as the methods need them that use the image alone."""
+    spots: Spots  # Of all stacks, as the methods need them that use the image alone
     folds: list[np.ndarray]
     table_key: str
     layer: str
@@ -326,10 +325,10 @@ def warn_of_overlapping_spots(data: HeldOut) -> None:
             if not len(held) or not len(rest):
                 continue
             reach = radius[held].max() + radius[rest].max()
-            pairs = cKDTree(centers[held]).query_ball_tree(cKDTree(centers[rest]), reach)
-            for spot, near in zip(held, pairs, strict=True):
-                distance = np.linalg.norm(centers[rest[near]] - centers[spot], axis=1)
-                found[rows[spot]] |= bool((distance < _OVERLAP * (radius[rest[near]] + radius[spot])).any())
+            tree, others = cKDTree(centers[held]), cKDTree(centers[rest])
+            near = tree.sparse_distance_matrix(others, reach, output_type="coo_matrix")
+            overlap = near.data < _OVERLAP * (radius[held[near.row]] + radius[rest[near.col]])
+            found[rows[held[near.row[overlap]]]] = True
     if found.any():
         logger.warning(
             "%d of %d held-out spots overlap spots that methods learn from: the scores are too high. Hold out whole "

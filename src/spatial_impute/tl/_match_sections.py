@@ -113,9 +113,7 @@ def match_sections(
         scores = _held_out_r(spots, lambda left: left), _held_out_r(spots, _matched)
         logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
         if len(measured) == 2:
-            logger.warning(
-                "Two measured sections cannot show whether matching helps; `choose=False` matches them anyway"
-            )
+            logger.warning("Two measured sections cannot show if matching helps; `choose=False` matches them anyway")
     used = not choose or scores[1] > scores[0]
     values = np.full(table.shape, np.nan, dtype=np.float32)
     values[spots.known] = found.expression if used else spots.expression
@@ -136,9 +134,8 @@ def match_sections(
 
 def _matched(spots: Spots) -> Spots:
     """Spots whose measured sections are matched; a single one is left as it is."""
-    if len(np.unique(spots.section[spots.known])) < 2:
-        return spots
-    return replace(spots, expression=match_measured(spots).expression)
+    single = len(np.unique(spots.section[spots.known])) < 2
+    return spots if single else replace(spots, expression=match_measured(spots).expression)
 
 
 def _held_out_r(spots: Spots, prepare: Callable[[Spots], Spots]) -> float:
@@ -168,7 +165,7 @@ class Match:
     """Result of :func:`match_measured`; rows are the measured sections in ascending order."""
 
     expression: np.ndarray  # (n_known, g)
-    shift: np.ndarray  # (s, g) what a section is above the others, without a linear trend along z
+    shift: np.ndarray  # (s, g) offset of a section from the others, without a linear trend along z
     ratio: np.ndarray  # (s, g) spread of a section over that of the others
     n_places: int  # that all sections share
 
@@ -177,8 +174,8 @@ def match_measured(spots: Spots) -> Match:
     """Bring the measured sections to a common offset and scale of each gene.
 
     All sections are smoothed and read at the places that all of them cover. A straight line along z through their means
-    is kept, so that a real gradient stays; what a section lies off this line (Theil-Sen, so that one odd section does not
-    tilt it) is its shift. Estimates are shrunk by their standard error: blocks of places are left out in turn. Raises a
+    is kept, so that a real gradient stays. The shift of a section is its distance from this line (Theil-Sen, so that one
+    odd section does not tilt it). Estimates are shrunk by their standard error: blocks of places are left out in turn. Raises a
     ``ValueError`` if sections share too few places.
     """
     known = np.flatnonzero(spots.known)

@@ -1,4 +1,4 @@
-"""Places of sections: as arguments of ``register_stack`` give them, checked, and as they are written to the object."""
+"""Places of sections: from a window of napari, as arguments of ``register_stack``, and as written to the object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy import ndimage as ndi
 from spatialdata.transformations import Sequence as SequenceOfTransformations
 from spatialdata.transformations import get_transformation, remove_transformation, set_transformation
 
-from spatial_impute._geometry import apply_affine
+from spatial_impute._geometry import apply_affine, exchanged_axes
 from spatial_impute._keys import Keys
 from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import log_added, logger
@@ -53,6 +53,69 @@ _PAGE = "`si.pl.registration_page(sdata, 'check.html')`"
 _SECTION = "{section}"
 
 
+def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Read the place of a section from the window of :func:`spatial_impute.pl.place_by_hand`.
+
+    Parameters
+    ----------
+    viewer
+        Viewer of napari, after a section was dragged or landmarks were clicked.
+    section
+        Name of the section.
+
+    Returns
+    -------
+    If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
+    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
+    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+
+    Raises
+    ------
+    TypeError
+        If `viewer` is no viewer.
+    KeyError
+        If the viewer has no layers of this section.
+    ValueError
+        If the section and the reference have different numbers of landmarks, or only one each, or `section` is the
+        reference.
+
+    Examples
+    --------
+    See :func:`spatial_impute.pl.place_by_hand`.
+    """
+    if not hasattr(viewer, "layers"):
+        msg = f"`viewer` must be the viewer that `si.pl.place_by_hand` returned, found {viewer!r}."
+        raise TypeError(msg)
+    layers = {layer.name: layer for layer in viewer.layers}
+    there = "Open the viewer with `si.pl.place_by_hand(sdata, section)`."
+    require_key(section, layers, where="the layers of the viewer", then=there)
+    image = layers[section]
+    require_key("reference", image.metadata, where=f"the metadata of the layer {section!r}", then=there)
+    reference = image.metadata["reference"]
+    if section == reference:
+        msg = f"`section` must not be the reference {section!r}, which does not move. Name the section placed on it."
+        raise ValueError(msg)
+    require_key(reference, layers, where="the layers of the viewer", then=there)
+    points = []
+    for name in (section, reference):
+        require_key(Keys.landmarks(name), layers, where="the layers of the viewer", then=there)
+        points.append(np.asarray(layers[Keys.landmarks(name)].data, float).reshape(-1, 2)[:, ::-1])
+    in_section, in_reference = points
+    if len(in_section) == len(in_reference) == 0:
+        # The viewer may have more dimensions. The user may have dragged the reference instead.
+        affines = (np.asarray(layer.affine.affine_matrix, float)[-3:, -3:] for layer in (layers[reference], image))
+        below, place = map(exchanged_axes, affines)
+        return np.linalg.inv(below) @ place
+    if len(in_section) != len(in_reference) or len(in_section) < 2:
+        msg = (
+            f"Expected the same number of landmarks, at least two, in the layers {Keys.landmarks(section)!r} and "
+            f"{Keys.landmarks(reference)!r}, in the same order; found {len(in_section)} and {len(in_reference)}. "
+            "Click the missing ones, or delete all of them to use the place of the image."
+        )
+        raise ValueError(msg)
+    return in_section, in_reference
+
+
 @dataclass(frozen=True)
 class PlaceReader:
     """Reads the arguments that give places of sections."""
@@ -60,10 +123,8 @@ class PlaceReader:
     sdata: SpatialData
     record: StackRecord
     reference: str
-    kind: str
-    """``"rigid"`` or ``"affine"``, for landmarks."""
-    target: str
-    """Common coordinate system."""
+    kind: str  # ``"rigid"`` or ``"affine"``, for landmarks
+    target: str  # Common coordinate system
 
     def read(self, places: Mapping[str, Placement] | None, argument: str) -> dict[str, np.ndarray]:
         """Matrices from the frames of the sections to that of the reference."""
@@ -87,7 +148,10 @@ class PlaceReader:
     def _matrix(self, name: str, place: Placement, argument: str) -> np.ndarray:
         if isinstance(place, str):
             require_one_of(place, {"aligned"}, name=f"{argument}[{name!r}]")
-            return self._present_matrix(name)
+            image = self.sdata.images[self.record[name].image]
+            if self.target not in get_transformation(image, get_all=True):
+                return np.eye(3)
+            return element_affine(image, self.target) @ np.linalg.inv(element_affine(image, name))
         if isinstance(place, SectionTransform):
             return check_matrix(place.matrix)
         if not (isinstance(place, list | tuple) and len(place) == 2):
@@ -96,13 +160,6 @@ class PlaceReader:
         errors = np.linalg.norm(apply_affine(place[0], matrix) - np.asarray(place[1], float), axis=1)
         logger.info("Section %s: the median error of the landmarks is %.1f um", name, np.median(errors))
         return matrix
-
-    def _present_matrix(self, name: str) -> np.ndarray:
-        """Present transformation of the section's image to the common frame; the identity if it has none."""
-        image = self.sdata.images[self.record[name].image]
-        if self.target not in get_transformation(image, get_all=True):
-            return np.eye(3)
-        return element_affine(image, self.target) @ np.linalg.inv(element_affine(image, name))
 
 
 def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapping[str, np.ndarray]) -> None:
@@ -114,9 +171,8 @@ def check_skip(record: StackRecord, reference: str, skip: list[str], given: Mapp
             raise ValueError(msg)
         if name not in given and record[name].spots is not None:
             msg = (
-                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give its "
-                f"place with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack "
-                "without it."
+                f"Section {name!r} is skipped but has spots, which would have no place in the common frame. Give it one "
+                f"with `transformations={{{name!r}: ...}}` (a matrix or landmarks), or assemble the stack without it."
             )
             raise ValueError(msg)
 
@@ -127,7 +183,7 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     ``kind="rigid"`` gives rotation, shift, and mirror if that fits better; ``"affine"`` needs three landmarks or more.
     Two landmarks always give rotation and shift. Too few landmarks, or landmarks on one line, raise a ``ValueError``.
     """
-    moving, fixed = _checked(moving, fixed)
+    moving, fixed = _require_landmarks(moving, fixed)
     matrix = np.eye(3)
     centres = moving.mean(axis=0), fixed.mean(axis=0)
     centred = moving - centres[0], fixed - centres[1]
@@ -143,7 +199,7 @@ def landmark_matrix(moving: ArrayLike, fixed: ArrayLike, kind: str) -> NDArray[n
     return matrix
 
 
-def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _require_landmarks(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Landmarks as two arrays (n, 2) that fix a transform."""
     moving, fixed = np.asarray(moving, float), np.asarray(fixed, float)
     if moving.ndim != 2 or moving.shape[-1] != 2 or moving.shape != fixed.shape or len(moving) < 2:
@@ -166,12 +222,8 @@ def _checked(moving: ArrayLike, fixed: ArrayLike) -> tuple[NDArray[np.float64], 
 def check_matrix(matrix: ArrayLike) -> NDArray[np.float64]:
     """Invertible affine matrix ``(3, 3)``, or a ``ValueError``."""
     found = np.asarray(matrix, float)
-    if (
-        found.shape != (3, 3)
-        or not np.isfinite(found).all()
-        or not np.allclose(found[2], [0, 0, 1])
-        or abs(np.linalg.det(found[:2, :2])) < 1e-6
-    ):
+    affine = found.shape == (3, 3) and np.isfinite(found).all() and np.allclose(found[2], [0, 0, 1])
+    if not affine or abs(np.linalg.det(found[:2, :2])) < 1e-6:
         msg = f"Expected an invertible (3, 3) affine matrix of x, y in um with last row 0, 0, 1; found {matrix!r}."
         raise ValueError(msg)
     return found
@@ -181,8 +233,7 @@ class Approved(NamedTuple):
     """Place of a section that is kept."""
 
     transform: SectionTransform
-    row: dict[str, Any]
-    """Row of the section in the record."""
+    row: dict[str, Any]  # Row of the section in the record
 
 
 def approved_places(
@@ -197,12 +248,9 @@ def approved_places(
     if not isinstance(path, str | Path):
         msg = f"`checked` must be the path of the file that the page of {_PAGE} saves, found {path!r}."
         raise ValueError(msg)
-    decisions = _decisions(Path(path).expanduser(), registration_state(record))
+    decisions = _read_decisions(Path(path).expanduser(), registration_state(record))
     if reference != record.reference:
-        msg = (
-            f"`checked` keeps places on the reference {record.reference!r}, but `reference` is {reference!r}. Use the "
-            "same one."
-        )
+        msg = f"`checked` keeps places on {record.reference!r}, but `reference` is {reference!r}. Use the same one."
         raise ValueError(msg)
     rows, approved, open_ = require_registration(record)["sections"], {}, []
     for name, decision in decisions.items():
@@ -212,10 +260,7 @@ def approved_places(
         elif decision == "rejected" and name not in answered:
             open_.append(name)
         elif decision == "approved" and name in answered:
-            msg = (
-                f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of "
-                "them."
-            )
+            msg = f"Section {name!r} is approved in `checked`, and has a place, a start or a skip as well. Use one of them."
             raise ValueError(msg)
         elif decision == "approved":
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
@@ -237,7 +282,7 @@ def approved_places(
     return approved
 
 
-def _decisions(path: Path, state: str) -> dict[str, str]:
+def _read_decisions(path: Path, state: str) -> dict[str, str]:
     """Decision by section, from a file that belongs to the registration with this `state`."""
     if not path.is_file():
         msg = f"`checked` must be the file that the page of {_PAGE} saves, found nothing at {str(path)!r}."
@@ -252,10 +297,7 @@ def _decisions(path: Path, state: str) -> dict[str, str]:
         msg = f"`checked` must be the file that the page of {_PAGE} saves, found other content in {str(path)!r}."
         raise ValueError(msg)
     if found.get("registration") != state:
-        msg = (
-            f"The decisions in {str(path)!r} are on another registration than the present one. Make the page again: "
-            f"{_PAGE}."
-        )
+        msg = f"The decisions in {str(path)!r} are on another registration. Make the page again: {_PAGE}."
         raise ValueError(msg)
     return decisions
 
@@ -328,12 +370,12 @@ def write_registration(
         log_added(f"images[{key!r}]")
     if slots:
         write_slots(sdata.tables[Keys.STACK_TABLE], Keys.STACK_TABLE, slots)
-    registration = {**registration, Keys.STATE: _state(sdata, record, registration)}
+    registration = {**registration, Keys.STATE: _fingerprints(sdata, record, registration)}
     save_record(sdata, replace(record, registration=registration))
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]['registration']")
 
 
-def _state(sdata: SpatialData, record: StackRecord, registration: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _fingerprints(sdata: SpatialData, record: StackRecord, registration: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Fingerprints of the images and spots that were registered."""
     sections, pairs = registration["sections"], registration["pairs"]
     images = section_images(sdata, record, from_images(sections, record)) if pairs else {}
@@ -356,10 +398,8 @@ def _write_transformations(
             left.append(name)
         for section in (n for n in record.names if n in own):
             if section in transforms:
-                affine = plane_affine(transforms[section].matrix)
-                set_transformation(
-                    element, SequenceOfTransformations([own[section], affine]), to_coordinate_system=target
-                )
+                path = SequenceOfTransformations([own[section], plane_affine(transforms[section].matrix)])
+                set_transformation(element, path, to_coordinate_system=target)
                 logger.debug("Transformation of %r to %r", name, target)
             elif target in own:  # from an earlier registration, in which the section was not skipped
                 remove_transformation(element, to_coordinate_system=target)

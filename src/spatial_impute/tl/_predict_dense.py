@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -16,14 +15,7 @@ from spatial_impute._stack import answer, image_state, map_problems, require_ele
 from spatial_impute._validation import require_count, require_device, require_key, require_model, require_one_of
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance
-from spatial_impute.tl._read_regions import (
-    FrameChoice,
-    dense_maps,
-    find_frame,
-    read_levels,
-    read_shapes,
-    warn_of_changed_slides,
-)
+from spatial_impute.tl._read_regions import dense_maps, find_frame, read_levels, read_shapes, warn_of_changed_slides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +24,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-    from spatial_impute._geometry import Frame
     from spatial_impute._io.stores import DenseStore
     from spatial_impute.models import PixNetModel
     from spatial_impute.models.pixnet._network import PixNetNetwork
@@ -134,18 +125,39 @@ def predict_dense(
     --------
     See :func:`~spatial_impute.tl.predict_regions`.
     """
+    from spatial_impute._image.resampling import slide_overview
     from spatial_impute._io.stores import DenseStore, as_element
     from spatial_impute.models.pixnet._model import PixNetModel
+    from spatial_impute.models.pixnet._tiles import DenseJob, Slide, TileIndex, tissue_tiles
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
     require_model(model, PixNetModel, made_by="si.tl.fit_pixnet(sdata, image_key, shapes_key)")
     require_one_of(precision, PRECISIONS, name="precision")
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
-    frame = find_frame(sdata, image_key, shapes_key, FrameChoice(coordinate_system, mpp))
-    request = _MapRequest(genes, shapes_key, tissue_only, features, tile_size, output_dtype, device, precision)
+    frame = find_frame(sdata, image_key, shapes_key, coordinate_system, mpp)
     warn_of_changed_slides(sdata, model)
-    names, job = _make_job(sdata, image_key, model, frame, request)
+    index, n_features = model.gene_index(genes), model.network.head.in_channels
+    names = [f"feature_{i}" for i in range(n_features)] if features else [model.var_names[i] for i in index]
+    if len(names) > _MAX_CHANNELS:
+        msg = (
+            f"A map of {len(names)} genes is too large to store. Choose `genes=`, or store `features=True` "
+            f"({n_features} channels, from which any gene can be computed)."
+        )
+        raise ValueError(msg)
+    levels = read_levels(sdata, image_key, frame)
+    overview, image = slide_overview(levels), model._image(levels)
+    tiling = model._tiling(image.shape, tile_size)
+    rows, columns = tiling.shape
+    wanted = frozenset((i, j) for i in range(rows) for j in range(columns))
+    if tissue_only:
+        wanted = tissue_tiles(tiling, image, overview)
+    if shapes_key is not None:
+        regions, _ = read_shapes(sdata, shapes_key, frame)
+        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(image.from_um), tiling))
+    network, slide = model.network.with_genes(index).to(device), Slide(image, model._stain(overview), tiling)
+    network.precision = precision
+    job = DenseJob(network, slide, output_dtype, features, overview if tissue_only else None, wanted)
     if inplace:
         require_element_key(sdata, key, name="key_added", kind="images", ours=dense_maps(sdata))
     if store is None:
@@ -157,7 +169,6 @@ def predict_dense(
         return element
     sdata.images[key] = element
     log_added(f"images[{key!r}]")
-    rows, columns = job.tiling.shape
     entry = pixnet_provenance(model, image_key) | {
         "coordinate_system": frame.name,
         Keys.STATE: {"image": image_state(sdata, image_key, frame.name)},
@@ -173,54 +184,6 @@ def predict_dense(
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.DENSE!r}][{key!r}]")
     return None
-
-
-@dataclass(frozen=True)
-class _MapRequest:
-    """Content of a map, as the user gave it."""
-
-    genes: Sequence[str] | None
-    shapes_key: str | None
-    tissue_only: bool
-    features: bool
-    tile_size: int
-    output_dtype: str
-    device: str
-    precision: str
-
-
-def _make_job(
-    sdata: SpatialData, image_key: str, model: PixNetModel, frame: Frame, request: _MapRequest
-) -> tuple[list[str], DenseJob]:
-    """Names of the channels, and the job, after all checks."""
-    from spatial_impute._image.resampling import slide_overview
-    from spatial_impute.models.pixnet._tiles import DenseJob, Slide, TileIndex, tissue_tiles
-
-    index = model.gene_index(request.genes)
-    names, n_features = [model.var_names[i] for i in index], model.network.head.in_channels
-    if request.features:
-        names = [f"feature_{i}" for i in range(n_features)]
-    if len(names) > _MAX_CHANNELS:
-        msg = (
-            f"A map of {len(names)} genes is too large to store. Choose `genes=`, or store `features=True` "
-            f"({n_features} channels, from which any gene can be computed)."
-        )
-        raise ValueError(msg)
-    levels = read_levels(sdata, image_key, frame)
-    found = slide_overview(levels)
-    image, stain = model._image(levels), model._stain(found)
-    tiling = model._tiling(image.shape, request.tile_size)
-    network, tissue = model.network.with_genes(index).to(request.device), found if request.tissue_only else None
-    network.precision = request.precision
-    rows, columns = tiling.shape
-    wanted = frozenset((i, j) for i in range(rows) for j in range(columns))
-    if tissue is not None:
-        wanted = tissue_tiles(tiling, image, tissue)
-    if request.shapes_key is not None:
-        regions, _ = read_shapes(sdata, request.shapes_key, frame)
-        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(image.from_um), tiling))
-    slide = Slide(image, stain, tiling)
-    return names, DenseJob(network, slide, request.output_dtype, request.features, tissue, wanted)
 
 
 def _write(writer: DenseStore, *, show: bool | None) -> DataArray:

@@ -14,14 +14,7 @@ from spatial_impute._settings import log_added, logger, progress_steps
 from spatial_impute._stack import fingerprint, image_state, require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model
 from spatial_impute.tl._provenance import pixnet_provenance
-from spatial_impute.tl._read_regions import (
-    FrameChoice,
-    find_frame,
-    read_levels,
-    read_shapes,
-    stack_sections,
-    warn_of_changed_slides,
-)
+from spatial_impute.tl._read_regions import find_frame, read_levels, read_shapes, stack_sections, warn_of_changed_slides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -131,12 +124,11 @@ def predict_regions(
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute.models.pixnet._model import PixNetModel
 
-    if image_key is None:
-        image_key = _image_of(sdata, shapes_key)
+    image_key = _image_of(sdata, shapes_key) if image_key is None else image_key
     key = Keys.expression(shapes_key) if key_added is None else key_added
     require_model(model, PixNetModel, made_by="si.tl.fit_pixnet(sdata, image_key, shapes_key)")
     tile_size, device = require_count(tile_size, name="tile_size"), require_device(device)
-    frame = find_frame(sdata, image_key, shapes_key, FrameChoice(coordinate_system, mpp))
+    frame = find_frame(sdata, image_key, shapes_key, coordinate_system, mpp)
     regions, index = read_shapes(sdata, shapes_key, frame)
     warn_of_changed_slides(sdata, model)
     state = {"image": image_state(sdata, image_key, frame.name), "shapes": fingerprint(regions.centers, regions.area)}
@@ -162,7 +154,12 @@ def predict_regions(
     read = partial(model._read_regions, image, stain, in_px, gene_index, core=tile_size)
     with progress_steps(f"Predicting {key}", show=show_progress_bar) as steps:
         on_tile = steps(model._n_tiles(image, in_px, tile_size))
-        table = _table(read, slots, on_tile) if store is None else _stored_table(read, slots, on_tile, store)
+        if store is None:
+            values = read(on_tile=on_tile)
+            obs[Keys.N_PIXELS] = values.n_pixels
+            table = AnnData(values.expression, **slots)
+        else:
+            table = _stored_table(read, slots, on_tile, store)
     n_off = int((table.obs[Keys.N_PIXELS] == 0).sum())
     if n_off:
         logger.warning("%d of %d shapes of %r hold no pixel of %r: NaN", n_off, len(index), shapes_key, image_key)
@@ -171,12 +168,6 @@ def predict_regions(
     sdata.tables[key] = TableModel.parse(table, region=shapes_key, region_key=Keys.REGION, instance_key=Keys.INSTANCE)
     log_added(f"tables[{key!r}]")
     return None
-
-
-def _table(read: Callable[..., RegionValues], slots: dict[str, Any], on_tile: Callable[[], None]) -> AnnData:
-    found = read(on_tile=on_tile)
-    slots["obs"][Keys.N_PIXELS] = found.n_pixels
-    return AnnData(found.expression, **slots)
 
 
 def _stored_table(

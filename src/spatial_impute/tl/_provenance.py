@@ -78,7 +78,7 @@ def provenance(record: StackRecord, table: AnnData, known: np.ndarray, **used: A
     errors = {name: row["error_um"] for name, row in rows.items()}
     return {
         "units": units(table),
-        "encoder": encoder(table),
+        "encoder": encoder_name(table),
         "measured_sections": sorted(table.obs[Keys.SECTION][known].astype(str).unique().tolist()),
         Keys.MEASURED_IDS: measured_ids(table),
         Keys.STATE: table_state(table, record, **used),
@@ -107,7 +107,7 @@ def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
     }
 
 
-def encoder(table: AnnData) -> str:
+def encoder_name(table: AnnData) -> str:
     """Encoder of the image features."""
     return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
 
@@ -129,7 +129,9 @@ def fitted_state(
     """Fingerprints of a stack that a model is fitted on, and of its measured sections."""
     record = load_record(sdata)
     slots = table_state(table, record, layer=layer, features=True, graph=graph_key)
-    return {**slots, **bases_state(table, record, base_layers), "sections": learned_state(sdata, record, table)}
+    ids, states = measured_ids(table), _section_states(sdata, record, table)
+    learned = {name: {**state, "measured": ids[name]} for name, state in states.items() if ids[name]}
+    return {**slots, **bases_state(table, record, base_layers), "sections": learned}
 
 
 def bases_state(table: AnnData, record: StackRecord, base_layers: Iterable[str]) -> dict[str, str]:
@@ -184,13 +186,6 @@ def _section_states(sdata: SpatialData, record: StackRecord, table: AnnData) -> 
         for name in record.names
         if (section == name).any()
     }
-
-
-def learned_state(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[str, dict[str, str]]:
-    """Image, spots and measured spots of each measured section, by which a model knows what it has seen."""
-    ids = measured_ids(table)
-    states = _section_states(sdata, record, table)
-    return {name: {**state, "measured": ids[name]} for name, state in states.items() if ids[name]}
 
 
 def sections_seen(

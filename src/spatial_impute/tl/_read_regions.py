@@ -43,27 +43,26 @@ _MAX_STRETCH = 1.05  # beyond it circles would become ellipses
 
 
 @dataclass(frozen=True)
-class FrameChoice:
-    """Coordinate system of image and regions, and its unit, as the user gave them; by default those of the stack."""
-
-    coordinate_system: str | None = None
-    mpp: float | None = None
-    """um per unit."""
-
-
-@dataclass(frozen=True)
 class ExpressionChoice:
     """Expression to read, as the user gave it."""
 
     layer: str | None = None
     genes: Sequence[str] | None = None
     target_sum: float | None = None
-    counts: bool = False
-    """Raw counts are needed, not log values."""
+    counts: bool = False  # Raw counts are needed, not log values
 
 
-def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choice: FrameChoice) -> Frame:
-    """Coordinate system of an image (and shapes), and its unit; a ``ValueError`` if one of them is not clear."""
+def find_frame(
+    sdata: SpatialData,
+    image_key: str,
+    shapes_key: str | None,
+    coordinate_system: str | None = None,
+    mpp: float | None = None,
+) -> Frame:
+    """Coordinate system of an image (and shapes), and its unit; by default those of the stack.
+
+    Raises a ``ValueError`` if one of them is not clear.
+    """
     require_spatialdata(sdata)
     require_key(image_key, sdata.images, where="sdata.images")
     elements = {f"images[{image_key!r}]": sdata.images[image_key]}
@@ -72,14 +71,21 @@ def find_frame(sdata: SpatialData, image_key: str, shapes_key: str | None, choic
         elements[f"shapes[{shapes_key!r}]"] = sdata.shapes[shapes_key]
     section = next((s.name for s in stack_sections(sdata) if s.image == image_key), None)
     systems = {name: set(get_transformation(element, get_all=True)) for name, element in elements.items()}
-    name = choice.coordinate_system
+    name = section if coordinate_system is None else coordinate_system
     if name is None:
-        name = _shared_system(systems) if section is None else section
+        shared = sorted(set.intersection(*systems.values()))
+        if len(shared) != 1:
+            msg = (
+                f"{' and '.join(f'`sdata.{element}`' for element in systems)} share the coordinate systems {shared}; "
+                "choose one with `coordinate_system=`."
+            )
+            raise ValueError(msg)
+        name = shared[0]
     for element, found in systems.items():
         then = "Add one with `spatialdata.transformations.set_transformation`."
         require_key(name, found, where=f"coordinate systems of sdata.{element}", then=then)
-    if choice.mpp is not None:
-        return Frame(name, require_positive(choice.mpp, name="mpp", unit="um per unit"))
+    if mpp is not None:
+        return Frame(name, require_positive(mpp, name="mpp", unit="um per unit"))
     if section is None or name not in (section, Keys.ALIGNED):
         msg = (
             f"The unit of coordinate system {name!r} is unknown. Pass `mpp=` (um per unit; if a unit is a pixel of the "
@@ -97,18 +103,6 @@ def stack_sections(sdata: SpatialData) -> tuple[Section, ...]:
 def dense_maps(sdata: SpatialData) -> dict[str, Any]:
     """Records of the dense maps that :func:`~spatial_impute.tl.predict_dense` wrote to this object."""
     return sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {})
-
-
-def _shared_system(systems: dict[str, set[str]]) -> str:
-    """The one coordinate system that all elements have."""
-    shared = sorted(set.intersection(*systems.values()))
-    if len(shared) != 1:
-        msg = (
-            f"{' and '.join(f'`sdata.{name}`' for name in systems)} share the coordinate systems {shared}; choose one "
-            "with `coordinate_system=`."
-        )
-        raise ValueError(msg)
-    return shared[0]
 
 
 def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]:
@@ -179,10 +173,8 @@ def annotating_table(sdata: SpatialData, shapes_key: str, table_key: str | None)
 class Measured:
     """Measured regions of one element."""
 
-    rows: np.ndarray
-    """(n,) positions in the shapes element."""
-    values: np.ndarray
-    """(n, n_genes) float64."""
+    rows: np.ndarray  # (n,) positions in the shapes element
+    values: np.ndarray  # (n, n_genes) float64
     var_names: list[str]
     units: str
 
@@ -240,10 +232,8 @@ def _measured_rows(
         raise ValueError(msg)
     repeated = pd.Index(place[rows]).duplicated()
     if repeated.any():
-        msg = (
-            f"Several rows of `{where}` annotate the shape {index[place[rows][repeated][0]]!r} of {shapes_key!r}; keep "
-            "one of them."
-        )
+        shape = index[place[rows][repeated][0]]
+        msg = f"Several rows of `{where}` annotate the shape {shape!r} of {shapes_key!r}; keep one of them."
         raise ValueError(msg)
     return rows, place[rows]
 
@@ -270,25 +260,19 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
     raw = looks_like_counts(data)
     if choice.counts:
         if not raw:
-            msg = (
-                f"Losses for counts need raw counts in `{where}`, found other values. Name the layer or table with raw "
-                "counts."
-            )
+            msg = f"Losses for counts need raw counts, found other values in `{where}`. Name the layer or table with counts."
             raise ValueError(msg)
         return values, "counts"
     if choice.target_sum is not None:
         target_sum = require_positive(choice.target_sum, name="target_sum")
         if not raw:
-            msg = (
-                f"`target_sum` normalises raw counts, but `{where}` does not hold counts. Leave it out for log values."
-            )
+            msg = f"`target_sum` normalises raw counts, but `{where}` does not hold counts. Omit it for log values."
             raise ValueError(msg)
         return log_normalize(values, target_sum), f"log1p of counts per {target_sum:g} (all genes)"
     if raw:
         msg = (
             f"`{where}` holds raw counts (integers up to {data.max():g}); log-normalised expression is expected. Use "
-            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, "
-            "or "
+            "`si.pp.select_genes(sdata)` on a stack, pass `target_sum=1e4` to normalise over all genes of the table, or "
             'take a loss for counts (`model_params={"loss": "poisson"}`).'
         )
         raise ValueError(msg)

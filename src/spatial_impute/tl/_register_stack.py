@@ -234,9 +234,8 @@ def register_stack(
     request = _Request(reference, settings, params, given, starts, kept, by_hand, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
-        logger.warning(
-            "Order of the sections by their likeness: %s. The direction is not known", ", ".join(found.placed)
-        )
+        names = ", ".join(found.placed)
+        logger.warning("Order of the sections by their likeness: %s. The direction is not known", names)
         record = record.in_order(list(found.placed))
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
@@ -267,10 +266,8 @@ class _Request:
     params: RegistrationParams
     given: dict[str, np.ndarray]
     starts: dict[str, np.ndarray]
-    kept: dict[str, SectionTransform]
-    """Places of `given` that are used as they are, with their deformation."""
-    approved: dict[str, dict[str, Any]]
-    """Rows of approved sections."""
+    kept: dict[str, SectionTransform]  # Places of `given` that are used as they are, with their deformation
+    approved: dict[str, dict[str, Any]]  # Rows of approved sections
     on_failure: str
     show_progress_bar: bool | None
 
@@ -279,13 +276,11 @@ class _Request:
 class _Registered:
     """Result of the registration, in the frames of the thumbnails: um from the corner."""
 
-    to_section: dict[str, np.ndarray]
-    """(3, 3) affines from the frames of the thumbnails to those of the sections."""
+    to_section: dict[str, np.ndarray]  # (3, 3) affines from the frames of the thumbnails to those of the sections
     pairs: dict[tuple[str, str], PairResult]
     placed: dict[str, ChainResult]
     fields: dict[str, tuple[DisplacementField | None, dict[str, Any]]]
-    exchanged: list[tuple[str, str, float]]
-    """Neighbors that fit better the other way round, and the gain in likeness."""
+    exchanged: list[tuple[str, str, float]]  # Neighbors that fit better the other way round, and the gain in likeness
 
 
 def _thumbnails(

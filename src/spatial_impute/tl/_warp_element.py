@@ -164,11 +164,9 @@ def _warped(element: Any, warp: Warp, pixel_size: float | None, *, kind: str, wh
 class Warp:
     """Transformation of an element to the common frame."""
 
-    to_section: np.ndarray
-    """(3, 3) affine from the element to its section, um."""
+    to_section: np.ndarray  # (3, 3) affine from the element to its section, um
     transform: SectionTransform
-    target: str
-    """Common coordinate system."""
+    target: str  # Common coordinate system
 
     def __call__(self, xy: np.ndarray) -> np.ndarray:
         """(n, 2) coordinates of the element in the common frame."""
@@ -297,10 +295,7 @@ def transfer_shapes(
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
     wanted = [name for name in names if name != section]
     if not wanted:
-        msg = (
-            f"{key!r} belongs to section {section!r}, and there is no other section to carry it to. Registered are "
-            f"{list(rows)}."
-        )
+        msg = f"{key!r} lies in {section!r}, and there is no other section to carry it to. Registered: {list(rows)}."
         raise ValueError(msg)
     pattern = Keys.carried(key, "{section}") if key_added is None else key_added
     if not isinstance(pattern, str) or "{section}" not in pattern:
@@ -328,8 +323,7 @@ def transfer_shapes(
 class _Carry(Warp):
     """From an element of one section to the frame of another one."""
 
-    back: SectionTransform
-    """Of the other section."""
+    back: SectionTransform  # Of the other section
 
     def __call__(self, xy: np.ndarray) -> np.ndarray:
         """(n, 2) coordinates of the element in the frame of the other section, um."""

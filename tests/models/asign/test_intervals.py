@@ -7,7 +7,7 @@ import pytest
 
 import spatial_impute as si
 from spatial_impute.models._spots import Spots
-from spatial_impute.models.asign._intervals import (
+from spatial_impute.models.asign._blend import (
     expected_noise,
     held_out_noise,
     held_out_spread,

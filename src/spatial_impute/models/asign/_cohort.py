@@ -10,10 +10,9 @@ import torch
 
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
 from spatial_impute.models.asign._baselines import fit_ridge
-from spatial_impute.models.asign._blend import KnownTruth, held_out_results
+from spatial_impute.models.asign._blend import KnownTruth, held_out_results, held_out_spread
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
-from spatial_impute.models.asign._intervals import held_out_spread
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, CohortModel, image_distance
 from spatial_impute.models.asign._predictions import Linear, Table
 

@@ -22,7 +22,14 @@ from spatial_impute.models.asign._baselines import (
     mean_profile,
     recalibrate,
 )
-from spatial_impute.models.asign._blend import KnownTruth, held_out_results
+from spatial_impute.models.asign._blend import (
+    KnownTruth,
+    held_out_noise,
+    held_out_results,
+    held_out_spread,
+    relative_noise,
+    spot_scale,
+)
 from spatial_impute.models.asign._cohort import fit_cohort
 from spatial_impute.models.asign._cokriging import counting_weights, variance_parts
 from spatial_impute.models.asign._ensemble import (
@@ -31,7 +38,6 @@ from spatial_impute.models.asign._ensemble import (
     TrainingSet,
 )
 from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
-from spatial_impute.models.asign._intervals import held_out_noise, held_out_spread, relative_noise, spot_scale
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
 from spatial_impute.models.asign._predictions import Mean, OfKnown, Table, row_blocks
 

@@ -25,6 +25,7 @@ from spatial_impute.models._storage import (
     tensors_below,
 )
 from spatial_impute.models.asign._baselines import METHODS, recalibrate
+from spatial_impute.models.asign._blend import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._graph_inputs import (
     TWO_VIEWS,
     GeneScale,
@@ -34,7 +35,6 @@ from spatial_impute.models.asign._graph_inputs import (
     predict_from_labels,
     with_components,
 )
-from spatial_impute.models.asign._intervals import expected_noise, noise_elsewhere, spot_scale, spread_by_support
 from spatial_impute.models.asign._network import MSAGNet, decode_states, graph_states
 from spatial_impute.models.asign._predictions import Linear, Mean, Table, row_blocks
 

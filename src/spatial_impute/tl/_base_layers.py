@@ -1,4 +1,4 @@
-"""Layers beside those of ASIGN: simple methods, predictions of other tools, and which of them ASIGN may blend in."""
+"""Layers with predictions of other tools, and the layers that ASIGN may blend in."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, stack_table, write_slots
-from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import name_list, require_key, require_one_of, require_slot_key, require_unique
-from spatial_impute.tl._provenance import ImputedLayer, measured_hash, provenance
+from spatial_impute.tl._provenance import measured_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,96 +33,6 @@ _WRITERS = {
     INDEPENDENT: "add_prediction(sdata, adata, key_added={!r})",
 }
 _SAME_R = 0.999  # no prediction of a noisy measurement is that good
-
-
-def impute_baseline(
-    sdata: SpatialData,
-    method: str = "kernel",
-    *,
-    table_key: str = Keys.STACK_TABLE,
-    layer: str = Keys.MEASURED,
-    graph_key: str = Keys.SPATIAL_3D,
-    key_added: str | None = None,
-    inplace: bool = True,
-) -> AnnData | None:
-    """Impute expression at every spot with a simple method.
-
-    Each method but ``"hest"`` chooses its settings (neighbours, bandwidth, penalty) by leaving out measured spots.
-
-    Parameters
-    ----------
-    sdata
-        Registered stack.
-    method
-        ``"mean"`` (mean profile of the measured sections), ``"nearest"`` (nearest measured spot), ``"knn"`` (mean of
-        the nearest measured spots), ``"kernel"`` (Gaussian kernel on the registered distance), ``"propagation"``
-        (clamped label propagation on the 3D graph :cite:p:`Zhu2002`), ``"ridge"`` (ridge regression on image features),
-        ``"transfer_ridge"`` (mean of kernel and ridge at the same spread), ``"cokriging"`` (Gaussian processes on
-        position and image features) or ``"hest"`` (the recipe by which HEST-Bench scores encoders: standardised image
-        features, 256 principal components, ridge regression with a fixed penalty; for comparison with published
-        figures, and no part of ASIGN).
-    table_key
-        Name of the stack table.
-    layer
-        Layer with log-normalised expression.
-    graph_key
-        Key of the 3D graph; only ``"propagation"`` uses it.
-    key_added
-        Layer to write; ``"baseline_{method}"`` by default.
-    inplace
-        Write to the stack table, or return a new AnnData with the result in ``X``, and with the columns, coordinates
-        and graphs of the table.
-
-    Returns
-    -------
-    ``None``, or an AnnData with ``inplace=False``. Writes:
-
-    `sdata.tables['stack'].layers['baseline_{method}']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, n_genes) log1p counts. Measured spots keep their measurement.
-    `sdata.tables['stack'].X`, `sdata.tables['stack'].uns['X_layer']`
-        A copy of the layer, and its name, for functions of scanpy and squidpy without ``layer``.
-    `sdata.tables['stack'].uns['baseline_{method}']` : :class:`dict`
-        Provenance.
-
-    Raises
-    ------
-    KeyError
-        If registration, features or graph are missing and the method needs them.
-    ValueError
-        If the method is unknown, nothing is measured, or values are raw counts.
-
-    Examples
-    --------
-    >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
-    >>> si.tl.register_stack(sdata, show_progress_bar=False)
-    >>> si.tl.impute_baseline(sdata, "kernel")
-    >>> sdata.tables["stack"].layers["baseline_kernel"].shape == sdata.tables["stack"].shape
-    True
-    """
-    from spatial_impute.models.asign._baselines import METHODS, NEEDS_FEATURES, NEEDS_GRAPH, RECIPES
-    from spatial_impute.models.asign._panels import by_panel
-
-    methods = {**METHODS, **RECIPES}
-    require_one_of(method, methods, name="method")
-    key = Keys.baseline(method) if key_added is None else key_added
-    require_slot_key(key, name="key_added", taken=(layer, *Keys.NO_RESULT))
-    record = load_record(sdata)
-    features, graph = method in NEEDS_FEATURES, method in NEEDS_GRAPH
-    table, spots = read_spots(
-        sdata, table_key=table_key, layer=layer, graph_key=graph_key, features=features, graph=graph
-    )
-    values = np.empty(table.shape, dtype=np.float32)
-    for columns, panel in by_panel(spots):
-        found = methods[method](panel).expression()
-        found[panel.known] = panel.expression
-        values[:, columns] = found
-    used = {"layer": layer, "features": features, "graph": graph_key if graph else None}
-    result = ImputedLayer(key, values, {"method": method, **provenance(record, table, spots.known, **used)})
-    if not inplace:
-        return result.to_anndata(table)
-    result.write(table, table_key)
-    return None
 
 
 def add_prediction(
@@ -197,9 +106,7 @@ def add_prediction(
         raise ValueError(msg)
     if np.dtype(matrix.dtype).kind not in "buif":
         where = "X" if layer is None else f"layers[{layer!r}]"
-        msg = (
-            f"`prediction.{where}` must hold real numbers, found {matrix.dtype}. Make it so with `.astype('float32')`."
-        )
+        msg = f"`prediction.{where}` must hold real numbers, found {matrix.dtype}. Convert with `.astype('float32')`."
         raise ValueError(msg)
     rows, columns = _rows(table, prediction), _columns(sdata, table, prediction)
     found, genes = np.flatnonzero(rows >= 0), np.flatnonzero(columns >= 0)
@@ -208,9 +115,7 @@ def add_prediction(
     values[np.ix_(found, genes)] = picked.toarray() if sparse.issparse(picked) else picked
     if np.isinf(values).any():
         bad = table.obs_names[np.isinf(values).any(axis=1)][0]
-        msg = (
-            f"`prediction` holds infinite values, the first at spot {bad!r}. Set them to NaN if there is no prediction."
-        )
+        msg = f"`prediction` holds infinite values, the first at spot {bad!r}. Use NaN where there is no prediction."
         raise ValueError(msg)
     if not np.isfinite(values).any():
         msg = "`prediction` holds no number for the spots and genes of the stack, only NaN. Give predicted expression."
@@ -299,10 +204,8 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             msg = f"`base_layers` names {name!r}, which ASIGN has already; write the layer under another name."
             raise ValueError(msg)
         if sparse.issparse(table.layers[name]):
-            msg = (
-                f"A base layer must be dense; make it so by `table.layers[{name!r}] = "
-                f"table.layers[{name!r}].toarray()`."
-            )
+            slot = f"table.layers[{name!r}]"
+            msg = f"A base layer must be dense; make it so by `{slot} = {slot}.toarray()`."
             raise ValueError(msg)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)
