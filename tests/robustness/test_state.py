@@ -464,7 +464,8 @@ def test_pixels_that_were_loaded_are_used_as_lazy_ones(sdata, pixnet):
     warped = si.tl.warp_element(sdata, "s0_image", inplace=False)
     for key in ("features", "s0_image"):
         sdata.images[key].load()
-    np.testing.assert_array_equal(si.tl.genes_from_features(sdata, "features", pixnet, inplace=False), lazy)
+    found = si.tl.genes_from_features(sdata, "features", pixnet, inplace=False)
+    np.testing.assert_allclose(found, lazy, rtol=1e-5)  # chunks of another size add in another order
     np.testing.assert_array_equal(si.tl.warp_element(sdata, "s0_image", inplace=False), warped)
     again = si.pp.assemble_stack({"a": sdata}, coordinate_system={"a": "s0"}, mpp=1.0, z=[0.0])
     np.testing.assert_array_equal(again.images["a_image"], sdata.images["s0_image"])

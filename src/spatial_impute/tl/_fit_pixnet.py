@@ -153,7 +153,7 @@ def fit_pixnet(
     require_one_of(precision, PRECISIONS, name="precision")
     counts = params.loss != "mse+pcc"
     if aggregate not in ("mean", "sum") or (counts and aggregate == "mean"):
-        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for counts; found {aggregate!r} with the loss {params.loss!r}."
+        msg = f"`aggregate` must be 'mean' or 'sum', and 'sum' for losses on counts; found {aggregate!r} with the loss {params.loss!r}."
         raise ValueError(msg)
     if aggregate == "sum" and not counts:
         msg = (

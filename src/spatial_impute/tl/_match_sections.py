@@ -113,7 +113,9 @@ def match_sections(
         scores = _held_out_r(spots, lambda left: left), _held_out_r(spots, _matched)
         logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
         if len(measured) == 2:
-            logger.warning("Two measured sections cannot show if matching helps; `choose=False` matches them anyway")
+            logger.warning(
+                "Two measured sections cannot show whether matching helps; `choose=False` matches them anyway"
+            )
     used = not choose or scores[1] > scores[0]
     values = np.full(table.shape, np.nan, dtype=np.float32)
     values[spots.known] = found.expression if used else spots.expression
