@@ -129,3 +129,16 @@ def test_blend_survives_identical_and_empty_predictions():
     weights, held_out = blend_weights(np.zeros((2, 50, 3)), p[0], np.arange(50) % 5)
     assert np.isfinite(weights).all()
     np.testing.assert_array_equal(held_out, 0)
+
+
+def test_some_spots_are_blended_as_if_there_were_no_others():
+    rng = np.random.default_rng(0)
+    truth, folds = rng.normal(size=(90, 4)), np.arange(90) % 3
+    held_out = {name: truth + size * rng.normal(size=truth.shape) for name, size in (("good", 1.0), ("bad", 3.0))}
+    some = rng.random(90) < 0.6
+    known = KnownTruth(truth, folds, rng.uniform(0.5, 2, 90), frozenset({"bad"}))
+    alone = KnownTruth(truth[some], folds[some], known.weight[some], known.gated)
+    found = known.some(some).blend(held_out, ["good", "bad"])
+    expected = alone.blend({name: values[some] for name, values in held_out.items()}, ["good", "bad"])
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
