@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -67,6 +67,11 @@ class KnownTruth:
             blended[rows] += centre[fold[rows]]
         return weights, blended
 
+    def score(self, held_out: np.ndarray, mean: np.ndarray) -> Score:
+        """Score of the held-out predictions of a method beside those of the mean profile, (n_known, g) both."""
+        r = pearson_by_gene(held_out, self.values, self.folds)
+        return Score(r, summarise(held_out, self.values, mean, r=r))
+
     def _own(self, table: np.ndarray, genes: slice = ALL) -> np.ndarray:
         """Rows of the spots in a table of held-out predictions."""
         return table[:, genes] if self.rows is None else table[:, genes][self.rows]
@@ -91,29 +96,34 @@ class KnownTruth:
         return used
 
 
-def held_out_results(held_out: dict[str, np.ndarray], known: KnownTruth, var_names: Sequence[str]) -> dict[str, Any]:
+class Score(NamedTuple):
+    """How well the held-out spots are predicted. It is kept where the predictions of all genes would take too much memory."""
+
+    r: np.ndarray  # (g,)
+    summary: dict[str, float]
+
+
+def held_out_results(
+    scores: dict[str, Score], asign: np.ndarray, known: KnownTruth, var_names: Sequence[str]
+) -> dict[str, Any]:
     """Attributes of a model that come from held-out predictions: scores, and which genes can be predicted."""
-    found, truth, folds, names = held_out["asign"], known.values, known.folds, list(var_names)
-    r = {name: pearson_by_gene(predicted, truth, folds) for name, predicted in held_out.items()}
+    names = list(var_names)
     return {
-        "cross_validation": cross_validation_table(held_out, truth, r),
-        "predictability": pd.Series(r["asign"], index=names),
-        "predictable": pd.Series(predictable_genes(found, truth, folds), index=names),
+        "cross_validation": _cross_validation_table(scores),
+        "predictability": pd.Series(scores["asign"].r, index=names),
+        "predictable": pd.Series(predictable_genes(asign, known.values, known.folds), index=names),
     }
 
 
-def cross_validation_table(
-    held_out: dict[str, np.ndarray], truth: np.ndarray, correlations: dict[str, np.ndarray]
-) -> pd.DataFrame:
+def _cross_validation_table(scores: dict[str, Score]) -> pd.DataFrame:
     """Scores of every method, and the gain of the blend over it with its 95 % interval over genes."""
     rows = {}
-    for name, predicted in held_out.items():
-        r = correlations[name]
-        rows[name] = summarise(predicted, truth, held_out["mean"], r=r)
-        gain = correlations["asign"] - np.nan_to_num(r)
+    for name, score in scores.items():
+        gain = scores["asign"].r - np.nan_to_num(score.r)
         gain = gain[np.isfinite(gain)]
         low, high = bootstrap_interval(gain)
-        rows[name] |= {"gain": float(gain.mean()) if gain.size else np.nan, "gain_low": low, "gain_high": high}
+        mean = float(gain.mean()) if gain.size else np.nan
+        rows[name] = score.summary | {"gain": mean, "gain_low": low, "gain_high": high}
     return pd.DataFrame(rows).T.rename_axis("method")
 
 

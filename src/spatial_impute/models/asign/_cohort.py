@@ -55,7 +55,8 @@ def fit_cohort(
     known = KnownTruth(truth, fold, np.ones(len(truth)))
     blend, held_out["asign"] = known.blend(held_out, [_RIDGE, NETWORK])
     without, held_out[WITHOUT] = known.blend(held_out, [_RIDGE])
-    held_out[BASE] = held_out[_RIDGE]
+    scores = {name: known.score(table, held_out["mean"]) for name, table in held_out.items()}
+    scores[BASE] = scores[_RIDGE]
     slope, offset = fit_ridge(concatenate(stacks))
     profiles = np.stack([given(s.image_profile) for s in stacks])
     return CohortModel(
@@ -77,7 +78,7 @@ def fit_cohort(
             "usual_distance": torch.tensor(_usual_distance(profiles)),
             **_spread(held_out["asign"] - truth, fold),
         },
-        **held_out_results(held_out, known, var_names),
+        **held_out_results(scores, held_out["asign"], known, var_names),
         history=found.history,
         config=settings.config | {"seed": settings.seed, "regime": found.regime},
     )

@@ -82,14 +82,15 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     ensemble = networks.run(runs)
     del networks, runs
 
-    truth, rows = found.known.values, dict(found.rows)
-    rows[NETWORK] = ensemble.held_out
-    experts = [*found.blended, NETWORK]
-    weights, rows["asign"] = found.known.blend(rows, experts)
-    weights_without, rows[WITHOUT] = found.known.blend(rows, found.blended)
-    rows[BASE] = rows["mean" if base == "none" else base]
-    results = held_out_results(rows, found.known, var_names)
-    asign, mean, support = rows["asign"], rows["mean"], found.support
+    known, mean = found.known, found.rows["mean"]
+    weights_without, without = known.blend(found.rows, found.blended)
+    score_without = known.score(without, mean)
+    del without  # before the next table of all genes
+    experts, rows = [*found.blended, NETWORK], found.rows | {NETWORK: ensemble.held_out}
+    weights, asign = known.blend(rows, experts)
+    scores = {name: known.score(table, mean) for name, table in (rows | {"asign": asign}).items()}
+    scores |= {WITHOUT: score_without, BASE: scores["mean" if base == "none" else base]}
+    support = found.support
     del rows, found  # the tables of the other methods
     return AsignModel(
         params=params,
@@ -100,13 +101,13 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         _networks=ensemble.states,
         _tensors={
             **ensemble.tensors,
-            "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
+            "centre": torch.tensor(known.values.mean(axis=0), dtype=torch.float32),
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
             "weights_without": torch.tensor(weights_without, dtype=torch.float32),
-            **_interval_tensors(data, asign - truth, mean - truth, support, params),
+            **_interval_tensors(data, asign - known.values, mean - known.values, support, params),
         },
-        **results,
+        **held_out_results(scores, asign, known, var_names),
         history=ensemble.history,
         config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
         cohort=fit_cohort(stacks, var_names, settings, fingerprint) if len(stacks) > 1 else None,
