@@ -171,6 +171,8 @@ def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
     """Table of the registered pairs of sections; a verdict other than "ok" is colored."""
     columns = {key: head for key, head in _TABLE.items() if key in quality}
     cells = quality[list(columns)].map(lambda value: f"{value:.2f}" if isinstance(value, float) else str(value))
+    if "error_um" in cells:
+        cells["error_um"] = quality["error_um"].map("{:.0f}".format, na_action="ignore").fillna("unknown")
     rows = [
         [f"{moving} on {fixed}", *row] for (fixed, moving), row in zip(quality.index, cells.to_numpy(), strict=True)
     ]
