@@ -293,25 +293,35 @@ def exchanged_sections(names: Sequence[str], likeness: Likeness) -> list[tuple[s
     far that all exchanges together give a false alarm in one of twenty stacks in order.
 
     At an end of the stack one link is replaced. An odd section (damaged, another stain) would always fit better outside. So
-    the inner section must also be more like the outer one than like the next, by its standard error.
+    the inner section must also be more like the outer one than like the next, by its standard error. A section with less
+    noise would always fit better inside. So the sections without the outer one must be clearly more alike the nearer they are.
     """
     if len(names) < 3:
         return []
     found, limit = [], norm.isf(_FALSE_ALARM / (len(names) - 1))
+    at_ends = {0: names, len(names) - 2: names[::-1]}
     for i, (a, b) in enumerate(pairwise(names)):
-        if i == 0:
-            third = names[2]
-            gain, odd = likeness(a, third) - likeness(b, third), likeness(a, b) - likeness(b, third)
-        elif i == len(names) - 2:
-            third = names[i - 1]
-            gain, odd = likeness(b, third) - likeness(a, third), likeness(a, b) - likeness(a, third)
+        if i in at_ends:
+            gain = _gain_at_end(at_ends[i], likeness, limit)
         else:
             before, after = names[i - 1], names[i + 2]
             gain = likeness(before, b) - likeness(before, a) + likeness(a, after) - likeness(b, after)
-            odd = gain
-        if _clear(gain, limit) and _clear(odd, 1.0):
+        if gain is not None and _clear(gain, limit):
             found.append((a, b, float(gain.mean())))
     return found
+
+
+def _gain_at_end(names: Sequence[str], likeness: Likeness, limit: float) -> NDArray[np.float64] | None:
+    """Gain if the first two sections are exchanged, without each tile; None if their images alone may explain it."""
+    outer, inner, third = names[:3]
+    if not _clear(likeness(outer, inner) - likeness(inner, third), 1.0):
+        return None
+    if len(rest := names[1:]) > 2:
+        near = [likeness(a, b) for a, b in pairwise(rest)]
+        far = [likeness(a, b) for a, b in zip(rest, rest[2:], strict=False)]
+        if not _clear(np.mean(near, axis=0) - np.mean(far, axis=0), limit):
+            return None
+    return likeness(outer, third) - likeness(inner, third)
 
 
 def in_inferred_order(task: StackTask, run: Run) -> tuple[StackTask, Pairs]:

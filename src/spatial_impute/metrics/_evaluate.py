@@ -127,7 +127,7 @@ def evaluate(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata, truth = si.datasets.synthetic_stack(truth=True)
+    >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, truth=True)
     >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> for method in ("mean", "kernel"):
     ...     si.tl.impute_baseline(sdata, method)
@@ -373,7 +373,7 @@ def predictability(
     --------
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid")
     >>> si.pp.extract_features(sdata)
     >>> found = si.metrics.predictability(sdata)

@@ -103,7 +103,7 @@ def fit_asign(
     >>> import numpy as np
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)

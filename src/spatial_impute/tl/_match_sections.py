@@ -83,7 +83,7 @@ def match_sections(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack(4, measured=["s0", "s1", "s3"])
+    >>> sdata = si.datasets.synthetic_stack(4, extent=1400.0, measured=["s0", "s1", "s3"])
     >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.match_sections(sdata, choose=False)
     >>> sdata.tables["stack"].varm["matched_shift"].shape

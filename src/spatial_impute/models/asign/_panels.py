@@ -59,7 +59,7 @@ class AsignPanels:
     --------
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack(measured=["s0", "s2"], n_genes=9)
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, n_genes=9, measured=["s0", "s2"])
     >>> genes = list(sdata.tables["stack"].var_names)
     >>> sdata.tables["s0_counts"] = sdata.tables["s0_counts"][:, genes[:6]].copy()  # a smaller panel
     >>> si.pp.select_genes(sdata, genes=genes, join="outer")
