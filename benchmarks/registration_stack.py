@@ -153,7 +153,9 @@ def main() -> None:
         name = f"s{k:03d}"
         still = k == n // 2
         # Less changes between the sections of a short stack than between the faces of the block.
-        rgb, points[name], truth[name] = section(block, k / 99, [0, k], still=still)
+        rgb, points[name], truth[name] = section(
+            block, k / 99, [0, k + 1], still=still
+        )  # [0, 0] would draw the block again
         images[name] = pyramid(rgb, name)
     sdata = si.pp.assemble_stack(images, mpp=MPP, section_spacing=10.0)
     shape = next(iter(images.values()))["scale0"]["image"].shape
