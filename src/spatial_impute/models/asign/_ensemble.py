@@ -130,7 +130,7 @@ class TrainingSet:
         if k is None:
             return GeneScale.of(self.truth)
         hidden = [fold[spots.known] for spots, fold in zip(self.stacks, self.fold(k), strict=True)]
-        return GeneScale.of(self.truth[~np.concatenate(hidden)])
+        return GeneScale.of(self.truth, ~np.concatenate(hidden))
 
     def rest(self, i: int, k: int) -> tuple[Spots, np.ndarray]:
         """Stack without one of its folds, and the (n_known,) group of each known spot that is left.

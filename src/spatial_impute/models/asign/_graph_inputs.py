@@ -10,6 +10,7 @@ import torch
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from spatial_impute._expression import gene_blocks
 from spatial_impute.models._spots import given
 from spatial_impute.models.asign._baselines import fit_mean
 from spatial_impute.models.asign._cokriging import Axes, krige
@@ -44,10 +45,14 @@ class GeneScale:
     scale: Tensor  # (g,) standard deviation
 
     @classmethod
-    def of(cls, expression: np.ndarray) -> GeneScale:
-        """Mean and standard deviation of the (n, g) expression of training spots."""
-        scale = np.maximum(expression.std(axis=0), _LEAST_SCALE)
-        return cls(torch.tensor(expression.mean(axis=0), dtype=torch.float32), torch.tensor(scale, dtype=torch.float32))
+    def of(cls, expression: np.ndarray, rows: np.ndarray | slice = slice(None)) -> GeneScale:
+        """Mean and standard deviation of the (n, g) expression of training spots, or of some of its rows."""
+        centre, scale = torch.empty((2, expression.shape[1]))
+        for genes in gene_blocks(expression.shape[1]):
+            part = expression[:, genes][rows]
+            centre[genes] = torch.from_numpy(part.mean(axis=0))
+            scale[genes] = torch.from_numpy(part.std(axis=0)).clamp(min=_LEAST_SCALE)
+        return cls(centre, scale)
 
     def standardise(self, expression: np.ndarray) -> Tensor:
         """Standard deviations around the mean, float32."""
