@@ -236,10 +236,9 @@ def _predict_spots(
         frame = find_frame(sdata, image_key, shapes_key)
         regions, _ = read_shapes(sdata, shapes_key, frame)
         levels = read_levels(sdata, image_key, frame)
-        image, stain = model._image(levels), model._stain(slide_overview(levels))
-        in_px = regions.take(wanted).moved(image.from_um)
-        found = model._read_regions(image, stain, in_px, model.gene_index(None), core=setup.tile_size)
-        result[section.rows[wanted]] = found.expression
+        slide = model._slide(levels, slide_overview(levels), setup.tile_size)
+        in_px = regions.take(wanted).moved(slide.image.from_um)
+        result[section.rows[wanted]], _ = model._read_regions(slide, in_px, model.gene_index(None))
     return result
 
 

@@ -128,7 +128,7 @@ def predict_dense(
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute._io.stores import DenseStore, as_element
     from spatial_impute.models.pixnet._model import PixNetModel
-    from spatial_impute.models.pixnet._tiles import DenseJob, Slide, TileIndex, tissue_tiles
+    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
@@ -146,16 +146,16 @@ def predict_dense(
         )
         raise ValueError(msg)
     levels = read_levels(sdata, image_key, frame)
-    overview, image = slide_overview(levels), model._image(levels)
-    tiling = model._tiling(image.shape, tile_size)
-    rows, columns = tiling.shape
+    overview = slide_overview(levels)
+    slide = model._slide(levels, overview, tile_size)
+    rows, columns = slide.tiling.shape
     wanted = frozenset((i, j) for i in range(rows) for j in range(columns))
     if tissue_only:
-        wanted = tissue_tiles(tiling, image, overview)
+        wanted = tissue_tiles(slide, overview)
     if shapes_key is not None:
         regions, _ = read_shapes(sdata, shapes_key, frame)
-        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(image.from_um), tiling))
-    network, slide = model.network.with_genes(index).to(device), Slide(image, model._stain(overview), tiling)
+        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(slide.image.from_um), slide.tiling))
+    network = model.network.with_genes(index).to(device)
     network.precision = precision
     job = DenseJob(network, slide, output_dtype, features, overview if tissue_only else None, wanted)
     if inplace:

@@ -13,10 +13,10 @@ import torch
 
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
-from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, evaluate
+from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, cut_windows, evaluate
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions
-from spatial_impute.models.pixnet._training import FitSettings, crop_settings, held_out_crops, train
+from spatial_impute.models.pixnet._training import FitSettings, crop_settings, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,7 @@ def _evaluate(
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
     size = crop_settings(network, watched, settings.params)
-    windows = held_out_crops(network, watched, size, replace(settings, seed=0))
+    windows = cut_windows(network, watched, size, replace(settings, seed=0))
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 
