@@ -408,8 +408,8 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
 def standardise_decoder(network: PixNetNetwork, features: np.ndarray, within: np.ndarray) -> None:
     """Let the decoder read the channels of all maps around 0, with a mean variance of 1 over the cells of the regions.
 
-    All channels are divided by the same number. On a scale of its own, each coarse map and each channel with little
-    variation would count as much as those that show the nuclei, and would be learned by heart.
+    All channels are divided by the same number. With a scale for each, coarse maps and channels with little variation
+    would count as much as those that show the nuclei, and the decoder would overfit to them.
     """
     decoder = network.decoder
     n = len(decoder.mean)  # the maps come first, then their windows

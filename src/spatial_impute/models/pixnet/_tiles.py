@@ -221,7 +221,7 @@ def forward_tile(
         return stage(maps, cells)[0], grid
 
 
-def bag(
+def region_sums(
     maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box, *, squares: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sums over regions of the map resized to pixels, (n_regions, c), and their numbers of pixels; differentiable.
@@ -294,7 +294,7 @@ def iter_sums(
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Sums over regions without a map of the slide: each tile that regions touch is computed once.
 
-    Yields rows of `regions`, their sums as :func:`bag` returns them, and their numbers of pixels, float64. Regions within one
+    Yields rows of `regions`, their sums as :func:`region_sums` returns them, and their numbers of pixels, float64. Regions within one
     tile come after this tile, those in several tiles at the end. Regions outside the image come last, with 0 pixels and
     without sums.
     """
@@ -311,7 +311,7 @@ def iter_sums(
             core, image = slide.tiling.pixels(tile), slide.tiling.image
             for start in range(0, len(index), _BATCH):
                 rows = index[start : start + _BATCH]
-                sums, n_pixels = bag(maps, regions.take(rows), core, grid, image, squares=squares)
+                sums, n_pixels = region_sums(maps, regions.take(rows), core, grid, image, squares=squares)
                 whole = place[rows] < 0
                 if not whole.all():
                     if total is None:
