@@ -148,7 +148,7 @@ def impute_pixnet(
     sections = section_spots(sdata, table, table_key=table_key, layer=layer)
     with progress_steps("Imputing with PixNet", show=show_progress_bar) as steps:
         on_fold = steps(len(folds) + 1)
-        values = predict_held_out(sections, spots.known, folds, setup, on_fold)
+        values = predict_pixnet(sections, spots.known, folds, setup, on_fold)
         model = _fit_on(sections, spots.known, setup)
         values[~spots.known] = _predict_spots(sections, ~spots.known, model, setup)[~spots.known]
         on_fold()
@@ -193,7 +193,7 @@ def section_spots(
     return found
 
 
-def predict_held_out(
+def predict_pixnet(
     sections: Sequence[SectionSpots],
     known: np.ndarray,
     folds: Sequence[np.ndarray],

@@ -11,7 +11,7 @@ from spatialdata.transformations import get_transformation
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
-from spatial_impute._stack import answer, image_state, map_problems, require_element_key
+from spatial_impute._stack import image_state, map_problems, raise_or_warn, require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model, require_one_of
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance
@@ -159,7 +159,7 @@ def predict_dense(
     network.precision = precision
     job = DenseJob(network, slide, output_dtype, features, overview if tissue_only else None, wanted)
     if inplace:
-        require_element_key(sdata, key, name="key_added", kind="images", ours=dense_maps(sdata))
+        require_element_key(sdata, key, kind="images", ours=dense_maps(sdata))
     if store is None:
         element = as_element(_lazy_array(job), names, job, frame)
     else:
@@ -290,8 +290,8 @@ def genes_from_features(
     key = Keys.expression(features_key) if key_added is None else key_added
     if inplace:
         ours = {*dense_maps(sdata), Keys.expression(features_key)} - {features_key}
-        require_element_key(sdata, key, name="key_added", kind="images", ours=ours)
-    answer(map_problems(sdata, features_key))
+        require_element_key(sdata, key, kind="images", ours=ours)
+    raise_or_warn(map_problems(sdata, features_key))
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = dense_maps(sdata).get(features_key, {})

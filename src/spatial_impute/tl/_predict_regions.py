@@ -136,7 +136,7 @@ def predict_regions(
     origin = {"coordinate_system": frame.name, Keys.STATE: state}
     if inplace:
         ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
-        require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
+        require_element_key(sdata, key, kind="tables", ours=ours)
     gene_index = model.gene_index(genes)
     levels = read_levels(sdata, image_key, frame)
     slide = model._slide(levels, slide_overview(levels), tile_size)
