@@ -223,7 +223,7 @@ def regions(options: argparse.Namespace) -> None:
 
     from spatial_impute.models.pixnet._network import PixNetNetwork
     from spatial_impute.models.pixnet._region_weights import Polygons
-    from spatial_impute.models.pixnet._tiles import bag
+    from spatial_impute.models.pixnet._tiles import region_sums
 
     side = 8000
     with tempfile.TemporaryDirectory() as name:
@@ -270,9 +270,9 @@ def regions(options: argparse.Namespace) -> None:
     squares = shapely.box(x.ravel(), y.ravel(), x.ravel() + k, y.ravel() + k)
     box = Box(0, n, 0, n)
     polygons = Polygons.from_shapely(squares)
-    bag(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
+    region_sums(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
     start = time.process_time()
-    ours, _ = bag(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
+    ours, _ = region_sums(cells, polygons, box, CellGrid(8, n // 8, n // 8), box)
     ours_s = time.process_time() - start
     labels = (np.arange(n)[:, None] // k) * (n // k) + np.arange(n)[None] // k + 1
     labels[labels == 1] = 0  # spatialdata.aggregate fails without background

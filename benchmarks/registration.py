@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,16 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 
-from spatial_impute._registration import PairResult, RegistrationParams, SectionImage, register_pair
+from spatial_impute._geometry import apply_affine
+from spatial_impute._registration import (
+    PairResult,
+    RegistrationParams,
+    SectionImage,
+    SectionTransform,
+    chain_to_reference,
+    deform_stack,
+    register_pair,
+)
 from spatial_impute._registration.ants_fits import fit_deformable
 from spatial_impute._registration.deform import contrast_fits
 from spatial_impute._registration.orientation import pose
@@ -54,6 +62,29 @@ def table(rows: list[dict], title: str) -> pd.DataFrame:
     return frame
 
 
+def placed_pair(
+    fixed: SectionImage, moving: SectionImage, *, method: str, params: RegistrationParams | None = None
+) -> tuple[PairResult, SectionTransform, dict]:
+    """Affine registration of a pair, its transform with any deformation, and its quality, as `register_stack` makes them."""
+    params = RegistrationParams() if params is None else params
+    pair = register_pair(fixed, moving, params=params)
+    if method == "affine":
+        return pair, SectionTransform(pair.matrix), pair.quality
+    images = {"fixed": fixed, "moving": moving}
+    placed = chain_to_reference({("fixed", "moving"): pair}, list(images), "fixed", params=params)
+    found = deform_stack(
+        images,
+        placed,
+        "fixed",
+        params=params,
+        seed=0,
+        run=lambda function, tasks, _: [function(*task) for task in tasks],
+        certain=method == "auto",
+    )
+    field, quality = found.get("moving", (None, {}))  # a section that failed is not deformed
+    return pair, SectionTransform.from_field(pair.matrix, field, np.eye(3)), pair.quality | quality
+
+
 # ---------------------------------------------------------------- landmarks
 
 
@@ -73,11 +104,12 @@ def bench_landmarks(*, quick: bool) -> None:
         start = time.perf_counter()
         images = [SectionImage(image, (mpp, mpp)) for image in (fixed, moving)]
         # Two stains of thin neighbouring sections: these show the same structures, so a finer fit can follow them.
-        result = register_pair(*images, method="syn", params=RegistrationParams(syn_side=640))
-        linear = replace(result, field=None)  # the affine part of the same call
-        row["affine"], row["syn"] = (_share(r.warp_points(b * mpp) / mpp, a, diagonal) for r in (linear, result))
+        pair_result, transform, quality = placed_pair(*images, method="syn", params=RegistrationParams(syn_side=640))
+        places = apply_affine(b * mpp, transform.matrix), transform.points(b * mpp)
+        row["affine"], row["syn"] = (_share(place / mpp, a, diagonal) for place in places)
         row["s"] = round(time.perf_counter() - start, 1)
-        row |= {"used": result.method, "verdict": result.verdict, "error_um": result.quality.get("error_um")}
+        used = "syn" if transform.deforms else pair_result.method
+        row |= {"used": used, "verdict": pair_result.verdict, "error_um": quality.get("error_um")}
         for method in ("Affine", "SyN"):
             start = time.perf_counter()
             row[f"ants {method}"] = _share(_ants_points(fixed, moving, b, method), a, diagonal)
@@ -167,14 +199,14 @@ def moved_section(
     return moving, points, source[rows[chosen], columns[chosen]]
 
 
-def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> PairResult:
+def deformed_in_any_case(fixed: SectionImage, moving: SectionImage) -> SectionTransform:
     params = RegistrationParams()
     result = register_pair(fixed, moving, method="affine", params=params)
     size = working_pixel(fixed, moving, params, side=params.syn_side)
     channels = [deformation_channel(image, size, params.max_displacement + 4 * size) for image in (fixed, moving)]
     smoothing, look = contrast_fits(params)[-1]
     field = fit_deformable(*channels, result.matrix, smoothing=smoothing, look=look, params=params, seed=0)
-    return PairResult(result.matrix, "syn", result.quality, result.moving_box, field)
+    return SectionTransform.from_field(result.matrix, field, np.eye(3))
 
 
 def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int, first: int = 0) -> None:
@@ -194,16 +226,16 @@ def bench_synthetic(*, quick: bool, sections: Sequence[str], starts: int, first:
             angle, mirrored = 15.0 * (number // 2), bool(number % 2)
             rng = np.random.default_rng([int(name[1:]), number])
             moving, points, origin = moved_section(image, rng, angle=angle, mirrored=mirrored)
-            truth = origin if still is None else still.warp_points(origin)
+            truth = origin if still is None else still.points(origin)
             start = time.perf_counter()
-            result = register_pair(images["C4"], moving, method="syn")
+            pair, transform, quality = placed_pair(images["C4"], moving, method="syn")
             seconds = time.perf_counter() - start
-            linear = points @ result.matrix[:2, :2].T + result.matrix[:2, 2]
-            error, before = (np.linalg.norm(found - truth, axis=1) for found in (result.warp_points(points), linear))
+            places = transform.points(points), apply_affine(points, transform.matrix)
+            error, before = (np.linalg.norm(found - truth, axis=1) for found in places)
             row = {"section": name, "angle": angle, "mirrored": mirrored, "elastic": _elastic(points, origin)}
             row |= {"linear": np.median(before), "syn": np.median(error), "p90": np.percentile(error, 90)}
-            row |= {key: result.quality.get(key) for key in ("folds", "error_um", "agreement", "syn_look", "verdict")}
-            rows.append(row | {"used": result.method, "s": seconds})
+            row |= {key: quality.get(key) for key in ("folds", "error_um", "agreement", "syn_look", "verdict")}
+            rows.append(row | {"used": "syn" if transform.deforms else pair.method, "s": seconds})
             print(
                 ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
                 flush=True,
@@ -408,11 +440,12 @@ def bench_dlpfc(*, quick: bool) -> None:
             image = np.stack([ndi.map_coordinates(rgb[..., k], where, order=1, cval=glass[k]) for k in range(3)], -1)
             row = {"fixed": a, "moving": b, "gap_um": gap, "angle": round(angle), "mirrored": mirrored}
             for method in ("affine", "syn"):
-                result = register_pair(fixed, SectionImage(image, (16.2, 16.2)), method=method)
-                placed = result.warp_points(xy @ motion[:2, :2].T + motion[:2, 2])
+                pair, transform, _ = placed_pair(fixed, SectionImage(image, (16.2, 16.2)), method=method)
+                placed = transform.points(apply_affine(xy, motion))
                 nearest = cKDTree(sections[a][1]).query(placed)[1]
                 row[method] = round(float((sections[a][2][nearest] == layer).mean()), 3)
-            rows.append(row | {"used": result.method, "verdict": result.verdict})
+            used = "syn" if transform.deforms else pair.method
+            rows.append(row | {"used": used, "verdict": pair.verdict})
     table(rows, "DLPFC: accuracy of the transferred layer (bar 0.85 on adjacent sections, 10 um apart)")
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 from registration import ROOT, her2st_images, read_image
 from scipy import ndimage as ndi
 
+from spatial_impute._geometry import apply_affine
 from spatial_impute._registration import SectionImage, register_pair
 from spatial_impute._registration.ants_fits import fit_linear
 from spatial_impute._registration.orientation import pose
@@ -138,7 +139,7 @@ def turned(section: Spots, angle: float, *, mirrored: bool, draw: bool) -> Spots
 def ours(fixed: Spots, moving: Spots) -> dict[str, tuple[np.ndarray, float, str]]:
     start = time.process_time()
     result = register_pair(fixed.image, moving.image)
-    return {"ours": (result.warp_points(moving.xy), time.process_time() - start, result.verdict)}
+    return {"ours": (apply_affine(moving.xy, result.matrix), time.process_time() - start, result.verdict)}
 
 
 def child(python: str, code: str, fixed: Spots, moving: Spots, method: str) -> dict[str, tuple[np.ndarray, float, str]]:

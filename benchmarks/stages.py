@@ -44,7 +44,7 @@ from spatial_impute.encoders._encoder import resolve_encoder
 from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.asign import _propagation
 from spatial_impute.models.pixnet._region_weights import CellGrid, Polygons
-from spatial_impute.models.pixnet._tiles import bag
+from spatial_impute.models.pixnet._tiles import region_sums
 
 Stage = tuple[Callable[[], object], Callable[[], Callable[[], object]]]  # itself; what prepares what stands beside it
 
@@ -236,7 +236,7 @@ def aggregation(size: int, folder: Path) -> Stage:
         by = Labels2DModel.parse(labels, dims=("y", "x"))
         return lambda: aggregate(values=values, by=by, agg_func="sum", target_coordinate_system="global")
 
-    return lambda: bag(cells, squares, box, grid, box), prepare
+    return lambda: region_sums(cells, squares, box, grid, box), prepare
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:

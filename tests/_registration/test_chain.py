@@ -183,8 +183,8 @@ def test_points_follow_deformations():
     push = np.zeros((10, 10, 2), np.float32)
     push[..., 0] = 7
     field = DisplacementField(-push, push, (0.0, 0.0), 10.0)
-    result = PairResult(shift(10), "syn", {"verdict": "ok"}, field=field)
-    np.testing.assert_allclose(result.warp_points([[30, 40], [500, 40]]), [[47, 40], [510, 40]])  # outside: matrix only
+    transform = SectionTransform.from_field(shift(10), field, np.eye(3))
+    np.testing.assert_allclose(transform.points([[30, 40], [500, 40]]), [[47, 40], [510, 40]])  # outside: matrix only
 
 
 def test_single_section():

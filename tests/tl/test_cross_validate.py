@@ -184,14 +184,14 @@ def test_pixnet_of_a_fold_cannot_see_it(two_measured, octaves, pixnet_params):
     from spatial_impute.encoders._pyramids import build_pyramid
     from spatial_impute.models._params import PixNetParams
     from spatial_impute.tl._fit_pixnet import PixNetSetup
-    from spatial_impute.tl._impute_pixnet import predict_held_out, section_spots
+    from spatial_impute.tl._impute_pixnet import predict_pixnet, section_spots
 
     def predict(sdata):
         _, spots = read_spots(sdata, features=False, graph=False)
         folds = block_folds(spots, n_folds=2, block_spacings=2.0, seed=0)
         setup = PixNetSetup(build_pyramid(octaves), PixNetParams(**pixnet_params), 256, "cpu", 0)
         sections = section_spots(sdata, sdata.tables["stack"], table_key="stack", layer="measured")
-        return predict_held_out(sections, spots.known, folds[:1], setup, lambda: None)[folds[0]], folds[0]
+        return predict_pixnet(sections, spots.known, folds[:1], setup, lambda: None)[folds[0]], folds[0]
 
     expected, fold = predict(two_measured)
     assert np.isfinite(expected).all()

@@ -19,7 +19,7 @@ from spatial_impute._scores import pearson_by_gene
 from spatial_impute.encoders._networks import build_resnet
 from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet._region_weights import CellGrid
-from spatial_impute.models.pixnet._tiles import bag
+from spatial_impute.models.pixnet._tiles import region_sums
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
         genes = network.genes(network.features(rgb))[0]
         grid = CellGrid(network.stride, genes.shape[1], genes.shape[2])
         box = Box(0, height, 0, width)
-        sums, n_pixels = bag(genes, entry.regions, box, grid, box)
+        sums, n_pixels = region_sums(genes, entry.regions, box, grid, box)
         expected = (sums / n_pixels[:, None]).numpy()
     np.testing.assert_allclose(entry.base, expected, rtol=1e-3, atol=1e-4)
 

@@ -319,7 +319,7 @@ def _from_tags(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float,
 def _is_print(size: float, unit: float) -> bool:
     """True if pixels of `size` um are those of a print or a screen, and no sizes in tissue.
 
-    Tags in inches, and other tags that come to whole hundreds of dots per inch, are set by image software.
+    Tags in inches, and other tags of whole hundreds of dots per inch, are set by image software.
     """
     if not PIXEL_RANGE[0] <= size <= PIXEL_RANGE[1]:
         return True

@@ -222,13 +222,12 @@ class SlideOverview:
 def slide_overview(levels: list[Level]) -> SlideOverview:
     """Overview of a slide. If no tissue is visible, the whole slide counts as tissue.
 
-    Where tissue fills the image, its palest places would pass for glass. They are colored, glass is not: white is then the
+    Where tissue fills the image, its palest places would be taken for glass. They are colored, glass is not: white is then the
     color of the glass. Else only what is darker than these places would count as stain, and the stain of such slides could
     not be compared.
     """
     rgb, to_um = read_thumbnail(levels, _OVERVIEW)
-    size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
-    mask = tissue_mask(rgb, (size_x, size_y))
+    mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0))
     if not mask.any():
         mask = np.ones_like(mask)
     density = optical_density(rgb)

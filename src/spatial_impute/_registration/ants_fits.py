@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Look = Literal["information", "contrast", "correlation"]
 
 _THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
-# Pixels per iteration. What smoothing of the total field takes back at each of them limits how far a fit can go: ten
-# pixels (bends of 200 um on HER2ST) for the first one, a few for those that follow finer structure.
+# Pixels per iteration. Smoothing of the total field reduces each step, and so limits the displacement of a fit: ten pixels
+# (bends of 200 um on HER2ST) for the first one, a few for those that follow finer structure.
 _SYN_STEP, _SYN_STEP_FINE = 0.5, 0.2
 _SYN_BINS = 32  # of mutual information, as in the linear fits
 _MAX_WINDOW = 4  # pixels, half side: the time of a local correlation grows with the area of its window
@@ -153,7 +153,7 @@ def _from_centre(channel: Channel) -> NDArray[np.float64]:
     """Translation from coordinates with their origin at the centre of the tissue to the frame of the section.
 
     antsRegistration turns about the origin of its coordinates. With the origin far outside the tissue, angle and shift
-    are so entangled that a fit can stop half way or run off (seen: 70 um and 1.5 mm on real sections).
+    depend so much on each other that a fit can stop too early or diverge (seen: 70 um and 1.5 mm on real sections).
     """
     return translation(channel.centres().mean(0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -168,7 +168,7 @@ class StackTask:
     reference: str
     policy: str
     """``"auto"``, ``"sequential"`` or ``"star"``."""
-    method: str
+    method: Literal["rigid", "affine"]
     given: Matrices
     """Matrices to the frame of the reference, um, of sections with a known place."""
     initial: Matrices
@@ -347,8 +347,8 @@ def in_inferred_order(task: StackTask, run: Run) -> tuple[StackTask, Pairs]:
 def most_alike(likeness: NDArray[np.float64]) -> list[int]:
     """Order in which the sum of the likeness ``(n, n)`` of neighbors is largest, in the direction nearer to the present one.
 
-    From each section, the most alike one that is left comes next. The best of these orders are improved by turning parts of
-    them round and by moving single sections, until nothing is gained.
+    From each section, the most alike one that is left comes next. The best of these orders are improved by reversing
+    parts of them and by moving single sections, as long as the sum increases.
     """
     n = len(likeness)
 
@@ -373,7 +373,7 @@ def _greedy(likeness: NDArray[np.float64], first: int) -> list[int]:
 
 
 def _changed(order: list[int]) -> Iterator[list[int]]:
-    """Orders with one part turned round, or one section moved."""
+    """Orders with one part reversed, or one section moved."""
     for i, j in combinations(range(len(order)), 2):
         part = order[i : j + 1]
         for new in (part[::-1], [*part[1:], part[0]], [part[-1], *part[:-1]]):

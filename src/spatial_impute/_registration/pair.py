@@ -11,10 +11,10 @@ import numpy as np
 
 from spatial_impute._geometry import affine_between, apply_affine
 from spatial_impute._registration import ants_fits
-from spatial_impute._registration.deform import chessboard, fit_deformation
+from spatial_impute._registration.deform import chessboard
 from spatial_impute._registration.orientation import orientation_candidates
 from spatial_impute._registration.quality import (
-    NO_ERROR,
+    UNKNOWN_ERROR,
     StructureScore,
     clear_pose,
     disagreement,
@@ -30,7 +30,6 @@ from spatial_impute._registration.types import (
     PairResult,
     RegistrationParams,
     SectionImage,
-    deformation_channel,
     registration_channel,
     shrink,
     working_pixel,
@@ -41,13 +40,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from spatial_impute._registration.deform import Deformation
-    from spatial_impute._registration.transform import DisplacementField
     from spatial_impute._registration.types import Channel
 
 Matrix: TypeAlias = "NDArray[np.float64]"
 
-_METHODS = ("rigid", "affine", "syn", "auto")
 _MAX_AREA_RATIO = 10.0  # serial sections differ by percents; tenfold means a wrong pixel size or a wrong image
 _CLEARLY_LOWER = 2.0  # standard errors of the score
 _MORE_OVERLAP = 0.01  # Dice: two masks of the same tissue differ by about this much
@@ -64,7 +60,7 @@ def register_pair(
     moving: SectionImage,
     initial: Matrix | None = None,
     *,
-    method: str = "affine",
+    method: Literal["rigid", "affine"] = "affine",
     params: RegistrationParams | None = None,
     seed: int = 0,
 ) -> PairResult:
@@ -75,14 +71,9 @@ def register_pair(
     only if it is plausible and not clearly worse than the rigid one. A poor result is returned and never replaced by the
     identity; check its ``verdict``.
 
-    `method` is ``"rigid"`` (rotation, shift, mirror), ``"affine"``, ``"syn"`` (affine and a smooth deformation, kept
-    only if it is plausible and different parts of the tissue agree on it), or ``"auto"`` (kept only if tissue that was
-    hidden from the fit also fits clearly better). The same `seed` gives the same result on the same machine with the same
-    number of threads.
+    `method` is ``"rigid"`` (rotation, shift, mirror) or ``"affine"``. The same `seed` gives the same result on the same
+    machine with the same number of threads.
     """
-    if method not in _METHODS:
-        msg = f"`method` must be one of {_METHODS}, found {method!r}."
-        raise ValueError(msg)
     params = RegistrationParams() if params is None else params
     _check_areas(fixed, moving)
     fitter = _Fitter(fixed, moving, params, seed)
@@ -100,24 +91,13 @@ def register_pair(
         matrix, used, notes = fitter.affine(fits[best], score)
     start = _start(starts[best]) | {"look": score.look, "looks_agree": agreed}
     halves = fitter.halves(matrix, "Rigid" if used == "rigid" else "Affine")
-    quality = start | _quality(score, matrix, None, runner_up)
-    field, failed = None, verdict(quality, params)[0] == "failed"
-    # A deformation would only make a wrong pose look better.
-    if method in ("syn", "auto") and not failed:
-        found = fitter.deformation(matrix, certain=method == "auto")
-        field = found.field
-        if field is None:
-            notes.append(found.note)
-            quality |= found.quality
-        else:
-            used, quality = "syn", start | _quality(score, matrix, field, runner_up) | found.quality
-            halves = found.quality["halves_um"]
+    quality = start | _quality(score, matrix, runner_up)
     # Patches are matched near the pose: they tell how exact it is, not if it is another one.
-    known = clear_pose(quality, params) and not failed
-    quality |= expected_error(fitter.target, fitter.source, matrix, field, halves) if known else NO_ERROR
+    known = clear_pose(quality, params) and verdict(quality, params)[0] != "failed"
+    quality |= expected_error(fitter.target, fitter.source, matrix, None, halves) if known else UNKNOWN_ERROR
     quality["verdict"], reasons = verdict(quality, params)
     quality["reasons"] = reasons + notes
-    return PairResult(matrix, used, quality, moving.tissue_box, field)
+    return PairResult(matrix, used, quality, moving.tissue_box)
 
 
 class _Fitter:
@@ -153,7 +133,7 @@ class _Fitter:
             if not any(same_pose(pose, other, self.source) for _, other in found):
                 found.append((start, pose))
         information = [mutual_information(*coarse, pose) for _, pose in found]
-        if max(information) > 0:  # the rest would need a stretch beyond all limits to win
+        if max(information) > 0:  # the others could be the best only with a stretch beyond the limits
             found = [found[i] for i in sorted(np.argsort(information)[::-1][:_MOST_POSES])]
         starts, fits = [start for start, _ in found], [pose for _, pose in found]
         if affine:  # stretched sections match no fine structure before they are stretched back
@@ -217,13 +197,6 @@ class _Fitter:
         first, second = (self._fit((view, moving), matrix, kind, (_HALF_ITERATIONS,), 0.0) for view in views)
         return disagreement(first, second, self.source.centres()[::_SQUARE])
 
-    def deformation(self, matrix: Matrix, *, certain: bool) -> Deformation:
-        """Deformation on top of the matrix; see :func:`fit_deformation`."""
-        fine = working_pixel(self.fixed, self.moving, self.params, side=self.params.syn_side)
-        margin = self.params.max_displacement + 4 * fine
-        target, source = (deformation_channel(section, fine, margin) for section in (self.fixed, self.moving))
-        return fit_deformation(target, source, matrix, self.params, self.seed, certain=certain)
-
 
 def _choose(
     fixed: Channel, moving: Channel, fits: list[Matrix], params: RegistrationParams
@@ -282,18 +255,15 @@ def _nearest_rigid(matrix: Matrix, moving: Channel) -> Matrix:
     return affine_between(u @ vt, centre, apply_affine(centre, matrix))
 
 
-def _quality(
-    score: StructureScore, matrix: Matrix, field: DisplacementField | None, runner_up: float
-) -> dict[str, Any]:
+def _quality(score: StructureScore, matrix: Matrix, runner_up: float) -> dict[str, Any]:
     fixed, moving = score.fixed, score.moving
     largest, smallest = singular_values(matrix)
-    # Score and margin are those of the matrix: a deformation can make any pose look better.
     value = score(matrix)
     return {
         "dice_before": tissue_dice(fixed, moving, np.eye(3)),
-        "dice_after": tissue_dice(fixed, moving, matrix, field),
-        "correlation_before": score.correlation(np.eye(3))[0],
-        "correlation_after": score.correlation(matrix, field)[0],
+        "dice_after": tissue_dice(fixed, moving, matrix),
+        "correlation_before": score.correlation(np.eye(3)),
+        "correlation_after": score.correlation(matrix),
         "score": value,
         "margin": value - max(runner_up, 0.0),
         "runner_up": runner_up,

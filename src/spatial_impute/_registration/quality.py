@@ -137,8 +137,6 @@ def verdict(quality: dict, params: RegistrationParams) -> tuple[str, list[str]]:
         reasons.append(f"The fit stretches by {quality['scale_min']:.2f} to {quality['scale_max']:.2f}.")
     if (quality.get("error_um") or 0.0) > params.max_error:
         reasons.append(f"The expected error is {quality['error_um']:.0f} um (at most {params.max_error:.0f} um).")
-    if quality.get("displacement_p99", 0.0) > params.max_displacement:
-        reasons.append(f"The deformable fit moves tissue by up to {quality['displacement_p99']:.0f} um.")
     return ("failed" if failed else "weak" if reasons else "ok"), reasons
 
 
@@ -172,10 +170,10 @@ class StructureScore:
             for image, channel in zip(seen, (fixed, moving), strict=True)
         )
 
-    def __call__(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> float:
+    def __call__(self, matrix: NDArray[np.float64]) -> float:
         """Score of a pose (moving to fixed, um), -1 to 1."""
-        overlap, share = self._overlap(matrix, field)
-        correlation = float(np.mean(self._correlations(matrix, overlap, field)))
+        overlap, share = self._overlap(matrix)
+        correlation = float(np.mean(self._correlations(matrix, overlap)))
         return correlation * float(min(1.0, share / _FULL_OVERLAP))
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
@@ -183,8 +181,8 @@ class StructureScore:
         tiles = square_tiles(self.fixed.image.shape, max(1, -(-max(self.fixed.image.shape) // _TILES)))
         left_out, total = [], []
         for matrix in (before, after):
-            overlap, share = self._overlap(matrix, None)
-            pairs = self._values(matrix, overlap, None)
+            overlap, share = self._overlap(matrix)
+            pairs = self._values(matrix, overlap)
             scores = [correlations_without(*pair, tiles[overlap], tiles.max() + 1) for pair in pairs]
             scores = np.mean(scores or np.zeros((1, tiles.max() + 1)), axis=0)
             left_out.append(scores * min(1.0, share / _FULL_OVERLAP))
@@ -192,28 +190,23 @@ class StructureScore:
         used = np.bincount(tiles[self.fixed.mask], minlength=tiles.max() + 1) > 0
         return total[1] - total[0], jackknife_error((left_out[1] - left_out[0])[used])
 
-    def correlation(self, matrix: NDArray[np.float64], field: DisplacementField | None = None) -> tuple[float, float]:
-        """Correlation in the common tissue at the finer and the coarser scale; 0 if the tissues do not meet."""
-        fine, coarse = self._correlations(matrix, self._overlap(matrix, field)[0], field)
-        return fine, coarse
+    def correlation(self, matrix: NDArray[np.float64]) -> float:
+        """Correlation in the common tissue at the finer scale; 0 if the tissues do not meet."""
+        return self._correlations(matrix, self._overlap(matrix)[0])[0]
 
-    def _overlap(self, matrix: NDArray, field: DisplacementField | None) -> tuple[NDArray[np.bool_], float]:
-        overlap, *areas = common_tissue(self.fixed, self.moving, matrix, field)
+    def _overlap(self, matrix: NDArray) -> tuple[NDArray[np.bool_], float]:
+        overlap, *areas = common_tissue(self.fixed, self.moving, matrix)
         share = float(overlap.sum()) / max(min(areas), 1.0)
         return (overlap, share) if share >= _MIN_OVERLAP else (np.zeros_like(overlap), 0.0)
 
-    def _correlations(
-        self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
-    ) -> list[float]:
-        return [_correlation(*pair) for pair in self._values(matrix, overlap, field)] or [0.0] * len(_STRUCTURE_SCALES)
+    def _correlations(self, matrix: NDArray, overlap: NDArray[np.bool_]) -> list[float]:
+        return [_correlation(*pair) for pair in self._values(matrix, overlap)] or [0.0] * len(_STRUCTURE_SCALES)
 
-    def _values(
-        self, matrix: NDArray, overlap: NDArray[np.bool_], field: DisplacementField | None
-    ) -> list[tuple[NDArray, NDArray]]:
+    def _values(self, matrix: NDArray, overlap: NDArray[np.bool_]) -> list[tuple[NDArray, NDArray]]:
         """Pixels of the overlap in both sections, for each scale; empty if the tissues do not meet."""
         if not overlap.any():
             return []
-        moved = (pull_back(image, self.moving, self.fixed, matrix, field)[overlap] for image in self._moving)
+        moved = (pull_back(image, self.moving, self.fixed, matrix)[overlap] for image in self._moving)
         return [(image[overlap], other) for image, other in zip(self._fixed, moved, strict=True)]
 
 
@@ -294,7 +287,7 @@ _MOST = 10.0  # times the mean square of the patches: then they lie in one place
 _LIMIT = 1.28  # standard errors: nine of ten estimates of a normal distribution lie below
 # Root mean square to median and to 90th percentile of the length of a vector with two normal components.
 _MEDIAN, _P90 = 0.83, 1.52
-NO_ERROR: dict[str, float | int | None] = {"error_um": None, "error_p90_um": None, "error_patches": 0}
+UNKNOWN_ERROR: dict[str, float | int | None] = {"error_um": None, "error_p90_um": None, "error_patches": 0}
 
 
 def expected_error(
@@ -327,7 +320,7 @@ def expected_error(
     agree = [np.hypot(*(a - b)) < _NEAR for a, b in looks.values()]
     square = _upper_square(looks) if agree and np.mean(agree) >= _AGREE else None
     if square is None:
-        return NO_ERROR | {"error_patches": len(looks)}
+        return UNKNOWN_ERROR | {"error_patches": len(looks)}
     square = square * _outside(tissue, list(looks)) + 0.25
     error = float(np.sqrt(square * fixed.size**2 + halves**2))
     return {"error_um": _MEDIAN * error, "error_p90_um": _P90 * error, "error_patches": len(looks)}

@@ -51,11 +51,9 @@ class DisplacementField:
 
     def pulled(self, points: ArrayLike) -> NDArray[np.float64]:
         """Points ``(n, 2)`` of the fixed frame, um, moved by :attr:`pull`."""
-        return self._moved(points, self.pull)
-
-    def pushed(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Matrix-aligned points ``(n, 2)``, um, moved by :attr:`push`."""
-        return self._moved(points, self.push)
+        points = np.asarray(points, float).reshape(-1, 2)
+        col, row = ((points - self.origin) / self.size - 0.5).T
+        return points + _sample(self.pull, row, col)
 
     def jacobian(self) -> NDArray[np.float64]:
         """Local change of area ``(y, x)`` of the pull-back; 0 or below where the map folds."""
@@ -63,11 +61,6 @@ class DisplacementField:
             [np.gradient(self.pull[..., k].astype(float), self.size, axis=axis) for axis in (1, 0)] for k in (0, 1)
         )
         return (1 + xx) * (1 + yy) - xy * yx
-
-    def _moved(self, points: ArrayLike, field: NDArray) -> NDArray[np.float64]:
-        points = np.asarray(points, float).reshape(-1, 2)
-        col, row = ((points - self.origin) / self.size - 0.5).T
-        return points + _sample(field, row, col)
 
 
 def _sample(field: NDArray, row: NDArray, column: NDArray) -> NDArray[np.float64]:

@@ -14,15 +14,14 @@ import numpy as np
 from pydantic import Field, field_validator
 from scipy import ndimage as ndi
 
-from spatial_impute._geometry import apply_affine, lies_on
+from spatial_impute._geometry import lies_on
 from spatial_impute._image.levels import area_means
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._validation import Count, Flag, Natural, Number, Positive, Share, Whole, settings_class
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
-    from spatial_impute._registration.transform import DisplacementField
 
 Iterations = Annotated[
     tuple[Natural, Natural, Natural, Natural], Field(description="four whole numbers of at least 0, not all zero")
@@ -73,8 +72,8 @@ class RegistrationParams:
     jacobian_limits: AreaLimits = (0.5, 2.0)
     """Local change of area in tissue beyond which a deformable fit is discarded."""
     max_displacement: Positive = 250.0
-    """Displacement in um (99th percentile in tissue) above which the verdict on a deformable fit is "weak". The fit
-    also includes a rim of background of this width, so that outlines can match."""
+    """Largest displacement in um to be expected. The deformable fit includes a rim of background of this width, so that
+    outlines can match."""
     max_scale: Annotated[Number, Field(gt=1)] = 1.18
     """Largest stretch of an accepted affine fit, and the inverse of its largest shrinkage."""
     mask_margin: Positive = 100.0
@@ -193,15 +192,6 @@ class PairResult:
     moving_box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     """Bounding box of the moving tissue in its own frame, um: ``(x0, y0, x1, y1)``."""
 
-    field: DisplacementField | None = None
-    """Non-linear part, if there is one. It acts in the fixed frame, after the matrix."""
-
-    def warp_points(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Points ``(n, 2)`` of the moving section in the fixed frame, um."""
-        points = np.asarray(points, float).reshape(-1, 2)
-        points = apply_affine(points, self.matrix)
-        return points if self.field is None else self.field.pushed(points)
-
     @property
     def verdict(self) -> str:
         """``"ok"``, ``"weak"`` or ``"failed"``."""
@@ -231,13 +221,13 @@ class ChainResult:
 
 
 _CLIP_PERCENTILE = 99.0  # within tissue: folds and ink must not set the scale
-_BLUR = 1.0  # working pixels: takes off pixel noise, which differs between sections
+_BLUR = 1.0  # working pixels: removes pixel noise, which differs between sections
 SOFT_EDGE = 1.0  # working pixels: a hard edge would alias under rotation
 _MIXED = 2  # working pixels at the outline that the blur mixes with glass
 # Working pixels, a 40th of a section, the scale of the regions that serial sections share: their contrast is what is set
 # against that of the whole tissue. Half of it found longer bends less often, twice as much moved pale cortex again.
 _SURROUNDINGS = 8.0
-RIM = 50.0  # um of background left round the tissue: the outline comes from the image itself, not from the mask
+RIM = 50.0  # um of background that is kept around the tissue: the outline comes from the image, not from the mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,6 @@ from spatial_impute._stack.record import (
     save_record,
 )
 from spatial_impute._stack.state import (
-    answer,
     changed_images,
     counts_state,
     fingerprint,
@@ -41,6 +40,7 @@ from spatial_impute._stack.state import (
     image_state,
     map_problems,
     measurement_problems,
+    raise_or_warn,
     registration_problems,
     require_current,
     require_not_measured,

@@ -100,20 +100,20 @@ def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.
     return centers, radius * linear_scale(matrix), circles.index
 
 
-def require_element_key(sdata: SpatialData, key: Any, *, name: str, kind: str, ours: Collection[str]) -> None:
-    """Raise a ``ValueError`` unless a result may become the element `key` of a kind (``"images"``, ``"tables"``...).
+def require_element_key(sdata: SpatialData, key: Any, *, kind: str, ours: Collection[str]) -> None:
+    """Raise a ``ValueError`` unless `key_added` may be the element `key` of a kind (``"images"``, ``"tables"``...).
 
-    `name` is the argument that holds the key, `ours` are elements of that kind that are earlier results and may be replaced.
+    `ours` are elements of that kind that are earlier results and may be replaced.
     """
     # SpatialData drops names that begin with a dot when it reads a store.
     legal = isinstance(key, str) and key and all(c.isalnum() or c in "_-." for c in key)
     if not legal or key[0] == "." or key.startswith("__"):
-        msg = f"`{name}` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
+        msg = f"`key_added` must be letters, digits, '_', '-' and '.', and not begin with '.' or '__'; found {key!r}."
         raise ValueError(msg)
     for there in ("images", "labels", "points", "shapes", "tables"):
         for other in getattr(sdata, there):
             if other.lower() == key.lower() and not (there == kind and other == key and other in ours):
-                msg = f"`{name}={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
+                msg = f"`key_added={key!r}` would write over `sdata.{there}[{other!r}]`; choose another name."
                 raise ValueError(msg)
 
 

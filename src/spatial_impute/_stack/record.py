@@ -57,7 +57,7 @@ class StackRecord:
         return replace(self, sections=tuple(section if s.name == section.name else s for s in self.sections))
 
     def in_order(self, names: Sequence[str]) -> StackRecord:
-        """Return a copy in which the named sections share out their heights in the order of the names; others keep theirs."""
+        """Return a copy with the named sections in the order of the names, at the heights of these places; others stay."""
         places = [i for i, section in enumerate(self.sections) if section.name in names]
         sections = list(self.sections)
         for i, name in zip(places, names, strict=True):

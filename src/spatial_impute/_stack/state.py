@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _DIGITS = 6  # of a position in um
 _MOVED = 1e-3  # um; rounding of a store or of another machine is far below
 _VALUES = 2**21  # hashed at a time: 16 MB
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with bits all over: spreads small differences
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: a small difference changes many bits
 _REGISTER = "Run `si.tl.register_stack(sdata)` again."
 SLOT_WORDS = {
     "positions": "registered positions",
@@ -137,7 +137,7 @@ def require_current(
     measured: bool = True,
 ) -> None:
     """Raise a ``ValueError`` if slots of a stack table do not belong to what they were computed from; warn if they are old."""
-    answer(_slot_problems(sdata, record, table, features=features, graph=graph, measured=measured))
+    raise_or_warn(_slot_problems(sdata, record, table, features=features, graph=graph, measured=measured))
 
 
 def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), *, graphs: Iterable[str] = ()) -> None:
@@ -189,7 +189,7 @@ def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections:
             )
 
 
-def answer(problems: Iterable[Problem]) -> None:
+def raise_or_warn(problems: Iterable[Problem]) -> None:
     """Raise a ``ValueError`` for the first slot that would give a wrong result, and warn of old ones."""
     for problem in dict.fromkeys(problems):
         if problem.wrong:
@@ -199,7 +199,7 @@ def answer(problems: Iterable[Problem]) -> None:
 
 def warn(problems: Iterable[Problem]) -> None:
     """Warn of slots that do not belong to what they were computed from."""
-    answer(Problem(problem.text, wrong=False) for problem in problems)
+    raise_or_warn(Problem(problem.text, wrong=False) for problem in problems)
 
 
 def _slot_problems(

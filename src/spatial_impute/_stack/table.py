@@ -155,7 +155,7 @@ def measured_mask(table: AnnData, *, layer: str = Keys.MEASURED, allow_none: boo
         then="Write it with `si.pp.select_genes(sdata)`.",
     )
     flags = table.obs[Keys.MEASURED]
-    if flags.dtype != bool:  # "False" is true to Python, and would let in what was not measured
+    if flags.dtype != bool:  # Python takes the text "False" for true, so unmeasured spots would count as measured
         msg = (
             f"`obs[{Keys.MEASURED!r}]` must be of type bool, found {flags.dtype} with values like "
             f"{flags.unique()[:3].tolist()!r}. Convert it, e.g. with `.map({{'True': True, 'False': False}}).astype(bool)`."

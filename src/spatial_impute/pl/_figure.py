@@ -164,7 +164,7 @@ def draw_circles(
     """Circles of true size (um), colored by `values`; `marked` ones have a dark edge."""
     if values is not None and len(radius) <= _MANY_SPOTS:
         edge = {"edgecolors": INK, "linewidths": 0.6} if marked else {"edgecolors": "0.5", "linewidths": 0.3}
-        kwargs = edge | kwargs  # without any, pale spots would drown in white
+        kwargs = edge | kwargs  # without an edge, pale spots would not be visible on white
     circles = EllipseCollection(
         2 * radius,
         2 * radius,

@@ -12,10 +12,10 @@ from spatial_impute._geometry import box_after
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack import (
-    answer,
     element_affine,
     load_record,
     map_problems,
+    raise_or_warn,
     registered_radius,
     registered_spots,
     stack_table,
@@ -161,7 +161,7 @@ def imputed(
         If the stack is not registered, or a gene, layer or section does not exist, or no layer has a standard
         deviation.
     ValueError
-        If `genes` or `layer` is empty, `ax`, `title`, `vmin` or `vmax` do not fit in number, or `vmin` exceeds `vmax`.
+        If `genes` or `layer` is empty, `ax`, `title`, `vmin` or `vmax` have the wrong length, or `vmin` exceeds `vmax`.
 
     Examples
     --------
@@ -322,7 +322,7 @@ def dense(
     KeyError
         If map, image, genes or coordinate system do not exist.
     ValueError
-        If the window does not meet the map, or `ax`, `title`, `vmin` or `vmax` do not fit in number.
+        If the window does not meet the map, or `ax`, `title`, `vmin` or `vmax` have the wrong length.
 
     Examples
     --------
@@ -343,7 +343,7 @@ def dense(
     """
     genes = name_list(genes, name="genes", empty=f"name some of the channels of `sdata.images[{map_key!r}]`.")
     require_key(map_key, sdata.images, where="sdata.images", then="Make it with `si.tl.predict_dense(sdata, ...)`.")
-    answer(map_problems(sdata, map_key))
+    raise_or_warn(map_problems(sdata, map_key))
     element = sdata.images[map_key]
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")

@@ -65,7 +65,7 @@ def read_scan(levels: list[Level], resolution: float | None) -> Scan:
 
 
 def _on_white(density: np.ndarray) -> np.ndarray:
-    """(y, x, 3) in 0-255. Background of any tint is white, or the tiles of a checkerboard would show off the tissue."""
+    """(y, x, 3) in 0-255. Background of any tint is white; else the tiles of a checkerboard would show outside the tissue."""
     return 255.0 * np.exp(-density)
 
 

@@ -191,7 +191,7 @@ def _draw_table(ax: Axes, quality: pd.DataFrame) -> None:
 
 
 def _describe(name: str, row: dict[str, Any], before: float, after: float) -> str:
-    # The path is worth a line only if it leads over other sections; a long one would push the panels aside.
+    # The path is shown only if it leads over other sections, and in a short form: a long line would narrow the panels.
     path = row["path"] if len(row["path"]) <= 4 else [*row["path"][:2], "…", row["path"][-1]]
     route = row["route"] if len(path) <= 2 else f"{row['route']}:\n" + " → ".join(path)
     median, most = row.get("error_um"), row.get("error_p90_um")

@@ -216,8 +216,7 @@ def _box(points: np.ndarray) -> np.ndarray:
 def _content_box(rgb: np.ndarray, to_um: np.ndarray, spots: _Spots | None) -> np.ndarray | None:
     """(2, 2) lowest and highest x, y of tissue and spots with a margin, um; None if there are none."""
     step = max(1, max(rgb.shape[:2]) // _MASK_PIXELS)
-    size_x, size_y = step * np.linalg.norm(to_um[:2, :2], axis=0)
-    y, x = np.nonzero(tissue_mask(rgb[::step, ::step], (size_x, size_y)))
+    y, x = np.nonzero(tissue_mask(rgb[::step, ::step], step * np.linalg.norm(to_um[:2, :2], axis=0)))
     points = [apply_affine(np.column_stack([x, y]) * step + 0.5, to_um)]
     if spots is not None:
         points += [spots.centers - spots.radius[:, None], spots.centers + spots.radius[:, None]]
@@ -270,8 +269,7 @@ def _read_slabs(
             place = load_transform(sdata, record, section.name)
         levels = section_levels(sdata, section)
         rgb, to_um = read_picture(levels, resolution, _PIXELS_3D)
-        size_x, size_y = np.linalg.norm(to_um[:2, :2], axis=0)
-        mask = tissue_mask(rgb, (size_x, size_y))
+        mask = tissue_mask(rgb, np.linalg.norm(to_um[:2, :2], axis=0))
         spots = None
         if section.spots is not None:
             centers, radius, index = spot_geometry(sdata, section)

@@ -134,7 +134,7 @@ def volume(
         If the stack is not registered, or a gene, layer or section does not exist.
     ValueError
         If fewer than two sections have values, two have the same height, a slice lies outside the tissue, or `ax`,
-        `title`, `vmin` or `vmax` do not fit in number.
+        `title`, `vmin` or `vmax` have the wrong length.
     ImportError
         If ``interactive=True`` and plotly is not installed.
 

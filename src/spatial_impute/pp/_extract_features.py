@@ -164,7 +164,7 @@ def extract_features(
         for one in given
     ]
     views = _section_views(sdata, record, min(encoders, key=lambda one: one.mpp))
-    rows = rows_of_spots(table, {name: view.index for name, view in views.items()})
+    rows = rows_of_sections(table, {name: view.index for name, view in views.items()})
     stain_maps = _stain_maps(sdata, record, views, stain_normalization)
 
     run = _Extraction(encoders, layout, batch_size, None if cache_dir is None else Path(cache_dir).expanduser())
@@ -290,7 +290,7 @@ def fields_layout(region_scale: float, global_scale: float) -> Layout:
     )
 
 
-def rows_of_spots(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def rows_of_sections(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Rows of the stack table for the spots of each section; joined by name, since rows may have any order."""
     rows = {name: table.obs_names.get_indexer([f"{name}_{i}" for i in instances]) for name, instances in index.items()}
     if any((found < 0).any() for found in rows.values()) or sum(map(len, rows.values())) != table.n_obs:

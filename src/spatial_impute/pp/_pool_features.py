@@ -16,7 +16,7 @@ from spatial_impute._settings import logger
 from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
 from spatial_impute._validation import require_finite, require_key, require_unique
 from spatial_impute.pp._add_cells import require_on_image
-from spatial_impute.pp._extract_features import fields_layout, rows_of_spots, write_features
+from spatial_impute.pp._extract_features import fields_layout, rows_of_sections, write_features
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -98,7 +98,7 @@ def pool_features(
         raise TypeError(msg)
     sections = [section for section in record.sections if section.spots is not None]
     spots = {section.name: spot_geometry(sdata, section) for section in sections}
-    rows = rows_of_spots(table, {section: index for section, (_, _, index) in spots.items()})
+    rows = rows_of_sections(table, {section: index for section, (_, _, index) in spots.items()})
     found, places = {}, {}
     for section in sections:
         require_key(section.name, features, where="features", then="Every section with spots needs features.")

@@ -21,10 +21,10 @@ from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
-    answer,
     build_stack_table,
     element_affine,
     load_record,
+    raise_or_warn,
     resolve_sections,
     save_record,
     spot_geometry,
@@ -127,7 +127,7 @@ def tile_spots(
     wanted = _sections_without_spots(sdata, record, sections)
     if not wanted:
         return
-    answer(tissue_problems(sdata, record))
+    raise_or_warn(tissue_problems(sdata, record))
     lattice = _lattice(sdata, record, spot_diameter, spacing, layout)
     centers = {name: _grid_on_tissue(sdata, name, *lattice, min_fraction=min_tissue_fraction) for name in wanted}
     for name, points in centers.items():
@@ -301,7 +301,7 @@ def _read_positions_csv(path: Path) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ShareOnTissue:
     """Share of spots on tissue as they are, and in the best of the other placements."""
 
     share: float
@@ -334,7 +334,7 @@ def turned_picture(picture: np.ndarray, turn: str) -> np.ndarray:
     return np.flip(picture, axes) if axes else picture
 
 
-def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | None:
+def place_spots(levels: Sequence[Level], centers: np.ndarray) -> ShareOnTissue | None:
     """Compare spots (um) with the tissue of their image, or with all of it if none is found; None for too few spots."""
     height, width = levels[0].shape
     resolution = max(_FINEST, levels[0].pixel_size * max(height, width) / _MOST_PX)
@@ -347,7 +347,7 @@ def place_spots(levels: Sequence[Level], centers: np.ndarray) -> Placement | Non
     shares = {turn: float(lies_on(mask, turned_points(points, turn, size)).mean()) for turn in _TURNS}
     own = shares.pop(AS_IT_IS)
     best = max(shares, key=lambda turn: shares[turn])
-    return Placement(own, best, shares[best])
+    return ShareOnTissue(own, best, shares[best])
 
 
 def compare_pictures(picture: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

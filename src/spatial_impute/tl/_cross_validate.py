@@ -26,11 +26,11 @@ from spatial_impute.tl._base_layers import INDEPENDENT, kinds_of_bases, with_bas
 from spatial_impute.tl._fit_pixnet import PixNetSetup
 from spatial_impute.tl._impute_pixnet import (
     HeldOut,
+    predict_pixnet,
     warn_of_equal_images,
     warn_of_overlapping_spots,
     warn_of_shared_groups,
 )
-from spatial_impute.tl._impute_pixnet import predict_held_out as predict_pixnet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -21,7 +21,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import PixelGrid, output_grid, resampled
 from spatial_impute._settings import log_added, logger, progress
 from spatial_impute._stack import (
-    answer,
     are_circles,
     dense_rows,
     element_affine,
@@ -29,6 +28,7 @@ from spatial_impute._stack import (
     load_record,
     load_transform,
     map_problems,
+    raise_or_warn,
     registered_spots,
     registration_problems,
     require_current,
@@ -129,7 +129,7 @@ def points_3d(
         if name not in {Keys.Z, Keys.SECTION, Keys.MEASURED}:  # which are there
             frame[name] = _column_values(table, name, layer)
     if inplace:
-        require_element_key(sdata, key_added, name="key_added", kind="points", ours=[Keys.STACK_POINTS])
+        require_element_key(sdata, key_added, kind="points", ours=[Keys.STACK_POINTS])
     points = PointsModel.parse(frame, coordinates={axis: axis for axis in "xyz"}, transformations={target: Identity()})
     if not inplace:
         return points
@@ -300,9 +300,9 @@ def write_ome_tiff(
     require_one_of(canvas, {"reference", "section"}, name="canvas")
     if pixel_size is not None:
         pixel_size = require_positive(pixel_size, name="pixel_size", unit="um")
-    answer(registration_problems(sdata, record))
+    raise_or_warn(registration_problems(sdata, record))
     require_key(key, [*sdata.images, *sdata.labels], where="the images and labels of sdata")
-    answer(map_problems(sdata, key))
+    raise_or_warn(map_problems(sdata, key))
     section = section_of(sdata[key], key, record, section)
     transform = load_transform(sdata, record, section)
     is_slide = key == record[section].image

@@ -15,7 +15,7 @@ from spatial_impute._geometry import apply_affine, box_after, linear_scale, scal
 from spatial_impute._io.files import file_to_write, read_text, written_whole
 from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
-from spatial_impute._stack import answer, load_record, load_transform, registration_problems, section_levels
+from spatial_impute._stack import load_record, load_transform, raise_or_warn, registration_problems, section_levels
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.tl._places import check_matrix, landmark_matrix
 
@@ -165,7 +165,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     """
     record = load_record(sdata)
     path = file_to_write(path, ends=(".mat", ".tfm", ".txt", ".csv", *_FIELDS), overwrite=overwrite)
-    answer(registration_problems(sdata, record))
+    raise_or_warn(registration_problems(sdata, record))
     transform = load_transform(sdata, record, section)
     if transform.deforms and path.suffix.lower() in (".mat", ".tfm", ".txt"):
         logger.warning(
@@ -296,7 +296,7 @@ def _axis(column: str) -> str:
 
 
 def _require_order(header: list[str], path: Path) -> None:
-    """Raise a ``ValueError`` unless the last columns are x, y in the section, x, y in the reference, as far as named."""
+    """Raise a ``ValueError`` unless the named columns at the end are x, y in the section, x, y in the reference."""
     axes = [_axis(name) for name in header]
     order = list("xyzxyz" if "z" in axes else "xyxy")
     section, reference = ([i for i, name in enumerate(header) if re.search(role, name)] for role in _ROLES)
@@ -310,7 +310,7 @@ def _require_order(header: list[str], path: Path) -> None:
 
 
 def _trailing_numbers(cells: list[str]) -> list[float]:
-    """Numbers at the end of a row, as far as the last cell that is none."""
+    """Numbers at the end of a row, after the last cell that is no number."""
     numbers: list[float] = []
     for cell in reversed(cells):
         try:

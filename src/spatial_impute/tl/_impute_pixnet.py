@@ -148,7 +148,7 @@ def impute_pixnet(
     sections = section_spots(sdata, table, table_key=table_key, layer=layer)
     with progress_steps("Imputing with PixNet", show=show_progress_bar) as steps:
         on_fold = steps(len(folds) + 1)
-        values = predict_held_out(sections, spots.known, folds, setup, on_fold)
+        values = predict_pixnet(sections, spots.known, folds, setup, on_fold)
         model = _fit_on(sections, spots.known, setup)
         values[~spots.known] = _predict_spots(sections, ~spots.known, model, setup)[~spots.known]
         on_fold()
@@ -193,7 +193,7 @@ def section_spots(
     return found
 
 
-def predict_held_out(
+def predict_pixnet(
     sections: Sequence[SectionSpots],
     known: np.ndarray,
     folds: Sequence[np.ndarray],
@@ -236,10 +236,9 @@ def _predict_spots(
         frame = find_frame(sdata, image_key, shapes_key)
         regions, _ = read_shapes(sdata, shapes_key, frame)
         levels = read_levels(sdata, image_key, frame)
-        image, stain = model._image(levels), model._stain(slide_overview(levels))
-        in_px = regions.take(wanted).moved(image.from_um)
-        found = model._read_regions(image, stain, in_px, model.gene_index(None), core=setup.tile_size)
-        result[section.rows[wanted]] = found.expression
+        slide = model._slide(levels, slide_overview(levels), setup.tile_size)
+        in_px = regions.take(wanted).moved(slide.image.from_um)
+        result[section.rows[wanted]], _ = model._read_regions(slide, in_px, model.gene_index(None))
     return result
 
 

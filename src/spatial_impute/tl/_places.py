@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -229,22 +229,15 @@ def check_matrix(matrix: ArrayLike) -> NDArray[np.float64]:
     return found
 
 
-class Approved(NamedTuple):
-    """Place of a section that is kept."""
-
-    transform: SectionTransform
-    row: dict[str, Any]  # Row of the section in the record
-
-
 def approved_places(
     sdata: SpatialData, record: StackRecord, path: str | Path | None, reference: str, answered: Collection[str]
-) -> dict[str, Approved]:
-    """Places that the file of a page approves; an error for rejected sections without help from another argument.
+) -> tuple[dict[str, SectionTransform], dict[str, dict[str, Any]]]:
+    """Places of the sections that the file of a page approves, and their rows in the record.
 
-    The sections that other arguments name are `answered`.
+    The sections that other arguments name are `answered`. Rejected sections that are not raise a ``ValueError``.
     """
     if path is None:
-        return {}
+        return {}, {}
     if not isinstance(path, str | Path):
         msg = f"`checked` must be the path of the file that the page of {_PAGE} saves, found {path!r}."
         raise ValueError(msg)
@@ -252,7 +245,7 @@ def approved_places(
     if reference != record.reference:
         msg = f"`checked` keeps places on {record.reference!r}, but `reference` is {reference!r}. Use the same one."
         raise ValueError(msg)
-    rows, approved, open_ = require_registration(record)["sections"], {}, []
+    rows, approved, kept, open_ = require_registration(record)["sections"], {}, {}, []
     for name, decision in decisions.items():
         require_key(name, rows, where="the registered sections")
         if name not in record.names:  # the object is a part of the one that was registered
@@ -264,8 +257,8 @@ def approved_places(
             raise ValueError(msg)
         elif decision == "approved":
             reasons = [reason for reason in rows[name]["reasons"] if reason != _APPROVED]
-            row = rows[name] | {"verdict": "ok", "reasons": [_APPROVED, *reasons]}
-            approved[name] = Approved(load_transform(sdata, record, name), row)
+            kept[name] = rows[name] | {"verdict": "ok", "reasons": [_APPROVED, *reasons]}
+            approved[name] = load_transform(sdata, record, name)
     changed = changed_images(sdata, record) if approved else []
     if changed := [name for name in changed if name in {*approved, record.reference}]:
         msg = (
@@ -279,7 +272,7 @@ def approved_places(
             "start (`initial`) or its place (`transformations`), or leave it out (`skip`)."
         )
         raise ValueError(msg)
-    return approved
+    return approved, kept
 
 
 def _read_decisions(path: Path, state: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from spatialdata.transformations import get_transformation
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
-from spatial_impute._stack import answer, image_state, map_problems, require_element_key
+from spatial_impute._stack import image_state, map_problems, raise_or_warn, require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model, require_one_of
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance
@@ -128,7 +128,7 @@ def predict_dense(
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute._io.stores import DenseStore, as_element
     from spatial_impute.models.pixnet._model import PixNetModel
-    from spatial_impute.models.pixnet._tiles import DenseJob, Slide, TileIndex, tissue_tiles
+    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
@@ -146,20 +146,20 @@ def predict_dense(
         )
         raise ValueError(msg)
     levels = read_levels(sdata, image_key, frame)
-    overview, image = slide_overview(levels), model._image(levels)
-    tiling = model._tiling(image.shape, tile_size)
-    rows, columns = tiling.shape
+    overview = slide_overview(levels)
+    slide = model._slide(levels, overview, tile_size)
+    rows, columns = slide.tiling.shape
     wanted = frozenset((i, j) for i in range(rows) for j in range(columns))
     if tissue_only:
-        wanted = tissue_tiles(tiling, image, overview)
+        wanted = tissue_tiles(slide, overview)
     if shapes_key is not None:
         regions, _ = read_shapes(sdata, shapes_key, frame)
-        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(image.from_um), tiling))
-    network, slide = model.network.with_genes(index).to(device), Slide(image, model._stain(overview), tiling)
+        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(slide.image.from_um), slide.tiling))
+    network = model.network.with_genes(index).to(device)
     network.precision = precision
     job = DenseJob(network, slide, output_dtype, features, overview if tissue_only else None, wanted)
     if inplace:
-        require_element_key(sdata, key, name="key_added", kind="images", ours=dense_maps(sdata))
+        require_element_key(sdata, key, kind="images", ours=dense_maps(sdata))
     if store is None:
         element = as_element(_lazy_array(job), names, job, frame)
     else:
@@ -290,8 +290,8 @@ def genes_from_features(
     key = Keys.expression(features_key) if key_added is None else key_added
     if inplace:
         ours = {*dense_maps(sdata), Keys.expression(features_key)} - {features_key}
-        require_element_key(sdata, key, name="key_added", kind="images", ours=ours)
-    answer(map_problems(sdata, features_key))
+        require_element_key(sdata, key, kind="images", ours=ours)
+    raise_or_warn(map_problems(sdata, features_key))
     element = sdata.images[features_key]
     index = model.gene_index(genes)
     found = dense_maps(sdata).get(features_key, {})

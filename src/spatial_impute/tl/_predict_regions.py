@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import numpy as np
     from spatialdata import SpatialData
 
     from spatial_impute.models import PixNetModel
-    from spatial_impute.models.pixnet._model import RegionValues
 
 
 def predict_regions(
@@ -123,6 +123,7 @@ def predict_regions(
     """
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute.models.pixnet._model import PixNetModel
+    from spatial_impute.models.pixnet._tiles import TileIndex
 
     image_key = _image_of(sdata, shapes_key) if image_key is None else image_key
     key = Keys.expression(shapes_key) if key_added is None else key_added
@@ -135,12 +136,12 @@ def predict_regions(
     origin = {"coordinate_system": frame.name, Keys.STATE: state}
     if inplace:
         ours = [name for name, table in sdata.tables.items() if Keys.PIXNET in table.uns]
-        require_element_key(sdata, key, name="key_added", kind="tables", ours=ours)
+        require_element_key(sdata, key, kind="tables", ours=ours)
     gene_index = model.gene_index(genes)
     levels = read_levels(sdata, image_key, frame)
-    image, stain = model._image(levels), model._stain(slide_overview(levels))
+    slide = model._slide(levels, slide_overview(levels), tile_size)
     model.network.to(device)
-    in_px, centers = regions.moved(image.from_um), regions.centers
+    in_px, centers = regions.moved(slide.image.from_um), regions.centers
     del regions  # millions of polygons are not kept twice
     names = [model.var_names[i] for i in gene_index]
     obs = pd.DataFrame({Keys.REGION: pd.Categorical([shapes_key] * len(index)), Keys.INSTANCE: index.to_numpy()})
@@ -151,13 +152,12 @@ def predict_regions(
         "obsm": {Keys.SPATIAL: centers},
         "uns": {Keys.PIXNET: pixnet_provenance(model, image_key) | origin},
     }
-    read = partial(model._read_regions, image, stain, in_px, gene_index, core=tile_size)
+    read = partial(model._read_regions, slide, in_px, gene_index)
     with progress_steps(f"Predicting {key}", show=show_progress_bar) as steps:
-        on_tile = steps(model._n_tiles(image, in_px, tile_size))
+        on_tile = steps(len(TileIndex(in_px, slide.tiling)))
         if store is None:
-            values = read(on_tile=on_tile)
-            obs[Keys.N_PIXELS] = values.n_pixels
-            table = AnnData(values.expression, **slots)
+            values, obs[Keys.N_PIXELS] = read(on_tile=on_tile)
+            table = AnnData(values, **slots)
         else:
             table = _stored_table(read, slots, on_tile, store)
     n_off = int((table.obs[Keys.N_PIXELS] == 0).sum())
@@ -171,7 +171,10 @@ def predict_regions(
 
 
 def _stored_table(
-    read: Callable[..., RegionValues], slots: dict[str, Any], on_tile: Callable[[], None], store: str | Path
+    read: Callable[..., tuple[np.ndarray, np.ndarray]],
+    slots: dict[str, Any],
+    on_tile: Callable[[], None],
+    store: str | Path,
 ) -> AnnData:
     """Table that is written to a file piece by piece and backed by it."""
     from spatial_impute._io.stores import RegionStore
@@ -182,7 +185,7 @@ def _stored_table(
             writer.release()
             on_tile()
 
-        slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values).n_pixels
+        _, slots["obs"][Keys.N_PIXELS] = read(on_tile=tile_done, out=writer.values)
         return writer.commit(**slots)
 
 

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -124,7 +124,7 @@ def register_stack(
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
     order
         ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first,
-        and are put in the order in which neighbors are most alike. They share out their heights in this order. Images
+        and are put in the order in which neighbors are most alike. The heights are assigned in this order. Images
         do not show which end is the upper one; the direction is the one nearer to the present order.
     on_failure
         ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
@@ -208,10 +208,10 @@ def register_stack(
     places = PlaceReader(sdata, record, reference, "rigid" if method == "rigid" else "affine", target_coordinate_system)
     given, starts = places.read(transformations, "transformations"), places.read(initial, "initial")
     skipped = name_list(skip, name="skip")
-    approved = approved_places(sdata, record, checked, reference, {*given, *starts, *skipped})
-    given |= {name: place.transform.matrix for name, place in approved.items()}
+    approved, approved_rows = approved_places(sdata, record, checked, reference, {*given, *starts, *skipped})
+    given |= {name: place.matrix for name, place in approved.items()}
     kept = {name: place for name, place in (transformations or {}).items() if isinstance(place, SectionTransform)}
-    kept |= {name: place.transform for name, place in approved.items()}
+    kept |= approved
     check_skip(record, reference, skipped, given)
     tissue = tissue_keys(sdata, record, tissue_key)
     if both := sorted(set(given) & set(starts)):
@@ -230,8 +230,7 @@ def register_stack(
         "tissue": tissue,
         "approved": list(approved),
     }
-    by_hand = {name: place.row for name, place in approved.items()}
-    request = _Request(reference, settings, params, given, starts, kept, by_hand, on_failure, show_progress_bar)
+    request = _Request(reference, settings, params, given, starts, kept, approved_rows, on_failure, show_progress_bar)
     found = _register(sdata, record, request)
     if order == "infer":
         names = ", ".join(found.placed)
@@ -321,7 +320,7 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     )
     method, policy, seed = (request.settings[key] for key in ("method", "policy", "seed"))
     run = partial(run_all, show=request.show_progress_bar)
-    kind = "rigid" if method == "rigid" else "affine"
+    kind: Literal["rigid", "affine"] = "rigid" if method == "rigid" else "affine"
     task, known = StackTask(images, reference, policy, kind, given, starts, request.params, seed), None
     if request.settings["order"] == "infer":
         task, known = in_inferred_order(task, run)
@@ -331,9 +330,9 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     if method in ("syn", "auto") and not (failed and request.on_failure == "raise"):
         base = to_section[reference]
         kept = {n: KeptDeformation(place, base) for n, place in request.kept.items() if n in images and place.deforms}
-        options: dict[str, Any] = {"params": request.params, "seed": seed, "run": run, "certain": method == "auto"}
-        options["kept"] = kept
-        fields = deform_stack(images, placed, reference, **options)
+        fields = deform_stack(
+            images, placed, reference, params=request.params, seed=seed, run=run, certain=method == "auto", kept=kept
+        )
     sound = {name: image for name, image in images.items() if placed[name].verdict != "failed"}
     exchanged = exchanged_sections(list(sound), Likeness(sound, placed, request.params)) if len(sound) > 2 else []
     return _Registered(to_section, pairs, placed, fields, exchanged)

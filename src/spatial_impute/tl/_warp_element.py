@@ -16,7 +16,6 @@ from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import output_grid, resampled
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack import (
-    answer,
     are_circles,
     element_affine,
     element_frames,
@@ -24,6 +23,7 @@ from spatial_impute._stack import (
     load_transform,
     map_problems,
     plane_affine,
+    raise_or_warn,
     registration_problems,
     require_element_key,
     require_registration,
@@ -108,10 +108,10 @@ def warp_element(
     """
     record = load_record(sdata)
     target = require_registration(record)["coordinate_system"]
-    answer(registration_problems(sdata, record))
+    raise_or_warn(registration_problems(sdata, record))
     names = [name for _, name, _ in sdata.gen_spatial_elements()]
     require_key(key, names, where="the points, shapes, images and labels of sdata")
-    answer(map_problems(sdata, key))
+    raise_or_warn(map_problems(sdata, key))
     element = sdata[key]
     section = section_of(element, key, record, section)
     warp = Warp(element_affine(element, section), load_transform(sdata, record, section), target)
@@ -123,7 +123,7 @@ def warp_element(
     container = getattr(sdata, kind)
     if inplace:  # an earlier result lies in the common frame alone
         ours = [name for name, old in container.items() if set(get_transformation(old, get_all=True)) == {target}]
-        require_element_key(sdata, key_added, name="key_added", kind=kind, ours=ours)
+        require_element_key(sdata, key_added, kind=kind, ours=ours)
     new = _warped(element, warp, pixel_size, kind=kind, white=key == record[section].image)
     if not inplace:
         return new
@@ -289,7 +289,7 @@ def transfer_shapes(
     """
     record = load_record(sdata)
     rows = require_registration(record)["sections"]
-    answer(registration_problems(sdata, record))
+    raise_or_warn(registration_problems(sdata, record))
     require_key(key, sdata.shapes, where="sdata.shapes")
     section = section_of(sdata.shapes[key], key, record, section)
     names = [name for name in resolve_sections(record, sections) if name in rows or sections is not None]
@@ -304,7 +304,7 @@ def transfer_shapes(
     keys = {name: pattern.replace("{section}", name) for name in wanted}
     for new in keys.values():
         ours = [new] if key_added is None else []
-        require_element_key(sdata, new, name="key_added", kind="shapes", ours=ours)
+        require_element_key(sdata, new, kind="shapes", ours=ours)
     to_section, transform = element_affine(sdata.shapes[key], section), load_transform(sdata, record, section)
     found = {}
     for name in wanted:

@@ -208,7 +208,7 @@ def test_variance_of_components_is_multiplied_by_the_correlation():
 
 
 def test_components_of_many_spots_are_fitted_on_some_of_them(monkeypatch):
-    """Which ones hardly matters, and the seed decides."""
+    """It hardly matters which ones, and they are the same each time."""
     features, weights, section = two_sections(2000)
     features[:, 0] *= 3
     expected = shared_components(features, weights, section)
@@ -216,7 +216,6 @@ def test_components_of_many_spots_are_fitted_on_some_of_them(monkeypatch):
     found = shared_components(features, weights, section)
     assert abs(np.corrcoef(found[:, 0], expected[:, 0])[0, 1]) > 0.99
     np.testing.assert_array_equal(found, shared_components(features, weights, section))
-    assert not np.array_equal(found, shared_components(features, weights, section, seed=1))
     assert found.shape == expected.shape == (4000, 2)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet import _region_weights
 from spatial_impute.models.pixnet._region_weights import CellGrid, Discs, Polygons, build_stencil
-from spatial_impute.models.pixnet._tiles import TileIndex, Tiling, bag
+from spatial_impute.models.pixnet._tiles import TileIndex, Tiling, region_sums
 
 STRIDE = 4
 HEIGHT, WIDTH = 258, 307  # no multiples of the stride
@@ -63,7 +63,7 @@ def random_polygons(kind: str) -> list[shapely.Geometry]:
 
 
 def compare(cells: torch.Tensor, regions: Discs | Polygons, masks: list[np.ndarray]) -> None:
-    found, n_pixels = bag(cells, regions, IMAGE, GRID, IMAGE)
+    found, n_pixels = region_sums(cells, regions, IMAGE, GRID, IMAGE)
     expected = torch.stack([(resized(cells) * torch.from_numpy(m)).sum(dim=(1, 2)) for m in masks])
     count = np.array([m.sum() for m in masks])
     held = count > 0
@@ -97,7 +97,7 @@ def test_sums_over_a_partition_add_up(cells):
     """Squares that share edges, some through pixel centres: no pixel is lost or counted twice."""
     edges = np.array([0, 12.5, 40, 99.5, 180, WIDTH])
     squares = [shapely.box(a, 0, b, HEIGHT) for a, b in pairwise(edges)]
-    sums, n_pixels = bag(cells, Polygons.from_shapely(np.array(squares)), IMAGE, GRID, IMAGE)
+    sums, n_pixels = region_sums(cells, Polygons.from_shapely(np.array(squares)), IMAGE, GRID, IMAGE)
     assert n_pixels.sum() == HEIGHT * WIDTH
     torch.testing.assert_close(sums.sum(dim=0), resized(cells).sum(dim=(1, 2)), rtol=0, atol=1e-9)
 
@@ -108,7 +108,7 @@ def test_triangles_that_share_slanted_edges_partition_their_square(cells):
     inner = rng.uniform(60, 160, 2)
     triangles = [shapely.Polygon([corners[i], corners[(i + 1) % 4], inner]) for i in range(4)]
     regions = Polygons.from_shapely(np.array([*triangles, shapely.Polygon(corners)]))
-    sums, n_pixels = bag(cells, regions, IMAGE, GRID, IMAGE)
+    sums, n_pixels = region_sums(cells, regions, IMAGE, GRID, IMAGE)
     assert n_pixels[:4].sum() == n_pixels[4]
     torch.testing.assert_close(sums[:4].sum(dim=0), sums[4], rtol=0, atol=1e-9)
 
@@ -116,7 +116,7 @@ def test_triangles_that_share_slanted_edges_partition_their_square(cells):
 def test_mean_of_a_constant_map_does_not_depend_on_the_radius():
     constant = torch.full((1, GRID.n_y, GRID.n_x), 2.5, dtype=torch.float64)
     discs = random_discs(half_steps=False)
-    sums, n_pixels = bag(constant, discs, IMAGE, GRID, IMAGE)
+    sums, n_pixels = region_sums(constant, discs, IMAGE, GRID, IMAGE)
     held = n_pixels > 0
     torch.testing.assert_close(sums[held, 0] / n_pixels[held], torch.full((int(held.sum()),), 2.5).double())
 
@@ -125,7 +125,7 @@ def test_mean_of_a_constant_map_does_not_depend_on_the_radius():
 def test_region_without_a_pixel_centre_is_sampled_at_its_centre(cells, x, y):
     """Two discs between pixel centres; between these four the map is bilinear."""
     discs = Discs(np.array([[x, y], [WIDTH + 5.0, 20.0]], dtype=float), np.array([0.3, 0.3]))
-    sums, n_pixels = bag(cells, discs, IMAGE, GRID, IMAGE)
+    sums, n_pixels = region_sums(cells, discs, IMAGE, GRID, IMAGE)
     around = resized(cells)[:, y - 1 : y + 1, x - 1 : x + 1].mean(dim=(1, 2))
     torch.testing.assert_close(sums[0] / n_pixels[0], around)
     assert n_pixels[0] == pytest.approx(np.pi * 0.09)
@@ -140,7 +140,7 @@ def test_disc_on_a_ramp_is_that_of_the_plane():
     radius = rng.uniform(12, 60, 40)
     reach = radius[:, None] + STRIDE  # beyond the middle of the outermost cells the map is flat
     centers = rng.uniform(reach, np.array([WIDTH, HEIGHT]) - reach - STRIDE)
-    sums, n_pixels = bag(ramps, Discs(centers, radius), IMAGE, GRID, IMAGE)
+    sums, n_pixels = region_sums(ramps, Discs(centers, radius), IMAGE, GRID, IMAGE)
     # Discs made of pixels miss their centre by some hundredths of a pixel.
     np.testing.assert_allclose((sums / n_pixels[:, None]).numpy(), centers, atol=0.1)
     np.testing.assert_allclose(n_pixels.numpy(), np.pi * radius**2, rtol=0.02)
@@ -152,14 +152,14 @@ def test_small_region_on_the_border_of_two_tiles_counts_once(cells):
     upper, lower = Box(0, 64, 0, WIDTH), Box(64, HEIGHT, 0, WIDTH)
     for center, parts in (((64.0, 21.0), (left, right)), ((21.0, 64.0), (upper, lower))):
         discs = Discs(np.array([center] * 3), np.array([0.3, 0.9, 40.0]))
-        whole, n_whole = bag(cells, discs, IMAGE, GRID, IMAGE)
-        (a, n_a), (b, n_b) = (bag(cells, discs, part, GRID, IMAGE) for part in parts)
+        whole, n_whole = region_sums(cells, discs, IMAGE, GRID, IMAGE)
+        (a, n_a), (b, n_b) = (region_sums(cells, discs, part, GRID, IMAGE) for part in parts)
         torch.testing.assert_close(a + b, whole)
         torch.testing.assert_close(n_a + n_b, n_whole)
         np.testing.assert_array_equal(n_a.numpy() == 0, [True, False, False])
         assert (n_b > 0).all()
     beyond = Discs(np.array([[WIDTH, 20.0], [20.0, HEIGHT], [0.0, 20.0], [20.0, 0.0]]), np.full(4, 0.3))
-    _, n_pixels = bag(cells, beyond, IMAGE, GRID, IMAGE)
+    _, n_pixels = region_sums(cells, beyond, IMAGE, GRID, IMAGE)
     np.testing.assert_array_equal(n_pixels.numpy() > 0, [False, False, True, True])
 
 
@@ -168,8 +168,8 @@ def test_small_region_is_not_sampled_where_another_tile_has_its_pixel(cells):
     sliver = shapely.Polygon([(63.35, 21.3), (63.35, 21.7), (65.34, 22.8)])
     assert sliver.centroid.x > 64
     polygons = Polygons.from_shapely(np.array([sliver, shapely.box(20, 20, 90, 90)]))
-    _, left = bag(cells, polygons, Box(0, HEIGHT, 0, 64), GRID, IMAGE)
-    _, right = bag(cells, polygons, Box(0, HEIGHT, 64, WIDTH), GRID, IMAGE)
+    _, left = region_sums(cells, polygons, Box(0, HEIGHT, 0, 64), GRID, IMAGE)
+    _, right = region_sums(cells, polygons, Box(0, HEIGHT, 64, WIDTH), GRID, IMAGE)
     np.testing.assert_array_equal(left.numpy(), [1, 44 * 70])
     np.testing.assert_array_equal(right.numpy(), [0, 26 * 70])
 
@@ -177,7 +177,7 @@ def test_small_region_is_not_sampled_where_another_tile_has_its_pixel(cells):
 def test_no_regions_have_no_sums(cells):
     for regions in (Discs(np.zeros((0, 2)), np.zeros(0)), Polygons.from_shapely(np.array([], dtype=object))):
         assert regions.bounds.shape == (0, 4)
-        sums, n_pixels = bag(cells, regions, IMAGE, GRID, IMAGE)
+        sums, n_pixels = region_sums(cells, regions, IMAGE, GRID, IMAGE)
         assert sums.shape == (0, 3)
         assert n_pixels.shape == (0,)
 
@@ -205,13 +205,13 @@ def test_compiled_code_stays_within_its_arrays(monkeypatch):
 def test_flat_region_between_pixel_centres_has_no_pixels(cells):
     """Long and thin: it is no spot that a tile was too coarse for, and a number for its middle would not be its mean."""
     thin = [shapely.box(10, 20.6, 60, 20.9), shapely.box(30.6, 10, 30.9, 60), shapely.box(40.6, 40.6, 40.9, 40.9)]
-    _, n_pixels = bag(cells, Polygons.from_shapely(np.array(thin)), IMAGE, GRID, IMAGE)
+    _, n_pixels = region_sums(cells, Polygons.from_shapely(np.array(thin)), IMAGE, GRID, IMAGE)
     np.testing.assert_allclose(n_pixels.numpy(), [0, 0, 0.09])
 
 
 def test_regions_off_the_image_have_no_pixels(cells):
     discs = Discs(np.array([[-50.0, -50.0], [WIDTH + 100.0, 10.0], [150.0, 100.0]]), np.full(3, 20.0))
-    _, n_pixels = bag(cells, discs, IMAGE, GRID, IMAGE)
+    _, n_pixels = region_sums(cells, discs, IMAGE, GRID, IMAGE)
     np.testing.assert_array_equal(n_pixels.numpy() > 0, [False, False, True])
 
 
@@ -219,12 +219,12 @@ def test_tiles_add_up_to_the_whole(cells):
     """Each pixel belongs to one core; regions may reach over many."""
     tiling = Tiling(HEIGHT, WIDTH, core=64, halo=0, stride=STRIDE, multiple=STRIDE)
     for regions in (random_discs(half_steps=True), Polygons.from_shapely(np.array(random_polygons("square")))):
-        whole, count = bag(cells, regions, IMAGE, GRID, IMAGE)
+        whole, count = region_sums(cells, regions, IMAGE, GRID, IMAGE)
         sums, n_pixels = torch.zeros_like(whole), torch.zeros_like(count)
         for tile, index in TileIndex(regions, tiling):
             grid = tiling.grid(tile, 1)
             y, x = slice(grid.y0, grid.y0 + grid.window[0]), slice(grid.x0, grid.x0 + grid.window[1])
-            found, n = bag(cells[:, y, x], regions.take(index), tiling.pixels(tile), grid, IMAGE)
+            found, n = region_sums(cells[:, y, x], regions.take(index), tiling.pixels(tile), grid, IMAGE)
             sums[index] += found
             n_pixels[index] += n
         np.testing.assert_allclose(n_pixels, count, rtol=1e-12)

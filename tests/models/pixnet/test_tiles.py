@@ -19,10 +19,10 @@ from spatial_impute.models.pixnet._tiles import (
     Slide,
     TileIndex,
     Tiling,
-    bag,
     forward_tile,
     iter_sums,
     read_regions,
+    region_sums,
 )
 
 
@@ -235,7 +235,7 @@ def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
     discs = Discs(rng.uniform(-10, [343, 210], (50, 2)), rng.uniform(0.4, 60, 50))
     genes = assemble(network, image, 512, 0)
     whole = Tiling(*image.shape, 512, 0, network.stride, network.multiple)
-    expected, count = bag(genes, discs, whole.image, whole.grid((0, 0), 0), whole.image)
+    expected, count = region_sums(genes, discs, whole.image, whole.grid((0, 0), 0), whole.image)
     image.n_reads = 0
     slide = Slide(image, Stain((255.0, 255.0, 255.0)), Tiling(*image.shape, 64, halo, network.stride, network.multiple))
     ticks = []

@@ -47,7 +47,7 @@ def fit_knn(spots: Spots) -> Neighbours:
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
     def weights(distance: np.ndarray, k: int) -> np.ndarray:
-        # Spots as far as the k-th one share the places that are left, so that the order of the spots has no effect.
+        # Spots at the distance of the k-th one share its weight, so that the order of the spots has no effect.
         last = distance[:, k - 1 : k]
         tied = np.abs(distance - last) <= _SAME * last
         nearer = (distance < last) & ~tied

@@ -90,7 +90,7 @@ class Axes:
         centre += shift
         values -= shift
         values *= np.sqrt(weight)[:, None]
-        loadings = _principal_axes(values, _MAX_COMPONENTS)
+        loadings = _principal_axes(values)
         projected = np.empty((len(spots.expression), len(loadings)))
         for rows in row_blocks(*spots.expression.shape):
             projected[rows] = (spots.expression[rows] - centre) @ loadings.T
@@ -174,15 +174,15 @@ def _fit_components(known: _Inputs, axes: Axes, projected: np.ndarray, counting:
     return components
 
 
-def _principal_axes(values: np.ndarray, n: int) -> np.ndarray:
-    """(k, g) first right singular vectors of (m, g) values, at most n, without those of singular values near zero.
+def _principal_axes(values: np.ndarray) -> np.ndarray:
+    """(k, g) first right singular vectors of (m, g) values, without those of singular values near zero.
 
     They come from the products of the shorter side: with thousands of genes this is ten times faster than all of them.
     """
     m, g = values.shape
     products = values @ values.T if m <= g else values.T @ values
     size = len(products)
-    squares, vectors = eigh(products, subset_by_index=[max(size - n, 0), size - 1])
+    squares, vectors = eigh(products, subset_by_index=[max(size - _MAX_COMPONENTS, 0), size - 1])
     order = np.argsort(-squares)
     order = order[squares[order] > 1e-12 * max(squares.max(), 1e-300)]
     axes = vectors[:, order].T

@@ -213,9 +213,7 @@ def with_components(spots: Spots) -> Spots:
     return replace(spots, components=shared_components(given(spots.features), given(spots.graph), spots.section))
 
 
-def shared_components(
-    features: np.ndarray, weights: sparse.csr_matrix, section: np.ndarray, *, seed: int = 0
-) -> np.ndarray:
+def shared_components(features: np.ndarray, weights: sparse.csr_matrix, section: np.ndarray) -> np.ndarray:
     r"""Principal components (n, k) of the features, scaled by their correlation between neighbouring sections.
 
     Serial sections show the same tissue twice. Features of the tissue repeat at the same place of the next section;
@@ -223,18 +221,17 @@ def shared_components(
     correlation across the edges between sections, :math:`\rho = \sum w_{ij} u_i u_j / \sum w_{ij} u_i^2`. Expression is
     not used. Without edges between sections, the components are the plain principal components.
 
-    `features` (n, d) are standardised within sections, `weights` (n, n) those of the 3D graph. `seed` is that of the
-    choice of spots and of the randomised decomposition of large stacks.
+    `features` (n, d) are standardised within sections, `weights` (n, n) those of the 3D graph.
     """
     from sklearn.utils.extmath import randomized_svd
 
     n = len(features)
     rows = np.arange(n)
     if n > _MAX_FITTED:
-        rows = np.sort(np.random.default_rng(seed).choice(n, _MAX_FITTED, replace=False))
+        rows = np.sort(np.random.default_rng(0).choice(n, _MAX_FITTED, replace=False))
     centre = features[rows].mean(axis=0, dtype=float)
     k = min(_MAX_COMPONENTS, *features[rows].shape)
-    _, _, axes = randomized_svd(features[rows] - centre, k, random_state=seed)
+    _, _, axes = randomized_svd(features[rows] - centre, k, random_state=0)
     axes = axes.astype(features.dtype)  # avoids a copy of all features in another precision
     components = features @ axes.T
     components -= centre @ axes.T

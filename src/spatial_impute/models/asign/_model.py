@@ -156,12 +156,8 @@ class AsignModel:
 
     def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
         """Predictions from the known spots, and the co-krigings among them."""
-        views = krige_for(
-            spots,
-            TWO_VIEWS
-            if TWO_VIEWS in {self.base, *self._used("weights"), *self._used("weights_without")}
-            else "cokriging",
-        )
+        methods = {self.base, *self._used("weights"), *self._used("weights_without")}
+        views = krige_for(spots, TWO_VIEWS if TWO_VIEWS in methods else "cokriging")
         return predict_from_labels(spots, self.base, views if self.base == TWO_VIEWS else views[:1]), views
 
     def _used(self, weights: str) -> list[str]:
@@ -242,7 +238,9 @@ class AsignModel:
         """(n, g) mean over the networks. One after the other, so that the states of one are in memory."""
         inputs, total = graph_inputs(spots, self.params), np.zeros((len(spots.known), len(self.var_names)), np.float32)
         with suitable_threads(len(spots.known), self.params.width):
-            for genes, weights in zip(self._scales, self._networks, strict=True):
+            centres, scales = self._tensors["network_centre"], self._tensors["network_scale"]
+            for centre, scale, weights in zip(centres, scales, self._networks, strict=True):
+                genes = GeneScale(centre, scale)
                 network = MSAGNet(self._n_features, self._tensors["group"], self.params)
                 network.load_state_dict(weights)
                 states = graph_states(network.eval().to(spots.device), inputs)
@@ -250,12 +248,6 @@ class AsignModel:
                     total[rows] += genes.restore(decode_states(network, states[rows], labels.inputs(genes, rows)))
         total /= len(self._networks)
         return total
-
-    @property
-    def _scales(self) -> list[GeneScale]:
-        """Scale of the genes of each network."""
-        pairs = zip(self._tensors["network_centre"], self._tensors["network_scale"], strict=True)
-        return [GeneScale(centre, scale) for centre, scale in pairs]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory.

@@ -13,10 +13,10 @@ import torch
 
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
-from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, evaluate
+from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, cut_windows, evaluate
 from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions
-from spatial_impute.models.pixnet._training import FitSettings, crop_settings, held_out_crops, train
+from spatial_impute.models.pixnet._training import FitSettings, crop_settings, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,7 @@ def _evaluate(
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
     size = crop_settings(network, watched, settings.params)
-    windows = held_out_crops(network, watched, size, replace(settings, seed=0))
+    windows = cut_windows(network, watched, size, replace(settings, seed=0))
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 
@@ -408,8 +408,8 @@ def set_base(network: PixNetNetwork, base: Base) -> None:
 def standardise_decoder(network: PixNetNetwork, features: np.ndarray, within: np.ndarray) -> None:
     """Let the decoder read the channels of all maps around 0, with a mean variance of 1 over the cells of the regions.
 
-    All channels are divided by the same number. On a scale of its own, each coarse map and each channel with little
-    variation would count as much as those that show the nuclei, and would be learned by heart.
+    All channels are divided by the same number. With a scale for each, coarse maps and channels with little variation
+    would count as much as those that show the nuclei, and the decoder would overfit to them.
     """
     decoder = network.decoder
     n = len(decoder.mean)  # the maps come first, then their windows

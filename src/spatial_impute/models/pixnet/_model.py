@@ -17,7 +17,7 @@ from spatial_impute.encoders._pyramids import build_pyramid
 from spatial_impute.models._params import PixNetParams
 from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
-from spatial_impute.models.pixnet._tiles import Slide, TileIndex, Tiling, iter_sums
+from spatial_impute.models.pixnet._tiles import Slide, Tiling, iter_sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,17 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._image.resampling import ResampledImage, SlideOverview
+    from spatial_impute._image.resampling import SlideOverview
     from spatial_impute.models._storage import ModelConfig
     from spatial_impute.models.pixnet._region_weights import Regions
-
-
-@dataclass(frozen=True)
-class RegionValues:
-    """Prediction at regions."""
-
-    expression: np.ndarray  # (n, n_genes) float32; NaN for regions without a pixel on the image
-    n_pixels: np.ndarray  # (n,) pixels of the region on the image, at the resolution of the model
 
 
 @dataclass(eq=False, repr=False)
@@ -115,38 +107,30 @@ class PixNetModel:
             require_key(gene, self.var_names, where="model.var_names")
         return [place[gene] for gene in genes]
 
-    def _image(self, levels: list[Level]) -> ResampledImage:
-        return resampled_image(levels, self.config["resolution"])
-
-    def _stain(self, found: SlideOverview) -> Stain:
-        """Stain of a slide, matched to the training slides."""
-        return match_stain(found, self.config["stain_density"] if self.params.match_stain else None)
-
-    def _tiling(self, shape: tuple[int, int], core: int) -> Tiling:
-        return Tiling.of_network(self.network, shape, core, self.halo)
-
-    def _n_tiles(self, image: ResampledImage, regions: Regions, core: int) -> int:
-        """Number of tiles that regions (in pixels of the image) touch."""
-        return len(TileIndex(regions, self._tiling(image.shape, core)))
+    def _slide(self, levels: list[Level], overview: SlideOverview, tile_size: int) -> Slide:
+        """A slide as the network reads it: its resolution, the stain of the training slides, tiles."""
+        image = resampled_image(levels, self.config["resolution"])
+        stain = match_stain(overview, self.config["stain_density"] if self.params.match_stain else None)
+        return Slide(image, stain, Tiling.of_network(self.network, image.shape, tile_size, self.halo))
 
     def _read_regions(
         self,
-        image: ResampledImage,
-        stain: Stain,
+        slide: Slide,
         regions: Regions,
         index: list[int],
         *,
-        core: int,
         on_tile: Callable[[], None] = lambda: None,
         out: np.ndarray | None = None,
-    ) -> RegionValues:
-        """Values at regions (in pixels of the image), directly from the decoder cells; written to `out` if given."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values (n, n_genes) of some genes at regions (in pixels of the slide), and the numbers of pixels (n,).
+
+        Values are NaN for regions without a pixel on the image. They are written to `out` if given.
+        """
         network = self.network.with_genes(index)
         linear = not network.rates
         # A linear head is applied to the features of regions instead of every cell. A rate is not linear.
         stage = network.combine if linear else network.predict
-        slide = Slide(image, stain, self._tiling(image.shape, core))
-        pixel_area = abs(np.linalg.det(image.to_um[:2, :2]))
+        pixel_area = abs(np.linalg.det(slide.image.to_um[:2, :2]))
         values = np.empty((len(regions), len(index)), np.float32) if out is None else out
         n_pixels = np.zeros(len(regions))
         for rows, sums, count in iter_sums(network, stage, slide, regions, on_tile=on_tile):
@@ -161,7 +145,7 @@ class PixNetModel:
                 if self.config["aggregate"] == "sum":
                     found = found * size * pixel_area
             values[rows] = found.cpu().numpy()
-        return RegionValues(values, n_pixels)
+        return values, n_pixels
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory.

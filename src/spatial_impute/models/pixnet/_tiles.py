@@ -221,7 +221,7 @@ def forward_tile(
         return stage(maps, cells)[0], grid
 
 
-def bag(
+def region_sums(
     maps: Tensor, regions: Regions, core: Box, grid: CellGrid, image: Box, *, squares: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sums over regions of the map resized to pixels, (n_regions, c), and their numbers of pixels; differentiable.
@@ -294,8 +294,9 @@ def iter_sums(
 ) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
     """Sums over regions without a map of the slide: each tile that regions touch is computed once.
 
-    Yields rows of `regions`, their sums as :func:`bag` returns them, and their numbers of pixels, float64. Regions within one
-    tile are returned after this tile, those in several tiles at the end, those outside the image (0 pixels) last.
+    Yields rows of `regions`, their sums as :func:`region_sums` returns them, and their numbers of pixels, float64. Regions within one
+    tile come after this tile, those in several tiles at the end. Regions outside the image come last, with 0 pixels and
+    without sums.
     """
     tiles = TileIndex(regions, slide.tiling)
     over_several = np.flatnonzero(tiles.n_tiles > 1)
@@ -310,7 +311,7 @@ def iter_sums(
             core, image = slide.tiling.pixels(tile), slide.tiling.image
             for start in range(0, len(index), _BATCH):
                 rows = index[start : start + _BATCH]
-                sums, n_pixels = bag(maps, regions.take(rows), core, grid, image, squares=squares)
+                sums, n_pixels = region_sums(maps, regions.take(rows), core, grid, image, squares=squares)
                 whole = place[rows] < 0
                 if not whole.all():
                     if total is None:
@@ -326,8 +327,7 @@ def iter_sums(
         yield over_several, total, count
     outside = np.flatnonzero(tiles.n_tiles == 0)
     if len(outside):
-        n_channels = 0 if total is None else total.shape[1]
-        yield outside, torch.zeros(len(outside), n_channels, dtype=network.head.weight.dtype), np.zeros(len(outside))
+        yield outside, torch.zeros(len(outside), 0), np.zeros(len(outside))
 
 
 def read_regions(
@@ -340,7 +340,7 @@ def read_regions(
     dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
     sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
     for index, found, count in iter_sums(network, stage, slide, regions, squares=squares):
-        if found.shape[1]:
+        if count.any():
             sums[index] = found.cpu().numpy()
         n_pixels[index] = count
     return sums, n_pixels
@@ -436,12 +436,13 @@ class DenseJob:
         return digest.hexdigest()
 
 
-def tissue_tiles(tiling: Tiling, image: ResampledImage, found: SlideOverview) -> frozenset[tuple[int, int]]:
+def tissue_tiles(slide: Slide, found: SlideOverview) -> frozenset[tuple[int, int]]:
     """Tiles with at least one pixel of the tissue mask."""
     y, x = np.nonzero(found.tissue)
     # Corners of the pixels of the mask, which are larger than a cell and may lie in several tiles.
     corners = [np.column_stack([x + dx, y + dy]) for dx in (0.01, 0.99) for dy in (0.01, 0.99)]
-    points = apply_affine(np.concatenate(corners), image.from_um @ found.to_um)
+    points = apply_affine(np.concatenate(corners), slide.image.from_um @ found.to_um)
+    tiling = slide.tiling
     inside = np.all((points >= 0) & (points < [tiling.width, tiling.height]), axis=1)
     tiles = np.unique((points[inside] // tiling.core).astype(int), axis=0)
     return frozenset((int(row), int(column)) for column, row in tiles)

@@ -17,7 +17,6 @@ from spatial_impute.models._storage import Checkpoint, cpu_state, load_checkpoin
 from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
 from spatial_impute.models.pixnet._held_out import (
     Evaluation,
-    HeldOutCrop,
     RegionLoss,
     cut_windows,
     evaluate,
@@ -80,14 +79,6 @@ def crop_settings(network: PixNetNetwork, slides: list[TrainingSlide], params: P
     return CropSettings(size, network.stride, params.margin, params.max_regions)
 
 
-def held_out_crops(
-    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, settings: FitSettings
-) -> list[HeldOutCrop]:
-    """Windows that cover the held-out regions, with their maps if the encoder is not trained."""
-    device = None if settings.params.encoder_learning_rate > 0 else settings.device
-    return cut_windows(network, slides, size, seed=settings.seed, device=device)
-
-
 def train(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
@@ -105,7 +96,7 @@ def train(
     size = crop_settings(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
-    windows = held_out_crops(network, held_out, size, settings)
+    windows = cut_windows(network, held_out, size, settings)
     head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
