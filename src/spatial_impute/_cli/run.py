@@ -287,14 +287,13 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
             f"{width} x {height} pixels; `obsm[{Keys.SPATIAL!r}]` must hold x and y in its pixels."
         )
         raise ConfigError(msg)
-    var = table.var[[column for column in GENE_COLUMNS if column in table.var]].copy()
     found = section_object(
         name,
         image_element(opened.levels, "global", 1.0),
         centers=centers,
         radius=cast("float", section.spot_diameter) / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
-        table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=var),
+        table=ad.AnnData(X=table.X, obs=table.obs.filter([Keys.IN_TISSUE]), var=table.var.filter(GENE_COLUMNS)),
     )
     return found, float(mpp)
 

@@ -31,6 +31,7 @@ from spatial_impute.pp._read_spaceranger import (
     read_spaceranger,
     warn_of_other_pixels,
 )
+from spatial_impute.pp._spots import checked_column
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -241,7 +242,28 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
         parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
     if parts.counts is None:
         _refuse_unjoined_tables(source, system, where, chosen=options.shapes_key)
+    else:
+        _leave_out_off_tissue(parts, parts.counts, where)
     return parts
+
+
+def _leave_out_off_tissue(parts: SectionParts, counts: AnnData, where: str) -> None:
+    """Leave out spots that `in_tissue` says lie off the tissue: in a raw matrix they hold stray counts."""
+    if Keys.IN_TISSUE not in counts.obs:
+        return
+    off = ~checked_column(counts.obs[Keys.IN_TISSUE], where).to_numpy()
+    if off.all():
+        msg = f"{where}: no spot with counts lies under tissue: `in_tissue` of all is 0."
+        raise ValueError(msg)
+    if off.any():
+        logger.warning(
+            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0, as in a raw matrix); they are left out",
+            where,
+            int(off.sum()),
+            len(off),
+        )
+        parts.spots = parts.spots[~parts.spots.index.isin(counts.obs[Keys.INSTANCE][off])]
+        parts.counts = counts[~off].copy()
 
 
 def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, chosen: str | None) -> None:
