@@ -450,7 +450,7 @@ OBJECTS = [
     refused(
         "`in_tissue` that is neither 0 nor 1",
         ValueError,
-        "column 'in_tissue' must hold 0 or 1, found 0.5",
+        "column 'in_tissue' must hold 0 or 1",
         lambda w: one(_off_tissue([1, 0.5, 0, 1])),
     ),
     answered(
