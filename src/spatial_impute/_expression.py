@@ -145,6 +145,18 @@ def require_amounts(values: np.ndarray, *, where: str) -> None:
         raise ValueError(msg)
 
 
+def require_one_base(tables: dict[str, AnnData]) -> None:
+    """Raise a ``ValueError`` if the tables say that their logarithms, in ``X``, have different bases."""
+    marks = {name: table.uns["log1p"] for name, table in tables.items() if "log1p" in table.uns}
+    bases = {name: float(mark.get("base") or np.e) for name, mark in marks.items()}
+    if len({round(base, 3) for base in bases.values()}) > 1:
+        msg = (
+            f"The logarithms of the sections have different bases by `uns['log1p']` of their tables: {bases}. Give all of them "
+            "natural logarithms: multiply those of base b by `np.log(b)`, and remove the mark."
+        )
+        raise ValueError(msg)
+
+
 def require_log_values(values: np.ndarray, *, where: str) -> None:
     """Raise a ``ValueError`` if `values` are raw counts or negative infinities where log values are expected."""
     if looks_like_counts(values):

@@ -20,6 +20,7 @@ class Keys:
     MEASURED_IDS = "measured_spots"
     MEASURED = "measured"  # obs column (bool) and layer of the same name
     TOTAL_COUNTS = "total_counts"  # as scanpy names it
+    IN_TISSUE = "in_tissue"  # as Space Ranger names it
 
     # transformations
     ALIGNED = "aligned"  # coordinate system that all registered sections share

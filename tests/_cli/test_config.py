@@ -68,6 +68,7 @@ def test_good_config_has_defaults_and_absolute_paths(folder):
         ("sections.s0.spaceranger", "outs", "`sections.s0` needs exactly one of"),
         ("sections.s0.bin_size", 8, "`sections.s0` with `image` does not take `bin_size`"),
         ("sections.s1", {"image": "./s0.tif"}, "`sections.s1.image` and `sections.s0.image` are the same file"),
+        ("sections", {key: {"spatialdata": "outs"} for key in "ab"}, "`sections.b.spatialdata` and .* are the same"),
         ("sections.s0.counts", "s1.h5ad", "`sections.s0` needs `counts` and `spot_diameter` .* together"),
         ("sections.s0", SMALL, "`sections.s0.spot_diameter` must be the size of spots in um, 1 to 1000, found 0.5"),
         ("sections.s0.z", 0, "`section_spacing` or `z` of every section, found both"),

@@ -408,3 +408,22 @@ def test_demo_leaves_what_it_names(small_stack, quick_params, tmp_path, monkeypa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(named)
     assert {"stack.png", "volume.png", "graph.png", "training.png", "scores.png", "scores.csv"} <= set(named)
     assert "asign" in pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).index
+
+
+def test_rectangular_pixels_and_spots_off_the_tissue_are_those_of_the_files(inputs, tmp_path, caplog, monkeypatch):
+    """As without a file of a run: both sizes of a pixel are kept, and `in_tissue` says which spots are measured."""
+    monkeypatch.setattr("spatial_impute._settings.logger.propagate", True)
+    pixels = np.asarray(Image.open(inputs / "middle.png"))[..., :3]
+    tifffile.imwrite(tmp_path / "middle.tif", pixels, photometric="rgb", resolution=(5000, 2500), resolutionunit=3)
+    table = ad.read_h5ad(inputs / "middle.h5ad")
+    table.obs["in_tissue"] = np.arange(table.n_obs) % 2
+    table.write_h5ad(tmp_path / "middle.h5ad")
+    text = RUN.replace("top.tif", f"{inputs}/top.tif").replace("bottom.png", f"{inputs}/bottom.png")
+    (tmp_path / "run.yaml").write_text(text.replace("middle.png, mpp: 4.0", "middle.tif"))
+    stack = assemble(read_config(tmp_path / "run.yaml")).tables["stack"]
+    found = stack[stack.obs["section"] == "middle"]
+    assert found.obs["instance_id"].tolist() == table.obs_names[1::2].tolist()
+    np.testing.assert_allclose(found.obsm["spatial"], table.obsm["spatial"][1::2] * [2.0, 4.0])
+    (tmp_path / "run.yaml").write_text(text.replace("middle.png, mpp: 4.0", "middle.tif, mpp: 4.0"))
+    assemble(read_config(tmp_path / "run.yaml"))
+    assert "Section middle: `mpp=4` differs from 2 x 4 in its file" in caplog.text

@@ -726,3 +726,55 @@ def test_antibodies_are_no_genes(kind, tmp_path, sample, caplog, monkeypatch):
     assert list(counts.var_names) == ["A"]
     assert counts.X.max() == 3
     assert "features that are no genes are left out: {'Antibody Capture': 1}" in caplog.text
+
+
+def with_factors(folder, **changes):
+    """Folder with other scale factors; None takes one out."""
+    path = folder / "spatial" / "scalefactors_json.json"
+    factors = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in factors.items() if value is not None}))
+    return folder
+
+
+def test_a_missing_scale_factor_is_named(tmp_path, sample):
+    folder = with_factors(sample(tmp_path / "a"), spot_diameter_fullres=None)
+    with pytest.raises(
+        ValueError, match=r"'spot_diameter_fullres' not found in `scale factors of .*'tissue_hires_scalef'"
+    ):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+@pytest.mark.parametrize(("factor", "says"), [(0.1, False), (0.1005, False), (0.25, True)])
+def test_small_images_of_scans_of_other_sizes_are_said(factor, says, tmp_path, sample, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = with_factors(sample(tmp_path / "a"), tissue_lowres_scalef=factor)
+    Image.new("RGB", (80, 80), (240, 240, 240)).save(folder / "spatial" / "tissue_lowres_image.png")
+    si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    assert ("its small images show scans of 800 x 800 (hires) and 320 x 320 (lowres) px" in caplog.text) is says
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        (
+            {"microns_per_pixel": 1.0},
+            "bins of 8 um at these positions have 0.5 um per pixel, `microns_per_pixel` is 1;",
+        ),
+        ({"bin_size_um": 16.0}, "bins of 16 um at these positions have 1 um per pixel, `microns_per_pixel` is 0.5;"),
+    ],
+)
+def test_bins_that_contradict_their_scale_factors_are_said(changes, says, tmp_path, sample, caplog, monkeypatch):
+    """Scans of Visium HD may be mirrored against the array; this is no fault."""
+    monkeypatch.setattr(logger, "propagate", True)
+    folder = with_factors(sample(tmp_path / "a"), **({"microns_per_pixel": 0.5, "bin_size_um": 8.0} | changes))
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+    table["pxl_row_in_fullres"], table["pxl_col_in_fullres"] = (
+        300 - 16 * table["array_row"],
+        90 + 16 * table["array_col"],
+    )
+    table.to_csv(path, header=False, index=False)
+    si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    assert ("contradicts itself" in caplog.text) is (says is not None)
+    assert (says or "") in caplog.text

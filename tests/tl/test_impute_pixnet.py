@@ -89,6 +89,19 @@ def test_asign_takes_pixnet_up_as_a_base(with_base, quick_params, tmp_path):
         si.tl.impute_3d(sdata, model)
 
 
+def test_a_base_of_another_image_is_said(with_base, quick_params, caplog, monkeypatch):
+    monkeypatch.setattr("spatial_impute._settings.logger.propagate", True)
+    sdata = copy.deepcopy(with_base)
+    states = sdata.tables["stack"].uns["pixnet"]["state"]
+    states["images"] = {**states["images"], "s0": "0123456789abcdef"}
+    model = si.tl.fit_asign(sdata, base_layers=["pixnet"], model_params=quick_params)
+    said = "`layers['pixnet']` was imputed from other image of section 's0' than the table has now"
+    assert said in caplog.text
+    caplog.clear()
+    si.tl.impute_3d(sdata, model)
+    assert said in caplog.text
+
+
 def test_asign_without_bases_is_what_it_was(with_base, small_prepared, quick_params):
     a, b = (si.tl.fit_asign(s, model_params=quick_params).weights for s in (with_base, small_prepared))
     np.testing.assert_array_equal(a, b)

@@ -277,17 +277,19 @@ class RunConfig:
             raise ValueError(msg)
 
     def _require_own_files(self) -> None:
-        """Refuse a file that two sections share, a slip of copying; only a SpatialData object may hold several."""
-        seen: dict[Path, str] = {}
+        """Refuse a file that two sections share, a slip of copying; a SpatialData object may hold several images."""
+        seen: dict[tuple[Any, ...], str] = {}
         for name, section in self.sections.items():
-            for key in ("image", "counts", "spaceranger", "fullres_image"):
+            for key in ("image", "counts", "spaceranger", "spatialdata", "fullres_image"):
                 path = getattr(section, key)
                 if path is None:
                     continue
                 place = f"sections.{name}.{key}"
-                other = seen.setdefault(path.resolve(), place)
+                other = seen.setdefault((path.resolve(), section.coordinate_system, section.image_key), place)
                 if other != place:
                     msg = f"`{place}` and `{other}` are the same file, '{path}'; each section needs its own."
+                    if key == "spatialdata":
+                        msg += " If it holds several, name the `coordinate_system` or the `image_key` of each."
                     raise ValueError(msg)
 
 

@@ -19,6 +19,7 @@ from spatial_impute._cli.config import ConfigError, in_words_of_file
 from spatial_impute._cli.report import Results, write_report
 from spatial_impute._expression import GENE_COLUMNS, looks_like_counts
 from spatial_impute._geometry import xy_of
+from spatial_impute._image.levels import pixel_edges
 from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -257,8 +258,8 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
     from spatial_impute._image.reading import open_image
 
     opened = open_image(section.path)
-    mpp = section.mpp or opened.mpp
-    if mpp is None:
+    edges = pixel_edges(name, opened.pixel_size, section.mpp)
+    if edges is None:
         msg = f"`sections.{name}.mpp` is missing, and '{section.path}' does not say how large its pixels are."
         raise ConfigError(msg)
     try:
@@ -278,7 +279,8 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
         )
         raise ConfigError(msg)
     table = _of_layer(table, section.counts_layer, f"sections.{name}")
-    centers = xy_of(places)
+    mpp = float(np.sqrt(np.prod(edges)))
+    centers, pixel = xy_of(places), np.array(edges) / mpp  # may be rectangular
     height, width = opened.levels[0].shape[1:]
     outside = ((centers < 0) | (centers > [width, height])).any(axis=1) | ~np.isfinite(centers).all(axis=1)
     if outside.any():
@@ -287,16 +289,18 @@ def _spots_on_image(name: str, section: SectionConfig) -> tuple[SpatialData, flo
             f"{width} x {height} pixels; `obsm[{Keys.SPATIAL!r}]` must hold x and y in its pixels."
         )
         raise ConfigError(msg)
-    var = table.var[[column for column in GENE_COLUMNS if column in table.var]].copy()
+    uns = {key: mark for key, mark in table.uns.items() if key == "log1p" and section.counts_layer is None}
     found = section_object(
         name,
-        image_element(opened.levels, "global", 1.0),
-        centers=centers,
+        image_element(opened.levels, "global", tuple(pixel)),
+        centers=centers * pixel,
         radius=cast("float", section.spot_diameter) / 2 / mpp,
         ids=[str(spot) for spot in table.obs_names],
-        table=ad.AnnData(X=table.X, obs=table.obs[[]].copy(), var=var),
+        table=ad.AnnData(
+            X=table.X, obs=table.obs.filter([Keys.IN_TISSUE]), var=table.var.filter(GENE_COLUMNS), uns=uns
+        ),
     )
-    return found, float(mpp)
+    return found, mpp
 
 
 def _prepare(config: RunConfig) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 
 from spatial_impute._geometry import linear_scale, scaling
 from spatial_impute._settings import logger
+from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -267,6 +268,17 @@ def um_per_unit(unit: str | None) -> float | None:
     # "Mm" and "Pm" are other units than "mm" and "pm", so abbreviations keep their case.
     name = (unit or "").strip().replace("µ", "u").replace("μ", "u")
     return _UM_PER_UNIT.get(name if len(name) < 3 else name.lower())
+
+
+def pixel_edges(name: str, known: tuple[float, float] | None, mpp: float | None) -> tuple[float, float] | None:
+    """Um per pixel (x, y) of a section: those `known` from its file, unless `mpp` is given; None without both."""
+    if mpp is None:
+        return known
+    mpp = require_positive(mpp, name=f"mpp of section {name!r}", unit="um per pixel")
+    if known is not None and max(mpp, *known) > SAME_SIZE * min(mpp, *known):
+        found = " x ".join(f"{size:g}" for size in dict.fromkeys(known))
+        logger.warning("Section %s: `mpp=%g` differs from %s in its file; `mpp` is used", name, mpp, found)
+    return mpp, mpp
 
 
 def tiff_pixel_size(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[float, float] | None:

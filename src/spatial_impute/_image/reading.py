@@ -255,7 +255,13 @@ def _decode_jpeg(path: str) -> np.ndarray | None:
 
 
 def _open_ome_zarr(path: Path) -> ImageFile:
-    group = zarr.open_group(path, mode="r")
+    group = zarr.open(path, mode="r")
+    if isinstance(group, zarr.Array):
+        msg = (
+            f"{path.name!r} is an array of shape {group.shape} without axes and pixel size, and no OME-Zarr image. Give the image that "
+            f"holds it, or the array itself with `mpp`: `dask.array.from_zarr(path)`."
+        )
+        raise ValueError(msg)
     attrs: dict[str, Any] = dict(group.attrs)
     found = attrs.get("ome", attrs)
     if not found.get("multiscales"):

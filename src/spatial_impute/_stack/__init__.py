@@ -52,6 +52,7 @@ from spatial_impute._stack.state import (
     tissue_problems,
     warn,
     warn_if_old,
+    warn_of_old_layer,
 )
 from spatial_impute._stack.table import (
     build_stack_table,

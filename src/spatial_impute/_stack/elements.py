@@ -145,7 +145,7 @@ def image_element(levels: list[Any], name: str, mpp: float | tuple[float, float]
 def in_rgb_order(element: Any) -> Any:
     """Image element with its channels as red, green, blue (and alpha), or one of grey, by their names.
 
-    Raises a ``ValueError`` for channels of other names, such as dyes, and for other numbers of channels.
+    Raises a ``ValueError`` for channels of other names, such as dyes, for other numbers of channels, and other dimensions.
     """
     if hasattr(element, "children"):
         arrays = {key: next(iter(child.ds.data_vars.values())) for key, child in element.children.items()}
@@ -153,6 +153,12 @@ def in_rgb_order(element: Any) -> Any:
         if all(ordered[key] is array for key, array in arrays.items()):
             return element
         return xr.DataTree.from_dict({key: xr.Dataset({"image": array}) for key, array in ordered.items()})
+    if set(element.dims) != {"c", "y", "x"}:
+        msg = (
+            f"expected the dimensions c, y and x, found {element.dims} of sizes {element.shape}. Rename them, e.g. "
+            "`image.rename({'band': 'c'})`, or select one plane, e.g. `image.isel(z=0)`."
+        )
+        raise ValueError(msg)
     names = element.coords["c"].to_numpy().tolist() if "c" in element.coords else None
     order = rgb_order(names, element.sizes["c"])
     if element.dtype.kind not in "buif":

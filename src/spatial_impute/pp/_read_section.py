@@ -17,7 +17,7 @@ from spatialdata.transformations import Scale, Sequence, get_transformation, set
 
 from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
-from spatial_impute._image.levels import SAME_SIZE
+from spatial_impute._image.levels import pixel_edges
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
@@ -31,6 +31,7 @@ from spatial_impute.pp._read_spaceranger import (
     read_spaceranger,
     warn_of_other_pixels,
 )
+from spatial_impute.pp._spots import checked_column
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -107,16 +108,14 @@ def _from_image(name: str, value: SectionInput, mpp: float | None) -> SectionPar
         levels, known = opened.levels, opened.pixel_size
     else:
         levels = _array_levels(name, value)
-    sizes = known if mpp is None else (mpp, mpp)
+    sizes = pixel_edges(name, known, mpp)
     if sizes is None:
         msg = (
             f"Pixel size of section {name!r} is unknown: its image carries no physical size. "
             f"Pass `mpp=` (um per pixel), e.g. `mpp={{{name!r}: 0.5}}`."
         )
         raise ValueError(msg)
-    x, y = (require_positive(size, name=f"mpp of section {name!r}", unit="um per pixel") for size in sizes)
-    if mpp is not None and known is not None and max(x, known[0]) > SAME_SIZE * min(x, known[0]):
-        logger.warning("Section %s: `mpp=%g` differs from %g in its file; `mpp` is used", name, mpp, known[0])
+    x, y = sizes
     source = "metadata" if mpp is None else "argument"
     return SectionParts(image_element(levels, name, (x, y)), float(np.sqrt(x * y)), source)
 
@@ -182,14 +181,8 @@ def _array_levels(name: str, value: Any) -> list[Any]:
         )
         raise ValueError(msg)
     if hasattr(value, "dims") and hasattr(value, "transpose"):
-        if not {"y", "x"} <= set(value.dims) <= {"c", "y", "x"}:
-            msg = (
-                f"Section {name!r}: expected the dimensions c, y and x, found {value.dims} of sizes {value.shape}. "
-                "Rename them, e.g. `image.rename({'band': 'c'})`, or select one plane with `image.isel`."
-            )
-            raise ValueError(msg)
-        image = value if "c" in value.dims else value.expand_dims("c")
-        return [_as_rgb(image.transpose("c", "y", "x"), name).data]
+        image = value.expand_dims("c") if set(value.dims) == {"y", "x"} else value
+        return [_as_rgb(image, name).transpose("c", "y", "x").data]
     is_array = hasattr(value, "astype")  # unlike a tensor of torch
     shape = tuple(getattr(value, "shape", ()))
     if len(shape) == 2 and is_array:
@@ -234,14 +227,34 @@ def _from_spatialdata(name: str, source: SpatialData, options: SectionOptions) -
     parts = SectionParts(
         _in_section_frame(image, system, name, mpp), linear_scale(element_affine(image, system)) * mpp, mpp_source
     )
+    counts = None
     if shapes_key is not None:
         parts.spots = _in_section_frame(circles, system, name, mpp)
         # One table annotates the spots of all sections, so their ids must have one type; barcodes are strings.
         parts.spots.index = parts.spots.index.astype(str)
-        parts.counts = _take_counts(source, shapes_key, options.table_key, name, where)
-    if parts.counts is None:
-        _refuse_unjoined_tables(source, system, where, chosen=options.shapes_key)
+        counts = _take_counts(source, shapes_key, options.table_key, name, where)
+    if counts is not None:
+        return _under_tissue(parts, parts.spots, counts, where)
+    _refuse_unjoined_tables(source, system, where, chosen=options.shapes_key)
     return parts
+
+
+def _under_tissue(parts: SectionParts, spots: GeoDataFrame, counts: AnnData, where: str) -> SectionParts:
+    """Section without the spots that `in_tissue` says lie off the tissue: in a raw matrix they hold stray counts."""
+    flags = counts.obs.get(Keys.IN_TISSUE)
+    on = np.ones(counts.n_obs, bool) if flags is None else checked_column(flags, where).to_numpy()
+    if on.all():
+        return replace(parts, spots=spots, counts=counts)
+    if not on.any():
+        msg = f"{where}: no spot with counts lies under tissue: `in_tissue` of all is 0."
+        raise ValueError(msg)
+    logger.warning(
+        "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0, as in a raw matrix); they are left out",
+        where,
+        int((~on).sum()),
+        len(on),
+    )
+    return replace(parts, spots=spots[~spots.index.isin(counts.obs[Keys.INSTANCE][~on])], counts=counts[on].copy())
 
 
 def _refuse_unjoined_tables(source: SpatialData, system: str, where: str, *, chosen: str | None) -> None:

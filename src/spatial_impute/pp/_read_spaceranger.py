@@ -129,14 +129,13 @@ def read_legacy(
     library = next(iter(libraries.values()))
     xy = xy_of(centers)
     positions = table.obs[COLUMNS[2:4]].assign(
-        in_tissue=table.obs.get("in_tissue", 1), pxl_row_in_fullres=xy[:, 1], pxl_col_in_fullres=xy[:, 0]
+        in_tissue=table.obs.get(Keys.IN_TISSUE, 1), pxl_row_in_fullres=xy[:, 1], pxl_col_in_fullres=xy[:, 0]
     )
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
     images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
     scan = images.get("fullres") if fullres_image is None else fullres_image
     factors = library.get("scalefactors", {})
-    require_key("spot_diameter_fullres", factors, where=f"{where}.uns['spatial'][...]['scalefactors']")
     return _sample_object(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
 
 
@@ -145,21 +144,29 @@ def _sample_object(sample: _Sample, fullres_image: str | Path | np.ndarray | Non
     factors = sample.factors
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Variable names are not unique")  # they get other names later
-        positions, counts = _spots_under_tissue(sample)
+        positions, counts = _joined_spots(sample)
         if "microns_per_pixel" in factors:
-            mpp, source = require_positive(factors["microns_per_pixel"], name="microns_per_pixel"), "metadata"
-            radius = require_positive(factors["bin_size_um"], name="bin_size_um") / mpp / 2
+            mpp, source = _factor(sample, "microns_per_pixel"), "metadata"
+            edge = _factor(sample, "bin_size_um")
+            radius = edge / mpp / 2
+            _warn_of_other_bins(sample.where, positions, edge, mpp)
         else:
             mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
-            radius = require_positive(factors["spot_diameter_fullres"], name="spot_diameter_fullres") / 2
+            radius = _factor(sample, "spot_diameter_fullres") / 2
             _require_spot_size(sample.where, 2 * radius * mpp)
         image, centers, ids = _read_image(sample, fullres_image, mpp), positions[_XY].to_numpy(float), positions.index
         sdata = section_object("sample", image, centers=centers, radius=radius, ids=list(ids), table=counts)
     return sdata, mpp, source
 
 
-def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
-    """Positions and counts of the spots under tissue: other spots of a raw matrix hold stray counts."""
+def _factor(sample: _Sample, name: str) -> float:
+    """Scale factor of the sample; an error if it is missing or no positive number."""
+    require_key(name, sample.factors, where=f"scale factors of {sample.where}")
+    return require_positive(sample.factors[name], name=name)
+
+
+def _joined_spots(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
+    """Positions of the spots under tissue or with counts, and counts of the latter with their flag of the tissue."""
     positions, counts = sample.positions, sample.counts
     if not counts.obs_names.is_unique:
         msg = (
@@ -185,20 +192,9 @@ def _spots_under_tissue(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
             len(known),
             sample.counts.obs_names[~known][0],
         )
-    positions = positions[positions["in_tissue"].to_numpy(bool)]
-    kept = counts.obs_names.isin(positions.index)
-    if not kept.any():
-        msg = f"{sample.where}: no spot with counts lies under tissue: `in_tissue` of all is 0 in its positions."
-        raise ValueError(msg)
-    if (known & ~kept).any():
-        logger.warning(
-            "%s: %d of %d spots with counts lie off the tissue (in_tissue = 0 in the positions, as in a raw matrix); "
-            "they are left out",
-            sample.where,
-            int((known & ~kept).sum()),
-            int(known.sum()),
-        )
-    return positions, counts[kept].copy()
+    counts = counts[known].copy()
+    counts.obs[Keys.IN_TISSUE] = positions[Keys.IN_TISSUE].loc[counts.obs_names]
+    return positions[positions[Keys.IN_TISSUE] | positions.index.isin(counts.obs_names)], counts
 
 
 def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
@@ -227,37 +223,68 @@ def _read_counts(folder: Path) -> AnnData:
             if (folder / name).is_dir():
                 return sc.read_10x_mtx(folder / name, make_unique=False, gex_only=False)
     msg = (
-        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix'. "
-        "Copy it from the output of Space Ranger, or give the image alone for an unmeasured section."
+        f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix', "
+        f"found {sorted(entry.name for entry in folder.iterdir())[:8]}. Copy it, unpacked, from the output of Space Ranger, or give the image alone for an unmeasured section."
     )
     raise FileNotFoundError(msg)
 
 
-def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
-    """Micrometres per pixel from the known lattice of the array, by least squares over all spots."""
-    place = positions[["array_col", "array_row"]].to_numpy(float) * [_COLUMN_STEP, _ROW_STEP]
+@dataclass(frozen=True)
+class _Lattice:
+    """Affine map from the array of spots (um) to pixels, by least squares."""
+
+    mpp: float  # um per pixel
+    stretch: float  # of one direction against the other
+    off: float  # um, median distance of the spots from the lattice
+    mirrored: bool
+
+
+def _fit_lattice(positions: pd.DataFrame, column_step: float, row_step: float) -> _Lattice | None:
+    """Lattice of spots whose columns and rows lie so many um apart; None for spots in one line."""
+    place = positions[["array_col", "array_row"]].to_numpy(float) * [column_step, row_step]
     pixels = positions[_XY].to_numpy(float)
     place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
     if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
-        msg = f"{where}: {len(place)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
-        raise ValueError(msg)
+        return None
     matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
     mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
     off = float(np.median(np.linalg.norm(pixels - place @ matrix, axis=1))) * mpp
-    stretch = np.linalg.cond(matrix)
-    if stretch > SAME_SIZE or off > _LATTICE_TOLERANCE:
+    return _Lattice(mpp, float(np.linalg.cond(matrix)), off, bool(np.linalg.det(matrix) < 0))
+
+
+def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
+    """Micrometres per pixel from the known lattice of a Visium array."""
+    lattice = _fit_lattice(positions, _COLUMN_STEP, _ROW_STEP)
+    if lattice is None:
+        msg = f"{where}: {len(positions)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
+        raise ValueError(msg)
+    if lattice.stretch > SAME_SIZE or lattice.off > _LATTICE_TOLERANCE:
         msg = (
-            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {stretch:.2f} times "
-            f"between its directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what "
+            f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {lattice.stretch:.2f} times "
+            f"between its directions, and spots lie {lattice.off:.0f} um off the lattice. Check that each column holds what "
             f"its name says: {COLUMNS}."
         )
         raise ValueError(msg)
-    if np.linalg.det(matrix) < 0:
+    if lattice.mirrored:
         logger.warning(
             "%s: the spots are mirrored against the array, as if their x and y were exchanged; check the positions",
             where,
         )
-    return mpp
+    return lattice.mpp
+
+
+def _warn_of_other_bins(where: str, positions: pd.DataFrame, edge: float, mpp: float) -> None:
+    """Warn if bins of Visium HD with this `edge` (um) do not lie side by side at `mpp`; scans may be mirrored."""
+    lattice = _fit_lattice(positions, edge, edge)
+    if lattice is not None and not 1 / SAME_SIZE < lattice.mpp / mpp < SAME_SIZE:
+        logger.warning(
+            "%s contradicts itself: bins of %g um at these positions have %.4g um per pixel, `microns_per_pixel` is %.4g; the "
+            "latter is used. Check the positions and scale factors",
+            where,
+            edge,
+            lattice.mpp,
+            mpp,
+        )
 
 
 def _require_spot_size(where: str, diameter_um: float) -> None:
@@ -309,7 +336,8 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
     small = {}
     for kind, _ in _IMAGES:
         if (image := sample.images.get(kind)) is not None and (factor := f"tissue_{kind}_scalef") in sample.factors:
-            small[kind] = _opened(image).levels, 1 / require_positive(sample.factors[factor], name=factor)
+            small[kind] = _opened(image).levels, 1 / _factor(sample, factor)
+    _warn_of_other_sizes(sample.where, small)
     if fullres_image is not None:
         opened = _opened(fullres_image)
         pixel = _pixel_of_scan(sample.where, opened.levels, next(iter(small.values()), None))
@@ -336,6 +364,18 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
         "Ranger, or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
+
+
+def _warn_of_other_sizes(where: str, small: dict[str, tuple[list[Any], float]]) -> None:
+    """Warn if the small images, by their scale factors, come from scans of other sizes."""
+    sizes = {kind: np.array(levels[0].shape[:0:-1]) * pixel for kind, (levels, pixel) in small.items()}
+    if any((np.ptp(along) > (SAME_SIZE - 1) * max(along)) for along in zip(*sizes.values(), strict=True)):
+        logger.warning(
+            "%s contradicts itself: by their scale factors, its small images show scans of %s px; spots may lie elsewhere on the "
+            "image than on the tissue. Check the images and the scale factors",
+            where,
+            " and ".join(f"{x:.0f} x {y:.0f} ({kind})" for kind, (x, y) in sizes.items()),
+        )
 
 
 def _opened(image: str | Path | np.ndarray) -> ImageFile:

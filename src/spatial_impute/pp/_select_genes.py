@@ -19,6 +19,7 @@ from spatial_impute._expression import (
     looks_like_counts,
     names_by_id,
     require_amounts,
+    require_one_base,
     warn_of_linear_values,
 )
 from spatial_impute._keys import Keys
@@ -153,6 +154,8 @@ def select_genes(
     for section in measured:
         require_key(str(section.counts), sdata.tables, where="sdata.tables")
         tables[section.name] = _Counts(sdata.tables[section.counts], f"sdata.tables[{section.counts!r}]", layer)
+    if log_normalized and layer is None:
+        require_one_base({name: counts.table for name, counts in tables.items()})
     values = {
         name: _log_values(counts, log_normalized=log_normalized, target_sum=target_sum)
         for name, counts in tables.items()

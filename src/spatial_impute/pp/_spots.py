@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB
 _POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
-COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+COLUMNS = ["barcode", Keys.IN_TISSUE, "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 _SAME_PIXEL = 0.5  # versions round positions differently
 AS_IT_IS = "as it is"
 # Rows of the matrix on (x, y), then the shift in widths and heights of the image that is reached.
@@ -261,25 +261,29 @@ def _read_positions_file(path: Path) -> pd.DataFrame:
 
 def checked_positions(table: pd.DataFrame, where: str) -> pd.DataFrame:
     """Positions as numbers, and flags of the tissue as bool; else a ``ValueError`` that names the column."""
-    table = table.copy()
-    words = {"true": 1, "false": 0}
-    for column in COLUMNS[1:]:
-        values = table[column]
-        if column == "in_tissue" and values.dtype.kind not in "buif":
-            values = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
-        numbers = pd.to_numeric(values, errors="coerce").astype(float)
-        bad = ~np.isfinite(numbers) if column != "in_tissue" else ~numbers.isin([0, 1])
-        if bad.any():
-            msg = (
-                f"{where}: column {column!r} must hold {'0 or 1' if column == 'in_tissue' else 'finite numbers'}, "
-                f"found {table[column][bad].iloc[0]!r} at {table.index[bad][0]!r}. Expected the columns {COLUMNS}."
-            )
-            raise ValueError(msg)
-        table[column] = numbers.astype(bool) if column == "in_tissue" else numbers
+    table = table.assign(**{column: checked_column(table[column], where) for column in COLUMNS[1:]})
     if not table.index.is_unique:
         msg = f"{where}: the barcode {table.index[table.index.duplicated()][0]!r} stands twice; keep one of its rows."
         raise ValueError(msg)
     return table
+
+
+def checked_column(values: pd.Series, where: str) -> pd.Series:
+    """Numbers of a column of positions, or flags of the tissue as bool; else a ``ValueError`` that names the column."""
+    is_flag = values.name == Keys.IN_TISSUE
+    found = values
+    if is_flag and values.dtype.kind not in "buif":
+        words = {"true": 1, "false": 0}
+        found = values.astype(str).str.strip().str.lower().map(lambda v: words.get(v, v))
+    numbers = pd.to_numeric(found, errors="coerce").astype(float)
+    bad = ~numbers.isin([0, 1]) if is_flag else ~np.isfinite(numbers)
+    if bad.any():
+        msg = (
+            f"{where}: column {values.name!r} must hold {'0 or 1' if is_flag else 'finite numbers'}, found "
+            f"{values[bad].iloc[0]!r} at {values.index[bad][0]!r}. Expected the columns {COLUMNS}."
+        )
+        raise ValueError(msg)
+    return numbers.astype(bool) if is_flag else numbers
 
 
 def _read_positions_csv(path: Path) -> pd.DataFrame:

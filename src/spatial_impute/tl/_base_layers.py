@@ -14,7 +14,7 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, stack_table, write_slots
+from spatial_impute._stack import load_record, stack_table, warn_of_old_layer, write_slots
 from spatial_impute._validation import name_list, require_key, require_one_of, require_slot_key, require_unique
 from spatial_impute.tl._provenance import measured_hash
 
@@ -188,8 +188,8 @@ def kinds_of_bases(base_layers: Sequence[str] | Mapping[str, str]) -> dict[str, 
     return dict(base_layers)
 
 
-def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
-    """Spots with the (n, n_genes) predictions of other models in layers of the stack table.
+def with_bases(sdata: SpatialData, spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
+    """Spots with the (n, n_genes) predictions of other models in layers of the stack table; warns of old ones.
 
     Raises a ``ValueError`` if a layer has the name of a method of ASIGN, or values that its kind does not allow.
     """
@@ -207,6 +207,7 @@ def with_bases(spots: Spots, table: AnnData, kinds: Mapping[str, str]) -> Spots:
             slot = f"table.layers[{name!r}]"
             msg = f"A base layer must be dense; make it so by `{slot} = {slot}.toarray()`."
             raise ValueError(msg)
+        warn_of_old_layer(sdata, load_record(sdata), table, name)
         found[name] = np.asarray(table.layers[name], dtype=np.float64)
         _require_values(name, kind, found[name], spots.known)
         if kind == INDEPENDENT:

@@ -183,7 +183,10 @@ def cross_validate(
         )
         raise ValueError(msg)
     bases = _independent(base_layers or {})
-    read = [with_bases(replace(found, device=device), table, bases) for found, table in zip(read, tables, strict=True)]
+    read = [
+        with_bases(sdata, replace(found, device=device), table, bases)
+        for sdata, found, table in zip(stacks, read, tables, strict=True)
+    ]
     names += [name for name in bases if name not in names]
     spots, group = concatenate(read), _groups(tables, groups)
     folds = _folds(spots, split, group, n_folds=n_folds, block_spacings=block_spacings, seed=seed)

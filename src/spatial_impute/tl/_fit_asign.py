@@ -124,6 +124,7 @@ def fit_asign(
     stacks = stack_list(sdata)
     tables, spots = read_stacks(stacks, table_key=table_key, layer=layer, graph_key=graph_key)
     bases = kinds_of_bases(base_layers)
+    spots = [with_bases(*parts, bases) for parts in zip(stacks, spots, tables, strict=True)]
     panels, config = _panels_and_config(tables, spots, bases, params, seed=seed)
     config["stacks"] = [
         fitted_state(one, table, layer=layer, graph_key=graph_key, base_layers=bases)
@@ -156,7 +157,6 @@ def _panels_and_config(
     if len(encoders) > 1:
         msg = f"All stacks must have features of the same encoder, found {sorted(encoders)}."
         raise ValueError(msg)
-    spots = [with_bases(s, t, base_layers) for t, s in zip(tables, spots, strict=True)]
     for table, found in zip(tables, spots, strict=True):
         require_same_folds(table, found, params, seed=seed)
     split = [by_panel(replace(found, expression=found.expression.astype("float32"))) for found in spots]

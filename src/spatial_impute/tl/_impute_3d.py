@@ -269,7 +269,7 @@ def _read_stack(
         model = cohort
     _require_fit(table, model)
     base_layers = kinds_of_bases(model.config["base_layers"])
-    spots = with_bases(spots, table, base_layers)
+    spots = with_bases(sdata, spots, table, base_layers)
     origin = provenance(record, table, spots.known, layer=layer, features=True, graph=graph_key)
     if base_layers:
         origin["base_layers"] = base_layers

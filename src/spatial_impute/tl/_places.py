@@ -383,7 +383,12 @@ def _fingerprints(sdata: SpatialData, record: StackRecord, registration: dict[st
 def _write_transformations(
     sdata: SpatialData, record: StackRecord, transforms: dict[str, SectionTransform], target: str
 ) -> None:
-    left = []
+    left = [
+        Keys.carried(key, name)
+        for key in sdata.shapes
+        for name in record.names
+        if Keys.carried(key, name) in sdata.shapes
+    ]
     ours = {key for name in record.names for key in (Keys.displacement(name), Keys.displacement_inverse(name))}
     for _, name, element in list(sdata.gen_spatial_elements()):
         own = element_frames(element)
@@ -398,10 +403,9 @@ def _write_transformations(
                 remove_transformation(element, to_coordinate_system=target)
     if left:
         logger.warning(
-            "%s are in %r and in no section, and stay where they were. If `si.tl.warp_element` or `si.tl.points_3d` "
-            "made them, make them again.",
+            "%s keep their place. If `si.tl.warp_element`, `si.tl.points_3d` or `si.tl.transfer_shapes` made them, make them "
+            "again.",
             sorted(left),
-            target,
         )
 
 

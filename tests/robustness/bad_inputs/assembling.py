@@ -7,10 +7,12 @@ import pandas as pd
 import tifffile
 import torch
 import xarray as xr
+import zarr
 from anndata import AnnData
 from PIL import Image
 from scipy import sparse
 from spatialdata import SpatialData
+from spatialdata.models import Image3DModel
 from spatialdata.transformations import Affine
 
 import spatial_impute as si
@@ -64,6 +66,24 @@ def _nan_spot():
     centers = CENTERS.copy()
     centers[2] = np.nan
     return visium(centers=centers)
+
+
+def _off_tissue(flags):
+    found = visium()
+    found.tables["table"].obs["in_tissue"] = flags
+    return found
+
+
+def _volume():
+    found = visium()
+    del found.images["he"]
+    found.images["he"] = Image3DModel.parse(scan()[None], dims=("z", "y", "x", "c"))
+    return found
+
+
+def _zarr_array(world):
+    zarr.create_array(world.tmp / "b.zarr", data=np.moveaxis(scan(), -1, 0))
+    return world.tmp / "b.zarr"
 
 
 def _duplicate_ids():
@@ -303,6 +323,7 @@ FILES = [
         lambda w, sdata: [s["mpp"] for s in sdata.attrs["spatial_impute"]["stack"]["sections"]] == [1, 2],
     ),
     refused("an OME-Zarr that is none", ValueError, "cannot be read as an image", lambda w: one(_folder(w, "a.zarr"))),
+    refused("an array of zarr", ValueError, "without axes and pixel size", lambda w: one(_zarr_array(w))),
     refused(
         "a folder that is neither of Space Ranger nor zarr",
         FileNotFoundError,
@@ -403,6 +424,34 @@ OBJECTS = [
         "is followed",
         lambda w: one(_mirrored()),
         lambda w, s: np.allclose(s.tables["stack"].obsm["spatial"][:, 0], 90 - CENTERS[:, 0]),
+    ),
+    refused(
+        "a 3D image in an object",
+        ValueError,
+        "expected the dimensions c, y and x, found ('c', 'z', 'y', 'x')",
+        lambda w: one(_volume()),
+    ),
+    answered(
+        "spots whose `in_tissue` is 0 in the table of an object",
+        "are left out with a warning",
+        lambda w: one(_off_tissue([1, 0, 0, 1])),
+        lambda w, s: (
+            s.tables["stack"].obs["instance_id"].tolist() == ["a", "d"]
+            and np.allclose(s.tables["stack"].obsm["spatial"], CENTERS[[0, 3]])
+            and s.tables["s_counts"].n_obs == 2
+        ),
+    ),
+    refused(
+        "spots that all lie off the tissue",
+        ValueError,
+        "no spot with counts lies under tissue",
+        lambda w: one(_off_tissue([0, 0, 0, 0])),
+    ),
+    refused(
+        "`in_tissue` that is neither 0 nor 1",
+        ValueError,
+        "column 'in_tissue' must hold 0 or 1",
+        lambda w: one(_off_tissue([1, 0.5, 0, 1])),
     ),
     answered(
         "ids that are numbers",
@@ -553,6 +602,13 @@ GENES = [
     ),
     refuses(
         "pp.select_genes",
+        "log values of different bases, by `uns['log1p']`",
+        ValueError,
+        "have different bases by `uns['log1p']` of their tables: {'a': 2.0, 'b': 2.718281828459045}",
+        lambda w: si.pp.select_genes(_of_bases({"base": 2}, {}), log_normalized=True),
+    ),
+    refuses(
+        "pp.select_genes",
         "a stack without measured section",
         ValueError,
         "No measured section",
@@ -587,6 +643,14 @@ GENES = [
         lambda w: one(visium(genes=("g0", np.nan, "g1"))),
     ),
 ]
+
+
+def _of_bases(*marks):
+    """Stack of two sections with log values; the marks that scanpy leaves."""
+    found = [visium(values=np.log1p(_with(0, 3.0))) for _ in marks]
+    for section, mark in zip(found, marks, strict=True):
+        section.tables["table"].uns["log1p"] = mark
+    return si.pp.assemble_stack(dict(zip("ab", found, strict=True)), mpp=1, section_spacing=9)
 
 
 def _unmeasured():
