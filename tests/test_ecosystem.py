@@ -22,7 +22,7 @@ def meta():
     return yaml.safe_load(re.search(r"^```yaml\n(name: .*?)^```$", text, flags=re.DOTALL | re.MULTILINE).group(1))
 
 
-def test_meta_yaml_has_what_is_asked(meta):
+def test_meta_yaml_has_what_is_required(meta):
     required = {"name", "description", "project_home", "documentation_home", "install", "license", "tags", "category"}
     assert required | {"primary_category", "language", "contact"} <= set(meta)
     assert "version" not in meta

@@ -69,7 +69,7 @@ def test_a_tile_that_cannot_be_decoded_names_its_file(tmp_path):
         np.asarray(open_image(path).levels[0])
 
 
-def test_planes_that_may_be_colors_are_said_to_be(tmp_path):
+def test_planes_that_may_be_colors_are_reported(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(TISSUE, -1, 0), photometric="minisblack")
     with pytest.raises(ValueError, match=r"If they are red, green and blue, .*planarconfig='separate'"):
         open_image(tmp_path / "a.tif")

@@ -151,7 +151,7 @@ def test_window_of_float_image_does_not_depend_on_what_else_is_read(ramp):
     np.testing.assert_array_equal(to_rgb(stored_pixels(level, 0, 4, 0, 4), level), whole[:4, :4])
 
 
-def test_window_holds_the_pixels_asked_for(ramp):
+def test_window_holds_the_pixels_requested(ramp):
     array = np.random.default_rng(0).integers(0, 255, (3, 9, 11), dtype=np.uint8)
     for level in (ramp.level(array), ramp.level(array, chunks=4)):
         np.testing.assert_array_equal(
@@ -189,7 +189,7 @@ def test_read_thumbnail_of_ramp_is_the_ramp(ramp):
 
 @pytest.mark.parametrize("mpp", [0.1, 0.25, 0.3, 0.344, 0.499, 0.688, 0.7])
 @pytest.mark.parametrize("factor", [2, 3, 5, 6, 9, 10])
-def test_read_thumbnail_averages_the_whole_factor_asked_for(mpp, factor, ramp):
+def test_read_thumbnail_averages_the_whole_factor_requested(mpp, factor, ramp):
     """Multiples of the pixel size must not fall to the next lower factor by rounding."""
     _, to_um = read_thumbnail([ramp.level(np.zeros((1, 60, 60), np.uint8), scaling(mpp))], factor * mpp)
     assert to_um[0, 0] == pytest.approx(factor * mpp)

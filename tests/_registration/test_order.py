@@ -60,7 +60,7 @@ def test_sections_of_equal_likeness_give_no_warning():
 
 
 @pytest.mark.parametrize("order", ["xabc", "axbc", "abxc", "abcx"])
-def test_an_odd_section_is_not_said_to_be_exchanged(order):
+def test_an_odd_section_is_not_reported_as_exchanged(order):
     """A damaged section is little like all others, wherever it lies."""
     near = {frozenset(pair): value for pair, value in {"ab": 0.5, "bc": 0.5, "ac": 0.4}.items()}
 
@@ -72,7 +72,7 @@ def test_an_odd_section_is_not_said_to_be_exchanged(order):
 
 
 @pytest.mark.parametrize("order", ["xabc", "axbc", "abxc", "abcx"])
-def test_a_section_with_less_noise_is_not_said_to_be_exchanged(order):
+def test_a_section_with_less_noise_is_not_reported_as_exchanged(order):
     """In a stack that does not change, a clear section is more like all others, wherever it lies."""
 
     def likeness(a, b):

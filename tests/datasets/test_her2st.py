@@ -95,7 +95,7 @@ def test_her2st_thumbnail_shows_the_section(her2st):
     assert rgb.max() > 200
 
 
-def test_her2st_measures_only_what_was_asked_for(her2st, data_dir):
+def test_her2st_measures_only_what_was_requested(her2st, data_dir):
     sdata, _ = her2st
     assert set(sdata.tables) == {"C4_counts", "stack"}
     table = sdata.tables["stack"]

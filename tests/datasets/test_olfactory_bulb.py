@@ -44,7 +44,7 @@ def test_bulb_is_a_stack_in_um(bulb, folder):
     assert set(truth.obs_names) == set(sdata.tables["stack"].obs_names)
 
 
-def test_bulb_measures_only_what_was_asked_for(bulb, folder):
+def test_bulb_measures_only_what_was_requested(bulb, folder):
     sdata, truth = bulb
     table = sdata.tables["stack"]
     assert (table.obs["measured"] == (table.obs["section"] == "MOB2")).all()
@@ -75,7 +75,7 @@ def test_counts_may_be_unpacked_or_packed_again(folder, tmp_path):
         _olfactory_bulb._read_counts(tmp_path, "MOB1", places)
 
 
-def test_a_missing_file_is_asked_for_by_address_hash_and_place(folder, tmp_path, monkeypatch):
+def test_a_missing_file_is_requested_by_address_hash_and_place(folder, tmp_path, monkeypatch):
     from requests.exceptions import ConnectionError as NoConnection
 
     def refuse(*args, **kwargs):

@@ -66,7 +66,7 @@ def test_synthetic_stack_keeps_the_contract(synthetic):
     assert table.X is None
 
 
-def test_synthetic_stack_has_the_sizes_asked_for(synthetic):
+def test_synthetic_stack_has_the_sizes_requested(synthetic):
     sdata, _ = synthetic
     for name in ("s0", "s1", "s2"):
         assert sdata.images[f"{name}_image"].shape == (3, 600, 600)
@@ -151,7 +151,7 @@ def test_synthetic_stack_without_measurement():
     assert truth.n_obs == sdata.tables["stack"].n_obs
 
 
-def test_synthetic_stack_smooth_genes_are_told_by_the_next_section(synthetic):
+def test_synthetic_stack_smooth_genes_are_predicted_by_the_next_section(synthetic):
     _, truth = synthetic
     expected, place = truth.layers["expected"], truth.obsm["spatial_3d"]
     one, two = (np.flatnonzero(truth.obs["section"] == name) for name in ("s1", "s2"))

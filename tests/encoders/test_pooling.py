@@ -147,7 +147,7 @@ def test_only_a_band_is_in_memory(case):
     assert rows < 30
 
 
-def test_every_block_with_known_cells_is_asked_for_once(case):
+def test_every_block_with_known_cells_is_requested_once(case):
     centers, lattice = case
     corners = StreamingPooler(STEP, lattice.first, lattice.known, centers, FIELDS, block=BLOCK).corners
     covered = np.zeros(np.add(lattice.known.shape, BLOCK), dtype=int)

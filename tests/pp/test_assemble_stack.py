@@ -659,7 +659,7 @@ def with_tissue(turn=lambda xy: xy, names=("r", "g", "b"), n_apart=12):
         (lambda xy: xy * 5, "no turn or mirror places them much better"),
     ],
 )
-def test_measured_spots_off_the_tissue_are_told_what_fits(turn, says, caplog, monkeypatch):
+def test_measured_spots_off_the_tissue_are_reported_with_what_fits(turn, says, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     si.pp.assemble_stack({"m": with_tissue(turn)}, mpp=10.0, z=[0])
     found = {record.getMessage() for record in caplog.records if "lie on tissue" in record.getMessage()}
@@ -667,7 +667,7 @@ def test_measured_spots_off_the_tissue_are_told_what_fits(turn, says, caplog, mo
     assert says is None or says in found.pop()
 
 
-def test_few_measured_spots_are_said(caplog, monkeypatch):
+def test_few_measured_spots_are_reported(caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     si.pp.assemble_stack({"m": with_tissue(n_apart=30)}, mpp=10.0, z=[0])
     assert "Section m: only 16 spots are measured" in caplog.text

@@ -41,7 +41,7 @@ def test_points_and_pictures_turn_alike(turn):
 
 
 @pytest.mark.parametrize("turn", OTHERS)
-def test_spots_of_a_turned_image_are_told_the_turn(turn):
+def test_spots_of_a_turned_image_are_reported_with_the_turn(turn):
     """The image was turned, the spots were not: they fit after the same turn."""
     mask = tissue()
     turned = turned_picture(mask, turn)
@@ -58,7 +58,7 @@ def test_spots_on_tissue_are_in_order():
     assert found.sentence is None
 
 
-def test_spots_of_a_whole_array_and_of_another_scale_are_told():
+def test_spots_of_a_whole_array_and_of_another_scale_are_reported():
     everywhere = place_spots(levels(tissue()), spots_on(np.ones((100, 130), bool)) * 20.0)
     assert "only 2" in everywhere.sentence
     assert "no turn or mirror" in everywhere.sentence

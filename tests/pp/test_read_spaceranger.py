@@ -439,7 +439,7 @@ def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, m
     assert f"{(~inside).sum()} of {len(table)} spots with counts lie off the tissue" in caplog.text
 
 
-def test_counts_without_a_position_are_said(tmp_path, sample, caplog, monkeypatch):
+def test_counts_without_a_position_are_reported(tmp_path, sample, caplog, monkeypatch):
     """Counts of two samples in one file: those of the other sample must not vanish in silence."""
     monkeypatch.setattr(logger, "propagate", True)
     folder = sample(tmp_path / "a")
@@ -468,7 +468,7 @@ def test_damaged_counts_name_their_folder(tmp_path, sample, spoil, message):
 
 
 @pytest.mark.parametrize(("given", "factor"), [({"mpp": 0.5}, 0.25), ({"spot_pitch": 200.0}, 2.0), ({"mpp": 2.0}, 1.0)])
-def test_a_pixel_size_that_contradicts_the_array_is_said(tmp_path, sample, caplog, monkeypatch, given, factor):
+def test_a_pixel_size_that_contradicts_the_array_is_reported(tmp_path, sample, caplog, monkeypatch, given, factor):
     """That of the small image, for example: spots would lie 25 um apart."""
     monkeypatch.setattr(logger, "propagate", True)
     xy = (
@@ -579,7 +579,7 @@ def test_a_scan_of_another_size_is_placed_by_its_size(factor, scan, tmp_path, ca
     assert extents[1] == pytest.approx(extents[0])
 
 
-def test_other_pictures_and_pixel_sizes_are_said(scan, tmp_path, caplog, monkeypatch):
+def test_other_pictures_and_pixel_sizes_are_reported(scan, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     folder, image = scan
     noise = np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8)
@@ -745,7 +745,7 @@ def test_a_missing_scale_factor_is_named(tmp_path, sample):
 
 
 @pytest.mark.parametrize(("factor", "says"), [(0.1, False), (0.1005, False), (0.25, True)])
-def test_small_images_of_scans_of_other_sizes_are_said(factor, says, tmp_path, sample, caplog, monkeypatch):
+def test_small_images_of_scans_of_other_sizes_are_reported(factor, says, tmp_path, sample, caplog, monkeypatch):
     monkeypatch.setattr(logger, "propagate", True)
     folder = with_factors(sample(tmp_path / "a"), tissue_lowres_scalef=factor)
     Image.new("RGB", (80, 80), (240, 240, 240)).save(folder / "spatial" / "tissue_lowres_image.png")
@@ -764,7 +764,7 @@ def test_small_images_of_scans_of_other_sizes_are_said(factor, says, tmp_path, s
         ({"bin_size_um": 16.0}, "bins of 16 um at these positions have 1 um per pixel, `microns_per_pixel` is 0.5;"),
     ],
 )
-def test_bins_that_contradict_their_scale_factors_are_said(changes, says, tmp_path, sample, caplog, monkeypatch):
+def test_bins_that_contradict_their_scale_factors_are_reported(changes, says, tmp_path, sample, caplog, monkeypatch):
     """Scans of Visium HD may be mirrored against the array; this is no fault."""
     monkeypatch.setattr(logger, "propagate", True)
     folder = with_factors(sample(tmp_path / "a"), **({"microns_per_pixel": 0.5, "bin_size_um": 8.0} | changes))

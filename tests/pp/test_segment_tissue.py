@@ -81,7 +81,7 @@ def test_segment_tissue_follows_a_rotated_section():
     assert piece.intersection(truth).area / piece.union(truth).area > 0.95
 
 
-def test_segment_tissue_works_at_the_resolution_asked_for():
+def test_segment_tissue_works_at_the_resolution_requested():
     sdata = stack_of(s=slide())
     si.pp.segment_tissue(sdata, resolution=20.0)
     mask, to_um = labelled(sdata, "s")

@@ -110,7 +110,7 @@ def test_select_genes_keeps_given_genes_in_their_order_and_once():
     assert list(sdata.tables["stack"].var_names) == ["mid", "low"]
 
 
-def test_select_genes_takes_all_when_asked_for_more():
+def test_select_genes_takes_all_when_more_are_requested():
     sdata = stack_of(m=section(counts_matrix()))
     si.pp.select_genes(sdata, n_top_genes=99)
     assert set(sdata.tables["stack"].var_names) == set(GENES)
@@ -190,7 +190,7 @@ def test_select_genes_refuses_log_values():
     assert "measured" not in sdata.tables["stack"].layers
 
 
-def test_select_genes_takes_log_values_when_told():
+def test_select_genes_takes_log_values_on_request():
     values = np.log1p(counts_matrix())
     sdata = stack_of(m=section(sparse.csr_matrix(values)))
     si.pp.select_genes(sdata, log_normalized=True, genes=GENES)
@@ -198,7 +198,7 @@ def test_select_genes_takes_log_values_when_told():
     assert "as given" in sdata.tables["stack"].uns["normalization"]["units"]
 
 
-def test_select_genes_refuses_counts_that_are_said_to_be_logs():
+def test_select_genes_refuses_counts_that_are_marked_as_logs():
     sdata = stack_of(m=section(counts_matrix()))
     with pytest.raises(ValueError, match=r"m_counts.*holds raw counts.*`log_normalized=True` was given"):
         si.pp.select_genes(sdata, log_normalized=True)
@@ -353,7 +353,7 @@ def test_genes_without_ids_are_joined_by_name():
 
 
 @pytest.mark.parametrize("kind", ["counts", "rounded CPM", "rounded counts per 10,000", "z-scores", "log values"])
-def test_values_that_were_changed_are_said(kind, caplog, monkeypatch, small_stack):
+def test_values_that_were_changed_are_reported(kind, caplog, monkeypatch, small_stack):
     monkeypatch.setattr(logger, "propagate", True)
     table = small_stack.tables[next(key for key in small_stack.tables if key.endswith("_counts"))]
     rng = np.random.default_rng(0)

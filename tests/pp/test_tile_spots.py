@@ -66,7 +66,7 @@ def test_tile_spots_lays_a_lattice_on_the_tissue(layout, n_neighbours, per_area)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9, 1.0])
-def test_tile_spots_keeps_spots_with_the_tissue_asked_for(fraction):
+def test_tile_spots_keeps_spots_with_the_tissue_requested(fraction):
     sdata = bare()
     si.pp.tile_spots(sdata, spot_diameter=150, spacing=40, min_tissue_fraction=fraction)
     centers, radius = centers_of(sdata, "u")

@@ -415,7 +415,7 @@ def test_graph_notices_that_two_sections_exchanged_their_features(pristine):
         si.tl.impute_baseline(sdata, "propagation")
 
 
-def test_what_was_moved_in_the_common_frame_is_said(pristine):
+def test_what_was_moved_in_the_common_frame_is_reported(pristine):
     """Only `register_stack` places sections: by hand, the transformation alone would change."""
     sdata = copy.deepcopy(pristine[0])
     for call in (select, register):
@@ -471,7 +471,7 @@ def test_pixels_that_were_loaded_are_used_as_lazy_ones(sdata, pixnet):
     np.testing.assert_array_equal(again.images["a_image"], sdata.images["s0_image"])
 
 
-def test_a_map_of_another_image_is_said_where_it_is_exported(sdata, pixnet, tmp_path):
+def test_a_map_of_another_image_is_reported_where_it_is_exported(sdata, pixnet, tmp_path):
     si.tl.predict_dense(sdata, "s0_image", pixnet)
     register(sdata, 1)
     calls = {

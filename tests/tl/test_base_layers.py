@@ -225,7 +225,9 @@ def test_x_follows_the_layer_that_it_shows(small_stack):
     assert table.X is not table.layers["mine"]
 
 
-def test_a_base_layer_without_values_at_measured_spots_is_refused_and_a_changed_one_is_said(world, caplog, monkeypatch):
+def test_a_base_layer_without_values_at_measured_spots_is_refused_and_a_changed_one_is_reported(
+    world, caplog, monkeypatch
+):
     from spatial_impute._settings import logger
 
     sdata = copy.deepcopy(world.sdata)

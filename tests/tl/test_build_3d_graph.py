@@ -253,7 +253,7 @@ def test_build_graph_links_at_the_very_limit_of_distance_but_not_discs_that_touc
     assert beyond.overlap.nnz == 0
 
 
-def test_build_graph_takes_as_many_neighbours_as_asked_for_on_each_section():
+def test_build_graph_takes_as_many_neighbours_as_requested_on_each_section():
     """One spot between the two sections' lattices: its nearest ones there, and it for each of theirs."""
     xyz = np.concatenate([[[0.1, 0.2, 0.0]], lattice(4, z=1.0)])
     section, radius = np.array([0] + [1] * 16), np.full(17, 0.01)

@@ -151,7 +151,7 @@ def test_patients_as_stacks(two_measured, small_prepared, octaves, pixnet_params
         si.tl.cross_validate([two_measured, other], ["mean"])
 
 
-def test_leaks_are_told(two_measured, caplog):
+def test_leaks_are_reported(two_measured, caplog):
     sdata = copy.deepcopy(two_measured)
     table = sdata.tables["stack"]
     with caplog.at_level("WARNING", "spatial_impute"):

@@ -218,7 +218,7 @@ def test_a_header_tells_whether_there_is_z(tmp_path, header, row, pair):
 
 
 @pytest.mark.parametrize("name", ["m.txt", "p.csv"])
-def test_rows_that_are_left_out_are_counted_and_other_units_are_said(tmp_path, caplog, monkeypatch, name):
+def test_rows_that_are_left_out_are_counted_and_other_units_are_reported(tmp_path, caplog, monkeypatch, name):
     from spatial_impute._settings import logger
 
     monkeypatch.setattr(logger, "propagate", True)

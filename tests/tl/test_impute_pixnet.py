@@ -89,7 +89,7 @@ def test_asign_takes_pixnet_up_as_a_base(with_base, quick_params, tmp_path):
         si.tl.impute_3d(sdata, model)
 
 
-def test_a_base_of_another_image_is_said(with_base, quick_params, caplog, monkeypatch):
+def test_a_base_of_another_image_is_reported(with_base, quick_params, caplog, monkeypatch):
     monkeypatch.setattr("spatial_impute._settings.logger.propagate", True)
     sdata = copy.deepcopy(with_base)
     states = sdata.tables["stack"].uns["pixnet"]["state"]

@@ -45,7 +45,7 @@ def test_matched_sections_can_be_imputed_from_and_are_not_scored(stack, tmp_path
     assert list(si.metrics.evaluate(stack, truth).index) == ["baseline_kernel"]
 
 
-def test_a_match_of_an_earlier_measurement_is_said(stack, caplog, monkeypatch):
+def test_a_match_of_an_earlier_measurement_is_reported(stack, caplog, monkeypatch):
     import copy
 
     from spatial_impute._settings import logger

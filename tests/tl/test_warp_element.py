@@ -282,7 +282,7 @@ def test_bad_input_writes_nothing(sdata, key, kwargs, error, match):
     assert {name for _, name, _ in sdata.gen_spatial_elements()} == before
 
 
-def test_element_in_two_sections_needs_to_be_told_which(sdata):
+def test_element_in_two_sections_needs_a_choice(sdata):
     set_transformation(sdata.shapes["s0_spots"], Scale([4.0, 4.0], axes=("x", "y")), "s1")
     with pytest.raises(ValueError, match=r"several sections; give `section`"):
         si.tl.warp_element(sdata, "s0_spots")

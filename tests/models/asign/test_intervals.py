@@ -55,7 +55,7 @@ def test_intervals_cover_unmeasured_sections(prepared_stack, truth, quick_params
     assert 0.87 < inside.mean() < 0.97
 
 
-def test_intervals_are_for_measurements_of_the_depth_that_is_asked_for(prepared_stack, quick_params):
+def test_intervals_are_for_measurements_of_the_depth_that_is_requested(prepared_stack, quick_params):
     model = si.tl.fit_asign(prepared_stack, model_params=quick_params)
     si.tl.impute_3d(prepared_stack, model)
     table = prepared_stack.tables["stack"]

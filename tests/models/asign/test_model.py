@@ -388,7 +388,7 @@ def test_impute_says_what_it_rests_on(small_stack, model):
     assert r[table.var["imputable"]].min() > 0
 
 
-def test_imputation_computes_on_the_device_that_is_asked_for(small_stack, model, monkeypatch):
+def test_imputation_computes_on_the_device_that_is_requested(small_stack, model, monkeypatch):
     from spatial_impute.models.asign import _graph_inputs
 
     seen, original = [], _graph_inputs.krige

@@ -273,7 +273,7 @@ def test_only_tiles_with_regions_are_forwarded():
     assert sums[1].tolist() == [0.0] * 10
 
 
-def test_threads_are_as_many_as_asked_for(monkeypatch):
+def test_threads_are_as_many_as_requested(monkeypatch):
     """Whatever libraries that are imported in between made of them; workers of dask ask for one."""
     network = make_network(SmallPyramid())
     image = Regions(1024, 1024)  # large enough for threads
