@@ -97,7 +97,7 @@ class KnownTruth:
 
 
 class Score(NamedTuple):
-    """How well the held-out spots are predicted. It is kept where the predictions of all genes would take too much memory."""
+    """Scores of held-out predictions, kept where the predictions of all genes would take too much memory."""
 
     r: np.ndarray  # (g,)
     summary: dict[str, float]

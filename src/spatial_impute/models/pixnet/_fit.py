@@ -96,7 +96,8 @@ def _evaluate(
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
     size = crop_settings(network, watched, settings.params)
-    windows = cut_windows(network, watched, size, replace(settings, seed=0))
+    encode = not settings.params.encoder_learning_rate
+    windows = cut_windows(network, watched, size, seed=0, device=settings.device, encode=encode)
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 

@@ -21,7 +21,6 @@ from spatial_impute.models.pixnet._crops import Crop, cover, make_crop, predict_
 if TYPE_CHECKING:
     from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide
     from spatial_impute.models.pixnet._network import PixNetNetwork
-    from spatial_impute.models.pixnet._training import FitSettings
 
 _MAX_WINDOWS = 48  # more would take longer than the steps between two checks
 _CHANCE = 0.05  # a decoder that has learned nothing passes the confirmation this often
@@ -76,20 +75,20 @@ class HeldOutCrop:
 
 
 def cut_windows(
-    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, settings: FitSettings
+    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, *, seed: int, device: str, encode: bool
 ) -> list[HeldOutCrop]:
-    """Windows that cover the regions of slides, a sample if there are many."""
+    """Windows that cover the regions of slides, a sample if there are many, with `encode` as maps of the encoder."""
     windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
     if len(windows) > _MAX_WINDOWS:
-        kept = np.random.default_rng(settings.seed).choice(len(windows), _MAX_WINDOWS, replace=False)
+        kept = np.random.default_rng(seed).choice(len(windows), _MAX_WINDOWS, replace=False)
         windows = [windows[k] for k in np.sort(kept)]
     found = []
     for slide, center, rows in windows:
         crop = make_crop(slide, center, size)
         maps = None
-        if not settings.params.encoder_learning_rate:
+        if encode:
             with torch.no_grad():
-                maps = network.encode(crop.rgb[None].to(settings.device))
+                maps = network.encode(crop.rgb[None].to(device))
         found.append(HeldOutCrop(crop, np.isin(crop.rows, rows), maps))
     return found
 
