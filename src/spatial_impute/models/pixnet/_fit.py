@@ -96,8 +96,7 @@ def _evaluate(
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
     size = crop_settings(network, watched, settings.params)
-    encode = not settings.params.encoder_learning_rate
-    windows = cut_windows(network, watched, size, seed=0, device=settings.device, encode=encode)
+    windows = cut_windows(network, watched, size, settings.params, seed=0, device=settings.device)
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 

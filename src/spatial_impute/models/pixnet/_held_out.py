@@ -19,6 +19,7 @@ from spatial_impute.models.asign._training import correlation_loss
 from spatial_impute.models.pixnet._crops import Crop, cover, make_crop, predict_crops
 
 if TYPE_CHECKING:
+    from spatial_impute.models._params import PixNetParams
     from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide
     from spatial_impute.models.pixnet._network import PixNetNetwork
 
@@ -75,9 +76,15 @@ class HeldOutCrop:
 
 
 def cut_windows(
-    network: PixNetNetwork, slides: list[TrainingSlide], size: CropSettings, *, seed: int, device: str, encode: bool
+    network: PixNetNetwork,
+    slides: list[TrainingSlide],
+    size: CropSettings,
+    params: PixNetParams,
+    *,
+    seed: int,
+    device: str,
 ) -> list[HeldOutCrop]:
-    """Windows that cover the regions of slides, a sample if there are many, with `encode` as maps of the encoder."""
+    """Windows that cover the regions of slides, a sample if there are many; with their maps if the encoder is not trained."""
     windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
     if len(windows) > _MAX_WINDOWS:
         kept = np.random.default_rng(seed).choice(len(windows), _MAX_WINDOWS, replace=False)
@@ -86,7 +93,7 @@ def cut_windows(
     for slide, center, rows in windows:
         crop = make_crop(slide, center, size)
         maps = None
-        if encode:
+        if not params.encoder_learning_rate:
             with torch.no_grad():
                 maps = network.encode(crop.rgb[None].to(device))
         found.append(HeldOutCrop(crop, np.isin(crop.rows, rows), maps))

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from spatial_impute.models._params import PixNetParams
 
 _CONVOLVED = 2  # cells that two 3x3 convolutions read on each side
-_LARGE_MAP = (
-    257  # rows plus columns; torch 2.13 uses another kernel up to 128, other versions may use it for larger maps
-)
+# Rows plus columns. torch 2.13 uses another kernel up to 128, and other versions may use it for larger maps.
+_LARGE_MAP = 257
 # Added to variances before the root, for features of variance 1. Without it, rounding errors, which differ between a
 # tile and the slide, would become features where the image does not vary.
 _NO_VARIANCE = 1e-3

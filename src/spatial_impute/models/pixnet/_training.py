@@ -96,8 +96,7 @@ def train(
     size = crop_settings(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
-    encode = not params.encoder_learning_rate
-    windows = cut_windows(network, held_out, size, seed=settings.seed, device=settings.device, encode=encode)
+    windows = cut_windows(network, held_out, size, params, seed=settings.seed, device=settings.device)
     head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
