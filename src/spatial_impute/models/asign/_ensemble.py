@@ -240,7 +240,9 @@ class NetworkFit:
                 runs[r, k] = run
                 if self.best_regime(runs, [k]) != r:
                     break
-        return runs
+        needed = {(self._regime_without(k, runs), k) for k in self.trials}
+        needed |= {(self.best_regime(runs, self.trials), k) for k in self.trials}
+        return {key: run if key in needed else run.only_errors() for key, run in runs.items()}
 
     def run(self, runs: Runs) -> Ensemble:
         """Train all networks with the best regime of the trials, and predict the hidden folds."""
@@ -265,9 +267,7 @@ class NetworkFit:
         predicted = np.full(self.data.truth.shape, np.nan, np.float32)
         of_stack = self.data.by_stack(predicted)
         for k in folds:
-            regime = self.best_regime(runs, [t for t in self.trials if t != k] or self.trials)
-            if (regime, k) not in runs:
-                regime = self.best_regime(runs, self.trials)
+            regime = self._regime_without(k, runs)
             others = [run for (r, j), run in runs.items() if r == regime and j != k]
             found, scale = runs[regime, k].predictions, self.data.scale(k)
             useful = _is_useful(others or [runs[regime, k]])
@@ -291,6 +291,11 @@ class NetworkFit:
             for r in range(len(self.regimes))
         ]
         return int(np.argmin(errors))
+
+    def _regime_without(self, k: int, runs: Runs) -> int:
+        """Position of the regime that the trial folds other than `k` choose; that of all, if it was not tried on `k`."""
+        regime = self.best_regime(runs, [t for t in self.trials if t != k] or self.trials)
+        return regime if (regime, k) in runs else self.best_regime(runs, self.trials)
 
     def _base(self, run: TrainingRun, params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Network that returns the base."""

@@ -115,17 +115,19 @@ class KnownGraph:
 
     def hide(self, hidden: np.ndarray) -> KnownGraph:
         """Eliminate some known spots as well; `hidden` is (n_known,) bool."""
-        between = self.matrix[hidden][:, ~hidden]
-        found = cho_solve(cho_factor(self.matrix[hidden][:, hidden]), between)
-        return KnownGraph(self.matrix[~hidden][:, ~hidden] - between.T @ found)
+        between = self.matrix[np.ix_(hidden, ~hidden)]
+        found = cho_solve(cho_factor(self.matrix[np.ix_(hidden, hidden)]), between)
+        rest = self.matrix[np.ix_(~hidden, ~hidden)]
+        rest -= between.T @ found
+        return KnownGraph(rest)
 
     def propagate(self, hidden: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values (m, g) and mass (m,) of hidden known spots from the values of the others, (n_known - m, g).
 
         Values are NaN where the mass is zero.
         """
-        from_others = -self.matrix[hidden][:, ~hidden]
-        weights = cho_solve(cho_factor(self.matrix[hidden][:, hidden]), from_others)  # few, beside those of all genes
+        from_others = -self.matrix[np.ix_(hidden, ~hidden)]
+        weights = cho_solve(cho_factor(self.matrix[np.ix_(hidden, hidden)]), from_others)  # few, beside those of all genes
         mass = np.clip(weights.sum(axis=1), 0.0, 1.0)
         mass[mass < _NO_MASS] = 0.0
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -137,6 +137,10 @@ class TrainingRun:
         """Squared error on the held-out spots before the first step, and after the last one."""
         return self.history[0]["held_out_mse"], self.history[-1]["held_out_mse"]
 
+    def only_errors(self) -> TrainingRun:
+        """The same run without weights and predictions, which take much memory where all genes of a tissue are predicted."""
+        return TrainingRun(state={}, history=self.history, predictions=[])
+
     def to_checkpoint(self) -> Checkpoint:
         """All tensors under one name each."""
         tensors = {f"state.{key}": v for key, v in self.state.items()}
