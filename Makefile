@@ -31,7 +31,7 @@ demo: $(VENV)/.stamp-test ## run the whole path on HER2ST or a synthetic stack, 
 	@$(BIN)/python -m spatial_impute demo --output demo_output
 
 test: $(VENV)/.stamp-test ## run the tests
-	@$(BIN)/python -m pytest -n 2 -q --timeout 900 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -q --timeout 900 $(PYTEST_ARGS)
 	@echo "Tests passed. Environment: $(VENV)/; nothing else was written but caches (make clean removes them)."
 
 notebooks: $(VENV)/.stamp-docs ## run the tutorials of docs/notebooks and keep their output
