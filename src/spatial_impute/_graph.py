@@ -32,7 +32,7 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
         if len(points) > 1:
             nearest.append(cKDTree(points).query(points, k=2)[0][:, 1])
     if not nearest:
-        msg = "No section has more than one spot, so there is no spacing to measure; a graph needs neighbours."
+        msg = "No section has more than one spot, so there is no spacing to measure; a graph needs neighbors."
         raise ValueError(msg)
     return float(np.median(np.concatenate(nearest)))
 
@@ -150,7 +150,7 @@ def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndar
 
 
 def _pairs(rows_a: np.ndarray, rows_b: np.ndarray, found: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """(m, 2) global rows of the kept neighbours `found` (positions in `rows_b`) of each of `rows_a`."""
+    """(m, 2) global rows of the kept neighbors `found` (positions in `rows_b`) of each of `rows_a`."""
     source = np.repeat(rows_a, found.shape[1])[keep.ravel()]
     return np.column_stack([source, rows_b[found.ravel()[keep.ravel()]]])
 

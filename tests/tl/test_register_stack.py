@@ -149,7 +149,7 @@ def test_landmarks_as_answer_and_as_start(sdata, affine, made):
 
 
 def test_start_of_a_section_behind_another_one(sdata, affine):
-    """The start of s2 is in the frame of the reference s0; its neighbour s1 has to be placed first."""
+    """The start of s2 is in the frame of the reference s0; its neighbor s1 has to be placed first."""
     chained = si.tl.register_stack(sdata, reference="s0", registration_params=QUICK, policy="sequential", inplace=False)
     start = chained.matrices["s2"] @ np.array([[1, 0.02, 25], [-0.02, 1, -20], [0, 0, 1]])
     again = si.tl.register_stack(

@@ -263,7 +263,7 @@ def _level(
     sigma = [distance / s for s in sampling]
     weight = ndi.gaussian_filter(where.astype(np.float32), sigma, mode="constant")
     value = ndi.gaussian_filter(np.where(where, total, 0).astype(np.float32), sigma, mode="constant")
-    few = 1e-3  # of the weight of a full neighbourhood: then the overall level takes over
+    few = 1e-3  # of the weight of a full neighborhood: then the overall level takes over
     return (value + few * overall) / (weight + few)
 
 

@@ -73,7 +73,7 @@ def gene_report(
 
     The second and third panel show expected values if the layer holds them: ``si.tl.impute_3d(sdata, model,
     measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known.
-    Held-out blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
+    Held-out blocks (``var["imputation_r"]``) are a harder test, and more like the prediction of another section.
 
     Parameters
     ----------
@@ -272,9 +272,9 @@ def gene_overview(
     """Mean expression of many genes on each section, the most predictable gene on top, with its held-out correlation.
 
     A color says how far the mean of a section lies from the mean over the sections, in standard deviations of the gene
-    between spots. The names of measured sections are bold. A measured section that differs from its neighbors in nearly
-    all genes points to depth or batch, and not to the tissue. Genes with a grey bar are not predicted better than by
-    chance.
+    between spots. The names of measured sections are bold. If a measured section differs from its neighbors in nearly
+    all genes, the reason is probably depth or batch, and not the tissue. Genes with a grey bar are not predicted better
+    than by chance.
 
     Parameters
     ----------

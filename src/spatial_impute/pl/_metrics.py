@@ -84,7 +84,7 @@ def metrics(
       by bootstrap over genes.
 
     The last panel shows ``var["imputation_r"]``, the held-out correlation of each gene, sorted. If `scores` has the
-    correlation per gene of `layer`, it shows the one against the other.
+    correlation per gene of `layer`, it shows both against each other.
 
     Parameters
     ----------

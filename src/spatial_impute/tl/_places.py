@@ -66,8 +66,8 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     Returns
     -------
     If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
-    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
-    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+    matrix from the section to the reference to which the image was dragged (or the reference under it). Pass either to
+    ``register_stack(transformations={section: place})``, or to ``initial`` as a start.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def predict_dense(
     The map is computed tile by tile. Each tile is read with all the surrounding pixels that the network needs, so the
     values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also
     by ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
-    :class:`dask.distributed.Client` is active, its workers do that, and the values are the same.
+    :class:`dask.distributed.Client` is active, its workers compute the tiles, and the values are the same.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def predict_dense(
         Torch device; ``settings.device`` by default.
     precision
         ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %,
-        and tiles that agree no better than that.
+        also between tiles.
     key_added
         Image to write; ``"{image_key}_expression"`` by default.
     inplace

@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import krige
-from spatial_impute.models.asign._predictions import Linear, Mean, Neighbours, Rescaled, Table, spread, weighted_mean
+from spatial_impute.models.asign._predictions import Linear, Mean, Neighbors, Rescaled, Table, spread, weighted_mean
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def fit_mean(spots: Spots) -> Linear:
     return Linear(centre, np.empty((len(spots.known), 0), centre.dtype), np.empty((0, len(centre)), centre.dtype))
 
 
-def fit_nearest(spots: Spots) -> Neighbours:
+def fit_nearest(spots: Spots) -> Neighbors:
     """Values of the nearest known spot in the registered frame."""
-    return Neighbours(cKDTree(spots.xyz[spots.known]), spots.xyz, spots.expression, 1, np.ones_like)
+    return Neighbors(cKDTree(spots.xyz[spots.known]), spots.xyz, spots.expression, 1, np.ones_like)
 
 
-def fit_knn(spots: Spots) -> Neighbours:
+def fit_knn(spots: Spots) -> Neighbors:
     """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
     counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
 
@@ -54,10 +54,10 @@ def fit_knn(spots: Spots) -> Neighbours:
         share = (k - nearer.sum(axis=1)) / tied.sum(axis=1)
         return (nearer + tied * share[:, None]) / k
 
-    return _best_neighbours(spots, counts, max(counts) + _MAX_TIED, weights)
+    return _best_neighbors(spots, counts, max(counts) + _MAX_TIED, weights)
 
 
-def fit_kernel(spots: Spots) -> Neighbours:
+def fit_kernel(spots: Spots) -> Neighbors:
     """Mean of the known spots weighted by a Gaussian of distance; bandwidth by leave-one-out on the known spots."""
 
     def weights(distance: np.ndarray, bandwidth: float) -> np.ndarray:
@@ -65,7 +65,7 @@ def fit_kernel(spots: Spots) -> Neighbours:
         weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
         return weight / weight.sum(axis=1, keepdims=True)
 
-    return _best_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, weights)
+    return _best_neighbors(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, weights)
 
 
 def fit_propagation(spots: Spots) -> Table:
@@ -163,18 +163,18 @@ def available_methods(spots: Spots) -> list[str]:
     ]
 
 
-def _best_neighbours(
+def _best_neighbors(
     spots: Spots,
     options: Sequence[float],
-    n_neighbours: int,
+    n_neighbors: int,
     weights: Callable[[np.ndarray, Any], np.ndarray],
-) -> Neighbours:
+) -> Neighbors:
     """Mean of the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
     tree = cKDTree(spots.xyz[spots.known])
     n_known = int(spots.known.sum())
     best = options[0]
     if n_known > 1 and len(options) > 1:
-        k = min(n_neighbours + 1, n_known)
+        k = min(n_neighbors + 1, n_known)
         distance, found = tree.query(spots.xyz[spots.known], k=k)
         others = found != np.arange(n_known)[:, None]
         others[others.all(axis=1), -1] = False  # spots at the same place can displace the spot itself
@@ -182,8 +182,8 @@ def _best_neighbours(
         values = spots.expression[:, _some_genes(spots.expression)].astype(float)
         errors = [np.mean((weighted_mean(values, found, weights(distance, o)) - values) ** 2) for o in options]
         best = options[int(np.argmin(errors))]
-    n_used = min(n_neighbours, n_known)
-    return Neighbours(tree, spots.xyz, spots.expression, n_used, lambda distance: weights(distance, best))
+    n_used = min(n_neighbors, n_known)
+    return Neighbors(tree, spots.xyz, spots.expression, n_used, lambda distance: weights(distance, best))
 
 
 def _some_genes(expression: np.ndarray) -> np.ndarray:
