@@ -203,7 +203,7 @@ def polygons_of(geometry: Any) -> Any:
     return shapely.union_all(parts) if parts else geometry
 
 
-_NEIGHBOURS = 6  # of a point in the plane: as many as a spot has on a hexagonal lattice
+_NEIGHBORS = 6  # of a point in the plane: as many as a spot has on a hexagonal lattice
 _BANDWIDTH = 0.5  # of the spot spacing: a smoother kernel would blur what neighboring spots tell apart
 # Of the spot spacing. No point inside a square lattice is farther from its spots than 0.71, inside a hexagonal one 0.58.
 _REACH = 0.75
@@ -298,7 +298,7 @@ def _plane(where: np.ndarray, what: np.ndarray, cells: np.ndarray, spacing: floa
     plane = np.full(len(cells), np.nan)
     if not known.any():
         return plane, tissue
-    k = min(_NEIGHBOURS, int(known.sum()))
+    k = min(_NEIGHBORS, int(known.sum()))
     distance, index = cKDTree(where[known]).query(cells, k=k)
     distance, index = distance.reshape(-1, k), index.reshape(-1, k)
     near = distance[:, 0] <= spacing  # a little beyond the outline: tissue between sections may reach there

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # In spot spacings: from hardly more than the nearest spot to a whole region.
 _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-_NEIGHBOURS = (1, 2, 4, 8, 16, 32)
+_NEIGHBORS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
@@ -28,7 +28,7 @@ _MAX_GENES = 1000  # genes on which one setting for all of them is chosen
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _SAME = 1e-6  # relative difference of numbers that are the same but for rounding
 _MAX_TIED = 12  # neighbors at one distance on a lattice
-_MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
+_MAX_NEIGHBORS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
 def fit_mean(spots: Spots) -> Linear:
@@ -44,7 +44,7 @@ def fit_nearest(spots: Spots) -> Neighbors:
 
 def fit_knn(spots: Spots) -> Neighbors:
     """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
-    counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
+    counts = [k for k in _NEIGHBORS if k < spots.known.sum()] or [1]
 
     def weights(distance: np.ndarray, k: int) -> np.ndarray:
         # Spots at the distance of the k-th one share its weight, so that the order of the spots has no effect.
@@ -65,7 +65,7 @@ def fit_kernel(spots: Spots) -> Neighbors:
         weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
         return weight / weight.sum(axis=1, keepdims=True)
 
-    return _best_neighbors(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, weights)
+    return _best_neighbors(spots, _BANDWIDTHS, _MAX_NEIGHBORS, weights)
 
 
 def fit_propagation(spots: Spots) -> Table:
@@ -75,13 +75,13 @@ def fit_propagation(spots: Spots) -> Table:
     return Table(values)
 
 
-def fit_image_ridge(spots: Spots) -> Linear:
+def fit_ridge(spots: Spots) -> Linear:
     """Ridge regression on image features; penalty by leave-one-out on the known spots."""
-    slope, offset = fit_ridge(spots)
+    slope, offset = ridge_line(spots)
     return Linear(offset, given(spots.features), slope)
 
 
-def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
+def ridge_line(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
     """Slope (d, g) and offset (g,) of the ridge regression on the image features of the known spots."""
     rows, expression = np.flatnonzero(spots.known), spots.expression
     if len(rows) > _MAX_RIDGE:
@@ -108,7 +108,7 @@ def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
 def fit_transfer_ridge(spots: Spots) -> Mean:
     """Mean of kernel and ridge after scaling both to the same standard deviation per gene."""
     centre = spots.expression.mean(axis=0)
-    parts: list[Prediction] = [fit_kernel(spots), fit_image_ridge(spots)]
+    parts: list[Prediction] = [fit_kernel(spots), fit_ridge(spots)]
     spreads = [np.maximum(spread(part, centre, len(spots.known)), 1e-12) for part in parts]
     factors = [(np.mean(spreads, axis=0) / own).astype(centre.dtype) for own in spreads]
     return Mean([Rescaled(part, centre, factor) for part, factor in zip(parts, factors, strict=True)])
@@ -141,7 +141,7 @@ METHODS: dict[str, Callable[[Spots], Prediction]] = {
     "knn": fit_knn,
     "kernel": fit_kernel,
     "propagation": fit_propagation,
-    "ridge": fit_image_ridge,
+    "ridge": fit_ridge,
     "transfer_ridge": fit_transfer_ridge,
     "cokriging": krige,
 }
