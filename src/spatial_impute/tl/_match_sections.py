@@ -112,11 +112,13 @@ def match_sections(
         if Keys.X_SPOT in table.obsm:
             spots = read_spots(sdata, table_key=table_key, layer=layer, graph=False)[1]
         scores = _held_out_r(spots, lambda left: left), _held_out_r(spots, _matched)
-        logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
         if len(measured) == 2:
             logger.warning(
-                "Two measured sections cannot show whether matching helps; `choose=False` matches them anyway"
+                "Two measured sections cannot show whether matching helps, so they keep their values; `choose=False` "
+                "matches them anyway"
             )
+        else:
+            logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
     used = not choose or scores[1] > scores[0]
     values = np.full(table.shape, np.nan, dtype=np.float32)
     values[spots.known] = found.expression if used else spots.expression
