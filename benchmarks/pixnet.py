@@ -67,7 +67,7 @@ def her2st(options: argparse.Namespace) -> None:
         known = names.isin(truth.obs_names)
         true = truth[names[known], model.var_names].X
         true = np.asarray(true.todense() if hasattr(true, "todense") else true)
-        groups = neighbouring_spots(sdata, spots, known)
+        groups = neighboring_spots(sdata, spots, known)
         sdata.shapes[f"{section}_groups"] = groups
         found = si.tl.predict_regions(
             sdata, f"{section}_groups", model, image_key=f"{section}_image", tile_size=options.tile, inplace=False
@@ -83,12 +83,12 @@ def her2st(options: argparse.Namespace) -> None:
         scores = pd.DataFrame(rows).set_index(["spots", "method", "section"])[["pearson_gene", "mse", "skill"]]
         print(f"{section} after {time.perf_counter() - start:.0f} s", flush=True)
         print(scores.xs(section, level="section").round(4).to_string(), flush=True)
-    print("\nMean over sections; regions of n neighbouring spots, ridge averaged over them:")
+    print("\nMean over sections; regions of n neighboring spots, ridge averaged over them:")
     print(scores.groupby(level=[0, 1]).mean().round(4).to_string())
 
 
-def neighbouring_spots(sdata: object, spots: str, known: np.ndarray) -> object:
-    """Measured spots, and unions of two and of four neighbouring ones."""
+def neighboring_spots(sdata: object, spots: str, known: np.ndarray) -> object:
+    """Measured spots, and unions of two and of four neighboring ones."""
     import geopandas as gpd
     from spatialdata.models import ShapesModel
     from spatialdata.transformations import get_transformation

@@ -103,7 +103,7 @@ def bench_landmarks(*, quick: bool) -> None:
         row["oracle affine"] = round(100 * float(pair["oracle_affine_median_px"]) / diagonal, 3)
         start = time.perf_counter()
         images = [SectionImage(image, (mpp, mpp)) for image in (fixed, moving)]
-        # Two stains of thin neighbouring sections: these show the same structures, so a finer fit can follow them.
+        # Two stains of thin neighboring sections: these show the same structures, so a finer fit can follow them.
         pair_result, transform, quality = placed_pair(*images, method="syn", params=RegistrationParams(syn_side=640))
         places = apply_affine(b * mpp, transform.matrix), transform.points(b * mpp)
         row["affine"], row["syn"] = (_share(place / mpp, a, diagonal) for place in places)

@@ -3,7 +3,7 @@
 Run ``OMP_NUM_THREADS=1 python benchmarks/stages.py [--sizes 1000 10000] [--stages graph ...] [--plot stages.png]``.
 Stages and what stands beside them:
 
-``graph``        neighbours in and across sections, similar spots: the same searches by scipy and scikit-learn
+``graph``        neighbors in and across sections, similar spots: the same searches by scipy and scikit-learn
 ``propagation``  label propagation of 250 genes: as many sparse products as it took steps
 ``training``     a step of the network: the same layers in bare torch operations
 ``features``     features of all levels from a slide on disk: the encoder on patches from memory

@@ -50,12 +50,6 @@ def plain(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 def test_impute_3d_writes_the_slots_of_the_contract(table):
     assert {"measured", "baseline_kernel", "asign"} <= set(table.layers)
     assert table.layers["asign"].dtype == np.float32

@@ -50,12 +50,6 @@ def table(sdata):
     return sdata.tables["stack"]
 
 
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
-
-
 # squidpy
 
 

@@ -106,16 +106,16 @@ def test_disc_iou_of_disc_within_disc_is_area_ratio():
     assert disc_iou(0.0, 2.0, 1.0) == pytest.approx(1 / 4)
 
 
-@pytest.mark.parametrize(("layout", "n_neighbours"), [("square", 4), ("hex", 6)])
-def test_grid_in_box_has_the_spacing_everywhere(layout, n_neighbours):
+@pytest.mark.parametrize(("layout", "n_neighbors"), [("square", 4), ("hex", 6)])
+def test_grid_in_box_has_the_spacing_everywhere(layout, n_neighbors):
     from scipy.spatial import cKDTree
 
     grid = grid_in_box(-50, 20, 950, 820, spacing=100, layout=layout)
     tree = cKDTree(grid)
     np.testing.assert_allclose(tree.query(grid, k=2)[0][:, 1], 100, atol=1e-9)
     counts = np.array([len(found) - 1 for found in tree.query_ball_point(grid, 100 + 1e-6)])
-    assert counts.max() == n_neighbours
-    assert (counts == n_neighbours).mean() > 0.5
+    assert counts.max() == n_neighbors
+    assert (counts == n_neighbors).mean() > 0.5
 
 
 @pytest.mark.parametrize("layout", ["square", "hex"])

@@ -56,7 +56,7 @@ def test_pairs_are_mutual_and_similar_with_cells_as_well(tissue, monkeypatch):
     assert len(both) > 0.9 * len(exact)
 
 
-def test_sections_with_fewer_spots_than_neighbours(monkeypatch):
+def test_sections_with_fewer_spots_than_neighbors(monkeypatch):
     monkeypatch.setattr(_graph, "_MAX_EXACT_PAIRS", 0)
     a, b = unit(np.random.default_rng(0).normal(size=(5, 4))), unit(np.random.default_rng(1).normal(size=(2, 4)))
     found, cosine = most_similar(a, b, 3)

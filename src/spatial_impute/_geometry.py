@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 _AXES = {"x", "col", "column"}, {"y", "row"}  # words in the names of columns
-_SAME_STEP = 0.2  # neighbours on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
+_SAME_STEP = 0.2  # neighbors on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
 
 
@@ -132,7 +132,7 @@ def disc_iou(distance: np.ndarray, radius_a: np.ndarray | float, radius_b: np.nd
 def grid_in_box(x0: float, y0: float, x1: float, y1: float, *, spacing: float, layout: str) -> np.ndarray:
     """Points of a lattice centred in a box, (n, 2) x, y in row-major order.
 
-    Neighbours lie `spacing` apart; `layout` is ``"square"`` or ``"hex"``.
+    Neighbors lie `spacing` apart; `layout` is ``"square"`` or ``"hex"``.
     """
     row_step = spacing * (np.sqrt(3) / 2 if layout == "hex" else 1.0)
     n_rows = int(np.floor((y1 - y0) / row_step)) + 1
@@ -178,7 +178,7 @@ def plane_tiles(points: np.ndarray, centres: np.ndarray, *, size: int) -> Iterat
 def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
     """Pitch and layout (``"hex"`` or ``"square"``) of points on a lattice (n, 2); None if they lie on none.
 
-    The pitch is the mean distance of neighbours: positions are whole pixels, so the nearest of them alone is too near, by up
+    The pitch is the mean distance of neighbors: positions are whole pixels, so the nearest of them alone is too near, by up
     to 0.7 % on Visium.
     """
     if len(points) < 2:
@@ -189,7 +189,7 @@ def lattice_of(points: np.ndarray) -> tuple[float, str] | None:
     if near[:, 0].mean() < 0.5:
         return None
     pitch = float(distance[near].mean())
-    # The next neighbours are 1.41 times as far on squares, and 1.73 times on hexagons.
+    # The next neighbors are 1.41 times as far on squares, and 1.73 times on hexagons.
     squares, _, hexagons = np.diff(tree.count_neighbors(tree, np.array([1.27, 1.57, 1.58, 1.88]) * pitch))
     return pitch, "square" if squares > hexagons else "hex"
 
@@ -203,13 +203,13 @@ def polygons_of(geometry: Any) -> Any:
     return shapely.union_all(parts) if parts else geometry
 
 
-_NEIGHBOURS = 6  # of a point in the plane: as many as a spot has on a hexagonal lattice
-_BANDWIDTH = 0.5  # of the spot spacing: a smoother kernel would blur what neighbouring spots tell apart
+_NEIGHBORS = 6  # of a point in the plane: as many as a spot has on a hexagonal lattice
+_BANDWIDTH = 0.5  # of the spot spacing: a smoother kernel would blur what neighboring spots tell apart
 # Of the spot spacing. No point inside a square lattice is farther from its spots than 0.71, inside a hexagonal one 0.58.
 _REACH = 0.75
 _FINEST = 300  # cells along the longer side: more than a panel can show
 _CELLS_PER_SPACING = 6  # the outline looks smooth, and the kernel is sampled finely
-_LAYERS_PER_GAP = 4  # layers of cells between neighbouring sections
+_LAYERS_PER_GAP = 4  # layers of cells between neighboring sections
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def interpolate_stack(
     a section that ends does not end in a step. Cells outside are NaN.
 
     `points` (n, 2) and `values` (n,) of each section are x, y in the common frame, and values, NaN for tissue without a
-    value; `heights` increase. `spacing` is the distance of neighbouring spots: what lies farther than 0.75 of it from any
+    value; `heights` increase. `spacing` is the distance of neighboring spots: what lies farther than 0.75 of it from any
     spot is no tissue. `resolution` is the edge of a cell in x and y, a sixth of the spacing by default, or coarser for large
     tissue. All lengths are in um.
 
@@ -298,7 +298,7 @@ def _plane(where: np.ndarray, what: np.ndarray, cells: np.ndarray, spacing: floa
     plane = np.full(len(cells), np.nan)
     if not known.any():
         return plane, tissue
-    k = min(_NEIGHBOURS, int(known.sum()))
+    k = min(_NEIGHBORS, int(known.sum()))
     distance, index = cKDTree(where[known]).query(cells, k=k)
     distance, index = distance.reshape(-1, k), index.reshape(-1, k)
     near = distance[:, 0] <= spacing  # a little beyond the outline: tissue between sections may reach there

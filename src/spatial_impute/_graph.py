@@ -32,7 +32,7 @@ def typical_spacing(xyz: np.ndarray, section: np.ndarray) -> float:
         if len(points) > 1:
             nearest.append(cKDTree(points).query(points, k=2)[0][:, 1])
     if not nearest:
-        msg = "No section has more than one spot, so there is no spacing to measure; a graph needs neighbours."
+        msg = "No section has more than one spot, so there is no spacing to measure; a graph needs neighbors."
         raise ValueError(msg)
     return float(np.median(np.concatenate(nearest)))
 
@@ -150,9 +150,9 @@ def standardise_by_section(features: np.ndarray, section: np.ndarray) -> np.ndar
 
 
 def _pairs(rows_a: np.ndarray, rows_b: np.ndarray, found: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """(m, 2) global rows of the kept neighbours `found` (positions in `rows_b`) of each of `rows_a`."""
+    """(m, 2) global rows of the kept neighbors `found` (positions in `rows_b`) of each of `rows_a`."""
     source = np.repeat(rows_a, found.shape[1])[keep.ravel()]
-    return np.column_stack([source, rows_b[found.ravel()[keep.ravel()]]])
+    return np.column_stack([source, rows_b[found[keep]]])
 
 
 def _neighbor_pairs(part: _Section, n_neighs: int) -> np.ndarray:
@@ -177,7 +177,7 @@ def _cross_pairs(a: _Section, b: _Section, *, k: int, max_distance: float) -> li
     for source, target in ((a, b), (b, a)):
         length, found = target.tree.query(source.xy, k=list(range(1, min(k, len(target.rows)) + 1)))
         keep = length <= max_distance
-        pairs.append(_pairs(source.rows, target.rows, np.where(keep, found, 0), keep))
+        pairs.append(_pairs(source.rows, target.rows, found, keep))
     return pairs
 
 
@@ -227,8 +227,7 @@ def similar_pairs(
     backward, _ = most_similar(b, a, k)
     mutual = (backward[forward] == np.arange(len(a))[:, None, None]).any(axis=2)
     keep = mutual & (cosine > threshold)
-    source = np.repeat(rows_a, forward.shape[1])[keep.ravel()]
-    return np.column_stack([source, rows_b[forward[keep]]]), cosine[keep]
+    return _pairs(rows_a, rows_b, forward, keep), cosine[keep]
 
 
 def most_similar(a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

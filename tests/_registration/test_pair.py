@@ -336,7 +336,7 @@ def _her2st(name: str) -> SectionImage:
     return SectionImage(image, (0.688 * width / image.shape[1], 0.688 * height / image.shape[0]))
 
 
-def test_real_neighbours():
+def test_real_neighbors():
     fixed, moving = _her2st("C4"), _her2st("C5")
     result = register_pair(fixed, moving, method="affine")
     assert result.quality["dice_after"] >= 0.97

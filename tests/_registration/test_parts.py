@@ -440,7 +440,7 @@ def test_sound_pairs_that_contradict_make_a_section_weak():
     assert placed.route == "direct"
 
 
-def test_weak_neighbour_against_a_sound_bridge():
+def test_weak_neighbor_against_a_sound_bridge():
     pairs = {("a", "b"): pair(shift(10)), ("b", "c"): pair(shift(0)), ("c", "d"): pair(shift(900), "weak", 0.3)}
     pairs["b", "d"] = pair(shift(30))
     placed = chain_to_reference(pairs, ["a", "b", "c", "d"], "a")["d"]

@@ -135,8 +135,8 @@ def test_training_rows_are_regions_with_all_sections():
     assert 200 < part.known.sum() <= 400
     assert 0.8 < part.known.mean() / 0.5 < 1.2
     np.testing.assert_array_equal(part.expression[:, 0], np.flatnonzero(np.isin(np.arange(1600), rows)))
-    neighbours = np.abs(part.xyz[:, None, :2] - part.xyz[None, :, :2]).sum(axis=2) == 1
-    assert neighbours.sum(axis=1).mean() > 5  # four on either section, but for the edges of regions
+    neighbors = np.abs(part.xyz[:, None, :2] - part.xyz[None, :, :2]).sum(axis=2) == 1
+    assert neighbors.sum(axis=1).mean() > 5  # four on either section, but for the edges of regions
     np.testing.assert_array_equal(training_rows(spots, max_known=1600, seed=0), np.arange(3200))
 
 

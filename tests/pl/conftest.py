@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
 import spatial_impute as si
-
-
-@pytest.fixture(autouse=True)
-def _agg():
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 
 import spatial_impute as si
 from spatial_impute.models.pixnet._tiles import DenseJob
@@ -31,12 +30,6 @@ def fitted(small_prepared):
 @pytest.fixture
 def mapped(fitted):
     return fitted[0]
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
 
 
 def test_dense_shows_image_and_genes_in_um(mapped):

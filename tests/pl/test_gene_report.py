@@ -20,7 +20,7 @@ def test_report_says_in_words_whether_to_believe(report, plot_stack):
     table.var["imputable"] = table.var["imputation_r"] > 0.3
     best, worst = table.var_names[0], table.var_names[-1]
     try:
-        assert report(best)[0].figure.get_suptitle() == f"{best}: predicted with r = 0.90 on held-out blocks"
+        assert report(best)[0].figure.get_suptitle() == f"{best}: predicted with r = 0.90 on held-out spots"
         assert "do not interpret its map" in report(worst)[0].figure.get_suptitle()
     finally:
         del table.var["imputable"]
@@ -56,7 +56,7 @@ def test_report_scatter_needs_values_that_own_measurements_have_no_part_in(repor
 def test_report_bars_are_the_scores_best_on_top(report):
     scores = pd.DataFrame({"baseline_kernel": [0.2], "ridge": [0.4]}, index=pd.Index(["smooth_0"], name="gene"))
     axes = report("smooth_0", scores)
-    assert [label.get_text() for label in axes[3].get_yticklabels()] == ["kernel", "ridge", "asign (blocks)"]
+    assert [label.get_text() for label in axes[3].get_yticklabels()] == ["kernel", "ridge", "asign (held out)"]
     np.testing.assert_allclose([bar.get_width() for bar in axes[3].patches[-3:]], [0.2, 0.4, 0.9])
     with pytest.raises(ValueError, match="by='gene'"):
         report("smooth_0", scores.T)

@@ -23,7 +23,7 @@ def asign_like():
 
 def test_training_has_a_line_per_network_and_marks_the_kept_step(asign_like, tmp_path):
     axes = si.pl.training(asign_like, save=tmp_path / "t.png", return_ax=True)
-    assert [ax.get_title() for ax in axes] == ["training loss", "error on held-out blocks"]
+    assert [ax.get_title() for ax in axes] == ["training loss", "error on held-out spots"]
     for ax in axes:
         assert ax.get_xlabel() == "step"
         vertical = [line for line in ax.lines if list(line.get_xdata()) == [20, 20]]

@@ -376,7 +376,7 @@ def test_assemble_stack_leaves_the_inputs_as_they_are():
 def test_assemble_stack_derives_the_pixel_size_from_the_spot_pitch():
     sdata = si.pp.assemble_stack({"m": visium_like()}, spot_pitch=100, z=[0])
     record = load_record(sdata)
-    # Neighbours lie 20 px apart: 5 um per full-resolution pixel, of which the image has one in two.
+    # Neighbors lie 20 px apart: 5 um per full-resolution pixel, of which the image has one in two.
     assert record["m"].mpp == pytest.approx(10.0)
     assert record["m"].mpp_source == "spot pitch"
     np.testing.assert_allclose(sdata.tables["stack"].obsm["spatial"], CENTERS * 5)
@@ -399,7 +399,7 @@ def with_spots(centers: np.ndarray) -> SpatialData:
 @pytest.mark.parametrize("keep", [1.0, 0.6])
 def test_assemble_stack_spot_pitch_is_not_biased_by_whole_pixels(keep):
     sdata = si.pp.assemble_stack({"m": with_spots(lattice(keep=keep))}, spot_pitch=100, z=[0])
-    assert load_record(sdata)["m"].mpp == pytest.approx(2 * 100 / 13.7, rel=3e-3)  # 5 % off by nearest neighbours
+    assert load_record(sdata)["m"].mpp == pytest.approx(2 * 100 / 13.7, rel=3e-3)  # 5 % off by nearest neighbors
 
 
 def test_assemble_stack_spot_pitch_needs_a_lattice():

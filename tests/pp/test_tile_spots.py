@@ -49,13 +49,13 @@ def centers_of(sdata: SpatialData, name: str) -> tuple[np.ndarray, np.ndarray]:
     return spot_geometry(sdata, load_record(sdata)[name])[:2]
 
 
-@pytest.mark.parametrize(("layout", "n_neighbours", "per_area"), [("hex", 6, 2 / np.sqrt(3)), ("square", 4, 1.0)])
-def test_tile_spots_lays_a_lattice_on_the_tissue(layout, n_neighbours, per_area):
+@pytest.mark.parametrize(("layout", "n_neighbors", "per_area"), [("hex", 6, 2 / np.sqrt(3)), ("square", 4, 1.0)])
+def test_tile_spots_lays_a_lattice_on_the_tissue(layout, n_neighbors, per_area):
     sdata = bare()
     si.pp.tile_spots(sdata, spot_diameter=55, spacing=80, layout=layout)
     centers, radius = centers_of(sdata, "u")
     np.testing.assert_allclose(radius, 27.5)
-    distance = cKDTree(centers).query(centers, k=n_neighbours + 1)[0][:, 1:]
+    distance = cKDTree(centers).query(centers, k=n_neighbors + 1)[0][:, 1:]
     np.testing.assert_allclose(distance[:, 0], 80)
     assert (np.abs(distance - 80) < 1e-6).all(axis=1).mean() > 0.5  # inner spots have all of them
     expected = 800 * 800 / 80**2 * per_area
@@ -206,7 +206,7 @@ def test_tile_spots_lays_others_once_the_first_are_deleted():
 @pytest.mark.parametrize("jitter", [0.0, 4.0])
 @pytest.mark.parametrize("kind", ["square", "hex", "narrow hex", "square with gaps", "turned square"])
 def test_virtual_spots_copy_the_lattice_of_the_array(kind, jitter):
-    """Pitch and layout; the nearest neighbour alone would give a pitch that is too small where spots are printed unevenly."""
+    """Pitch and layout; the nearest neighbor alone would give a pitch that is too small where spots are printed unevenly."""
     from spatial_impute._geometry import grid_in_box, lattice_of
 
     rng = np.random.default_rng(0)

@@ -49,7 +49,7 @@ def same_pattern(a: sparse.csr_matrix, b: sparse.csr_matrix) -> bool:
     return np.array_equal(a.indptr, b.indptr) and np.array_equal(a.indices, b.indices)
 
 
-def test_build_graph_links_the_twelve_neighbours_of_a_lattice():
+def test_build_graph_links_the_twelve_neighbors_of_a_lattice():
     xyz = lattice(5)
     graph = build(xyz, np.zeros(25, int), np.full(25, 0.1), n_neighs=12)
     centre = 12
@@ -63,13 +63,13 @@ def test_build_graph_links_the_twelve_neighbours_of_a_lattice():
     np.testing.assert_allclose(row[wanted], np.exp(-0.5 * near[wanted] ** 2), rtol=1e-5)
 
 
-def test_build_graph_symmetrises_nearest_neighbours():
+def test_build_graph_symmetrises_nearest_neighbors():
     graph = build(lattice(3), np.zeros(9, int), np.full(9, 0.1), n_neighs=4)
     weights = dense(graph.weights)
     np.testing.assert_array_equal(weights, weights.T)
     degree = (weights > 0).sum(axis=1)
     assert degree.min() >= 4
-    assert degree.max() > 4  # k nearest neighbours alone would not be symmetric
+    assert degree.max() > 4  # k nearest neighbors alone would not be symmetric
 
 
 def test_build_graph_is_symmetric_with_one_pattern_and_no_diagonal():
@@ -236,7 +236,7 @@ def test_build_graph_links_all_spots_of_a_section_of_few():
     np.testing.assert_array_equal(dense(graph.weights) > 0, ~np.eye(3, dtype=bool))
 
 
-def test_build_graph_neighbours_far_away_stay_linked():
+def test_build_graph_neighbors_far_away_stay_linked():
     """Where the Gaussian is 0 in floating point, the edge is not."""
     graph = build(np.array([[0.0, 0, 0], [1e3, 0, 0]]), np.zeros(2, int), np.full(2, 0.1))
     assert 0 < graph.weights[0, 1] < 1e-9
@@ -253,7 +253,7 @@ def test_build_graph_links_at_the_very_limit_of_distance_but_not_discs_that_touc
     assert beyond.overlap.nnz == 0
 
 
-def test_build_graph_takes_as_many_neighbours_as_requested_on_each_section():
+def test_build_graph_takes_as_many_neighbors_as_requested_on_each_section():
     """One spot between the two sections' lattices: its nearest ones there, and it for each of theirs."""
     xyz = np.concatenate([[[0.1, 0.2, 0.0]], lattice(4, z=1.0)])
     section, radius = np.array([0] + [1] * 16), np.full(17, 0.01)
@@ -376,7 +376,7 @@ def test_build_3d_graph_rejects_impossible_parameters(prepared_stack, options, m
     assert "bad_connectivities" not in prepared_stack.tables["stack"].obsp
 
 
-def test_build_3d_graph_without_cross_neighbours_keeps_overlaps(prepared_stack):
+def test_build_3d_graph_without_cross_neighbors_keeps_overlaps(prepared_stack):
     si.tl.build_3d_graph(prepared_stack, n_cross_neighs=0, use_rep=None)
     table = prepared_stack.tables["stack"]
     coo = table.obsp["spatial_3d_connectivities"].tocoo()
@@ -401,7 +401,7 @@ def test_build_3d_graph_refuses_missing_coordinates(prepared_stack):
 
 
 def test_sections_in_another_order_than_the_stack_are_refused(prepared_stack):
-    """Round trips over strings sort the categories; neighbouring sections would then be others."""
+    """Round trips over strings sort the categories; neighboring sections would then be others."""
     table = prepared_stack.tables["stack"]
     table.obs["section"] = pd.Categorical(table.obs["section"].astype(str), categories=["s2", "s0", "s1"])
     with pytest.raises(

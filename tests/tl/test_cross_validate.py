@@ -133,7 +133,7 @@ def test_groups_are_held_out_together(two_measured, small_stack):
 
 
 def test_patients_as_stacks(two_measured, small_prepared, octaves, pixnet_params):
-    """Each stack is held out in turn; what needs a neighbour has none there."""
+    """Each stack is held out in turn; what needs a neighbor has none there."""
     methods = ["mean", "ridge", "colour", "pixnet"]
     table = si.tl.cross_validate(
         [two_measured, small_prepared],

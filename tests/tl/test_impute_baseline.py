@@ -92,7 +92,7 @@ def test_impute_baseline_knn_is_a_mean_of_the_nearest(prepared_stack):
 
 
 @pytest.mark.parametrize("method", ["kernel", "propagation", "cokriging"])
-def test_impute_baseline_reads_smooth_genes_from_the_neighbour(prepared_stack, truth, method):
+def test_impute_baseline_reads_smooth_genes_from_the_neighbor(prepared_stack, truth, method):
     si.tl.impute_baseline(prepared_stack, method)
     layer = f"baseline_{method}"
     assert score(prepared_stack, truth, layer, "smooth") > 0.7

@@ -205,7 +205,7 @@ def test_workers_write_the_same_bytes(stored, small_pixnet):
 
 
 @pytest.mark.parametrize(("n_tiles", "n_workers"), [(1, 2), (10, 2), (11, 3), (3, 5), (4, 0)])
-def test_interleaved_workers_go_through_neighbouring_tiles(n_tiles, n_workers):
+def test_interleaved_workers_go_through_neighboring_tiles(n_tiles, n_workers):
     tiles = [(i // 4, i % 4) for i in range(n_tiles)]
     dealt = interleave(tiles, n_workers)
     assert sorted(dealt) == tiles

@@ -148,8 +148,21 @@ def test_landmarks_as_answer_and_as_start(sdata, affine, made):
     assert row["margin"] == row["score"]  # no other pose was looked at
 
 
+def test_three_landmarks_say_nothing_of_their_error(sdata, caplog, monkeypatch):
+    """An affine map goes through any three points: an error of 0 would look like a good placement."""
+    monkeypatch.setattr("spatial_impute._settings.logger.propagate", True)
+    here = np.array([[300.0, 400], [900, 350], [700, 1000], [400, 900]])
+    there = here + np.array([[20, 0], [0, -30], [10, 10], [0, 50]])
+    places = {"s0": (here[:3], there[:3]), "s2": (here, there)}
+    with caplog.at_level("INFO", logger="spatial_impute"):
+        si.tl.register_stack(sdata, registration_params=QUICK, transformations=places, inplace=False)
+    assert "s0: three landmarks always fit exactly" in caplog.text
+    assert "s0: the median error" not in caplog.text
+    assert "s2: the median error of the landmarks is" in caplog.text
+
+
 def test_start_of_a_section_behind_another_one(sdata, affine):
-    """The start of s2 is in the frame of the reference s0; its neighbour s1 has to be placed first."""
+    """The start of s2 is in the frame of the reference s0; its neighbor s1 has to be placed first."""
     chained = si.tl.register_stack(sdata, reference="s0", registration_params=QUICK, policy="sequential", inplace=False)
     start = chained.matrices["s2"] @ np.array([[1, 0.02, 25], [-0.02, 1, -20], [0, 0, 1]])
     again = si.tl.register_stack(

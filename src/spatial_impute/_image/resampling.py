@@ -146,8 +146,8 @@ class ResampledImage:
     def _read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         height, width = self.level.shape
         mean_y, mean_x = (max(1, int(s + 1e-6)) for s in self.step)  # whole pixels are averaged, the rest is bilinear
-        rows = _neighbours(np.arange(y0, y1), self.step[0] / mean_y, height // mean_y)
-        columns = _neighbours(np.arange(x0, x1), self.step[1] / mean_x, width // mean_x)
+        rows = _neighbors(np.arange(y0, y1), self.step[0] / mean_y, height // mean_y)
+        columns = _neighbors(np.arange(x0, x1), self.step[1] / mean_x, width // mean_x)
         top, bottom, left, right = rows[0][0], rows[1][-1] + 1, columns[0][0], columns[1][-1] + 1
         stored = self.cache.read(self.level, top * mean_y, bottom * mean_y, left * mean_x, right * mean_x)
         means = area_means(to_rgb(stored, self.level), mean_y, mean_x)
@@ -156,7 +156,7 @@ class ResampledImage:
         return _blend(pixels, columns, left, axis=2)
 
 
-def _neighbours(where: np.ndarray, step: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _neighbors(where: np.ndarray, step: float, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Source pixels before and after the centres of resampled pixels, and the weight of the latter."""
     u = np.clip((where + 0.5) * step - 0.5, 0, n - 1)
     before = np.floor(u + 1e-9).astype(np.intp)  # a centre on a centre needs one source pixel, not two
@@ -164,9 +164,9 @@ def _neighbours(where: np.ndarray, step: float, n: int) -> tuple[np.ndarray, np.
 
 
 def _blend(
-    pixels: np.ndarray, neighbours: tuple[np.ndarray, np.ndarray, np.ndarray], first: int, *, axis: int
+    pixels: np.ndarray, neighbors: tuple[np.ndarray, np.ndarray, np.ndarray], first: int, *, axis: int
 ) -> np.ndarray:
-    before, after, weight = neighbours
+    before, after, weight = neighbors
     if not weight.any():
         start = before[0] - first
         if np.array_equal(before, np.arange(before[0], before[0] + len(before))):  # a slice costs no copy

@@ -29,7 +29,7 @@ _DARKEST_RATIO = 1 / 255  # floor of transmitted light, keeps the logarithm fini
 # them. A cell still shows.
 _GRID = 16.0
 _FEWEST_PIXELS = 64  # along the shorter side; a smaller image keeps its own grid
-_CELL, _NEIGHBOURHOOD = 12.0, 48.0  # um: structure of this size is texture; haze and uneven light are smoother
+_CELL, _NEIGHBORHOOD = 12.0, 48.0  # um: structure of this size is texture; haze and uneven light are smoother
 _STILL = 0.002  # optical density: less texture is that of empty glass, whatever the camera
 _LEAST_TEXTURE = 0.01  # 1 % of the light; an image without any glass has at least this texture, or it shows nothing
 _TWO_KINDS = 3.0  # ratio of the textures of tissue and glass; within tissue alone it is below 2
@@ -94,13 +94,13 @@ def tissue_mask(rgb: ArrayLike, pixel_size: float | Sequence[float]) -> NDArray[
 
     Tissue has texture on the scale of cells; glass, haze and uneven light have none. So texture finds where there is
     glass and where there is tissue. The outline is where the density is halfway between the glass and the tissue nearby:
-    pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Light that falls off
-    across the glass is taken out before. Fat has little stain: it is found by the thin walls of its cells. Pieces that
+    pale tissue gets a lower threshold than dark tissue, and haze a higher one than clean glass. Uneven light is removed
+    before. Fat has little stain: it is found by the thin walls of its cells. Pieces that
     are smoother and greyer than the main tissue (a printed frame), or narrow and far darker (a pen), are dropped. An
     image that has texture everywhere is all tissue.
 
-    `rgb` is as in :func:`optical_density`; `pixel_size` is in um, one number or ``(x, y)``. The masks of the images seen
-    last are kept: every plot of a section needs its mask again.
+    `rgb` is as in :func:`optical_density`; `pixel_size` is in um, one number or ``(x, y)``. The last masks are
+    kept, because every plot of a section needs its mask again.
     """
     size_x, size_y = (float(size) for size in np.broadcast_to(pixel_size, 2))
     if not (np.isfinite([size_x, size_y]).all() and size_x > 0 and size_y > 0):
@@ -173,7 +173,7 @@ def _finer(mask: NDArray[np.bool_], shape: tuple[int, ...], factors: tuple[int, 
 
 def _texture(density: NDArray[np.float32], sampling: tuple[float, float]) -> NDArray[np.float32]:
     """Local standard deviation ``(y, x)`` of the density on the scale of cells."""
-    fine, coarse = ([*(length / s for s in sampling), 0] for length in (_CELL, _NEIGHBOURHOOD))
+    fine, coarse = ([*(length / s for s in sampling), 0] for length in (_CELL, _NEIGHBORHOOD))
     square = (ndi.gaussian_filter(density, fine) - ndi.gaussian_filter(density, coarse)) ** 2
     return np.sqrt(ndi.gaussian_filter(square.mean(-1), coarse[:2]))
 
@@ -209,7 +209,7 @@ def _stained(
     rough = _rough(texture)
     if rough.all() or not rough.any():
         return rough
-    core = _erode(rough, _NEIGHBOURHOOD, sampling)
+    core = _erode(rough, _NEIGHBORHOOD, sampling)
     core = core if core.any() else rough
     tissue_level = float(np.median(total[core]))
     glass = ~rough & (total < 0.5 * tissue_level)
@@ -224,13 +224,13 @@ def _stained(
 
 def _fat(density: NDArray[np.float32], stained: NDArray[np.bool_], sampling: tuple[float, float]) -> NDArray[np.bool_]:
     """Pixels of fat: thin walls around empty cells, which are too pale on average for the outline by density."""
-    fine = density - ndi.gaussian_filter(density, [*(_NEIGHBOURHOOD / s for s in sampling), 0])
+    fine = density - ndi.gaussian_filter(density, [*(_NEIGHBORHOOD / s for s in sampling), 0])
     strength, hue = fine.mean(-1), np.ptp(fine, axis=-1)
     noise = 1.48 * float(np.median(np.abs(strength)))
     walls = (strength > max(_WALL_DENSITY, 4 * noise)) & (hue > _WALL_HUE * strength)
     walls = _closed(walls | stained, _WALL_GAP, sampling)
     mesh = _fill_holes(walls, _LARGEST_HOLE / (sampling[0] * sampling[1])) & ~_opened(stained, _NARROW_PIECE, sampling)
-    return mesh & _dilate(_opened(mesh, _FAT_WIDTH, sampling), _NEIGHBOURHOOD, sampling)
+    return mesh & _dilate(_opened(mesh, _FAT_WIDTH, sampling), _NEIGHBORHOOD, sampling)
 
 
 def _rough(texture: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -263,7 +263,7 @@ def _level(
     sigma = [distance / s for s in sampling]
     weight = ndi.gaussian_filter(where.astype(np.float32), sigma, mode="constant")
     value = ndi.gaussian_filter(np.where(where, total, 0).astype(np.float32), sigma, mode="constant")
-    few = 1e-3  # of the weight of a full neighbourhood: then the overall level takes over
+    few = 1e-3  # of the weight of a full neighborhood: then the overall level takes over
     return (value + few * overall) / (weight + few)
 
 
@@ -396,11 +396,11 @@ def _fill_holes(mask: NDArray[np.bool_], max_pixels: float) -> NDArray[np.bool_]
     return mask | fill[labels]
 
 
-def _keep_large_components(mask: NDArray[np.bool_], max_pixels: float = np.inf) -> NDArray[np.bool_]:
-    """Drop components that are small compared with the largest one, unless they have more than `max_pixels`."""
+def _keep_large_components(mask: NDArray[np.bool_], enough: float = np.inf) -> NDArray[np.bool_]:
+    """Drop components that are small compared with the largest one, unless they have `enough` pixels."""
     labels, n_components = ndi.label(mask)
     if n_components == 0:
         return mask
     size = np.bincount(labels.ravel())
     size[0] = 0
-    return (size >= min(_LEAST_SHARE * size.max(), max_pixels))[labels] & mask
+    return (size >= min(_LEAST_SHARE * size.max(), enough))[labels] & mask

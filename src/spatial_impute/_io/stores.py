@@ -293,9 +293,9 @@ def write_tiles(
 
 
 def interleave(tiles: list[tuple[int, int]], n_workers: int) -> list[tuple[int, int]]:
-    """Order of tiles in which each of the workers, served in rotation, gets neighbouring tiles.
+    """Order of tiles in which each of the workers, served in rotation, gets neighboring tiles.
 
-    Neighbouring tiles share chunks of the image, which a worker keeps.
+    Neighboring tiles share chunks of the image, which a worker keeps.
     """
     size = -(-len(tiles) // max(n_workers, 1))
     return [tiles[i] for first in range(size) for i in range(first, len(tiles), size)]

@@ -34,7 +34,7 @@ _BLOCK = 20  # pixels: several times the smoothing of the fit, so that the rim o
 _MIN_BLOCKS = 8  # of each color; smaller tissue gets smaller blocks
 _CORE = 2  # windows of the fit: so far from the rim of a block, no pixel of its windows was seen
 _MIN_SHARE = 0.25  # of a core that must be tissue to count
-_PATCH = 2  # blocks a side: displacements are smooth, so that those of neighbouring blocks are not independent
+_PATCH = 2  # blocks a side: displacements are smooth, so that those of neighboring blocks are not independent
 _CLEAR = 2.0  # standard errors
 # Times the smoothing by information alone. Contrast pulls harder: as soft, it changed areas by up to 2.4. The stiffer one
 # is for where twice as stiff still leaves the limits, two of twelve fits on HER2ST.
@@ -291,7 +291,7 @@ def deform_stack(
     certain: bool = False,
     kept: Mapping[str, PullBack] | None = None,
 ) -> dict[str, tuple[DisplacementField | None, dict[str, Any]]]:
-    """One deformation per section on top of its matrix, onto the reference or onto its placed neighbour.
+    """One deformation per section on top of its matrix, onto the reference or onto its placed neighbor.
 
     A section is deformed onto the reference itself if a direct registration confirms its place. Otherwise it is deformed
     onto the next section on its path. On HER2ST, the expression of C6 agreed worse after deformation onto the deformed C5

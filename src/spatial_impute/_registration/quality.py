@@ -416,7 +416,7 @@ def _shift(source: NDArray, target: NDArray, row: int, column: int) -> NDArray[n
 
 
 def _vertex(surface: NDArray, peak: NDArray, axis: int) -> float:
-    """Offset of the maximum of the parabola through a peak and its two neighbours."""
+    """Offset of the maximum of the parabola through a peak and its two neighbors."""
     step = np.eye(2, dtype=int)[axis]
     low, here, high = (float(surface[tuple(peak + k * step)]) for k in (-1, 0, 1))
     curvature = low - 2 * here + high

@@ -259,7 +259,7 @@ def _warp_block(
         return result.reshape(-1, *grid.shape)
     where = np.stack([y[inside], x[inside]]) - 0.5
     for channel, values in zip(source, result, strict=True):
-        # "nearest": the outer half of the rim pixels has no neighbour to interpolate with.
+        # "nearest": the outer half of the rim pixels has no neighbor to interpolate with.
         sampled = ndi.map_coordinates(channel.astype(np.float32, copy=False), where, order=1, mode="nearest")
         values[inside] = np.round(sampled) if np.issubdtype(blank.dtype, np.integer) else sampled
     return result.reshape(-1, *grid.shape)

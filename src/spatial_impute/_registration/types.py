@@ -61,7 +61,7 @@ class RegistrationParams:
     region."""
     syn_side: Annotated[Whole, Field(ge=64)] = 320
     """Longer side, in pixels, of the tissue in the deformable fit. On HER2ST a finer grid follows structures that two
-    sections do not share. 640 is more exact for sections with the same structures (two stains of neighbouring thin
+    sections do not share. 640 is more exact for sections with the same structures (two stains of neighboring thin
     sections), and takes at least four times as long."""
     syn_smoothing: Smoothing = ((6.0, 3.0), (6.0, 1.0))
     """Smoothing of the update and of the total field in the deformable fit, working pixels, from stiff to soft.
@@ -207,7 +207,7 @@ class ChainResult:
     path: tuple[str, ...]
     """Sections from this one to the reference, both included; each step is one pair."""
     route: str
-    """``"reference"``, ``"sequential"`` (through the neighbours), ``"direct"`` or ``"given"`` (not registered)."""
+    """``"reference"``, ``"sequential"`` (through the neighbors), ``"direct"`` or ``"given"`` (not registered)."""
     score: float
     """Structure score of the weakest pair on the path."""
     verdict: str

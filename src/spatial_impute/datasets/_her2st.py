@@ -1,4 +1,4 @@
-"""HER2-positive breast tumours (Andersson et al. 2021): serial sections with H&E and spatial transcriptomics."""
+"""HER2-positive breast tumors (Andersson et al. 2021): serial sections with H&E and spatial transcriptomics."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def her2st(
     images: bool | str | Path = True,
     truth: bool = False,
 ) -> SpatialData | tuple[SpatialData, AnnData]:
-    """Three to six serial sections of a HER2-positive breast tumour :cite:p:`Andersson2021` as a stack.
+    """Three to six serial sections of a HER2-positive breast tumor :cite:p:`Andersson2021` as a stack.
 
     All sections have spots (100 um across, 200 um apart). The stack holds the expression of the sections in
     `measured`. Files are downloaded once (patient C: about 23 MB), checked by sha256, and kept in

@@ -90,7 +90,7 @@ def synthetic_stack(
 ) -> SpatialData | tuple[SpatialData, AnnData]:
     """Serial sections of a synthetic tissue, each moved by a known affine and elastic motion.
 
-    A third of the genes is smooth in 3D, so that neighbouring sections predict them. A third follows the density of
+    A third of the genes is smooth in 3D, so that neighboring sections predict them. A third follows the density of
     nuclei, which varies over short distances and is visible only on the H&E image of the same section. A third is pure
     noise. Four housekeeping genes take most of the counts; they are not in the stack table. The images show the same
     fields: eosin follows smooth structure, nuclei are dots.

@@ -130,7 +130,7 @@ def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:
     """(m,) positions of the spots to learn from: all sections of some regions with at most `max_known` known spots.
 
     Some thousand spots are enough to fit a model, so the time does not grow with the tissue. Regions are chosen instead
-    of single spots, because a spot is predicted from its neighbours.
+    of single spots, because a spot is predicted from its neighbors.
     """
     if spots.known.sum() <= max_known:
         return np.arange(len(spots.known))
@@ -143,7 +143,7 @@ def training_rows(spots: Spots, *, max_known: int, seed: int) -> np.ndarray:
 def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
     """Split the known spots for cross-validation: one (n,) bool mask per fold; each known spot is held out once.
 
-    Neighbouring spots are held out together. With two or more known sections, each of them is a fold. In a single section,
+    Neighboring spots are held out together. With two or more known sections, each of them is a fold. In a single section,
     square blocks with edges of `block_spacings` spot spacings are assigned to `n_folds` folds at random. Fewer than two blocks
     of known spots raise a ``ValueError``.
     """

@@ -112,7 +112,7 @@ def registration_page(
     sdata
         Registered stack.
     path
-        File to write (``.html``). A file that is there is replaced.
+        File to write (``.html``). An existing file is replaced.
     sections
         Sections to check; all but the reference by default.
     resolution

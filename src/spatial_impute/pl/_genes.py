@@ -73,7 +73,7 @@ def gene_report(
 
     The second and third panel show expected values if the layer holds them: ``si.tl.impute_3d(sdata, model,
     measured="denoise")``. Each of these spots was left out with a fifth of the others, so that its neighbors are known.
-    Held-out blocks (``var["imputation_r"]``) are a harder test, and closer to another section.
+    Held-out blocks (``var["imputation_r"]``) are a harder test, and more like the prediction of another section.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dic
     """Held-out correlation of the gene by method, best first."""
     found = {}
     if Keys.PREDICTABILITY in table.var and np.isfinite(table.var.loc[gene, Keys.PREDICTABILITY]):
-        found["asign (blocks)"] = float(table.var.loc[gene, Keys.PREDICTABILITY])
+        found["asign (held out)"] = float(table.var.loc[gene, Keys.PREDICTABILITY])
     if scores is not None:
         if scores.index.name != "gene":
             msg = "`scores` must have a row per gene. Make it so, e.g. with `si.tl.cross_validate(sdata, by='gene')`."
@@ -206,14 +206,14 @@ def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) ->
 
 
 def _verdict(table: AnnData, gene: str) -> str:
-    """One sentence on the gene, from the held-out blocks."""
+    """One sentence on the gene, from the held-out spots."""
     r = float(table.var.loc[gene, Keys.PREDICTABILITY]) if Keys.PREDICTABILITY in table.var else float("nan")
     if not np.isfinite(r):
         return f"{gene}: nothing was held out, so nothing says whether it can be believed"
     believed = bool(table.var.loc[gene, Keys.PREDICTABLE]) if Keys.PREDICTABLE in table.var else r > 0
     if not believed:
         return f"{gene}: not predicted better than by chance (r = {r:.2f}), do not interpret its map"
-    return f"{gene}: predicted with r = {r:.2f} on held-out blocks"
+    return f"{gene}: predicted with r = {r:.2f} on held-out spots"
 
 
 def _draw_pairs(ax: Axes, found: np.ndarray, seen: np.ndarray, *, expected: bool) -> None:
@@ -272,9 +272,9 @@ def gene_overview(
     """Mean expression of many genes on each section, the most predictable gene on top, with its held-out correlation.
 
     A color says how far the mean of a section lies from the mean over the sections, in standard deviations of the gene
-    between spots. The names of measured sections are bold. A measured section that differs from its neighbors in nearly
-    all genes points to depth or batch, and not to the tissue. Genes with a grey bar are not predicted better than by
-    chance.
+    between spots. The names of measured sections are bold. If a measured section differs from its neighbors in nearly
+    all genes, the reason is probably depth or batch, and not the tissue. Genes with a grey bar are not predicted better
+    than by chance.
 
     Parameters
     ----------
@@ -355,7 +355,7 @@ def gene_overview(
     bars.barh(range(len(names)), r[names], color=np.where(believed, _OTHER, _NOT_BELIEVED), height=0.7)
     bars.axvline(0, color=INK, linewidth=0.6)
     grey = "" if np.all(believed) else "\n(grey: not better than chance)"
-    bars.set_xlabel(f"r on held-out blocks{grey}", fontsize="small")
+    bars.set_xlabel(f"r on held-out spots{grey}", fontsize="small")
     bars.tick_params(axis="y", length=0, labelleft=False)
     bars.tick_params(axis="x", labelsize="small")
     bars.spines[["top", "right", "left"]].set_visible(False)

@@ -326,16 +326,10 @@ def dense(
 
     Examples
     --------
-    >>> import torch
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack()
-    >>> class Blur(torch.nn.Module):
-    ...     def forward(self, x):
-    ...         return [torch.nn.functional.avg_pool2d(x, k) for k in (2, 4)]
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
-    >>> model = si.tl.fit_pixnet(
-    ...     sdata, "s1_image", "s1_spots", encoder=Blur(), model_params=params, show_progress_bar=False
-    ... )
+    >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_dense(sdata, "s0_image", model)
     >>> axes = si.pl.dense(sdata, "s0_image_expression", ["smooth_0", "texture_12"], return_ax=True)
     >>> len(axes)

@@ -44,7 +44,7 @@ _AWAY = range(6, 150, 6)  # distances of a name from its point, in points of the
 _AROUND = np.array([(np.cos(angle), np.sin(angle)) for angle in np.pi / 8 * np.arange(16)])
 _CURVES = {
     "loss": ("training loss", "loss"),
-    "held_out_mse": ("error on held-out blocks", "mean squared error"),
+    "held_out_mse": ("error on held-out spots", "mean squared error"),
     "held_out_loss": ("loss on held-out regions", "loss"),
     "held_out_r": ("correlation on held-out regions", "Pearson r, mean over genes"),
 }
@@ -84,7 +84,7 @@ def metrics(
       by bootstrap over genes.
 
     The last panel shows ``var["imputation_r"]``, the held-out correlation of each gene, sorted. If `scores` has the
-    correlation per gene of `layer`, it shows the one against the other.
+    correlation per gene of `layer`, it shows both against each other.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         rank = np.arange(1, len(known) + 1)
         ax.plot(rank, known, color=_MODEL, marker=".", markersize=5, linewidth=0.8)
         ax.set_xlabel("gene, from the most predictable", fontsize="small")
-        ax.set_ylabel("expected r (held-out blocks)", fontsize="small")
+        ax.set_ylabel("expected r (held-out spots)", fontsize="small")
         places = {gene: (rank[k], known.iloc[k]) for k, gene in enumerate(known.index)}
         fine = np.linspace(1, len(known), _N_ON_LINE)
         drawn = np.column_stack([fine, np.interp(fine, rank, known)])
@@ -239,7 +239,7 @@ def _draw_predictability(ax: Axes, expected: pd.Series, reached: pd.Series | Non
         ax.scatter(known, reached[known.index], s=14, color=_MODEL)
         ends = [min(known.min(), reached.min(), 0.0), max(known.max(), reached.max())]
         ax.plot(ends, ends, color=INK, linewidth=0.6, linestyle=":")
-        ax.set_xlabel("expected r (held-out blocks)", fontsize="small")
+        ax.set_xlabel("expected r (held-out spots)", fontsize="small")
         ax.set_ylabel("r reached", fontsize="small")
         places = {gene: (known[gene], reached[gene]) for gene in known.index if np.isfinite(reached[gene])}
         drawn = np.array(list(places.values()))
@@ -333,7 +333,7 @@ def training(
     >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 5})
     >>> axes = si.pl.training(model, return_ax=True)
     >>> [ax.get_title() for ax in axes]
-    ['training loss', 'error on held-out blocks']
+    ['training loss', 'error on held-out spots']
     >>> si.settings.show_progress_bar = True
     """
     history = getattr(model, "history", None)

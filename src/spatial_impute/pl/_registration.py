@@ -94,7 +94,7 @@ def registration(
     resolution
         Pixel size in um at which the images are read; by default 600 pixels along the longer side.
     n_tiles
-        Least number of tiles of the checkerboard along the longer side of a panel; their size is a round length.
+        Smallest number of tiles of the checkerboard along the longer side of a panel; their size is a round length.
     show_table
         Add the table of :func:`~spatial_impute.metrics.registration_quality` under the panels: one row per registered
         pair of sections.
@@ -106,7 +106,7 @@ def registration(
     Returns
     -------
     ``None``, or with ``return_ax=True`` an array (n_sections, 3 or 4) of :class:`~matplotlib.axes.Axes`. The axes of
-    the table are the last but the color bar of its figure.
+    the table come last in the figure, before the color bar.
 
     Raises
     ------

@@ -46,8 +46,7 @@ def add_cells(
 
     Other tools find them: QuPath, StarDist, InstanSeg, Cellpose, LazySlide. Then
     ``si.tl.predict_regions(sdata, "s1_cells", model, image_key="s1_image")`` makes a table with one row for each.
-    Annotations of QuPath come in the same way; :func:`~spatial_impute.tl.transfer_shapes` carries them to the other
-    sections.
+    It adds annotations of QuPath as well; :func:`~spatial_impute.tl.transfer_shapes` carries them to the other sections.
 
     Parameters
     ----------

@@ -63,7 +63,7 @@ def assemble_stack(
         PNG, JPEG, OME-Zarr); an image as array ((y, x, 3), (c, y, x) or (y, x)), DataArray or DataTree, or a
         ``wsidata.WSIData``; a folder of Space Ranger (Visium, CytAssist, Visium HD), or the AnnData that
         ``scanpy.read_visium`` makes of it, or its h5ad; or a SpatialData object such as ``spatialdata_io.visium``,
-        ``visium_hd`` or ``xenium`` return, or its path. Give an object that holds several sections once for each of
+        ``visium_hd`` or ``xenium`` return, or its path. If an object holds several sections, give it once for each of
         them, with their `coordinate_system` or `image_key`.
     mpp
         Micrometres per pixel of the images; for SpatialData objects per unit of `coordinate_system` (a full-resolution
@@ -76,7 +76,7 @@ def assemble_stack(
     reference
         Section to which the others are registered. By default the first measured one, else the middle one.
     spot_pitch
-        Centre-to-centre distance of neighbouring spots in um (100 for Visium). Gives the pixel size of SpatialData
+        Centre-to-centre distance of neighboring spots in um (100 for Visium). It sets the pixel size of SpatialData
         objects without `mpp`.
     coordinate_system
         Coordinate system to read from SpatialData objects, one or one per section. By default the only one, or
@@ -91,8 +91,9 @@ def assemble_stack(
         Table to read from SpatialData objects, one name or one per section. By default the only table that annotates
         the spots.
     fullres_image
-        For output of Space Ranger: the scan that Space Ranger was given, per section; it is compared with the small
-        image that Space Ranger made of it. Without it the best image there is used, and a warning gives its pixel size.
+        For output of Space Ranger: the scan that was its input, per section. It is compared with the small image that
+        Space Ranger made of it. Without a scan, the best image in the folder is used, and a warning gives its pixel
+        size.
     bin_size
         For folders of Visium HD: edge of the bins in um, one or one per section; 8 by default.
 
@@ -116,7 +117,7 @@ def assemble_stack(
     ------
     ValueError
         For missing or impossible pixel sizes, missing heights, repeated or illegal names, an input given twice, several
-        possible elements, pixels that are no brightfield image, or a scan that is turned.
+        possible elements, pixels that are no brightfield image, or a rotated scan.
     KeyError
         For elements, coordinate systems or bin sizes that do not exist.
     FileNotFoundError
@@ -294,8 +295,8 @@ def _heights(names: list[str], z: Any, section_spacing: float | None) -> dict[st
     steps = np.diff(heights)
     if not ((steps > 0).all() or (steps < 0).all()):
         msg = (
-            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbours "
-            "in the stack are neighbours in the block. Give the sections in their order in the block."
+            f"`z` must rise or fall from section to section, found {dict(zip(names, values, strict=True))}: neighbors "
+            "in the stack are neighbors in the block. Give the sections in their order in the block."
         )
         raise ValueError(msg)
     return {name: float(value) for name, value in zip(names, values, strict=True)}

@@ -84,7 +84,7 @@ def extract_features(
         (install ``spatial-impute[encoders]``). Also a ``torch.nn.Module`` for ImageNet-normalised arrays (n, 3,
         `patch_px`, `patch_px`), a callable for arrays (n, `patch_px`, `patch_px`, 3) in 0-255, or an object that
         follows :class:`~spatial_impute.models.Encoder`. A list of encoders gives the features of all of them: most
-        networks are trained to ignore the stain, which ``"texture"`` adds. For features of other tools see
+        networks are trained to ignore the stain, and ``"texture"`` adds it. For features of other tools see
         :func:`pool_features`.
     region_scale
         Edge length of the region in spot diameters.
@@ -121,9 +121,10 @@ def extract_features(
     `.obsm['X_region']` : :class:`numpy.ndarray` (``float32``)
         (n_spots, 2 d), two tokens: the region, and the field 1.4 times as wide.
     `.obsm['X_global']` : :class:`numpy.ndarray` (``float32``)
-        (n_spots, 6 d), six tokens: the global field, the field twice as wide, and the quadrants of that, row by row.
+        (n_spots, 6 d), six tokens: the global field, the field twice as wide, and the four quadrants of this wider
+        field, row by row.
     `.obsm['features_spatial']` : :class:`numpy.ndarray` (``float64``)
-        (n_spots, 3) x and y (um, in the section) and diameter of the spots for which the features hold.
+        (n_spots, 3) x and y (um, in the section) and diameter of the spots when the features were computed.
     `.uns['features']` : :class:`dict`
         ``encoder``, ``n_features`` (d), ``n_tokens`` and ``field_um`` per level, ``field_tokens`` (tokens centred on
         the spot), ``mpp``, ``stain_normalization``, ``sections`` (per section a key of encoder, image and spots), and

@@ -39,8 +39,8 @@ def pool_features(
 ) -> None:
     """Pool features that another tool computed on tiles or spots, instead of :func:`extract_features`.
 
-    A field of view is described by the mean and the standard deviation of the tiles whose centre lies in it, else by
-    the nearest tile. Levels and tokens are those of :func:`extract_features`.
+    A field of view is described by the mean and the standard deviation of the tiles whose centre lies in it. If there
+    is none, the nearest tile is used. Levels and tokens are those of :func:`extract_features`.
 
     Parameters
     ----------

@@ -300,13 +300,13 @@ def _require_spot_size(where: str, diameter_um: float) -> None:
 
 
 def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
-    """Micrometres per unit of the coordinate system, from the distance of neighbours on the lattice."""
+    """Micrometres per unit of the coordinate system, from the distance of neighbors on the lattice."""
     pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
     found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
     if found is None:
         msg = (
             f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common "
-            f"distance of neighbours (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+            f"distance of neighbors (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
         )
         raise ValueError(msg)
     return pitch / (found[0] * linear_scale(element_affine(circles, system)))

@@ -88,7 +88,8 @@ def select_genes(
         Score of a gene, mean over measured sections: ``"mean"`` (log-normalised expression), ``"svg"`` (spatially
         variable: Moran's I among the nearest spots, as in :func:`squidpy.gr.spatial_autocorr`) or ``"hvg"`` (highly
         variable: as in :func:`scanpy.pp.highly_variable_genes`). Genes of high mean have the least counting noise.
-        ``"svg"`` chooses genes with a pattern, which are also easier to predict: name the flavor with every score.
+        ``"svg"`` chooses genes with a pattern, which are also easier to predict: report the flavor together with every
+        score.
     genes
         Names of genes to use instead.
     join
@@ -115,8 +116,8 @@ def select_genes(
     `sdata.tables['stack'].var`
         The chosen genes. Other layers of the table and ``X`` are dropped, since they belong to other genes.
     `sdata.tables['stack'].var['mt']`, `sdata.tables['stack'].var['ribo']` : (``bool``)
-        True if the name is that of a mitochondrial gene (``MT-CO1``) or of a protein of the ribosome (``RPL13A``). Many
-        genes of high mean are.
+        True for a mitochondrial gene (``MT-CO1``), or a gene of a ribosomal protein (``RPL13A``), by its name. Many
+        genes with a high mean are of these two kinds.
     `sdata.tables['stack'].uns['normalization']` : :class:`dict`
         Units, `target_sum`, measured sections and version.
 

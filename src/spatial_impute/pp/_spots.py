@@ -97,7 +97,7 @@ def tile_spots(
     `sdata.shapes['{section}_spots']`
         Circles in um.
     `sdata.tables['stack']`
-        Built again with rows for the new spots. Make expression, features and graphs afterwards.
+        Built again with rows for the new spots. Compute expression, features and graphs after this.
 
     Raises
     ------

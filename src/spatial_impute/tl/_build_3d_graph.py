@@ -60,11 +60,11 @@ def build_3d_graph(
 ) -> Graph3DResult | None:
     """Build a sparse 3D graph over the spots of all sections, after ASIGN :cite:p:`Zhu2025`.
 
-    A spot is linked to its neighbours in the section, to the spots over or under it in nearby sections, and to spots
+    A spot is linked to its neighbors in the section, to the spots over or under it in nearby sections, and to spots
     there with similar image features. The weight of an edge is the Gaussian of its registered distance plus the overlap
-    (IoU) of the two discs, or the similarity. Across sections, both are means over the places that the expected error
-    of the registration allows: the Gaussian is wider and lower, so a badly placed section relies less on the others.
-    Expression is not used.
+    (IoU) of the two discs, or the similarity. Across sections, both are means over all places that are possible with
+    the expected error of the registration. This makes the Gaussian wider and lower, so a badly placed section relies
+    less on the others. Expression is not used.
 
     Parameters
     ----------
@@ -75,15 +75,16 @@ def build_3d_graph(
     use_rep
         Features in ``obsm`` for the similarity edges; ``None`` for a graph of distances only.
     n_neighs
-        Number of neighbours in the section of the spot.
+        Number of neighbors in the section of the spot.
     n_cross_neighs
-        Number of neighbours in each nearby section.
+        Number of neighbors in each nearby section.
     max_section_gap
         Largest number of steps in the stack between two linked sections.
     max_distance
         Longest spatial edge across sections in um; three spot spacings by default.
     n_similar
-        Number of similar spots per nearby section. Two spots are linked if each is among the most similar of the other.
+        Number of similar spots per nearby section. Two spots are linked if each is among the most similar spots of the
+        other.
     similarity_threshold
         Cosine of the features (standardised within sections) above which spots count as similar.
     similarity_weight
@@ -152,7 +153,7 @@ def build_3d_graph(
     graph = build_graph(xyz, section, _radii(sdata, record, table), features, rules, misplaced=_misplaced(record))
     lonely = int((np.diff(graph.weights.indptr) == 0).sum())
     if lonely:
-        logger.warning("%d of %d spots have no neighbour in the 3D graph", lonely, table.n_obs)
+        logger.warning("%d of %d spots have no neighbor in the 3D graph", lonely, table.n_obs)
     if not inplace:
         return Graph3DResult(graph.weights, graph.distances)
     slots = {

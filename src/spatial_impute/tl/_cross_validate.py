@@ -68,20 +68,20 @@ def cross_validate(
     """Score methods on held-out measured spots: the same spots for all methods, in one table.
 
     Each method chooses its settings and learns without the fold on which it is scored; ASIGN and PixNet are fitted
-    again for every fold. Correlations are within folds: their means differ by chance, and a method that leaves them out
-    would seem to predict the opposite. Correlations across blocks of one section show how well a method fills gaps in
-    that section. Expect less on a section that was not measured: no held-out block shows how sections differ. Expect
-    even less on another patient.
+    again for every fold. Correlations are computed within folds. Across folds, even a constant would seem to predict
+    the opposite: if a fold is high, the mean of the other folds is low. Correlations across blocks of one section show
+    how well a method fills gaps in that section. Expect less on a section that was not measured: no held-out block
+    shows how sections differ. Expect even less on another patient.
 
-    A warning is logged if a score would be too high: if a method learns from the group that is held out, if held-out
+    A warning is logged if a score may be too high: if a method learns from the group that is held out, if held-out
     spots overlap other spots, or if two sections have the same image.
 
     Parameters
     ----------
     sdata
         Registered stack, with features and graph if the methods need them. Also several stacks (patients) with the same
-        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks,
-        at least two, and predicts a stack that is held out without any measured spot.
+        genes; then only methods that use the image alone are allowed, and ``"asign"``. It learns from the other stacks
+        (at least two), and predicts the held-out stack without any measured spot.
     methods
         Names of baselines (see :func:`impute_baseline`) and ``"asign"``; by default all of these, and for several
         stacks ``"mean"``, ``"ridge"`` and ``"image_knn"``. Also possible: ``"image_knn"`` (mean of the measured spots
@@ -135,8 +135,8 @@ def cross_validate(
     KeyError
         If features, graph, registration or the column of the groups are missing.
     ValueError
-        If a method is unknown, nothing is measured, nothing is left to learn from outside of a fold, or several stacks
-        have different genes or units.
+        If a method is unknown, nothing is measured, no spots remain to learn from, or several stacks have different
+        genes or units.
 
     Examples
     --------

@@ -69,16 +69,16 @@ def points_3d(
 ) -> Any:
     """Make points with x, y and z of the spots of all registered sections, for the 3D view of napari and other viewers.
 
-    In SpatialData the height of a section is a number beside its spots (``obs["z"]``), and a viewer shows each section
-    as a plane of its own. Points can have three coordinates.
+    In SpatialData the height of a section is a column (``obs["z"]``) and no coordinate, so a viewer shows each section
+    as a separate plane. Points can have three coordinates.
 
     Parameters
     ----------
     sdata
         Stack registered by :func:`register_stack`.
     columns
-        Genes, or columns of ``obs`` of the stack table, that become columns of the points, beside ``section`` and
-        ``measured``.
+        Genes, or columns of ``obs`` of the stack table, that become columns of the points, in addition to ``section``
+        and ``measured``.
     layer
         Layer of the genes.
     key_added
@@ -92,7 +92,7 @@ def points_3d(
 
     `sdata.points['stack_points']`
         x, y, z in um in the coordinate system of the registration (``"aligned"``), one point per spot in the order of
-        the table, with ``spot`` (its name in the table), ``section``, ``measured`` and the columns that were asked for.
+        the table, with ``spot`` (its name in the table), ``section``, ``measured`` and `columns`.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def write_geojson(
     section
         Section of the shapes; by default the one section to which they have a transformation.
     overwrite
-        Replace a file that is there.
+        Replace an existing file.
 
     Returns
     -------
@@ -180,7 +180,7 @@ def write_geojson(
     FileNotFoundError
         If the folder of `path` does not exist.
     ValueError
-        If the shapes belong to several sections and `section` is not given, or `path` has another end.
+        If the shapes belong to several sections and `section` is not given, or `path` has another ending.
 
     Examples
     --------
@@ -268,7 +268,7 @@ def write_ome_tiff(
         ``"jpeg"``, ``"deflate"``, ``"zstd"`` or ``"none"``; by default JPEG for images of 8 bits in grey or in red,
         green and blue, and deflate (without loss) for others and for labels.
     overwrite
-        Replace a file that is there, once the new one is complete. Never name the file that an image of `sdata` is read
+        Replace an existing file when the new one is complete. Never name the file that an image of `sdata` is read
         from.
     show_progress_bar
         Show a progress bar; ``settings.show_progress_bar`` by default.
@@ -286,7 +286,7 @@ def write_ome_tiff(
     FileNotFoundError
         If the folder of `path` does not exist.
     ValueError
-        If `path` has another end, JPEG does not suit the pixels, or `pixel_size` does not fit.
+        If `path` has another ending, JPEG does not suit the pixels, or `pixel_size` does not fit.
 
     Examples
     --------

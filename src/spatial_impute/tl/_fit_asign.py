@@ -43,11 +43,11 @@ def fit_asign(
 
     Blocks of the measured section (whole sections, if several are measured) are hidden, one fold at a time. Every
     baseline predicts them, and so does a network with attention over three fields of view and over the 3D graph. The
-    network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and how much
-    to follow the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen
+    network starts exactly at its base, the mean or the best baseline. It learns a correction of this base, and the
+    weight of the labels that are propagated over the graph. Its settings, the base and the number of steps are chosen
     by the errors on the hidden blocks. Baselines and network are then blended by the non-negative weights that are best
-    on the hidden blocks, so that each is used only if it helps. Spots weigh by how precisely they are measured
-    (``obs["total_counts"]``). Expression of unmeasured spots is never read.
+    on the hidden blocks, so that each is used only if it helps. A spot with more counts (``obs["total_counts"]``) is
+    more precise and has more weight. Expression of unmeasured spots is never read.
 
     Parameters
     ----------
@@ -63,11 +63,11 @@ def fit_asign(
         Layers of the stack table with predictions of other models to blend in. With ``["pixnet"]``, the prediction of a
         measured spot must come from a model that was fitted without the fold of the spot, as
         :func:`~spatial_impute.tl.impute_pixnet` does. With ``{"mine": "independent"}`` you declare that the model of
-        the layer has seen no measured spot of this tissue, such as a pretrained predictor that
-        :func:`~spatial_impute.tl.add_prediction` brought in. Each of its genes is then fitted to the measured spots
-        (centered in each section, slope at least 0), without the hidden ones. Values may be in any units, and NaN where
-        there is no prediction. All base layers are rows of ``model.cross_validation``, and have no weight unless they
-        help.
+        the layer has seen no measured spot of this tissue, such as a pretrained predictor;
+        :func:`~spatial_impute.tl.add_prediction` writes such a layer. Each of its genes is then fitted to the measured
+        spots (centered in each section, slope at least 0), without the hidden ones. Values may be in any units, and NaN
+        where there is no prediction. All base layers are rows of ``model.cross_validation``, and have no weight unless
+        they help.
     model_params
         Advanced settings; see :class:`~spatial_impute.models.AsignParams`.
     start_from
@@ -95,8 +95,8 @@ def fit_asign(
         If features, graph or registration are missing.
     ValueError
         If nothing is measured, values are raw counts, stacks have different genes or units, spots were moved after the
-        graph was built, base layers were predicted with other folds than ASIGN hides, or are declared independent but
-        hold the measurement, or `start_from` or `checkpoint` do not fit the data and settings.
+        graph was built, base layers were predicted with other folds than those of ASIGN, or are declared independent
+        but hold the measurement, or `start_from` or `checkpoint` do not fit the data and settings.
 
     Examples
     --------

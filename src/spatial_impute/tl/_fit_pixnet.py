@@ -71,8 +71,8 @@ def fit_pixnet(
     sdata
         Object with image, regions and table; several objects to train on several slides.
     image_key
-        Image. A sequence trains on several pairs of image and regions: sections of a stack, or bins of several sizes on
-        one image. With several objects, one pair each.
+        Image. Give a sequence to train on several pairs of image and regions: sections of a stack, or bins of several
+        sizes on one image. With several objects, one pair each.
     shapes_key
         Regions: circles or polygons. A sequence of the length of `image_key` for several pairs.
     table_key
@@ -106,7 +106,7 @@ def fit_pixnet(
         Torch device; ``settings.device`` by default.
     precision
         ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU. The base, the sums over regions and
-        the weights stay in single precision, and the model can be used in either.
+        the weights stay in single precision, and the model can be used in both precisions.
     seed
         Seed; the same seed gives the same model.
     show_progress_bar

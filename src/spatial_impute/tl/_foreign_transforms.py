@@ -51,8 +51,8 @@ def read_transformation(
       or in six with z, as BigWarp exports them. Rows that BigWarp marks as not active are left out; so are other rows,
       with a warning.
     - A matrix (``.txt``, ``.json``) from the section to the reference: two or three rows of three numbers, nine numbers
-      row by row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line may stand row by row or
-      column by column, and are refused.
+      row by row, or ``matrix(a, b, c, d, e, f)`` of SVG and TrakEM2. Six numbers in one line are refused, because their
+      order is not clear: row by row or column by column.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
         pairs of points, deformation included (x, y in the section, x, y in the reference). ``.nii``, ``.nii.gz`` and
         ``.nrrd``: displacement field with the affine part and the deformation, for ``antsApplyTransforms``.
     overwrite
-        Replace a file that is there.
+        Replace an existing file.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     KeyError
         If the section is not registered.
     ValueError
-        If `path` ends otherwise, or an image is not the one that was registered.
+        If `path` has another ending, or an image is not the one that was registered.
 
     Examples
     --------

@@ -78,10 +78,10 @@ def impute_3d(
     measured
         Values of measured spots in the result. ``"keep"``: the measurement, with its counting noise. ``"denoise"``: the
         expression that the model expects there from the other measured spots and the image, without the measurement of
-        the spot itself; the networks and weights of the model have seen it when they were fitted. A map or a volume is
-        then of one kind, and :func:`~spatial_impute.pl.volume` shows no rough slice. A fifth of the measured spots is
-        left out at a time, so that this takes six times as long. ``layers['measured']`` stays the measurement, from
-        which everything is fitted and scored.
+        the spot itself; the networks and weights of the model have seen it when they were fitted. All sections of a map
+        or a volume then look alike: :func:`~spatial_impute.pl.volume` shows no rough slice at a measured section. A
+        fifth of the measured spots is left out at a time, so that this takes six times as long. ``layers['measured']``
+        keeps the measurement, which is used for all fits and scores.
     parts
         Also write what the parts of the model predict, to compare them with
         :func:`~spatial_impute.metrics.evaluate`: the base, the networks alone, and the blend without the networks.
@@ -171,7 +171,7 @@ def impute_baseline(
 ) -> AnnData | None:
     """Impute expression at every spot with a simple method.
 
-    Each method but ``"hest"`` chooses its settings (neighbours, bandwidth, penalty) by leaving out measured spots.
+    Each method but ``"hest"`` chooses its settings (neighbors, bandwidth, penalty) by leaving out measured spots.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def impute_baseline(
         ``"transfer_ridge"`` (mean of kernel and ridge at the same spread), ``"cokriging"`` (Gaussian processes on
         position and image features) or ``"hest"`` (the recipe by which HEST-Bench scores encoders: standardised image
         features, 256 principal components, ridge regression with a fixed penalty; for comparison with published
-        figures, and no part of ASIGN).
+        figures; ASIGN does not use it).
     table_key
         Name of the stack table.
     layer

@@ -115,16 +115,12 @@ def impute_pixnet(
 
     Examples
     --------
-    >>> import torch
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack()
     >>> si.tl.register_stack(sdata, method="rigid")
-    >>> class Blur(torch.nn.Module):
-    ...     def forward(self, x):
-    ...         return [torch.nn.functional.avg_pool2d(x, k) for k in (2, 4)]
     >>> params = {"n_steps": 0, "resolution": 8.0, "crop": 64}
-    >>> si.tl.impute_pixnet(sdata, encoder=Blur(), model_params=params, n_folds=2)
+    >>> si.tl.impute_pixnet(sdata, model_params=params, n_folds=2)
     >>> sorted(int(k) for k in sdata.tables["stack"].obs["pixnet_fold"].unique())
     [-1, 0, 1]
     >>> si.settings.show_progress_bar = True

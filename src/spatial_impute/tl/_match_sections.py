@@ -36,8 +36,8 @@ def match_sections(
 
     Sections of different depth or batch differ even where the tissue is the same. Each gene of each section gets an
     offset and a scale, estimated at the places that all measured sections cover, and shrunk by their standard error. A
-    straight line along z through the sections is kept, so that a real gradient stays. So with two measured sections
-    only the scale can be matched, and with three an odd one at the end looks like a gradient.
+    linear trend along z is not removed, because it may be a real gradient. So with two measured sections only the scale
+    can be matched. With three, a section at the end that differs from the others looks like a gradient.
 
     Fit and impute with the result: ``si.tl.fit_asign(sdata, layer="matched")``, ``si.tl.impute_3d(sdata, model,
     layer="matched")``.
@@ -47,9 +47,10 @@ def match_sections(
     sdata
         Registered stack with two or more measured sections.
     choose
-        Hold out each measured section, predict it by co-kriging (or the kernel, without features) from the others as
-        they are and as they are matched among themselves, and keep them as they are unless matching gives the higher
-        correlation. This needs three measured sections; of three only the scale is judged. False always matches.
+        Match only if this predicts better. Each measured section is held out once and predicted from the others by
+        co-kriging (without features by the kernel), with and without matching of the others. If matching does not give
+        the higher correlation, all sections keep their values. This needs three measured sections; with three, only the
+        scale is tested. False always matches.
     table_key
         Name of the stack table.
     layer
@@ -66,8 +67,8 @@ def match_sections(
     `.varm['matched_shift']`, `.varm['matched_ratio']` : (``float64``)
         (n_genes, n_sections) shift and ratio of spreads of each measured section, in the order of the stack.
     `.uns['matched']` : :class:`dict`
-        ``used`` (False if the sections were left as they are), ``sections``, ``n_places`` that they share, the
-        correlations ``r_as_measured`` and ``r_matched`` on held-out sections (NaN with ``choose=False``), ``layer``,
+        ``used`` (False if the sections keep their values), ``sections``, ``n_places`` that they share, the correlations
+        ``r_as_measured`` and ``r_matched`` on held-out sections (NaN with ``choose=False``), ``layer``,
         ``version``.
 
     Raises
@@ -111,11 +112,13 @@ def match_sections(
         if Keys.X_SPOT in table.obsm:
             spots = read_spots(sdata, table_key=table_key, layer=layer, graph=False)[1]
         scores = _held_out_r(spots, lambda left: left), _held_out_r(spots, _matched)
-        logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
         if len(measured) == 2:
             logger.warning(
-                "Two measured sections cannot show whether matching helps; `choose=False` matches them anyway"
+                "Two measured sections cannot show whether matching helps, so they keep their values; `choose=False` "
+                "matches them anyway"
             )
+        else:
+            logger.info("r on held-out sections: %.4f as measured, %.4f matched", *scores)
     used = not choose or scores[1] > scores[0]
     values = np.full(table.shape, np.nan, dtype=np.float32)
     values[spots.known] = found.expression if used else spots.expression

@@ -66,8 +66,8 @@ def read_placement(viewer: Any, section: str) -> np.ndarray | tuple[np.ndarray, 
     Returns
     -------
     If there are landmarks: two arrays (n, 2), x and y in um, in the section and in the reference. Else the (3, 3)
-    matrix from the section to the reference to which the image was dragged (or the reference under it). Both are taken
-    by ``register_stack(transformations={section: place})``, and by ``initial`` as a start.
+    matrix from the section to the reference to which the image was dragged (or the reference under it). Pass either to
+    ``register_stack(transformations={section: place})``, or to ``initial`` as a start.
 
     Raises
     ------
@@ -157,6 +157,9 @@ class PlaceReader:
         if not (isinstance(place, list | tuple) and len(place) == 2):
             return check_matrix(place)
         matrix = landmark_matrix(place[0], place[1], self.kind)
+        if self.kind == "affine" and len(place[0]) == 3:
+            logger.info("Section %s: three landmarks always fit exactly; a fourth one shows their error", name)
+            return matrix
         errors = np.linalg.norm(apply_affine(place[0], matrix) - np.asarray(place[1], float), axis=1)
         logger.info("Section %s: the median error of the landmarks is %.1f um", name, np.median(errors))
         return matrix

@@ -58,7 +58,7 @@ def predict_dense(
     The map is computed tile by tile. Each tile is read with all the surrounding pixels that the network needs, so the
     values do not depend on the tiles. By default the map is lazy: a tile is computed when its values are needed, also
     by ``sdata.write``. With `store` the map is computed now and written into the store of a SpatialData object. If a
-    :class:`dask.distributed.Client` is active, its workers do that, and the values are the same.
+    :class:`dask.distributed.Client` is active, its workers compute the tiles, and the values are the same.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def predict_dense(
         Torch device; ``settings.device`` by default.
     precision
         ``"float32"``, or ``"bfloat16"`` for encoder and decoder: faster on a GPU, with rounding errors of about 1 %,
-        and tiles that agree no better than that.
+        also between tiles.
     key_added
         Image to write; ``"{image_key}_expression"`` by default.
     inplace
@@ -268,16 +268,10 @@ def genes_from_features(
 
     Examples
     --------
-    >>> import torch
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack()
-    >>> class Blur(torch.nn.Module):
-    ...     def forward(self, x):
-    ...         return [torch.nn.functional.avg_pool2d(x, k) for k in (2, 4)]
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
-    >>> model = si.tl.fit_pixnet(
-    ...     sdata, "s1_image", "s1_spots", encoder=Blur(), model_params=params, show_progress_bar=False
-    ... )
+    >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_dense(sdata, "s0_image", model, features=True, key_added="s0_features")
     >>> genes = si.tl.genes_from_features(sdata, "s0_features", model, genes=["smooth_0"], inplace=False)
     >>> genes.sizes["c"]

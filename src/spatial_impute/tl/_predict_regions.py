@@ -104,16 +104,10 @@ def predict_regions(
 
     Examples
     --------
-    >>> import torch
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack()
-    >>> class Blur(torch.nn.Module):
-    ...     def forward(self, x):
-    ...         return [torch.nn.functional.avg_pool2d(x, k) for k in (2, 4)]
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
-    >>> model = si.tl.fit_pixnet(
-    ...     sdata, "s1_image", "s1_spots", encoder=Blur(), model_params=params, show_progress_bar=False
-    ... )
+    >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_regions(sdata, "s0_spots", model, show_progress_bar=False)
     >>> sdata.tables["s0_spots_expression"].shape == (len(sdata.shapes["s0_spots"]), 36)
     True

@@ -102,10 +102,10 @@ def register_stack(
     """Register the H&E sections of a stack to its reference with antspyx :cite:p:`Avants2011`.
 
     For each pair of sections, all rotations and both faces are searched. The best starts are refined by a rigid and an
-    affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbours are chained to the
-    reference. If a neighbour gives no sound link, the next section is tried. With ``method="syn"`` each section then
-    gets one smooth deformation onto the next section on its path to the reference, if different parts of the tissue
-    agree on it. Otherwise the section keeps its affine place, and its row gives the reason.
+    affine fit of the stain inside the tissue, and the pose is chosen by image content. Neighbors are chained to the
+    reference. If the registration to a neighbor is not good, the section after it is tried. With ``method="syn"`` each
+    section then gets one smooth deformation onto the next section on its path to the reference, if different parts of
+    the tissue agree on it. Otherwise the section keeps its affine place, and its row gives the reason.
 
     Pairs run in parallel if a :class:`dask.distributed.Client` is active. antspyx uses one thread, which makes results
     repeatable, unless ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS`` is set.
@@ -120,14 +120,15 @@ def register_stack(
         ``"rigid"``, ``"affine"``, ``"syn"`` (affine and a deformation), or ``"auto"`` (a deformation only if tissue
         that was hidden from the fit fits clearly better with it).
     policy
-        ``"sequential"`` registers neighbours and chains them. ``"star"`` registers every section to the reference.
+        ``"sequential"`` registers neighbors and chains them. ``"star"`` registers every section to the reference.
         ``"auto"`` does both and keeps the chain unless the two disagree and the direct one scores higher.
     order
         ``"given"`` by the stack, or ``"infer"`` if it is not known. All sections are registered to the reference first,
-        and are put in the order in which neighbors are most alike. The heights are assigned in this order. Images
-        do not show which end is the upper one; the direction is the one nearer to the present order.
+        and are put in the order in which neighbors are most similar. The heights are assigned in this order. Images do
+        not show which end is the upper one; the direction is the one nearer to the present order.
     on_failure
-        ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never gets the identity silently.
+        ``"raise"`` or ``"warn"`` if a section could not be placed with confidence. It never stays unregistered
+        silently.
     resolution
         Pixel size in um at which the images are read. By default the longer side of an image gets 2.2 times the pixels
         at which registration works (704), and a pixel is at least ``registration_params.min_working_pixel``.
@@ -136,18 +137,19 @@ def register_stack(
         reference (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark
         arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is aligned already.
         ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the frame of the section is
-        that of the reference. These places are used as they are, without a fit; neighbours are registered to them.
+        that of the reference. These places are used as they are, without a fit; neighbors are registered to them.
     initial
-        Starts, in the same form: such a section is fitted from its start, and no other pose is searched.
+        Sections whose rough place is known, in the same form. The fit of such a section starts there, and no other pose
+        is searched.
     skip
         Sections (damaged, wrong stain) that are not registered and to which no other section is registered. Their
-        neighbours are linked directly. Without an entry in `transformations` they are not in the common frame, so they
+        neighbors are linked directly. Without an entry in `transformations` they are not in the common frame, so they
         must have no spots.
     tissue_key
         Tissue of the sections: names of labels (0 is no tissue) or shapes (outlines) by section, or one name with the
-        word ``{section}`` in it (``"{section}_tissue"``, after a correction of what
-        :func:`~spatial_impute.pp.segment_tissue` wrote), used for each section that has it. By default, and for
-        other sections, the tissue is found on the image.
+        word ``{section}`` in it, used for each section that has it. ``"{section}_tissue"`` uses the labels of
+        :func:`~spatial_impute.pp.segment_tissue`, which you can correct before. By default, and for other sections, the
+        tissue is found on the image.
     checked
         File of decisions that the page of :func:`~spatial_impute.pl.registration_page` saved for the present
         registration. Approved sections stay where they are, with their deformation; the others are registered to them.
@@ -182,8 +184,8 @@ def register_stack(
     ------
     ValueError
         If a section has no tissue, tissue areas differ tenfold (wrong pixel size), a skipped section has spots and no
-        place, `checked` belongs to another registration or another image, or rejects a section without help, or a
-        section fails and ``on_failure="raise"``. Nothing is written then.
+        place, `checked` belongs to another registration or another image, or rejects a section without another entry,
+        or a section fails and ``on_failure="raise"``. Nothing is written then.
 
     Examples
     --------
@@ -239,7 +241,7 @@ def register_stack(
     _report(found.placed, on_failure)
     for first, second, gain in found.exchanged:
         logger.warning(
-            "Sections %s and %s fit their neighbours better the other way round (correlation higher by %.2f). If their "
+            "Sections %s and %s fit their neighbors better the other way round (correlation higher by %.2f). If their "
             "order is wrong, assemble the stack again in the right order (`z`)",
             first,
             second,

@@ -247,8 +247,8 @@ def transfer_shapes(
 ) -> None:
     """Carry shapes of one section, such as annotations of a pathologist, to other sections, deformations included.
 
-    A place keeps its x and y in the common frame. How far the tissue of two sections is apart there is the expected
-    error of the registration (:func:`spatial_impute.metrics.registration_quality`).
+    A place keeps its x and y in the common frame. There, the tissues of two sections can be apart by the expected error
+    of the registration (:func:`spatial_impute.metrics.registration_quality`).
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ def test_held_out_spread_covers_what_it_was_set_on():
     np.testing.assert_allclose(inside.mean(axis=0), 0.9, atol=0.01)
 
 
-def test_intervals_hold_for_the_block_to_come_where_neighbours_are_off_together():
+def test_intervals_hold_for_the_block_to_come_where_neighbors_are_off_together():
     rng = np.random.default_rng(0)
     n_blocks, size, repeats = 20, 4, 4000
     held_out = 0.8 * rng.normal(size=(n_blocks, 1, repeats)) + 0.6 * rng.normal(size=(n_blocks, size, repeats))

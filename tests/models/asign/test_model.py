@@ -466,7 +466,7 @@ def cohort():
 
 
 def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
-    """A section with random features, and genes that are: a feature, its mean over the neighbours, and noise alone."""
+    """A section with random features, and genes that are: a feature, its mean over the neighbors, and noise alone."""
     rng = np.random.default_rng(seed)
     row, column = (index.ravel() for index in np.indices((14, 14)))
     xyz = np.column_stack([100.0 * (column + 0.5 * (row % 2)), 86.6 * row, 0.0 * row])
@@ -502,7 +502,7 @@ def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
 
 
 def test_what_several_stacks_teach_holds_on_another_one():
-    """The image of the spot by the base, that of its neighbours by the networks alone; nothing is found in noise."""
+    """The image of the spot by the base, that of its neighbors by the networks alone; nothing is found in noise."""
     stacks, truths = zip(*(random_stack(seed) for seed in range(4)), strict=True)
     params = AsignParams(width=32, dropout=0.2, learning_rate=3e-3, n_steps=80)
     model = fit(stacks[:3], ["own", "around", "noise"], FitSettings(params, 0, "cpu"))

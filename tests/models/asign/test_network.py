@@ -17,7 +17,7 @@ N, T, D, G = 12, 5, 7, 6
 
 @pytest.fixture
 def inputs() -> GraphInputs:
-    """Ring of 11 spots and one without neighbours; every edge is there in each type."""
+    """Ring of 11 spots and one without neighbors; every edge is there in each type."""
     torch.manual_seed(0)
     ring = torch.arange(N - 1)
     index = torch.stack([torch.cat([ring, ring.roll(-1)]), torch.cat([ring.roll(-1), ring])])
@@ -67,7 +67,7 @@ def test_reach_limits_what_is_computed_and_changes_nothing(inputs, labels):
 
 
 @pytest.mark.parametrize("kind", range(N_EDGE_TYPES))
-def test_many_neighbours_of_one_type_do_not_displace_another(inputs, labels, kind):
+def test_many_neighbors_of_one_type_do_not_displace_another(inputs, labels, kind):
     """A spot that gets a hundred more edges of one type attends to those of another type as before."""
     layer = network().graph[0]
     nodes = torch.randn(N, 16)
@@ -93,7 +93,7 @@ def test_network_sees_the_image_of_the_spot(inputs, labels, level):
     assert difference[N - 1] == 0  # no path leads from spot 3 to the isolated one
 
 
-def test_network_sees_neighbours_within_its_layers_only(inputs, labels):
+def test_network_sees_neighbors_within_its_layers_only(inputs, labels):
     changed = inputs.spot.clone()
     changed[0] += 1.0
     found = network()(replace(inputs, spot=changed), labels)
@@ -142,7 +142,7 @@ def test_attention_weights_sum_to_one_and_react_to_edge_features(inputs):
 
     index, alpha = weights(edges.features)
     totals = torch.zeros(N, alpha.shape[1]).index_add_(0, index[1], alpha)
-    torch.testing.assert_close(totals[:-1], torch.ones_like(totals[:-1]))  # the last one has no neighbours
+    torch.testing.assert_close(totals[:-1], torch.ones_like(totals[:-1]))  # the last one has no neighbors
     changed = edges.features.clone()
     changed[0] += 1.0
     assert (weights(changed)[1] - alpha).abs().max() > 1e-4

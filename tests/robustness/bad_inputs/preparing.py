@@ -724,7 +724,7 @@ GRAPH = [
     ),
     refuses(
         "tl.build_3d_graph",
-        "two and a half neighbours",
+        "two and a half neighbors",
         ValueError,
         "`n_neighs` must be a whole number",
         lambda w: graph(w, n_neighs=2.5),

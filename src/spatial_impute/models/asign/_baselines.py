@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from spatial_impute.models._spots import given
 from spatial_impute.models.asign._cokriging import krige
-from spatial_impute.models.asign._predictions import Linear, Mean, Neighbours, Rescaled, Table, spread, weighted_mean
+from spatial_impute.models.asign._predictions import Linear, Mean, Neighbors, Rescaled, Table, spread, weighted_mean
 from spatial_impute.models.asign._propagation import propagate
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # In spot spacings: from hardly more than the nearest spot to a whole region.
 _BANDWIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-_NEIGHBOURS = (1, 2, 4, 8, 16, 32)
+_NEIGHBORS = (1, 2, 4, 8, 16, 32)
 # Ridge penalties in units of the number of known spots, for standardised features.
 _PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _HEST_COMPONENTS, _HEST_PENALTY = 256, 100.0
@@ -28,7 +28,7 @@ _MAX_GENES = 1000  # genes on which one setting for all of them is chosen
 _MAX_RIDGE = 20_000  # known spots that a regression on some thousand features is fitted to
 _SAME = 1e-6  # relative difference of numbers that are the same but for rounding
 _MAX_TIED = 12  # neighbors at one distance on a lattice
-_MAX_NEIGHBOURS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
+_MAX_NEIGHBORS = 100  # beyond these the widest kernel has fallen below 1 % on a lattice
 
 
 def fit_mean(spots: Spots) -> Linear:
@@ -37,14 +37,14 @@ def fit_mean(spots: Spots) -> Linear:
     return Linear(centre, np.empty((len(spots.known), 0), centre.dtype), np.empty((0, len(centre)), centre.dtype))
 
 
-def fit_nearest(spots: Spots) -> Neighbours:
+def fit_nearest(spots: Spots) -> Neighbors:
     """Values of the nearest known spot in the registered frame."""
-    return Neighbours(cKDTree(spots.xyz[spots.known]), spots.xyz, spots.expression, 1, np.ones_like)
+    return Neighbors(cKDTree(spots.xyz[spots.known]), spots.xyz, spots.expression, 1, np.ones_like)
 
 
-def fit_knn(spots: Spots) -> Neighbours:
+def fit_knn(spots: Spots) -> Neighbors:
     """Mean of the k nearest known spots; k by leave-one-out on the known spots."""
-    counts = [k for k in _NEIGHBOURS if k < spots.known.sum()] or [1]
+    counts = [k for k in _NEIGHBORS if k < spots.known.sum()] or [1]
 
     def weights(distance: np.ndarray, k: int) -> np.ndarray:
         # Spots at the distance of the k-th one share its weight, so that the order of the spots has no effect.
@@ -54,10 +54,10 @@ def fit_knn(spots: Spots) -> Neighbours:
         share = (k - nearer.sum(axis=1)) / tied.sum(axis=1)
         return (nearer + tied * share[:, None]) / k
 
-    return _best_neighbours(spots, counts, max(counts) + _MAX_TIED, weights)
+    return _best_neighbors(spots, counts, max(counts) + _MAX_TIED, weights)
 
 
-def fit_kernel(spots: Spots) -> Neighbours:
+def fit_kernel(spots: Spots) -> Neighbors:
     """Mean of the known spots weighted by a Gaussian of distance; bandwidth by leave-one-out on the known spots."""
 
     def weights(distance: np.ndarray, bandwidth: float) -> np.ndarray:
@@ -65,7 +65,7 @@ def fit_kernel(spots: Spots) -> Neighbours:
         weight = np.exp(exponent - exponent.max(axis=1, keepdims=True))
         return weight / weight.sum(axis=1, keepdims=True)
 
-    return _best_neighbours(spots, _BANDWIDTHS, _MAX_NEIGHBOURS, weights)
+    return _best_neighbors(spots, _BANDWIDTHS, _MAX_NEIGHBORS, weights)
 
 
 def fit_propagation(spots: Spots) -> Table:
@@ -75,13 +75,13 @@ def fit_propagation(spots: Spots) -> Table:
     return Table(values)
 
 
-def fit_image_ridge(spots: Spots) -> Linear:
+def fit_ridge(spots: Spots) -> Linear:
     """Ridge regression on image features; penalty by leave-one-out on the known spots."""
-    slope, offset = fit_ridge(spots)
+    slope, offset = ridge_line(spots)
     return Linear(offset, given(spots.features), slope)
 
 
-def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
+def ridge_line(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
     """Slope (d, g) and offset (g,) of the ridge regression on the image features of the known spots."""
     rows, expression = np.flatnonzero(spots.known), spots.expression
     if len(rows) > _MAX_RIDGE:
@@ -108,7 +108,7 @@ def fit_ridge(spots: Spots) -> tuple[np.ndarray, np.ndarray]:
 def fit_transfer_ridge(spots: Spots) -> Mean:
     """Mean of kernel and ridge after scaling both to the same standard deviation per gene."""
     centre = spots.expression.mean(axis=0)
-    parts: list[Prediction] = [fit_kernel(spots), fit_image_ridge(spots)]
+    parts: list[Prediction] = [fit_kernel(spots), fit_ridge(spots)]
     spreads = [np.maximum(spread(part, centre, len(spots.known)), 1e-12) for part in parts]
     factors = [(np.mean(spreads, axis=0) / own).astype(centre.dtype) for own in spreads]
     return Mean([Rescaled(part, centre, factor) for part, factor in zip(parts, factors, strict=True)])
@@ -141,7 +141,7 @@ METHODS: dict[str, Callable[[Spots], Prediction]] = {
     "knn": fit_knn,
     "kernel": fit_kernel,
     "propagation": fit_propagation,
-    "ridge": fit_image_ridge,
+    "ridge": fit_ridge,
     "transfer_ridge": fit_transfer_ridge,
     "cokriging": krige,
 }
@@ -163,18 +163,18 @@ def available_methods(spots: Spots) -> list[str]:
     ]
 
 
-def _best_neighbours(
+def _best_neighbors(
     spots: Spots,
     options: Sequence[float],
-    n_neighbours: int,
+    n_neighbors: int,
     weights: Callable[[np.ndarray, Any], np.ndarray],
-) -> Neighbours:
+) -> Neighbors:
     """Mean of the nearest known spots, with the option of lowest leave-one-out error on the known spots."""
     tree = cKDTree(spots.xyz[spots.known])
     n_known = int(spots.known.sum())
     best = options[0]
     if n_known > 1 and len(options) > 1:
-        k = min(n_neighbours + 1, n_known)
+        k = min(n_neighbors + 1, n_known)
         distance, found = tree.query(spots.xyz[spots.known], k=k)
         others = found != np.arange(n_known)[:, None]
         others[others.all(axis=1), -1] = False  # spots at the same place can displace the spot itself
@@ -182,8 +182,8 @@ def _best_neighbours(
         values = spots.expression[:, _some_genes(spots.expression)].astype(float)
         errors = [np.mean((weighted_mean(values, found, weights(distance, o)) - values) ** 2) for o in options]
         best = options[int(np.argmin(errors))]
-    n_used = min(n_neighbours, n_known)
-    return Neighbours(tree, spots.xyz, spots.expression, n_used, lambda distance: weights(distance, best))
+    n_used = min(n_neighbors, n_known)
+    return Neighbors(tree, spots.xyz, spots.expression, n_used, lambda distance: weights(distance, best))
 
 
 def _some_genes(expression: np.ndarray) -> np.ndarray:

@@ -287,7 +287,7 @@ def held_out_spread(residuals: np.ndarray, n_blocks: int) -> np.ndarray:
     """(g,) standard deviation of each gene with which 90 % intervals cover 90 % of new spots.
 
     Counts are not normally distributed, so the standard deviation is set by the coverage of the interval. `residuals` (n, g)
-    are those of held-out spots. Errors of neighbouring spots are correlated, so the sample size is the number of blocks.
+    are those of held-out spots. Errors of neighboring spots are correlated, so the sample size is the number of blocks.
 
     Examples
     --------

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from spatial_impute.models._spots import Spots, block_folds, concatenate, given
-from spatial_impute.models.asign._baselines import fit_ridge
+from spatial_impute.models.asign._baselines import fit_ridge, ridge_line
 from spatial_impute.models.asign._blend import KnownTruth, held_out_results, held_out_spread
 from spatial_impute.models.asign._ensemble import FitSettings, NetworkFit, TrainingSet
 from spatial_impute.models.asign._graph_inputs import LabelPredictions
@@ -57,7 +57,7 @@ def fit_cohort(
     without, held_out[WITHOUT] = known.blend(held_out, [_RIDGE])
     scores = {name: known.score(table, held_out["mean"]) for name, table in held_out.items()}
     scores[BASE] = scores[_RIDGE]
-    slope, offset = fit_ridge(concatenate(stacks))
+    slope, offset = ridge_line(concatenate(stacks))
     profiles = np.stack([given(s.image_profile) for s in stacks])
     return CohortModel(
         params=settings.params,
@@ -86,7 +86,7 @@ def fit_cohort(
 
 def _from_others(stacks: Sequence[Spots], i: int, hidden: set[int]) -> LabelPredictions:
     """Ridge prediction of all spots of stack `i` from the stacks that are not hidden."""
-    slope, offset = fit_ridge(concatenate([s for j, s in enumerate(stacks) if j not in hidden]))
+    slope, offset = ridge_line(concatenate([s for j, s in enumerate(stacks) if j not in hidden]))
     found = Linear(offset, given(stacks[i].features), slope)
     return LabelPredictions(found, found, np.zeros(len(stacks[i].known)))
 
@@ -97,8 +97,7 @@ def _from_blocks(spots: Spots, settings: FitSettings) -> LabelPredictions:
     found = np.zeros((len(spots.known), spots.expression.shape[1]), np.float32)
     blocks = block_folds(spots, n_folds=params.n_folds, block_spacings=params.block_spacings, seed=settings.seed)
     for block in blocks:
-        slope, offset = fit_ridge(spots.hide(block))
-        found[block] = Linear(offset, given(spots.features), slope).expression(block)
+        found[block] = fit_ridge(spots.hide(block)).expression(block)
     return LabelPredictions(Table(found), Table(found), np.zeros(len(found)))
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from spatial_impute.models.asign._ensemble import Runs
     from spatial_impute.models.asign._predictions import Linear, Prediction
 
-# The mean is where every blend starts, and the nearest spot is the k-NN with one neighbour.
+# The mean is where every blend starts, and the nearest spot is the k-NN with one neighbor.
 _NOT_BLENDED = frozenset({"mean", "nearest"})
 
 # What the network can add its correction to.
@@ -372,7 +372,7 @@ def predict_held_out(
             model = fit([rest], var_names, settings)
             found = model._impute(rest, device=settings.device).expression
         elif method == IMAGE_KNN:
-            found = METHODS["knn"](replace(rest, xyz=given(rest.features))).expression()  # neighbours in feature space
+            found = METHODS["knn"](replace(rest, xyz=given(rest.features))).expression()  # neighbors in feature space
         elif method == COLOR:
             found = METHODS["ridge"](rest).expression()
         elif method in rest.independent:

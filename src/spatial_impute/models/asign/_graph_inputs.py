@@ -214,7 +214,7 @@ def with_components(spots: Spots) -> Spots:
 
 
 def shared_components(features: np.ndarray, weights: sparse.csr_matrix, section: np.ndarray) -> np.ndarray:
-    r"""Principal components (n, k) of the features, scaled by their correlation between neighbouring sections.
+    r"""Principal components (n, k) of the features, scaled by their correlation between neighboring sections.
 
     Serial sections show the same tissue twice. Features of the tissue repeat at the same place of the next section;
     stain, focus and the cut of single nuclei do not. The variance of each component is therefore multiplied by its

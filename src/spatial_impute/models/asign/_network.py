@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spatial_impute.models._params import AsignParams
 
 N_EDGE_FEATURES = 6  # Nearness, length, overlap, similarity, 1 within a section, number of sections apart
-N_EDGE_TYPES = 3  # Neighbours of the section, spots over or under it, spots of other sections that look alike
+N_EDGE_TYPES = 3  # Neighbors of the section, spots over or under it, spots of other sections that look alike
 N_LEVELS = 3
 _SPOTS_AT_A_TIME = 50_000  # some 300 MB at the default width and 18 edges per spot
 
@@ -108,8 +108,8 @@ class LevelAttention(nn.Module):
 class GraphLayer(nn.Module):
     """Attention over the 3D graph, one per type of edge, and a layer that combines its results with the spot.
 
-    A spot attends to its neighbours of each type separately, so that many neighbours of one type do not take the place of
-    the few of another. The combination is not linear: it can learn how a spot and its neighbours act together.
+    A spot attends to its neighbors of each type separately, so that many neighbors of one type do not take the place of
+    the few of another. The combination is not linear: it can learn how a spot and its neighbors act together.
     """
 
     def __init__(self, width: int, n_heads: int, dropout: float) -> None:

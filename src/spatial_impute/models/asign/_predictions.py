@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scipy.spatial import cKDTree
 
 _MAX_VALUES = 4_000_000  # of a block of spots: 16 MB; arrays above 32 MB are given back to the system after each use
-_ROWS_AT_A_TIME = 50_000  # spots to find neighbours for: 160 MB of numbers at the widest
+_ROWS_AT_A_TIME = 50_000  # spots to find neighbors for: 160 MB of numbers at the widest
 
 Rows: TypeAlias = np.ndarray | slice
 ALL = slice(None)
@@ -43,18 +43,18 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """Weighted mean of the nearest known spots."""
 
     tree: cKDTree  # of the known spots
     xyz: np.ndarray  # (n, 3)
     values: np.ndarray  # (n_known, g)
-    n_neighbours: int
-    weights: Callable[[np.ndarray], np.ndarray]  # (m, k) of neighbours from their ascending distances; sums are 1
+    n_neighbors: int
+    weights: Callable[[np.ndarray], np.ndarray]  # (m, k) of neighbors from their ascending distances; sums are 1
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
         """(m, g) of some spots, of all by default."""
-        xyz, ranks = self.xyz[rows], list(range(1, self.n_neighbours + 1))
+        xyz, ranks = self.xyz[rows], list(range(1, self.n_neighbors + 1))
         result = np.empty((len(xyz), self.values.shape[1]), self.values.dtype)
         for start in range(0, len(xyz), _ROWS_AT_A_TIME):
             part = slice(start, start + _ROWS_AT_A_TIME)

@@ -33,7 +33,7 @@ class TrainingSlide:
     regions: Regions  # In pixels of the image
     expression: np.ndarray  # (n, n_genes) log values or counts
     slide: int  # Number of the image; regions of several sizes may share one
-    block: np.ndarray  # (n,) block of neighbouring regions, common to all sizes of regions on a slide
+    block: np.ndarray  # (n,) block of neighboring regions, common to all sizes of regions on a slide
     base: np.ndarray | None = None
     """(n, n_genes) prediction of the base, read on the whole slide because its windows are larger than a crop."""
 

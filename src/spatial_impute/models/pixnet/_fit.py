@@ -249,7 +249,7 @@ class BaseData:
     features: np.ndarray  # (n, n_features) means over regions
     target: np.ndarray  # (n, n_genes) standardised expression
     slide: np.ndarray  # (n,) slide of each region
-    block: np.ndarray  # (n,) block of neighbouring regions; blocks are not split in cross-validation
+    block: np.ndarray  # (n,) block of neighboring regions; blocks are not split in cross-validation
 
     def take(self, rows: np.ndarray) -> BaseData:
         return BaseData(self.features[rows], self.target[rows], self.slide[rows], self.block[rows])

@@ -193,8 +193,8 @@ def _inside(points: np.ndarray, box: Box) -> np.ndarray:
 
 def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid: CellGrid) -> Stencil:
     """Add the bilinear weights of the centres of some regions, which have no entries yet."""
-    x0, x1, fx = _neighbours(regions.centers[which, 0], grid.stride, grid.n_x)
-    y0, y1, fy = _neighbours(regions.centers[which, 1], grid.stride, grid.n_y)
+    x0, x1, fx = _neighbors(regions.centers[which, 0], grid.stride, grid.n_x)
+    y0, y1, fy = _neighbors(regions.centers[which, 1], grid.stride, grid.n_y)
     columns = grid.window[1]
     area = regions.area[which]
     cells = np.stack([(y - grid.y0) * columns + x - grid.x0 for y in (y0, y1) for x in (x0, x1)], axis=1)
@@ -212,7 +212,7 @@ def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid:
     )
 
 
-def _neighbours(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _neighbors(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cells before and after positions (px), and the weight of the latter."""
     u = np.clip(where / stride - 0.5, 0.0, n - 1.0)
     left = np.floor(u).astype(np.int64)
@@ -293,7 +293,7 @@ def _chord(cx, cy, r, y):
 def _crossings(edges, first, last, y, found):
     """Write the sorted x at which edges cross the centres of row y; return their number.
 
-    Ends of edges are ordered, so that neighbouring polygons get equal values.
+    Ends of edges are ordered, so that neighboring polygons get equal values.
     """
     n = 0
     level = y + 0.5
