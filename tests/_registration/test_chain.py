@@ -85,7 +85,7 @@ def test_only_a_sound_direct_pair_that_agrees_confirms(direct):
 
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_confirmed_sections_are_deformed_onto_the_reference(confirmed):
-    """A deformation that follows that of a neighbour adds its error."""
+    """A deformation that follows that of a neighbor adds its error."""
     glass = np.full((60, 60, 3), 240.0)
     glass[15:45, 12:40] = 120
     images = dict.fromkeys("abc", SectionImage(glass, (20.0, 20.0)))

@@ -133,6 +133,19 @@ def test_given_matrix_is_the_answer(sdata):
     assert {pair["moving"] for pair in load_record(sdata).registration["pairs"]} == {"s2"}
 
 
+@pytest.mark.parametrize("mistake", ["pixels", "opposite direction"])
+def test_given_place_beside_the_tissue_is_weak(sdata, affine, mistake):
+    place = np.array(rows(affine)["s0"]["matrix"]) @ np.array([[0.0, -1, 1500], [1, 0, 200], [0, 0, 1]])
+    wrong = np.diag([0.3, 0.3, 1]) @ place if mistake == "pixels" else np.linalg.inv(place)
+    with pytest.warns(
+        UserWarning,
+        match=r"s0: The place is given, but the tissue there overlaps that of 's1' by a Dice of 0\.\d\d only",
+    ):
+        si.tl.register_stack(sdata, registration_params=QUICK, transformations={"s0": wrong})
+    assert rows(sdata)["s0"]["verdict"] == "weak"
+    np.testing.assert_array_equal(rows(sdata)["s0"]["matrix"], wrong)  # used as it is
+
+
 def test_landmarks_as_answer_and_as_start(sdata, affine, made):
     matrix = np.array(rows(affine)["s0"]["matrix"])
     here = np.array([[300.0, 400], [900, 350], [700, 1000], [400, 900]])

@@ -19,6 +19,7 @@ from spatial_impute._registration.quality import (
     jackknife_error,
     masked_blur,
     square_tiles,
+    tissue_dice,
 )
 from spatial_impute._registration.types import (
     ChainResult,
@@ -26,6 +27,7 @@ from spatial_impute._registration.types import (
     RegistrationParams,
     SectionImage,
     registration_channel,
+    working_pixel,
 )
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ def chain_to_reference(
 ) -> dict[str, ChainResult]:
     """Place every section in the frame of the reference by composing pair matrices.
 
-    A section is placed through its neighbour on the side of the reference. If that pair failed, a pair that jumps over
-    the neighbour is used. If there is another pair, mostly the direct one to the reference, the two placements are
+    A section is placed through its neighbor on the side of the reference. If that pair failed, a pair that jumps over
+    the neighbor is used. If there is another pair, mostly the direct one to the reference, the two placements are
     compared. If they agree, the chain is kept, because its steps are between more similar sections. Otherwise the
     placement with the better score is used. If two sound registrations disagree, one of them is wrong, perhaps upside
     down; the section is then weak.
@@ -99,12 +101,12 @@ def _place(
     return _better(chain, rival, distance)
 
 
-def _split(options: list[ChainResult], neighbour: str) -> tuple[ChainResult, list[ChainResult]]:
+def _split(options: list[ChainResult], neighbor: str) -> tuple[ChainResult, list[ChainResult]]:
     """Placement by the nearest section whose path did not fail (else by the nearest), and the other placements."""
     k = next((k for k, option in enumerate(options) if option.verdict != "failed"), 0)
     chain, rivals = options[k], options[:k] + options[k + 1 :]
-    if chain.path[1] != neighbour and chain.route == "sequential":
-        note = f"Bridged: placed by {chain.path[1]!r}, because {neighbour!r} gave no usable link."
+    if chain.path[1] != neighbor and chain.route == "sequential":
+        note = f"Bridged: placed by {chain.path[1]!r}, because {neighbor!r} gave no usable link."
         chain = replace(chain, reasons=[*chain.reasons, note])
     return chain, rivals
 
@@ -145,16 +147,16 @@ def _step(name: str, pair: PairResult, before: ChainResult) -> ChainResult:
 
 
 def wanted_pairs(names: Sequence[str], reference: str, policy: str) -> list[tuple[str, str]]:
-    """Pairs (fixed, moving) to register: neighbours towards the reference, and each section to the reference."""
+    """Pairs (fixed, moving) to register: neighbors towards the reference, and each section to the reference."""
     middle = list(names).index(reference)
     pairs = []
     for i, name in enumerate(names):
         if i == middle:
             continue
-        neighbour = names[i + 1] if i < middle else names[i - 1]
-        if policy != "star" or neighbour == reference:
-            pairs.append((neighbour, name))
-        if policy != "sequential" and neighbour != reference:
+        neighbor = names[i + 1] if i < middle else names[i - 1]
+        if policy != "star" or neighbor == reference:
+            pairs.append((neighbor, name))
+        if policy != "sequential" and neighbor != reference:
             pairs.append((reference, name))
     return pairs
 
@@ -198,7 +200,7 @@ def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tup
 
     searched = [pair for pair in wanted if pair[1] not in task.initial]
     register(searched, [None] * len(searched))
-    # A start is given in the frame of the reference. From the reference outwards, each section's neighbour is placed.
+    # A start is given in the frame of the reference. From the reference outwards, each section's neighbor is placed.
     for name in sorted(task.initial, key=lambda n: abs(names.index(n) - middle)):
         started = [pair for pair in wanted if pair[1] == name]
         poses = _poses(pairs, names, task.reference, task.given)
@@ -208,11 +210,36 @@ def register_chain(task: StackTask, run: Run, known: Pairs | None = None) -> tup
     if bridges:
         register(bridges, [None] * len(bridges))
         placed = place()
-    return pairs, placed
+    return pairs, placed | _given_places(task, placed)
+
+
+def _given_places(task: StackTask, placed: Mapping[str, ChainResult]) -> dict[str, ChainResult]:
+    """Sections with a given place; weak if their tissue lies beside that of the next section towards the reference.
+
+    The usual cause is a matrix in pixels, or one of the opposite direction. The place itself is never changed.
+    """
+    names, middle, found = list(task.images), list(task.images).index(task.reference), {}
+    for i, name in enumerate(names):
+        if name not in task.given or i == middle:
+            continue
+        inner = names[i + 1 if i < middle else i - 1]
+        inner = task.reference if placed[inner].verdict == "failed" else inner
+        fixed, moving = task.images[inner], task.images[name]
+        size = working_pixel(fixed, moving, task.params, side=task.params.search_side)
+        channels = [registration_channel(image, size, _RIM) for image in (fixed, moving)]
+        overlap = tissue_dice(*channels, np.linalg.inv(placed[inner].matrix) @ placed[name].matrix)
+        found[name] = placed[name]
+        if overlap < task.params.failed_dice and not task.params.partial_tissue:
+            reason = (
+                f"The place is given, but the tissue there overlaps that of {inner!r} by a Dice of {overlap:.2f} only (expected "
+                f"{task.params.min_dice:.2f}). Check that the matrix is in um, and leads from {name!r} to {task.reference!r}."
+            )
+            found[name] = replace(placed[name], verdict="weak", reasons=[reason])
+    return found
 
 
 def _bridges(task: StackTask, pairs: Pairs, placed: dict[str, ChainResult]) -> list[tuple[str, str]]:
-    """Pairs that jump over a neighbour without a sound link (a fold, a tear)."""
+    """Pairs that jump over a neighbor without a sound link (a fold, a tear)."""
     names, middle = list(task.images), list(task.images).index(task.reference)
     bridges = []
     for i, name in enumerate(names):

@@ -137,7 +137,8 @@ def register_stack(
         reference (um), a transformation as :func:`read_transformation` returns it for a field, a pair of landmark
         arrays (n, 2) in um (in the section, in the reference), or ``"aligned"`` for a section that is aligned already.
         ``"aligned"`` keeps the transformation to `target_coordinate_system`; without one, the frame of the section is
-        that of the reference. These places are used as they are, without a fit; neighbors are registered to them.
+        that of the reference. These places are used as they are, without a fit; neighbors are registered to them. A section
+        whose tissue hardly overlaps that of the next section there is ``"weak"``.
     initial
         Sections whose rough place is known, in the same form. The fit of such a section starts there, and no other pose
         is searched.
@@ -343,7 +344,8 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
 def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
     """Warn of weak sections; raise or warn for failed sections."""
     for name, result in placed.items():
-        logger.info("Section %s: %s (%s, score %.2f)", name, result.verdict, result.route, result.score)
+        how = "given" if result.route == "given" else f"{result.route}, score {result.score:.2f}"
+        logger.info("Section %s: %s (%s)", name, result.verdict, how)
     _warn_of_pixel_size({name: linear_scale(result.matrix) for name, result in placed.items()})
     for verdict in ("weak", "failed"):
         bad = {name: result.reasons for name, result in placed.items() if result.verdict == verdict}

@@ -39,7 +39,7 @@ def solve(
     return weighted / mass[:, None], mass
 
 
-def test_propagate_takes_the_mean_of_two_neighbours():
+def test_propagate_takes_the_mean_of_two_neighbors():
     values, mass = propagate(path(3), mask(3, 0, 2), np.array([[1.0], [3.0]]), leak=0.0)
     np.testing.assert_allclose(values[:, 0], [1, 2, 3], atol=1e-5)
     np.testing.assert_allclose(mass, 1, atol=1e-5)
@@ -164,7 +164,7 @@ def test_propagate_without_leak_ignores_the_scale_of_a_row():
 
 
 def test_propagate_leaves_nothing_of_where_it_started():
-    """Few known neighbours everywhere: what is left of the start after 20 steps would be (5/6)^20 = 2.6 %."""
+    """Few known neighbors everywhere: what is left of the start after 20 steps would be (5/6)^20 = 2.6 %."""
     n = 60
     weights = sparse.csr_matrix(np.ones((n, n)) - np.eye(n))
     known = np.arange(n) < n // 6
@@ -197,8 +197,8 @@ def test_propagate_leaves_its_input():
     assert (given_values == 1).all()
 
 
-def test_propagate_default_leak_is_six_neighbours_one_spacing_away():
-    """The pull of six neighbours at a weight of exp(-1/2) each."""
+def test_propagate_default_leak_is_six_neighbors_one_spacing_away():
+    """The pull of six neighbors at a weight of exp(-1/2) each."""
     pair = sparse.csr_matrix(np.array([[0.0, 1.0], [1.0, 0.0]]))
     _, mass = propagate(pair, np.array([True, False]), np.array([[2.0]]))
     assert mass[1] == pytest.approx(1 / (1 + 3.6), abs=1e-6)

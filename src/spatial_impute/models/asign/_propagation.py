@@ -35,15 +35,15 @@ def propagate(
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Spread known values over a graph until they converge.
 
-    Each unknown spot takes the weighted mean of its neighbours; known spots keep their values. A share
+    Each unknown spot takes the weighted mean of its neighbors; known spots keep their values. A share
     :math:`\lambda / (d_i + \lambda)` of every step (:math:`d_i` the weighted degree) is lost, so that values from far
     away or over weak edges count less. Numerator and mass are propagated in the same way and divided at the end:
 
     .. math:: m_i = \frac{\sum_j w_{ij} m_j}{d_i + \lambda}, \qquad f_i = \frac{\sum_j w_{ij} m_j f_j}{\sum_j w_{ij} m_j}
 
     With ``leak=0`` this is the harmonic solution. `leak` is :math:`\lambda`, in units of edge weight (1 is an edge to a
-    spot at the same place). The default is the weight of six neighbours at a distance of one spacing, so that a mass of
-    one half means: measured spots have as much weight as the neighbours on the same section.
+    spot at the same place). The default is the weight of six neighbors at a distance of one spacing, so that a mass of
+    one half means: measured spots have as much weight as the neighbors on the same section.
 
     Shapes: (n, n) non-negative weights, (n,) bool, (n_known, g) -> (n, g) values, NaN if no known spot is connected, and
     (n,) mass in 0-1: weight of the known values in a spot, 1 at known spots and 0 if none is connected.
