@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -76,6 +77,14 @@ def test_open_image_reads_pixel_size_from_ome_xml(tmp_path, size, unit, expected
     opened = open_image(tmp_path / "a.ome.tif")
     assert opened.mpp == pytest.approx(expected)
     assert opened.levels[0].shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(b"0,5", 0.5), (b"abc", None), (b"", None), (b"inf", None)])
+def test_pixel_sizes_in_ome_xml_that_are_no_plain_numbers(tmp_path, text, expected):
+    path, size = tmp_path / "a.ome.tif", {"axes": "YXS", "PhysicalSizeX": 0.125, "PhysicalSizeY": 0.125}
+    tifffile.imwrite(path, picture(20, 30), photometric="rgb", metadata=size)
+    path.write_bytes(path.read_bytes().replace(b'"0.125"', (b'"' + text + b'"').ljust(7)))
+    assert open_image(path).mpp == expected
 
 
 def test_open_image_reads_oblong_pixels(tmp_path):
@@ -221,6 +230,30 @@ def test_open_image_png_of_any_mode_has_the_shape_it_announces(tmp_path, mode):
     brightness = pixels[0].astype(float).mean(axis=0)
     assert brightness[-10:].mean() > brightness[:10].mean() + 0.2 * np.ptp(pixels)
     assert np.ptp(pixels) > 0.5 * np.iinfo(pixels.dtype).max
+
+
+def test_png_of_16_bits_keeps_them(tmp_path):
+    """Cameras use 12 of them: without the lower 8 bits, such an image is black."""
+    colors = picture(40, 60, dtype=np.uint16) // 16
+    alpha = np.full((40, 60, 1), 4095, np.uint16)
+    for image in (colors, np.dstack([colors, alpha]), np.dstack([colors[..., :1], alpha])):
+        (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(image))
+        level = open_image(tmp_path / "a.png").levels[0]
+        expected = image[..., [0, 0, 0, 1]] if image.shape[2] == 2 else image
+        assert level.dtype == np.uint16
+        np.testing.assert_array_equal(level.compute(), np.moveaxis(expected, -1, 0), strict=True)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"a\.png' is damaged"):
+        open_image(tmp_path / "a.png").levels[0].compute()
+
+
+def test_grey_png_of_16_bits_with_a_transparent_value(tmp_path):
+    """PIL makes all of it white."""
+    image = picture(40, 60, dtype=np.uint16)[..., 0]
+    Image.fromarray(image).save(tmp_path / "a.png", transparency=int(image[0, 0]))
+    pixels = open_image(tmp_path / "a.png").levels[0].compute()
+    np.testing.assert_array_equal(pixels[:3], np.broadcast_to(image, (3, 40, 60)))
+    np.testing.assert_array_equal(pixels[3] == 0, image == image[0, 0])
 
 
 @pytest.mark.parametrize("size", [(1024, 1100), (1031, 1277)])

@@ -341,10 +341,18 @@ def _is_print(size: float, unit: float) -> bool:
 
 
 def _ome_length(pixels: ET.Element, axis: str) -> float | None:
-    value = pixels.get(f"PhysicalSize{axis}")
+    value = _ome_number(pixels, axis)
     # Micrometres are the default of the format; pixels and reference frames are no lengths.
     um = um_per_unit(pixels.get(f"PhysicalSize{axis}Unit", "um"))
-    return None if value is None or um is None or not float(value) > 0 else float(value) * um
+    return None if um is None or not value > 0 else value * um
+
+
+def _ome_number(pixels: ET.Element, axis: str) -> float:
+    """Size of a pixel as it is written, also with a decimal comma; NaN for what is no number."""
+    try:
+        return float(pixels.get(f"PhysicalSize{axis}", "nan").replace(",", "."))
+    except ValueError:
+        return float("nan")
 
 
 def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float, float] | None:
@@ -356,7 +364,7 @@ def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float
         return x, y
     units = [pixels.get(f"PhysicalSize{axis}Unit") for axis in "XY"]
     if (units[0] is None) != (units[1] is None):
-        ratio = float(pixels.get("PhysicalSizeX", 1)) / float(pixels.get("PhysicalSizeY", 1))
+        ratio = _ome_number(pixels, "X") / _ome_number(pixels, "Y")
         return (x, x / ratio) if units[1] is None else (y * ratio, y)
     logger.warning("OME-XML gives pixels of %g x %g um, which no scanner makes; they are not used", x, y)
     return None
