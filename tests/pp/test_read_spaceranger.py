@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import warnings
@@ -778,3 +779,46 @@ def test_bins_that_contradict_their_scale_factors_are_reported(changes, says, tm
     si.pp.assemble_stack({"s": folder}, section_spacing=10)
     assert ("contradicts itself" in caplog.text) is (says is not None)
     assert (says or "") in caplog.text
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("genes", ["genes.tsv", "features.tsv"])
+def test_matrix_of_any_version_is_read_packed_or_not(genes, packed, tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    expected = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["s_counts"]
+    (folder / "filtered_feature_bc_matrix.h5").unlink()
+    matrix = folder / "filtered_feature_bc_matrix"
+    matrix.mkdir()
+    kind = "\tGene Expression" if genes == "features.tsv" else ""
+    n = expected.n_obs
+    files = {
+        genes: f"E1\tA{kind}\n",
+        "barcodes.tsv": "\n".join(expected.obs_names),
+        "matrix.mtx": f"%%MatrixMarket matrix coordinate integer general\n1 {n} {n}\n"
+        + "".join(f"1 {i} 1\n" for i in range(1, n + 1)),
+    }
+    for name, text in files.items():
+        if packed:
+            (matrix / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (matrix / name).write_text(text)
+    found = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["s_counts"]
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+    assert found.obs_names.equals(expected.obs_names)
+    assert found.var_names.tolist() == ["A"]
+    assert found.var["gene_ids"].tolist() == ["E1"]
+    next(matrix.glob("barcodes*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of the files \['barcodes.tsv', 'barcodes.tsv.gz'\]"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["filtered_feature_bc_matrix.h5", "spatial/tissue_positions_list.csv", "spatial/scalefactors_json.json"],
+)
+def test_packed_files_are_named(name, tmp_path, sample):
+    path = sample(tmp_path / "a") / name
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"It holds packed files, \['{name}\.gz'\]: unpack them with `gunzip"):
+        si.pp.assemble_stack({"s": tmp_path / "a"}, section_spacing=10)

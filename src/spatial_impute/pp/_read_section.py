@@ -19,6 +19,7 @@ from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
 from spatial_impute._image.levels import pixel_edges
 from spatial_impute._image.reading import open_image, open_slide
+from spatial_impute._io.files import how_to_unpack
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import as_circles, element_affine, image_element, in_rgb_order, square_edge
@@ -127,7 +128,7 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
         msg = (
             f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
             f"{found[:8]}). Give the folder with 'spatial' or 'binned_outputs' in it, the path of an image, or a "
-            "SpatialData object."
+            f"SpatialData object.{how_to_unpack(path)}"
         )
         raise FileNotFoundError(msg)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
 
 from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
 from spatial_impute._image.levels import SAME_SIZE, image_levels, read_thumbnail
 from spatial_impute._image.reading import ImageFile, open_image
-from spatial_impute._io.files import read_text
+from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import element_affine, image_element, section_object
@@ -23,8 +26,6 @@ from spatial_impute.pp._spots import AS_IT_IS, COLUMNS, checked_positions, compa
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
-    from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
@@ -221,12 +222,33 @@ def _read_counts(folder: Path) -> AnnData:
                 return sc.read_10x_h5(paths[0], gex_only=False)
         for name in _COUNT_FOLDERS:
             if (folder / name).is_dir():
-                return sc.read_10x_mtx(folder / name, make_unique=False, gex_only=False)
+                return _read_mtx(folder / name)
     msg = (
         f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix', "
-        f"found {sorted(entry.name for entry in folder.iterdir())[:8]}. Copy it, unpacked, from the output of Space Ranger, or give the image alone for an unmeasured section."
+        f"found {sorted(entry.name for entry in folder.iterdir())[:8]}. Copy it from the output of Space Ranger, or give the image alone for an unmeasured section.{how_to_unpack(folder)}"
     )
     raise FileNotFoundError(msg)
+
+
+def _read_mtx(folder: Path) -> AnnData:
+    """Counts of a folder with a matrix, its genes and its barcodes, of any version, packed or not."""
+    from scipy import io, sparse
+
+    def file(*names: str) -> Path:
+        there = [folder / f"{name}{packed}" for name in names for packed in ("", ".gz")]
+        if (found := next((path for path in there if path.exists()), None)) is None:
+            msg = f"{folder} has none of the files {[path.name for path in there]}. Copy the folder again."
+            raise FileNotFoundError(msg)
+        return found
+
+    options: dict[str, Any] = {"sep": "\t", "header": None, "dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}
+    genes = pd.read_csv(file("features.tsv", "genes.tsv"), **options)
+    columns = dict(zip(("gene_ids", "name", "feature_types"), (genes[k].to_numpy() for k in genes), strict=False))
+    return AnnData(
+        sparse.csr_matrix(io.mmread(file("matrix.mtx")).T, dtype=np.float32),
+        obs=pd.DataFrame(index=pd.read_csv(file("barcodes.tsv"), **options)[0].to_numpy()),
+        var=pd.DataFrame(columns, index=columns.pop("name")),
+    )
 
 
 @dataclass(frozen=True)
@@ -360,8 +382,8 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
         return image_element(levels, "global", pixel)
     names = [name for _, name in _IMAGES]
     msg = (
-        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space "
-        "Ranger, or give the scan with `fullres_image=`."
+        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it, unpacked, from the output "
+        "of Space Ranger, or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
 
