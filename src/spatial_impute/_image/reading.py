@@ -210,7 +210,7 @@ def _pil_open(path: str | Path) -> Image.Image:
     return image
 
 
-def _plain_mode(image: Image.Image) -> str:
+def _plain_mode(image: Any) -> str:
     """Mode to convert to: alpha and 16 bits are kept, and palettes, CMYK and bits become RGB or grey."""
     wide = _WIDE if any(";16" in str(tile.args) for tile in image.tile) else ""
     if image.has_transparency_data:
