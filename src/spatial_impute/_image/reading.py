@@ -35,6 +35,7 @@ _VENDORS = re.compile(
     r"\.(mrxs|vsi|ets|czi|dcm|dicom|isyntax|i2syntax|svslide|vms|vmu|zvi|lif|nd2|oir|oib|kfb|sdpc|mds|tron)"
 )
 _TABLES = {".h5", ".hdf5", ".h5seurat", ".loom", ".rds", ".csv", ".tsv", ".mtx", ".parquet"}
+_PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"}
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
 _WIDE = ";16"  # of modes with 16 bits
@@ -89,7 +90,7 @@ def open_image(path: str | Path) -> ImageFile:
         raise ValueError(msg)
     msg = (
         f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "
-        f"{how_to_convert(path)}"
+        f"{'Unpack it, and give what is in it.' if suffix in _PACKED else how_to_convert(path)}"
     )
     raise ValueError(msg)
 

@@ -40,6 +40,13 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
     return table
 
 
+def is_stack_table(table: AnnData) -> bool:
+    """True for the columns of the table of a stack, and no expression but in its layer."""
+    if not {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE} <= set(table.obs):
+        return False
+    return Keys.MEASURED in table.layers or (table.X is None and not len(table.layers))
+
+
 def _require_known_sections(sdata: SpatialData, table: AnnData, where: str) -> None:
     """Raise a ``ValueError`` for rows of sections that the stack never had. One that was cut out of it is known."""
     recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK, {}).get("sections", ())

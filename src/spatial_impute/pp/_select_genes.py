@@ -224,6 +224,12 @@ class _Counts:
         """(n,) sum of each row."""
         return np.asarray(self.matrix.sum(axis=1)).ravel()
 
+    @property
+    def advice(self) -> str:
+        """Where else counts may be, for messages."""
+        taken = f"`{self.name} = {self.name}.raw.to_adata()`"
+        return "" if self.table.raw is None else f" If `.raw` holds counts, take them: {taken}."
+
     def spots(self, rows: np.ndarray) -> np.ndarray:
         """Ids of some spots, for messages."""
         return self.table.obs[Keys.INSTANCE].to_numpy()[rows]
@@ -246,7 +252,7 @@ def _require_finite_values(given: _Counts) -> None:
     elif table.X is None:
         layers = sorted(table.layers)
         advice = f"name the layer that holds them with `layer=`, one of {layers}" if layers else "put them there"
-        msg = f"`{given.where}` holds no counts; {advice}."
+        msg = f"`{given.where}` holds no counts; {advice}.{given.advice}"
         raise ValueError(msg)
     _warn_of_other_features(table, given.name)
     require_amounts(given.stored, where=given.where)
@@ -278,7 +284,8 @@ def _require_counts(given: _Counts) -> None:
     if fractions or (values < 0).any():
         msg = (
             f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
-            f"{fractions}. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+            f"{fractions}. Name the layer that holds counts with `layer=`, or "
+            f"pass `log_normalized=True`.{given.advice}"
         )
         raise ValueError(msg)
     if (totals == 0).any():
