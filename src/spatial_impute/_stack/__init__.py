@@ -61,6 +61,7 @@ from spatial_impute._stack.table import (
     is_stack_table,
     measured_ids,
     measured_mask,
+    measured_sections,
     registered_spots,
     section_ranks,
     stack_table,

@@ -11,7 +11,7 @@ from anndata import AnnData
 from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
-from spatial_impute._settings import log_added
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack.elements import spot_geometry
 from spatial_impute._stack.record import require_spatialdata
 from spatial_impute._validation import require_finite, require_key
@@ -138,6 +138,19 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
         table, region=list(obs[Keys.REGION].cat.categories), region_key=Keys.REGION, instance_key=Keys.INSTANCE
     )
     log_added(f"tables[{Keys.STACK_TABLE!r}]")
+
+
+def measured_sections(sdata: SpatialData, record: StackRecord) -> list[Section]:
+    """Sections with counts; warns of tables of counts that the stack does not know: their sections would be imputed."""
+    for section in record.sections:
+        if section.counts is None and Keys.counts(section.name) in sdata.tables:
+            logger.warning(
+                "`sdata.tables[%r]` was added after the stack was assembled, so section %r counts as unmeasured. Assemble the stack "
+                "again with a SpatialData object that holds this table",
+                Keys.counts(section.name),
+                section.name,
+            )
+    return [section for section in record.sections if section.counts is not None]
 
 
 def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.ndarray:

@@ -25,7 +25,7 @@ from spatial_impute._expression import (
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import counts_state, load_record, stack_table
+from spatial_impute._stack import counts_state, load_record, measured_sections, stack_table
 from spatial_impute._validation import (
     did_you_mean,
     name_list,
@@ -138,7 +138,7 @@ def select_genes(
     """
     record = load_record(sdata)
     table = stack_table(sdata)
-    measured = [section for section in record.sections if section.counts is not None]
+    measured = measured_sections(sdata, record)
     if not measured and genes is None:
         msg = (
             f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
