@@ -503,3 +503,38 @@ def test_channels_without_names_are_those_of_their_colors(tmp_path, kind, names,
         zarr.open_group(path, mode="r+").attrs["omero"] = {"channels": channels}
     found = np.moveaxis(open_image(path).levels[0].compute(), 0, -1)
     np.testing.assert_array_equal(found if obeyed else found[..., ::-1], image)
+
+
+def edit_ome_zarr(path, **changes):
+    """Change entries of the first multiscale of an OME-Zarr of version 0.4, and further attributes."""
+    group = zarr.open_group(path, mode="r+")
+    attrs = dict(group.attrs)
+    first = attrs["multiscales"][0]
+    for key, value in changes.pop("first", {}).items():
+        first[key] = value
+    group.attrs.update({**attrs, **changes})
+
+
+@pytest.mark.parametrize("scale", [{"scale": [0.5, 0.5]}, {"scale": [1, None, 0.5]}, {"path": "x"}])
+def test_an_ome_zarr_with_a_damaged_scale_has_no_pixel_size(tmp_path, scale):
+    write_ome_zarr(tmp_path / "a.zarr", picture(40, 60), version="0.4", unit="micrometer", scale=0.5)
+    datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", **scale}]}]
+    edit_ome_zarr(tmp_path / "a.zarr", first={"datasets": datasets})
+    opened = open_image(tmp_path / "a.zarr")
+    assert opened.mpp is None
+    assert opened.levels[0].shape == (3, 40, 60)
+
+
+def test_an_ome_zarr_without_axes_has_those_of_the_first_versions(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    image = np.moveaxis(picture(40, 60), -1, 0)
+    group.create_array("0", data=image[None, :, None])
+    group.attrs["multiscales"] = [{"version": "0.1", "datasets": [{"path": "0"}]}]
+    np.testing.assert_array_equal(open_image(tmp_path / "a.zarr").levels[0].compute(), image)
+
+
+def test_labels_of_an_ome_zarr_are_no_image(tmp_path):
+    write_ome_zarr(tmp_path / "a.zarr", picture(40, 60), version="0.4", unit="micrometer", scale=0.5)
+    edit_ome_zarr(tmp_path / "a.zarr", **{"image-label": {}})
+    with pytest.raises(ValueError, match=r"a\.zarr' holds labels of segmented objects"):
+        open_image(tmp_path / "a.zarr")

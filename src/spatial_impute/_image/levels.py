@@ -381,7 +381,17 @@ def ome_pixels(xml: str, page: tifffile.TiffPage) -> ET.Element | None:
 
 
 def zarr_pixel_size(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
-    """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale."""
+    """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale.
+
+    None if the metadata do not tell, or are damaged there.
+    """
+    try:
+        return _zarr_scale(axes, multiscale)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _zarr_scale(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
     maps = (
         t for holder in (multiscale["datasets"][0], multiscale) for t in holder.get("coordinateTransformations", ())
     )

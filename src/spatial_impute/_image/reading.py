@@ -283,9 +283,13 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     found = attrs.get("ome", attrs)
     if not found.get("multiscales"):
         raise ValueError(_no_multiscales(path, group, attrs))
+    if "image-label" in found:
+        msg = f"{path.name!r} holds labels of segmented objects, and no image. Give the image that they belong to."
+        raise ValueError(msg)
     first = found["multiscales"][0]
-    # Version 0.3 names the axes by strings, later versions by mappings.
-    axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in first["axes"]}
+    # Versions before 0.3 always have these five axes, version 0.3 names the axes by strings, later versions by mappings.
+    given = first.get("axes") or list("tczyx")
+    axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in given}
     names = "".join(axes).upper()
     arrays = [cast("zarr.Array", group[dataset["path"]]) for dataset in first["datasets"]]
     for array in arrays:
