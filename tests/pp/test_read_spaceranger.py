@@ -881,3 +881,9 @@ def test_counts_in_raw_are_pointed_to(scan):
         si.pp.select_genes(sdata)
     sdata.tables["s_counts"] = sdata.tables["s_counts"].raw.to_adata()
     si.pp.select_genes(sdata)
+
+
+def test_folders_of_the_user_beside_the_bins_do_not_count(sample, tmp_path):
+    sample(tmp_path / "outs" / "binned_outputs" / "square_008um")
+    (tmp_path / "outs" / "binned_outputs" / "square_oldum").mkdir()
+    assert si.pp.assemble_stack({"s": tmp_path}, section_spacing=10).tables["stack"].obs["measured"].all()
