@@ -51,9 +51,7 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
     """
     for folder in (path, path / "outs"):
         # Beside its bins, Visium HD writes a folder `spatial` without positions.
-        bins = {
-            float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_[0-9][0-9][0-9]um") if f.is_dir()
-        }
+        bins = {float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_[0-9]*um") if f.is_dir()}
         if bins:
             wanted = float(bin_size) if bin_size is not None else (8.0 if 8.0 in bins else min(bins))
             require_key(f"{wanted:g}", [f"{size:g}" for size in bins], where=f"bin sizes (um) of {path}")
