@@ -226,7 +226,7 @@ class _Counts:
 
     @property
     def advice(self) -> str:
-        """Where else counts may be, for messages."""
+        """Other place that may hold counts, for messages."""
         taken = f"`{self.name} = {self.name}.raw.to_adata()`"
         return "" if self.table.raw is None else f" If `.raw` holds counts, take them: {taken}."
 
