@@ -63,6 +63,7 @@ def test_good_config_has_defaults_and_absolute_paths(folder):
         ("sections.s0.imge", "x", "Unknown key `sections.s0.imge`; did you mean `sections.s0.image`"),
         ("sections.s0.image", "nope.tif", "`sections.s0.image`: There is nothing at .*nope.tif"),
         ("sections.s0.image", 3, "`sections.s0.image` must be a path, found int 3"),
+        ("output", "a\0b", "`output` must be a path, found str"),
         ("sections.s0.mpp", "0.5", "`sections.s0.mpp` must be a positive number, found str"),
         ("sections.s0.mpp", -1, "`sections.s0.mpp` must be a positive number"),
         ("sections.s0.spaceranger", "outs", "`sections.s0` needs exactly one of"),

@@ -6,6 +6,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -76,6 +77,14 @@ def test_open_image_reads_pixel_size_from_ome_xml(tmp_path, size, unit, expected
     opened = open_image(tmp_path / "a.ome.tif")
     assert opened.mpp == pytest.approx(expected)
     assert opened.levels[0].shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(b"0,5", 0.5), (b"abc", None), (b"", None), (b"inf", None)])
+def test_pixel_sizes_in_ome_xml_that_are_no_plain_numbers(tmp_path, text, expected):
+    path, size = tmp_path / "a.ome.tif", {"axes": "YXS", "PhysicalSizeX": 0.125, "PhysicalSizeY": 0.125}
+    tifffile.imwrite(path, picture(20, 30), photometric="rgb", metadata=size)
+    path.write_bytes(path.read_bytes().replace(b'"0.125"', (b'"' + text + b'"').ljust(7)))
+    assert open_image(path).mpp == expected
 
 
 def test_open_image_reads_oblong_pixels(tmp_path):
@@ -221,6 +230,30 @@ def test_open_image_png_of_any_mode_has_the_shape_it_announces(tmp_path, mode):
     brightness = pixels[0].astype(float).mean(axis=0)
     assert brightness[-10:].mean() > brightness[:10].mean() + 0.2 * np.ptp(pixels)
     assert np.ptp(pixels) > 0.5 * np.iinfo(pixels.dtype).max
+
+
+def test_png_of_16_bits_keeps_them(tmp_path):
+    """Cameras use 12 of them: without the lower 8 bits, such an image is black."""
+    colors = picture(40, 60, dtype=np.uint16) // 16
+    alpha = np.full((40, 60, 1), 4095, np.uint16)
+    for image in (colors, np.dstack([colors, alpha]), np.dstack([colors[..., :1], alpha])):
+        (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(image))
+        level = open_image(tmp_path / "a.png").levels[0]
+        expected = image[..., [0, 0, 0, 1]] if image.shape[2] == 2 else image
+        assert level.dtype == np.uint16
+        np.testing.assert_array_equal(level.compute(), np.moveaxis(expected, -1, 0), strict=True)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"a\.png' is damaged"):
+        open_image(tmp_path / "a.png").levels[0].compute()
+
+
+def test_grey_png_of_16_bits_with_a_transparent_value(tmp_path):
+    """PIL makes all of it white."""
+    image = picture(40, 60, dtype=np.uint16)[..., 0]
+    Image.fromarray(image).save(tmp_path / "a.png", transparency=int(image[0, 0]))
+    pixels = open_image(tmp_path / "a.png").levels[0].compute()
+    np.testing.assert_array_equal(pixels[:3], np.broadcast_to(image, (3, 40, 60)))
+    np.testing.assert_array_equal(pixels[3] == 0, image == image[0, 0])
 
 
 @pytest.mark.parametrize("size", [(1024, 1100), (1031, 1277)])
@@ -470,3 +503,38 @@ def test_channels_without_names_are_those_of_their_colors(tmp_path, kind, names,
         zarr.open_group(path, mode="r+").attrs["omero"] = {"channels": channels}
     found = np.moveaxis(open_image(path).levels[0].compute(), 0, -1)
     np.testing.assert_array_equal(found if obeyed else found[..., ::-1], image)
+
+
+def edit_ome_zarr(path, **changes):
+    """Change entries of the first multiscale of an OME-Zarr of version 0.4, and further attributes."""
+    group = zarr.open_group(path, mode="r+")
+    attrs = dict(group.attrs)
+    first = attrs["multiscales"][0]
+    for key, value in changes.pop("first", {}).items():
+        first[key] = value
+    group.attrs.update({**attrs, **changes})
+
+
+@pytest.mark.parametrize("scale", [{"scale": [0.5, 0.5]}, {"scale": [1, None, 0.5]}, {"path": "x"}])
+def test_an_ome_zarr_with_a_damaged_scale_has_no_pixel_size(tmp_path, scale):
+    write_ome_zarr(tmp_path / "a.zarr", picture(40, 60), version="0.4", unit="micrometer", scale=0.5)
+    datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", **scale}]}]
+    edit_ome_zarr(tmp_path / "a.zarr", first={"datasets": datasets})
+    opened = open_image(tmp_path / "a.zarr")
+    assert opened.mpp is None
+    assert opened.levels[0].shape == (3, 40, 60)
+
+
+def test_an_ome_zarr_without_axes_has_those_of_the_first_versions(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    image = np.moveaxis(picture(40, 60), -1, 0)
+    group.create_array("0", data=image[None, :, None])
+    group.attrs["multiscales"] = [{"version": "0.1", "datasets": [{"path": "0"}]}]
+    np.testing.assert_array_equal(open_image(tmp_path / "a.zarr").levels[0].compute(), image)
+
+
+def test_labels_of_an_ome_zarr_are_no_image(tmp_path):
+    write_ome_zarr(tmp_path / "a.zarr", picture(40, 60), version="0.4", unit="micrometer", scale=0.5)
+    edit_ome_zarr(tmp_path / "a.zarr", **{"image-label": {}})
+    with pytest.raises(ValueError, match=r"a\.zarr' holds labels of segmented objects"):
+        open_image(tmp_path / "a.zarr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import warnings
@@ -636,7 +637,8 @@ def test_what_scanpy_reads_is_the_same_section(kind, scan, tmp_path):
     [
         (lambda t: t.uns.pop("spatial"), "no uns.'spatial'.*folder of Space Ranger.*from_legacy_anndata"),
         (lambda t: t.obsm.pop("spatial"), "no obsm.'spatial'"),
-        (lambda t: t.obs.drop(columns="array_row", inplace=True), r"without the obs columns \['array_row'\]"),
+        (lambda t: t.obs.drop(columns="array_row", inplace=True), r"AnnData with no obs\['array_row'\]\. Expected"),
+        (lambda t: t.uns.update(spatial=[1]), "AnnData with no uns.'spatial'.. Expected"),
         (lambda t: t.uns["spatial"].__setitem__("other", {}), "split several samples first"),
         (lambda t: next(iter(t.uns["spatial"].values()))["images"].clear(), "has no image"),
     ],
@@ -778,3 +780,110 @@ def test_bins_that_contradict_their_scale_factors_are_reported(changes, says, tm
     si.pp.assemble_stack({"s": folder}, section_spacing=10)
     assert ("contradicts itself" in caplog.text) is (says is not None)
     assert (says or "") in caplog.text
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("genes", ["genes.tsv", "features.tsv"])
+def test_matrix_of_any_version_is_read_packed_or_not(genes, packed, tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    expected = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["s_counts"]
+    (folder / "filtered_feature_bc_matrix.h5").unlink()
+    matrix = folder / "filtered_feature_bc_matrix"
+    matrix.mkdir()
+    kind = "\tGene Expression" if genes == "features.tsv" else ""
+    n = expected.n_obs
+    files = {
+        genes: f"E1\tA{kind}\n",
+        "barcodes.tsv": "\n".join(expected.obs_names),
+        "matrix.mtx": f"%%MatrixMarket matrix coordinate integer general\n1 {n} {n}\n"
+        + "".join(f"1 {i} 1\n" for i in range(1, n + 1)),
+    }
+    for name, text in files.items():
+        if packed:
+            (matrix / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (matrix / name).write_text(text)
+    found = si.pp.assemble_stack({"s": folder}, section_spacing=10).tables["s_counts"]
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+    assert found.obs_names.equals(expected.obs_names)
+    assert found.var_names.tolist() == ["A"]
+    assert found.var["gene_ids"].tolist() == ["E1"]
+    next(matrix.glob("barcodes*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"none of the files \['barcodes.tsv', 'barcodes.tsv.gz'\]"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["filtered_feature_bc_matrix.h5", "spatial/tissue_positions_list.csv", "spatial/scalefactors_json.json"],
+)
+def test_packed_files_are_named(name, tmp_path, sample):
+    path = sample(tmp_path / "a") / name
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"It holds packed files, \['{name}\.gz'\]: unpack them with `gunzip"):
+        si.pp.assemble_stack({"s": tmp_path / "a"}, section_spacing=10)
+
+
+def test_images_of_an_anndata_may_be_missing_grey_or_paths(scan):
+    folder = scan[0]
+    table = legacy_with_lowres(scan)
+    library = next(iter(table.uns["spatial"].values()))
+    library["scalefactors"]["tissue_lowres_scalef"] = 0.125
+    images = library["images"]
+    expected = si.pp.assemble_stack({"s": table}, section_spacing=10)
+    grey = np.asarray(images["hires"]).mean(axis=-1)
+    for hires in (grey, str(folder / "spatial" / "tissue_hires_image.png")):
+        images["hires"] = hires
+        found = si.pp.assemble_stack({"s": table}, section_spacing=10)
+        assert found.images["s_image"].shape[1:] == expected.images["s_image"].shape[1:]
+    images["hires"] = None
+    found = si.pp.assemble_stack({"s": table}, section_spacing=10)
+    assert found.images["s_image"].shape[1:] == (100, 100)
+
+
+def test_odd_names_in_an_anndata_are_changed_with_a_word(scan, caplog, monkeypatch):
+    """SpatialData refuses these columns; a table of a stack that was exported has the columns of one."""
+    monkeypatch.setattr(si.settings, "verbosity", "warning")
+    table = legacy_with_lowres(scan)
+    expected = si.pp.assemble_stack({"s": table}, section_spacing=10).tables["s_counts"]
+    table.obs[["pct (mt)", "Region", "instance_id", "section"]] = "x"
+    table.obs["measured"] = True
+    caplog.clear()
+    found = si.pp.assemble_stack({"s": table}, section_spacing=10)
+    assert found.tables["stack"].obs["measured"].all()
+    np.testing.assert_array_equal(found.tables["s_counts"].X.toarray(), expected.X.toarray())
+    assert "'Region': 'Region_original', 'instance_id': 'instance_id_original', 'pct (mt)': 'pct__mt_'" in caplog.text
+
+
+def test_zarr_of_an_anndata_is_read_and_a_damaged_h5ad_is_named(scan, tmp_path):
+    table = legacy_with_lowres(scan)
+    expected = si.pp.assemble_stack({"s": table}, section_spacing=10).tables["s_counts"]
+    table.write_zarr(tmp_path / "a.zarr")
+    found = si.pp.assemble_stack({"s": tmp_path / "a.zarr"}, section_spacing=10).tables["s_counts"]
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+    (tmp_path / "a.h5ad").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"sections\['s'\]: '.*a.h5ad' cannot be read as AnnData"):
+        si.pp.assemble_stack({"s": tmp_path / "a.h5ad"}, section_spacing=10)
+    (tmp_path / "a.h5ad.gz").write_bytes(gzip.compress(b"abc"))
+    with pytest.raises(ValueError, match="Unpack it, and give what is in it"):
+        si.pp.assemble_stack({"s": tmp_path / "a.h5ad.gz"}, section_spacing=10)
+    with pytest.raises(ValueError, match=r"expected a SpatialData.* found DataFrame"):
+        si.pp.assemble_stack({"s": table.to_df()}, section_spacing=10)
+
+
+def test_counts_in_raw_are_pointed_to(scan):
+    table = legacy_with_lowres(scan)
+    table.raw = table.copy()
+    table.X = np.log1p(table.X.toarray())
+    sdata = si.pp.assemble_stack({"s": table}, section_spacing=10)
+    with pytest.raises(ValueError, match=r"take them: `(sdata.*) = (sdata.*)\.raw\.to_adata\(\)`"):
+        si.pp.select_genes(sdata)
+    sdata.tables["s_counts"] = sdata.tables["s_counts"].raw.to_adata()
+    si.pp.select_genes(sdata)
+
+
+def test_folders_of_the_user_beside_the_bins_do_not_count(sample, tmp_path):
+    sample(tmp_path / "outs" / "binned_outputs" / "square_008um")
+    (tmp_path / "outs" / "binned_outputs" / "square_oldum").mkdir()
+    assert si.pp.assemble_stack({"s": tmp_path}, section_spacing=10).tables["stack"].obs["measured"].all()

@@ -425,3 +425,18 @@ def test_unknown_flavor_is_refused_before_anything_is_read():
     sdata = stack_of(m=section(counts_matrix()), u=section(None, seed=1))
     with pytest.raises(ValueError, match=r"`flavor` must be one of .*'hvg'.* found 'cell_ranger'"):
         si.pp.select_genes(sdata, flavor="cell_ranger")
+
+
+def test_counts_that_were_added_later_are_reported(caplog, monkeypatch):
+    """Before, they were imputed without a word."""
+    monkeypatch.setattr(si.settings, "verbosity", "warning")
+    sdata = stack_of(a=section(counts_matrix()), b=section(None, seed=1))
+    table = sdata.tables["a_counts"].copy()
+    table.obs["region"] = pd.Categorical(["b_spots"] * table.n_obs)
+    table.uns["spatialdata_attrs"] = {**table.uns["spatialdata_attrs"], "region": "b_spots"}
+    caplog.clear()
+    si.pp.select_genes(sdata)
+    assert "was added" not in caplog.text
+    sdata.tables["b_counts"] = table
+    si.pp.select_genes(sdata)
+    assert "`sdata.tables['b_counts']` was added after the stack was assembled" in caplog.text

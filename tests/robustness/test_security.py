@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import pickle
 import struct
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from conftest import Blur
 from PIL import Image
 
 import spatial_impute as si
@@ -188,6 +190,53 @@ def test_edited_configuration_is_refused(asign, tmp_path, changes, message):
         si.models.AsignModel.load(edit_config(asign, tmp_path / "m", **changes))
 
 
+@pytest.mark.parametrize("model", ["asign", "pixnet"])
+def test_edited_provenance_is_refused_when_a_model_is_loaded(model, tmp_path, request):
+    """Before, other types came through, and impute_3d and predict_dense failed with the words of Python."""
+    model = request.getfixturevalue(model)
+    model.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    own = {} if type(model) is si.models.AsignModel else {"encoder": Blur()}
+
+    def load(path):
+        return type(model).load(path, **own)
+
+    def put(place, value):
+        changed = copy.deepcopy(config)
+        owner = changed["config"]
+        for key in place[:-1]:
+            owner = owner[key]
+        owner[place[-1]] = value
+        (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+
+    places = [["seed"], ["units"], ["encoder"]]
+    if type(model) is si.models.AsignModel:
+        seen = ["stacks", 0, "sections"]
+        places += [
+            ["stacks"],
+            ["stacks", 0],
+            seen,
+            [*seen, "s1"],
+            [*seen, "s1", "image"],
+            ["base_layers"],
+            ["features"],
+        ]
+    else:
+        slide = ["trained_on", 0]
+        places += [["resolution"], slide[:1], slide, [*slide, "image"], [*slide, "state"], [*slide, "state", "read"]]
+    for place in places:
+        for value in (None, [1], True):
+            put(place, value)
+            with pytest.raises(ValueError, match="do not fit their configuration"):
+                load(tmp_path / "m")
+    put(["of_the_user"], 1)
+    loaded = load(tmp_path / "m")
+    assert loaded.config["of_the_user"] == 1
+    del loaded.config["units"]
+    with pytest.raises(ValueError, match=r"config\.json in '.*' lacks 'units'"):
+        loaded.config["units"]
+
+
 def test_deep_json_is_refused(asign, tmp_path):
     asign.save(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text("[" * 100_000)
@@ -196,8 +245,6 @@ def test_deep_json_is_refused(asign, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(asign, tmp_path):
-    import copy
-
     other = copy.copy(asign)
     other._tensors = {**asign._tensors, "centre": torch.full_like(asign._tensors["centre"], torch.nan)}
     other.save(tmp_path / "m")

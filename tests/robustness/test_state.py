@@ -485,3 +485,25 @@ def test_a_map_of_another_image_is_reported_where_it_is_exported(sdata, pixnet, 
     sdata.images["s0_image"].data = 255 - sdata.images["s0_image"].data
     for name, call in calls.items():
         assert ["predicted from another image" in text for text in listen(call)[1]] == [True], name
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda stack: stack.pop("sections"),
+        lambda stack: stack["sections"][0].update(note="mine"),
+        lambda stack: stack["sections"].append(stack["sections"][0]),
+        lambda stack: stack["registration"].pop("coordinate_system"),
+        lambda stack: stack["registration"]["sections"]["s0"].update(matrix="x"),
+        lambda stack: stack["registration"]["sections"]["s0"].update(matrix=[[1, 0], [0, 1]]),
+    ],
+)
+def test_a_damaged_record_of_the_stack_is_named(pristine, edit):
+    sdata = copy.deepcopy(pristine[0])
+    for call in (select, register):
+        call(sdata, 0)
+    attrs = copy.deepcopy(sdata.attrs["spatial_impute"])
+    edit(attrs["stack"])
+    sdata.attrs["spatial_impute"] = attrs
+    with pytest.raises(ValueError, match=r"The record of the stack in `.*` was damaged.* assemble the stack again"):
+        si.tl.impute_baseline(sdata, "kernel")

@@ -78,7 +78,7 @@ def all_methods() -> list[str]:
 
 def _path(value: object, info: ValidationInfo) -> Path:
     """Absolute path; relative ones start from the folder of the file."""
-    if not isinstance(value, str | Path) or not str(value):
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         msg = f"must be a path, found {shown(value)}."
         raise ValueError(msg)
     path = Path(value).expanduser()

@@ -341,10 +341,18 @@ def _is_print(size: float, unit: float) -> bool:
 
 
 def _ome_length(pixels: ET.Element, axis: str) -> float | None:
-    value = pixels.get(f"PhysicalSize{axis}")
+    value = _ome_number(pixels, axis)
     # Micrometres are the default of the format; pixels and reference frames are no lengths.
     um = um_per_unit(pixels.get(f"PhysicalSize{axis}Unit", "um"))
-    return None if value is None or um is None or not float(value) > 0 else float(value) * um
+    return None if um is None or not value > 0 else value * um
+
+
+def _ome_number(pixels: ET.Element, axis: str) -> float:
+    """Size of a pixel as it is written, also with a decimal comma; NaN for what is no number."""
+    try:
+        return float(pixels.get(f"PhysicalSize{axis}", "nan").replace(",", "."))
+    except ValueError:
+        return float("nan")
 
 
 def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float, float] | None:
@@ -356,7 +364,7 @@ def _oblong(x: float | None, y: float | None, pixels: ET.Element) -> tuple[float
         return x, y
     units = [pixels.get(f"PhysicalSize{axis}Unit") for axis in "XY"]
     if (units[0] is None) != (units[1] is None):
-        ratio = float(pixels.get("PhysicalSizeX", 1)) / float(pixels.get("PhysicalSizeY", 1))
+        ratio = _ome_number(pixels, "X") / _ome_number(pixels, "Y")
         return (x, x / ratio) if units[1] is None else (y * ratio, y)
     logger.warning("OME-XML gives pixels of %g x %g um, which no scanner makes; they are not used", x, y)
     return None
@@ -373,7 +381,17 @@ def ome_pixels(xml: str, page: tifffile.TiffPage) -> ET.Element | None:
 
 
 def zarr_pixel_size(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
-    """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale."""
+    """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale.
+
+    None if the metadata do not tell, or are damaged there.
+    """
+    try:
+        return _zarr_scale(axes, multiscale)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _zarr_scale(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
     maps = (
         t for holder in (multiscale["datasets"][0], multiscale) for t in holder.get("coordinateTransformations", ())
     )

@@ -35,8 +35,10 @@ _VENDORS = re.compile(
     r"\.(mrxs|vsi|ets|czi|dcm|dicom|isyntax|i2syntax|svslide|vms|vmu|zvi|lif|nd2|oir|oib|kfb|sdpc|mds|tron)"
 )
 _TABLES = {".h5", ".hdf5", ".h5seurat", ".loom", ".rds", ".csv", ".tsv", ".mtx", ".parquet"}
+_PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".rar"}
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
+_WIDE = ";16"  # of modes with 16 bits
 _CHUNK = 1024  # px; a chunk of three colors is 3 MiB, and readers keep a few
 
 
@@ -88,7 +90,7 @@ def open_image(path: str | Path) -> ImageFile:
         raise ValueError(msg)
     msg = (
         f"Cannot read {path.name!r}: expected one of {sorted(_TIFF | _PLAIN | {'.zarr'})}, found {suffix!r}. "
-        f"{how_to_convert(path)}"
+        f"{'Unpack it, and give what is in it.' if suffix in _PACKED else how_to_convert(path)}"
     )
     raise ValueError(msg)
 
@@ -173,7 +175,7 @@ def _open_plain(path: Path) -> ImageFile:
         # libjpeg scales by powers of two while decoding.
         fractions = (1, 2, 4, 8) if image.format == "JPEG" and min(size) >= 1024 else (1,)
         orientation = int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))  # that of PNG would decode the image
-    n_channels, dtype = (1, np.uint16) if mode == "I;16" else (len(mode), np.uint8)
+    n_channels, dtype = len(mode.removesuffix(_WIDE)), np.uint16 if mode.endswith(_WIDE) else np.uint8
     levels = []
     for fraction in fractions:
         shape = (n_channels, *(-(-n // fraction) for n in size))
@@ -209,16 +211,17 @@ def _pil_open(path: str | Path) -> Image.Image:
     return image
 
 
-def _plain_mode(image: Image.Image) -> str:
-    """Mode to convert to: alpha is kept, and palettes, CMYK and bits become RGB or grey."""
+def _plain_mode(image: Any) -> str:
+    """Mode to convert to: alpha and 16 bits are kept, and palettes, CMYK and bits become RGB or grey."""
+    wide = _WIDE if any(";16" in str(tile.args) for tile in image.tile) else ""
     if image.has_transparency_data:
-        return "RGBA"
-    return {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, "RGB")
+        return f"RGBA{wide}"
+    return {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, f"RGB{wide}")
 
 
 @lru_cache(maxsize=2)
 def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
-    """Decode to (c, y, x) uint8, at 1 / `fraction` of the size for JPEG.
+    """Decode to (c, y, x), at 1 / `fraction` of the size for JPEG.
 
     These formats are decoded in one piece, so the last two images stay in memory while their windows are read.
     `_modified` (time of change, ns) tells a changed file from an old one.
@@ -229,6 +232,8 @@ def _decode_plain(path: str, fraction: int, _modified: int) -> np.ndarray:
         if fraction > 1:
             # draft() takes the smallest size not below the wanted one, and libjpeg rounds sizes up.
             image.draft("RGB", (image.width // fraction, image.height // fraction))
+        elif mode.endswith(_WIDE):
+            pixels = _decode_wide_png(path)
         elif image.format == "JPEG" and image.mode == mode:
             pixels = _decode_jpeg(path)
         try:
@@ -254,6 +259,18 @@ def _decode_jpeg(path: str) -> np.ndarray | None:
         return None
 
 
+def _decode_wide_png(path: str) -> np.ndarray:
+    """Pixels ``(y, x)`` or ``(y, x, c)`` of a PNG of 16 bits: PIL drops 8 of them, and images of 12 bits would be black."""
+    import imagecodecs
+
+    try:
+        pixels = imagecodecs.png_decode(Path(path).read_bytes())
+    except imagecodecs.PngError as error:
+        msg = f"{path!r} is damaged: {error}. Copy or export it again."
+        raise ValueError(msg) from error
+    return pixels[..., [0, 0, 0, 1]] if pixels.shape[2:] == (2,) else pixels  # grey with alpha
+
+
 def _open_ome_zarr(path: Path) -> ImageFile:
     group = zarr.open(path, mode="r")
     if isinstance(group, zarr.Array):
@@ -266,9 +283,13 @@ def _open_ome_zarr(path: Path) -> ImageFile:
     found = attrs.get("ome", attrs)
     if not found.get("multiscales"):
         raise ValueError(_no_multiscales(path, group, attrs))
+    if "image-label" in found:
+        msg = f"{path.name!r} holds labels of segmented objects, and no image. Give the image that they belong to."
+        raise ValueError(msg)
     first = found["multiscales"][0]
-    # Version 0.3 names the axes by strings, later versions by mappings.
-    axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in first["axes"]}
+    # Versions before 0.3 always have these five axes, version 0.3 names the axes by strings, later versions by mappings.
+    given = first.get("axes") or list("tczyx")
+    axes = {(axis if isinstance(axis, str) else axis["name"]).lower(): axis for axis in given}
     names = "".join(axes).upper()
     arrays = [cast("zarr.Array", group[dataset["path"]]) for dataset in first["datasets"]]
     for array in arrays:

@@ -128,6 +128,12 @@ def read_text(path: Path) -> str:
         raise ValueError(msg) from error
 
 
+def how_to_unpack(folder: Path) -> str:
+    """Advice for a folder with packed files in it or one below; empty without any."""
+    packed = sorted(str(path.relative_to(folder)) for pattern in ("*.gz", "*/*.gz") for path in folder.glob(pattern))
+    return f" It holds packed files, {packed[:4]}: unpack them with `gunzip -r {folder}`." if packed else ""
+
+
 def fetch(path: Path, *, url: str, sha256: str) -> Path:
     """Return the path after a download, if the file is missing or its bytes differ from the published ones.
 

@@ -48,6 +48,19 @@ _OURS = "spatial_impute.partial"  # marks a folder of unfinished work that may b
 _ROW_CHUNK_BYTES = 2**25  # chunk of rows in a table of regions
 
 
+def is_zarr(path: Path) -> bool:
+    """Return True for the folder of a zarr, by its name or its files."""
+    return path.suffix.lower() == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists()
+
+
+def zarr_attributes(path: Path) -> dict[str, Any]:
+    """Attributes of a zarr; none if it is damaged: what reads it then raises the error."""
+    try:
+        return dict(zarr.open_group(path, mode="r").attrs)
+    except (OSError, ValueError):
+        return {}
+
+
 class TiledMap(Protocol):
     """A map of channels that is computed tile by tile, on any machine."""
 

@@ -6,6 +6,7 @@ from spatial_impute._stack.elements import (
     displacement_elements,
     element_affine,
     element_frames,
+    free_names,
     image_element,
     in_rgb_order,
     load_transform,
@@ -57,8 +58,10 @@ from spatial_impute._stack.state import (
 from spatial_impute._stack.table import (
     build_stack_table,
     dense_rows,
+    is_stack_table,
     measured_ids,
     measured_mask,
+    measured_sections,
     registered_spots,
     section_ranks,
     stack_table,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import shapely
 import xarray as xr
-from spatialdata import SpatialData
+from spatialdata import SpatialData, sanitize_table
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation
 from spatialdata.transformations import Sequence as SequenceOfTransformations
@@ -20,6 +20,7 @@ from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
 from spatial_impute._image.brightfield import rgb_order
 from spatial_impute._image.levels import Level, image_levels
 from spatial_impute._keys import Keys
+from spatial_impute._settings import logger
 from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
@@ -204,6 +205,23 @@ def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
         raise ValueError(msg)
     circles = gpd.GeoDataFrame({"radius": np.full(len(shapes), edge / 2)}, geometry=shapes.centroid, index=shapes.index)
     return ShapesModel.parse(circles, transformations=get_transformation(shapes, get_all=True))
+
+
+def free_names(table: AnnData, where: str) -> None:
+    """Rename, and say so, what SpatialData refuses: odd characters, and columns that differ from those of the stack in case only."""
+    ours = {c: f"{c}_original" for c in table.obs if str(c).lower() in (Keys.REGION, Keys.INSTANCE)}
+    table.obs = table.obs.rename(columns=ours).rename_axis(
+        index=None
+    )  # an index must not differ from a column of its name
+    slots = ("obs", "var", "obsm", "layers")
+    before = [str(name) for slot in slots for name in getattr(table, slot)]
+    sanitize_table(table)
+    after = [str(name) for slot in slots for name in getattr(table, slot)]
+    changed = {old: new for old, new in zip(before, after, strict=True) if old != new}
+    if renamed := {str(old): new for old, new in ours.items()} | changed:
+        logger.warning(
+            "%s: names in the table are changed to those that SpatialData and the stack allow: %s", where, renamed
+        )
 
 
 def section_object(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._validation import name_list, require_key
@@ -107,7 +110,8 @@ def require_spatialdata(value: object) -> None:
 def load_record(sdata: SpatialData) -> StackRecord:
     """Read the stack record, or raise a ``KeyError``. It lists the sections that the object holds."""
     require_spatialdata(sdata)
-    found = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK)
+    ours = sdata.attrs.get(Keys.ATTRS, {})
+    found = ours.get(Keys.STACK) if isinstance(ours, Mapping) else ours
     if found is None:
         msg = (
             f"No stack in `sdata.attrs[{Keys.ATTRS!r}]`; attrs hold {sorted(map(str, sdata.attrs))}. "
@@ -120,8 +124,15 @@ def load_record(sdata: SpatialData) -> StackRecord:
                 "mpp=1.0, z=...)`, where `names` are coordinate systems of its sections in the order of the block."
             )
         raise KeyError(msg)
-    sections = [Section(**section) for section in found["sections"]]
-    for section in sections:
+    try:
+        record = _parsed(found)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        msg = (
+            f"The record of the stack in `sdata.attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]` was damaged: {error!r}. Take it from the object "
+            "as it was before, or assemble the stack again with `si.pp.assemble_stack({...})`."
+        )
+        raise ValueError(msg) from error
+    for section in record.sections:
         if not isinstance(section.z, int | float) or not math.isfinite(section.z):
             msg = (
                 f"The height `z` of section {section.name!r} in `sdata.attrs[{Keys.ATTRS!r}][{Keys.STACK!r}]` must be a finite number "
@@ -129,12 +140,22 @@ def load_record(sdata: SpatialData) -> StackRecord:
             )
             raise ValueError(msg)
     # `filter_by_coordinate_system` and `subset` remove sections from an object and do not change its attrs.
-    return StackRecord(
-        sections=tuple(s for s in sections if s.image in sdata.images or s.spots in sdata.shapes),
-        reference=found["reference"],
-        version=found["version"],
-        registration=found["registration"],
-    )
+    there = tuple(s for s in record.sections if s.image in sdata.images or s.spots in sdata.shapes)
+    return replace(record, sections=there)
+
+
+def _parsed(found: Any) -> StackRecord:
+    """Record as it was written; any error for one that was edited to something else."""
+    sections = tuple(Section(**section) for section in found["sections"])
+    require_section_names([section.name for section in sections])
+    registration = found["registration"]
+    if registration is not None:
+        _ = registration["coordinate_system"]
+        for name, row in registration["sections"].items():
+            if np.asarray(row["matrix"], dtype=float).shape != (3, 3):
+                msg = f"the matrix of section {name!r} is {row['matrix']!r}"
+                raise ValueError(msg)
+    return StackRecord(sections, found["reference"], found["version"], registration)
 
 
 def save_record(sdata: SpatialData, record: StackRecord) -> None:

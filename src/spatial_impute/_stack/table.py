@@ -11,7 +11,7 @@ from anndata import AnnData
 from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
-from spatial_impute._settings import log_added
+from spatial_impute._settings import log_added, logger
 from spatial_impute._stack.elements import spot_geometry
 from spatial_impute._stack.record import require_spatialdata
 from spatial_impute._validation import require_finite, require_key
@@ -38,6 +38,13 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
             raise ValueError(msg)
     _require_known_sections(sdata, table, where)
     return table
+
+
+def is_stack_table(table: AnnData) -> bool:
+    """True for the columns of the table of a stack, and no expression but in its layer."""
+    if not {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE} <= set(table.obs):
+        return False
+    return Keys.MEASURED in table.layers or (table.X is None and not len(table.layers))
 
 
 def _require_known_sections(sdata: SpatialData, table: AnnData, where: str) -> None:
@@ -131,6 +138,19 @@ def build_stack_table(sdata: SpatialData, record: StackRecord) -> None:
         table, region=list(obs[Keys.REGION].cat.categories), region_key=Keys.REGION, instance_key=Keys.INSTANCE
     )
     log_added(f"tables[{Keys.STACK_TABLE!r}]")
+
+
+def measured_sections(sdata: SpatialData, record: StackRecord) -> list[Section]:
+    """Sections with counts; warns of tables of counts that the stack does not know: their sections would be imputed."""
+    for section in record.sections:
+        if section.counts is None and Keys.counts(section.name) in sdata.tables:
+            logger.warning(
+                "`sdata.tables[%r]` was added after the stack was assembled, so section %r counts as unmeasured. Assemble the stack "
+                "again with a SpatialData object that holds this table",
+                Keys.counts(section.name),
+                section.name,
+            )
+    return [section for section in record.sections if section.counts is not None]
 
 
 def measured_spots(sdata: SpatialData, section: Section, index: pd.Index) -> np.ndarray:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -148,6 +149,60 @@ class ModelConfig(dict[str, Any]):
     def __missing__(self, key: str) -> NoReturn:
         msg = f"{CONFIG} in {str(self.path)!r} lacks {key!r}; it has {sorted(self)}. Was it written by another version?"
         raise ValueError(msg)
+
+
+class _Origin(BaseModel, strict=True, extra="allow"):
+    """Entries that all models have; their types are checked, and their presence where they are used."""
+
+    encoder: str = ""
+    units: str = ""
+    seed: int = 0
+
+
+class _SeenSection(BaseModel, strict=True):
+    image: str
+    spots: str
+    measured: str
+
+
+class _SeenStack(BaseModel, strict=True, extra="allow"):
+    sections: dict[str, _SeenSection]
+
+
+class AsignOrigin(_Origin):
+    """Data and settings that an ASIGN model comes from."""
+
+    features: dict[str, Any] = {}
+    base_layers: dict[str, str] = {}
+    sections: list[list[str]] = []
+    stacks: list[_SeenStack] = []
+
+
+class _SlideState(BaseModel, strict=True, extra="allow"):
+    coordinate_system: str
+    um: float
+    read: dict[str, Any]
+
+
+class _SeenSlide(BaseModel, strict=True, extra="allow"):
+    image: str
+    shapes: str
+    state: _SlideState
+
+
+class PixNetOrigin(_Origin):
+    """Data and settings that a PixNet model comes from."""
+
+    resolution: float = 1.0
+    aggregate: Literal["mean", "sum"] = "mean"
+    stain_density: list[float] | None = None
+    trained_on: list[_SeenSlide] = []
+
+
+def checked_origin(config: ModelConfig, kind: type[_Origin]) -> ModelConfig:
+    """Data and settings that a model comes from, with the types that they were saved with; else a ``ValueError``."""
+    kind.model_validate(config["config"])
+    return ModelConfig(config["config"], config.path)
 
 
 def does_not_fit(path: str | Path, reason: object) -> ValueError:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-import zarr
 from anndata import AnnData, read_h5ad
+from anndata.io import read_zarr
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from spatialdata.transformations import Scale, Sequence, get_transformation, set_transformation
@@ -19,9 +19,19 @@ from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
 from spatial_impute._image.levels import pixel_edges
 from spatial_impute._image.reading import open_image, open_slide
+from spatial_impute._io.files import how_to_unpack
+from spatial_impute._io.stores import is_zarr, zarr_attributes
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import as_circles, element_affine, image_element, in_rgb_order, square_edge
+from spatial_impute._stack import (
+    as_circles,
+    element_affine,
+    free_names,
+    image_element,
+    in_rgb_order,
+    is_stack_table,
+    square_edge,
+)
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import (
     SCALEFACTORS,
@@ -70,9 +80,9 @@ class SectionParts:
 
 def read_section(name: str, value: SectionInput, options: SectionOptions) -> SectionParts:
     """Read one section from a file, a folder, an array or an object."""
-    if isinstance(value, str | Path) and Path(value).is_dir() and not _is_zarr(Path(value)):
+    if isinstance(value, str | Path) and Path(value).is_dir() and not is_zarr(Path(value)):
         return _from_spaceranger(name, Path(value), options)
-    if isinstance(value, AnnData) or (isinstance(value, str | Path) and Path(value).suffix.lower() == ".h5ad"):
+    if isinstance(value, AnnData) or _is_anndata_file(value):
         return _from_anndata(name, value, options)
     if options.fullres_image is not None:
         msg = (
@@ -97,7 +107,11 @@ def _from_anndata(name: str, value: Any, options: SectionOptions) -> SectionPart
         if not Path(value).exists():
             msg = f"{where}: no file at {str(value)!r}."
             raise FileNotFoundError(msg)
-        value = read_h5ad(value)
+        try:
+            value = read_zarr(value) if Path(value).is_dir() else read_h5ad(value)
+        except Exception as error:  # h5py and zarr raise errors of all kinds
+            msg = f"{where}: '{value}' cannot be read as AnnData: {error}. Copy it again."
+            raise ValueError(msg) from error
     return _from_sample(name, *read_legacy(value, where, fullres_image=options.fullres_image), options)
 
 
@@ -127,7 +141,7 @@ def _from_spaceranger(name: str, path: Path, options: SectionOptions) -> Section
         msg = (
             f"Section {name!r}: {path} is no folder of Space Ranger, 'spatial/{SCALEFACTORS}' is missing (it holds "
             f"{found[:8]}). Give the folder with 'spatial' or 'binned_outputs' in it, the path of an image, or a "
-            "SpatialData object."
+            f"SpatialData object.{how_to_unpack(path)}"
         )
         raise FileNotFoundError(msg)
     try:
@@ -155,18 +169,21 @@ def is_spatialdata(value: object) -> bool:
     if not isinstance(value, str | Path):
         return isinstance(value, SpatialData)
     path = Path(value)
-    if not path.is_dir() or not _is_zarr(path):
+    if not path.is_dir() or not is_zarr(path):
         return False
-    try:
-        attrs = zarr.open_group(path, mode="r").attrs
-        # Images within a store have these attributes too.
-        return "spatialdata_attrs" in attrs and not {"ome", "multiscales"} & set(attrs)
-    except (OSError, ValueError):  # not a store; opening it as an image raises the error
-        return False
+    attrs = zarr_attributes(path)
+    # Images within a store have these attributes too.
+    return "spatialdata_attrs" in attrs and not {"ome", "multiscales"} & set(attrs)
 
 
-def _is_zarr(path: Path) -> bool:
-    return path.suffix.lower() == ".zarr" or (path / "zarr.json").exists() or (path / ".zattrs").exists()
+def _is_anndata_file(value: object) -> bool:
+    """Return True for the path of an h5ad, or of the zarr of an AnnData."""
+    if not isinstance(value, str | Path):
+        return False
+    path = Path(value)
+    if not path.is_dir() or not is_zarr(path):
+        return path.suffix.lower() == ".h5ad"
+    return zarr_attributes(path).get("encoding-type") == "anndata"
 
 
 def _array_levels(name: str, value: Any) -> list[Any]:
@@ -183,7 +200,7 @@ def _array_levels(name: str, value: Any) -> list[Any]:
     if hasattr(value, "dims") and hasattr(value, "transpose"):
         image = value.expand_dims("c") if set(value.dims) == {"y", "x"} else value
         return [_as_rgb(image, name).transpose("c", "y", "x").data]
-    is_array = hasattr(value, "astype")  # unlike a tensor of torch
+    is_array = hasattr(value, "astype") and hasattr(value, "dtype")  # unlike tensors of torch and tables of pandas
     shape = tuple(getattr(value, "shape", ()))
     if len(shape) == 2 and is_array:
         return [value[None]]
@@ -356,8 +373,7 @@ def _choose_spots(source: SpatialData, wanted: str | None, system: str, where: s
 
 def _count_tables(source: SpatialData) -> dict[str, AnnData]:
     """Tables that may hold counts: the table of an earlier stack holds what was made of them."""
-    ours = {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE}
-    return {key: table for key, table in source.tables.items() if not ours <= set(table.obs)}
+    return {key: table for key, table in source.tables.items() if not is_stack_table(table)}
 
 
 def _regions(table: AnnData) -> list[str]:
@@ -422,13 +438,7 @@ def _take_counts(source: SpatialData, shapes_key: str, table_key: str | None, na
     instance = counts.obs[attrs["instance_key"]].to_numpy().astype(str)
     _require_joining(instance, source.shapes[shapes_key].index.astype(str), where, shapes_key)
     counts.obs = counts.obs.drop(columns=[attrs["region_key"], attrs["instance_key"]])
-    # SpatialData refuses columns that differ in case only.
-    clashing = {c: f"{c}_original" for c in counts.obs if str(c).lower() in (Keys.REGION, Keys.INSTANCE)}
-    if clashing:
-        logger.warning("%s: columns of the table are renamed, because the stack uses their names: %s", where, clashing)
-        counts.obs = counts.obs.rename(columns=clashing)
-    if counts.obs.index.name in (Keys.REGION, Keys.INSTANCE):  # a column of that name must not differ from the index
-        counts.obs.index.name = None
+    free_names(counts, where)
     counts.obs[Keys.REGION] = Keys.spots(name)
     counts.obs[Keys.REGION] = counts.obs[Keys.REGION].astype("category")
     counts.obs[Keys.INSTANCE] = pd.array(instance, dtype=object)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import io, sparse
 
 from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
 from spatial_impute._image.levels import SAME_SIZE, image_levels, read_thumbnail
 from spatial_impute._image.reading import ImageFile, open_image
-from spatial_impute._io.files import read_text
+from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, image_element, section_object
+from spatial_impute._stack import element_affine, free_names, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._spots import AS_IT_IS, COLUMNS, checked_positions, compare_pictures, read_positions
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pandas as pd
-    from anndata import AnnData
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
@@ -50,7 +51,7 @@ def find_spaceranger(path: Path, bin_size: float | None) -> Path | None:
     """
     for folder in (path, path / "outs"):
         # Beside its bins, Visium HD writes a folder `spatial` without positions.
-        bins = {float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_*um") if f.is_dir()}
+        bins = {float(f.name[7:-2]): f for f in (folder / "binned_outputs").glob("square_[0-9]*um") if f.is_dir()}
         if bins:
             wanted = float(bin_size) if bin_size is not None else (8.0 if 8.0 in bins else min(bins))
             require_key(f"{wanted:g}", [f"{size:g}" for size in bins], where=f"bin sizes (um) of {path}")
@@ -114,29 +115,31 @@ def read_legacy(
     Raises a ``ValueError`` if the table does not hold the images and the lattice of one Visium sample.
     """
     # CELLxGENE writes a flag beside the library.
-    libraries = {key: part for key, part in table.uns.get(Keys.SPATIAL, {}).items() if isinstance(part, Mapping)}
-    centers = table.obsm.get(Keys.SPATIAL)
-    lacks = [column for column in COLUMNS[2:4] if column not in table.obs]
-    if len(libraries) != 1 or centers is None or lacks:
-        found = f"uns['spatial'] with {sorted(libraries)}" if libraries else "no uns['spatial']"
+    given: Any = getattr(table.uns.get(Keys.SPATIAL), "items", list)()
+    libraries = {str(key): part for key, part in given if isinstance(part, Mapping)}
+    faults = [f"no obs[{column!r}]" for column in COLUMNS[2:4] if column not in table.obs]
+    faults += ["no obsm['spatial']"] if Keys.SPATIAL not in table.obsm else []
+    if len(libraries) != 1:
+        faults += [f"the samples {sorted(libraries)} in uns['spatial']" if libraries else "no uns['spatial']"]
+    if faults:
         msg = (
-            f"{where} is an AnnData with {found}, {'no ' if centers is None else ''}obsm['spatial'], and without the "
-            f"obs columns {lacks}. Expected what `scanpy.read_visium` returns for one sample: image, scale factors, "
-            "positions and lattice. Give the folder of Space Ranger instead, or a SpatialData object: "
-            "`spatialdata_io.from_legacy_anndata(adata)` makes one; split several samples first."
+            f"{where} is an AnnData with {', '.join(faults)}. Expected what `scanpy.read_visium` returns for one sample: "
+            "image, scale factors, positions and lattice. Give the folder of Space Ranger instead, or a SpatialData "
+            "object: `spatialdata_io.from_legacy_anndata(adata)` makes one; split several samples first."
         )
         raise ValueError(msg)
     library = next(iter(libraries.values()))
-    xy = xy_of(centers)
+    xy = xy_of(table.obsm[Keys.SPATIAL])
     positions = table.obs[COLUMNS[2:4]].assign(
         in_tissue=table.obs.get(Keys.IN_TISSUE, 1), pxl_row_in_fullres=xy[:, 1], pxl_col_in_fullres=xy[:, 0]
     )
     counts = table.to_memory() if table.isbacked else table.copy()
     del counts.uns[Keys.SPATIAL], counts.obsm[Keys.SPATIAL]
-    images = {kind: np.asarray(image) for kind, image in library.get("images", {}).items()}
+    free_names(counts, where)
+    images = {kind: image for kind, image in library.get("images", {}).items() if image is not None}
     scan = images.get("fullres") if fullres_image is None else fullres_image
-    factors = library.get("scalefactors", {})
-    return _sample_object(_Sample(where, factors, checked_positions(positions, where), counts, images), scan)
+    positions, factors = checked_positions(positions, where), library.get("scalefactors", {})
+    return _sample_object(_Sample(where, factors, positions, counts, images), scan)
 
 
 def _sample_object(sample: _Sample, fullres_image: str | Path | np.ndarray | None) -> tuple[SpatialData, float, str]:
@@ -221,12 +224,32 @@ def _read_counts(folder: Path) -> AnnData:
                 return sc.read_10x_h5(paths[0], gex_only=False)
         for name in _COUNT_FOLDERS:
             if (folder / name).is_dir():
-                return sc.read_10x_mtx(folder / name, make_unique=False, gex_only=False)
+                return _read_mtx(folder / name)
     msg = (
         f"{folder} has no counts: expected 'filtered_feature_bc_matrix.h5' or the folder 'filtered_feature_bc_matrix', "
-        f"found {sorted(entry.name for entry in folder.iterdir())[:8]}. Copy it, unpacked, from the output of Space Ranger, or give the image alone for an unmeasured section."
+        f"found {sorted(entry.name for entry in folder.iterdir())[:8]}. Copy it from the output of Space Ranger, or give the image alone for an unmeasured section.{how_to_unpack(folder)}"
     )
     raise FileNotFoundError(msg)
+
+
+def _read_mtx(folder: Path) -> AnnData:
+    """Counts of a folder with a matrix, its genes and its barcodes, of any version, packed or not."""
+
+    def file(*names: str) -> Path:
+        there = [folder / f"{name}{packed}" for name in names for packed in ("", ".gz")]
+        if (found := next((path for path in there if path.exists()), None)) is None:
+            msg = f"{folder} has none of the files {[path.name for path in there]}. Copy the folder again."
+            raise FileNotFoundError(msg)
+        return found
+
+    options: dict[str, Any] = {"sep": "\t", "header": None, "dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE}
+    genes = pd.read_csv(file("features.tsv", "genes.tsv"), **options)
+    columns = dict(zip(("gene_ids", "name", "feature_types"), (genes[k].to_numpy() for k in genes), strict=False))
+    return AnnData(
+        sparse.csr_matrix(io.mmread(file("matrix.mtx")).T, dtype=np.float32),
+        obs=pd.DataFrame(index=pd.read_csv(file("barcodes.tsv"), **options)[0].to_numpy()),
+        var=pd.DataFrame(columns, index=columns.pop("name")),
+    )
 
 
 @dataclass(frozen=True)
@@ -358,10 +381,9 @@ def _read_image(sample: _Sample, fullres_image: str | Path | np.ndarray | None, 
             pixel * mpp,
         )
         return image_element(levels, "global", pixel)
-    names = [name for _, name in _IMAGES]
     msg = (
-        f"{sample.where} has no image: expected one of {names} with its scale factor. Copy it from the output of Space "
-        "Ranger, or give the scan with `fullres_image=`."
+        f"{sample.where} has no image: expected one of {[name for _, name in _IMAGES]} with its scale factor. Copy it, unpacked, from the output "
+        "of Space Ranger, or give the scan with `fullres_image=`."
     )
     raise FileNotFoundError(msg)
 
@@ -379,10 +401,10 @@ def _warn_of_other_sizes(where: str, small: dict[str, tuple[list[Any], float]]) 
 
 
 def _opened(image: str | Path | np.ndarray) -> ImageFile:
-    """Image of a path, or of an array (y, x, c)."""
-    if not isinstance(image, np.ndarray):
+    """Image of a path, or of an array (y, x) or (y, x, c)."""
+    if isinstance(image, str | Path):
         return open_image(image)
-    levels: list[Any] = [np.moveaxis(image, -1, 0)]
+    levels: list[Any] = [np.moveaxis(np.atleast_3d(image), -1, 0)]
     return ImageFile(levels, None)
 
 

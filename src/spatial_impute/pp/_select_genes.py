@@ -25,7 +25,7 @@ from spatial_impute._expression import (
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import counts_state, load_record, stack_table
+from spatial_impute._stack import counts_state, load_record, measured_sections, stack_table
 from spatial_impute._validation import (
     did_you_mean,
     name_list,
@@ -139,7 +139,7 @@ def select_genes(
     """
     record = load_record(sdata)
     table = stack_table(sdata)
-    measured = [section for section in record.sections if section.counts is not None]
+    measured = measured_sections(sdata, record)
     if not measured and genes is None:
         msg = (
             f"No measured section: none of {list(record.names)} has a table of counts. Pass the SpatialData of a "
@@ -225,6 +225,12 @@ class _Counts:
         """(n,) sum of each row."""
         return np.asarray(self.matrix.sum(axis=1)).ravel()
 
+    @property
+    def advice(self) -> str:
+        """Other place that may hold counts, for messages."""
+        taken = f"`{self.name} = {self.name}.raw.to_adata()`"
+        return "" if self.table.raw is None else f" If `.raw` holds counts, take them: {taken}."
+
     def spots(self, rows: np.ndarray) -> np.ndarray:
         """Ids of some spots, for messages."""
         return self.table.obs[Keys.INSTANCE].to_numpy()[rows]
@@ -247,7 +253,7 @@ def _require_finite_values(given: _Counts) -> None:
     elif table.X is None:
         layers = sorted(table.layers)
         advice = f"name the layer that holds them with `layer=`, one of {layers}" if layers else "put them there"
-        msg = f"`{given.where}` holds no counts; {advice}."
+        msg = f"`{given.where}` holds no counts; {advice}.{given.advice}"
         raise ValueError(msg)
     _warn_of_other_features(table, given.name)
     require_amounts(given.stored, where=given.where)
@@ -279,7 +285,8 @@ def _require_counts(given: _Counts) -> None:
     if fractions or (values < 0).any():
         msg = (
             f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
-            f"{fractions}. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`."
+            f"{fractions}. Name the layer that holds counts with `layer=`, or "
+            f"pass `log_normalized=True`.{given.advice}"
         )
         raise ValueError(msg)
     if (totals == 0).any():

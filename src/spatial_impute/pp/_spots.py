@@ -17,7 +17,7 @@ from spatial_impute._geometry import apply_affine, grid_in_box, lattice_of, lies
 from spatial_impute._graph import typical_spacing
 from spatial_impute._image.levels import best_level, read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
-from spatial_impute._io.files import read_text
+from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
 from spatial_impute._stack import (
@@ -217,7 +217,7 @@ def read_positions(folder: Path) -> pd.DataFrame:
     if not paths:
         msg = (
             f"{folder / 'spatial'} has no positions of the spots: expected one of {list(_POSITIONS)}. Copy it from the "
-            "output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`."
+            f"output of Space Ranger, or give the image alone and lay spots with `si.pp.tile_spots`.{how_to_unpack(folder)}"
         )
         raise FileNotFoundError(msg)
     found, *others = map(_read_positions_file, paths)

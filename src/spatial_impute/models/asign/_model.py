@@ -16,6 +16,8 @@ from spatial_impute._settings import logger
 from spatial_impute.models._params import AsignParams
 from spatial_impute.models._spots import given
 from spatial_impute.models._storage import (
+    AsignOrigin,
+    checked_origin,
     config_errors,
     does_not_fit,
     json_columns,
@@ -302,9 +304,9 @@ class AsignModel:
     @classmethod
     def _from_config(cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor]) -> AsignModel:
         own = tensors_below("model.", tensors)
-        params = AsignParams(**config["params"])
+        params, origin = AsignParams(**config["params"]), checked_origin(config, AsignOrigin)
         n_networks, n_genes = config["n_networks"], len(config["var_names"])
-        experts, allowed = config["experts"], {*METHODS, TWO_VIEWS, NETWORK, *config["config"].get("base_layers", [])}
+        experts, allowed = config["experts"], {*METHODS, TWO_VIEWS, NETWORK, *origin.get("base_layers", [])}
         if len(set(experts)) != len(experts) or not set(experts) <= allowed or experts[-1:] != [NETWORK]:
             raise does_not_fit(path, f"`experts` must be known methods or base layers, each once; found {experts}.")
         shapes: dict[str, tuple[int, ...]]
@@ -333,7 +335,7 @@ class AsignModel:
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
             predictable=pd.Series(config["predictable"], index=config["var_names"], dtype=bool),
             history=pd.DataFrame(config["history"]),
-            config=config["config"],
+            config=origin,
         )
         repr(model)  # fails if the score is missing
         return model

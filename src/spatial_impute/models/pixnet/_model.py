@@ -15,7 +15,15 @@ from spatial_impute._validation import name_list, require_key
 from spatial_impute.encoders._encoder import ENCODERS, weights_hash
 from spatial_impute.encoders._pyramids import build_pyramid
 from spatial_impute.models._params import PixNetParams
-from spatial_impute.models._storage import config_errors, json_columns, load_model, require_shapes, save_model
+from spatial_impute.models._storage import (
+    PixNetOrigin,
+    checked_origin,
+    config_errors,
+    json_columns,
+    load_model,
+    require_shapes,
+    save_model,
+)
 from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, iter_sums
 
@@ -195,7 +203,8 @@ class PixNetModel:
     def _from_config(
         cls, path: str | Path, config: ModelConfig, tensors: dict[str, Tensor], encoder: nn.Module | None
     ) -> PixNetModel:
-        name = config["config"]["encoder"]
+        origin = checked_origin(config, PixNetOrigin)
+        name = origin["encoder"]
         if encoder is None and name not in ENCODERS:
             msg = f"The model in {str(path)!r} has the encoder {name!r}; pass a module of this architecture as `encoder=`."
             raise ValueError(msg)
@@ -209,7 +218,7 @@ class PixNetModel:
                 n_genes=len(config["var_names"]),
                 n_base=config["n_base"],
                 rates=config["rates"],
-                resolution=config["config"]["resolution"],
+                resolution=origin["resolution"],
             )
 
         require_shapes(path, build, tensors, (len(config["var_names"]), params.width, config["n_base"]))
@@ -223,7 +232,7 @@ class PixNetModel:
             var_names=config["var_names"],
             history=pd.DataFrame(config["history"]),
             predictability=pd.Series(config["predictability"], index=config["var_names"], dtype=float),
-            config=config["config"],
+            config=origin,
         )
         repr(model)  # fails if encoder, resolution or score are missing
         return model
