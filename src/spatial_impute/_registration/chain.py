@@ -224,10 +224,9 @@ def _given_places(task: StackTask, placed: Mapping[str, ChainResult]) -> dict[st
             continue
         inner = names[i + 1 if i < middle else i - 1]
         inner = task.reference if placed[inner].verdict == "failed" else inner
-        fixed, moving = task.images[inner], task.images[name]
-        size = working_pixel(fixed, moving, task.params, side=task.params.search_side)
-        channels = [registration_channel(image, size, _RIM) for image in (fixed, moving)]
-        overlap = tissue_dice(*channels, np.linalg.inv(placed[inner].matrix) @ placed[name].matrix)
+        size = working_pixel(task.images[inner], task.images[name], task.params, side=task.params.search_side)
+        fixed, moving = (registration_channel(task.images[n], size, _RIM) for n in (inner, name))
+        overlap = tissue_dice(fixed, moving, np.linalg.inv(placed[inner].matrix) @ placed[name].matrix)
         found[name] = placed[name]
         if overlap < task.params.failed_dice and not task.params.partial_tissue:
             reason = (

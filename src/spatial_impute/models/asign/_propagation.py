@@ -127,7 +127,9 @@ class KnownGraph:
         Values are NaN where the mass is zero.
         """
         from_others = -self.matrix[np.ix_(hidden, ~hidden)]
-        weights = cho_solve(cho_factor(self.matrix[np.ix_(hidden, hidden)]), from_others)  # few, beside those of all genes
+        weights = cho_solve(
+            cho_factor(self.matrix[np.ix_(hidden, hidden)]), from_others
+        )  # few, beside those of all genes
         mass = np.clip(weights.sum(axis=1), 0.0, 1.0)
         mass[mass < _NO_MASS] = 0.0
         with np.errstate(divide="ignore", invalid="ignore"):
