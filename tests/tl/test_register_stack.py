@@ -355,6 +355,17 @@ def decided(affine, tmp_path):
     return sdata, save
 
 
+def test_approved_place_beside_the_tissue_is_not_reported_again(decided):
+    sdata, save = decided
+    wrong = np.array(rows(sdata)["s0"]["matrix"]) @ np.diag([0.3, 0.3, 1])
+    with pytest.warns(UserWarning, match="The place is given"):
+        si.tl.register_stack(sdata, registration_params=QUICK, transformations={"s0": wrong})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        si.tl.register_stack(sdata, registration_params=QUICK, checked=save({"s0": "approved"}))
+    np.testing.assert_array_equal(rows(sdata)["s0"]["matrix"], wrong)
+
+
 def test_approved_section_stays_and_the_rejected_one_moves(decided):
     sdata, save = decided
     before = rows(sdata)

@@ -51,7 +51,7 @@ from spatial_impute.tl._places import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
     from spatialdata import SpatialData
@@ -239,7 +239,7 @@ def register_stack(
         names = ", ".join(found.placed)
         logger.warning("Order of the sections by their likeness: %s. The direction is not known", names)
         record = record.in_order(list(found.placed))
-    _report(found.placed, on_failure)
+    _report(found.placed, on_failure, approved)
     for first, second, gain in found.exchanged:
         logger.warning(
             "Sections %s and %s fit their neighbors better the other way round (correlation higher by %.2f). If their "
@@ -341,14 +341,14 @@ def _register(sdata: SpatialData, record: StackRecord, request: _Request) -> _Re
     return _Registered(to_section, pairs, placed, fields, exchanged)
 
 
-def _report(placed: dict[str, ChainResult], on_failure: str) -> None:
-    """Warn of weak sections; raise or warn for failed sections."""
+def _report(placed: dict[str, ChainResult], on_failure: str, approved: Container[str]) -> None:
+    """Warn of weak sections that nobody approved; raise or warn for failed sections."""
     for name, result in placed.items():
         how = "given" if result.route == "given" else f"{result.route}, score {result.score:.2f}"
         logger.info("Section %s: %s (%s)", name, result.verdict, how)
     _warn_of_pixel_size({name: linear_scale(result.matrix) for name, result in placed.items()})
     for verdict in ("weak", "failed"):
-        bad = {name: result.reasons for name, result in placed.items() if result.verdict == verdict}
+        bad = {n: result.reasons for n, result in placed.items() if result.verdict == verdict and n not in approved}
         if not bad:
             continue
         lines = [f"{name}: {' '.join(reasons)}" for name, reasons in bad.items()]
