@@ -24,8 +24,18 @@ def requested_threads() -> AbstractContextManager[None]:
 
     With more threads than free cores, threads wait for each other, which can take ten times as long.
     """
+    return torch_threads(_threads_of_environment())
+
+
+def n_threads() -> int:
+    """Threads for work in numpy: ``OMP_NUM_THREADS``, by default one per core, or as many as torch has."""
+    torch = sys.modules.get("torch")
+    return _threads_of_environment() or (torch.get_num_threads() if torch else os.cpu_count() or 1)
+
+
+def _threads_of_environment() -> int | None:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return torch_threads(int(wanted) if wanted.isdigit() and wanted != "0" else None)
+    return int(wanted) if wanted.isdigit() and wanted != "0" else None
 
 
 def suitable_threads(n_rows: int, width: int) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -12,6 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2hed
 
+from spatial_impute._io.workers import n_threads
 from spatial_impute._validation import did_you_mean, require_device, require_one_of, require_positive
 
 if TYPE_CHECKING:
@@ -138,8 +140,17 @@ class TextureEncoder:
 
     _SCALES = (1.0, 2.0, 4.0)  # px; the difference of two successive blurs is one octave
 
+    _PER_THREAD = 32  # patches, at least; with fewer, threads cost more than they gain
+
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255 as (n, 25)."""
+        n = min(n_threads(), len(patches) // self._PER_THREAD)
+        if n < 2:
+            return self._encode(patches)
+        with ThreadPoolExecutor(n) as pool:
+            return np.concatenate(list(pool.map(self._encode, np.array_split(patches, n))))
+
+    def _encode(self, patches: np.ndarray) -> np.ndarray:
         scaled = np.clip(np.asarray(patches, dtype=np.float32), 0, 255) / 255.0
         stains = rgb2hed(scaled)
         # (n, 3, y, x): sums over a patch then run over contiguous memory.
