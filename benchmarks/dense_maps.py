@@ -163,7 +163,7 @@ def cost(options: argparse.Namespace) -> None:
             peak = peak_mib()
             largest = min(side, _LARGEST_PASS)
             whole = one_pass(model.network, side, largest)
-            if side == largest:  # a short run; twice as much noise
+            if side == largest:  # the better of two: a short run is noisy
                 bare = min(bare, one_pass(model.network, side, 1024))
             print(
                 f"{side} px, {n_genes} genes, tellez-multitask: predict_dense {full:.1f} s of processor time ({wall:.1f} s); "

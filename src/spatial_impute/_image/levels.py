@@ -383,7 +383,7 @@ def ome_pixels(xml: str, page: tifffile.TiffPage) -> ET.Element | None:
 def zarr_pixel_size(axes: dict[str, Any], multiscale: dict[str, Any]) -> tuple[float, float] | None:
     """Um per pixel (x, y) of the finest level of an OME-Zarr: its scale, times that of the whole multiscale.
 
-    None if the metadata do not tell, or are damaged there.
+    None if the metadata do not have it, or are damaged.
     """
     try:
         return _zarr_scale(axes, multiscale)

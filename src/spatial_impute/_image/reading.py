@@ -213,7 +213,7 @@ def _pil_open(path: str | Path) -> Image.Image:
 
 def _plain_mode(image: Any) -> str:
     """Mode to convert to: alpha and 16 bits are kept, and palettes, CMYK and bits become RGB or grey."""
-    wide = _WIDE if any(";16" in str(tile.args) for tile in image.tile) else ""
+    wide = _WIDE if any(_WIDE in str(tile.args) for tile in image.tile) else ""
     if image.has_transparency_data:
         return f"RGBA{wide}"
     return {"1": "L", "L": "L", "I;16": "I;16"}.get(image.mode, f"RGB{wide}")

@@ -27,8 +27,8 @@ def requested_threads() -> AbstractContextManager[None]:
     return torch_threads(_threads_of_environment())
 
 
-def n_threads() -> int:
-    """Threads for work in numpy: ``OMP_NUM_THREADS``, by default one per core, or as many as torch has."""
+def available_threads() -> int:
+    """Number of threads for work in numpy: ``OMP_NUM_THREADS``; by default that of torch, or one per core."""
     torch = sys.modules.get("torch")
     return _threads_of_environment() or (torch.get_num_threads() if torch else os.cpu_count() or 1)
 

@@ -208,11 +208,10 @@ def as_circles(shapes: GeoDataFrame, key: str, where: str) -> GeoDataFrame:
 
 
 def free_names(table: AnnData, where: str) -> None:
-    """Rename, and say so, what SpatialData refuses: odd characters, and columns that differ from those of the stack in case only."""
+    """Rename, with a warning, what SpatialData refuses: odd characters, and columns of the stack in other case."""
     ours = {c: f"{c}_original" for c in table.obs if str(c).lower() in (Keys.REGION, Keys.INSTANCE)}
-    table.obs = table.obs.rename(columns=ours).rename_axis(
-        index=None
-    )  # an index must not differ from a column of its name
+    # An index must not differ from a column of its name.
+    table.obs = table.obs.rename(columns=ours).rename_axis(index=None)
     slots = ("obs", "var", "obsm", "layers")
     before = [str(name) for slot in slots for name in getattr(table, slot)]
     sanitize_table(table)

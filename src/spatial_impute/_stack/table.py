@@ -41,7 +41,7 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
 
 
 def is_stack_table(table: AnnData) -> bool:
-    """True for the columns of the table of a stack, and no expression but in its layer."""
+    """Return True for a table with the columns of a stack table, and without expression outside of its layer."""
     if not {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE} <= set(table.obs):
         return False
     return Keys.MEASURED in table.layers or (table.X is None and not len(table.layers))

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2hed
 
-from spatial_impute._io.workers import n_threads
+from spatial_impute._io.workers import available_threads
 from spatial_impute._validation import did_you_mean, require_device, require_one_of, require_positive
 
 if TYPE_CHECKING:
@@ -139,12 +139,11 @@ class TextureEncoder:
     patch_px = 32
 
     _SCALES = (1.0, 2.0, 4.0)  # px; the difference of two successive blurs is one octave
-
     _PER_THREAD = 32  # patches, at least; with fewer, threads cost more than they gain
 
     def __call__(self, patches: np.ndarray) -> np.ndarray:
         """Encode (n, y, x, 3) in 0-255 as (n, 25)."""
-        n = min(n_threads(), len(patches) // self._PER_THREAD)
+        n = min(available_threads(), len(patches) // self._PER_THREAD)
         if n < 2:
             return self._encode(patches)
         with ThreadPoolExecutor(n) as pool:

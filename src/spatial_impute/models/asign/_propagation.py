@@ -127,9 +127,8 @@ class KnownGraph:
         Values are NaN where the mass is zero.
         """
         from_others = -self.matrix[np.ix_(hidden, ~hidden)]
-        weights = cho_solve(
-            cho_factor(self.matrix[np.ix_(hidden, hidden)]), from_others
-        )  # few, beside those of all genes
+        # Weights are few beside values of all genes.
+        weights = cho_solve(cho_factor(self.matrix[np.ix_(hidden, hidden)]), from_others)
         mass = np.clip(weights.sum(axis=1), 0.0, 1.0)
         mass[mass < _NO_MASS] = 0.0
         with np.errstate(divide="ignore", invalid="ignore"):
