@@ -154,6 +154,25 @@ def test_regime_that_is_worse_on_the_first_fold_is_tried_no_further(spots, monke
     assert fit.best_regime(runs, [0, 1]) == 0
 
 
+def test_trials_keep_only_the_predictions_that_a_choice_can_need(spots, monkeypatch):
+    """With all genes, each of them takes tens of megabytes until the end of the fit."""
+    monkeypatch.setattr(_ensemble, "_FEW", 0)  # all regimes are tried
+    fit = networks_of(spots, AsignParams(width=16, n_heads=2, n_folds=3))
+    errors = {"network0-0": 0.8, "network1-0": 0.85, "network0-1": 0.7, "network1-1": 0.9, "network0-2": 0.95}
+    monkeypatch.setattr(NetworkFit, "_batches", lambda *_: [])
+    monkeypatch.setattr(NetworkFit, "_held_out", lambda *_: [])
+
+    def trained(self, name, *_, **__):
+        return replace(run_of([1.0, errors[name]]), predictions=[torch.zeros(1)])
+
+    monkeypatch.setattr(NetworkFit, "_train_or_load", trained)
+    runs = fit.try_regimes()
+    assert set(runs) == {(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)}
+    # Both folds choose regime 1, and fold 1 alone, which chooses for fold 0, regime 0.
+    assert {key for key, run in runs.items() if run.predictions} == {(0, 0), (1, 0), (1, 1)}
+    assert [runs[key].errors[1] for key in ((0, 1), (2, 0))] == [0.85, 0.95]  # choices need the errors of all
+
+
 def test_networks_are_used_only_if_training_helps_on_hidden_folds():
     helps, harms = run_of([1.0, 2.0, 0.9]), run_of([1.0, 0.5, 1.2])
     assert _ensemble._is_useful([helps])
