@@ -40,7 +40,9 @@ def test_apply_affine_leaves_its_input():
         (["Y_px", "X_px"], (1, 0)),
         (["spatial1", "spatial2"], (0, 1)),
         (["id", "x_um", "y_um"], (1, 2)),
-        (["x", "y", "x_raw", "y_raw"], (0, 1)),  # which of two is not known
+        (["x_raw", "y_raw", "x", "y"], (2, 3)),
+        (["imagerow", "imagecol"], (1, 0)),
+        (["pxl_row_in_fullres", "pxl_col_in_fullres"], (1, 0)),
         (["array_row", "array_col"], (1, 0)),
         (["max", "yes"], (0, 1)),
     ],
@@ -49,6 +51,12 @@ def test_positions_in_a_table_are_found_by_name(columns, order):
     values = np.arange(2.0 * len(columns)).reshape(2, -1)
     np.testing.assert_array_equal(xy_of(pd.DataFrame(values, columns=columns)), values[:, list(order)])
     np.testing.assert_array_equal(xy_of(values), values[:, :2])
+
+
+@pytest.mark.parametrize("columns", [["row", "col", "array_row", "array_col"], ["row", "z"], ["x", "x_raw"]])
+def test_positions_in_a_table_of_unclear_names_are_refused(columns):
+    with pytest.raises(ValueError, match=r"must tell x from y, found \['.*Give an array with x and y"):
+        xy_of(pd.DataFrame(np.zeros((2, len(columns))), columns=columns))
 
 
 def test_scaling_of_one_and_two_factors():

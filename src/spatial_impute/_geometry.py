@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-_AXES = {"x", "col", "column"}, {"y", "row"}  # words in the names of columns
+_AXES = r"\bx\b|col(umn)?s?\b", r"\by\b|rows?\b"  # in the names of columns
 _SAME_STEP = 0.2  # neighbors on a lattice; the next ones are 1.4 times as far, and arrays are printed to some per cent
 _MAX_LATTICE = 2**25  # points; bins of 2 um on the whole area of a Visium HD slide are 11 million
 
@@ -53,17 +53,28 @@ def lies_on(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
 def xy_of(positions: Any) -> np.ndarray:
     """Return x and y (n, 2) of positions: the columns of a table that are named so, else the first two columns.
 
+    Raises a ``ValueError`` if names of some columns are those of axes, and do not tell which are x and y.
+
     Examples
     --------
     >>> import pandas as pd
     >>> xy_of(pd.DataFrame({"y": [1.0], "x": [2.0]})).tolist()
     [[2.0, 1.0]]
     """
-    values = np.asarray(positions, dtype=float)
-    # The words in names such as ``x``, ``X_px`` and ``pxl_col_in_fullres``.
-    words = [set(re.split(r"[^a-z]+", str(name).lower())) for name in getattr(positions, "columns", ())]
-    x, y = ([i for i, found in enumerate(words) if found & axis] for axis in _AXES)
-    return values[:, [x[0], y[0]]] if len(x) == len(y) == 1 else values[:, :2]
+    # Names such as ``x``, ``X_px``, ``imagerow`` and ``pxl_col_in_fullres``.
+    names = [re.sub(r"[^a-z]+", " ", str(name).lower()) for name in getattr(positions, "columns", ())]
+    x, y = ([i for i, name in enumerate(names) if re.search(axis, name)] for axis in _AXES)
+    if not x and not y:
+        return np.asarray(positions, dtype=float)[:, :2]
+    if {"x", "y"} <= set(names):
+        x, y = [names.index("x")], [names.index("y")]
+    if len(x) != 1 or len(y) != 1 or x == y:
+        msg = (
+            f"The columns of the positions must tell x from y, found {list(positions.columns)}. Give an array with x and y in its "
+            "first two columns, or name one column 'x' and one 'y'."
+        )
+        raise ValueError(msg)
+    return positions.iloc[:, [x[0], y[0]]].to_numpy(dtype=float)
 
 
 def scaling(x: float, y: float | None = None) -> np.ndarray:

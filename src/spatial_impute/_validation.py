@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
 _MOST = 2**32 - 1  # largest seed of NumPy and torch
+_MAX_CHARACTERS = 80  # of a value in a message
 _MAX_SHOWN = 20  # names listed in a message; a table may have 20,000 genes
 
 
@@ -38,6 +39,20 @@ def require_key(key: str, available: Iterable[str], *, where: str, then: str | N
     shown = f"{names}" if len(names) <= _MAX_SHOWN else f"{names[:_MAX_SHOWN]} and {len(names) - _MAX_SHOWN} more"
     msg = f"{key!r} not found in `{where}`; available: {shown}.{did_you_mean(key, names)}"
     raise KeyError(f"{msg} {then}" if then else msg)
+
+
+def record_at(holder: Mapping[str, Any], *keys: str, where: str) -> Mapping[str, Any]:
+    """Record of this package below some keys; empty if there is none, and a ``ValueError`` if another object is in its place."""
+    found: Any = holder
+    for key in keys:
+        where, found = f"{where}[{key!r}]", found.get(key, {})
+        if not isinstance(found, Mapping):
+            msg = (
+                f"`{where}` must hold the record that this package writes, found {shown(found)[:_MAX_CHARACTERS]}. Take it from the "
+                "object as it was before, or delete it and run the function again that wrote it."
+            )
+            raise ValueError(msg)
+    return found
 
 
 def require_one_of(value: str, options: Collection[str], *, name: str) -> None:

@@ -396,8 +396,8 @@ def test_barcode_may_be_the_index_of_a_parquet_file(tmp_path, sample):
         ),
         ({"array_row": "array_col", "array_col": "array_row"}, "do not lie where a Visium array has them"),
         ({"in_tissue": "array_row", "array_row": "in_tissue"}, "column 'in_tissue' must hold 0 or 1"),
-        ({"barcode": "in_tissue", "in_tissue": "barcode"}, "6 columns and no header, the first like 1"),
-        ({"barcode": "array_row", "array_row": "barcode"}, "6 columns and no header, the first like 0"),
+        ({"barcode": "in_tissue", "in_tissue": "barcode"}, "6 columns and no header, the first like '1'"),
+        ({"barcode": "array_row", "array_row": "barcode"}, "6 columns and no header, the first like '0'"),
     ],
 )
 def test_columns_in_another_order_without_a_header_are_refused(change, message, tmp_path, sample):
@@ -488,6 +488,32 @@ def test_barcodes_may_have_lost_their_suffix(tmp_path, sample):
     path = sample(tmp_path / "a") / "spatial" / "tissue_positions_list.csv"
     path.write_text(path.read_text().replace("-1,", ","))
     assert si.pp.assemble_stack({"s": tmp_path / "a"}, section_spacing=10).tables["stack"].obs["measured"].all()
+
+
+@pytest.mark.parametrize("lost", [None, "positions", "counts", "parquet"])
+@pytest.mark.parametrize("header", [True, False])
+def test_barcodes_of_digits_keep_their_zeros(lost, header, tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None).set_axis(ORDER, axis=1)
+    names = [f"{i:04d}" for i in range(len(table))]
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        del file["matrix/barcodes"]
+        file["matrix/barcodes"] = np.array(
+            [name.lstrip("0") or "0" if lost == "counts" else name for name in names], "S"
+        )
+    table["barcode"] = range(len(names)) if lost in ("positions", "parquet") else names
+    if lost == "positions" and not header:
+        return  # numbers of rows
+    path.unlink()
+    if lost == "parquet":
+        table.to_parquet(path.with_name("tissue_positions.parquet"))
+    else:
+        table.to_csv(path.with_name("tissue_positions.csv"), header=header, index=False)
+    found = si.pp.assemble_stack({"s": folder}, section_spacing=10)
+    assert found.tables["stack"].obs["measured"].all()
+    if lost is None:
+        assert found.tables["s_counts"].obs_names.tolist() == names
 
 
 def test_folders_of_two_samples_and_of_cells_are_refused(tmp_path, sample):

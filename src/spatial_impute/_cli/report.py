@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record
+from spatial_impute._stack import load_record, uns_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +103,7 @@ def write_report(results: Results, output: Path) -> Path:
 def report_blocks(results: Results) -> list[Block]:
     """Content of the report: verdicts, genes, maps, the meaning of words, and then how the result was made."""
     table = results.sdata.tables[Keys.STACK_TABLE]
-    units = table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown units")
+    units = uns_record(table, Keys.NORMALIZATION).get("units", "unknown units")
     figures: dict[str, Block] = {name: ("figure", (name, text)) for name, text in results.figures.items()}
     sections = load_record(results.sdata).sections
     measured = [s.name for s in sections if table.obs[Keys.MEASURED][table.obs[Keys.SECTION] == s.name].any()]

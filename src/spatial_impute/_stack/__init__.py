@@ -26,6 +26,7 @@ from spatial_impute._stack.elements import (
 from spatial_impute._stack.record import (
     Section,
     StackRecord,
+    attrs_record,
     load_record,
     require_section_names,
     require_spatialdata,
@@ -65,6 +66,8 @@ from spatial_impute._stack.table import (
     registered_spots,
     section_ranks,
     stack_table,
+    target_sum_of,
+    uns_record,
     values_by_spot,
     write_slots,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spatial_impute._keys import Keys
-from spatial_impute._validation import name_list, require_key
+from spatial_impute._validation import name_list, record_at, require_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,6 +107,11 @@ def require_spatialdata(value: object) -> None:
         raise TypeError(msg)
 
 
+def attrs_record(sdata: SpatialData, *keys: str) -> Mapping[str, Any]:
+    """Record of this package in ``sdata.attrs``; empty if there is none."""
+    return record_at(sdata.attrs, Keys.ATTRS, *keys, where="sdata.attrs")
+
+
 def load_record(sdata: SpatialData) -> StackRecord:
     """Read the stack record, or raise a ``KeyError``. It lists the sections that the object holds."""
     require_spatialdata(sdata)
@@ -161,7 +166,7 @@ def _parsed(found: Any) -> StackRecord:
 def save_record(sdata: SpatialData, record: StackRecord) -> None:
     """Write the stack record and keep all other attrs."""
     # An object that is a part of another one shares its attrs: replace them, do not change them.
-    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.STACK: record.to_json()}
+    ours = {**attrs_record(sdata), Keys.STACK: record.to_json()}
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
 
 

@@ -14,7 +14,14 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, settings
 from spatial_impute._stack.record import load_record
 from spatial_impute._stack.state import require_current, warn_of_old_layer
-from spatial_impute._stack.table import dense_rows, measured_mask, registered_spots, section_ranks, stack_table
+from spatial_impute._stack.table import (
+    dense_rows,
+    measured_mask,
+    registered_spots,
+    section_ranks,
+    stack_table,
+    uns_record,
+)
 from spatial_impute._validation import require_finite, require_key
 from spatial_impute.models._spots import Spots
 
@@ -29,7 +36,7 @@ _MOVED = 1e-3  # of the bandwidth: lengths are kept as float32, a new registrati
 
 def units(table: AnnData) -> str:
     """Units of the expression."""
-    return str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "unknown"))
+    return str(uns_record(table, Keys.NORMALIZATION).get("units", "unknown"))
 
 
 def require_same_units(found: Iterable[str]) -> None:
@@ -114,7 +121,7 @@ def read_spots(
 
 def _field_um(table: AnnData) -> tuple[float, float]:
     """Edges of the regions and global fields of view; 0 if nothing says how large they are."""
-    sizes = table.uns.get(Keys.FEATURES, {}).get("field_um", {})
+    sizes = uns_record(table, Keys.FEATURES, "field_um")
     return float(sizes.get(Keys.X_REGION, 0.0)), float(sizes.get(Keys.X_GLOBAL, 0.0))
 
 
@@ -165,7 +172,7 @@ def _read_tokens(table: AnnData, section: np.ndarray, where: str) -> tuple[np.nd
 
 def _centred_features(table: AnnData, tokens: tuple[np.ndarray, ...]) -> np.ndarray:
     """(n, d) features of the fields of view that are centred on the spots; by default the first token of each level."""
-    which = table.uns.get(Keys.FEATURES, {}).get("field_tokens", {})
+    which = uns_record(table, Keys.FEATURES, "field_tokens")
     if Keys.FEATURES not in table.uns and any(t.shape[1] > 1 for t in tokens):
         logger.warning(
             "`uns[%r]` is missing, which says what the columns of the image features are, so only the first token of each level is "
@@ -196,7 +203,7 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
         msg = f"{where}.obsp[{Keys.connectivities(key)!r}] holds no edge. Run `si.tl.build_3d_graph(sdata)` again."
         raise ValueError(msg)
     weights.sort_indices()
-    bandwidth = float(table.uns[Keys.neighbors(key)]["params"]["bandwidth_um"])
+    bandwidth = float(uns_record(table, Keys.neighbors(key), "params")["bandwidth_um"])
     coo = weights.tocoo()
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
     length = np.linalg.norm(xyz[coo.row] - xyz[coo.col], axis=1) / bandwidth

@@ -8,7 +8,6 @@ objects without fingerprints are used as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,11 +18,11 @@ from spatial_impute._image.levels import image_fingerprint, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack.elements import element_affine, load_transform, moved_elements, rows_of_spots, spot_geometry
-from spatial_impute._stack.record import load_record
-from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks
+from spatial_impute._stack.record import attrs_record, load_record
+from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks, uns_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -103,8 +102,12 @@ def counts_state(table: AnnData, layer: str | None) -> str:
     matrix: Any = table.X if layer is None else table.layers[layer]
     ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
     sums = (np.round(np.asarray(matrix.sum(axis=axis), np.float64).ravel(), 3) for axis in (1, 0))
-    hashes = (pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64) for names in (ids, table.var_names))
-    return "".join(map(fingerprint, hashes, sums))
+    return "".join(map(fingerprint, map(_hashed, (ids, table.var_names)), sums))
+
+
+def _hashed(names: Any) -> np.ndarray:
+    """(n,) int64 hash of each name."""
+    return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
 def table_state(
@@ -114,11 +117,14 @@ def table_state(
     known = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
     xyz = np.round(np.asarray(table.obsm[Keys.SPATIAL_3D], float), _DIGITS)
     rank = pd.factorize(section_ranks(table, record.names), sort=True)[0]  # numbers of the sections that have rows
-    found = {
-        "layer": layer,
-        "positions": fingerprint(xyz, rank),
-        "measured": fingerprint(xyz[known], dense_rows(table.layers[layer], known)) if layer in table.layers else "",
-    }
+    found = {"layer": layer, "positions": fingerprint(xyz, rank), "measured": ""}
+    if layer in table.layers:
+        # With the names of the genes, in any order: names that are exchanged are another measurement.
+        order = np.argsort(np.asarray(table.var_names, dtype=str), kind="stable")
+        values = dense_rows(table.layers[layer], known)[:, order]
+        found["measured"] = fingerprint(xyz[known], values) + fingerprint(
+            np.arange(len(order)), _hashed(table.var_names[order])
+        )
     if features:
         found["features"] = spots_fingerprint(table, record, *(table.obsm[key] for key in Keys.LEVELS))
     if graph is not None:
@@ -142,10 +148,10 @@ def require_current(
 
 def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), *, graphs: Iterable[str] = ()) -> None:
     """Warn if layers or graphs of a stack table, or what they were made from, do not belong to the present data."""
-    if Keys.STACK not in sdata.attrs.get(Keys.ATTRS, {}):
+    if Keys.STACK not in attrs_record(sdata):
         return
     record = load_record(sdata)
-    states = {key: table.uns.get(key, {}).get(Keys.STATE, {}) for key in layers}
+    states = {key: uns_record(table, key, Keys.STATE) for key in layers}
     used = {*graphs, *(str(state["graph_key"]) for state in states.values() if "graph_key" in state)}
     features = any("features" in state for state in states.values())
     features |= any(_rep_of(table, key) in Keys.LEVELS for key in used)
@@ -158,8 +164,7 @@ def warn_if_old(sdata: SpatialData, table: AnnData, layers: Iterable[str] = (), 
 
 def warn_of_old_layer(sdata: SpatialData, record: StackRecord, table: AnnData, key: str) -> None:
     """Warn if a layer that is read as the measurement was made from other data than the present ones."""
-    if isinstance(origin := table.uns.get(key), Mapping):
-        warn(_layer_problems(sdata, record, table, key, origin.get(Keys.STATE, {})))
+    warn(_layer_problems(sdata, record, table, key, uns_record(table, key, Keys.STATE)))
 
 
 def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections: Iterable[str]) -> None:
@@ -167,7 +172,7 @@ def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections:
 
     It does if these spots were measured when it was imputed. If they were when its model was fitted, a warning is logged.
     """
-    origin = table.uns.get(key, {})
+    origin = uns_record(table, key)
     then, now = origin.get(Keys.MEASURED_IDS), measured_ids(table)
     if then is not None and dict(then) != now:
         changed = [name for name in sections if then.get(name, None) not in ("", now.get(name, ""))]
@@ -252,7 +257,7 @@ def _position_problems(record: StackRecord, table: AnnData, circles: Mapping[str
 
 def tissue_problems(sdata: SpatialData, record: StackRecord) -> Iterator[Problem]:
     """Images that changed after their tissue was segmented."""
-    recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.TISSUE, {})
+    recorded = attrs_record(sdata, Keys.TISSUE)
     names = [section.name for section in record.sections if Keys.tissue(section.name) in sdata.labels]
     for name in _changed(recorded, section_images(sdata, record, [n for n in names if n in recorded])):
         yield Problem(
@@ -336,8 +341,8 @@ def _feature_problems(
 ) -> Iterator[Problem]:
     """Images and spots that changed after the features were computed."""
     again = "Run `si.pp.extract_features(sdata)` again."
-    recorded = table.uns.get(Keys.FEATURES, {}).get(Keys.STATE)
-    if recorded is None:
+    recorded = uns_record(table, Keys.FEATURES, Keys.STATE)
+    if not recorded:
         return
     for name in _changed(recorded, section_images(sdata, record, circles)):
         yield Problem(f"The image of section {name!r} is not the one that its features were computed from. {again}")
@@ -356,8 +361,8 @@ def _feature_problems(
 
 def map_problems(sdata: SpatialData, key: str) -> Iterator[Problem]:
     """An image that changed after a dense map was predicted from it."""
-    entry = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(key, {})
-    recorded = entry.get(Keys.STATE, {}).get("image")
+    entry = attrs_record(sdata, Keys.DENSE, key)
+    recorded = attrs_record(sdata, Keys.DENSE, key, Keys.STATE).get("image")
     if recorded is not None and recorded != image_state(sdata, entry["image"], entry["coordinate_system"]):
         yield Problem(
             f"`sdata.images[{key!r}]` was predicted from another image than the present `sdata.images[{entry['image']!r}]`. "
@@ -375,14 +380,13 @@ def graph_state(table: AnnData, record: StackRecord, use_rep: str | None) -> dic
 
 def _rep_of(table: AnnData, key: str) -> str | None:
     """Features in ``obsm`` that a graph was built from."""
-    return str(table.uns.get(Keys.neighbors(key), {}).get("params", {}).get("use_rep", "")) or None
+    return str(uns_record(table, Keys.neighbors(key), "params").get("use_rep", "")) or None
 
 
 def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[Problem]:
     """Positions and features that changed after the graph was built."""
-    uns = table.uns.get(Keys.neighbors(key), {})
-    recorded = uns.get(Keys.STATE)
-    if recorded is None:
+    recorded = uns_record(table, Keys.neighbors(key), Keys.STATE)
+    if not recorded:
         return
     use_rep = _rep_of(table, key)
     if use_rep is not None and use_rep not in table.obsm:
@@ -404,9 +408,9 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
 
 def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
     """Counts that changed after they were normalised."""
-    uns = table.uns.get(Keys.NORMALIZATION, {})
-    recorded, layer = uns.get(Keys.STATE), str(uns.get("layer", "")) or None
-    if recorded is None:
+    recorded = uns_record(table, Keys.NORMALIZATION, Keys.STATE)
+    layer = str(uns_record(table, Keys.NORMALIZATION).get("layer", "")) or None
+    if not recorded:
         return
     now = {}
     for section in record.sections:

@@ -13,8 +13,8 @@ from spatialdata.models import TableModel
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack.elements import spot_geometry
-from spatial_impute._stack.record import require_spatialdata
-from spatial_impute._validation import require_finite, require_key
+from spatial_impute._stack.record import attrs_record, require_spatialdata
+from spatial_impute._validation import record_at, require_finite, require_key, require_positive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +40,19 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
     return table
 
 
+def uns_record(table: AnnData, *keys: str) -> Mapping[str, Any]:
+    """Record of this package in ``uns``; empty if there is none."""
+    return record_at(table.uns, *keys, where="uns")
+
+
+def target_sum_of(table: AnnData) -> float:
+    """Sum to which the counts of a spot were normalised, for computations on raw counts; 1e4 if nothing says it."""
+    found = uns_record(table, Keys.NORMALIZATION).get("target_sum", np.nan)
+    if isinstance(found, float) and np.isnan(found):
+        return 1e4
+    return require_positive(found, name=f"uns[{Keys.NORMALIZATION!r}]['target_sum']")
+
+
 def is_stack_table(table: AnnData) -> bool:
     """Return True for a table with the columns of a stack table, and without expression outside of its layer."""
     if not {Keys.SECTION, Keys.MEASURED, Keys.INSTANCE} <= set(table.obs):
@@ -49,7 +62,7 @@ def is_stack_table(table: AnnData) -> bool:
 
 def _require_known_sections(sdata: SpatialData, table: AnnData, where: str) -> None:
     """Raise a ``ValueError`` for rows of sections that the stack never had. One that was cut out of it is known."""
-    recorded = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.STACK, {}).get("sections", ())
+    recorded = attrs_record(sdata, Keys.STACK).get("sections", ())
     names = [section["name"] for section in recorded]
     unknown = sorted(set(table.obs[Keys.SECTION].dropna().astype(str)) - set(names)) if names else []
     if unknown:
@@ -234,7 +247,7 @@ def write_slots(table: AnnData, table_key: str, slots: Mapping[str, Mapping[str,
         for key, values in results.items():
             getattr(table, slot)[key] = values
             log_added(f"tables[{table_key!r}].{slot}[{key!r}]")
-    shown = table.uns.get(Keys.X_LAYER)
+    shown = str(table.uns.get(Keys.X_LAYER))
     if shown in slots.get("layers", {}):
         # A copy: scanpy changes X in place (`sc.pp.scale`), and the layer must stay as it is.
         table.X = table.layers[shown].copy()

@@ -20,7 +20,15 @@ from spatial_impute._scores import (
     summarise,
 )
 from spatial_impute._settings import logger
-from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
+from spatial_impute._stack import (
+    dense_rows,
+    measured_mask,
+    require_not_measured,
+    stack_table,
+    target_sum_of,
+    uns_record,
+    warn_if_old,
+)
 from spatial_impute._stack.spots import read_spots
 from spatial_impute._validation import (
     name_list,
@@ -203,7 +211,7 @@ def _layers_to_score(table: AnnData, layers: str | Sequence[str] | None, where: 
     keys = name_list(layers, name="layers")
     if layers is None:
         keys = [key for key in table.layers if key != Keys.MEASURED and not key.endswith(Keys.sd(""))]
-        keys = [key for key in keys if Keys.MATCHED_FROM not in table.uns.get(key, {})]  # measurements, too
+        keys = [key for key in keys if Keys.MATCHED_FROM not in uns_record(table, key)]  # measurements, too
     for key in keys:
         require_key(key, table.layers, where=where)
     if not keys:
@@ -302,14 +310,13 @@ def _ceilings(
         return {}
     require_key(layer, truth.layers, where="truth.layers")
     columns = truth.var_names.get_indexer(genes)
-    target_sum = float(table.uns.get(Keys.NORMALIZATION, {}).get("target_sum", np.nan))
     found = {}
     for name, part in parts.items():
         counts = dense_rows(truth[table.obs_names[part.rows]].layers[layer], np.ones(len(part.rows), bool))
         if not looks_like_counts(counts) or not np.isfinite(counts).all():
             msg = f"`truth.layers[{layer!r}]` must hold raw counts (whole numbers from 0), found other values."
             raise ValueError(msg)
-        found[name] = noise_ceiling(counts, columns, target_sum=target_sum if np.isfinite(target_sum) else 1e4)
+        found[name] = noise_ceiling(counts, columns, target_sum=target_sum_of(table))
     return found
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import values_by_spot
+from spatial_impute._stack import uns_record, values_by_spot
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import MISSING
 
@@ -156,7 +156,7 @@ def layer_values(table: AnnData, genes: Sequence[str], layer: str, *, table_key:
 
 def units_label(table: AnnData) -> str:
     """Units of the expression, broken into lines that fit beside a panel."""
-    return wrap_units(table.uns.get(Keys.NORMALIZATION, {}).get("units"))
+    return wrap_units(uns_record(table, Keys.NORMALIZATION).get("units"))
 
 
 def wrap_units(units: str | None) -> str:
@@ -214,7 +214,7 @@ def _palette(n: int) -> tuple[str, ...]:
 
 def gene_title(table: AnnData, gene: str, layer: str, separator: str = ", ") -> str:
     """Name of the gene, and its held-out correlation if the layer comes from the model that measured it."""
-    if "cross_validated_r" not in table.uns.get(layer, {}) or Keys.PREDICTABILITY not in table.var:
+    if "cross_validated_r" not in uns_record(table, layer) or Keys.PREDICTABILITY not in table.var:
         return gene
     r = table.var.loc[gene, Keys.PREDICTABILITY]
     return f"{gene}{separator}r = {r:.2f}" if np.isfinite(r) else f"{gene}{separator}r unknown"

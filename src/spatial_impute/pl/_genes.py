@@ -11,7 +11,15 @@ from matplotlib.colors import Normalize
 from spatial_impute._expression import looks_like_counts
 from spatial_impute._keys import Keys
 from spatial_impute._scores import noise_ceiling, pearson_by_gene
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
+from spatial_impute._stack import (
+    load_record,
+    registered_radius,
+    registered_spots,
+    stack_table,
+    target_sum_of,
+    uns_record,
+    warn_if_old,
+)
 from spatial_impute._validation import name_list, require_count, require_key
 from spatial_impute.pl._color import add_colorbar, color_limits, layer_values, resolve_cmap, units_label
 from spatial_impute.pl._figure import (
@@ -138,7 +146,7 @@ def gene_report(
     code = table.obs[Keys.SECTION].to_numpy()
     counted = table.obs[Keys.SECTION][known].value_counts()
     own = record[str(counted.index[0])]
-    expected = table.uns.get(layer, {}).get("measured") == "denoise"
+    expected = uns_record(table, layer).get("measured") == "denoise"
     rows = [np.flatnonzero(known & (code == own.name))] * 2
     heads = [f"{own.name}\nas measured", f"{own.name}, as expected\nfrom the other spots"]
     other = own
@@ -190,7 +198,7 @@ def _correlations(table: AnnData, gene: str, scores: pd.DataFrame | None) -> dic
 def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) -> float:
     """Noise ceiling of the gene on a section; NaN without its counts."""
     counts = None if section.counts is None else sdata.tables[section.counts]
-    layer = str(table.uns.get(Keys.NORMALIZATION, {}).get("layer", ""))
+    layer = str(uns_record(table, Keys.NORMALIZATION).get("layer", ""))
     matrix = None if counts is None else counts.layers.get(layer) if layer else counts.X
     if counts is None or matrix is None or gene not in counts.var_names:
         return float("nan")
@@ -199,10 +207,9 @@ def _ceiling(sdata: SpatialData, table: AnnData, section: Section, gene: str) ->
     total = np.ravel(matrix.sum(axis=1)).astype(float)
     if not looks_like_counts(own) or not (total > 0).all():
         return float("nan")
-    target_sum = float(table.uns.get(Keys.NORMALIZATION, {}).get("target_sum", np.nan))
     # All other genes are one column: the sum of halves of counts is a half of their sum.
     pair = np.column_stack([own, total - own])
-    return float(noise_ceiling(pair, np.array([0]), target_sum=target_sum if np.isfinite(target_sum) else 1e4)[0])
+    return float(noise_ceiling(pair, np.array([0]), target_sum=target_sum_of(table))[0])
 
 
 def _verdict(table: AnnData, gene: str) -> str:

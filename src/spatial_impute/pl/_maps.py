@@ -12,6 +12,7 @@ from spatial_impute._geometry import box_after
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack import (
+    attrs_record,
     element_affine,
     load_record,
     map_problems,
@@ -19,6 +20,7 @@ from spatial_impute._stack import (
     registered_radius,
     registered_spots,
     stack_table,
+    uns_record,
     warn_if_old,
 )
 from spatial_impute._validation import name_list, require_key, require_positive
@@ -249,7 +251,7 @@ def _rows_by_gene(
         rows = []
         for name, found in values.items():
             label = gene_title(table, gene, name, "\n") + ("" if len(layers) == 1 else f"\n{name}")
-            kept = name == Keys.MEASURED or table.uns.get(name, {}).get("measured", "keep") == "keep"
+            kept = name == Keys.MEASURED or uns_record(table, name).get("measured", "keep") == "keep"
             rows.append(_Row(label, found[:, k], norm, resolve_cmap(cmap), units_label(table), kept))
         by_gene.append(rows)
     return by_gene
@@ -342,7 +344,7 @@ def dense(
     for gene in genes:
         require_key(gene, element.coords["c"].to_numpy().tolist(), where=f"channels of sdata.images[{map_key!r}]")
     # Empty for a map of another tool.
-    entry = sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {}).get(map_key, {})
+    entry = attrs_record(sdata, Keys.DENSE, map_key)
     if coordinate_system is None:  # a registration adds the common frame
         coordinate_system = entry.get("coordinate_system")
     coordinate_system = _choose_system(element, coordinate_system, f"sdata.images[{map_key!r}]")

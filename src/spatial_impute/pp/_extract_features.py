@@ -14,7 +14,7 @@ from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
-from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
+from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table, uns_record
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 from spatial_impute.encoders._tokens import (
     FIELD_TOKENS,
@@ -360,7 +360,7 @@ def _cache_key(run: _Extraction, encoder: Encoder, view: _SectionView, stain_map
 
 def _tokens_in_table(table: AnnData, rows: np.ndarray, name: str, key: str) -> dict[str, np.ndarray] | None:
     """Features of a section that the table already holds under this key, or None."""
-    before = table.uns.get(Keys.FEATURES, {}).get("sections", {})
+    before = uns_record(table, Keys.FEATURES, "sections")
     if not key or before.get(name) != key or not all(level in table.obsm for level in Keys.LEVELS):
         return None
     logger.info("Section %s: features kept, encoder, image and spots are the same", name)

@@ -178,7 +178,7 @@ def _joined_spots(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
         )
         raise ValueError(msg)
     if not counts.obs_names.isin(positions.index).any():
-        positions, counts = _without_suffix(positions, counts)
+        positions, counts = _plain_barcodes(positions, counts)
     known = counts.obs_names.isin(positions.index)
     if not known.any():
         msg = (
@@ -200,9 +200,10 @@ def _joined_spots(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     return positions[positions[Keys.IN_TISSUE] | positions.index.isin(counts.obs_names)], counts
 
 
-def _without_suffix(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
-    """Barcodes without the "-1" of Space Ranger, which other programs drop, if they are unique then."""
-    names, spots = (index.str.replace(r"-\d+$", "", regex=True) for index in (counts.obs_names, positions.index))
+def _plain_barcodes(positions: pd.DataFrame, counts: AnnData) -> tuple[pd.DataFrame, AnnData]:
+    """Barcodes without "-1" at the end and zeros in front, which other programs drop, if they are unique then."""
+    plain = r"^0+(?=\d)|-\d+$"
+    names, spots = (index.str.replace(plain, "", regex=True) for index in (counts.obs_names, positions.index))
     if not names.is_unique or not spots.is_unique:
         return positions, counts
     counts = counts.copy()

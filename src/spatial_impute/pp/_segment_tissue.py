@@ -10,7 +10,15 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import load_record, plane_affine, resolve_sections, section_images, section_levels, to_frames
+from spatial_impute._stack import (
+    attrs_record,
+    load_record,
+    plane_affine,
+    resolve_sections,
+    section_images,
+    section_levels,
+    to_frames,
+)
 from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:
@@ -71,7 +79,7 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
             )
             raise ValueError(msg)
         found[name] = (mask, to_um, _outline(mask, to_um, to_frames(record, name, Identity())))
-    ours = sdata.attrs.get(Keys.ATTRS, {})
+    ours = attrs_record(sdata)
     images = {**ours.get(Keys.TISSUE, {}), **section_images(sdata, record, found)}
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: {**ours, Keys.TISSUE: images}}
     for name, (mask, to_um, outline) in found.items():

@@ -293,15 +293,24 @@ def _read_positions_csv(path: Path) -> pd.DataFrame:
     separator = max(",;\t", key=head.count)
     # Where semicolons part the cells, a comma is the decimal point of many countries.
     options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
-    named = bool(set(COLUMNS) & {field.strip().strip('"') for field in head.split(separator)})
+    fields = [field.strip().strip('"') for field in head.split(separator)]
+    named = bool(set(COLUMNS) & set(fields))
+    # Barcodes may be digits, with zeros in front.
+    options["dtype"] = {fields.index(COLUMNS[0]) if COLUMNS[0] in fields else 0: str}
     table = pd.read_csv(io.StringIO(text), header=0 if named else None, **options)
-    if not named and (table.shape[1] != len(COLUMNS) or table[0].dtype.kind in "iuf"):
+    if not named and (table.shape[1] != len(COLUMNS) or _are_no_barcodes(table[0])):
         msg = (
             f"{path} has {table.shape[1]} columns and no header, the first like {table[0].tolist()[0]!r}; expected the "
             f"{len(COLUMNS)} columns {COLUMNS}."
         )
         raise ValueError(msg)
     return table.rename(columns=str.strip) if named else table.set_axis(COLUMNS, axis=1)
+
+
+def _are_no_barcodes(names: pd.Series) -> bool:
+    """Return True for numbers of rows, and for places and flags that are repeated: it is another column."""
+    digits = names.astype(str).str.isdigit().all()
+    return bool(digits and (names.duplicated().any() or (names == names.index.astype(str)).all()))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, stack_table, warn_of_old_layer, write_slots
+from spatial_impute._stack import load_record, stack_table, uns_record, warn_of_old_layer, write_slots
 from spatial_impute._validation import name_list, require_key, require_one_of, require_slot_key, require_unique
 from spatial_impute.tl._provenance import measured_hash
 
@@ -236,7 +236,7 @@ def _require_values(name: str, kind: str, values: np.ndarray, known: np.ndarray)
 
 def _require_independent(name: str, table: AnnData, values: np.ndarray, spots: Spots) -> None:
     """Raise a ``ValueError`` if a layer that was declared independent holds the measurement of this stack."""
-    origin = table.uns.get(name, {})
+    origin = uns_record(table, name)
     not_zero = spots.expression != 0  # zeros may be predicted by chance
     same = np.isclose(values[spots.known], spots.expression, rtol=1e-5)[not_zero].mean() if not_zero.any() else 0.0
     if any(origin.get(Keys.MEASURED_IDS, {}).values()):
@@ -271,7 +271,7 @@ def require_same_folds(table: AnnData, spots: Spots, params: AsignParams, *, see
     folds = spatial_folds(spots, n_folds=n_folds, block_spacings=block_spacings, seed=seed)
     expected = np.argmax(np.stack(folds)[:, spots.known], axis=0)
     for name in held_out:
-        column, record = Keys.fold(name), table.uns.get(name, {})
+        column, record = Keys.fold(name), uns_record(table, name)
         if column not in table.obs or "measured" not in record:
             msg = (
                 f"Nothing says how measured spots were held out from `layers[{name!r}]` (no `obs[{column!r}]`). If its "

@@ -11,7 +11,7 @@ from spatialdata.transformations import get_transformation
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
-from spatial_impute._stack import image_state, map_problems, raise_or_warn, require_element_key
+from spatial_impute._stack import attrs_record, image_state, map_problems, raise_or_warn, require_element_key
 from spatial_impute._validation import require_count, require_device, require_key, require_model, require_one_of
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance
@@ -180,7 +180,7 @@ def predict_dense(
         "tissue_only": job.tissue is not None,
     }
     # In `sdata.attrs`, because attributes of elements are not written to disk. A part of an object shares its attrs.
-    ours = {**sdata.attrs.get(Keys.ATTRS, {}), Keys.DENSE: {**dense_maps(sdata), key: entry}}
+    ours = {**attrs_record(sdata), Keys.DENSE: {**dense_maps(sdata), key: entry}}
     sdata.attrs = {**sdata.attrs, Keys.ATTRS: ours}
     log_added(f"attrs[{Keys.ATTRS!r}][{Keys.DENSE!r}][{key!r}]")
     return None

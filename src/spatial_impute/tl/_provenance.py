@@ -19,6 +19,7 @@ from spatial_impute._stack import (
     section_image,
     spots_fingerprint,
     table_state,
+    uns_record,
     write_slots,
 )
 from spatial_impute._stack.spots import units
@@ -109,13 +110,13 @@ def pixnet_provenance(model: PixNetModel, image_key: str) -> dict[str, Any]:
 
 def encoder_name(table: AnnData) -> str:
     """Encoder of the image features."""
-    return str(table.uns.get(Keys.FEATURES, {}).get("encoder", "unknown"))
+    return str(uns_record(table, Keys.FEATURES).get("encoder", "unknown"))
 
 
 def feature_settings(table: AnnData) -> dict[str, Any]:
     """Settings of the image features that a model depends on, besides the encoder."""
-    found = table.uns.get(Keys.FEATURES, {})
-    field = {key: float(um) for key, um in found.get("field_um", {}).items()}
+    found = uns_record(table, Keys.FEATURES)
+    field = {key: float(um) for key, um in uns_record(table, Keys.FEATURES, "field_um").items()}
     return {
         "mpp": f"{found.get('mpp', float('nan')):.6g}",  # NaN for features of other tools
         "stain_normalization": str(found.get("stain_normalization", "")),

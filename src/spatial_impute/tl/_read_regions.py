@@ -16,12 +16,14 @@ from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
+    attrs_record,
     element_affine,
     fingerprint,
     image_state,
     load_record,
     measurement_problems,
     require_spatialdata,
+    uns_record,
     warn,
 )
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
@@ -97,12 +99,12 @@ def find_frame(
 
 def stack_sections(sdata: SpatialData) -> tuple[Section, ...]:
     """Sections of the stack; none for an object that is not a stack."""
-    return load_record(sdata).sections if Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}) else ()
+    return load_record(sdata).sections if Keys.STACK in attrs_record(sdata) else ()
 
 
 def dense_maps(sdata: SpatialData) -> dict[str, Any]:
     """Records of the dense maps that :func:`~spatial_impute.tl.predict_dense` wrote to this object."""
-    return sdata.attrs.get(Keys.ATTRS, {}).get(Keys.DENSE, {})
+    return attrs_record(sdata, Keys.DENSE)
 
 
 def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]:
@@ -195,7 +197,7 @@ def read_measured(
     table, where = sdata.tables[key], f"sdata.tables[{key!r}]"
     is_stack = Keys.MEASURED in table.obs and key == Keys.STACK_TABLE
     layer = Keys.MEASURED if is_stack and choice.layer is None else choice.layer
-    if is_stack and layer == Keys.MEASURED and Keys.STACK in sdata.attrs.get(Keys.ATTRS, {}):
+    if is_stack and layer == Keys.MEASURED and Keys.STACK in attrs_record(sdata):
         warn(measurement_problems(sdata, load_record(sdata), table))
     if layer is not None:
         then = "Write it with `si.pp.select_genes(sdata)`." if is_stack else None
@@ -276,7 +278,7 @@ def _to_units(values: Any, table: AnnData, where: str, choice: ExpressionChoice)
             'take a loss for counts (`model_params={"loss": "poisson"}`).'
         )
         raise ValueError(msg)
-    return values, str(table.uns.get(Keys.NORMALIZATION, {}).get("units", "as given"))
+    return values, str(uns_record(table, Keys.NORMALIZATION).get("units", "as given"))
 
 
 def slide_state(
