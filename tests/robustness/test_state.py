@@ -507,3 +507,74 @@ def test_a_damaged_record_of_the_stack_is_named(pristine, edit):
     sdata.attrs["spatial_impute"] = attrs
     with pytest.raises(ValueError, match=r"The record of the stack in `.*` was damaged.* assemble the stack again"):
         si.tl.impute_baseline(sdata, "kernel")
+
+
+def replaced(value, *keys):
+    """Edit that puts something else in the place of a record below `keys`."""
+
+    def edit(found):
+        for key in keys[:-1]:
+            found = found[key]
+        found[keys[-1]] = value
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def with_result(pristine):
+    sdata = copy.deepcopy(pristine[0])
+    for call in PREPARE.values():
+        call(sdata, 0)
+    si.tl.impute_baseline(sdata, "ridge", key_added="result")
+    return sdata
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("normalization",),
+        ("normalization", "state"),
+        ("features",),
+        ("features", "state"),
+        ("features", "field_um"),
+        ("features", "field_um", "X_region"),
+        ("spatial_3d_neighbors",),
+        ("spatial_3d_neighbors", "params"),
+        ("spatial_3d_neighbors", "params", "bandwidth_um"),
+        ("result",),
+        ("result", "state"),
+        ("result", "measured_spots"),
+    ],
+)
+@pytest.mark.parametrize("value", ["text", None, 3j, ["a"]])
+def test_a_record_that_was_replaced_is_named(with_result, pristine, keys, value):
+    sdata = copy.deepcopy(with_result)
+    replaced(value, *keys)(sdata.tables["stack"].uns)
+    with pytest.raises(ValueError, match=rf"uns\['{keys[0]}'\].*(must hold the record|must be a positive number)"):  # noqa: PT012
+        si.metrics.evaluate(sdata, pristine[1], layers=["result"])
+        for method in ("ridge", "propagation"):
+            si.tl.impute_baseline(sdata, method)
+
+
+@pytest.mark.parametrize("keys", [("dense",), ("tissue",), ("stack", "registration", "state")])
+def test_a_record_in_attrs_that_was_replaced_is_named(with_result, keys):
+    sdata = copy.deepcopy(with_result)
+    ours = copy.deepcopy(sdata.attrs["spatial_impute"])
+    replaced("text", *keys)(ours)
+    sdata.attrs["spatial_impute"] = ours
+    with pytest.raises(ValueError, match="must hold the record that this package writes, found str 'text'"):  # noqa: PT012
+        si.tl.impute_baseline(sdata, "ridge")
+        si.pl.dense(sdata, "s0_image", "g", show=False)
+
+
+def test_exchanged_names_of_genes_are_noticed_and_another_order_is_not(with_result, pristine):
+    sdata = copy.deepcopy(with_result)
+    table = sdata.tables["stack"]
+    sdata.tables["stack"] = table[:, table.var_names[::-1]].copy()
+    assert listen(lambda: si.metrics.evaluate(sdata, pristine[1], layers=["result"]))[1] == []
+    names = table.var_names.to_numpy().copy()
+    names[:2] = names[1::-1]
+    table.var_names = names
+    sdata.tables["stack"] = table
+    said = listen(lambda: si.metrics.evaluate(sdata, pristine[1], layers=["result"]))[1]
+    assert ["imputed from other measured expression or names of genes" in text for text in said] == [True]

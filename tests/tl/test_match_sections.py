@@ -57,7 +57,7 @@ def test_a_match_of_an_earlier_measurement_is_reported(stack, caplog, monkeypatc
     sdata.tables["stack"].layers["measured"] *= 2
     si.tl.impute_baseline(sdata, "mean", layer="matched")
     assert (
-        "`layers['matched']` was matched from other measured expression than the table has now. Match it again."
+        "`layers['matched']` was matched from other measured expression or names of genes than the table has now. Match it again."
         in caplog.text
     )
 

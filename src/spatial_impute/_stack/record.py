@@ -156,7 +156,10 @@ def _parsed(found: Any) -> StackRecord:
     registration = found["registration"]
     if registration is not None:
         _ = registration["coordinate_system"]
+        for part in ("images", "spots"):
+            record_at(registration, Keys.STATE, part, where="registration")
         for name, row in registration["sections"].items():
+            _ = row["route"]
             if np.asarray(row["matrix"], dtype=float).shape != (3, 3):
                 msg = f"the matrix of section {name!r} is {row['matrix']!r}"
                 raise ValueError(msg)

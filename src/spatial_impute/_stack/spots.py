@@ -22,7 +22,7 @@ from spatial_impute._stack.table import (
     stack_table,
     uns_record,
 )
-from spatial_impute._validation import require_finite, require_key
+from spatial_impute._validation import require_finite, require_key, require_positive
 from spatial_impute.models._spots import Spots
 
 if TYPE_CHECKING:
@@ -122,7 +122,11 @@ def read_spots(
 def _field_um(table: AnnData) -> tuple[float, float]:
     """Edges of the regions and global fields of view; 0 if nothing says how large they are."""
     sizes = uns_record(table, Keys.FEATURES, "field_um")
-    return float(sizes.get(Keys.X_REGION, 0.0)), float(sizes.get(Keys.X_GLOBAL, 0.0))
+    region, whole = (
+        require_positive(sizes[key], name=f"uns[{Keys.FEATURES!r}]['field_um'][{key!r}]") if key in sizes else 0.0
+        for key in (Keys.X_REGION, Keys.X_GLOBAL)
+    )
+    return region, whole
 
 
 def _image_profile(table: AnnData) -> np.ndarray:
@@ -203,7 +207,10 @@ def _read_graph(table: AnnData, section: np.ndarray, key: str, where: str) -> tu
         msg = f"{where}.obsp[{Keys.connectivities(key)!r}] holds no edge. Run `si.tl.build_3d_graph(sdata)` again."
         raise ValueError(msg)
     weights.sort_indices()
-    bandwidth = float(uns_record(table, Keys.neighbors(key), "params")["bandwidth_um"])
+    bandwidth = require_positive(
+        uns_record(table, Keys.neighbors(key), "params").get("bandwidth_um"),
+        name=f"{where}.uns[{Keys.neighbors(key)!r}]['params']['bandwidth_um']",
+    )
     coo = weights.tocoo()
     xyz = np.asarray(table.obsm[Keys.SPATIAL_3D], dtype=np.float64)
     length = np.linalg.norm(xyz[coo.row] - xyz[coo.col], axis=1) / bandwidth

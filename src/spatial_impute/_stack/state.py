@@ -37,7 +37,7 @@ _REGISTER = "Run `si.tl.register_stack(sdata)` again."
 SLOT_WORDS = {
     "positions": "registered positions",
     "spots": "positions of spots",
-    "measured": "measured expression",
+    "measured": "measured expression or names of genes",
     "features": "image features",
     "graph": "3D graph",
     "bases": "base layers",
@@ -173,8 +173,8 @@ def require_not_measured(sdata: SpatialData, table: AnnData, key: str, sections:
     It does if these spots were measured when it was imputed. If they were when its model was fitted, a warning is logged.
     """
     origin = uns_record(table, key)
-    then, now = origin.get(Keys.MEASURED_IDS), measured_ids(table)
-    if then is not None and dict(then) != now:
+    then, now = uns_record(table, key, Keys.MEASURED_IDS), measured_ids(table)
+    if Keys.MEASURED_IDS in origin and dict(then) != now:
         changed = [name for name in sections if then.get(name, None) not in ("", now.get(name, ""))]
         if changed:
             msg = (
@@ -392,6 +392,7 @@ def _graph_problems(table: AnnData, record: StackRecord, key: str) -> Iterator[P
     if use_rep is not None and use_rep not in table.obsm:
         return  # the reader of the features says so
     now = graph_state(table, record, use_rep)
+    recorded = {**now, **recorded}  # what is not recorded is not compared
     call = "build_3d_graph(sdata)" if key == Keys.SPATIAL_3D else f"build_3d_graph(sdata, key_added={key!r})"
     again = f"After a change of spots, places or features run `si.tl.{call}` again."
     if now["n_spots"] != recorded["n_spots"]:
@@ -434,9 +435,11 @@ def _layer_problems(
     lost += [graph] if graph is not None and Keys.connectivities(graph) not in table.obsp else []
     if Keys.SPATIAL_3D not in table.obsm or not state or lost:
         return
-    now = table_state(table, record, layer=str(state["layer"]), features="features" in state, graph=graph)
+    now = table_state(
+        table, record, layer=str(state.get("layer", Keys.MEASURED)), features="features" in state, graph=graph
+    )
     if "bases" in state:
-        bases = [table.layers[str(name)] for name in table.uns[key]["base_layers"] if name in table.layers]
+        bases = [table.layers[str(name)] for name in uns_record(table, key, "base_layers") if name in table.layers]
         now["bases"] = spots_fingerprint(table, record, *bases) if bases else ""
     changed = [
         SLOT_WORDS[name] for name, found in now.items() if name in SLOT_WORDS and found != state.get(name, found)

@@ -26,6 +26,7 @@ from spatial_impute._stack import (
     uns_record,
     warn,
 )
+from spatial_impute._stack.state import SLOT_WORDS
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -325,5 +326,5 @@ def warn_of_changed_slides(sdata: SpatialData, model: PixNetModel) -> None:
                 "The model was fitted on %r and %r before their %s changed. Fit it again with `si.tl.fit_pixnet`.",
                 entry["image"],
                 entry["shapes"],
-                ", ".join(changed),
+                ", ".join(SLOT_WORDS.get(key, key) for key in changed),
             )
