@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import geopandas as gpd
@@ -11,7 +12,7 @@ import pytest
 import spatialdata as sd
 import torch
 from shapely.geometry import MultiPolygon, Point, Polygon
-from spatialdata.models import ShapesModel
+from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import get_transformation
 from torch.nn import functional as F
 
@@ -154,6 +155,49 @@ def test_interrupted_write_shows_nothing_and_is_taken_up(stored, small_pixnet, m
     monkeypatch.setattr(DenseJob, "compute", lambda self, tile: rest.append(tile) or compute(self, tile))
     si.tl.predict_dense(sdata, "s0_image", small_pixnet, tile_size=64, store=store)
     assert not set(calls) & set(rest)
+    assert same_with_nan(sd.read_zarr(store).images[KEY].compute(), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tiles_of_an_image_that_was_corrected_are_not_kept(stored, small_pixnet, monkeypatch, whole):
+    sdata, store = stored
+    compute, calls = DenseJob.compute, []
+
+    def failing(self, tile):
+        if len(calls) == 3 and not whole:
+            raise KeyboardInterrupt
+        calls.append(tile)
+        return compute(self, tile)
+
+    def predict(**options):
+        si.tl.predict_dense(
+            sdata,
+            "s0_image",
+            small_pixnet,
+            tile_size=64,
+            store=store,
+            tissue_only=False,
+            show_progress_bar=False,
+            **options,
+        )
+
+    monkeypatch.setattr(DenseJob, "compute", failing)
+    with contextlib.suppress(KeyboardInterrupt):
+        predict()
+    monkeypatch.setattr(DenseJob, "compute", compute)
+    image = sdata.images["s0_image"]
+    pixels = image.data.compute() if hasattr(image.data, "compute") else np.array(image.data)
+    turned = np.concatenate([pixels[:, :32, :32][:, ::-1], pixels[:, :32, 32:64]], axis=2)  # the same colors elsewhere
+    pixels[:, :32, :64] = turned
+    pixels[:, 0, 0] += 1
+    sdata.images["s0_image"] = Image2DModel.parse(
+        pixels, dims=("c", "y", "x"), transformations=get_transformation(image, get_all=True)
+    )
+    expected = tile_of(sdata, small_pixnet, tissue_only=False).compute()
+    if whole:
+        with pytest.raises(ValueError, match="Pass another `key_added`, or `overwrite=True`"):
+            predict()
+    predict(overwrite=True)
     assert same_with_nan(sd.read_zarr(store).images[KEY].compute(), expected)
 
 

@@ -125,6 +125,7 @@ def predict_dense(
     --------
     See :func:`~spatial_impute.tl.predict_regions`.
     """
+    from spatial_impute._image.levels import image_fingerprint
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute._io.stores import DenseStore, as_element
     from spatial_impute.models.pixnet._model import PixNetModel
@@ -157,7 +158,9 @@ def predict_dense(
         wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(slide.image.from_um), slide.tiling))
     network = model.network.with_genes(index).to(device)
     network.precision = precision
-    job = DenseJob(network, slide, output_dtype, features, overview if tissue_only else None, wanted)
+    job = DenseJob(
+        network, slide, output_dtype, features, overview if tissue_only else None, wanted, image_fingerprint(levels)
+    )
     if inplace:
         require_element_key(sdata, key, kind="images", ours=dense_maps(sdata))
     if store is None:

@@ -356,6 +356,7 @@ class DenseJob:
     features: bool  # Store the features, from which the head computes the genes, instead of the genes
     tissue: SlideOverview | None  # Cells outside the tissue are NaN; None computes all cells
     wanted: frozenset[tuple[int, int]]  # Tiles to compute; the others are NaN
+    image: str  # Fingerprint of the image at all its resolutions
 
     @property
     def n_channels(self) -> int:
@@ -415,14 +416,9 @@ class DenseJob:
         for key, value in self.network.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        image, stain = self.slide.image, self.slide.stain
-        level = image.level
-        y, x = (n // 2 for n in image.shape)
-        # A window in the middle is quick to read, and enough to distinguish slides.
-        sample = image.window(y - 32, y + 32, x - 32, x + 32)
+        stain = self.slide.stain
         record = {
-            "image": [list(level.shape), level.to_um.tolist(), str(level.data.dtype), list(image.shape)],
-            "sample": hashlib.sha256(sample.tobytes()).hexdigest(),
+            "image": [self.image, list(self.slide.image.shape)],
             "stain": [list(stain.background), list(stain.factor)],
             "tiling": [self.tiling.core, self.tiling.halo, self.tiling.stride],
             "dtype": self.dtype,
