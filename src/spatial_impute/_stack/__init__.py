@@ -3,6 +3,7 @@
 from spatial_impute._stack.elements import (
     are_circles,
     as_circles,
+    brightfield_levels,
     displacement_elements,
     element_affine,
     element_frames,
@@ -35,8 +36,6 @@ from spatial_impute._stack.record import (
 )
 from spatial_impute._stack.state import (
     changed_images,
-    counts_state,
-    fingerprint,
     from_images,
     graph_state,
     image_state,
@@ -58,13 +57,16 @@ from spatial_impute._stack.state import (
 )
 from spatial_impute._stack.table import (
     build_stack_table,
+    counts_state,
     dense_rows,
+    fingerprint,
     is_stack_table,
     measured_ids,
     measured_mask,
     measured_sections,
     registered_spots,
     section_ranks,
+    spot_names,
     stack_table,
     target_sum_of,
     uns_record,

@@ -16,7 +16,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation
 from spatialdata.transformations import Sequence as SequenceOfTransformations
 
-from spatial_impute._geometry import anisotropy, apply_affine, linear_scale
+from spatial_impute._geometry import anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.brightfield import rgb_order
 from spatial_impute._image.levels import Level, image_levels
 from spatial_impute._keys import Keys
@@ -69,10 +69,23 @@ def _require_frame(element: object, name: str, where: str) -> None:
 
 def section_levels(sdata: SpatialData, section: Section) -> list[Level]:
     """Resolutions of the image of a section, finest first, with their maps to um."""
-    require_key(section.image, sdata.images, where="sdata.images")
-    element = sdata.images[section.image]
-    _require_frame(element, section.name, f"sdata.images[{section.image!r}]")
-    return image_levels(element, element_affine(element, section.name))
+    return brightfield_levels(sdata, section.image, section.name)
+
+
+def brightfield_levels(sdata: SpatialData, image_key: str, coordinate_system: str, um: float = 1.0) -> list[Level]:
+    """Resolutions of an H&E image, finest first, with their maps to um; `um` is the unit of the coordinate system.
+
+    Channels are red, green and blue by their names; a ``ValueError`` if these are names of dyes.
+    """
+    require_key(image_key, sdata.images, where="sdata.images")
+    element, where = sdata.images[image_key], f"sdata.images[{image_key!r}]"
+    _require_frame(element, coordinate_system, where)
+    try:
+        ordered = in_rgb_order(element)
+    except ValueError as error:
+        msg = f"`{where}`: {error}"
+        raise ValueError(msg) from error
+    return image_levels(ordered, scaling(um) @ element_affine(element, coordinate_system))
 
 
 def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:
@@ -337,19 +350,19 @@ def spots_by_section(
     for section in record.sections:
         if section.spots is not None:
             centers, radius, index = spot_geometry(sdata, section)
-            rows = rows_of_spots(table, section, index)
+            rows = rows_of_spots(table, section.name, index)
             known = rows >= 0
             yield section, centers[known], radius[known], rows[known]
 
 
-def rows_of_spots(table: AnnData, section: Section, index: pd.Index) -> np.ndarray:
+def rows_of_spots(table: AnnData, section: str, index: pd.Index) -> np.ndarray:
     """(n,) row of each spot of a section in the stack table, joined by instance id; -1 for spots that it lacks."""
-    rows = np.flatnonzero(np.asarray(table.obs[Keys.SECTION]) == section.name)
+    rows = np.flatnonzero(np.asarray(table.obs[Keys.SECTION]) == section)
     ids = pd.Index(np.asarray(table.obs[Keys.INSTANCE])[rows]).astype(str)
     if ids.has_duplicates:
         msg = (
-            f"`obs[{Keys.INSTANCE!r}]` joins the rows of section {section.name!r} with the spots of `sdata.shapes[{section.spots!r}]`, "
-            f"so each id must stand once; {ids[ids.duplicated()][0]!r} stands more often. Restore the column, or take the repeated rows out."
+            f"`obs[{Keys.INSTANCE!r}]` joins the rows of section {section!r} with its spots and counts, so each id must stand once; "
+            f"{ids[ids.duplicated()][0]!r} stands more often. Restore the column, or take the repeated rows out."
         )
         raise ValueError(msg)
     return np.append(rows, -1)[ids.get_indexer(index.astype(str))]

@@ -14,12 +14,26 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._image.levels import image_fingerprint, image_levels
+from spatial_impute._image.levels import image_fingerprint
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack.elements import element_affine, load_transform, moved_elements, rows_of_spots, spot_geometry
+from spatial_impute._stack.elements import (
+    brightfield_levels,
+    load_transform,
+    moved_elements,
+    rows_of_spots,
+    spot_geometry,
+)
 from spatial_impute._stack.record import attrs_record, load_record
-from spatial_impute._stack.table import dense_rows, measured_ids, section_ranks, uns_record
+from spatial_impute._stack.table import (
+    counts_state,
+    dense_rows,
+    fingerprint,
+    hashed,
+    measured_ids,
+    section_ranks,
+    uns_record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -31,8 +45,6 @@ if TYPE_CHECKING:
 
 _DIGITS = 6  # of a position in um
 _MOVED = 1e-3  # um; rounding of a store or of another machine is far below
-_VALUES = 2**21  # hashed at a time: 16 MB
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: a small difference changes many bits
 _REGISTER = "Run `si.tl.register_stack(sdata)` again."
 SLOT_WORDS = {
     "positions": "registered positions",
@@ -51,24 +63,6 @@ class Problem(NamedTuple):
     wrong: bool = True  # The result would be wrong, not only old
 
 
-def fingerprint(*arrays: Any) -> str:
-    """Short hash of arrays of equally many rows, taken together; the same in any order of the rows."""
-    n = len(arrays[0])
-    total, rng = n, np.random.default_rng(0)
-    weights = [rng.integers(0, 2**63, int(np.prod(a.shape[1:])), dtype=np.uint64) * 2 + 1 for a in arrays]
-    n_rows = max(1, _VALUES // max(1, *(len(weight) for weight in weights)))
-    for start in range(0, n, n_rows):
-        mixed = np.zeros(min(n_rows, n - start), np.uint64)
-        for array, weight in zip(arrays, weights, strict=True):
-            part = np.ascontiguousarray(array[start : start + n_rows]).reshape(len(mixed), -1)
-            part = part + part.dtype.type(0) if part.dtype.kind == "f" else part.astype(np.int64)  # no -0.0
-            words = part.view(f"u{part.dtype.itemsize}").astype(np.uint64, copy=False)
-            mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX + np.einsum("ij,j->i", words, weight)
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX
-        total += int((mixed ^ (mixed >> np.uint64(32))).sum(dtype=np.uint64))
-    return f"{total % 2**64:016x}"
-
-
 def spots_fingerprint(table: AnnData, record: StackRecord, *arrays: Any) -> str:
     """Short hash of arrays with a row per spot of the table, each row together with the place of its spot.
 
@@ -83,8 +77,7 @@ def image_state(sdata: SpatialData, image_key: str, coordinate_system: str) -> s
     """Fingerprint of an image and of its place in a coordinate system; empty if it is not there."""
     if image_key not in sdata.images:
         return ""
-    element = sdata.images[image_key]
-    return image_fingerprint(image_levels(element, element_affine(element, coordinate_system)))
+    return image_fingerprint(brightfield_levels(sdata, image_key, coordinate_system))
 
 
 def section_image(sdata: SpatialData, section: Section) -> str:
@@ -95,19 +88,6 @@ def section_image(sdata: SpatialData, section: Section) -> str:
 def section_images(sdata: SpatialData, record: StackRecord, names: Iterable[str] | None = None) -> dict[str, str]:
     """Fingerprints of the images of sections, of all by default."""
     return {name: section_image(sdata, record[name]) for name in (record.names if names is None else names)}
-
-
-def counts_state(table: AnnData, layer: str | None) -> str:
-    """Fingerprint of a table of counts: the sums of its rows and columns, each with its name."""
-    matrix: Any = table.X if layer is None else table.layers[layer]
-    ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
-    sums = (np.round(np.asarray(matrix.sum(axis=axis), np.float64).ravel(), 3) for axis in (1, 0))
-    return "".join(map(fingerprint, map(_hashed, (ids, table.var_names)), sums))
-
-
-def _hashed(names: Any) -> np.ndarray:
-    """(n,) int64 hash of each name."""
-    return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
 def table_state(
@@ -123,7 +103,7 @@ def table_state(
         order = np.argsort(np.asarray(table.var_names, dtype=str), kind="stable")
         values = dense_rows(table.layers[layer], known)[:, order]
         found["measured"] = fingerprint(xyz[known], values) + fingerprint(
-            np.arange(len(order)), _hashed(table.var_names[order])
+            np.arange(len(order)), hashed(table.var_names[order])
         )
     if features:
         found["features"] = spots_fingerprint(table, record, *(table.obsm[key] for key in Keys.LEVELS))
@@ -229,7 +209,7 @@ def _circles(sdata: SpatialData, record: StackRecord, table: AnnData) -> dict[st
     for section in record.sections:
         if section.spots in sdata.shapes and Keys.INSTANCE in table.obs:
             centers, radius, index = spot_geometry(sdata, section)
-            rows = rows_of_spots(table, section, index)
+            rows = rows_of_spots(table, section.name, index)
             found[section.name] = centers[rows >= 0], 2 * float(np.median(radius)), rows[rows >= 0]
     return found
 

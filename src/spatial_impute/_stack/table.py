@@ -24,19 +24,26 @@ if TYPE_CHECKING:
     from spatial_impute._stack.record import Section, StackRecord
 
 
+_VALUES = 2**21  # hashed at a time: 16 MB
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: a small difference changes many bits
+
+
 def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnData:
     """Stack table; an error without it or its columns, or if names are not unique or a row is of an unknown section."""
     require_spatialdata(sdata)
     require_key(table_key, sdata.tables, where="sdata.tables", then="Lay spots with `si.pp.tile_spots(sdata)`.")
     table = sdata.tables[table_key]
     where = f"sdata.tables[{table_key!r}]"
-    for column in (Keys.SECTION, Keys.MEASURED):
-        require_key(column, table.obs, where=f"{where}.obs", then="Make the table with `si.pp.assemble_stack({...})`.")
+    for slot, keys in {"obs": (Keys.SECTION, Keys.INSTANCE, Keys.MEASURED, Keys.Z), "obsm": (Keys.SPATIAL,)}.items():
+        for key in keys:
+            then = "Make the table with `si.pp.assemble_stack({...})`."
+            require_key(key, getattr(table, slot), where=f"{where}.{slot}", then=then)
     for slot, names in {"obs_names": table.obs_names, "var_names": table.var_names}.items():
         if not names.is_unique:
             msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
             raise ValueError(msg)
     _require_known_sections(sdata, table, where)
+    _require_own_names(table, where)
     return table
 
 
@@ -73,6 +80,25 @@ def _require_known_sections(sdata: SpatialData, table: AnnData, where: str) -> N
         raise ValueError(msg)
 
 
+def spot_names(table: AnnData) -> pd.Index:
+    """Names of the spots by section and id, which the rows should have."""
+    return pd.Index(table.obs[Keys.SECTION].astype(str) + "_" + table.obs[Keys.INSTANCE].astype(str))
+
+
+def _require_own_names(table: AnnData, where: str) -> None:
+    """Raise a ``ValueError`` if a row has the name of another spot: some joins go by names, others by ids."""
+    names = spot_names(table)
+    other = table.obs_names.get_indexer(names)
+    wrong = np.flatnonzero((other >= 0) & (other != np.arange(table.n_obs)))
+    if len(wrong):
+        msg = (
+            f"Row {wrong[0]} of `{where}` is named {table.obs_names[wrong[0]]!r}, but by `obs[{Keys.SECTION!r}]` and "
+            f"`obs[{Keys.INSTANCE!r}]` it is the spot {names[wrong[0]]!r}, the name of another row ({len(wrong)} such rows). Restore "
+            "the names or these columns, so that names are '{section}_{id}'."
+        )
+        raise ValueError(msg)
+
+
 def measured_ids(table: AnnData) -> dict[str, str]:
     """Hash of the names of the measured spots of each section, to compare two states of a table; empty without any."""
     measured = table.obs[Keys.MEASURED].to_numpy(dtype=bool)
@@ -105,6 +131,37 @@ def section_ranks(table: AnnData, names: Sequence[str]) -> np.ndarray:
         )
         raise ValueError(msg)
     return column.cat.codes.to_numpy().astype(np.int64)
+
+
+def fingerprint(*arrays: Any) -> str:
+    """Short hash of arrays of equally many rows, taken together; the same in any order of the rows."""
+    n = len(arrays[0])
+    total, rng = n, np.random.default_rng(0)
+    weights = [rng.integers(0, 2**63, int(np.prod(a.shape[1:])), dtype=np.uint64) * 2 + 1 for a in arrays]
+    n_rows = max(1, _VALUES // max(1, *(len(weight) for weight in weights)))
+    for start in range(0, n, n_rows):
+        mixed = np.zeros(min(n_rows, n - start), np.uint64)
+        for array, weight in zip(arrays, weights, strict=True):
+            part = np.ascontiguousarray(array[start : start + n_rows]).reshape(len(mixed), -1)
+            part = part + part.dtype.type(0) if part.dtype.kind == "f" else part.astype(np.int64)  # no -0.0
+            words = part.view(f"u{part.dtype.itemsize}").astype(np.uint64, copy=False)
+            mixed = (mixed ^ (mixed >> np.uint64(31))) * _MIX + np.einsum("ij,j->i", words, weight)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * _MIX
+        total += int((mixed ^ (mixed >> np.uint64(32))).sum(dtype=np.uint64))
+    return f"{total % 2**64:016x}"
+
+
+def counts_state(table: AnnData, layer: str | None) -> str:
+    """Fingerprint of a table of counts: the sums of its rows and columns, each with its name."""
+    matrix: Any = table.X if layer is None else table.layers[layer]
+    ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
+    sums = (np.round(np.asarray(matrix.sum(axis=axis), np.float64).ravel(), 3) for axis in (1, 0))
+    return "".join(map(fingerprint, map(hashed, (ids, table.var_names)), sums))
+
+
+def hashed(names: Any) -> np.ndarray:
+    """(n,) int64 hash of each name."""
+    return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
 def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:

@@ -159,7 +159,7 @@ def evaluate(
     columns = table.var_names.get_indexer(genes)
     parts = {name: _read_truth(table, truth, genes, name, measured) for name in names}
     ceilings = _ceilings(table, truth, genes, parts, counts_layer)
-    profile = np.nanmean(np.asarray(table.layers[Keys.MEASURED][measured], dtype=float), axis=0)[columns]
+    profile = np.nanmean(dense_rows(table.layers[Keys.MEASURED], measured), axis=0)[columns]
     for key in keys:
         require_not_measured(sdata, table, key, names)
     warn_if_old(sdata, table, keys)

@@ -9,10 +9,11 @@ import numpy as np
 from spatialdata.transformations import get_transformation
 
 from spatial_impute._geometry import box_after
-from spatial_impute._image.levels import best_level, image_levels, to_rgb
+from spatial_impute._image.levels import best_level, to_rgb
 from spatial_impute._keys import Keys
 from spatial_impute._stack import (
     attrs_record,
+    brightfield_levels,
     element_affine,
     load_record,
     map_problems,
@@ -366,7 +367,7 @@ def dense(
         )
         raise ValueError(msg)
     values = values.astype(np.float32)
-    levels = image_levels(sdata.images[image_key], element_affine(sdata.images[image_key], coordinate_system))
+    levels = brightfield_levels(sdata, image_key, coordinate_system)
     level = best_level(levels, max(x1 - x0, y1 - y0) / _PIXELS)
 
     axes = make_panels(

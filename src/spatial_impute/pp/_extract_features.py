@@ -14,7 +14,16 @@ from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
-from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table, uns_record
+from spatial_impute._stack import (
+    load_record,
+    rows_of_spots,
+    section_images,
+    section_levels,
+    spot_geometry,
+    spot_names,
+    stack_table,
+    uns_record,
+)
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 from spatial_impute.encoders._tokens import (
     FIELD_TOKENS,
@@ -292,11 +301,11 @@ def fields_layout(region_scale: float, global_scale: float) -> Layout:
 
 
 def rows_of_sections(table: AnnData, index: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rows of the stack table for the spots of each section; joined by name, since rows may have any order."""
-    rows = {name: table.obs_names.get_indexer([f"{name}_{i}" for i in instances]) for name, instances in index.items()}
+    """Rows of the stack table for the spots of each section; joined by id, since rows may have any order."""
+    rows = {name: rows_of_spots(table, name, instances) for name, instances in index.items()}
     if any((found < 0).any() for found in rows.values()) or sum(map(len, rows.values())) != table.n_obs:
-        spots = {f"{name}_{i}" for name, instances in index.items() for i in instances}
-        without_row, without_spot = spots.difference(table.obs_names), set(table.obs_names).difference(spots)
+        spots, there = {f"{name}_{i}" for name, instances in index.items() for i in instances}, set(spot_names(table))
+        without_row, without_spot = spots - there, there - spots
         msg = (
             f"`sdata.tables['stack']` and the spots differ: {len(without_row)} spots have no row (e.g. "
             f"{sorted(without_row)[:2]}), {len(without_spot)} rows no spot (e.g. {sorted(without_spot)[:2]}). Remove "

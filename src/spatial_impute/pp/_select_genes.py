@@ -25,7 +25,7 @@ from spatial_impute._expression import (
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import counts_state, load_record, measured_sections, stack_table
+from spatial_impute._stack import counts_state, load_record, measured_sections, rows_of_spots, stack_table
 from spatial_impute._validation import (
     did_you_mean,
     name_list,
@@ -317,8 +317,14 @@ class _Measured:
 
 
 def _at_spots(table: AnnData, section: str, counts: _Counts, values: np.ndarray | sparse.csr_matrix) -> _Measured:
-    row_of = table.obs_names.get_indexer([f"{section}_{i}" for i in counts.table.obs[Keys.INSTANCE]])
+    row_of = rows_of_spots(table, section, pd.Index(counts.table.obs[Keys.INSTANCE]))
     present = row_of >= 0
+    if not present.any():
+        msg = (
+            f"No row of `sdata.tables[{Keys.STACK_TABLE!r}]` is a spot of `{counts.name}`, whose spots are like "
+            f"{str(counts.table.obs[Keys.INSTANCE].iloc[0])!r}. Restore `obs[{Keys.INSTANCE!r}]`, or delete `{counts.name}`."
+        )
+        raise ValueError(msg)
     rows, xy = row_of[present], np.asarray(table.obsm[Keys.SPATIAL], dtype=float)
     return _Measured(rows, values if present.all() else values[present], xy[rows], counts.totals[present])
 

@@ -183,7 +183,7 @@ def section_spots(
     found = []
     for section in load_record(sdata).sections:
         if section.spots is not None:
-            rows = rows_of_spots(table, section, sdata.shapes[section.spots].index)
+            rows = rows_of_spots(table, section.name, sdata.shapes[section.spots].index)
             pair = Pair(sdata, section.image, section.spots, table_key)
             found.append(SectionSpots(pair, layer, np.where(rows >= 0, first + rows, -1)))
     return found

@@ -12,11 +12,11 @@ from spatialdata.transformations import get_transformation
 
 from spatial_impute._expression import log_normalize, looks_like_counts, require_amounts
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
-from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack import (
     attrs_record,
+    brightfield_levels,
     element_affine,
     fingerprint,
     image_state,
@@ -110,8 +110,7 @@ def dense_maps(sdata: SpatialData) -> dict[str, Any]:
 
 def read_levels(sdata: SpatialData, image_key: str, frame: Frame) -> list[Level]:
     """Resolutions of an image, finest first, with their maps to um; a ``ValueError`` for impossibly small pixels."""
-    element = sdata.images[image_key]
-    levels = image_levels(element, scaling(frame.um) @ element_affine(element, frame.name))
+    levels = brightfield_levels(sdata, image_key, frame.name, frame.um)
     if not levels[0].pixel_size >= _FINEST:
         msg = (
             f"A pixel of `sdata.images[{image_key!r}]` has {levels[0].pixel_size:g} um in {frame.name!r}, less than "

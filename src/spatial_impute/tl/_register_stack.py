@@ -31,7 +31,7 @@ from spatial_impute._registration import (
     section_errors,
 )
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack import load_record, section_levels, stack_table
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -197,6 +197,8 @@ def register_stack(
     3
     """
     record = load_record(sdata)
+    if Keys.STACK_TABLE in sdata.tables:
+        stack_table(sdata)
     reference = record.reference if reference is None else reference
     require_key(reference, record.names, where="the stack's sections", then="Choose one of them with `reference=`.")
     require_one_of(method, {"rigid", "affine", "syn", "auto"}, name="method")
