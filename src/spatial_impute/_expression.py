@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ GENE_COLUMNS = (
 )
 """Columns of ``var`` that say what a gene is."""
 _IDS = GENE_COLUMNS[:-1]
+_MITOCHONDRIAL = re.compile(r"mt-", re.IGNORECASE)
+_RIBOSOMAL = re.compile(r"rp[sl](a$|p?\d+(?![k\d]))", re.IGNORECASE)
 # Of some thousand spots: arrays that stay in the cache, and that the allocator keeps for the next ones.
 _GENES_AT_A_TIME = 1024
 _LARGEST_LOG = 25.0  # log2 of a million is 20
@@ -99,6 +103,21 @@ def require_unique_genes(table: AnnData, where: str) -> dict[str, str]:
     renamed = dict(zip(ids[repeated], table.var_names[repeated].astype(str), strict=True))
     table.var_names = np.where(repeated, ids, table.var_names)
     return renamed
+
+
+def marked_genes(genes: list[str]) -> pd.DataFrame:
+    """Table of genes that marks those of the mitochondrion and those of proteins of the ribosome.
+
+    Examples
+    --------
+    >>> marked_genes(["MT-CO1", "mt-Nd1", "MTOR"])["mt"].tolist()
+    [True, True, False]
+    >>> marked_genes(["RPL13A", "Rps4x", "RPLP0", "RPSA", "RPS6KA1", "MRPL12"])["ribo"].tolist()
+    [True, True, True, True, False, False]
+    """
+    names = pd.Index(genes, dtype=str)
+    marks = {Keys.MITOCHONDRIAL: names.str.match(_MITOCHONDRIAL), Keys.RIBOSOMAL: names.str.match(_RIBOSOMAL)}
+    return pd.DataFrame(marks, index=names)
 
 
 def genes_only(table: AnnData, where: str) -> AnnData:

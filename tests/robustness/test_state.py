@@ -578,3 +578,97 @@ def test_exchanged_names_of_genes_are_noticed_and_another_order_is_not(with_resu
     sdata.tables["stack"] = table
     said = listen(lambda: si.metrics.evaluate(sdata, pristine[1], layers=["result"]))[1]
     assert ["imputed from other measured expression or names of genes" in text for text in said] == [True]
+
+
+def test_measured_values_that_do_not_come_from_the_counts_are_reported(with_result):
+    def said(edit):
+        sdata = copy.deepcopy(with_result)
+        edit(sdata.tables["stack"])
+        return ["holds other values than" in text for text in listen(lambda: si.tl.impute_baseline(sdata, "kernel"))[1]]
+
+    def twice(table):
+        table.layers["measured"] = np.log1p(table.layers["measured"])
+
+    def exchanged(table):
+        table.var_names = [table.var_names[1], table.var_names[0], *table.var_names[2:]]
+
+    def hidden(table):
+        table.obs["measured"] &= np.arange(table.n_obs) % 3 > 0
+        table.layers["measured"] = table.layers["measured"].astype(np.float16)
+
+    assert [said(twice), said(exchanged), said(hidden)] == [[True], [True], []]
+
+
+def test_exchanged_names_of_rows_are_refused_and_new_ones_are_not(with_result):
+    sdata = copy.deepcopy(with_result)
+    table = sdata.tables["stack"]
+    names = table.obs_names.to_numpy().copy()
+    table.obs_names = [f"mine-{name}" for name in names]
+    before = np.asarray(table.layers["measured"]).copy()
+    select(sdata, 0)
+    np.testing.assert_array_equal(sdata.tables["stack"].layers["measured"], before)
+    features(sdata, 1)
+    names[:2] = names[1::-1]
+    sdata.tables["stack"].obs_names = names
+    for call in PREPARE.values():
+        with pytest.raises(ValueError, match=r"is named 's0_1', but by .* it is the spot 's0_0'.*Restore the names"):
+            call(sdata, 0)
+
+
+def test_a_section_without_rows_of_its_counts_is_named(with_result):
+    sdata = copy.deepcopy(with_result)
+    obs = sdata.tables["stack"].obs
+    obs["instance_id"] = "x" + obs["instance_id"].astype(str)
+    with pytest.raises(ValueError, match=r"is a spot of `sdata.tables\['s1_counts'\]`"):
+        select(sdata, 0)
+
+
+@pytest.mark.parametrize("slot", ["obsm", "obs"])
+def test_columns_that_the_stack_needs_are_named(with_result, pristine, slot):
+    sdata = copy.deepcopy(with_result)
+    del getattr(sdata.tables["stack"], slot)["spatial" if slot == "obsm" else "z"]
+    for call in (lambda: register(sdata, 0), lambda: select(sdata, 0), lambda: si.metrics.evaluate(sdata, pristine[1])):
+        with pytest.raises(KeyError, match=rf"not found in `sdata.tables\['stack'\].{slot}`"):
+            call()
+
+
+def test_channels_are_read_by_their_names(with_result, pixnet):
+    sdata = copy.deepcopy(with_result)
+    expected = si.tl.predict_regions(sdata, "s0_spots", pixnet, inplace=False).X
+    image = sdata.images["s0_image"]
+    frames = get_transformation(image, get_all=True)
+    turned = np.ascontiguousarray(np.asarray(image.data)[::-1])
+
+    def put(names):
+        sdata.images["s0_image"] = Image2DModel.parse(
+            turned, dims=("c", "y", "x"), c_coords=names, transformations=frames
+        )
+
+    put(["b", "g", "r"])
+    np.testing.assert_array_equal(si.tl.predict_regions(sdata, "s0_spots", pixnet, inplace=False).X, expected)
+    assert listen(lambda: si.tl.impute_baseline(sdata, "ridge"))[1] == []
+    put(["r", "g", "b"])
+    assert "image of section 's0' is not the one" in listen(lambda: si.tl.impute_baseline(sdata, "ridge"))[1][0]
+    put(["DAPI", "CD3", "CD8"])
+    with pytest.raises(ValueError, match=r"sdata.images\['s0_image'\].*fluorescence"):
+        si.tl.predict_regions(sdata, "s0_spots", pixnet, inplace=False)
+
+
+def test_an_image_without_a_place_in_its_section_is_named(with_result):
+    from spatialdata.transformations import remove_transformation
+
+    sdata = copy.deepcopy(with_result)
+    remove_transformation(sdata.images["s0_image"], "s0")
+    with pytest.raises(KeyError, match=r"'s0' not found in `coordinate systems of sdata.images\['s0_image'\]`"):
+        si.tl.impute_baseline(sdata, "ridge")
+
+
+def test_layers_may_be_sparse(with_result, pristine):
+    from scipy import sparse
+
+    sdata = copy.deepcopy(with_result)
+    expected = si.metrics.evaluate(sdata, pristine[1], layers=["result"])
+    layers = sdata.tables["stack"].layers
+    for name in ("measured", "result"):
+        layers[name] = sparse.csr_matrix(layers[name])
+    pd.testing.assert_frame_equal(si.metrics.evaluate(sdata, pristine[1], layers=["result"]), expected)

@@ -66,7 +66,7 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
     if not hasattr(element, "children"):
         array = cast("DataArray", element)
         return [Level(array, to_um, *_full(array))]
-    arrays = [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
+    arrays = scales_of(element)
     height, width = arrays[0].sizes["y"], arrays[0].sizes["x"]
     levels = []
     full = _full(arrays[-1])
@@ -77,6 +77,12 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
             factor_x = factor_y = float(round(factor_x))
         levels.append(Level(array, to_um @ scaling(factor_x, factor_y), *full))
     return levels
+
+
+def scales_of(element: DataTree) -> list[DataArray]:
+    """Arrays of a multi-scale image, finest first whatever their order."""
+    arrays = [next(iter(child.ds.data_vars.values())) for child in element.children.values()]
+    return sorted(arrays, key=lambda array: -array.sizes["x"])
 
 
 def _full(array: DataArray) -> tuple[float, float]:

@@ -29,9 +29,11 @@ from spatial_impute._stack.table import (
     counts_state,
     dense_rows,
     fingerprint,
+    fits_counts,
     hashed,
     measured_ids,
     section_ranks,
+    target_sum_of,
     uns_record,
 )
 
@@ -398,12 +400,21 @@ def measurement_problems(sdata: SpatialData, record: StackRecord, table: AnnData
         counts = sdata.tables.get(str(section.counts))
         if counts is not None and (counts.X is not None if layer is None else layer in counts.layers):
             now[section.name] = counts_state(counts, layer)
-    for name in _changed(recorded, now):
+    changed, units = _changed(recorded, now), str(uns_record(table, Keys.NORMALIZATION).get("units", ""))
+    for name in changed:
         yield Problem(
             f"`sdata.tables[{record[name].counts!r}]` is not the one that `layers[{Keys.MEASURED!r}]` was made from. Run "
             "`si.pp.select_genes(sdata)` again to use its present counts.",
             wrong=False,
         )
+    target_sum = target_sum_of(table) if "log1p" in units else None
+    for name in (name for name in now if name not in changed):
+        if not fits_counts(table, name, sdata.tables[str(record[name].counts)], layer, target_sum):
+            yield Problem(
+                f"`layers[{Keys.MEASURED!r}]` holds other values than `sdata.tables[{record[name].counts!r}]` gives for these genes and "
+                "spots; it is used as it is. If it was not changed on purpose, run `si.pp.select_genes(sdata)` again.",
+                wrong=False,
+            )
 
 
 def _layer_problems(

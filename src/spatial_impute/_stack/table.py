@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _VALUES = 2**21  # hashed at a time: 16 MB
+_COMPARED, _ROUNDED = 32, 0.01  # spots that are compared with their counts; half precision is below
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: a small difference changes many bits
 
 
@@ -155,7 +156,7 @@ def counts_state(table: AnnData, layer: str | None) -> str:
     """Fingerprint of a table of counts: the sums of its rows and columns, each with its name."""
     matrix: Any = table.X if layer is None else table.layers[layer]
     ids = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].astype(str)
-    sums = (np.round(np.asarray(matrix.sum(axis=axis), np.float64).ravel(), 3) for axis in (1, 0))
+    sums = (np.round(np.asarray(matrix.sum(axis=axis, dtype=np.float64)).ravel(), 3) for axis in (1, 0))
     return "".join(map(fingerprint, map(hashed, (ids, table.var_names)), sums))
 
 
@@ -164,9 +165,26 @@ def hashed(names: Any) -> np.ndarray:
     return pd.util.hash_array(np.asarray(names, dtype=object)).view(np.int64)
 
 
-def dense_rows(matrix: Any, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a dense, sparse or lazy matrix, as float64."""
-    values = matrix[np.flatnonzero(rows)]
+def fits_counts(table: AnnData, section: str, counts: AnnData, layer: str | None, target_sum: float | None) -> bool:
+    """Return False if some measured spots of a section have other values than `layer` of the counts gives for them."""
+    ids = pd.Index(counts.obs[counts.uns["spatialdata_attrs"]["instance_key"]].astype(str))
+    genes = counts.var_names.get_indexer(table.var_names) if counts.var_names.is_unique else np.zeros(0)
+    if Keys.MEASURED not in table.layers or not (genes >= 0).any() or not ids.is_unique:
+        return True
+    rows = np.flatnonzero(((table.obs[Keys.SECTION] == section) & table.obs[Keys.MEASURED]).to_numpy(bool))
+    at = ids.get_indexer(table.obs[Keys.INSTANCE].astype(str).iloc[rows])
+    joined = np.flatnonzero(at >= 0)
+    joined = joined[:: max(1, len(joined) // _COMPARED)]  # spread over the section
+    rows, at = rows[joined], at[joined]
+    raw = dense_rows((counts.X if layer is None else counts.layers[layer])[at])
+    expected = raw if target_sum is None else np.log1p(raw / raw.sum(axis=1, keepdims=True) * target_sum)
+    found = dense_rows(table.layers[Keys.MEASURED][rows])
+    return np.allclose(found[:, genes >= 0], expected[:, genes[genes >= 0]], rtol=_ROUNDED, atol=_ROUNDED)
+
+
+def dense_rows(matrix: Any, rows: np.ndarray | None = None) -> np.ndarray:
+    """Some rows of a dense, sparse or lazy matrix, all by default, as float64."""
+    values = matrix if rows is None else matrix[np.flatnonzero(rows)]
     values = values.compute() if hasattr(values, "compute") else values
     return np.asarray(values.toarray() if hasattr(values, "toarray") else values, dtype=np.float64)
 

@@ -275,14 +275,14 @@ def _read_truth(table: AnnData, truth: AnnData, genes: list[str], section: str, 
 def _read_layer(
     table: AnnData, key: str, columns: np.ndarray, parts: dict[str, _Part], where: str, *, profile: np.ndarray
 ) -> _Layer:
-    values = np.asarray(table.layers[key], dtype=float)[:, columns]
+    values = dense_rows(table.layers[key])[:, columns]
     missing = np.isnan(values).all(axis=0)
     if missing.any() and not missing.all():
         logger.warning(
             "%d of %d genes of layer %r are NaN; they count as the mean profile", missing.sum(), len(missing), key
         )
         values = np.where(missing, profile, values)
-    sd = np.asarray(table.layers[Keys.sd(key)], dtype=float)[:, columns] if Keys.sd(key) in table.layers else None
+    sd = dense_rows(table.layers[Keys.sd(key)])[:, columns] if Keys.sd(key) in table.layers else None
     for name, part in parts.items():
         require_finite(values[part.rows], name=f"{where}[{key!r}]", row_names=table.obs_names[part.rows])
         _require_prediction(values[part.rows], part.true, f"`{where}[{key!r}]`", name)

@@ -17,7 +17,7 @@ from spatialdata.transformations import Scale, Sequence, get_transformation, set
 
 from spatial_impute._expression import genes_only, require_unique_genes
 from spatial_impute._geometry import linear_scale
-from spatial_impute._image.levels import pixel_edges
+from spatial_impute._image.levels import pixel_edges, scales_of
 from spatial_impute._image.reading import open_image, open_slide
 from spatial_impute._io.files import how_to_unpack
 from spatial_impute._io.stores import is_zarr, zarr_attributes
@@ -36,12 +36,11 @@ from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import (
     SCALEFACTORS,
     find_spaceranger,
-    mpp_from_pitch,
     read_legacy,
     read_spaceranger,
     warn_of_other_pixels,
 )
-from spatial_impute.pp._spots import checked_column
+from spatial_impute.pp._spots import checked_column, mpp_from_pitch
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -189,8 +188,7 @@ def _is_anndata_file(value: object) -> bool:
 def _array_levels(name: str, value: Any) -> list[Any]:
     """(c, y, x) arrays of an image given as array, DataArray or DataTree; finest first."""
     if hasattr(value, "children") and hasattr(value, "to_dict"):
-        scales = [next(iter(child.ds.data_vars.values())) for child in value.children.values()]
-        return [level for scale in scales for level in _array_levels(name, scale)]
+        return [level for scale in scales_of(value) for level in _array_levels(name, scale)]
     if np.ma.is_masked(value):
         msg = (
             f"Section {name!r}: {np.ma.count_masked(value)} values of its array are masked. Fill them, with glass: "

@@ -15,22 +15,29 @@ import pandas as pd
 from anndata import AnnData
 from scipy import io, sparse
 
-from spatial_impute._geometry import lattice_of, linear_scale, scaling, xy_of
+from spatial_impute._geometry import scaling, xy_of
 from spatial_impute._image.levels import SAME_SIZE, image_levels, read_thumbnail
 from spatial_impute._image.reading import ImageFile, open_image
 from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, free_names, image_element, section_object
+from spatial_impute._stack import free_names, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
-from spatial_impute.pp._spots import AS_IT_IS, COLUMNS, checked_positions, compare_pictures, read_positions
+from spatial_impute.pp._spots import (
+    AS_IT_IS,
+    COLUMNS,
+    XY,
+    checked_positions,
+    compare_pictures,
+    fit_lattice,
+    mpp_from_pitch,
+    read_positions,
+)
 
 if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 SCALEFACTORS = "scalefactors_json.json"
-_XY = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
 _COUNTS = ("*filtered_feature_bc_matrix.h5", "*raw_feature_bc_matrix.h5")
 _COUNT_FOLDERS = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
 _CELLS = "segmented_outputs"
@@ -117,6 +124,9 @@ def read_legacy(
     # CELLxGENE writes a flag beside the library.
     given: Any = getattr(table.uns.get(Keys.SPATIAL), "items", list)()
     libraries = {str(key): part for key, part in given if isinstance(part, Mapping)}
+    if "library_id" in table.obs and len(own := set(table.obs["library_id"].astype(str))) == 1:
+        # A part of a table of several samples keeps the images of all.
+        libraries = {key: part for key, part in libraries.items() if key in own} or libraries
     faults = [f"no obs[{column!r}]" for column in COLUMNS[2:4] if column not in table.obs]
     faults += ["no obsm['spatial']"] if Keys.SPATIAL not in table.obsm else []
     if len(libraries) != 1:
@@ -157,7 +167,7 @@ def _sample_object(sample: _Sample, fullres_image: str | Path | np.ndarray | Non
             mpp, source = _mpp_of_array(sample.where, positions), "spot pitch"
             radius = _factor(sample, "spot_diameter_fullres") / 2
             _require_spot_size(sample.where, 2 * radius * mpp)
-        image, centers, ids = _read_image(sample, fullres_image, mpp), positions[_XY].to_numpy(float), positions.index
+        image, centers, ids = _read_image(sample, fullres_image, mpp), positions[XY].to_numpy(float), positions.index
         sdata = section_object("sample", image, centers=centers, radius=radius, ids=list(ids), table=counts)
     return sdata, mpp, source
 
@@ -180,6 +190,13 @@ def _joined_spots(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     if not counts.obs_names.isin(positions.index).any():
         positions, counts = _plain_barcodes(positions, counts)
     known = counts.obs_names.isin(positions.index)
+    samples = sorted(set(counts.obs_names.str.extract(r"-(\d+)$", expand=False).dropna()))
+    if len(samples) > 1 and not known.all():
+        msg = (
+            f"{sample.where}: the barcodes of the counts end in -{', -'.join(samples)}, so they are those of {len(samples)} "
+            "samples, as `spaceranger aggr` joins them, and the positions are those of one. Give the counts of each sample by itself."
+        )
+        raise ValueError(msg)
     if not known.any():
         msg = (
             f"{sample.where}: counts and positions share no barcode ({sample.counts.obs_names[0]!r} and "
@@ -253,40 +270,25 @@ def _read_mtx(folder: Path) -> AnnData:
     )
 
 
-@dataclass(frozen=True)
-class _Lattice:
-    """Affine map from the array of spots (um) to pixels, by least squares."""
-
-    mpp: float  # um per pixel
-    stretch: float  # of one direction against the other
-    off: float  # um, median distance of the spots from the lattice
-    mirrored: bool
-
-
-def _fit_lattice(positions: pd.DataFrame, column_step: float, row_step: float) -> _Lattice | None:
-    """Lattice of spots whose columns and rows lie so many um apart; None for spots in one line."""
-    place = positions[["array_col", "array_row"]].to_numpy(float) * [column_step, row_step]
-    pixels = positions[_XY].to_numpy(float)
-    place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
-    if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
-        return None
-    matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
-    mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
-    off = float(np.median(np.linalg.norm(pixels - place @ matrix, axis=1))) * mpp
-    return _Lattice(mpp, float(np.linalg.cond(matrix)), off, bool(np.linalg.det(matrix) < 0))
-
-
 def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
     """Micrometres per pixel from the known lattice of a Visium array."""
-    lattice = _fit_lattice(positions, _COLUMN_STEP, _ROW_STEP)
+    lattice = fit_lattice(positions, _COLUMN_STEP, _ROW_STEP)
     if lattice is None:
         msg = f"{where}: {len(positions)} spots in one line give no pixel size; pass `mpp=` (um per full-resolution pixel)."
         raise ValueError(msg)
-    if lattice.stretch > SAME_SIZE or lattice.off > _LATTICE_TOLERANCE:
+    off = float(np.median(lattice.off))
+    if lattice.stretch > SAME_SIZE or off > _LATTICE_TOLERANCE:
         msg = (
             f"{where}: the spots do not lie where a Visium array has them: pixels per um differ {lattice.stretch:.2f} times "
-            f"between its directions, and spots lie {lattice.off:.0f} um off the lattice. Check that each column holds what "
+            f"between its directions, and spots lie {off:.0f} um off the lattice. Check that each column holds what "
             f"its name says: {COLUMNS}."
+        )
+        raise ValueError(msg)
+    worst = int(lattice.off.argmax())
+    if lattice.off[worst] > _COLUMN_STEP:
+        msg = (
+            f"{where}: the spot {positions.index[worst]!r} lies {lattice.off[worst]:.0f} um off the lattice of the others, at x, y = "
+            f"{positions[XY].iloc[worst].tolist()}. Correct its position, or leave the spot out."
         )
         raise ValueError(msg)
     if lattice.mirrored:
@@ -299,7 +301,7 @@ def _mpp_of_array(where: str, positions: pd.DataFrame) -> float:
 
 def _warn_of_other_bins(where: str, positions: pd.DataFrame, edge: float, mpp: float) -> None:
     """Warn if bins of Visium HD with this `edge` (um) do not lie side by side at `mpp`; scans may be mirrored."""
-    lattice = _fit_lattice(positions, edge, edge)
+    lattice = fit_lattice(positions, edge, edge)
     if lattice is not None and not 1 / SAME_SIZE < lattice.mpp / mpp < SAME_SIZE:
         logger.warning(
             "%s contradicts itself: bins of %g um at these positions have %.4g um per pixel, `microns_per_pixel` is %.4g; the "
@@ -321,19 +323,6 @@ def _require_spot_size(where: str, diameter_um: float) -> None:
             "are: divide them by the scale factor of the image that they are in."
         )
         raise ValueError(msg)
-
-
-def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
-    """Micrometres per unit of the coordinate system, from the distance of neighbors on the lattice."""
-    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
-    found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
-    if found is None:
-        msg = (
-            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common "
-            f"distance of neighbors (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
-        )
-        raise ValueError(msg)
-    return pitch / (found[0] * linear_scale(element_affine(circles, system)))
 
 
 def warn_of_other_pixels(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from spatial_impute._expression import (
     log_normalize,
     look_normalized,
     looks_like_counts,
+    marked_genes,
     names_by_id,
     require_amounts,
     require_one_base,
@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-_MITOCHONDRIAL = re.compile(r"mt-", re.IGNORECASE)
 # Proteins of the ribosome (RPL13A, RPS4X, RPLP0, RPSA), not the kinases of its proteins (RPS6KA1).
-_RIBOSOMAL = re.compile(r"rp[sl](a$|p?\d+(?![k\d]))", re.IGNORECASE)
+_FEW_SPOTS, _SAME_SUM = 10, 1e-3  # sums of log values differ by some per cent
 _N_NAMED = 5
 
 
@@ -223,7 +222,7 @@ class _Counts:
     @property
     def totals(self) -> np.ndarray:
         """(n,) sum of each row."""
-        return np.asarray(self.matrix.sum(axis=1)).ravel()
+        return np.asarray(self.matrix.sum(axis=1, dtype=np.float64)).ravel()
 
     @property
     def advice(self) -> str:
@@ -270,6 +269,14 @@ def _require_log_values(given: _Counts) -> None:
         msg = f"{found}, but `log_normalized=True` was given."
         raise ValueError(msg)
     warn_of_linear_values(values, where=given.where)
+    totals = given.totals
+    if len(totals) >= _FEW_SPOTS and totals.std() < _SAME_SUM * totals.mean():
+        logger.warning(
+            "The rows of `%s` have the same sum (%.4g), so its values were normalised, but no logarithm was taken. Give log values, or "
+            "raw counts without `log_normalized=True`",
+            given.where,
+            totals.mean(),
+        )
     if values.size and (values < 0).any():
         logger.warning(
             "`%s` holds values below 0 (down to %.3g), which log-normalised expression has not; if they are z-scores "
@@ -393,24 +400,9 @@ def _ranked_genes(found: dict[str, _Measured], var_names: dict[str, pd.Index], *
     return list(candidates[np.argsort(-np.nanmean(scores, axis=0), kind="stable")])
 
 
-def _marked_genes(genes: list[str]) -> pd.DataFrame:
-    """Table of genes that marks those of the mitochondrion and those of proteins of the ribosome.
-
-    Examples
-    --------
-    >>> _marked_genes(["MT-CO1", "mt-Nd1", "MTOR"])["mt"].tolist()
-    [True, True, False]
-    >>> _marked_genes(["RPL13A", "Rps4x", "RPLP0", "RPSA", "RPS6KA1", "MRPL12"])["ribo"].tolist()
-    [True, True, True, True, False, False]
-    """
-    names = pd.Index(genes, dtype=str)
-    marks = {Keys.MITOCHONDRIAL: names.str.match(_MITOCHONDRIAL), Keys.RIBOSOMAL: names.str.match(_RIBOSOMAL)}
-    return pd.DataFrame(marks, index=names)
-
-
 def _log_housekeeping(genes: list[str]) -> None:
     """Log how many of the chosen genes are mitochondrial or ribosomal, and how to leave them out."""
-    marked = _marked_genes(genes)
+    marked = marked_genes(genes)
     found = marked.index[marked.any(axis=1)]
     if len(found):
         logger.info(
@@ -447,7 +439,7 @@ def _write(
     obs[Keys.MEASURED] = obs[Keys.MEASURED].where(counted, other=False)
     new = AnnData(
         obs=obs if totals is None else obs.assign(**{Keys.TOTAL_COUNTS: totals}),
-        var=_marked_genes(genes),
+        var=marked_genes(genes),
         layers={Keys.MEASURED: expression},
         obsm=dict(old.obsm),
         obsp=dict(old.obsp),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB
 _POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
 COLUMNS = ["barcode", Keys.IN_TISSUE, "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+XY = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
 _SAME_PIXEL = 0.5  # versions round positions differently
 AS_IT_IS = "as it is"
 # Rows of the matrix on (x, y), then the shift in widths and heights of the image that is reached.
@@ -211,6 +213,19 @@ def _grid_on_tissue(
     return found
 
 
+def mpp_from_pitch(circles: GeoDataFrame, system: str, spot_pitch: float) -> float:
+    """Micrometres per unit of the coordinate system, from the distance of neighbors on the lattice."""
+    pitch = require_positive(spot_pitch, name="spot_pitch", unit="um")
+    found = lattice_of(np.column_stack([circles.geometry.x, circles.geometry.y]))
+    if found is None:
+        msg = (
+            f"`spot_pitch` needs spots on a regular lattice, at least two; the {len(circles)} spots have no common "
+            f"distance of neighbors (in {system!r}). Pass `mpp=` (um per unit of that coordinate system)."
+        )
+        raise ValueError(msg)
+    return pitch / (found[0] * linear_scale(element_affine(circles, system)))
+
+
 def read_positions(folder: Path) -> pd.DataFrame:
     """Positions of the spots. Versions of Space Ranger name the file differently; several in one folder must agree."""
     paths = [folder / "spatial" / name for name in _POSITIONS if (folder / "spatial" / name).exists()]
@@ -284,6 +299,29 @@ def checked_column(values: pd.Series, where: str) -> pd.Series:
         )
         raise ValueError(msg)
     return numbers.astype(bool) if is_flag else numbers
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Affine map from the array of spots (um) to pixels, by least squares."""
+
+    mpp: float  # um per pixel
+    stretch: float  # of one direction against the other
+    off: np.ndarray  # um, distance of each spot from the lattice
+    mirrored: bool
+
+
+def fit_lattice(positions: pd.DataFrame, column_step: float, row_step: float) -> Lattice | None:
+    """Lattice of spots whose columns and rows lie so many um apart; None for spots in one line."""
+    place = positions[["array_col", "array_row"]].to_numpy(float) * [column_step, row_step]
+    pixels = positions[XY].to_numpy(float)
+    place, pixels = place - place.mean(axis=0), pixels - pixels.mean(axis=0)
+    if len(place) < 3 or np.linalg.matrix_rank(place) < 2:
+        return None
+    matrix = np.linalg.lstsq(place, pixels, rcond=None)[0]
+    mpp = float(1 / np.sqrt(max(abs(np.linalg.det(matrix)), 1e-12)))
+    off = np.linalg.norm(pixels - place @ matrix, axis=1) * mpp
+    return Lattice(mpp, float(np.linalg.cond(matrix)), off, bool(np.linalg.det(matrix) < 0))
 
 
 def _read_positions_csv(path: Path) -> pd.DataFrame:

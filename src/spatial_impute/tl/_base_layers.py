@@ -14,7 +14,7 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, stack_table, uns_record, warn_of_old_layer, write_slots
+from spatial_impute._stack import dense_rows, load_record, stack_table, uns_record, warn_of_old_layer, write_slots
 from spatial_impute._validation import name_list, require_key, require_one_of, require_slot_key, require_unique
 from spatial_impute.tl._provenance import measured_hash
 
@@ -208,7 +208,7 @@ def with_bases(sdata: SpatialData, spots: Spots, table: AnnData, kinds: Mapping[
             msg = f"A base layer must be dense; make it so by `{slot} = {slot}.toarray()`."
             raise ValueError(msg)
         warn_of_old_layer(sdata, load_record(sdata), table, name)
-        found[name] = np.asarray(table.layers[name], dtype=np.float64)
+        found[name] = dense_rows(table.layers[name])
         _require_values(name, kind, found[name], spots.known)
         if kind == INDEPENDENT:
             _require_independent(name, table, found[name], spots)
