@@ -441,13 +441,50 @@ def test_spots_off_the_tissue_are_not_measured(kind, tmp_path, sample, caplog, m
 
 
 def test_counts_without_a_position_are_reported(tmp_path, sample, caplog, monkeypatch):
-    """Counts of two samples in one file: those of the other sample must not vanish in silence."""
     monkeypatch.setattr(logger, "propagate", True)
     folder = sample(tmp_path / "a")
     with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
-        file["matrix/barcodes"][:30] = [id_[:-1] + b"2" for id_ in file["matrix/barcodes"][:30]]
+        file["matrix/barcodes"][:30] = [b"X" + id_ for id_ in file["matrix/barcodes"][:30]]
     si.pp.assemble_stack({"s": folder}, section_spacing=10)
-    assert "30 of 80 spots with counts have no position and are left out, the first is 'A000000-2'" in caplog.text
+    assert "30 of 80 spots with counts have no position and are left out, the first is 'XA000000-'" in caplog.text
+
+
+def test_counts_of_several_samples_are_refused(tmp_path, sample):
+    """Nothing says which of the samples that `spaceranger aggr` joins has these positions."""
+    folder = sample(tmp_path / "a")
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        file["matrix/barcodes"][:30] = [id_[:-1] + b"2" for id_ in file["matrix/barcodes"][:30]]
+    with pytest.raises(ValueError, match=r"barcodes of the counts end in -1, -2, so they are those of 2 samples"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+def test_a_spot_off_the_lattice_is_named(tmp_path, sample):
+    folder = sample(tmp_path / "a")
+    path = folder / "spatial" / "tissue_positions_list.csv"
+    table = pd.read_csv(path, header=None)
+    table.loc[3, 4] += 60  # px of 2 um
+    table.to_csv(path, header=False, index=False)
+    with pytest.raises(ValueError, match=r"the spot 'T000003-1' lies \d+ um off the lattice of the others"):
+        si.pp.assemble_stack({"s": folder}, section_spacing=10)
+
+
+def test_a_part_of_a_table_of_several_samples_is_known_by_its_library(scan):
+    table = legacy_with_lowres(scan)
+    table.uns["spatial"]["other"] = {"images": {}, "scalefactors": {}}
+    table.obs["library_id"] = "lib"
+    assert si.pp.assemble_stack({"s": table}, section_spacing=10).tables["stack"].obs["measured"].all()
+
+
+def test_totals_of_counts_in_half_precision_are_exact(scan):
+    table = legacy_with_lowres(scan)
+    table.X = table.X.toarray().astype(np.float16) * np.float16(60_000)
+    table.var_names = ["A"]
+    other = table.copy()
+    other.var_names, other.var["gene_ids"] = ["B"], ["E2"]
+    joined = ad.concat([table, other], axis=1, merge="same", uns_merge="same")
+    sdata = si.pp.assemble_stack({"s": joined}, section_spacing=10)
+    si.pp.select_genes(sdata, n_top_genes=2)
+    assert set(sdata.tables["stack"].obs["total_counts"]) == {120_000.0}
 
 
 @pytest.mark.parametrize(

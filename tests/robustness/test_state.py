@@ -672,3 +672,19 @@ def test_layers_may_be_sparse(with_result, pristine):
     for name in ("measured", "result"):
         layers[name] = sparse.csr_matrix(layers[name])
     pd.testing.assert_frame_equal(si.metrics.evaluate(sdata, pristine[1], layers=["result"]), expected)
+
+
+def test_an_image_that_was_taken_out_makes_no_result_wrong(with_result):
+    sdata = copy.deepcopy(with_result)
+    expected = np.asarray(sdata.tables["stack"].layers["result"])
+    del sdata.images["s0_image"]
+    said = listen(lambda: si.tl.impute_baseline(sdata, "ridge"))[1]
+    assert said == ["`sdata.images['s0_image']` is gone. What was computed from it is used as it is."]
+    np.testing.assert_array_equal(sdata.tables["stack"].layers["baseline_ridge"], expected)
+
+
+def test_sections_as_text_are_named_where_scores_are_made(with_result, pristine):
+    sdata = copy.deepcopy(with_result)
+    sdata.tables["stack"].obs["section"] = sdata.tables["stack"].obs["section"].astype(str).astype(object)
+    with pytest.raises(ValueError, match=r"`obs\['section'\]` must be categorical"):
+        si.metrics.evaluate(sdata, pristine[1], layers=["result"])

@@ -18,13 +18,13 @@ from spatialdata.transformations import Sequence as SequenceOfTransformations
 
 from spatial_impute._geometry import anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._image.brightfield import rgb_order
-from spatial_impute._image.levels import Level, image_levels
+from spatial_impute._image.levels import Level, image_fingerprint, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._validation import require_finite, require_key
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from anndata import AnnData
     from geopandas import GeoDataFrame
@@ -86,6 +86,23 @@ def brightfield_levels(sdata: SpatialData, image_key: str, coordinate_system: st
         msg = f"`{where}`: {error}"
         raise ValueError(msg) from error
     return image_levels(ordered, scaling(um) @ element_affine(element, coordinate_system))
+
+
+def image_state(sdata: SpatialData, image_key: str, coordinate_system: str) -> str:
+    """Fingerprint of an image and of its place in a coordinate system; empty if it is not there."""
+    if image_key not in sdata.images:
+        return ""
+    return image_fingerprint(brightfield_levels(sdata, image_key, coordinate_system))
+
+
+def section_image(sdata: SpatialData, section: Section) -> str:
+    """Fingerprint of the image of a section, with its place; empty if it is not there."""
+    return image_state(sdata, section.image, section.name)
+
+
+def section_images(sdata: SpatialData, record: StackRecord, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Fingerprints of the images of sections, of all by default."""
+    return {name: section_image(sdata, record[name]) for name in (record.names if names is None else names)}
 
 
 def spot_geometry(sdata: SpatialData, section: Section) -> tuple[np.ndarray, np.ndarray, pd.Index]:

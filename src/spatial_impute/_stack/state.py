@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from spatial_impute._image.levels import image_fingerprint
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
 from spatial_impute._stack.elements import (
-    brightfield_levels,
+    image_state,
     load_transform,
     moved_elements,
     rows_of_spots,
+    section_images,
     spot_geometry,
 )
 from spatial_impute._stack.record import attrs_record, load_record
@@ -73,23 +73,6 @@ def spots_fingerprint(table: AnnData, record: StackRecord, *arrays: Any) -> str:
     rank = pd.factorize(section_ranks(table, record.names), sort=True)[0]
     place = np.round(np.asarray(table.obsm.get(Keys.SPATIAL, table.obsm[Keys.SPATIAL_3D]), float), _DIGITS)
     return fingerprint(place, rank, *map(np.asarray, arrays))
-
-
-def image_state(sdata: SpatialData, image_key: str, coordinate_system: str) -> str:
-    """Fingerprint of an image and of its place in a coordinate system; empty if it is not there."""
-    if image_key not in sdata.images:
-        return ""
-    return image_fingerprint(brightfield_levels(sdata, image_key, coordinate_system))
-
-
-def section_image(sdata: SpatialData, section: Section) -> str:
-    """Fingerprint of the image of a section, with its place; empty if it is not there."""
-    return image_state(sdata, section.image, section.name)
-
-
-def section_images(sdata: SpatialData, record: StackRecord, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Fingerprints of the images of sections, of all by default."""
-    return {name: section_image(sdata, record[name]) for name in (record.names if names is None else names)}
 
 
 def table_state(
@@ -268,7 +251,9 @@ def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[P
     if registration is None:
         return
     for name in changed_images(sdata, record):
-        yield Problem(f"The image of section {name!r} is not the one that was registered. {_REGISTER}")
+        yield _image_problem(
+            sdata, record[name], f"The image of section {name!r} is not the one that was registered. {_REGISTER}"
+        )
     for element in moved_elements(sdata, record):
         yield Problem(
             f"`{element}` was moved in {registration['coordinate_system']!r} after the registration, whose place is used. Give your "
@@ -278,6 +263,15 @@ def registration_problems(sdata: SpatialData, record: StackRecord) -> Iterator[P
     gone = sorted(set(registration["sections"]) - set(record.names))
     if gone:
         yield Problem(f"The stack was registered with the sections {gone}, which are gone. {_REGISTER}", wrong=False)
+
+
+def _image_problem(sdata: SpatialData, section: Section, text: str) -> Problem:
+    """Problem of a changed image; an image that was taken out, to save space, makes no result wrong."""
+    if section.image in sdata.images:
+        return Problem(text)
+    return Problem(
+        f"`sdata.images[{section.image!r}]` is gone. What was computed from it is used as it is.", wrong=False
+    )
 
 
 def _registered_problems(sdata: SpatialData, record: StackRecord, table: AnnData) -> Iterator[Problem]:
@@ -327,7 +321,11 @@ def _feature_problems(
     if not recorded:
         return
     for name in _changed(recorded, section_images(sdata, record, circles)):
-        yield Problem(f"The image of section {name!r} is not the one that its features were computed from. {again}")
+        yield _image_problem(
+            sdata,
+            record[name],
+            f"The image of section {name!r} is not the one that its features were computed from. {again}",
+        )
     if Keys.FEATURES_AT not in table.obsm:
         return
     at = np.asarray(table.obsm[Keys.FEATURES_AT], float)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _VALUES = 2**21  # hashed at a time: 16 MB
-_COMPARED, _ROUNDED = 32, 0.01  # spots that are compared with their counts; half precision is below
+_COMPARED, _ROUNDED = 32, 1e-3  # spots that are compared with their counts; half precision is below
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, with mixed bits: a small difference changes many bits
 
 

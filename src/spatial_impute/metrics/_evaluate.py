@@ -24,6 +24,7 @@ from spatial_impute._stack import (
     dense_rows,
     measured_mask,
     require_not_measured,
+    section_ranks,
     stack_table,
     target_sum_of,
     uns_record,
@@ -224,6 +225,7 @@ def _layers_to_score(table: AnnData, layers: str | Sequence[str] | None, where: 
 
 
 def _sections_to_score(table: AnnData, measured: np.ndarray, sections: Sequence[str] | None) -> list[str]:
+    section_ranks(table, ())  # must be categorical
     names = list(table.obs[Keys.SECTION].cat.categories)
     if sections is None:
         section = table.obs[Keys.SECTION].astype(str).to_numpy()

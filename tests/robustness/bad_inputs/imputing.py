@@ -216,7 +216,7 @@ MEASURED = [
         "tl.fit_asign",
         "two spots of one id",
         ValueError,
-        "so each id must stand once; '1' stands more often",
+        "it is the spot 's0_1', the name of another row",
         fit,
         change=_column("instance_id", 0, None),
     ),
