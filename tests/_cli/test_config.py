@@ -130,6 +130,12 @@ def test_toml_says_the_same(folder):
         ("run.yaml", "sections: [", "no valid YAML"),
         ("run.yaml", "output: !!python/object/apply:os.getcwd []", "no valid YAML"),  # nothing is ever run
         ("run.yaml", "sections:\n  a: {image: x}\n  a: {image: y}\n", "`sections.a` stands twice, .* in line 3"),
+        (
+            "run.yaml",
+            "section_spacing: 010\n",
+            "`section_spacing`, line 1: YAML reads 010 as a number in another notation",
+        ),
+        ("run.yaml", "sections:\n  a: {image: 01.png, mpp: 1:30}\n", "`sections.a.mpp`, line 2: YAML reads 1:30 as"),
         ("run.toml", "output = ", "no valid TOML"),
         ("run.json", "{}", "ends in .yaml, .yml or .toml"),
     ],

@@ -61,6 +61,9 @@ _TAKES = {  # and `mpp` and `z`
 _TEXT = {"reference", "encoder", "device", "output", "plot_genes", "methods", *_SOURCES, "fullres_image", "counts"}
 _TEXT |= {"counts_layer", "image_key", "shapes_key", "table_key", "coordinate_system"}
 _SPOT_SIZES = (1.0, 1000.0)  # um; bins measure 2, spots of early arrays 200
+_PLAIN = re.compile(
+    r"[-+]?(\d*\.\d*|0|[1-9]\d*)(e[-+]?\d+)?|[-+]?\.(inf|nan)", re.IGNORECASE
+)  # numbers as people read them
 _MOST_NODES = 100_000  # of a file, with aliases written out
 
 
@@ -245,7 +248,7 @@ class RunConfig:
     )
     device: Name | None = None
     workers: Annotated[Whole, Field(gt=0, description="a positive whole number of processes")] | None = None
-    seed: Natural = 0
+    seed: Annotated[Natural, Field(le=2**32 - 1)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -371,6 +374,12 @@ def _keep_text(node: Any, key: str, done: set[int]) -> None:
 
     if isinstance(node, ScalarNode) and key.rpartition(".")[2] in _TEXT and not node.tag.endswith(":null"):
         node.tag = "tag:yaml.org,2002:str"
+    if isinstance(node, ScalarNode) and node.tag.endswith((":int", ":float")) and not _PLAIN.fullmatch(node.value):
+        msg = (
+            f"`{key}`, line {node.start_mark.line + 1}: YAML reads {node.value} as a number in another notation (octal, hexadecimal, or "
+            "minutes and seconds). Write it with decimal digits, or in quotes if it is a name."
+        )
+        raise ConfigError(msg)
     if id(node) in done:
         return
     done.add(id(node))

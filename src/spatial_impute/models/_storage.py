@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
-_HASH = "weights_sha256"
+_HASH, _OWN_HASH = "weights_sha256", "config_sha256"
 _MADE_BY = "spatial_impute"  # in the metadata of weights
 
 
@@ -45,7 +45,8 @@ def save_model(
         _require_ours(path)
     weights = save({key: value.contiguous() for key, value in tensors.items()}, {_MADE_BY: version("spatial-impute")})
     header = {"format": _FORMAT, "class": kind, "package_version": version("spatial-impute")}
-    text = json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}, indent=1)
+    content = json.loads(json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}))
+    text = json.dumps(content | {_OWN_HASH: _config_hash(content)}, indent=1)
     path.mkdir(parents=True, exist_ok=True)
     try:
         # Killed between the two replacements, the hash shows that the weights do not belong to the configuration.
@@ -58,6 +59,12 @@ def save_model(
         if is_new and not any(path.iterdir()):
             path.rmdir()
         raise
+
+
+def _config_hash(content: Mapping[str, Any]) -> str:
+    """Hash of all entries of a configuration but the hash itself."""
+    entries = {key: value for key, value in content.items() if key != _OWN_HASH}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _require_ours(path: Path) -> None:
@@ -212,9 +219,16 @@ def does_not_fit(path: str | Path, reason: object) -> ValueError:
 
 @contextmanager
 def config_errors(path: str | Path) -> Iterator[None]:
-    """Turn any error from wrong values of a configuration into one that names the model directory."""
+    """Turn any error from wrong values of a configuration into one that names the model directory.
+
+    Values that fit, but were changed after the model was saved, are an error as well: genes may have exchanged their names.
+    """
     try:
         yield
+        content = json.loads((Path(path) / CONFIG).read_text())
+        if content.get(_OWN_HASH, found := _config_hash(content)) != found:
+            msg = f"{CONFIG} in {str(path)!r} was changed after the model was saved. Copy the model again, or save it again."
+            raise ValueError(msg)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise

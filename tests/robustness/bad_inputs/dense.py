@@ -398,6 +398,13 @@ def saved(world, spoil):
     return path
 
 
+def exchange_genes(path):
+    """Exchange the names of the first two genes in config.json."""
+    config = json.loads((path / "config.json").read_text())
+    config["var_names"][:2] = config["var_names"][1::-1]
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def edit(**entries):
     """Change entries of config.json; None takes one away."""
 
@@ -442,6 +449,13 @@ MODELS = [
         ValueError,
         "lacks 'experts'",
         load(edit(experts=None)),
+    ),
+    refuses(
+        "models.AsignModel.load",
+        "two genes that exchanged their names in config.json",
+        ValueError,
+        "was changed after the model was saved",
+        load(exchange_genes),
     ),
     refuses(
         "models.AsignModel.load",
