@@ -66,7 +66,7 @@ def image_levels(element: DataArray | DataTree, to_um: np.ndarray) -> list[Level
     if not hasattr(element, "children"):
         array = cast("DataArray", element)
         return [Level(array, to_um, *_full(array))]
-    arrays = scales_of(element)
+    arrays = scales_of(cast("DataTree", element))
     height, width = arrays[0].sizes["y"], arrays[0].sizes["x"]
     levels = []
     full = _full(arrays[-1])

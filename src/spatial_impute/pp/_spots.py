@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import geopandas as gpd
 import numpy as np
@@ -330,7 +330,7 @@ def _read_positions_csv(path: Path) -> pd.DataFrame:
     head = text.split("\n", 1)[0]
     separator = max(",;\t", key=head.count)
     # Where semicolons part the cells, a comma is the decimal point of many countries.
-    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
+    options: dict[str, Any] = {"sep": separator, "decimal": "," if separator == ";" else ".", "skipinitialspace": True}
     fields = [field.strip().strip('"') for field in head.split(separator)]
     named = bool(set(COLUMNS) & set(fields))
     # Barcodes may be digits, with zeros in front.

@@ -31,7 +31,7 @@ from spatial_impute._validation import name_list, require_finite, require_key, r
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -103,7 +103,7 @@ def stack_sections(sdata: SpatialData) -> tuple[Section, ...]:
     return load_record(sdata).sections if Keys.STACK in attrs_record(sdata) else ()
 
 
-def dense_maps(sdata: SpatialData) -> dict[str, Any]:
+def dense_maps(sdata: SpatialData) -> Mapping[str, Any]:
     """Records of the dense maps that :func:`~spatial_impute.tl.predict_dense` wrote to this object."""
     return attrs_record(sdata, Keys.DENSE)
 
