@@ -781,3 +781,11 @@ def test_two_sections_in_one_table_are_refused():
 
     with pytest.raises(ValueError, match="its 4 spots lie at 2 places only, as those of several sections"):
         module._require_separate(SimpleNamespace(name="a"), np.repeat(CENTERS[:2], 2, axis=0), np.ones(4))
+
+
+def test_finest_level_of_a_pyramid_in_any_order_is_the_image():
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 64, 80), dtype=np.uint8)
+    scales = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=[2])
+    turned = xr.DataTree.from_dict({name: scales[name].ds for name in ("scale1", "scale0")})
+    sdata = si.pp.assemble_stack({"s": turned}, mpp=0.5, z=[0.0])
+    np.testing.assert_array_equal(sdata.images["s_image"]["scale0"]["image"].to_numpy(), pixels)

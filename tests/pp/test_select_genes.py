@@ -440,3 +440,27 @@ def test_counts_that_were_added_later_are_reported(caplog, monkeypatch):
     sdata.tables["b_counts"] = table
     si.pp.select_genes(sdata)
     assert "`sdata.tables['b_counts']` was added after the stack was assembled" in caplog.text
+
+
+def test_values_without_a_logarithm_are_reported(caplog, monkeypatch):
+    monkeypatch.setattr(logger, "propagate", True)
+    rng = np.random.default_rng(0)
+    ids = [str(i) for i in range(12)]
+    obs = pd.DataFrame({"region": pd.Categorical(["spots"] * 12), "id": ids}, index=ids)
+    values = rng.gamma(2.0, size=(12, 5))
+    values *= 20 / values.sum(axis=1, keepdims=True)
+    circles = gpd.GeoDataFrame(
+        {"radius": np.full(12, 3.0)}, geometry=gpd.points_from_xy(6 * np.arange(12) + 5, np.full(12, 8)), index=ids
+    )
+    pixels = rng.integers(0, 255, (3, 20, 80), dtype=np.uint8)
+    source = SpatialData(
+        images={"image": Image2DModel.parse(pixels, dims=("c", "y", "x"))},
+        shapes={"spots": ShapesModel.parse(circles, transformations={"global": Identity()})},
+    )
+    for take, said in ((np.asarray, True), (np.log1p, False)):
+        table = AnnData(take(values), obs=obs.copy(), var=pd.DataFrame(index=GENES))
+        source.tables["table"] = TableModel.parse(table, region="spots", region_key="region", instance_key="id")
+        sdata = si.pp.assemble_stack({"s": source}, mpp=1.0, z=[0.0])
+        caplog.clear()
+        si.pp.select_genes(sdata, n_top_genes=2, log_normalized=True)
+        assert ("have the same sum (20)" in caplog.text) == said
