@@ -89,6 +89,8 @@ def spot_names(table: AnnData) -> pd.Index:
 def _require_own_names(table: AnnData, where: str) -> None:
     """Raise a ``ValueError`` if a row has the name of another spot: some joins go by names, others by ids."""
     names = spot_names(table)
+    if names.equals(table.obs_names):
+        return
     other = table.obs_names.get_indexer(names)
     wrong = np.flatnonzero((other >= 0) & (other != np.arange(table.n_obs)))
     if len(wrong):
