@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
-_HASH, _OWN_HASH = "weights_sha256", "config_sha256"
+_HASH, _ENTRIES = "weights_sha256", "entries_sha256"
 _MADE_BY = "spatial_impute"  # in the metadata of weights
 
 
@@ -46,7 +46,7 @@ def save_model(
     weights = save({key: value.contiguous() for key, value in tensors.items()}, {_MADE_BY: version("spatial-impute")})
     header = {"format": _FORMAT, "class": kind, "package_version": version("spatial-impute")}
     content = json.loads(json.dumps(header | config | {_HASH: hashlib.sha256(weights).hexdigest()}))
-    text = json.dumps(content | {_OWN_HASH: _config_hash(content)}, indent=1)
+    text = json.dumps(content | {_ENTRIES: _entry_hashes(content)}, indent=1)
     path.mkdir(parents=True, exist_ok=True)
     try:
         # Killed between the two replacements, the hash shows that the weights do not belong to the configuration.
@@ -61,10 +61,14 @@ def save_model(
         raise
 
 
-def _config_hash(content: Mapping[str, Any]) -> str:
-    """Hash of all entries of a configuration but the hash itself."""
-    entries = {key: value for key, value in content.items() if key != _OWN_HASH}
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def _entry_hashes(content: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of each entry of a configuration, so that users may add entries of their own to its ``config``."""
+    entries = {key: value for key, value in content.items() if key not in ("config", _ENTRIES)}
+    entries |= {f"config.{key}": value for key, value in content["config"].items()}
+    return {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        for key, value in entries.items()
+    }
 
 
 def _require_ours(path: Path) -> None:
@@ -226,8 +230,10 @@ def config_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
         content = json.loads((Path(path) / CONFIG).read_text())
-        if content.get(_OWN_HASH, found := _config_hash(content)) != found:
-            msg = f"{CONFIG} in {str(path)!r} was changed after the model was saved. Copy the model again, or save it again."
+        now = _entry_hashes(content)
+        changed = [key for key, then in content.get(_ENTRIES, {}).items() if now.get(key) != then]
+        if changed:
+            msg = f"{changed} in {str(Path(path) / CONFIG)!r} was changed after the model was saved. Copy or save the model again."
             raise ValueError(msg)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):

@@ -190,7 +190,7 @@ def _joined_spots(sample: _Sample) -> tuple[pd.DataFrame, AnnData]:
     if not counts.obs_names.isin(positions.index).any():
         positions, counts = _plain_barcodes(positions, counts)
     known = counts.obs_names.isin(positions.index)
-    samples = sorted(set(counts.obs_names.str.extract(r"-(\d+)$", expand=False).dropna()))
+    samples = sorted({end for name in counts.obs_names if (end := name.rpartition("-")[2]).isdigit() and "-" in name})
     if len(samples) > 1 and not known.all():
         msg = (
             f"{sample.where}: the barcodes of the counts end in -{', -'.join(samples)}, so they are those of {len(samples)} "
