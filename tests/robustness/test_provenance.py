@@ -13,7 +13,7 @@ from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
 from spatial_impute._stack.record import load_record
-from spatial_impute._stack.state import section_image
+from spatial_impute._stack import section_image
 
 
 def jsonable(value) -> bool:
