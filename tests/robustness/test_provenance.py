@@ -12,7 +12,7 @@ from anndata import read_h5ad
 from spatialdata.transformations import get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import section_image
+from spatial_impute._stack.elements import section_image
 from spatial_impute._stack.record import load_record
 
 

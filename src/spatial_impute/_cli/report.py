@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, uns_record
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import uns_record
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,9 @@ from spatial_impute._expression import (
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import counts_state, load_record, measured_sections, rows_of_spots, stack_table
+from spatial_impute._stack.elements import rows_of_spots
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.table import counts_state, measured_sections, stack_table
 from spatial_impute._validation import (
     did_you_mean,
     name_list,

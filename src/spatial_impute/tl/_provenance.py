@@ -12,18 +12,11 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    fingerprint,
-    load_record,
-    measured_ids,
-    section_image,
-    spots_fingerprint,
-    table_state,
-    uns_record,
-    write_slots,
-)
+from spatial_impute._stack.elements import section_image
+from spatial_impute._stack.record import load_record
 from spatial_impute._stack.spots import units
-from spatial_impute._stack.state import SLOT_WORDS
+from spatial_impute._stack.state import SLOT_WORDS, spots_fingerprint, table_state
+from spatial_impute._stack.table import fingerprint, measured_ids, uns_record, write_slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.models import AsignModel, AsignPanels, PixNetModel
     from spatial_impute.models._spots import Spots
 

@@ -14,19 +14,10 @@ from spatial_impute._expression import log_normalize, looks_like_counts, require
 from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_scale, scaling
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    attrs_record,
-    brightfield_levels,
-    element_affine,
-    fingerprint,
-    image_state,
-    load_record,
-    measurement_problems,
-    require_spatialdata,
-    uns_record,
-    warn,
-)
-from spatial_impute._stack.state import SLOT_WORDS
+from spatial_impute._stack.elements import brightfield_levels, element_affine, image_state
+from spatial_impute._stack.record import attrs_record, load_record, require_spatialdata
+from spatial_impute._stack.state import SLOT_WORDS, measurement_problems, warn
+from spatial_impute._stack.table import fingerprint, uns_record
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -37,7 +28,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
     from spatial_impute.models import PixNetModel
     from spatial_impute.models.pixnet._region_weights import Regions
 
