@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
+from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet import _fit
 from spatial_impute.models.pixnet._crops import (
     CropSettings,
@@ -214,7 +215,8 @@ def test_network_computes_its_base():
         def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
             return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
 
-    network = PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=60, width=4, n_base=5).double().eval()
+    params = PixNetParams(width=4, context_um=(), finest_stride=1)
+    network = PixNetNetwork(ModulePyramid(Two(), name="two"), params, n_genes=60, n_base=5).double().eval()
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 6))
     y = rng.normal(size=(50, 60)) + x @ rng.normal(size=(6, 60))
@@ -233,9 +235,8 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
             return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
 
     torch.manual_seed(0)
-    network = (
-        PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=3, width=4, n_base=5, norm="layer").double().eval()
-    )
+    params = PixNetParams(width=4, context_um=(), finest_stride=1)
+    network = PixNetNetwork(ModulePyramid(Two(), name="two"), params, n_genes=3, n_base=5).double().eval()
     nn.init.normal_(network.head.weight)
     nn.init.normal_(network.head.bias)
     rng = np.random.default_rng(0)
@@ -309,9 +310,8 @@ def test_decoder_reads_maps_of_any_scale_alike():
     rgb, found = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255, []
     for scale in (1e-3, 1.0, 1e3):
         torch.manual_seed(0)
-        network = PixNetNetwork(
-            ModulePyramid(Scaled(scale), name="s"), n_genes=2, width=4, n_base=2, norm="layer"
-        ).eval()
+        params = PixNetParams(width=4, context_um=(), finest_stride=1)
+        network = PixNetNetwork(ModulePyramid(Scaled(scale), name="s"), params, n_genes=2, n_base=2).eval()
         with torch.inference_mode():
             features = network.levels(network.encode(rgb))[0].flatten(1).T.numpy().astype(float)
             standardise_decoder(network, features, np.zeros(features.shape[1]))

@@ -112,7 +112,8 @@ def make_network(
 ) -> PixNetNetwork:
     torch.manual_seed(0)
     pyramid = module if isinstance(module, Pyramid) else ModulePyramid(module, name="test")
-    network = PixNetNetwork(pyramid, n_genes=3, width=6, n_base=4, context=context, norm=norm, finest=finest)
+    params = PixNetParams(width=6, context_um=context, norm=norm, finest_stride=finest)
+    network = PixNetNetwork(pyramid, params, n_genes=3, n_base=4)
     for parameter in [*network.base.parameters(), *network.head.parameters()]:
         nn.init.normal_(parameter)
     for layer in network.modules():
@@ -210,7 +211,8 @@ def test_tiles_equal_the_whole_in_single_precision():
 
 def test_halo_of_resnet_is_that_of_its_receptive_field():
     """A cell of stride 32 sees 217 px to each side of its centre, the resize and the decoder add two cells."""
-    network = PixNetNetwork(ModulePyramid(build_resnet("resnet18"), name="resnet18"), n_genes=1, width=4, n_base=0)
+    params = PixNetParams(width=4, finest_stride=1, norm="batch")
+    network = PixNetNetwork(ModulePyramid(build_resnet("resnet18"), name="resnet18"), params, n_genes=1, n_base=0)
     assert receptive_halo(network) == 288
 
 
@@ -388,7 +390,8 @@ def test_subset_of_genes_gives_the_same_values():
 def test_fine_maps_can_be_left_out():
     pyramid = ModulePyramid(SmallPyramid(), name="test")
     for finest, stride in ((1, 2), (4, 4), (99, 4)):
-        network = PixNetNetwork(pyramid, n_genes=1, width=4, n_base=2, finest=finest)
+        params = PixNetParams(width=4, finest_stride=finest, context_um=())
+        network = PixNetNetwork(pyramid, params, n_genes=1, n_base=2)
         assert network.stride == stride
         assert network.features(torch.rand(1, 3, 32, 32)).shape == (1, 6, 32 // stride, 32 // stride)
 

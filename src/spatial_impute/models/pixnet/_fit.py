@@ -14,7 +14,7 @@ import torch
 from spatial_impute._io.workers import suitable_threads
 from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, cut_windows, evaluate
-from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
+from spatial_impute.models.pixnet._network import PixNetNetwork, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions
 from spatial_impute.models.pixnet._training import FitSettings, crop_settings, train
 
@@ -44,7 +44,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     counts = params.loss != "mse+pcc"
     with torch.random.fork_rng(devices=[]):  # the random state of the user does not change
         torch.default_generator.manual_seed(seed)
-        network = build_network(
+        network = PixNetNetwork(
             copy.deepcopy(pyramid),
             params,
             n_genes=len(var_names),
