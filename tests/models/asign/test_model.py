@@ -56,7 +56,6 @@ def networks_of(spots, params: AsignParams, base: str = "cokriging") -> NetworkF
         weights=[np.ones(int(spots.known.sum()))],
         group=torch.zeros(n_genes, dtype=torch.long),
         settings=FitSettings(params, 0, "cpu"),
-        fingerprint={},
     )
 
 

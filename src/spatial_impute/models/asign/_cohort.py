@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 _RIDGE = "ridge"
 
 
-def fit_cohort(
-    stacks: Sequence[Spots],
-    var_names: Sequence[str],
-    settings: FitSettings,
-    fingerprint: dict[str, Any],
-) -> CohortModel:
+def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> CohortModel:
     """Fit a model for stacks without a measured spot; each stack is held out once."""
     settings = replace(settings, start=())  # networks of stacks with measured spots have other outputs
     n = len(stacks)
@@ -49,7 +44,7 @@ def fit_cohort(
 
     group = torch.zeros(len(var_names), dtype=torch.long)
     weights = [np.ones(int(s.known.sum())) for s in stacks]
-    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint)
+    networks = NetworkFit("cohort", data, single, nested, weights, group, settings)
     found = networks.run(networks.try_regimes())
     held_out[NETWORK] = found.held_out
     known = KnownTruth(truth, fold, np.ones(len(truth)))
@@ -67,7 +62,7 @@ def fit_cohort(
         _n_features=data.n_features,
         _networks=found.states,
         _tensors={
-            **found.tensors,
+            **found.scales,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
             "group": group,
             "weights": torch.tensor(blend, dtype=torch.float32),

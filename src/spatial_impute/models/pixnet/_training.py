@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
-from spatial_impute.models._storage import Checkpoint, cpu_state, load_checkpoint, save_checkpoint, tensors_below
+from spatial_impute.models._storage import cpu_state, load_checkpoint, save_checkpoint, tensors_below
 from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
 from spatial_impute.models.pixnet._held_out import (
     Evaluation,
@@ -173,7 +173,7 @@ def _save_state(
     parts = {"network": network.state_dict(), "best": state.best, "loss": loss.state_dict()}
     parts |= {f"optimizer.{index}": values for index, values in optimizer.state_dict()["state"].items()}
     tensors = {f"{prefix}.{key}": value for prefix, part in parts.items() for key, value in part.items()}
-    save_checkpoint(settings.checkpoint / _CHECKPOINT, Checkpoint(tensors, state.history), settings.fingerprint)
+    save_checkpoint(settings.checkpoint / _CHECKPOINT, tensors, state.history, settings.fingerprint)
 
 
 def _resume(
@@ -184,18 +184,17 @@ def _resume(
     found = None if folder is None else load_checkpoint(folder / _CHECKPOINT, settings.fingerprint)
     if found is None:
         return None
-    network.load_state_dict(tensors_below("network.", found.tensors))
-    loss.load_state_dict(tensors_below("loss.", found.tensors))
+    tensors, history = found
+    network.load_state_dict(tensors_below("network.", tensors))
+    loss.load_state_dict(tensors_below("loss.", tensors))
     by_parameter: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors_below("optimizer.", found.tensors).items():
+    for key, value in tensors_below("optimizer.", tensors).items():
         index, name = key.split(".")
         by_parameter.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = max((row for row in found.history if row["kept"]), key=lambda row: row["step"])
-    logger.info("Training continues after step %d", found.history[-1]["step"])
-    return _TrainingState(
-        tensors_below("best.", found.tensors), best["held_out_loss"], int(best["step"]), found.history
-    )
+    best = max((row for row in history if row["kept"]), key=lambda row: row["step"])
+    logger.info("Training continues after step %d", history[-1]["step"])
+    return _TrainingState(tensors_below("best.", tensors), best["held_out_loss"], int(best["step"]), history)
 
 
 def _take_step(
