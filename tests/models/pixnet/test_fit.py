@@ -20,7 +20,6 @@ from spatial_impute.models.pixnet._crops import (
     TrainingSlide,
     assign_blocks,
     cover,
-    crop_size,
     held_out_blocks,
     make_crop,
     random_crop,
@@ -32,6 +31,7 @@ from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._training import history_row
 
 WHITE = Stain((255.0, 255.0, 255.0))
+GRID = SimpleNamespace(stride=8, multiple=32)  # of a network
 CROP = CropSettings(256, 8, margin=8, max_regions=999)
 
 
@@ -94,7 +94,7 @@ def test_only_whole_regions_enter_a_crop():
 
 def test_random_crops_hold_their_region_and_repeat_with_the_seed():
     entries = [slide(), slide(number=1, radius=30.0)]
-    size = CropSettings(crop_size(entries, 128, 8, 32), 8, margin=8, max_regions=99)
+    size = CropSettings.of(GRID, entries, PixNetParams(crop=128, margin=8, max_regions=99))
     arguments = {"flips": True, "stain_jitter": 0.1}
     crops = [random_crop(entries, size, rng=np.random.default_rng(k), **arguments) for k in range(20)]
     assert {crop.slide.slide for crop in crops} == {0, 1}
@@ -104,8 +104,9 @@ def test_random_crops_hold_their_region_and_repeat_with_the_seed():
 
 
 def test_crops_grow_until_a_region_fits():
-    assert crop_size([slide(radius=100.0)], 64, 8, 32) == 224
-    assert crop_size([slide(radius=5.0)], 64, 8, 32) == 64
+    params = PixNetParams(crop=64, margin=8)
+    assert CropSettings.of(GRID, [slide(radius=100.0)], params).size == 224
+    assert CropSettings.of(GRID, [slide(radius=5.0)], params).size == 64
 
 
 def test_windows_cover_every_region_once():

@@ -17,12 +17,12 @@ from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptiv
 from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._tiles import (
     Slide,
-    TileIndex,
     Tiling,
     forward_tile,
     iter_sums,
     read_regions,
     region_sums,
+    regions_by_tile,
 )
 
 
@@ -134,7 +134,7 @@ def assemble(network: PixNetNetwork, image: Pixels, core: int, halo: int) -> tor
     with torch.inference_mode():
         for tile in np.ndindex(rows, columns):
             maps, grid = forward_tile(network, network.predict, slide, tile)
-            out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
+            out[:, grid.y0 : grid.y0 + grid.rows, grid.x0 : grid.x0 + grid.columns] = maps
     assert not out.isnan().any()
     return out
 
@@ -248,7 +248,7 @@ def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
     held = n_pixels > 0
     found = network.from_pooled(torch.from_numpy(sums[held] / n_pixels[held, None]))
     np.testing.assert_allclose(found, expected[held] / count[held, None], rtol=1e-9, atol=1e-9)
-    assert n_reads <= len(ticks) == len(TileIndex(discs, slide.tiling)) <= 4 * 6
+    assert n_reads <= len(ticks) == len(regions_by_tile(discs, slide.tiling)) <= 4 * 6
 
 
 def test_squares_are_those_of_the_cells():
@@ -319,7 +319,7 @@ def test_each_pixel_is_encoded_once(limit, times, monkeypatch):
     with torch.inference_mode():
         for tile in slide.order(np.ndindex(*slide.tiling.shape), network):
             maps, grid = forward_tile(network, network.predict, slide, tile)
-            out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
+            out[:, grid.y0 : grid.y0 + grid.rows, grid.x0 : grid.x0 + grid.columns] = maps
     assert (out - whole).abs().max() <= last_bits() * whole.abs().max()
     encoded = sum(inner for inner, _ in sizes) / (512 * 704)
     assert encoded == 1.0 if times == 1.0 else 1.0 < encoded <= times
@@ -353,7 +353,7 @@ def test_threads_share_what_they_encode():
     def tile(place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
             maps, grid = forward_tile(network, network.predict, slide, place)
-            rows, columns = slice(grid.y0, grid.y0 + grid.window[0]), slice(grid.x0, grid.x0 + grid.window[1])
+            rows, columns = slice(grid.y0, grid.y0 + grid.rows), slice(grid.x0, grid.x0 + grid.columns)
             return maps, whole[:, rows, columns]
 
     with ThreadPoolExecutor(2) as threads:

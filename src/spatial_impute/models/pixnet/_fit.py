@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
+from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, cut_windows, evaluate
 from spatial_impute.models.pixnet._network import PixNetNetwork, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions
-from spatial_impute.models.pixnet._training import FitSettings, crop_settings, train
+from spatial_impute.models.pixnet._training import FitSettings, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +95,7 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
-    size = crop_settings(network, watched, settings.params)
+    size = CropSettings.of(network, watched, settings.params)
     windows = cut_windows(network, watched, size, settings.params, seed=0, device=settings.device)
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 

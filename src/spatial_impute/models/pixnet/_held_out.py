@@ -205,6 +205,7 @@ def evaluate(
         weights, predicted = found.blend()
         shown = predicted
     correlations = [pearson_by_gene(shown[rows], found.true[rows]) for rows in found.sizes]
+    r = np.ma.masked_invalid(correlations).mean(axis=0).filled(np.nan)
     with torch.no_grad():
         parts = (torch.from_numpy(part.astype(np.float32)).to(device) for part in (predicted, found.true))
         error = loss.per_region(*parts).cpu().numpy()
@@ -212,14 +213,7 @@ def evaluate(
         error = error / found.variance
     by_size = found.place.assign(error=error).groupby(["slide", "size", "block"])["error"].mean()
     mean = by_size.groupby(level=["slide", "block"]).mean()
-    return Evaluation(_mean_of_finite(np.stack(correlations)), np.array(mean.index.to_list()), mean.to_numpy(), weights)
-
-
-def _mean_of_finite(values: np.ndarray) -> np.ndarray:
-    """Mean over rows without NaN; NaN for columns without any number."""
-    known = np.isfinite(values)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+    return Evaluation(r, np.array(mean.index.to_list()), mean.to_numpy(), weights)
 
 
 def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 from spatial_impute.models._storage import cpu_state, load_checkpoint, save_checkpoint, tensors_below
-from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
+from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, predict_crops
 from spatial_impute.models.pixnet._held_out import (
     Evaluation,
     RegionLoss,
@@ -73,12 +73,6 @@ class _TrainingState:
         return waited >= params.patience * params.n_steps_per_check
 
 
-def crop_settings(network: PixNetNetwork, slides: list[TrainingSlide], params: PixNetParams) -> CropSettings:
-    """Settings of crops that are large enough for the regions of these slides."""
-    size = crop_size(slides, params.crop, params.margin, network.multiple)
-    return CropSettings(size, network.stride, params.margin, params.max_regions)
-
-
 def train(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
@@ -93,7 +87,7 @@ def train(
     finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
-    size = crop_settings(network, slides + held_out, params)
+    size = CropSettings.of(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
     windows = cut_windows(network, held_out, size, params, seed=settings.seed, device=settings.device)
