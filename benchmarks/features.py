@@ -167,7 +167,7 @@ def run_throughput(encoders: list[str], spots: int, device: str, repeats: int) -
     import dask.array as da
 
     from spatial_impute._io.workers import requested_threads
-    from spatial_impute._stack import image_element
+    from spatial_impute._stack.elements import image_element
     from spatial_impute.encoders._encoder import resolve_encoder
 
     size = -(-(2 * int(np.ceil(np.sqrt(spots))) * 100 + 2000) // 8) * 8
@@ -234,7 +234,7 @@ def write_slide(path: Path, size: int) -> None:
 def run_memory_one(encoder: str, size: int, store: Path) -> None:
     """Spots all over one slide; prints the peak of this process."""
     from spatial_impute._image.reading import open_image
-    from spatial_impute._stack import image_element
+    from spatial_impute._stack.elements import image_element
 
     # As many spots for every size: what grows must be due to the slide.
     n_spots, opened = 400, open_image(store)
@@ -262,7 +262,8 @@ def run_tissue(masks: Path, overlays: Path | None) -> None:
     from matplotlib import pyplot as plt
 
     from spatial_impute._image.levels import read_thumbnail
-    from spatial_impute._stack import load_record, section_levels
+    from spatial_impute._stack.elements import section_levels
+    from spatial_impute._stack.record import load_record
 
     outlines = json.loads(masks.read_text())
     print(outlines.pop("note"))

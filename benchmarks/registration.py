@@ -311,7 +311,8 @@ def there_and_back(sdata: object, name: str) -> dict[str, float]:
     from spatialdata.transformations import Scale
 
     import spatial_impute as si
-    from spatial_impute._stack import element_affine, load_record, load_transform
+    from spatial_impute._stack.elements import element_affine, load_transform
+    from spatial_impute._stack.record import load_record
 
     spots, transform = sdata.tables["stack"], load_transform(sdata, load_record(sdata), name)
     points = spots.obsm["spatial"][(spots.obs["section"] == name).to_numpy()]

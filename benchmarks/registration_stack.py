@@ -97,7 +97,7 @@ def enlarged(array: da.Array, factor: int) -> da.Array:
 
 def pyramid(rgb: np.ndarray, name: str) -> xr.DataTree:
     """Image element of 20,000 px whose coarsest level is `rgb`."""
-    from spatial_impute._stack import image_element
+    from spatial_impute._stack.elements import image_element
 
     small = da.from_array(rgb, chunks=(3, 250, 250))
     levels = [enlarged(small, 2**k) for k in range(LEVELS - 1, 0, -1)] + [small]
@@ -107,7 +107,8 @@ def pyramid(rgb: np.ndarray, name: str) -> xr.DataTree:
 
 def measured(sdata: object, points: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Error vectors (n, 2) of every section, um."""
-    from spatial_impute._stack import load_record, load_transform
+    from spatial_impute._stack.elements import load_transform
+    from spatial_impute._stack.record import load_record
 
     record = load_record(sdata)
     return {name: load_transform(sdata, record, name).points(points[name]) - truth[name] for name in points}

@@ -39,7 +39,7 @@ from spatialdata import aggregate
 from spatialdata.models import Image2DModel, Labels2DModel
 
 import spatial_impute as si
-from spatial_impute._stack import image_element
+from spatial_impute._stack.elements import image_element
 from spatial_impute.encoders._encoder import resolve_encoder
 from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.asign import _propagation

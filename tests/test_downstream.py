@@ -14,7 +14,7 @@ import spatialdata as sd
 import squidpy as sq
 
 import spatial_impute as si
-from spatial_impute._stack import load_record, save_record
+from spatial_impute._stack.record import load_record, save_record
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import spatial_impute as si
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))

@@ -13,7 +13,7 @@ from spatial_impute._geometry import scaling
 from spatial_impute._image.brightfield import rgb_order
 from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb, um_per_unit
 from spatial_impute._image.reading import open_image, open_slide
-from spatial_impute._stack import image_element
+from spatial_impute._stack.elements import image_element
 
 GLASS, TISSUE = (240, 240, 240), (180, 100, 170)
 

@@ -12,7 +12,8 @@ import pytest
 
 import spatial_impute as si
 from spatial_impute._image import reading
-from spatial_impute._stack import load_record, section_levels, spot_geometry
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
 from spatial_impute.datasets import _her2st
 
 SECTIONS = ["C2", "C3", "C4", "C5", "C6"]

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 import spatial_impute as si
-from spatial_impute._stack import load_record, spot_geometry
+from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._stack.record import load_record
 from spatial_impute.datasets import _olfactory_bulb
 
 SECTIONS = ["MOB1", "MOB2", "MOB3", "MOB4"]

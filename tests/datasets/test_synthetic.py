@@ -8,7 +8,7 @@ from skimage.color import rgb2hed
 
 import spatial_impute as si
 from spatial_impute._geometry import anisotropy, linear_scale
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 
 SMALL = {"n_sections": 2, "extent": 1200.0, "n_genes": 6}
 

@@ -82,7 +82,7 @@ def test_registration_resampling_is_exact_at_pixel_centres():
 def test_registration_shows_a_deformation_by_a_grid_in_its_true_lengths(plot_stack):
     """One section is pushed by (24, 18) um throughout, that is by 30 um: every piece of its grid says so."""
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import displacement_elements
+    from spatial_impute._stack.elements import displacement_elements
 
     deformed = copy.deepcopy(plot_stack)
     rows = deformed.attrs["spatial_impute"]["stack"]["registration"]["sections"]

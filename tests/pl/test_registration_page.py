@@ -9,7 +9,8 @@ import subprocess
 import pytest
 
 import spatial_impute as si
-from spatial_impute._stack import load_record, registration_state
+from spatial_impute._stack.elements import registration_state
+from spatial_impute._stack.record import load_record
 
 CHROMIUM = shutil.which("chromium")
 OFFLINE = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

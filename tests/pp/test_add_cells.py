@@ -12,7 +12,7 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import Affine, Identity
 
 import spatial_impute as si
-from spatial_impute._stack import element_affine
+from spatial_impute._stack.elements import element_affine
 
 SQUARES = [Polygon([(x, 50), (x + 10, 50), (x + 10, 70), (x, 70)]) for x in (100, 150, 200)]
 

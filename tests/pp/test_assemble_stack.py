@@ -22,7 +22,7 @@ from spatialdata.transformations import Affine, Identity, Scale, get_transformat
 
 import spatial_impute as si
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 
 CENTERS = np.array([[20.0, 30.0], [40.0, 30.0], [60.0, 30.0], [20.0, 50.0]])
 
@@ -570,7 +570,7 @@ def test_assemble_stack_survives_disk(tmp_path):
     np.testing.assert_array_equal(
         pixels_of(back.images["p_image"]["scale1"]["image"]), pixels_of(pyramid["scale1"]["image"])
     )
-    from spatial_impute._stack import section_levels
+    from spatial_impute._stack.elements import section_levels
 
     for which in (sdata, back):
         levels = section_levels(which, load_record(which)["p"])

@@ -11,7 +11,9 @@ from spatialdata.transformations import Scale
 
 import spatial_impute as si
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import section_images
 from spatial_impute.encoders._encoder import TextureEncoder
 
 LEVELS = ("X_spot", "X_region", "X_global")
@@ -454,7 +456,7 @@ def test_extract_features_follows_the_pyramid(small_stack):
     """Large fields are read from a coarse level, and give what the full resolution gives."""
     import xarray as xr
 
-    from spatial_impute._stack import image_element
+    from spatial_impute._stack.elements import image_element
 
     si.pp.extract_features(small_stack, mean_colour, patch_px=8, mpp=8.0)
     expected = small_stack.tables["stack"].obsm["X_global"].copy()

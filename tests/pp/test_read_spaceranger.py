@@ -24,7 +24,8 @@ from spatialdata.transformations import Identity, Scale
 
 import spatial_impute as si
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_levels, spot_geometry
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
 
 # folder, spots, measured spots, um per pixel of the image, width of the image
 LOADS = [

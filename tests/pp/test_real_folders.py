@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import sparse
 
 import spatial_impute as si
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record
 from spatial_impute.pp._spots import place_spots
 
 SAMPLES = [

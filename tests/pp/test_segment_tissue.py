@@ -9,7 +9,8 @@ from spatialdata.transformations import Affine, get_transformation, set_transfor
 
 import spatial_impute as si
 from spatial_impute._geometry import apply_affine
-from spatial_impute._stack import element_affine, load_record
+from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack.record import load_record
 
 MPP = 2.0
 BOX = (300, 200, 1100, 1000)  # px x0, y0, x1, y1 of the tissue in 1400 x 1200 px

@@ -13,7 +13,8 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import load_record, spot_geometry
+from spatial_impute._stack.elements import spot_geometry
+from spatial_impute._stack.record import load_record
 
 MPP = 5.0
 BOX_UM = (300.0, 200.0, 1100.0, 1000.0)

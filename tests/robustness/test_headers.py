@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from spatial_impute._geometry import scaling
 from spatial_impute._image.levels import image_levels, stored_pixels, to_rgb
 from spatial_impute._image.reading import open_image
-from spatial_impute._stack import image_element
+from spatial_impute._stack.elements import image_element
 from spatial_impute.pp._spots import read_positions
 
 EXAMPLES = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")))

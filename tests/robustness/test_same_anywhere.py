@@ -19,7 +19,8 @@ from spatialdata.transformations import Affine, Identity, Sequence, get_transfor
 import spatial_impute as si
 from spatial_impute._image.levels import stored_pixels, to_rgb
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record
 
 KEY = "s0_image_expression"
 

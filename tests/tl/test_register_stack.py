@@ -13,7 +13,9 @@ import pytest
 from spatialdata.transformations import Affine, get_transformation, set_transformation
 
 import spatial_impute as si
-from spatial_impute._stack import element_affine, load_record, load_transform, registration_state, require_current
+from spatial_impute._stack.elements import element_affine, load_transform, registration_state
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import require_current
 
 # A coarse and short search: the sections are turned by 25 degrees at most and have 18 angles to be found at.
 QUICK = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}

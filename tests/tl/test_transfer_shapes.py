@@ -15,7 +15,8 @@ from spatialdata.transformations import Identity
 
 import spatial_impute as si
 from spatial_impute._keys import Keys
-from spatial_impute._stack import displacement_elements, element_affine, load_record, load_transform
+from spatial_impute._stack.elements import displacement_elements, element_affine, load_transform
+from spatial_impute._stack.record import load_record
 
 TURN = np.array([[0.0, -1.0, 1400.0], [1.0, 0.0, 30.0], [0.0, 0.0, 1.0]])  # a quarter, um
 CORNERS = np.array([[400.0, 500.0], [900.0, 450.0], [800.0, 900.0]])  # um, in s1

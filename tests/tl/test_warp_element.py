@@ -20,7 +20,8 @@ import spatial_impute as si
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
 from spatial_impute._settings import logger
-from spatial_impute._stack import displacement_elements, element_affine, load_record, load_transform
+from spatial_impute._stack.elements import displacement_elements, element_affine, load_transform
+from spatial_impute._stack.record import load_record
 
 PIXEL = 8.0  # um, of the displacement grid: the working pixel
 MATRIX = np.array([[0.95, -0.31, 320.0], [0.3, 0.96, -150.0], [0, 0, 1]])

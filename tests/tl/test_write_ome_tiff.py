@@ -48,7 +48,7 @@ def test_every_level_shows_what_warp_element_shows(placed, tmp_path):
 
 
 def test_files_of_a_stack_have_the_pixels_of_the_reference(placed, tmp_path):
-    from spatial_impute._stack import element_affine
+    from spatial_impute._stack.elements import element_affine
 
     for name in ("s0", "s1"):
         si.tl.write_ome_tiff(placed, f"{name}_image", tmp_path / f"{name}.ome.tif", compression="deflate")
@@ -91,7 +91,7 @@ def test_metadata_are_read_by_this_package(placed, tmp_path):
         plane = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]["Pixels"]["Plane"]
         assert file.pages[0].compression == tifffile.COMPRESSION.JPEG
     low = si.tl.warp_element(placed, "s0_image", pixel_size=4.0, inplace=False)
-    from spatial_impute._stack import element_affine
+    from spatial_impute._stack.elements import element_affine
 
     np.testing.assert_allclose([plane["PositionX"], plane["PositionY"]], element_affine(low, "aligned")[:2, 2])
 

@@ -134,7 +134,7 @@ def _section_names(found: Any) -> Any:
 
 
 def _legal_sections(sections: dict[str, Any]) -> dict[str, Any]:
-    from spatial_impute._stack import require_section_names
+    from spatial_impute._stack.record import require_section_names
 
     require_section_names(list(sections))
     return sections

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record
+from spatial_impute._stack.record import load_record
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,8 @@ from spatial_impute._image.levels import pixel_edges
 from spatial_impute._io.workers import local_workers
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import image_element, load_record, section_object
+from spatial_impute._stack.elements import image_element, section_object
+from spatial_impute._stack.record import load_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

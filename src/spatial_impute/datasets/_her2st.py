@@ -17,7 +17,7 @@ from spatial_impute._image.reading import open_image
 from spatial_impute._io.files import fetch
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, settings
-from spatial_impute._stack import image_element, section_object
+from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
 from spatial_impute.pp import assemble_stack, select_genes
 

@@ -13,7 +13,7 @@ import pandas as pd
 from spatial_impute._image.reading import open_image
 from spatial_impute._io.files import fetch
 from spatial_impute._settings import settings
-from spatial_impute._stack import image_element, section_object
+from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute.datasets._her2st import array_ids, read_counts, require_measured, truth_table
 from spatial_impute.pp import assemble_stack, select_genes
 

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from spatial_impute._geometry import affine_between, apply_affine, grid_in_box
 from spatial_impute._keys import Keys
-from spatial_impute._stack import image_element, section_object
+from spatial_impute._stack.elements import image_element, section_object
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.datasets._her2st import truth_table
 from spatial_impute.pp import assemble_stack, select_genes

@@ -20,8 +20,9 @@ from spatial_impute._scores import (
     summarise,
 )
 from spatial_impute._settings import logger
-from spatial_impute._stack import dense_rows, measured_mask, require_not_measured, stack_table, warn_if_old
 from spatial_impute._stack.spots import read_spots
+from spatial_impute._stack.state import require_not_measured, warn_if_old
+from spatial_impute._stack.table import dense_rows, measured_mask, stack_table
 from spatial_impute._validation import (
     name_list,
     require_count,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from spatial_impute._stack import load_record, require_registration
+from spatial_impute._stack.elements import require_registration
+from spatial_impute._stack.record import load_record
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -14,14 +14,9 @@ from PIL import Image
 from spatial_impute._geometry import apply_affine, exchanged_axes
 from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._keys import Keys
-from spatial_impute._stack import (
-    load_record,
-    registration_problems,
-    registration_state,
-    require_registration,
-    section_levels,
-    warn,
-)
+from spatial_impute._stack.elements import registration_state, require_registration, section_levels
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import registration_problems, warn
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pl._figure import nice_length
 from spatial_impute.pl._overlay import compared_sections, on_reference, overlay, read_picture, tissue_dice
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
 
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 _TILES = 8  # of the checkerboard along the longer side
 _QUALITY = 85  # of JPEG: no visible blocks, a quarter of the size of PNG

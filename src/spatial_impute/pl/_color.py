@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.lines import Line2D
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import values_by_spot
+from spatial_impute._stack.table import values_by_spot
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import MISSING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
     Limit = float | str | None
 

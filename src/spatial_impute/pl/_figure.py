@@ -16,7 +16,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import resolve_sections
+from spatial_impute._stack.record import resolve_sections
 from spatial_impute._validation import require_count, require_positive
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.colors import Colormap, Normalize
 
-    from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stack.record import Section, StackRecord
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

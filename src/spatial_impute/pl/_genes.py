@@ -11,7 +11,10 @@ from matplotlib.colors import Normalize
 from spatial_impute._expression import looks_like_counts
 from spatial_impute._keys import Keys
 from spatial_impute._scores import noise_ceiling, pearson_by_gene
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
+from spatial_impute._stack.elements import registered_radius
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import warn_if_old
+from spatial_impute._stack.table import registered_spots, stack_table
 from spatial_impute._validation import name_list, require_count, require_key
 from spatial_impute.pl._color import add_colorbar, color_limits, layer_values, resolve_cmap, units_label
 from spatial_impute.pl._figure import (
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
 _MODEL, _OTHER, _CEILING = "#D55E00", "#0072B2", "0.75"  # Okabe and Ito
 _MOST_BARS = 8

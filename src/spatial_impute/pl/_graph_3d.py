@@ -12,7 +12,10 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy import sparse
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_radius, registered_spots, stack_table, warn_if_old
+from spatial_impute._stack.elements import registered_radius
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import warn_if_old
+from spatial_impute._stack.table import registered_spots, stack_table
 from spatial_impute._validation import name_list, require_count, require_key, require_one_of
 from spatial_impute.pl._figure import (
     INK,
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
     from mpl_toolkits.mplot3d import Axes3D
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
 # Okabe and Ito: readers with any kind of color blindness can tell them apart.
 _KINDS = {

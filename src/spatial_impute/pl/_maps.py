@@ -11,16 +11,10 @@ from spatialdata.transformations import get_transformation
 from spatial_impute._geometry import box_after
 from spatial_impute._image.levels import best_level, image_levels, to_rgb
 from spatial_impute._keys import Keys
-from spatial_impute._stack import (
-    element_affine,
-    load_record,
-    map_problems,
-    raise_or_warn,
-    registered_radius,
-    registered_spots,
-    stack_table,
-    warn_if_old,
-)
+from spatial_impute._stack.elements import element_affine, registered_radius
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import map_problems, raise_or_warn, warn_if_old
+from spatial_impute._stack.table import registered_spots, stack_table
 from spatial_impute._validation import name_list, require_key, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,

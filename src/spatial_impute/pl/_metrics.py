@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval
-from spatial_impute._stack import stack_table, warn_if_old
+from spatial_impute._stack.state import warn_if_old
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_key
 from spatial_impute.pl._figure import INK, document_figure, finish, grid_shape, make_panels, titles_for
 

@@ -13,7 +13,7 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import optical_density, tissue_mask
 from spatial_impute._registration.quality import dice
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import load_transform, require_registration, section_levels
+from spatial_impute._stack.elements import load_transform, require_registration, section_levels
 from spatial_impute.pl._figure import sections_in_z
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stack.record import Section, StackRecord
 
     Sampler = Callable[[np.ndarray, float], np.ndarray]
 

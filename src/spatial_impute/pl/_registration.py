@@ -9,7 +9,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Patch
 
 from spatial_impute._geometry import apply_affine, lies_on
-from spatial_impute._stack import load_record, load_transform, registration_problems, require_registration, warn
+from spatial_impute._stack.elements import load_transform, require_registration
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import registration_problems, warn
 from spatial_impute._validation import require_count, require_positive
 from spatial_impute.metrics import registration_quality
 from spatial_impute.pl._color import add_colorbar, color_limits, resolve_cmap

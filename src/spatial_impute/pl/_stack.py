@@ -11,7 +11,10 @@ from spatial_impute._geometry import apply_affine, box_after
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import SectionTransform
-from spatial_impute._stack import load_record, load_transform, section_levels, spot_geometry, stack_table, warn_if_old
+from spatial_impute._stack.elements import load_transform, section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import warn_if_old
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_one_of, require_positive
 from spatial_impute.pl._color import read_color
 from spatial_impute.pl._figure import (
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from mpl_toolkits.mplot3d import Axes3D
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section, StackRecord
+    from spatial_impute._stack.record import Section, StackRecord
     from spatial_impute.pl._color import Coloring
 
 _PIXELS = 1000  # 2D: along the longer side of an image; tissue fills half of it or more

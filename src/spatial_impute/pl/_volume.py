@@ -11,7 +11,9 @@ from matplotlib import pyplot as plt
 from spatial_impute._geometry import Volume, interpolate_stack
 from spatial_impute._graph import typical_spacing
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, registered_spots, stack_table, warn_if_old
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import warn_if_old
+from spatial_impute._stack.table import registered_spots, stack_table
 from spatial_impute._validation import name_list, require_positive
 from spatial_impute.pl._color import (
     add_colorbar,
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
     from spatial_impute.pl._color import Limit
 
     Point = tuple[float, float, float]

@@ -20,7 +20,8 @@ from spatial_impute._geometry import polygons_of
 from spatial_impute._io.files import read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import element_affine, load_record, plane_affine, section_levels, to_frames
+from spatial_impute._stack.elements import element_affine, plane_affine, section_levels, to_frames
+from spatial_impute._stack.record import load_record
 from spatial_impute._validation import require_key, require_slot_key, require_unique
 
 if TYPE_CHECKING:

@@ -15,15 +15,9 @@ from spatial_impute._graph import typical_spacing
 from spatial_impute._image.levels import PIXEL_RANGE
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    Section,
-    StackRecord,
-    build_stack_table,
-    require_section_names,
-    save_record,
-    section_levels,
-    spots_by_section,
-)
+from spatial_impute._stack.elements import section_levels, spots_by_section
+from spatial_impute._stack.record import Section, StackRecord, require_section_names, save_record
+from spatial_impute._stack.table import build_stack_table
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_section import SectionOptions, is_spatialdata, read_section
 from spatial_impute.pp._spots import place_spots

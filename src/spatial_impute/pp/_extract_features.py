@@ -14,7 +14,10 @@ from spatial_impute._image.color import METHODS, fit_stain_map
 from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress
-from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import section_images
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_count, require_folder, require_one_of, require_positive
 from spatial_impute.encoders._tokens import (
     FIELD_TOKENS,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
     from spatial_impute._image.color import StainMap
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.encoders._encoder import Encoder
     from spatial_impute.encoders._tokens import Layout
 

@@ -13,7 +13,10 @@ from scipy.spatial import cKDTree
 from spatial_impute._geometry import apply_affine, xy_of
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_images, section_levels, spot_geometry, stack_table
+from spatial_impute._stack.elements import section_levels, spot_geometry
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import section_images
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import require_finite, require_key, require_unique
 from spatial_impute.pp._add_cells import require_on_image
 from spatial_impute.pp._extract_features import fields_layout, rows_of_sections, write_features
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
 
 _MOST_FAR = 0.5  # of the spots: above it, the positions are those of another image
 

@@ -23,15 +23,15 @@ from spatial_impute._io.files import how_to_unpack
 from spatial_impute._io.stores import is_zarr, zarr_attributes
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
+from spatial_impute._stack.elements import (
     as_circles,
     element_affine,
     free_names,
     image_element,
     in_rgb_order,
-    is_stack_table,
     square_edge,
 )
+from spatial_impute._stack.table import is_stack_table
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._read_spaceranger import (
     SCALEFACTORS,

@@ -21,7 +21,7 @@ from spatial_impute._image.reading import ImageFile, open_image
 from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import element_affine, free_names, image_element, section_object
+from spatial_impute._stack.elements import element_affine, free_names, image_element, section_object
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.pp._spots import AS_IT_IS, COLUMNS, checked_positions, compare_pictures, read_positions
 

@@ -10,7 +10,9 @@ from spatial_impute._image.levels import read_thumbnail
 from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import load_record, plane_affine, resolve_sections, section_images, section_levels, to_frames
+from spatial_impute._stack.elements import plane_affine, section_levels, to_frames
+from spatial_impute._stack.record import load_record, resolve_sections
+from spatial_impute._stack.state import section_images
 from spatial_impute._validation import require_positive
 
 if TYPE_CHECKING:

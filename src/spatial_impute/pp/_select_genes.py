@@ -25,7 +25,9 @@ from spatial_impute._expression import (
 from spatial_impute._keys import Keys
 from spatial_impute._scores import morans_i, nearest_graph
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import counts_state, load_record, measured_sections, stack_table
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import counts_state
+from spatial_impute._stack.table import measured_sections, stack_table
 from spatial_impute._validation import (
     did_you_mean,
     name_list,
@@ -285,16 +287,14 @@ def _require_counts(given: _Counts) -> None:
     if fractions or (values < 0).any():
         msg = (
             f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
-            f"{fractions}. Name the layer that holds counts with `layer=`, or "
-            f"pass `log_normalized=True`.{given.advice}"
+            f"{fractions}. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`.{given.advice}"
         )
         raise ValueError(msg)
     if (totals == 0).any():
         empty, name = given.spots(totals == 0), given.name
         msg = (
             f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, "
-            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > "
-            "0].copy()`."
+            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
     if look_normalized(totals):

@@ -20,17 +20,10 @@ from spatial_impute._image.tissue import tissue_mask
 from spatial_impute._io.files import how_to_unpack, read_text
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added
-from spatial_impute._stack import (
-    build_stack_table,
-    element_affine,
-    load_record,
-    raise_or_warn,
-    resolve_sections,
-    save_record,
-    spot_geometry,
-    tissue_problems,
-    to_frames,
-)
+from spatial_impute._stack.elements import element_affine, spot_geometry, to_frames
+from spatial_impute._stack.record import load_record, resolve_sections, save_record
+from spatial_impute._stack.state import raise_or_warn, tissue_problems
+from spatial_impute._stack.table import build_stack_table
 from spatial_impute._validation import require_key, require_one_of, require_positive
 
 if TYPE_CHECKING:
@@ -40,7 +33,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 _POINTS_AT_A_TIME = 2**18  # lattice points, each sampled 48 times: some 400 MB
 _POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")

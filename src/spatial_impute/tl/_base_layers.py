@@ -14,7 +14,9 @@ from spatial_impute._expression import gene_ids
 from spatial_impute._keys import Keys
 from spatial_impute._scores import pearson_by_gene
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, stack_table, warn_of_old_layer, write_slots
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import warn_of_old_layer
+from spatial_impute._stack.table import stack_table, write_slots
 from spatial_impute._validation import name_list, require_key, require_one_of, require_slot_key, require_unique
 from spatial_impute.tl._provenance import measured_hash
 

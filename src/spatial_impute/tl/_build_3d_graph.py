@@ -12,16 +12,10 @@ import numpy as np
 from spatial_impute._graph import EdgeRules, build_graph, standardise_by_section, typical_spacing
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    graph_state,
-    load_record,
-    registered_spots,
-    require_current,
-    section_ranks,
-    spots_by_section,
-    stack_table,
-    write_slots,
-)
+from spatial_impute._stack.elements import spots_by_section
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import graph_state, require_current
+from spatial_impute._stack.table import registered_spots, section_ranks, stack_table, write_slots
 from spatial_impute._validation import require_count, require_finite, require_key, require_positive, require_slot_key
 
 if TYPE_CHECKING:
@@ -29,7 +23,7 @@ if TYPE_CHECKING:
     from scipy import sparse
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 
 _LENGTHS = ("max_distance", "bandwidth")

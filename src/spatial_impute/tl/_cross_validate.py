@@ -11,7 +11,7 @@ import pandas as pd
 from spatial_impute._keys import Keys
 from spatial_impute._scores import bootstrap_interval, pearson_by_gene, summarise
 from spatial_impute._settings import progress_steps
-from spatial_impute._stack import section_levels
+from spatial_impute._stack.elements import section_levels
 from spatial_impute._stack.spots import read_stacks, stack_list
 from spatial_impute._validation import (
     name_list,

@@ -20,24 +20,18 @@ from spatial_impute._io.files import file_to_write, written_whole
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import PixelGrid, output_grid, resampled
 from spatial_impute._settings import log_added, logger, progress
-from spatial_impute._stack import (
+from spatial_impute._stack.elements import (
     are_circles,
-    dense_rows,
     element_affine,
     in_rgb_order,
-    load_record,
     load_transform,
-    map_problems,
-    raise_or_warn,
-    registered_spots,
-    registration_problems,
-    require_current,
     require_element_key,
     require_registration,
     section_levels,
-    stack_table,
-    warn_if_old,
 )
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import map_problems, raise_or_warn, registration_problems, require_current, warn_if_old
+from spatial_impute._stack.table import dense_rows, registered_spots, stack_table
 from spatial_impute._validation import name_list, require_key, require_one_of, require_positive
 from spatial_impute.tl._warp_element import section_of
 

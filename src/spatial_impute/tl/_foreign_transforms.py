@@ -15,7 +15,9 @@ from spatial_impute._geometry import apply_affine, box_after, linear_scale, scal
 from spatial_impute._io.files import file_to_write, read_text, written_whole
 from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, load_transform, raise_or_warn, registration_problems, section_levels
+from spatial_impute._stack.elements import load_transform, section_levels
+from spatial_impute._stack.record import load_record
+from spatial_impute._stack.state import raise_or_warn, registration_problems
 from spatial_impute._validation import require_key, require_positive
 from spatial_impute.tl._places import check_matrix, landmark_matrix
 

@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 
 from spatial_impute._keys import Keys
-from spatial_impute._stack import load_record, section_images, stack_table
+from spatial_impute._stack.record import load_record
 from spatial_impute._stack.spots import read_spots, require_same_units, units
+from spatial_impute._stack.state import section_images
+from spatial_impute._stack.table import stack_table
 from spatial_impute._validation import (
     require_device,
     require_key,

@@ -12,16 +12,11 @@ from scipy.spatial import cKDTree
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger, progress_steps
-from spatial_impute._stack import (
-    load_record,
-    measured_ids,
-    rows_of_spots,
-    section_images,
-    section_levels,
-    spots_by_section,
-    table_state,
-)
+from spatial_impute._stack.elements import rows_of_spots, section_levels, spots_by_section
+from spatial_impute._stack.record import load_record
 from spatial_impute._stack.spots import read_spots
+from spatial_impute._stack.state import section_images, table_state
+from spatial_impute._stack.table import measured_ids
 from spatial_impute._validation import require_count, require_device, require_positive, require_slot_key, resolve_params
 from spatial_impute.tl._fit_pixnet import Pair, PixNetSetup, fit_on_regions, read_pairs
 from spatial_impute.tl._provenance import ImputedLayer, measured_hash
@@ -35,7 +30,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
     from torch import nn
 
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
     from spatial_impute.models import PixNetModel, PixNetParams
     from spatial_impute.models._spots import Spots
 

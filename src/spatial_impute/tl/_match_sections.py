@@ -12,8 +12,10 @@ from scipy.spatial import cKDTree
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, measured_ids, table_state, write_slots
+from spatial_impute._stack.record import load_record
 from spatial_impute._stack.spots import read_spots
+from spatial_impute._stack.state import table_state
+from spatial_impute._stack.table import measured_ids, write_slots
 from spatial_impute._validation import require_slot_key
 
 if TYPE_CHECKING:

@@ -19,22 +19,19 @@ from spatial_impute._geometry import apply_affine, exchanged_axes
 from spatial_impute._keys import Keys
 from spatial_impute._registration import SectionTransform
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import (
-    changed_images,
+from spatial_impute._stack.elements import (
     displacement_elements,
     element_affine,
     element_frames,
-    from_images,
     load_transform,
     plane_affine,
     registration_state,
     require_registration,
-    save_record,
-    section_images,
     spots_by_section,
-    spots_state,
-    write_slots,
 )
+from spatial_impute._stack.record import save_record
+from spatial_impute._stack.state import changed_images, from_images, section_images, spots_state
+from spatial_impute._stack.table import write_slots
 from spatial_impute._validation import require_key, require_one_of
 
 if TYPE_CHECKING:
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
     Placement = str | np.ndarray | Sequence | SectionTransform
 

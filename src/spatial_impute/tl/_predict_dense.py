@@ -11,7 +11,8 @@ from spatialdata.transformations import get_transformation
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, progress_steps
-from spatial_impute._stack import image_state, map_problems, raise_or_warn, require_element_key
+from spatial_impute._stack.elements import require_element_key
+from spatial_impute._stack.state import image_state, map_problems, raise_or_warn
 from spatial_impute._validation import require_count, require_device, require_key, require_model, require_one_of
 from spatial_impute.encoders._encoder import PRECISIONS
 from spatial_impute.tl._provenance import pixnet_provenance

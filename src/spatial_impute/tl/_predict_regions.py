@@ -11,7 +11,8 @@ from spatialdata.models import TableModel
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger, progress_steps
-from spatial_impute._stack import fingerprint, image_state, require_element_key
+from spatial_impute._stack.elements import require_element_key
+from spatial_impute._stack.state import fingerprint, image_state
 from spatial_impute._validation import require_count, require_device, require_key, require_model
 from spatial_impute.tl._provenance import pixnet_provenance
 from spatial_impute.tl._read_regions import find_frame, read_levels, read_shapes, stack_sections, warn_of_changed_slides

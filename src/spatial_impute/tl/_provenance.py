@@ -12,17 +12,10 @@ import numpy as np
 
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    fingerprint,
-    load_record,
-    measured_ids,
-    section_image,
-    spots_fingerprint,
-    table_state,
-    write_slots,
-)
+from spatial_impute._stack.record import load_record
 from spatial_impute._stack.spots import units
-from spatial_impute._stack.state import SLOT_WORDS
+from spatial_impute._stack.state import SLOT_WORDS, fingerprint, section_image, spots_fingerprint, table_state
+from spatial_impute._stack.table import measured_ids, write_slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.models import AsignModel, AsignPanels, PixNetModel
     from spatial_impute.models._spots import Spots
 

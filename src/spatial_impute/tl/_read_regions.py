@@ -15,15 +15,9 @@ from spatial_impute._geometry import Frame, anisotropy, apply_affine, linear_sca
 from spatial_impute._image.levels import image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._settings import logger
-from spatial_impute._stack import (
-    element_affine,
-    fingerprint,
-    image_state,
-    load_record,
-    measurement_problems,
-    require_spatialdata,
-    warn,
-)
+from spatial_impute._stack.elements import element_affine
+from spatial_impute._stack.record import load_record, require_spatialdata
+from spatial_impute._stack.state import fingerprint, image_state, measurement_problems, warn
 from spatial_impute._validation import name_list, require_finite, require_key, require_positive, require_unique
 from spatial_impute.models.pixnet._region_weights import Discs, Polygons
 
@@ -34,7 +28,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._image.levels import Level
-    from spatial_impute._stack import Section
+    from spatial_impute._stack.record import Section
     from spatial_impute.models import PixNetModel
     from spatial_impute.models.pixnet._region_weights import Regions
 

@@ -31,7 +31,8 @@ from spatial_impute._registration import (
     section_errors,
 )
 from spatial_impute._settings import logger
-from spatial_impute._stack import load_record, section_levels
+from spatial_impute._stack.elements import section_levels
+from spatial_impute._stack.record import load_record
 from spatial_impute._validation import (
     name_list,
     require_count,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration import DisplacementField, PairResult
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
     from spatial_impute.tl._places import Placement
 
 _MOST_SHRINKING = 0.1  # of one section against the next

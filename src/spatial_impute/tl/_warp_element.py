@@ -15,21 +15,18 @@ from spatial_impute._image.levels import best_level, image_levels
 from spatial_impute._keys import Keys
 from spatial_impute._registration.transform import output_grid, resampled
 from spatial_impute._settings import log_added, logger
-from spatial_impute._stack import (
+from spatial_impute._stack.elements import (
     are_circles,
     element_affine,
     element_frames,
-    load_record,
     load_transform,
-    map_problems,
     plane_affine,
-    raise_or_warn,
-    registration_problems,
     require_element_key,
     require_registration,
-    resolve_sections,
     to_frames,
 )
+from spatial_impute._stack.record import load_record, resolve_sections
+from spatial_impute._stack.state import map_problems, raise_or_warn, registration_problems
 from spatial_impute._validation import require_key, require_positive
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from spatial_impute._registration.transform import SectionTransform
-    from spatial_impute._stack import StackRecord
+    from spatial_impute._stack.record import StackRecord
 
 _CHUNK = 2048  # px; also for pyramids, whose levels spatialdata would otherwise cut into pieces of 256 px
 _SMALLEST_LEVEL = 256  # px along the longer side of the coarsest level of a pyramid
