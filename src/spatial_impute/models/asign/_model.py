@@ -177,11 +177,14 @@ class AsignModel:
 
         Some spots at a time, because each of the predictions is as large as the result.
         """
-        names = [BASE, NETWORK, WITHOUT, *sorted(spots.independent)] if parts else []
         shape = len(spots.known), len(self.var_names)
-        shown = {name: np.empty(shape, np.float32) for name in names}
+        shown, used = {}, self._used("weights")
+        if parts:
+            others = sorted(spots.independent)
+            shown = {name: np.empty(shape, np.float32) for name in (BASE, NETWORK, WITHOUT, *others)}
+            used += [*self._used("weights_without"), *others]
         result = self._network_prediction(spots, labels)  # the blend takes its place
-        experts = self._fit_experts(spots, labels, parts=parts)
+        experts = {name: self._fit_expert(spots, name, labels) for name in dict.fromkeys(used)}
         for rows in row_blocks(*shape):
             found = {name: part.expression(rows) for name, part in experts.items()} | {NETWORK: result[rows].copy()}
             result[rows] = self._weighted_sum(found, "weights")
@@ -204,13 +207,6 @@ class AsignModel:
                 total += part
         total += centre
         return total
-
-    def _fit_experts(self, spots: Spots, labels: LabelPredictions, *, parts: bool) -> dict[str, Prediction]:
-        """The blended methods that have a weight, without the networks; base layers that are shown with the parts."""
-        names = self._used("weights")
-        if parts:
-            names += [*self._used("weights_without"), *sorted(spots.independent)]
-        return {name: self._fit_expert(spots, name, labels) for name in dict.fromkeys(names)}
 
     def _fit_expert(self, spots: Spots, name: str, labels: LabelPredictions) -> Prediction:
         bases = spots.bases or {}

@@ -86,10 +86,6 @@ class LabelInputs:
     propagated: Tensor  # (m, g) labels propagated over the 3D graph
     support: Tensor  # (m, 1) mass of the propagation, 0-1
 
-    def part(self, rows: slice | Tensor) -> LabelInputs:
-        """Those of some of the spots."""
-        return LabelInputs(self.base[rows], self.propagated[rows], self.support[rows])
-
 
 class LevelAttention(nn.Module):
     """Attention of the spot token over the tokens of its larger fields of view, with residual."""

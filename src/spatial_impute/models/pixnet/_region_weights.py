@@ -158,7 +158,9 @@ def build_stencil(regions: Regions, core: Box, grid: CellGrid, image: Box) -> St
     one cell beyond the core, or to the end of the grid.
     """
     stencil = Stencil(*_sum_weights(*regions.runs(core), tuple(grid)))
-    lonely = (stencil.n_pixels == 0) & _tiny(regions, image) & _inside(regions.centers, core)
+    x, y = regions.centers.T
+    inside = (x >= core.x0) & (x < core.x1) & (y >= core.y0) & (y < core.y1)
+    lonely = (stencil.n_pixels == 0) & inside & _tiny(regions, image)
     return _sample_centers(stencil, regions, lonely, grid) if lonely.any() else stencil
 
 
@@ -170,11 +172,6 @@ def _tiny(regions: Regions, image: Box) -> np.ndarray:
         which = np.flatnonzero(small)
         small[which] = np.diff(regions.take(which).runs(image)[0]) == 0
     return small
-
-
-def _inside(points: np.ndarray, box: Box) -> np.ndarray:
-    x, y = points.T
-    return (x >= box.x0) & (x < box.x1) & (y >= box.y0) & (y < box.y1)
 
 
 def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid: CellGrid) -> Stencil:

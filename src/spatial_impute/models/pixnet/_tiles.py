@@ -324,13 +324,12 @@ def read_regions(
 
     `n_channels` includes those of `squares`.
     """
-    dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
-    sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
+    sums, n_pixels = torch.zeros(len(regions), n_channels, dtype=network.head.weight.dtype), np.zeros(len(regions))
     for index, found, count in iter_sums(network, stage, slide, regions, squares=squares):
         if count.any():
-            sums[index] = found.cpu().numpy()
+            sums[index] = found.cpu()
         n_pixels[index] = count
-    return sums, n_pixels
+    return sums.numpy(), n_pixels
 
 
 @dataclass(frozen=True)
