@@ -19,7 +19,7 @@ from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     import pandas as pd
     from torch import Tensor, nn
@@ -94,8 +94,8 @@ def _replace_files(contents: Mapping[Path, bytes], *, note: str) -> None:
         file.replace(path)
 
 
-def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a model directory.
+def load_model(path: str | Path, *, kind: str, unknown: Collection[str] = ()) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a model directory. The tensors in `unknown` may hold NaN.
 
     A missing file raises a ``FileNotFoundError``, other content than a model of this class and format a ``ValueError``.
     """
@@ -132,7 +132,8 @@ def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, T
             f"`var_names` in {str(path / CONFIG)!r} must be a list of gene names, all different. Save the model again."
         )
         raise ValueError(msg)
-    bad = sorted(key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all())
+    numbers = {key: value for key, value in tensors.items() if value.is_floating_point() and key not in unknown}
+    bad = sorted(key for key, value in numbers.items() if not value.isfinite().all())
     if bad:
         raise does_not_fit(path, f"{bad[0]!r} has values that are NaN or infinite.")
     return ModelConfig(config, path), tensors

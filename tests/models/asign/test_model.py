@@ -259,6 +259,18 @@ def test_save_and_load_give_the_same_prediction(small_stack, model, tmp_path):
     np.testing.assert_allclose(loaded.cross_validation, model.cross_validation)
 
 
+def test_a_model_of_expression_without_counts_can_be_loaded(small_stack, tmp_path):
+    """Its usual counting noise is not known; everything else is a number."""
+    del small_stack.tables["stack"].obs["total_counts"]
+    fitted = si.tl.fit_asign(small_stack, model_params=SMALL | {"n_steps": 1})
+    fitted.save(tmp_path / "m")
+    assert si.models.AsignModel.load(tmp_path / "m").identity == fitted.identity
+    fitted._tensors["noise"][1] = torch.nan
+    fitted.save(tmp_path / "m", overwrite=True)
+    with pytest.raises(ValueError, match=r"'model\.noise' has values that are NaN"):
+        si.models.AsignModel.load(tmp_path / "m")
+
+
 def test_save_refuses_to_replace(model, tmp_path):
     model.save(tmp_path / "model")
     with pytest.raises(FileExistsError, match="overwrite=True"):

@@ -284,7 +284,7 @@ class AsignModel:
         ValueError
             If the directory holds another class of model, or weights that do not fit the configuration.
         """
-        config, tensors = load_model(path, kind=cls.__name__)
+        config, tensors = load_model(path, kind=cls.__name__, unknown={"model.noise"})
         with config_errors(path):
             model = cls._from_config(path, config, tensors)
         if config["cohort"] is not None:
@@ -310,6 +310,8 @@ class AsignModel:
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
             raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
+        if not own["noise"][1:].isfinite().all():  # the first, the usual noise, is NaN if the counts were not known
+            raise does_not_fit(path, "'model.noise' has values that are NaN or infinite.")
         sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
         networks = []
         for k in range(n_networks):
