@@ -206,10 +206,10 @@ class NetworkFit:
         A regime that is worse than another one on the first fold is not tried on the others. Only the errors are kept of
         runs that are not needed any more: weights and predictions take much memory if all genes of a tissue are predicted.
         """
-        tried = [self.regimes[r] for r in range(len(self.regimes)) if only in (None, r)]
+        tried = [self.candidates[r] for r in range(len(self.candidates)) if only in (None, r)]
         stage = self._stage("choice of settings", len(self.trials) * sum(given(params.n_steps) for params in tried))
         runs: Runs = {}
-        for r in range(len(self.regimes)):
+        for r in range(len(self.candidates)):
             if only not in (None, r):
                 continue
             if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
@@ -225,7 +225,7 @@ class NetworkFit:
     def run(self, runs: Runs) -> Ensemble:
         """Train all networks with the best regime of the trials, and predict the hidden folds."""
         chosen, folds = self.best_regime(runs, self.trials), range(self.data.n_folds)
-        params, runs = self.regimes[chosen], dict(runs)
+        params, runs = self.candidates[chosen], dict(runs)
         left = [k for k in folds if (chosen, k) not in runs]
         n_steps = len(left) * given(params.n_steps) + self.n_refits * self._refit_steps(params)
         stage = self._stage("networks", n_steps)
@@ -262,8 +262,8 @@ class NetworkFit:
         return predicted
 
     @cached_property
-    def regimes(self) -> list[AsignParams]:
-        """Candidates; with few known spots to learn from only the most cautious one."""
+    def candidates(self) -> list[AsignParams]:
+        """The regimes to choose from; with few known spots to learn from only the most cautious one."""
         found = regimes(self.settings.params)
         return found if len(self.data.truth) >= _FEW else found[:1]
 
@@ -276,7 +276,7 @@ class NetworkFit:
         """Position of the regime with the lowest error on some of the trial folds."""
         errors = [
             float(np.mean([runs[r, k].errors[1] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
-            for r in range(len(self.regimes))
+            for r in range(len(self.candidates))
         ]
         return int(np.argmin(errors))
 
@@ -319,7 +319,7 @@ class NetworkFit:
             return
         # The progress bar stays here: it advances by a whole network.
         alone = replace(self, on_step=_no_step, settings=replace(self.settings, progress=_no_progress))
-        done = partial(self._skip_steps, self.regimes[r])
+        done = partial(self._skip_steps, self.candidates[r])
         tasks = [(alone, r, k) for k in folds]
         yield from zip(folds, run_on_workers(client, NetworkFit._train_fold, tasks, on_done=done), strict=True)
 
@@ -328,7 +328,7 @@ class NetworkFit:
 
         Its batches are not kept for the next regime: with all genes they take a gigabyte, and little time.
         """
-        return self._train_or_load(f"network{k}-{r}", k, self.regimes[r], self._batches(k), self._held_out(k))
+        return self._train_or_load(f"network{k}-{r}", k, self.candidates[r], self._batches(k), self._held_out(k))
 
     def _skip_steps(self, params: AsignParams) -> None:
         """Advance the progress by a network that was trained elsewhere."""

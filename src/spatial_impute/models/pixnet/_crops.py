@@ -206,13 +206,13 @@ class CropSampler:
         self,
         network: PixNetNetwork,
         slides: list[TrainingSlide],
-        size: CropSettings,
+        settings: CropSettings,
         *,
         params: PixNetParams,
         seed: int,
         device: str,
     ) -> None:
-        self.network, self.slides, self.size = network, slides, size
+        self.network, self.slides, self.settings = network, slides, settings
         self.params, self.seed, self.device = params, seed, device
         self.encoder_trained = params.encoder_learning_rate > 0
         self.pool: list[tuple[Crop, list[Tensor]]] = []
@@ -228,7 +228,7 @@ class CropSampler:
 
     def _draw(self, rng: np.random.Generator) -> Crop:
         flips, jitter = self.params.flips, self.params.stain_jitter
-        return random_crop(self.slides, self.size, flips=flips, stain_jitter=jitter, rng=rng)
+        return random_crop(self.slides, self.settings, flips=flips, stain_jitter=jitter, rng=rng)
 
     def _encode(self, crops: list[Crop]) -> list[Tensor]:
         with torch.set_grad_enabled(self.encoder_trained):

@@ -95,8 +95,8 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
-    size = CropSettings.of(network, watched, settings.params)
-    windows = cut_windows(network, watched, size, settings.params, seed=0, device=settings.device)
+    crop_settings = CropSettings.of(network, watched, settings.params)
+    windows = cut_windows(network, watched, crop_settings, settings.params, seed=0, device=settings.device)
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 

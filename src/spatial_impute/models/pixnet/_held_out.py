@@ -78,20 +78,22 @@ class HeldOutCrop:
 def cut_windows(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
-    size: CropSettings,
+    crop_settings: CropSettings,
     params: PixNetParams,
     *,
     seed: int,
     device: str,
 ) -> list[HeldOutCrop]:
     """Windows that cover the regions of slides, a sample if there are many; with their maps if the encoder is not trained."""
-    windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
+    windows = [
+        (slide, *window) for slide in slides for window in cover(slide, crop_settings.size, crop_settings.margin)
+    ]
     if len(windows) > _MAX_WINDOWS:
         kept = np.random.default_rng(seed).choice(len(windows), _MAX_WINDOWS, replace=False)
         windows = [windows[k] for k in np.sort(kept)]
     found = []
     for slide, center, rows in windows:
-        crop = make_crop(slide, center, size)
+        crop = make_crop(slide, center, crop_settings)
         maps = None
         if not params.encoder_learning_rate:
             with torch.no_grad():

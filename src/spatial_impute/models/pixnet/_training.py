@@ -87,10 +87,10 @@ def train(
     finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
-    size = CropSettings.of(network, slides + held_out, params)
+    crop_settings = CropSettings.of(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
-    windows = cut_windows(network, held_out, size, params, seed=settings.seed, device=settings.device)
+    windows = cut_windows(network, held_out, crop_settings, params, seed=settings.seed, device=settings.device)
     head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
@@ -102,7 +102,7 @@ def train(
     for _ in range(first - 1):
         on_step()
     head_of_base = head["head.weight"][:, : network.n_base].to(settings.device)
-    sampler = CropSampler(network, slides, size, params=params, seed=settings.seed, device=settings.device)
+    sampler = CropSampler(network, slides, crop_settings, params=params, seed=settings.seed, device=settings.device)
     losses = []
     for step in range(first, params.n_steps + 1):
         if state.stagnates(params):
