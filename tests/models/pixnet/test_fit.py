@@ -251,10 +251,10 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
         of_base = fitted.predict(network.levels(maps)[0].flatten(1).T.numpy())
         settings = SimpleNamespace(seed=0)
         weights = np.array([[1.0, 0.0], [0.2, 1.1], [0.0, 0.7]])
-        LinearBase(fitted, data, np.zeros(6), []).finish(network, weights, settings)
+        LinearBase(fitted, data, np.zeros(6)).finish(network, weights, settings)
         found = network.genes(network.features(rgb))[0].flatten(1).T
         np.testing.assert_allclose(found, of_base * weights[:, 0] + decoded * weights[:, 1], rtol=1e-8, atol=1e-8)
-        LinearBase(fitted, data, np.zeros(6), []).finish(network, None, settings)
+        LinearBase(fitted, data, np.zeros(6)).finish(network, None, settings)
         found = network.genes(network.features(rgb))[0].flatten(1).T
     np.testing.assert_allclose(found, of_base, rtol=1e-8, atol=1e-8)
 

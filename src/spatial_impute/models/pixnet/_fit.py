@@ -34,7 +34,7 @@ class FittedPixNet:
 
     network: PixNetNetwork  # In evaluation mode; its head gives the units of the expression
     history: pd.DataFrame
-    penalty: float  # Penalty of the base
+    penalty: float | None  # Penalty of the base, if there is one
     held_out: pd.Series  # (n_genes,) Pearson correlation on the held-out regions, mean over slides
 
 
@@ -64,8 +64,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
             network.scale.copy_(torch.from_numpy(scale))
             network.head_bias.fill_(_SOFTPLUS_ONE)
     elif params.n_base:
-        base = LinearBase.fit(network, slides, held_out, settings, halo)
-        slides = base.slides
+        base, slides = LinearBase.fit(network, slides, held_out, settings, halo)
     training = [s.take(~rows) for s, rows in zip(slides, held_out, strict=True)]
     training = [s for s in training if len(s.regions)]
     watched = [s.take(rows) for s, rows in zip(slides, held_out, strict=True) if rows.any()]
@@ -86,7 +85,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
         _fold_scale_into_head(network, centre, scale)
     network.requires_grad_(False)
     network.precision = "float32"  # of a prediction: its caller chooses
-    penalty = float("nan") if base is None else base.fitted.choice.penalty
+    penalty = None if base is None else base.fitted.choice.penalty
     return FittedPixNet(network, history, penalty, pd.Series(r, index=var_names))
 
 
@@ -120,7 +119,6 @@ class LinearBase:
     fitted: Base
     data: BaseData  # All regions that were read, including held-out ones
     within: np.ndarray  # (n_features,) mean variance of the features over the cells of a region
-    slides: list[TrainingSlide]  # The slides with the prediction of the base for held-out regions; NaN for the others
 
     @classmethod
     def fit(
@@ -130,8 +128,11 @@ class LinearBase:
         held_out: list[np.ndarray],
         settings: FitSettings,
         halo: int,
-    ) -> LinearBase:
-        """Fit the base on the regions that are not held out, and write it into the network."""
+    ) -> tuple[LinearBase, list[TrainingSlide]]:
+        """Fit the base on the regions that are not held out, and write it into the network.
+
+        Also returns the slides with its prediction for the held-out regions; NaN for the others.
+        """
         rng = np.random.default_rng(settings.seed)
         network.eval()
 
@@ -172,7 +173,7 @@ class LinearBase:
             found = np.full(slide.expression.shape, np.nan, np.float32)
             found[out] = components @ base.weights + base.intercept
             with_base.append(replace(slide, base=found))
-        return cls(base, data, within, with_base)
+        return cls(base, data, within), with_base
 
     def finish(self, network: PixNetNetwork, weights: np.ndarray | None, settings: FitSettings) -> None:
         """Fit the base to all regions with the same settings, and write its weighted sum with the decoder into the head.
