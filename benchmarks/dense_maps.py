@@ -67,12 +67,12 @@ def main() -> None:
 def random_model(n_genes: int, encoder: str | nn.Module, resolution: float) -> si.models.PixNetModel:
     """Model with random decoder and head: what it predicts does not matter for what it costs."""
     from spatial_impute.encoders._pyramids import build_pyramid
-    from spatial_impute.models.pixnet._network import build_network
+    from spatial_impute.models.pixnet._network import PixNetNetwork
 
     torch.manual_seed(0)
     params = si.models.PixNetParams()
-    network = build_network(
-        build_pyramid(encoder), params, n_genes=n_genes, n_base=params.n_base, rates=False, resolution=resolution
+    network = PixNetNetwork(
+        build_pyramid(encoder), params, n_genes=n_genes, n_base=params.n_base, resolution=resolution
     )
     nn.init.normal_(network.head.weight, std=0.1)
     genes = [f"g{i}" for i in range(n_genes)]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from spatial_impute.encoders import _networks
 from spatial_impute.encoders._encoder import resolve_encoder
 from spatial_impute.encoders._pyramids import ENCODERS, ModulePyramid, TexturePyramid, build_pyramid
+from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet._network import PixNetNetwork, receptive_halo
 
 
@@ -38,7 +39,8 @@ def transformer() -> Transformer:
 
 
 def network_of(pyramid) -> PixNetNetwork:
-    return PixNetNetwork(pyramid, n_genes=2, width=4, n_base=3, context=(100.0,), norm="layer")
+    params = PixNetParams(width=4, context_um=(100.0,), finest_stride=1)
+    return PixNetNetwork(pyramid, params, n_genes=2, n_base=3)
 
 
 def test_windows_make_attention_local(transformer):

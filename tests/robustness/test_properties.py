@@ -219,7 +219,7 @@ def test_discs_hold_the_pixels_whose_centres_they_hold(discs):
     values = np.array(discs)
     shapes = Discs(values[:, :2], values[:, 2])
     box = Box(0, 90, 0, 100)
-    stencil = build_stencil(shapes, box, CellGrid(4, 23, 25), box)
+    stencil = build_stencil(shapes, box, CellGrid.whole(4, 23, 25), box)
     x, y = np.meshgrid(np.arange(100) + 0.5, np.arange(90) + 0.5)
     for i, (cx, cy, r) in enumerate(values):
         inside = int(((x - cx) ** 2 + (y - cy) ** 2 <= r * r).sum())
@@ -243,7 +243,7 @@ def test_sums_over_a_partition_are_the_sum_over_the_whole(discs, cuts, square):
         shapes = Polygons.from_shapely(np.array([shapely.box(x - r, y - r, x + r, y + r) for x, y, r in values]))
     else:
         shapes = Discs(values[:, :2], values[:, 2])
-    image, grid = Box(0, 90, 0, 100), CellGrid(4, 23, 25)
+    image, grid = Box(0, 90, 0, 100), CellGrid.whole(4, 23, 25)
     cells = np.random.default_rng(0).normal(size=grid.n_y * grid.n_x)
 
     def sums(box):

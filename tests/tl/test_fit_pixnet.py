@@ -180,7 +180,7 @@ def test_training_starts_at_the_base_of_the_whole_slide(small_prepared, small_pi
     with torch.inference_mode():
         rgb = entry.stain.apply(torch.from_numpy(entry.image.window(0, rows, 0, columns))[None])
         genes = network.genes(network.features(rgb))[0]
-        grid = CellGrid(network.stride, genes.shape[1], genes.shape[2])
+        grid = CellGrid.whole(network.stride, genes.shape[1], genes.shape[2])
         box = Box(0, height, 0, width)
         sums, n_pixels = region_sums(genes, entry.regions, box, grid, box)
         expected = (sums / n_pixels[:, None]).numpy()

@@ -14,7 +14,7 @@ from spatial_impute._keys import Keys
 from spatial_impute._settings import log_added, logger
 from spatial_impute._stack.elements import spot_geometry
 from spatial_impute._stack.record import attrs_record, require_spatialdata
-from spatial_impute._validation import record_at, require_finite, require_key, require_positive
+from spatial_impute._validation import record_at, require_finite, require_key, require_positive, require_unique
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,10 +39,8 @@ def stack_table(sdata: SpatialData, table_key: str = Keys.STACK_TABLE) -> AnnDat
         for key in keys:
             then = "Make the table with `si.pp.assemble_stack({...})`."
             require_key(key, getattr(table, slot), where=f"{where}.{slot}", then=then)
-    for slot, names in {"obs_names": table.obs_names, "var_names": table.var_names}.items():
-        if not names.is_unique:
-            msg = f"`{where}.{slot}` must be unique, but {names[names.duplicated()][0]!r} occurs more than once."
-            raise ValueError(msg)
+    require_unique(table.obs_names, name=f"`{where}.obs_names`")
+    require_unique(table.var_names, name=f"`{where}.var_names`")
     _require_known_sections(sdata, table, where)
     _require_own_names(table, where)
     return table

@@ -155,23 +155,18 @@ def spatial_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: in
 
 def block_folds(spots: Spots, *, n_folds: int, block_spacings: float, seed: int) -> list[np.ndarray]:
     """Hold out square blocks of the registered frame, on all known sections alike; see :func:`spatial_folds`."""
-    rows = np.flatnonzero(spots.known)
     block = blocks(spots, block_spacings)
     n_blocks = int(block.max(initial=-1)) + 1
     n_folds = min(n_folds, n_blocks)
     if n_folds < 2:
         msg = (
             f"Cross-validation needs at least two blocks of measured spots, found {n_blocks} "
-            f"({len(rows)} spots, blocks of {block_spacings * spots.spacing:.0f} um). Measure more spots."
+            f"({len(block)} spots, blocks of {block_spacings * spots.spacing:.0f} um). Measure more spots."
         )
         raise ValueError(msg)
-    fold_of_block = np.random.default_rng(seed).permutation(n_blocks) % n_folds
-    folds = []
-    for fold in range(n_folds):
-        held_out = np.zeros(len(spots.known), dtype=bool)
-        held_out[rows[fold_of_block[block] == fold]] = True
-        folds.append(held_out)
-    return folds
+    fold = np.full(len(spots.known), -1)
+    fold[spots.known] = (np.random.default_rng(seed).permutation(n_blocks) % n_folds)[block]
+    return [fold == k for k in range(n_folds)]
 
 
 def blocks(spots: Spots, block_spacings: float) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -20,7 +19,7 @@ from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     import pandas as pd
     from torch import Tensor, nn
@@ -106,8 +105,8 @@ def _replace_files(contents: Mapping[Path, bytes], *, note: str) -> None:
         file.replace(path)
 
 
-def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a model directory.
+def load_model(path: str | Path, *, kind: str, unknown: Collection[str] = ()) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a model directory. The tensors in `unknown` may hold NaN.
 
     A missing file raises a ``FileNotFoundError``, other content than a model of this class and format a ``ValueError``.
     """
@@ -144,7 +143,8 @@ def load_model(path: str | Path, *, kind: str) -> tuple[ModelConfig, dict[str, T
             f"`var_names` in {str(path / CONFIG)!r} must be a list of gene names, all different. Save the model again."
         )
         raise ValueError(msg)
-    bad = sorted(key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all())
+    numbers = {key: value for key, value in tensors.items() if value.is_floating_point() and key not in unknown}
+    bad = sorted(key for key, value in numbers.items() if not value.isfinite().all())
     if bad:
         raise does_not_fit(path, f"{bad[0]!r} has values that are NaN or infinite.")
     return ModelConfig(config, path), tensors
@@ -280,24 +280,18 @@ def json_columns(frame: pd.DataFrame) -> dict[str, list[Any]]:
     return frame.astype(object).where(frame.notna(), None).to_dict(orient="list")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """State of a training."""
-
-    tensors: dict[str, Tensor]
-    history: list[dict[str, Any]]  # One row per check of the held-out data
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], history: list[dict[str, Any]], fingerprint: Mapping[str, Any]
+) -> None:
     """Write the state of a training as one file, which an interruption leaves as it was or replaces as a whole.
 
-    Of several processes with the same state only the first one writes.
+    `history` has a row for each check of the held-out data. Of several processes with the same state only the first one
+    writes.
     """
     if rank_and_size()[0]:
         return
-
-    rows = [{key: None if v != v else v for key, v in row.items()} for row in checkpoint.history]  # NaN is no JSON
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in checkpoint.tensors.items()}
+    rows = [{key: None if v != v else v for key, v in row.items()} for row in history]  # NaN is no JSON
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     record = json.dumps({"fingerprint": fingerprint, "history": rows, "tensors_sha256": _tensor_hash(tensors)})
     note = f"Earlier results in {str(path.parent)!r} are unchanged; run the same call again to continue from them."
     _replace_files({path: save(tensors, {"record": record})}, note=note)
@@ -307,8 +301,10 @@ def _tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
-def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None:
-    """Read the state of a training; None if there is no file.
+def load_checkpoint(
+    path: Path, fingerprint: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+    """Tensors and history of a training; None if there is no file.
 
     A file that is damaged or belongs to another training raises a ``ValueError``.
     """
@@ -335,4 +331,4 @@ def load_checkpoint(path: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | 
         raise ValueError(msg)
     logger.info("Read checkpoint %s", path)
     history = [{key: float("nan") if v is None else v for key, v in row.items()} for row in record["history"]]
-    return Checkpoint(tensors, history)
+    return tensors, history

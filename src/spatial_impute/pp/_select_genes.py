@@ -294,16 +294,14 @@ def _require_counts(given: _Counts) -> None:
     if fractions or (values < 0).any():
         msg = (
             f"`{given.where}` must hold raw counts (non-negative integers), found {values.min():g} to {values.max():g}"
-            f"{fractions}. Name the layer that holds counts with `layer=`, or "
-            f"pass `log_normalized=True`.{given.advice}"
+            f"{fractions}. Name the layer that holds counts with `layer=`, or pass `log_normalized=True`.{given.advice}"
         )
         raise ValueError(msg)
     if (totals == 0).any():
         empty, name = given.spots(totals == 0), given.name
         msg = (
             f"`{given.where}` has {len(empty)} spots without a single count, the first is {empty[0]!r}. Remove them, "
-            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > "
-            "0].copy()`."
+            f"and they are imputed: `table = {name}; {name} = table[np.ravel(table{given.slot}.sum(axis=1)) > 0].copy()`."
         )
         raise ValueError(msg)
     if look_normalized(totals):

@@ -306,7 +306,7 @@ def fit_on_regions(
             **config,
             "seed": setup.seed,
             "version": version("spatial-impute"),
-            "base_penalty": None if np.isnan(fitted.penalty) else fitted.penalty,
+            "base_penalty": fitted.penalty,
         },
     )
 

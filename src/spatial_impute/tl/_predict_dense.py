@@ -131,7 +131,7 @@ def predict_dense(
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute._io.stores import DenseStore, as_element
     from spatial_impute.models.pixnet._model import PixNetModel
-    from spatial_impute.models.pixnet._tiles import DenseJob, TileIndex, tissue_tiles
+    from spatial_impute.models.pixnet._tiles import DenseJob, regions_by_tile, tissue_tiles
 
     key = Keys.expression(image_key) if key_added is None else key_added
     require_one_of(output_dtype, ("float16", "float32", "float64"), name="output_dtype")
@@ -157,7 +157,7 @@ def predict_dense(
         wanted = tissue_tiles(slide, overview)
     if shapes_key is not None:
         regions, _ = read_shapes(sdata, shapes_key, frame)
-        wanted &= frozenset(tile for tile, _ in TileIndex(regions.moved(slide.image.from_um), slide.tiling))
+        wanted &= frozenset(regions_by_tile(regions.moved(slide.image.from_um), slide.tiling))
     network = model.network.with_genes(index).to(device)
     network.precision = precision
     job = DenseJob(

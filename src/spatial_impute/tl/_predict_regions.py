@@ -118,7 +118,7 @@ def predict_regions(
     """
     from spatial_impute._image.resampling import slide_overview
     from spatial_impute.models.pixnet._model import PixNetModel
-    from spatial_impute.models.pixnet._tiles import TileIndex
+    from spatial_impute.models.pixnet._tiles import regions_by_tile
 
     image_key = _image_of(sdata, shapes_key) if image_key is None else image_key
     key = Keys.expression(shapes_key) if key_added is None else key_added
@@ -149,7 +149,7 @@ def predict_regions(
     }
     read = partial(model._read_regions, slide, in_px, gene_index)
     with progress_steps(f"Predicting {key}", show=show_progress_bar) as steps:
-        on_tile = steps(len(TileIndex(in_px, slide.tiling)))
+        on_tile = steps(len(regions_by_tile(in_px, slide.tiling)))
         if store is None:
             values, obs[Keys.N_PIXELS] = read(on_tile=on_tile)
             table = AnnData(values, **slots)

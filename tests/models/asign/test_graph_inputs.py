@@ -79,7 +79,7 @@ def test_what_the_network_cannot_see_is_left_out_and_changes_nothing(spots, n_la
     network = network_of(params)
     with torch.inference_mode():
         expected = network(whole, labels())[targets]
-        found = network(part, labels().part(torch.from_numpy(targets)))
+        found = network(part, LabelInputs(*(values[targets] for values in vars(labels()).values())))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

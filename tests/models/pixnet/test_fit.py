@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from spatial_impute.encoders._pyramids import ModulePyramid
+from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet import _fit
 from spatial_impute.models.pixnet._crops import (
     CropSettings,
     TrainingSlide,
     assign_blocks,
     cover,
-    crop_size,
     held_out_blocks,
     make_crop,
     random_crop,
@@ -31,6 +31,7 @@ from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._training import history_row
 
 WHITE = Stain((255.0, 255.0, 255.0))
+GRID = SimpleNamespace(stride=8, multiple=32)  # of a network
 CROP = CropSettings(256, 8, margin=8, max_regions=999)
 
 
@@ -93,7 +94,7 @@ def test_only_whole_regions_enter_a_crop():
 
 def test_random_crops_hold_their_region_and_repeat_with_the_seed():
     entries = [slide(), slide(number=1, radius=30.0)]
-    size = CropSettings(crop_size(entries, 128, 8, 32), 8, margin=8, max_regions=99)
+    size = CropSettings.of(GRID, entries, PixNetParams(crop=128, margin=8, max_regions=99))
     arguments = {"flips": True, "stain_jitter": 0.1}
     crops = [random_crop(entries, size, rng=np.random.default_rng(k), **arguments) for k in range(20)]
     assert {crop.slide.slide for crop in crops} == {0, 1}
@@ -103,8 +104,9 @@ def test_random_crops_hold_their_region_and_repeat_with_the_seed():
 
 
 def test_crops_grow_until_a_region_fits():
-    assert crop_size([slide(radius=100.0)], 64, 8, 32) == 224
-    assert crop_size([slide(radius=5.0)], 64, 8, 32) == 64
+    params = PixNetParams(crop=64, margin=8)
+    assert CropSettings.of(GRID, [slide(radius=100.0)], params).size == 224
+    assert CropSettings.of(GRID, [slide(radius=5.0)], params).size == 64
 
 
 def test_windows_cover_every_region_once():
@@ -214,7 +216,8 @@ def test_network_computes_its_base():
         def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
             return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
 
-    network = PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=60, width=4, n_base=5).double().eval()
+    params = PixNetParams(width=4, context_um=(), finest_stride=1)
+    network = PixNetNetwork(ModulePyramid(Two(), name="two"), params, n_genes=60, n_base=5).double().eval()
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 6))
     y = rng.normal(size=(50, 60)) + x @ rng.normal(size=(6, 60))
@@ -233,9 +236,8 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
             return [nn.functional.avg_pool2d(image, k) for k in (2, 4)]
 
     torch.manual_seed(0)
-    network = (
-        PixNetNetwork(ModulePyramid(Two(), name="two"), n_genes=3, width=4, n_base=5, norm="layer").double().eval()
-    )
+    params = PixNetParams(width=4, context_um=(), finest_stride=1)
+    network = PixNetNetwork(ModulePyramid(Two(), name="two"), params, n_genes=3, n_base=5).double().eval()
     nn.init.normal_(network.head.weight)
     nn.init.normal_(network.head.bias)
     rng = np.random.default_rng(0)
@@ -249,10 +251,10 @@ def test_result_is_the_weighted_sum_of_base_and_decoder():
         of_base = fitted.predict(network.levels(maps)[0].flatten(1).T.numpy())
         settings = SimpleNamespace(seed=0)
         weights = np.array([[1.0, 0.0], [0.2, 1.1], [0.0, 0.7]])
-        LinearBase(fitted, data, np.zeros(6), []).finish(network, weights, settings)
+        LinearBase(fitted, data, np.zeros(6)).finish(network, weights, settings)
         found = network.genes(network.features(rgb))[0].flatten(1).T
         np.testing.assert_allclose(found, of_base * weights[:, 0] + decoded * weights[:, 1], rtol=1e-8, atol=1e-8)
-        LinearBase(fitted, data, np.zeros(6), []).finish(network, None, settings)
+        LinearBase(fitted, data, np.zeros(6)).finish(network, None, settings)
         found = network.genes(network.features(rgb))[0].flatten(1).T
     np.testing.assert_allclose(found, of_base, rtol=1e-8, atol=1e-8)
 
@@ -309,9 +311,8 @@ def test_decoder_reads_maps_of_any_scale_alike():
     rgb, found = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255, []
     for scale in (1e-3, 1.0, 1e3):
         torch.manual_seed(0)
-        network = PixNetNetwork(
-            ModulePyramid(Scaled(scale), name="s"), n_genes=2, width=4, n_base=2, norm="layer"
-        ).eval()
+        params = PixNetParams(width=4, context_um=(), finest_stride=1)
+        network = PixNetNetwork(ModulePyramid(Scaled(scale), name="s"), params, n_genes=2, n_base=2).eval()
         with torch.inference_mode():
             features = network.levels(network.encode(rgb))[0].flatten(1).T.numpy().astype(float)
             standardise_decoder(network, features, np.zeros(features.shape[1]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spatial_impute.encoders._pyramids import TellezPyramid
+from spatial_impute.models._params import PixNetParams
 from spatial_impute.models.pixnet._network import PixNetNetwork, WindowStatistics, window_cell
 
 
@@ -50,9 +51,8 @@ def test_cells_are_whole_on_tiles_and_small_beside_the_windows(stride, multiple,
 @pytest.mark.parametrize("cells", [(0, 9, 0, 64), (7, 8, 3, 40), (20, 32, 31, 64)])
 def test_levels_in_part_are_cut_from_the_whole(cells):
     torch.manual_seed(0)
-    network = PixNetNetwork(
-        TellezPyramid(pretrained=False), n_genes=1, width=2, n_base=2, context=(200.0, 320.0), finest=8
-    )
+    params = PixNetParams(width=2, context_um=(200.0, 320.0), norm="batch")
+    network = PixNetNetwork(TellezPyramid(pretrained=False), params, n_genes=1, n_base=2)
     rgb = torch.rand(1, 3, 256, 512) * 255
     with torch.inference_mode():
         y0, y1, x0, x1 = cells

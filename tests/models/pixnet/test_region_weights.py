@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from spatial_impute.encoders._pyramids import Box
 from spatial_impute.models.pixnet import _region_weights
 from spatial_impute.models.pixnet._region_weights import CellGrid, Discs, Polygons, build_stencil
-from spatial_impute.models.pixnet._tiles import TileIndex, Tiling, region_sums
+from spatial_impute.models.pixnet._tiles import Tiling, region_sums, regions_by_tile
 
 STRIDE = 4
 HEIGHT, WIDTH = 258, 307  # no multiples of the stride
-GRID = CellGrid(STRIDE, 65, 77)
+GRID = CellGrid.whole(STRIDE, 65, 77)
 IMAGE = Box(0, HEIGHT, 0, WIDTH)
 PIXELS = np.stack(np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5), axis=-1)
 
@@ -188,7 +188,7 @@ def test_compiled_code_stays_within_its_arrays(monkeypatch):
     centers = rng.uniform(-5, 40, (12, 2))
     boxes = [shapely.box(x, y, x + w, y + w) for (x, y), w in zip(centers, rng.uniform(0.2, 20, 12), strict=True)]
     rings = [shapely.Point(*c).buffer(9, quad_segs=2).difference(shapely.Point(*c).buffer(4)) for c in centers[:4]]
-    core, grid, image = Box(8, 32, 4, 36), CellGrid(STRIDE, 9, 10), Box(0, 35, 0, 38)
+    core, grid, image = Box(8, 32, 4, 36), CellGrid.whole(STRIDE, 9, 10), Box(0, 35, 0, 38)
     both = (Discs(centers, rng.uniform(0.2, 20, 12)), Polygons.from_shapely(np.array(boxes + rings)))
     compiled = [build_stencil(regions, core, grid, image) for regions in both]
     for name, function in list(vars(_region_weights).items()):
@@ -221,9 +221,9 @@ def test_tiles_add_up_to_the_whole(cells):
     for regions in (random_discs(half_steps=True), Polygons.from_shapely(np.array(random_polygons("square")))):
         whole, count = region_sums(cells, regions, IMAGE, GRID, IMAGE)
         sums, n_pixels = torch.zeros_like(whole), torch.zeros_like(count)
-        for tile, index in TileIndex(regions, tiling):
+        for tile, index in regions_by_tile(regions, tiling).items():
             grid = tiling.grid(tile, 1)
-            y, x = slice(grid.y0, grid.y0 + grid.window[0]), slice(grid.x0, grid.x0 + grid.window[1])
+            y, x = slice(grid.y0, grid.y0 + grid.rows), slice(grid.x0, grid.x0 + grid.columns)
             found, n = region_sums(cells[:, y, x], regions.take(index), tiling.pixels(tile), grid, IMAGE)
             sums[index] += found
             n_pixels[index] += n

@@ -17,12 +17,12 @@ from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptiv
 from spatial_impute.models.pixnet._region_weights import Discs
 from spatial_impute.models.pixnet._tiles import (
     Slide,
-    TileIndex,
     Tiling,
     forward_tile,
     iter_sums,
     read_regions,
     region_sums,
+    regions_by_tile,
 )
 
 
@@ -112,7 +112,8 @@ def make_network(
 ) -> PixNetNetwork:
     torch.manual_seed(0)
     pyramid = module if isinstance(module, Pyramid) else ModulePyramid(module, name="test")
-    network = PixNetNetwork(pyramid, n_genes=3, width=6, n_base=4, context=context, norm=norm, finest=finest)
+    params = PixNetParams(width=6, context_um=context, norm=norm, finest_stride=finest)
+    network = PixNetNetwork(pyramid, params, n_genes=3, n_base=4)
     for parameter in [*network.base.parameters(), *network.head.parameters()]:
         nn.init.normal_(parameter)
     for layer in network.modules():
@@ -133,7 +134,7 @@ def assemble(network: PixNetNetwork, image: Pixels, core: int, halo: int) -> tor
     with torch.inference_mode():
         for tile in np.ndindex(rows, columns):
             maps, grid = forward_tile(network, network.predict, slide, tile)
-            out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
+            out[:, grid.y0 : grid.y0 + grid.rows, grid.x0 : grid.x0 + grid.columns] = maps
     assert not out.isnan().any()
     return out
 
@@ -210,7 +211,8 @@ def test_tiles_equal_the_whole_in_single_precision():
 
 def test_halo_of_resnet_is_that_of_its_receptive_field():
     """A cell of stride 32 sees 217 px to each side of its centre, the resize and the decoder add two cells."""
-    network = PixNetNetwork(ModulePyramid(build_resnet("resnet18"), name="resnet18"), n_genes=1, width=4, n_base=0)
+    params = PixNetParams(width=4, finest_stride=1, norm="batch")
+    network = PixNetNetwork(ModulePyramid(build_resnet("resnet18"), name="resnet18"), params, n_genes=1, n_base=0)
     assert receptive_halo(network) == 288
 
 
@@ -246,7 +248,7 @@ def test_read_out_equals_that_of_the_map_and_forwards_each_tile_once():
     held = n_pixels > 0
     found = network.from_pooled(torch.from_numpy(sums[held] / n_pixels[held, None]))
     np.testing.assert_allclose(found, expected[held] / count[held, None], rtol=1e-9, atol=1e-9)
-    assert n_reads <= len(ticks) == len(TileIndex(discs, slide.tiling)) <= 4 * 6
+    assert n_reads <= len(ticks) == len(regions_by_tile(discs, slide.tiling)) <= 4 * 6
 
 
 def test_squares_are_those_of_the_cells():
@@ -317,7 +319,7 @@ def test_each_pixel_is_encoded_once(limit, times, monkeypatch):
     with torch.inference_mode():
         for tile in slide.order(np.ndindex(*slide.tiling.shape), network):
             maps, grid = forward_tile(network, network.predict, slide, tile)
-            out[:, grid.y0 : grid.y0 + grid.window[0], grid.x0 : grid.x0 + grid.window[1]] = maps
+            out[:, grid.y0 : grid.y0 + grid.rows, grid.x0 : grid.x0 + grid.columns] = maps
     assert (out - whole).abs().max() <= last_bits() * whole.abs().max()
     encoded = sum(inner for inner, _ in sizes) / (512 * 704)
     assert encoded == 1.0 if times == 1.0 else 1.0 < encoded <= times
@@ -351,7 +353,7 @@ def test_threads_share_what_they_encode():
     def tile(place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
             maps, grid = forward_tile(network, network.predict, slide, place)
-            rows, columns = slice(grid.y0, grid.y0 + grid.window[0]), slice(grid.x0, grid.x0 + grid.window[1])
+            rows, columns = slice(grid.y0, grid.y0 + grid.rows), slice(grid.x0, grid.x0 + grid.columns)
             return maps, whole[:, rows, columns]
 
     with ThreadPoolExecutor(2) as threads:
@@ -388,7 +390,8 @@ def test_subset_of_genes_gives_the_same_values():
 def test_fine_maps_can_be_left_out():
     pyramid = ModulePyramid(SmallPyramid(), name="test")
     for finest, stride in ((1, 2), (4, 4), (99, 4)):
-        network = PixNetNetwork(pyramid, n_genes=1, width=4, n_base=2, finest=finest)
+        params = PixNetParams(width=4, finest_stride=finest, context_um=())
+        network = PixNetNetwork(pyramid, params, n_genes=1, n_base=2)
         assert network.stride == stride
         assert network.features(torch.rand(1, 3, 32, 32)).shape == (1, 6, 32 // stride, 32 // stride)
 

@@ -154,15 +154,6 @@ NEEDS_FEATURES = frozenset({"ridge", "transfer_ridge", "cokriging", *RECIPES})
 NEEDS_GRAPH = frozenset({"propagation"})
 
 
-def available_methods(spots: Spots) -> list[str]:
-    """Names of the baselines that can run on what the spots carry."""
-    return [
-        name
-        for name in METHODS
-        if not (name in NEEDS_FEATURES and spots.features is None) and not (name in NEEDS_GRAPH and spots.graph is None)
-    ]
-
-
 def _best_neighbors(
     spots: Spots,
     options: Sequence[float],
@@ -200,8 +191,8 @@ def mean_profile(spots: Spots) -> np.ndarray:
     return np.mean([spots.expression[section == code].mean(axis=0) for code in codes], axis=0)
 
 
-def recalibrate(spots: Spots, name: str) -> np.ndarray:
-    """(n, g) prediction from elsewhere, fitted to the known spots: a line for each gene, with a slope of at least 0.
+def recalibrate(spots: Spots, name: str) -> Table:
+    """Prediction from elsewhere, fitted to the known spots: a line for each gene, with a slope of at least 0.
 
     It was made without any measurement of the tissue. Each section is centered first, so that stain and scanner do not
     count. The mean profile stands where the prediction is NaN, and for genes of slope 0.
@@ -210,7 +201,7 @@ def recalibrate(spots: Spots, name: str) -> np.ndarray:
     known = centred[spots.known]
     centred -= _finite_mean(known)
     np.nan_to_num(centred, copy=False)
-    return spots.expression.mean(axis=0) + _slope(known, spots.expression) * centred
+    return Table(spots.expression.mean(axis=0) + _slope(known, spots.expression) * centred)
 
 
 def _centred_by_section(spots: Spots, name: str) -> np.ndarray:
@@ -226,8 +217,7 @@ def _centred_by_section(spots: Spots, name: str) -> np.ndarray:
 
 def _finite_mean(values: np.ndarray) -> np.ndarray:
     """(g,) mean of the finite values; 0 if there is none."""
-    finite = np.isfinite(values)
-    return np.where(finite, values, 0.0).sum(axis=0) / np.maximum(finite.sum(axis=0), 1)
+    return np.ma.masked_invalid(values).mean(axis=0).filled(0.0)
 
 
 def _slope(known: np.ndarray, expression: np.ndarray) -> np.ndarray:

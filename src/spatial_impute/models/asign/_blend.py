@@ -21,7 +21,7 @@ from spatial_impute.models.asign._cokriging import krige
 from spatial_impute.models.asign._predictions import ALL, row_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from spatial_impute.models._spots import Spots
 
@@ -59,9 +59,8 @@ class KnownTruth:
             predictions = np.stack([(self._own(held_out[name], genes) - own_centre) / own_scale for name in experts])
             return predictions, (self.values[:, genes] - own_centre) / own_scale
 
-        weights, blended = _Blend(
-            deviations, self.folds, self.weight, self._used(held_out, experts), self.values.dtype
-        ).solve()
+        used = self._used(held_out, experts)
+        weights, blended = _blend_blocks(deviations, self.folds, self.weight, used, dtype=self.values.dtype)
         for rows in row_blocks(*blended.shape):
             blended[rows] *= scale[fold[rows]]
             blended[rows] += centre[fold[rows]]
@@ -150,60 +149,45 @@ def blend_weights(
     w = np.ones(len(truth)) if spot_weights is None else spot_weights
     if used is None:
         used = np.ones((len(np.unique(folds)) + 1, len(predictions), truth.shape[1]), dtype=bool)
-    blend = _Blend(lambda genes: (predictions[:, :, genes], truth[:, genes]), folds, w, used, truth.dtype)
-    return blend.solve(alone)
+    return _blend_blocks(
+        lambda genes: (predictions[:, :, genes], truth[:, genes]), folds, w, used, dtype=truth.dtype, alone=alone
+    )
 
 
-@dataclass(frozen=True)
-class _Blend:
-    """Blend of predictions that are read for some genes at a time: all of them together take gigabytes."""
+def _blend_blocks(
+    read: Callable[[slice], tuple[np.ndarray, np.ndarray]],
+    folds: np.ndarray,
+    spot_weights: np.ndarray,
+    used: np.ndarray,
+    *,
+    dtype: np.dtype,
+    alone: Sequence[int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and blend, see :func:`blend_weights`; the blend has the type `dtype`.
 
-    read: Callable[[slice], tuple[np.ndarray, np.ndarray]]  # predictions (k, n, b) and truth (n, b) of some genes
-    folds: np.ndarray  # (n,)
-    spot_weights: np.ndarray  # (n,)
-    used: np.ndarray  # (folds + 1, k, g) bool
-    dtype: np.dtype  # of the result
-
-    @property
-    def blocks(self) -> Iterator[slice]:
-        """Genes to read at a time."""
-        _, k, n_genes = self.used.shape
-        return gene_blocks(n_genes, max(1, _MAX_VALUES // (k * len(self.folds))))
-
-    @property
-    def rows(self) -> list[np.ndarray]:
-        """(n,) bool of each fold."""
-        return [self.folds == code for code in np.unique(self.folds)]
-
-    def solve(self, alone: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Weights and blend; see :func:`blend_weights`."""
-        gram, moment, rounding = self.products()
-        of_folds, weights = _choose_weights(gram, moment, self.used.transpose(0, 2, 1), alone)
-        blended = np.empty((len(self.folds), self.used.shape[2]), self.dtype)
-        for genes in self.blocks:
-            predictions, _ = self.read(genes)
-            for own, part in zip(self.rows, of_folds[:, genes], strict=True):
-                blended[own, genes] = np.einsum("kng,gk->ng", predictions[:, own], part * ~rounding)
-        return weights, blended
-
-    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weighted sums over the spots of products of predictions (folds, g, k, k), and with the truth (folds, g, k).
-
-        Also the predictions (k,) bool that differ from the mean by rounding, such as a network that returned to it: they
-        count as the mean, because rounding must get neither a weight nor a correlation.
-        """
-        n_folds, k, n_genes = self.used.shape
-        gram, moment = np.empty((n_folds - 1, n_genes, k, k)), np.empty((n_folds - 1, n_genes, k))
-        largest = np.zeros(k)
-        for genes in self.blocks:
-            predictions, truth = self.read(genes)
-            largest = np.maximum(largest, np.abs(predictions).max(axis=(1, 2)))
-            for f, own in enumerate(self.rows):
-                gram[f, genes], moment[f, genes] = _products(predictions[:, own], truth[own], self.spot_weights[own])
-        rounding = largest < _ROUNDING
-        moment[..., rounding] = 0.0
-        gram[..., rounding], gram[..., rounding, :] = 0.0, 0.0
-        return gram, moment, rounding
+    `read` gives the predictions (k, n, b) and the truth (n, b) of some genes: all of them together take gigabytes.
+    """
+    _, k, n_genes = used.shape
+    blocks = list(gene_blocks(n_genes, max(1, _MAX_VALUES // (k * len(folds)))))
+    rows = [folds == code for code in np.unique(folds)]
+    gram, moment, largest = np.empty((len(rows), n_genes, k, k)), np.empty((len(rows), n_genes, k)), np.zeros(k)
+    for genes in blocks:
+        predictions, truth = read(genes)
+        largest = np.maximum(largest, np.abs(predictions).max(axis=(1, 2)))
+        for f, own in enumerate(rows):
+            gram[f, genes], moment[f, genes] = _products(predictions[:, own], truth[own], spot_weights[own])
+    # A prediction that differs from the mean by rounding, such as a network that returned to it, counts as the mean:
+    # rounding must get neither a weight nor a correlation.
+    rounding = largest < _ROUNDING
+    moment[..., rounding] = 0.0
+    gram[..., rounding], gram[..., rounding, :] = 0.0, 0.0
+    of_folds, weights = _choose_weights(gram, moment, used.transpose(0, 2, 1), alone)
+    blended = np.empty((len(folds), n_genes), dtype)
+    for genes in blocks:
+        predictions, _ = read(genes)
+        for own, part in zip(rows, of_folds[:, genes], strict=True):
+            blended[own, genes] = np.einsum("kng,gk->ng", predictions[:, own], part * ~rounding)
+    return weights, blended
 
 
 def _choose_weights(

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 _RIDGE = "ridge"
 
 
-def fit_cohort(
-    stacks: Sequence[Spots],
-    var_names: Sequence[str],
-    settings: FitSettings,
-    fingerprint: dict[str, Any],
-) -> CohortModel:
+def fit_cohort(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings) -> CohortModel:
     """Fit a model for stacks without a measured spot; each stack is held out once."""
     settings = replace(settings, start=())  # networks of stacks with measured spots have other outputs
     n = len(stacks)
@@ -49,7 +44,7 @@ def fit_cohort(
 
     group = torch.zeros(len(var_names), dtype=torch.long)
     weights = [np.ones(int(s.known.sum())) for s in stacks]
-    networks = NetworkFit("cohort", data, single, nested, weights, group, settings, fingerprint)
+    networks = NetworkFit("cohort", data, single, nested, weights, group, settings)
     found = networks.run(networks.try_regimes())
     held_out[NETWORK] = found.held_out
     known = KnownTruth(truth, fold, np.ones(len(truth)))
@@ -59,6 +54,9 @@ def fit_cohort(
     scores[BASE] = scores[_RIDGE]
     slope, offset = ridge_line(concatenate(stacks))
     profiles = np.stack([given(s.image_profile) for s in stacks])
+    largest_distance = max(
+        image_distance(profile, np.delete(profiles, i, axis=0)) for i, profile in enumerate(profiles)
+    )
     return CohortModel(
         params=settings.params,
         var_names=list(var_names),
@@ -67,7 +65,7 @@ def fit_cohort(
         _n_features=data.n_features,
         _networks=found.states,
         _tensors={
-            **found.tensors,
+            **found.scales,
             "centre": torch.tensor(truth.mean(axis=0), dtype=torch.float32),
             "group": group,
             "weights": torch.tensor(blend, dtype=torch.float32),
@@ -75,7 +73,7 @@ def fit_cohort(
             "ridge": torch.tensor(slope, dtype=torch.float32),
             "ridge_offset": torch.tensor(offset, dtype=torch.float32),
             "profiles": torch.tensor(profiles, dtype=torch.float32),
-            "usual_distance": torch.tensor(_usual_distance(profiles)),
+            "usual_distance": torch.tensor(largest_distance),
             **_spread(held_out["asign"] - truth, fold),
         },
         **held_out_results(scores, held_out["asign"], known, var_names),
@@ -107,9 +105,3 @@ def _spread(residuals: np.ndarray, fold: np.ndarray) -> dict[str, Tensor]:
     spread = torch.tensor(np.max(by_stack, axis=0), dtype=torch.float32)
     constants: dict[str, Any] = {"noise": [1.0, 1.0, 0.0], "usual_support": [1.0], "whole_sections": [True]}
     return {"spread": spread, "spread_of_mean": spread.clone()} | {key: torch.tensor(v) for key, v in constants.items()}
-
-
-def _usual_distance(profiles: np.ndarray) -> float:
-    """Largest distance of a training stack to the others."""
-    every = np.arange(len(profiles))
-    return max(image_distance(profiles[i], profiles[every != i]) for i in every)

@@ -43,17 +43,6 @@ _ONE_TRAINING = Lock()  # random state and threads of torch belong to the proces
 _FEW = 150  # known spots, below which the choice between regimes would be chance
 
 
-def tried_regimes(params: AsignParams, n_known: int) -> list[AsignParams]:
-    """Candidates; with few known spots to learn from only the most cautious one."""
-    found = regimes(params)
-    return found if n_known >= _FEW else found[:1]
-
-
-def n_refits(n_folds: int) -> int:
-    """Number of networks to train on all known spots: some if there are fewer folds than networks that predict."""
-    return 0 if n_folds >= _N_NETWORKS else _N_REFITS
-
-
 def _no_step() -> None:
     """Progress of a fit on a worker."""
 
@@ -74,6 +63,7 @@ class FitSettings:
     """Takes the number of steps of a stage, and its name; returns the function to call after each step."""
     checkpoint: Path | None = None  # Folder for finished networks
     start: Sequence[dict[str, Tensor]] = ()  # Weights of networks to start from instead of the base
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # Content that a checkpoint must have been made from
 
 
 @dataclass(frozen=True)
@@ -148,10 +138,6 @@ class TrainingSet:
         """Split values of all known spots by stack."""
         return np.split(values, np.cumsum([int(spots.known.sum()) for spots in self.stacks])[:-1])
 
-    def per_stack(self, function: Callable[[Spots, list[np.ndarray]], np.ndarray]) -> np.ndarray:
-        """Values of all known spots from a function of each stack and its folds."""
-        return np.concatenate([function(s, f) for s, f in zip(self.stacks, self.folds, strict=True)])
-
 
 def _blocks(params: AsignParams, seed: int) -> dict[str, Any]:
     """Settings of the folds."""
@@ -179,18 +165,10 @@ class Ensemble:
     """Result of :meth:`NetworkFit.run`."""
 
     states: list[dict[str, Tensor]]  # weights of the networks that predict
-    scales: list[GeneScale]  # of each of them
+    scales: dict[str, Tensor]  # (k, g) each: scales of the genes of these networks, as the model stores them
     held_out: np.ndarray  # (n_known, g) prediction of each known spot without its fold, choices included
     history: pd.DataFrame
     regime: dict[str, Any]  # settings of the optimizer that were chosen
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Scales of the genes of all networks, (k, g) each."""
-        return {
-            "network_centre": torch.stack([genes.centre for genes in self.scales]),
-            "network_scale": torch.stack([genes.scale for genes in self.scales]),
-        }
 
 
 Runs: TypeAlias = dict[tuple[int, int], TrainingRun]
@@ -215,7 +193,6 @@ class NetworkFit:
     weights: list[np.ndarray]  # Per stack (n_known,) weight of each known spot in the loss
     group: Tensor  # (g,) group of each gene
     settings: FitSettings
-    fingerprint: dict[str, Any]  # Content that a checkpoint must have been made from
     on_step: Callable[[], None] = _no_step
 
     @property
@@ -226,12 +203,13 @@ class NetworkFit:
     def try_regimes(self, only: int | None = None) -> Runs:
         """Train a network with every regime on the trial folds, until a freer one is worse; or with one of them only.
 
-        A regime that is worse than another one on the first fold is not tried on the others.
+        A regime that is worse than another one on the first fold is not tried on the others. Only the errors are kept of
+        runs that are not needed any more: weights and predictions take much memory if all genes of a tissue are predicted.
         """
-        tried = [self.regimes[r] for r in range(len(self.regimes)) if only in (None, r)]
+        tried = [self.candidates[r] for r in range(len(self.candidates)) if only in (None, r)]
         stage = self._stage("choice of settings", len(self.trials) * sum(given(params.n_steps) for params in tried))
         runs: Runs = {}
-        for r in range(len(self.regimes)):
+        for r in range(len(self.candidates)):
             if only not in (None, r):
                 continue
             if only is None and r > 1 and self.best_regime(runs, self.trials) < r - 1:
@@ -242,14 +220,14 @@ class NetworkFit:
                     break
         needed = {(self._regime_without(k, runs), k) for k in self.trials}
         needed |= {(self.best_regime(runs, self.trials), k) for k in self.trials}
-        return {key: run if key in needed else run.only_errors() for key, run in runs.items()}
+        return {key: run if key in needed else replace(run, state={}, predictions=[]) for key, run in runs.items()}
 
     def run(self, runs: Runs) -> Ensemble:
         """Train all networks with the best regime of the trials, and predict the hidden folds."""
         chosen, folds = self.best_regime(runs, self.trials), range(self.data.n_folds)
-        params, runs = self.regimes[chosen], dict(runs)
+        params, runs = self.candidates[chosen], dict(runs)
         left = [k for k in folds if (chosen, k) not in runs]
-        n_steps = len(left) * given(params.n_steps) + n_refits(len(folds)) * self._refit_steps(params)
+        n_steps = len(left) * given(params.n_steps) + self.n_refits * self._refit_steps(params)
         stage = self._stage("networks", n_steps)
         runs |= {(chosen, k): run for k, run in stage._train_each(chosen, left)}
         own = [runs[chosen, k] for k in folds]
@@ -258,7 +236,11 @@ class NetworkFit:
         history = [pd.DataFrame(run.history).assign(network=k, kept=False) for k, run in enumerate(own)]
         for rows in history:
             rows.loc[rows.index[kept], "kept"] = True
-        states, scales = stage._final(own, params) if useful else self._base(own[0], params)
+        states, genes = stage._final(own, params) if useful else self._base(own[0], params)
+        scales = {
+            "network_centre": torch.stack([scale.centre for scale in genes]),
+            "network_scale": torch.stack([scale.scale for scale in genes]),
+        }
         regime = {name: getattr(params, name) for name in REGIME_SETTINGS}
         return Ensemble(states, scales, self.held_out(runs, folds), pd.concat(history, ignore_index=True), regime)
 
@@ -280,15 +262,21 @@ class NetworkFit:
         return predicted
 
     @cached_property
-    def regimes(self) -> list[AsignParams]:
-        """Candidates for this number of spots."""
-        return tried_regimes(self.settings.params, len(self.data.truth))
+    def candidates(self) -> list[AsignParams]:
+        """The regimes to choose from; with few known spots to learn from only the most cautious one."""
+        found = regimes(self.settings.params)
+        return found if len(self.data.truth) >= _FEW else found[:1]
+
+    @property
+    def n_refits(self) -> int:
+        """Number of networks to train on all known spots: some if there are fewer folds than networks that predict."""
+        return 0 if self.data.n_folds >= _N_NETWORKS else _N_REFITS
 
     def best_regime(self, runs: Runs, folds: Sequence[int]) -> int:
         """Position of the regime with the lowest error on some of the trial folds."""
         errors = [
             float(np.mean([runs[r, k].errors[1] for k in folds])) if all((r, k) in runs for k in folds) else np.inf
-            for r in range(len(self.regimes))
+            for r in range(len(self.candidates))
         ]
         return int(np.argmin(errors))
 
@@ -306,12 +294,11 @@ class NetworkFit:
 
     def _final(self, runs: list[TrainingRun], params: AsignParams) -> tuple[list[dict[str, Tensor]], list[GeneScale]]:
         """Networks that predict, and the scale of their genes."""
-        if not n_refits(self.data.n_folds):
+        if not self.n_refits:
             return [run.state for run in runs], [self.data.scale(k) for k in range(len(runs))]
         params, batches = replace(params, n_steps=self._refit_steps(params)), self._batches(None)
         refits = [
-            self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs))
-            for j in range(n_refits(self.data.n_folds))
+            self._train_or_load(f"refit{j}", j, params, batches, [], n_before=len(runs)) for j in range(self.n_refits)
         ]
         return [run.state for run in refits], [self.data.scale()] * len(refits)
 
@@ -332,7 +319,7 @@ class NetworkFit:
             return
         # The progress bar stays here: it advances by a whole network.
         alone = replace(self, on_step=_no_step, settings=replace(self.settings, progress=_no_progress))
-        done = partial(self._skip_steps, self.regimes[r])
+        done = partial(self._skip_steps, self.candidates[r])
         tasks = [(alone, r, k) for k in folds]
         yield from zip(folds, run_on_workers(client, NetworkFit._train_fold, tasks, on_done=done), strict=True)
 
@@ -341,7 +328,7 @@ class NetworkFit:
 
         Its batches are not kept for the next regime: with all genes they take a gigabyte, and little time.
         """
-        return self._train_or_load(f"network{k}-{r}", k, self.regimes[r], self._batches(k), self._held_out(k))
+        return self._train_or_load(f"network{k}-{r}", k, self.candidates[r], self._batches(k), self._held_out(k))
 
     def _skip_steps(self, params: AsignParams) -> None:
         """Advance the progress by a network that was trained elsewhere."""
@@ -354,10 +341,10 @@ class NetworkFit:
         """Result of a network, from the checkpoint folder if it was trained before."""
         folder = self.settings.checkpoint
         path = None if folder is None else folder / f"{self.name}-{name}.safetensors"
-        found = None if path is None else load_checkpoint(path, self.fingerprint)
+        found = None if path is None else load_checkpoint(path, self.settings.fingerprint)
         if found is not None:
             self._skip_steps(params)
-            return TrainingRun.from_checkpoint(found)
+            return TrainingRun.from_checkpoint(*found)
         n_spots = max(len(spots.known) for spots in self.data.stacks)
         with _ONE_TRAINING, suitable_threads(n_spots, params.width):
             run = train(
@@ -370,7 +357,7 @@ class NetworkFit:
                 on_step=self.on_step,
             )
         if path is not None:
-            save_checkpoint(path, run.to_checkpoint(), self.fingerprint)
+            save_checkpoint(path, run.tensors, run.history, self.settings.fingerprint)
         return run
 
     def _build(self, k: int, params: AsignParams) -> MSAGNet:

@@ -18,7 +18,6 @@ from spatial_impute.models.asign._baselines import (
     METHODS,
     NEEDS_FEATURES,
     RECIPES,
-    available_methods,
     mean_profile,
     recalibrate,
 )
@@ -37,9 +36,9 @@ from spatial_impute.models.asign._ensemble import (
     NetworkFit,
     TrainingSet,
 )
-from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_for, nested_predictions
+from spatial_impute.models.asign._graph_inputs import TWO_VIEWS, LabelPredictions, krige_views, nested_predictions
 from spatial_impute.models.asign._model import BASE, NETWORK, WITHOUT, AsignModel
-from spatial_impute.models.asign._predictions import Mean, OfKnown, Table, row_blocks
+from spatial_impute.models.asign._predictions import Mean, OfKnown, row_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,14 +65,15 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
     ]
     data = TrainingSet.from_stacks(stacks, params, settings.seed)
     n_folds = sum(map(len, data.folds))
-    on_fold = settings.progress(len(available_methods(data.stacks[0])) * n_folds, "baselines")
+    on_fold = settings.progress(len(METHODS) * n_folds, "baselines")
     found = _HeldOut.by_baselines(data, on_fold)
     group = torch.from_numpy(_gene_groups(found.best_r, params.n_gene_groups))
-    fingerprint = {} if settings.checkpoint is None else _fingerprint(stacks, var_names, settings)
+    if settings.checkpoint is not None:
+        settings = replace(settings, fingerprint=_fingerprint(stacks, var_names, settings))
     tried: dict[str, tuple[NetworkFit, Runs]] = {}
     regime = None
     for name in _bases(params, found.error):
-        networks = found.networks(name, group, settings, fingerprint)
+        networks = found.networks(name, group, settings)
         tried[name] = networks, networks.try_regimes(regime)
         regime = networks.best_regime(tried[name][1], networks.trials)  # the first base chooses for the other
     base = _better_base({name: _trial_errors(*parts, found) for name, parts in tried.items()})
@@ -100,7 +100,7 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         _n_features=data.n_features,
         _networks=ensemble.states,
         _tensors={
-            **ensemble.tensors,
+            **ensemble.scales,
             "centre": torch.tensor(known.values.mean(axis=0), dtype=torch.float32),
             "group": group,
             "weights": torch.tensor(weights, dtype=torch.float32),
@@ -110,7 +110,7 @@ def fit(stacks: Sequence[Spots], var_names: Sequence[str], settings: FitSettings
         **held_out_results(scores, asign, known, var_names),
         history=ensemble.history,
         config=settings.config | {"seed": settings.seed, "regime": ensemble.regime},
-        cohort=fit_cohort(stacks, var_names, settings, fingerprint) if len(stacks) > 1 else None,
+        cohort=fit_cohort(stacks, var_names, settings) if len(stacks) > 1 else None,
     )
 
 
@@ -130,10 +130,9 @@ class _HeldOut:
         """Predict all folds with all baselines, and take those of base layers."""
         truth = data.truth
         propagated, support = _propagate_held_out(data, on_fold)
-        fits = {name: METHODS[name] for name in available_methods(data.stacks[0])}
-        others = {name: fit for name, fit in fits.items() if name not in ("propagation", "cokriging")}
+        others = {name: method for name, method in METHODS.items() if name not in ("propagation", "cokriging")}
         found = {"propagation": propagated} | _predict_held_out(data, others, on_fold)
-        rows = {name: found[name] for name in fits if name in found}
+        rows = {name: found[name] for name in METHODS if name in found}
         kriged = _krige_folds(data, on_fold)
         rows |= _held_out_kriging(data, kriged)
         error = {name: _squared_error(found, truth) for name, found in rows.items()}
@@ -154,17 +153,16 @@ class _HeldOut:
         """Methods that take part in the blend, without the networks."""
         return [name for name in self.rows if name not in _NOT_BLENDED]
 
-    def networks(self, base: str, group: Tensor, settings: FitSettings, fingerprint: dict[str, Any]) -> NetworkFit:
+    def networks(self, base: str, group: Tensor, settings: FitSettings) -> NetworkFit:
         """Networks that start at a base."""
         data = self.data
         parts = self.rows["mean" if base == "none" else base], self.rows["propagation"], self.support
-        views = {"cokriging": 1, TWO_VIEWS: 2}.get(base, 0)
 
         def nested(i: int, k: int) -> LabelPredictions:
             k = min(k, len(data.folds[i]) - 1)
             rest, groups = data.rest(i, k)
             graph = data.graphs[i].hide(data.folds[i][k][data.stacks[i].known])
-            return nested_predictions(rest, graph, groups, base, self.kriged[i][k][:views])
+            return nested_predictions(rest, graph, groups, base, self.kriged[i][k])
 
         return NetworkFit(
             name=base,
@@ -174,7 +172,6 @@ class _HeldOut:
             weights=data.by_stack(self.known.weight),
             group=group,
             settings=settings,
-            fingerprint=fingerprint,
         )
 
 
@@ -214,14 +211,10 @@ def _base_layers(data: TrainingSet) -> dict[str, np.ndarray]:
     independent = data.stacks[0].independent
     for name in data.stacks[0].bases or {}:
         if name in independent:
-            rows |= _predict_held_out(data, {name: partial(_recalibrated, name)}, lambda: None)
+            rows |= _predict_held_out(data, {name: partial(recalibrate, name=name)}, lambda: None)
         else:
             rows[name] = np.concatenate([given(spots.bases)[name][spots.known] for spots in data.stacks])
     return rows
-
-
-def _recalibrated(name: str, rest: Spots) -> Table:
-    return Table(recalibrate(rest, name))
 
 
 def _propagate_held_out(data: TrainingSet, on_fold: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +240,7 @@ def _krige_folds(data: TrainingSet, on_fold: Callable[[], None]) -> list[list[li
 
 def _krige_fold(data: TrainingSet, i: int, k: int) -> list[Linear]:
     rest, groups = data.rest(i, k)
-    return krige_for(rest, TWO_VIEWS if len(np.unique(rest.section)) > 1 else "cokriging", groups)
+    return krige_views(rest, two=len(np.unique(rest.section)) > 1, left_out=groups)
 
 
 def _held_out_kriging(data: TrainingSet, kriged: list[list[list[Linear]]]) -> dict[str, np.ndarray]:
@@ -321,7 +314,7 @@ def _interval_tensors(
     data: TrainingSet, residuals: np.ndarray, residuals_of_mean: np.ndarray, support: np.ndarray, params: AsignParams
 ) -> dict[str, Tensor]:
     """Tensors of a model from which the standard deviations of imputed values are computed."""
-    noise = data.per_stack(held_out_noise)
+    noise = np.concatenate([held_out_noise(s, folds) for s, folds in zip(data.stacks, data.folds, strict=True)])
     usual_noise = float(noise[np.isfinite(noise)].mean()) if np.isfinite(noise).any() else float("nan")
     # The error of a spot depends on its depth, so residuals are divided by this effect before they are compared.
     parts = np.array([usual_noise, *variance_parts(residuals, relative_noise(noise, usual_noise))])
@@ -376,7 +369,7 @@ def predict_held_out(
         elif method == COLOR:
             found = METHODS["ridge"](rest).expression()
         elif method in rest.independent:
-            found = recalibrate(rest, method)
+            found = recalibrate(rest, method).expression()
         else:
             found = {**METHODS, **RECIPES}[method](rest).expression()
         result[fold] = found[fold]

@@ -96,6 +96,7 @@ class LabelPredictions:
     base: Prediction
     propagated: Prediction
     support: np.ndarray  # (n,) mass of the propagation, 0-1
+    kriged: Sequence[Linear] = ()  # Co-krigings, see `krige_views`; the base can be made of them
 
     def inputs(self, genes: GeneScale, rows: np.ndarray | slice = slice(None)) -> LabelInputs:
         """Tensors for some spots."""
@@ -105,10 +106,7 @@ class LabelPredictions:
 
 
 def predict_from_labels(spots: Spots, base: str, kriged: Sequence[Linear]) -> LabelPredictions:
-    """Predict all spots from the known ones.
-
-    `kriged` are the predictions by co-kriging that the base is made of; see :func:`krige_for`.
-    """
+    """Predict all spots from the known ones; `kriged` are those of :func:`krige_views`."""
     graph = given(spots.graph)
     propagated, support = propagate(graph, spots.known, spots.expression, dtype=np.float32, device=spots.solver_device)
     return _with_base(spots, base, kriged, propagated, support)
@@ -134,20 +132,18 @@ def _with_base(
 ) -> LabelPredictions:
     """Base, and propagated labels; the base takes the place of labels that do not arrive."""
     found: Prediction = fit_mean(spots)
-    if base not in ("mean", "none", "propagation"):
-        found = Mean(kriged)
+    if base in ("cokriging", TWO_VIEWS):
+        found = Mean(kriged if base == TWO_VIEWS else kriged[:1])
     unreached = np.flatnonzero((support == 0) & ~np.isfinite(propagated[:, 0]))
     propagated[unreached] = found.expression(unreached)
     labels = Table(propagated)
-    return LabelPredictions(labels if base == "propagation" else found, labels, support)
+    return LabelPredictions(labels if base == "propagation" else found, labels, support, kriged)
 
 
-def krige_for(spots: Spots, base: str, left_out: np.ndarray | None = None) -> list[Linear]:
-    """Co-krigings that a base is the mean of; see ``AsignParams.base``."""
-    if not base.startswith("cokriging"):
-        return []
+def krige_views(spots: Spots, *, two: bool, left_out: np.ndarray | None = None) -> list[Linear]:
+    """Co-kriging with all image features and, of `two` views, also with the components that sections share."""
     views = [spots]
-    if base == TWO_VIEWS:  # with different errors: all image features, and the components that sections share
+    if two:
         views.append(replace(spots, features=spots.components))
     axes = Axes.of(spots)
     return [krige(view, left_out=left_out, axes=axes) for view in views]

@@ -33,7 +33,7 @@ from spatial_impute.models.asign._graph_inputs import (
     GeneScale,
     LabelPredictions,
     graph_inputs,
-    krige_for,
+    krige_views,
     predict_from_labels,
     with_components,
 )
@@ -139,10 +139,10 @@ class AsignModel:
             raise ValueError(msg)
         expression = spots.expression.astype(np.float32, copy=False)
         spots = replace(with_components(spots), device=device, expression=expression)
-        labels, views = self._labels(spots)
-        found, shown = self._blend(spots, labels, views, parts=parts)
+        labels = self._labels(spots)
+        found, shown = self._blend(spots, labels, parts=parts)
         support = labels.support
-        del labels, views  # a table of all spots and genes is a gigabyte in large stacks
+        del labels  # a table of all spots and genes is a gigabyte in large stacks
         for values in (found, *shown.values()):
             values[spots.known] = spots.expression
         usual, *spreads = (self._tensors[key].numpy() for key in ("usual_support", "spread", "spread_of_mean"))
@@ -156,11 +156,10 @@ class AsignModel:
         sd[spots.known] = 0.0
         return Imputation(found, sd, support, 1.0 / noise, shown)
 
-    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
-        """Predictions from the known spots, and the co-krigings among them."""
+    def _labels(self, spots: Spots) -> LabelPredictions:
+        """Predictions from the known spots."""
         methods = {self.base, *self._used("weights"), *self._used("weights_without")}
-        views = krige_for(spots, TWO_VIEWS if TWO_VIEWS in methods else "cokriging")
-        return predict_from_labels(spots, self.base, views if self.base == TWO_VIEWS else views[:1]), views
+        return predict_from_labels(spots, self.base, krige_views(spots, two=TWO_VIEWS in methods))
 
     def _used(self, weights: str) -> list[str]:
         """Blended methods that have a weight, without the networks."""
@@ -172,17 +171,20 @@ class AsignModel:
         return 1.0
 
     def _blend(
-        self, spots: Spots, labels: LabelPredictions, views: list[Linear], *, parts: bool
+        self, spots: Spots, labels: LabelPredictions, *, parts: bool
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(n, g) weighted sum of all predictions, and those of the parts of the model if they are wanted.
 
         Some spots at a time, because each of the predictions is as large as the result.
         """
-        names = [BASE, NETWORK, WITHOUT, *sorted(spots.independent)] if parts else []
         shape = len(spots.known), len(self.var_names)
-        shown = {name: np.empty(shape, np.float32) for name in names}
+        shown, used = {}, self._used("weights")
+        if parts:
+            others = sorted(spots.independent)
+            shown = {name: np.empty(shape, np.float32) for name in (BASE, NETWORK, WITHOUT, *others)}
+            used += [*self._used("weights_without"), *others]
         result = self._network_prediction(spots, labels)  # the blend takes its place
-        experts = self._fit_experts(spots, labels, views, parts=parts)
+        experts = {name: self._fit_expert(spots, name, labels) for name in dict.fromkeys(used)}
         for rows in row_blocks(*shape):
             found = {name: part.expression(rows) for name, part in experts.items()} | {NETWORK: result[rows].copy()}
             result[rows] = self._weighted_sum(found, "weights")
@@ -206,25 +208,16 @@ class AsignModel:
         total += centre
         return total
 
-    def _fit_experts(
-        self, spots: Spots, labels: LabelPredictions, views: list[Linear], *, parts: bool
-    ) -> dict[str, Prediction]:
-        """The blended methods that have a weight, without the networks; base layers that are shown with the parts."""
-        names = self._used("weights")
-        if parts:
-            names += [*self._used("weights_without"), *sorted(spots.independent)]
-        return {name: self._fit_expert(spots, name, labels, views) for name in dict.fromkeys(names)}
-
-    def _fit_expert(self, spots: Spots, name: str, labels: LabelPredictions, views: list[Linear]) -> Prediction:
+    def _fit_expert(self, spots: Spots, name: str, labels: LabelPredictions) -> Prediction:
         bases = spots.bases or {}
         if name == self.base:
             return labels.base
         if name in spots.independent:
-            return Table(recalibrate(spots, name))
+            return recalibrate(spots, name)
         if name == "cokriging":
-            return views[0]
+            return labels.kriged[0]
         if name == TWO_VIEWS:
-            return Mean(views)
+            return Mean(labels.kriged)
         if name == "propagation" and (labels.support > 0).all():
             return labels.propagated
         return Table(bases[name]) if name in bases else METHODS[name](spots)
@@ -291,7 +284,7 @@ class AsignModel:
         ValueError
             If the directory holds another class of model, or weights that do not fit the configuration.
         """
-        config, tensors = load_model(path, kind=cls.__name__)
+        config, tensors = load_model(path, kind=cls.__name__, unknown={"model.noise"})
         with config_errors(path):
             model = cls._from_config(path, config, tensors)
         if config["cohort"] is not None:
@@ -317,6 +310,8 @@ class AsignModel:
         found = {key: tuple(own[key].shape) for key in shapes if key in own}
         if found != shapes or not isinstance(n_networks, int) or not 1 <= n_networks <= len(tensors):
             raise does_not_fit(path, f"expected {shapes} for {n_networks!r} networks, found {found}.")
+        if not own["noise"][1:].isfinite().all():  # the first, the usual noise, is NaN if the counts were not known
+            raise does_not_fit(path, "'model.noise' has values that are NaN or infinite.")
         sizes = (config["n_features"], params.width, params.n_heads, params.n_graph_layers, params.n_level_layers)
         networks = []
         for k in range(n_networks):
@@ -356,10 +351,10 @@ class CohortModel(AsignModel):
             raise does_not_fit(path, f"{sorted(missing)} are missing.")
         return model
 
-    def _labels(self, spots: Spots) -> tuple[LabelPredictions, list[Linear]]:
+    def _labels(self, spots: Spots) -> LabelPredictions:
         offset, slope = (self._tensors[key].numpy() for key in ("ridge_offset", "ridge"))
         base = Linear(offset, given(spots.features), slope)
-        return LabelPredictions(base, base, np.zeros(len(spots.known))), []
+        return LabelPredictions(base, base, np.zeros(len(spots.known)))
 
     def _widening(self, spots: Spots) -> float:
         """Factor on the intervals of a stack whose images are unlike those of the training; logs a warning."""

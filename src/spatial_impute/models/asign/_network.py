@@ -6,8 +6,8 @@ base prediction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +27,23 @@ N_LEVELS = 3
 _SPOTS_AT_A_TIME = 50_000  # some 300 MB at the default width and 18 edges per spot
 
 
+def to_device(value: Any, device: str) -> Any:
+    """Copy of a tensor on a device, or of a list, tuple or dataclass with all tensors in it."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: to_device(getattr(value, part.name), device) for part in fields(value)})
+    return value
+
+
 @dataclass(frozen=True)
 class Edges:
     """Edges of one type, both directions of each; messages flow from the first row of `index` to the second."""
 
     index: Tensor  # (2, e)
     features: Tensor  # (e, 6)
-
-    def to(self, device: str) -> Edges:
-        return Edges(self.index.to(device), self.features.to(device))
 
     def by_target(self) -> Edges:
         """The same edges, ascending by the spot that they lead to."""
@@ -60,10 +68,6 @@ class GraphInputs:
     """Per graph layer, number of first spots whose state it computes: the last ones are the spots to predict, those of the
     layer before are these and their neighbors. Empty for all spots in all layers."""
 
-    def to(self, device: str) -> GraphInputs:
-        spot, region, surroundings = (part.to(device) for part in (self.spot, self.region, self.surroundings))
-        return GraphInputs(spot, region, surroundings, tuple(part.to(device) for part in self.edges), self.reach)
-
     def part(self, rows: slice | Tensor) -> GraphInputs:
         """Tokens of some of the spots, without edges."""
         return GraphInputs(self.spot[rows], self.region[rows], self.surroundings[rows], ())
@@ -81,13 +85,6 @@ class LabelInputs:
     base: Tensor  # (m, g) base prediction, to which the network adds its correction
     propagated: Tensor  # (m, g) labels propagated over the 3D graph
     support: Tensor  # (m, 1) mass of the propagation, 0-1
-
-    def to(self, device: str) -> LabelInputs:
-        return LabelInputs(self.base.to(device), self.propagated.to(device), self.support.to(device))
-
-    def part(self, rows: slice | Tensor) -> LabelInputs:
-        """Those of some of the spots."""
-        return LabelInputs(self.base[rows], self.propagated[rows], self.support[rows])
 
 
 class LevelAttention(nn.Module):
@@ -195,26 +192,22 @@ class MSAGNet(nn.Module):
         """
         reach = x.reach or (len(x.spot),) * len(self.graph)
         edges = [[part.into(n) for part in x.edges] for n in reach] if x.reach else [x.edges] * len(reach)
+        # The states of all edges take most of the memory of a training with a graph of each level. So they are computed once
+        # more for the gradient, instead of being kept.
+        computed_again = self.training and len(self.level_graph) > 0
         states = []
         for layers, state in self.branches(*self.encode(x)):
-            for layer, into, n in zip(layers, edges, reach, strict=False):
-                state = self.apply_layer(layer, state, into, n)
+            for layer, *inputs in zip(layers, edges, reach, strict=False):
+                if computed_again:
+                    state = checkpoint(layer, state, *inputs, use_reentrant=False)
+                else:
+                    state = layer(state, *inputs)
             states.append(state[: x.n_predicted])
         predicted, sequence = self.decode(torch.stack(states, dim=1), labels)
         if in_blocks:
             return predicted
         whole = torch.cat(predicted, dim=1)
         return torch.cat([whole[None], self.correction(sequence[:, 1:]).transpose(0, 1)]) if levels else whole
-
-    def apply_layer(self, layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], n: int) -> Tensor:
-        """State of the first n spots after a graph layer.
-
-        The states of all edges take most of the memory of a training with a graph of each level. So they are computed once
-        more for the gradient, instead of being kept.
-        """
-        if self.training and len(self.level_graph):
-            return checkpoint(layer, nodes, edges, n, use_reentrant=False)
-        return layer(nodes, edges, n)
 
     def branches(self, nodes: Tensor, fields: Tensor) -> list[tuple[Sequence[nn.Module], Tensor]]:
         """Graph layers and (n, w) state of each level; no layers for levels that do not take part in the graph."""
@@ -257,7 +250,7 @@ def graph_states(network: MSAGNet, x: GraphInputs) -> Tensor:
     n, device = len(x.spot), str(network.place.device)
     parts = [slice(start, min(start + _SPOTS_AT_A_TIME, n)) for start in range(0, n, _SPOTS_AT_A_TIME)]
     with torch.inference_mode():
-        encoded = [network.encode(x.part(rows).to(device)) for rows in parts]
+        encoded = [network.encode(to_device(x.part(rows), device)) for rows in parts]
         nodes, fields = (torch.cat(tensors) for tensors in zip(*encoded, strict=True))
         del encoded
         states = []
@@ -271,7 +264,7 @@ def graph_states(network: MSAGNet, x: GraphInputs) -> Tensor:
 def decode_states(network: MSAGNet, states: Tensor, labels: LabelInputs) -> Tensor:
     """(m, g) prediction on the CPU of some spots from their states; see :func:`graph_states`."""
     with torch.inference_mode():
-        return torch.cat(network.decode(states, labels.to(str(states.device)))[0], dim=1).cpu()
+        return torch.cat(network.decode(states, to_device(labels, str(states.device)))[0], dim=1).cpu()
 
 
 def _attend(layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], rows: slice) -> Tensor:
@@ -285,5 +278,5 @@ def _attend(layer: nn.Module, nodes: Tensor, edges: Sequence[Edges], rows: slice
     position = torch.empty(len(nodes), dtype=torch.long)
     position[gathered] = torch.arange(len(gathered))
     device = str(nodes.device)
-    local = [Edges(position[part.index], part.features).to(device) for part in into]
+    local = to_device([Edges(position[part.index], part.features) for part in into], device)
     return layer(nodes[gathered.to(device)], local, len(own))

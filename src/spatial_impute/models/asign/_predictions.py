@@ -36,7 +36,6 @@ class Linear:
     effects: np.ndarray  # (k, g) expression of a score of 1
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
         found = self.scores[rows] @ self.effects
         found += self.centre
         return found
@@ -53,7 +52,6 @@ class Neighbors:
     weights: Callable[[np.ndarray], np.ndarray]  # (m, k) of neighbors from their ascending distances; sums are 1
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
         xyz, ranks = self.xyz[rows], list(range(1, self.n_neighbors + 1))
         result = np.empty((len(xyz), self.values.shape[1]), self.values.dtype)
         for start in range(0, len(xyz), _ROWS_AT_A_TIME):
@@ -70,7 +68,6 @@ class Table:
     values: np.ndarray  # (n, g)
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
         return self.values[rows]
 
 
@@ -96,7 +93,6 @@ class Rescaled:
     factor: np.ndarray  # (g,)
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
         found = self.part.expression(rows) - self.centre  # not in place: a table gives its own values
         found *= self.factor
         found += self.centre
@@ -110,7 +106,6 @@ class Mean:
     parts: Sequence[Prediction]
 
     def expression(self, rows: Rows = ALL) -> np.ndarray:
-        """(m, g) of some spots, of all by default."""
         first, *others = self.parts
         found = first.expression(rows).copy()
         for part in others:

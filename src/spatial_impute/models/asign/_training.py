@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spatial_impute._expression import gene_blocks
 from spatial_impute._io.workers import rank_and_size
-from spatial_impute.models._storage import Checkpoint, cpu_state, tensors_below
+from spatial_impute.models._storage import cpu_state, tensors_below
+from spatial_impute.models.asign._network import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,9 +60,6 @@ class Target:
         largest = true.abs().amax(dim=0)
         return cls(weight, centred, mean, variance, variance.sqrt() > 1e-6 * largest)  # else only rounding errors
 
-    def to(self, device: str) -> Target:
-        return Target(*(getattr(self, part.name).to(device) for part in fields(self)))
-
     def errors(self, predicted: Tensor) -> Tensor:
         """(m,) weighted squared error of each spot, mean over the genes."""
         parts = [
@@ -101,14 +99,6 @@ class Batch:
     target: Target  # standardised expression
     fields: Tensor | None = None  # (2, m, g) mean of expression - base over the region and the global field of each
 
-    def to(self, device: str) -> Batch:
-        fields = None if self.fields is None else self.fields.to(device)
-        return Batch(self.inputs.to(device), self.labels.to(device), self.target.to(device), fields)
-
-    def predict(self, network: nn.Module) -> Tensor:
-        """(m, g)."""
-        return network(self.inputs, self.labels)
-
     def loss(self, network: nn.Module, params: AsignParams) -> Tensor:
         """Squared error and correlation of the spots, and correlations of their larger fields of view."""
         levels = self.fields is not None
@@ -137,21 +127,17 @@ class TrainingRun:
         """Squared error on the held-out spots before the first step, and after the last one."""
         return self.history[0]["held_out_mse"], self.history[-1]["held_out_mse"]
 
-    def only_errors(self) -> TrainingRun:
-        """The same run without weights and predictions, which take much memory where all genes of a tissue are predicted."""
-        return TrainingRun(state={}, history=self.history, predictions=[])
-
-    def to_checkpoint(self) -> Checkpoint:
-        """All tensors under one name each."""
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under one name each, for a checkpoint."""
         tensors = {f"state.{key}": v for key, v in self.state.items()}
-        return Checkpoint(tensors | {f"predicted.{i}": p for i, p in enumerate(self.predictions)}, self.history)
+        return tensors | {f"predicted.{i}": p for i, p in enumerate(self.predictions)}
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> TrainingRun:
-        """Inverse of :meth:`to_checkpoint`."""
-        found = tensors_below("predicted.", checkpoint.tensors)
-        predictions = [found[str(i)] for i in range(len(found))]
-        return cls(tensors_below("state.", checkpoint.tensors), checkpoint.history, predictions)
+    def from_checkpoint(cls, tensors: dict[str, Tensor], history: list[dict[str, Any]]) -> TrainingRun:
+        """The run that was saved; the inverse of :attr:`tensors`."""
+        found = tensors_below("predicted.", tensors)
+        return cls(tensors_below("state.", tensors), history, [found[str(i)] for i in range(len(found))])
 
 
 def correlation_loss(predicted: Tensor, true: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -188,7 +174,7 @@ def train(
             trained = DistributedDataParallel(network)
             torch.manual_seed(seed + 7919 * rank)  # another dropout in each process
         optimizer = _optimizer(network, params)
-        batches, held_out = ([batch.to(device) for batch in part] for part in (batches, held_out))
+        batches, held_out = (to_device(part, device) for part in (batches, held_out))
         history: list[dict[str, Any]] = []
         losses: list[float] = []
         predictions: list[Tensor] = []
@@ -214,7 +200,7 @@ def _check(network: MSAGNet, held_out: list[Batch]) -> tuple[list[Tensor], float
     """Predictions of the held-out batches on the CPU, and their weighted squared error."""
     network.eval()
     with torch.inference_mode():
-        found = [batch.predict(network) for batch in held_out]
+        found = [network(batch.inputs, batch.labels) for batch in held_out]
     errors = [batch.target.errors(p) for p, batch in zip(found, held_out, strict=True)]
     return [p.cpu() for p in found], float(torch.cat(errors).mean())
 

@@ -86,6 +86,13 @@ class CropSettings:
     margin: int  # Regions nearer than this (px) to the edge of a crop are left out
     max_regions: int  # Largest number of regions; a random sample if there are more
 
+    @classmethod
+    def of(cls, network: PixNetNetwork, slides: list[TrainingSlide], params: PixNetParams) -> CropSettings:
+        """Crops of the size that was set, or larger if the largest region of the slides needs it."""
+        largest = max(float((s.regions.bounds[:, 2:] - s.regions.bounds[:, :2]).max()) for s in slides)
+        needed = max(params.crop, int(np.ceil(largest)) + 2 * params.margin + 2)
+        return cls(-(-needed // network.multiple) * network.multiple, network.stride, params.margin, params.max_regions)
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -100,12 +107,6 @@ class Crop:
     def expression(self) -> np.ndarray:
         """(n_rows, n_genes)."""
         return self.slide.expression[self.rows]
-
-
-def crop_size(slides: list[TrainingSlide], wanted: int, margin: int, multiple: int) -> int:
-    """Edge of the crops in px: as given, or larger if the largest region needs it."""
-    largest = max(float((s.regions.bounds[:, 2:] - s.regions.bounds[:, :2]).max()) for s in slides)
-    return -(-max(wanted, int(np.ceil(largest)) + 2 * margin + 2) // multiple) * multiple
 
 
 def make_crop(
@@ -139,7 +140,7 @@ def make_crop(
         matrix = np.array([[0.0, 1, 0], [-1, 0, size], [0, 0, 1]]) @ matrix
     box = Box(0, size, 0, size)
     n_cells = size // settings.stride
-    grid = CellGrid(settings.stride, n_cells, n_cells)
+    grid = CellGrid.whole(settings.stride, n_cells, n_cells)
     stencil = build_stencil(slide.regions.take(rows).moved(matrix), box, grid, box)
     return Crop(slide, rgb.contiguous(), stencil, rows)
 
@@ -205,13 +206,13 @@ class CropSampler:
         self,
         network: PixNetNetwork,
         slides: list[TrainingSlide],
-        size: CropSettings,
+        settings: CropSettings,
         *,
         params: PixNetParams,
         seed: int,
         device: str,
     ) -> None:
-        self.network, self.slides, self.size = network, slides, size
+        self.network, self.slides, self.settings = network, slides, settings
         self.params, self.seed, self.device = params, seed, device
         self.encoder_trained = params.encoder_learning_rate > 0
         self.pool: list[tuple[Crop, list[Tensor]]] = []
@@ -227,7 +228,7 @@ class CropSampler:
 
     def _draw(self, rng: np.random.Generator) -> Crop:
         flips, jitter = self.params.flips, self.params.stain_jitter
-        return random_crop(self.slides, self.size, flips=flips, stain_jitter=jitter, rng=rng)
+        return random_crop(self.slides, self.settings, flips=flips, stain_jitter=jitter, rng=rng)
 
     def _encode(self, crops: list[Crop]) -> list[Tensor]:
         with torch.set_grad_enabled(self.encoder_trained):

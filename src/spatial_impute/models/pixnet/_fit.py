@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 
 from spatial_impute._io.workers import suitable_threads
-from spatial_impute.models.pixnet._crops import TrainingSlide, held_out_blocks
+from spatial_impute.models.pixnet._crops import CropSettings, TrainingSlide, held_out_blocks
 from spatial_impute.models.pixnet._held_out import Evaluation, RegionLoss, cut_windows, evaluate
-from spatial_impute.models.pixnet._network import PixNetNetwork, build_network, receptive_halo
+from spatial_impute.models.pixnet._network import PixNetNetwork, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, read_regions
-from spatial_impute.models.pixnet._training import FitSettings, crop_settings, train
+from spatial_impute.models.pixnet._training import FitSettings, train
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class FittedPixNet:
 
     network: PixNetNetwork  # In evaluation mode; its head gives the units of the expression
     history: pd.DataFrame
-    penalty: float  # Penalty of the base
+    penalty: float | None  # Penalty of the base, if there is one
     held_out: pd.Series  # (n_genes,) Pearson correlation on the held-out regions, mean over slides
 
 
@@ -44,7 +44,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
     counts = params.loss != "mse+pcc"
     with torch.random.fork_rng(devices=[]):  # the random state of the user does not change
         torch.default_generator.manual_seed(seed)
-        network = build_network(
+        network = PixNetNetwork(
             copy.deepcopy(pyramid),
             params,
             n_genes=len(var_names),
@@ -64,8 +64,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
             network.scale.copy_(torch.from_numpy(scale))
             network.head_bias.fill_(_SOFTPLUS_ONE)
     elif params.n_base:
-        base = LinearBase.fit(network, slides, held_out, settings, halo)
-        slides = base.slides
+        base, slides = LinearBase.fit(network, slides, held_out, settings, halo)
     training = [s.take(~rows) for s, rows in zip(slides, held_out, strict=True)]
     training = [s for s in training if len(s.regions)]
     watched = [s.take(rows) for s, rows in zip(slides, held_out, strict=True) if rows.any()]
@@ -86,7 +85,7 @@ def fit(slides: list[TrainingSlide], pyramid: Pyramid, var_names: list[str], set
         _fold_scale_into_head(network, centre, scale)
     network.requires_grad_(False)
     network.precision = "float32"  # of a prediction: its caller chooses
-    penalty = float("nan") if base is None else base.fitted.choice.penalty
+    penalty = None if base is None else base.fitted.choice.penalty
     return FittedPixNet(network, history, penalty, pd.Series(r, index=var_names))
 
 
@@ -95,8 +94,8 @@ def _evaluate(
 ) -> Evaluation:
     """Evaluate the final network on the held-out regions."""
     loss = RegionLoss(settings.params.loss, network.head.out_channels, settings.params.correlation_weight)
-    size = crop_settings(network, watched, settings.params)
-    windows = cut_windows(network, watched, size, settings.params, seed=0, device=settings.device)
+    crop_settings = CropSettings.of(network, watched, settings.params)
+    windows = cut_windows(network, watched, crop_settings, settings.params, seed=0, device=settings.device)
     return evaluate(network, windows, loss.to(settings.device), settings.device, base_alone=base_alone)
 
 
@@ -120,7 +119,6 @@ class LinearBase:
     fitted: Base
     data: BaseData  # All regions that were read, including held-out ones
     within: np.ndarray  # (n_features,) mean variance of the features over the cells of a region
-    slides: list[TrainingSlide]  # The slides with the prediction of the base for held-out regions; NaN for the others
 
     @classmethod
     def fit(
@@ -130,8 +128,11 @@ class LinearBase:
         held_out: list[np.ndarray],
         settings: FitSettings,
         halo: int,
-    ) -> LinearBase:
-        """Fit the base on the regions that are not held out, and write it into the network."""
+    ) -> tuple[LinearBase, list[TrainingSlide]]:
+        """Fit the base on the regions that are not held out, and write it into the network.
+
+        Also returns the slides with its prediction for the held-out regions; NaN for the others.
+        """
         rng = np.random.default_rng(settings.seed)
         network.eval()
 
@@ -172,7 +173,7 @@ class LinearBase:
             found = np.full(slide.expression.shape, np.nan, np.float32)
             found[out] = components @ base.weights + base.intercept
             with_base.append(replace(slide, base=found))
-        return cls(base, data, within, with_base)
+        return cls(base, data, within), with_base
 
     def finish(self, network: PixNetNetwork, weights: np.ndarray | None, settings: FitSettings) -> None:
         """Fit the base to all regions with the same settings, and write its weighted sum with the decoder into the head.

@@ -78,20 +78,22 @@ class HeldOutCrop:
 def cut_windows(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
-    size: CropSettings,
+    crop_settings: CropSettings,
     params: PixNetParams,
     *,
     seed: int,
     device: str,
 ) -> list[HeldOutCrop]:
     """Windows that cover the regions of slides, a sample if there are many; with their maps if the encoder is not trained."""
-    windows = [(slide, *window) for slide in slides for window in cover(slide, size.size, size.margin)]
+    windows = [
+        (slide, *window) for slide in slides for window in cover(slide, crop_settings.size, crop_settings.margin)
+    ]
     if len(windows) > _MAX_WINDOWS:
         kept = np.random.default_rng(seed).choice(len(windows), _MAX_WINDOWS, replace=False)
         windows = [windows[k] for k in np.sort(kept)]
     found = []
     for slide, center, rows in windows:
-        crop = make_crop(slide, center, size)
+        crop = make_crop(slide, center, crop_settings)
         maps = None
         if not params.encoder_learning_rate:
             with torch.no_grad():
@@ -205,6 +207,7 @@ def evaluate(
         weights, predicted = found.blend()
         shown = predicted
     correlations = [pearson_by_gene(shown[rows], found.true[rows]) for rows in found.sizes]
+    r = np.ma.masked_invalid(correlations).mean(axis=0).filled(np.nan)
     with torch.no_grad():
         parts = (torch.from_numpy(part.astype(np.float32)).to(device) for part in (predicted, found.true))
         error = loss.per_region(*parts).cpu().numpy()
@@ -212,14 +215,7 @@ def evaluate(
         error = error / found.variance
     by_size = found.place.assign(error=error).groupby(["slide", "size", "block"])["error"].mean()
     mean = by_size.groupby(level=["slide", "block"]).mean()
-    return Evaluation(_mean_of_finite(np.stack(correlations)), np.array(mean.index.to_list()), mean.to_numpy(), weights)
-
-
-def _mean_of_finite(values: np.ndarray) -> np.ndarray:
-    """Mean over rows without NaN; NaN for columns without any number."""
-    known = np.isfinite(values)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+    return Evaluation(r, np.array(mean.index.to_list()), mean.to_numpy(), weights)
 
 
 def is_confirmed(errors: np.ndarray, half: np.ndarray) -> bool:

@@ -24,7 +24,7 @@ from spatial_impute.models._storage import (
     require_shapes,
     save_model,
 )
-from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, build_network, receptive_halo
+from spatial_impute.models.pixnet._network import PixNetNetwork, Stain, receptive_halo
 from spatial_impute.models.pixnet._tiles import Slide, Tiling, iter_sums
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class PixNetModel:
         pyramid = build_pyramid(name if encoder is None else encoder, window=params.encoder_window, pretrained=False)
 
         def build() -> PixNetNetwork:
-            return build_network(
+            return PixNetNetwork(
                 pyramid,
                 params,
                 n_genes=len(config["var_names"]),

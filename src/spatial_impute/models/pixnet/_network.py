@@ -176,10 +176,9 @@ class PixNetNetwork(nn.Module):
     window statistics, resized to the finest grid. A linear head on it is ridge regression on image features. The head of
     the decoder starts at zero. In each gene, the result is a weighted sum of both.
 
-    `width` and `n_base` are the channels of decoder and base (0 for no base), `context` the edges in px of the windows of
-    the base (see :class:`WindowStatistics`), `norm` and `delta` the norm and the initial scale of the lateral maps. Maps of
-    the encoder with a smaller stride than `finest` are left out, but two maps are kept. With `rates` the map is a positive
-    rate, the softplus of the head; else it is the head.
+    `n_base` is the number of channels of the base, 0 for no base; `resolution` the um per pixel of the slides. Maps of the
+    encoder with a smaller stride than ``params.finest_stride`` are left out, but two maps are kept. With `rates` the map is a
+    positive rate, the softplus of the head; else it is the head.
 
     Shapes: rgb (n, 3, y, x) in 0-255, y and x multiples of `multiple` -> :meth:`features` (n, n_base + width, y / stride,
     x / stride) -> :meth:`genes` (n, n_genes, y / stride, x / stride).
@@ -191,33 +190,31 @@ class PixNetNetwork(nn.Module):
     def __init__(
         self,
         pyramid: Pyramid,
+        params: PixNetParams,
         *,
         n_genes: int,
-        width: int,
         n_base: int,
-        context: tuple[float, ...] = (),
-        norm: str = "batch",
-        delta: float = 1.0,
-        finest: int = 1,
         rates: bool = False,
+        resolution: float = 1.0,
     ) -> None:
         super().__init__()
         self.pyramid = pyramid
-        coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= finest]
+        coarse_enough = [i for i, stride in enumerate(pyramid.strides) if stride >= params.finest_stride]
         self.first = max(0, min([*coarse_enough, len(pyramid.strides) - 2]))
         self.strides, self.channels = pyramid.strides[self.first :], pyramid.channels[self.first :]
         strides, channels = self.strides, self.channels
         self.stride, self.multiple = decoder_strides(strides)[0], math.lcm(decoder_strides(strides)[-1], pyramid.window)
         self.magnified = strides[0] // self.stride  # cells of the finest grid along a cell of the finest map
-        self.n_base, self.width, self.rates = n_base, width, rates
-        self.decoder = Decoder(strides, channels, width, norm=norm, delta=delta)
+        self.n_base, self.width, self.rates = n_base, params.width, rates
+        self.decoder = Decoder(strides, channels, params.width, norm=params.norm, delta=params.delta)
         self.windows: WindowStatistics | None = None
         widths, extents = list(channels), list(strides)
-        if n_base and context:
+        if n_base and params.context_um:
+            context = tuple(window / resolution for window in params.context_um)
             source = max(range(len(pyramid.strides))[pyramid.context_level], self.first)
             self.window_level = source - self.first
             cell = window_cell(pyramid.strides[source], self.multiple, min(context))
-            self.windows = WindowStatistics(pyramid.strides[source], cell, tuple(context))
+            self.windows = WindowStatistics(pyramid.strides[source], cell, context)
             widths += [pyramid.channels[source]] * (2 * len(context))
             extents += [edge for edge in self.windows.edges for _ in range(2)]
         self.n_levels = sum(widths)
@@ -226,7 +223,7 @@ class PixNetNetwork(nn.Module):
         self.base = nn.ModuleList(
             [nn.Conv2d(c, n_base, 1, bias=i == 0) for i, c in enumerate(widths)] if n_base else []
         )
-        self.head = nn.Conv2d(n_base + width, n_genes, 1)
+        self.head = nn.Conv2d(n_base + params.width, n_genes, 1)
         self.register_buffer("scale", torch.ones(n_genes))
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
@@ -332,23 +329,6 @@ class PixNetNetwork(nn.Module):
         other.head.bias = nn.Parameter(self.head_bias.detach()[index], requires_grad=False)
         other.scale = self.scale[index]
         return other
-
-
-def build_network(
-    pyramid: Pyramid, params: PixNetParams, *, n_genes: int, n_base: int, rates: bool, resolution: float
-) -> PixNetNetwork:
-    """Untrained network of the given settings for slides of `resolution` um per pixel."""
-    return PixNetNetwork(
-        pyramid,
-        n_genes=n_genes,
-        width=params.width,
-        n_base=n_base,
-        context=tuple(window / resolution for window in params.context_um),
-        norm=params.norm,
-        delta=params.delta,
-        finest=params.finest_stride,
-        rates=rates,
-    )
 
 
 def _resize(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ the image; the centre of pixel i lies at i + 0.5. A pixel belongs to a region if
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import shapely
@@ -26,14 +26,6 @@ _BATCH = 50_000  # polygons split into edges at a time
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Pixels of regions as horizontal runs [x0, x1) of row y, in the order of the regions."""
-
-    start: np.ndarray  # (n_regions + 1,) first run of each region
-    pixels: np.ndarray  # (n_runs, 3) y, x0 and x1
-
-
-@dataclass(frozen=True)
 class Stencil:
     """Weights of decoder cells per region, as arguments of ``embedding_bag``."""
 
@@ -44,25 +36,21 @@ class Stencil:
     """(n_regions,) float64 pixels of the region in the box; its area if it contains no pixel centre."""
 
 
-@dataclass(frozen=True)
-class CellGrid:
+class CellGrid(NamedTuple):
     """Available decoder cells: a window of the grid of the whole image."""
 
     stride: int  # Edge of a cell in px
     n_y: int
     n_x: int  # Cells of the whole image
-    y0: int = 0
-    x0: int = 0  # First cell of the window
-    window_y: int | None = None
-    window_x: int | None = None  # Cells of the window; all by default
+    y0: int
+    x0: int  # First cell of the window
+    rows: int
+    columns: int  # Cells of the window
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """Rows and columns of the window."""
-        return (
-            self.n_y if self.window_y is None else self.window_y,
-            self.n_x if self.window_x is None else self.window_x,
-        )
+    @classmethod
+    def whole(cls, stride: int, n_y: int, n_x: int) -> CellGrid:
+        """All cells of an image."""
+        return cls(stride, n_y, n_x, 0, 0, n_y, n_x)
 
 
 class Discs:
@@ -88,7 +76,7 @@ class Discs:
     def moved(self, matrix: np.ndarray) -> Discs:
         return Discs(apply_affine(self.centers, matrix), self.radius * linear_scale(matrix))
 
-    def runs(self, box: Box) -> Runs:
+    def runs(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
         return _collect_runs(_disc_runs, self.centers, self.radius, box)
 
 
@@ -155,7 +143,7 @@ class Polygons:
         area = self.area * abs(np.linalg.det(matrix[:2, :2]))
         return Polygons(edges, self.start, apply_affine(self.centers, matrix), area)
 
-    def runs(self, box: Box) -> Runs:
+    def runs(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
         return _collect_runs(_polygon_runs, self.edges, self.start, box)
 
 
@@ -169,10 +157,10 @@ def build_stencil(regions: Regions, core: Box, grid: CellGrid, image: Box) -> St
     is sampled at its own centre, by the core that contains it, and has its area as weight. The window of `grid` must reach
     one cell beyond the core, or to the end of the grid.
     """
-    runs = regions.runs(core)
-    window = (grid.stride, grid.n_y, grid.n_x, grid.y0, grid.x0, *grid.window)
-    stencil = Stencil(*_sum_weights(runs.start, runs.pixels, window))
-    lonely = (stencil.n_pixels == 0) & _tiny(regions, image) & _inside(regions.centers, core)
+    stencil = Stencil(*_sum_weights(*regions.runs(core), tuple(grid)))
+    x, y = regions.centers.T
+    inside = (x >= core.x0) & (x < core.x1) & (y >= core.y0) & (y < core.y1)
+    lonely = (stencil.n_pixels == 0) & inside & _tiny(regions, image)
     return _sample_centers(stencil, regions, lonely, grid) if lonely.any() else stencil
 
 
@@ -182,22 +170,16 @@ def _tiny(regions: Regions, image: Box) -> np.ndarray:
     small = ((bounds[:, 2:] - bounds[:, :2]) < _TINY).all(axis=1)
     if small.any():
         which = np.flatnonzero(small)
-        small[which] = np.diff(regions.take(which).runs(image).start) == 0
+        small[which] = np.diff(regions.take(which).runs(image)[0]) == 0
     return small
-
-
-def _inside(points: np.ndarray, box: Box) -> np.ndarray:
-    x, y = points.T
-    return (x >= box.x0) & (x < box.x1) & (y >= box.y0) & (y < box.y1)
 
 
 def _sample_centers(stencil: Stencil, regions: Regions, which: np.ndarray, grid: CellGrid) -> Stencil:
     """Add the bilinear weights of the centres of some regions, which have no entries yet."""
     x0, x1, fx = _neighbors(regions.centers[which, 0], grid.stride, grid.n_x)
     y0, y1, fy = _neighbors(regions.centers[which, 1], grid.stride, grid.n_y)
-    columns = grid.window[1]
     area = regions.area[which]
-    cells = np.stack([(y - grid.y0) * columns + x - grid.x0 for y in (y0, y1) for x in (x0, x1)], axis=1)
+    cells = np.stack([(y - grid.y0) * grid.columns + x - grid.x0 for y in (y0, y1) for x in (x0, x1)], axis=1)
     weights = np.stack([wy * wx * area for wy in (1 - fy, fy) for wx in (1 - fx, fx)], axis=1)
     length = np.diff(stencil.start)
     place = np.repeat(stencil.start[:-1][which], 4)
@@ -219,14 +201,19 @@ def _neighbors(where: np.ndarray, stride: int, n: int) -> tuple[np.ndarray, np.n
     return left, np.minimum(left + 1, n - 1), u - left
 
 
-def _collect_runs(find: Callable[..., np.ndarray], geometry: np.ndarray, sizes: np.ndarray, box: Box) -> Runs:
-    """Runs of all regions: the first pass counts them, the second one writes them."""
+def _collect_runs(
+    find: Callable[..., np.ndarray], geometry: np.ndarray, sizes: np.ndarray, box: Box
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels of the regions in a box: the first run of each region, (n_regions + 1,), and y, x0, x1 of the runs, (n_runs, 3).
+
+    A run is the pixels [x0, x1) of row y. The first pass counts the runs, the second one writes them.
+    """
     limits = tuple(box)
     count = find(geometry, sizes, limits, np.empty((0, 3), np.int64))
     start = np.concatenate([[0], np.cumsum(count)])
     pixels = np.empty((start[-1], 3), np.int64)
     find(geometry, sizes, limits, pixels)
-    return Runs(start, pixels)
+    return start, pixels
 
 
 @compiled()

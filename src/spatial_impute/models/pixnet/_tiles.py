@@ -213,7 +213,7 @@ def forward_tile(
     window = tiling.window(tile)
     grid = tiling.grid(tile, margin)
     top, left = grid.y0 - window.y0 // stride, grid.x0 - window.x0 // stride
-    cells = Box(top, top + grid.window[0], left, left + grid.window[1])
+    cells = Box(top, top + grid.rows, left, left + grid.columns)
     # Workers of dask request one thread; two workers with a thread per core each are slower than one worker.
     n_cells = (window.y1 - window.y0) * (window.x1 - window.x0) // stride**2
     with suitable_threads(n_cells, network.head.in_channels):
@@ -246,41 +246,26 @@ def sum_cells(table: Tensor, stencils: Sequence[Stencil]) -> Tensor:
     return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=weights)
 
 
-class TileIndex:
-    """Regions by the cores that they touch.
-
-    `tiles` are the numbers of the cores that any region touches, `n_tiles` (n,) the number of cores per region.
-    """
-
-    def __init__(self, regions: Regions, tiling: Tiling) -> None:
-        bounds = regions.bounds
-        rows, columns = tiling.shape
-        limit = np.array([columns - 1, rows - 1])
-        # A region without a pixel centre is sampled at its own centre, which its bounds contain.
-        low = np.floor((bounds[:, :2] - 1) / tiling.core).astype(np.int64)
-        high = np.floor((bounds[:, 2:] + 1) / tiling.core).astype(np.int64)
-        inside = np.all((high >= 0) & (low <= limit), axis=1, keepdims=True)
-        low, high = np.clip(low, 0, limit), np.clip(high, 0, limit)
-        size = np.where(inside, high - low + 1, 0)
-        count = size.prod(axis=1)
-        region = np.repeat(np.arange(len(bounds)), count)
-        k = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        width = np.maximum(size[region, 0], 1)
-        tile = (low[region, 1] + k // width) * columns + low[region, 0] + k % width
-        order = np.argsort(tile, kind="stable")
-        self._region = region[order]
-        self.tiles, self._start = np.unique(tile[order], return_index=True)
-        self._start = np.append(self._start, len(tile))
-        self._columns = columns
-        self.n_tiles = count
-
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        for k, tile in enumerate(self.tiles):
-            place = int(tile) // self._columns, int(tile) % self._columns
-            yield place, self._region[self._start[k] : self._start[k + 1]]
-
-    def __len__(self) -> int:
-        return len(self.tiles)
+def regions_by_tile(regions: Regions, tiling: Tiling) -> dict[tuple[int, int], np.ndarray]:
+    """Rows of the regions that touch each core; only cores that any region touches."""
+    bounds = regions.bounds
+    rows, columns = tiling.shape
+    limit = np.array([columns - 1, rows - 1])
+    # A region without a pixel centre is sampled at its own centre, which its bounds contain.
+    low = np.floor((bounds[:, :2] - 1) / tiling.core).astype(np.int64)
+    high = np.floor((bounds[:, 2:] + 1) / tiling.core).astype(np.int64)
+    inside = np.all((high >= 0) & (low <= limit), axis=1, keepdims=True)
+    low, high = np.clip(low, 0, limit), np.clip(high, 0, limit)
+    size = np.where(inside, high - low + 1, 0)
+    count = size.prod(axis=1)
+    region = np.repeat(np.arange(len(bounds)), count)
+    k = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    width = np.maximum(size[region, 0], 1)
+    tile = (low[region, 1] + k // width) * columns + low[region, 0] + k % width
+    order = np.argsort(tile, kind="stable")
+    tiles, first = np.unique(tile[order], return_index=True)
+    parts = np.split(region[order], first[1:])
+    return {divmod(int(number), columns): part for number, part in zip(tiles, parts, strict=False)}
 
 
 def iter_sums(
@@ -298,12 +283,14 @@ def iter_sums(
     tile come after this tile, those in several tiles at the end. Regions outside the image come last, with 0 pixels and
     without sums.
     """
-    tiles = TileIndex(regions, slide.tiling)
-    over_several = np.flatnonzero(tiles.n_tiles > 1)
+    touching = regions_by_tile(regions, slide.tiling)
+    n_tiles = np.zeros(len(regions), np.int64)
+    for rows in touching.values():
+        n_tiles[rows] += 1
+    over_several = np.flatnonzero(n_tiles > 1)
     place = np.full(len(regions), -1)
     place[over_several] = np.arange(len(over_several))
     total, count = None, np.zeros(len(over_several))
-    touching = dict(tiles)
     for tile in slide.order(touching, network):
         index = touching[tile]
         with torch.inference_mode():
@@ -325,7 +312,7 @@ def iter_sums(
         on_tile()
     if total is not None:
         yield over_several, total, count
-    outside = np.flatnonzero(tiles.n_tiles == 0)
+    outside = np.flatnonzero(n_tiles == 0)
     if len(outside):
         yield outside, torch.zeros(len(outside), 0), np.zeros(len(outside))
 
@@ -337,13 +324,12 @@ def read_regions(
 
     `n_channels` includes those of `squares`.
     """
-    dtype = torch.empty((), dtype=network.head.weight.dtype).numpy().dtype
-    sums, n_pixels = np.zeros((len(regions), n_channels), dtype), np.zeros(len(regions))
+    sums, n_pixels = torch.zeros(len(regions), n_channels, dtype=network.head.weight.dtype), np.zeros(len(regions))
     for index, found, count in iter_sums(network, stage, slide, regions, squares=squares):
         if count.any():
-            sums[index] = found.cpu().numpy()
+            sums[index] = found.cpu()
         n_pixels[index] = count
-    return sums, n_pixels
+    return sums.numpy(), n_pixels
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn
 
 from spatial_impute._io.workers import rank_and_size
 from spatial_impute._settings import logger
-from spatial_impute.models._storage import Checkpoint, cpu_state, load_checkpoint, save_checkpoint, tensors_below
-from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, crop_size, predict_crops
+from spatial_impute.models._storage import cpu_state, load_checkpoint, save_checkpoint, tensors_below
+from spatial_impute.models.pixnet._crops import CropSampler, CropSettings, TrainingSlide, predict_crops
 from spatial_impute.models.pixnet._held_out import (
     Evaluation,
     RegionLoss,
@@ -73,12 +73,6 @@ class _TrainingState:
         return waited >= params.patience * params.n_steps_per_check
 
 
-def crop_settings(network: PixNetNetwork, slides: list[TrainingSlide], params: PixNetParams) -> CropSettings:
-    """Settings of crops that are large enough for the regions of these slides."""
-    size = crop_size(slides, params.crop, params.margin, network.multiple)
-    return CropSettings(size, network.stride, params.margin, params.max_regions)
-
-
 def train(
     network: PixNetNetwork,
     slides: list[TrainingSlide],
@@ -93,10 +87,10 @@ def train(
     finite, and a checkpoint of another training, raise a ``ValueError``.
     """
     params = settings.params
-    size = crop_settings(network, slides + held_out, params)
+    crop_settings = CropSettings.of(network, slides + held_out, params)
     loss = RegionLoss(params.loss, network.head.out_channels, params.correlation_weight).to(settings.device)
     optimizer = _make_optimizer(network, loss, params)
-    windows = cut_windows(network, held_out, size, params, seed=settings.seed, device=settings.device)
+    windows = cut_windows(network, held_out, crop_settings, params, seed=settings.seed, device=settings.device)
     head = {f"head.{key}": value for key, value in cpu_state(network.head).items()}
     start = evaluate(network, windows, loss, settings.device, base_alone=network.n_base > 0) if windows else None
     state = _resume(network, optimizer, loss, settings)
@@ -108,7 +102,7 @@ def train(
     for _ in range(first - 1):
         on_step()
     head_of_base = head["head.weight"][:, : network.n_base].to(settings.device)
-    sampler = CropSampler(network, slides, size, params=params, seed=settings.seed, device=settings.device)
+    sampler = CropSampler(network, slides, crop_settings, params=params, seed=settings.seed, device=settings.device)
     losses = []
     for step in range(first, params.n_steps + 1):
         if state.stagnates(params):
@@ -173,7 +167,7 @@ def _save_state(
     parts = {"network": network.state_dict(), "best": state.best, "loss": loss.state_dict()}
     parts |= {f"optimizer.{index}": values for index, values in optimizer.state_dict()["state"].items()}
     tensors = {f"{prefix}.{key}": value for prefix, part in parts.items() for key, value in part.items()}
-    save_checkpoint(settings.checkpoint / _CHECKPOINT, Checkpoint(tensors, state.history), settings.fingerprint)
+    save_checkpoint(settings.checkpoint / _CHECKPOINT, tensors, state.history, settings.fingerprint)
 
 
 def _resume(
@@ -184,18 +178,17 @@ def _resume(
     found = None if folder is None else load_checkpoint(folder / _CHECKPOINT, settings.fingerprint)
     if found is None:
         return None
-    network.load_state_dict(tensors_below("network.", found.tensors))
-    loss.load_state_dict(tensors_below("loss.", found.tensors))
+    tensors, history = found
+    network.load_state_dict(tensors_below("network.", tensors))
+    loss.load_state_dict(tensors_below("loss.", tensors))
     by_parameter: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors_below("optimizer.", found.tensors).items():
+    for key, value in tensors_below("optimizer.", tensors).items():
         index, name = key.split(".")
         by_parameter.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": by_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = max((row for row in found.history if row["kept"]), key=lambda row: row["step"])
-    logger.info("Training continues after step %d", found.history[-1]["step"])
-    return _TrainingState(
-        tensors_below("best.", found.tensors), best["held_out_loss"], int(best["step"]), found.history
-    )
+    best = max((row for row in history if row["kept"]), key=lambda row: row["step"])
+    logger.info("Training continues after step %d", history[-1]["step"])
+    return _TrainingState(tensors_below("best.", tensors), best["held_out_loss"], int(best["step"]), history)
 
 
 def _take_step(
