@@ -289,15 +289,12 @@ def test_load_refuses_what_is_no_model(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fit_on_several_stacks_and_several_sections(small_prepared, caplog, monkeypatch):
+def test_fit_on_several_stacks_and_several_sections(small_prepared, small_two_measured, caplog, monkeypatch):
     both = [copy.deepcopy(small_prepared), copy.deepcopy(small_prepared)]
     model = si.tl.fit_asign(both, model_params=SMALL)
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
 
-    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
-    si.tl.register_stack(sdata, method="rigid", on_failure="warn")  # the fit is tested here, not the pose
-    si.pp.extract_features(sdata)
-    si.tl.build_3d_graph(sdata)
+    sdata = copy.deepcopy(small_two_measured)
     model = si.tl.fit_asign(sdata, model_params=SMALL)
     assert model.config["sections"] == [["s0", "s2"]]
     assert set(model.history["network"]) == {0, 1}  # each measured section is held out once
@@ -466,12 +463,12 @@ def test_a_model_that_lacks_a_part_is_refused_when_loaded(model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cohort():
+def cohort(quick_search):
     """Three measured stacks, and one that is not measured."""
     stacks = []
     for seed in range(4):
         sdata = si.datasets.synthetic_stack(2, extent=1400.0, n_genes=9, seed=seed)
-        si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+        si.tl.register_stack(sdata, method="rigid", on_failure="warn", registration_params=quick_search)
         si.pp.extract_features(sdata)
         si.tl.build_3d_graph(sdata)
         stacks.append(sdata)
@@ -482,6 +479,11 @@ def cohort():
         section["counts"] = None
     bare.tables["stack"].obs["measured"] = False
     return stacks[:-1], bare
+
+
+@pytest.fixture(scope="module")
+def cohort_model(cohort):
+    return si.tl.fit_asign(cohort[0], model_params=SMALL)
 
 
 def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
@@ -537,9 +539,8 @@ def test_what_several_stacks_teach_holds_on_another_one():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, tmp_path):
-    stacks, bare = cohort
-    model = si.tl.fit_asign(stacks, model_params=SMALL)
+def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, cohort_model, tmp_path):
+    bare, model = cohort[1], cohort_model
     scores = model.cohort.cross_validation
     assert list(scores.index) == ["mean", "ridge", "network alone", "asign", "without network", "base"]
     si.pp.select_genes(bare, genes=model.var_names)
@@ -555,9 +556,8 @@ def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_images_unlike_those_of_the_training_are_named_and_intervals_widened(cohort, caplog, monkeypatch):
-    stacks, bare = cohort
-    model = si.tl.fit_asign(stacks, model_params=SMALL)
+def test_images_unlike_those_of_the_training_are_named_and_intervals_widened(cohort, cohort_model, caplog, monkeypatch):
+    bare, model = cohort[1], cohort_model
     before = si.tl.impute_3d(bare, model, inplace=False).layers["asign_sd"]
     monkeypatch.setattr(logger, "propagate", True)
     caplog.clear()
