@@ -68,14 +68,14 @@ def test_block_folds_hide_the_same_place_on_all_sections(small_prepared):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_asign_is_scored_on_stacks_that_are_held_out_whole(small_prepared):
+def test_asign_is_scored_on_stacks_that_are_held_out_whole(small_prepared, quick_params):
     stacks = [copy.deepcopy(small_prepared) for _ in range(3)]
-    table = si.tl.cross_validate(stacks, ["ridge", "asign"], split="stack", model_params=SMALL)
+    table = si.tl.cross_validate(stacks, ["ridge", "asign"], split="stack", model_params=quick_params)
     assert table.loc["asign", "n_spots"] == small_prepared.tables["stack"].obs["measured"].sum()
     # The stacks are copies, so what two of them teach holds on the third.
     assert table.loc["asign", "pearson_gene"] > 0.3
     with pytest.raises(ValueError, match="at least two others; 1 are left"):
-        si.tl.cross_validate(stacks[:2], ["asign"], split="stack", model_params=SMALL)
+        si.tl.cross_validate(stacks[:2], ["asign"], split="stack", model_params=quick_params)
     with pytest.raises(ValueError, match="pass several stacks"):
         si.tl.cross_validate(small_prepared, ["mean"], split="stack")
 
