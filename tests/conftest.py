@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
@@ -87,10 +87,26 @@ def negative_control(prepared) -> SpatialData:
 
 
 @pytest.fixture(scope="session")
-def small_prepared(_quiet) -> SpatialData:
+def quick_search() -> dict[str, int]:
+    """`registration_params` of a coarse search, for tests of what comes after it. It takes a quarter of the time."""
+    return {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
+
+
+@pytest.fixture(scope="session")
+def small_prepared(_quiet, quick_search) -> SpatialData:
     """Three small sections with registration, features and graph, for tests that fit. Shared: never write to it."""
-    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9)
-    si.tl.register_stack(sdata, method="rigid")
+    return _small(quick_search)
+
+
+@pytest.fixture(scope="session")
+def small_two_measured(_quiet, quick_search) -> SpatialData:
+    """The same with two measured sections, s0 and s2. Shared: never write to it."""
+    return _small(quick_search, measured=["s0", "s2"])
+
+
+def _small(quick_search: dict[str, int], **options: Any) -> SpatialData:
+    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, **options)
+    si.tl.register_stack(sdata, method="rigid", registration_params=quick_search)
     si.pp.extract_features(sdata)
     si.tl.build_3d_graph(sdata)
     return sdata

@@ -75,7 +75,7 @@ def test_her2st_reaches_its_bars(data_dir):
     si.tl.build_3d_graph(sdata)
     for method in PROPAGATION:
         si.tl.impute_baseline(sdata, method)
-    si.tl.impute_3d(sdata, si.tl.fit_asign(sdata, model_params={"n_steps": 80}))
+    si.tl.impute_3d(sdata, si.tl.fit_asign(sdata, model_params={"n_steps": 40}))
     r = si.metrics.evaluate(sdata, truth)["pearson_gene"]
     assert r["baseline_mean"] == 0
     assert r["baseline_kernel"] >= 0.21

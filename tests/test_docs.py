@@ -56,11 +56,11 @@ def run(page: Path, blocks: list[tuple[int, str]], space: dict) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch, quick_params):
+def quick(monkeypatch, quick_params, quick_search, remembered_stacks):
     """The same functions, on less tissue and with fewer steps, whatever the page asks for."""
     register, fit, fit_pixnet = si.tl.register_stack, si.tl.fit_asign, si.tl.fit_pixnet
     few = {"n_steps": 1, "n_cached_crops": 2, "n_crops": 2}
-    search = {"n_angles": 12, "n_candidates": 1, "linear_iterations": (50, 30, 0, 0)}
+    search = quick_search | {"n_angles": 12, "n_candidates": 1, "linear_iterations": (50, 30, 0, 0)}
     small = functools.partial(si.datasets.synthetic_stack, extent=1400.0)
     monkeypatch.setattr(si.datasets, "synthetic_stack", small)
     n_folds = quick_params["n_folds"]  # a base must have the folds of ASIGN

@@ -69,13 +69,13 @@ def test_notebook_names_what_exists(path):
         assert page.with_suffix(".md").exists() or page.with_suffix(".ipynb").exists(), target
 
 
-def keep_quick(monkeypatch, quick_params):
+def keep_quick(monkeypatch, quick_params, quick_search):
     """The same functions, on less tissue and with fewer steps, whatever the notebook asks for."""
     import dask.distributed
 
     make, register, fit_asign = si.datasets.synthetic_stack, si.tl.register_stack, si.tl.fit_asign
     fit_pixnet, cluster = si.tl.fit_pixnet, dask.distributed.LocalCluster
-    search = {"n_angles": 12, "n_candidates": 1, "linear_iterations": (50, 30, 0, 0)}
+    search = quick_search | {"n_angles": 12, "n_candidates": 1, "linear_iterations": (50, 30, 0, 0)}
 
     def no_network(*args, **kwargs):
         msg = "no network in tests"
@@ -112,9 +112,9 @@ def keep_quick(monkeypatch, quick_params):
 
 @pytest.mark.filterwarnings("ignore")
 @each
-def test_notebook_runs(path, quick_params, monkeypatch, tmp_path):
+def test_notebook_runs(path, quick_params, quick_search, remembered_stacks, monkeypatch, tmp_path):
     """All code cells in order in one namespace. `make notebooks` runs them as they are."""
-    keep_quick(monkeypatch, quick_params)
+    keep_quick(monkeypatch, quick_params, quick_search)
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "__main__"}
     try:

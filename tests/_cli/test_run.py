@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -62,8 +63,10 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(inputs):
-    assert main(["run", str(inputs / "run.yaml")]) == 0
+def done(inputs, quick_search):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(si.tl, "register_stack", partial(si.tl.register_stack, registration_params=quick_search))
+        assert main(["run", str(inputs / "run.yaml")]) == 0
     return inputs / "out"
 
 

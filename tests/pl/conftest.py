@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -7,12 +9,10 @@ import spatial_impute as si
 
 
 @pytest.fixture(scope="session")
-def plot_stack():
+def plot_stack(synthetic, quick_search):
     """Registered stack with a kernel baseline, and with what impute_3d writes (made up: plots only read it)."""
-    sdata, _ = si.datasets.synthetic_stack(truth=True)
-    # A coarse search is enough for pictures and takes a third of the time.
-    quick = {"n_angles": 18, "n_candidates": 2, "working_side": 160, "syn_side": 160, "search_side": 96}
-    si.tl.register_stack(sdata, method="rigid", registration_params=quick, show_progress_bar=False)
+    sdata = copy.deepcopy(synthetic[0])
+    si.tl.register_stack(sdata, method="rigid", registration_params=quick_search, show_progress_bar=False)
     si.tl.impute_baseline(sdata, "kernel")
     table = sdata.tables["stack"]
     table.layers["asign"] = table.layers["baseline_kernel"].copy()

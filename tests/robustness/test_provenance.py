@@ -127,7 +127,7 @@ def test_same_seed_gives_the_same_bits(still, asign, pixnet):
     assert a.tobytes() == b.tobytes()
 
 
-def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(small_stack, quick_params, caplog):
+def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(small_stack, quick_params, quick_search, caplog):
     """E.g. every other row of one array as a section of its own."""
     sdata = small_stack
     image, place = copy.deepcopy(sdata.images["s1_image"]), get_transformation(sdata.images["s0_image"], get_all=True)
@@ -135,7 +135,7 @@ def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(sma
     sdata.images["s0_image"] = image
     record = load_record(sdata)
     assert section_image(sdata, record["s0"]) == section_image(sdata, record["s1"])
-    si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+    si.tl.register_stack(sdata, method="rigid", on_failure="warn", registration_params=quick_search)
     si.pp.extract_features(sdata)
     si.tl.build_3d_graph(sdata)
     model = si.tl.fit_asign(sdata, model_params=quick_params)

@@ -68,25 +68,22 @@ def test_block_folds_hide_the_same_place_on_all_sections(small_prepared):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_asign_is_scored_on_stacks_that_are_held_out_whole(small_prepared):
+def test_asign_is_scored_on_stacks_that_are_held_out_whole(small_prepared, quick_params):
     stacks = [copy.deepcopy(small_prepared) for _ in range(3)]
-    table = si.tl.cross_validate(stacks, ["ridge", "asign"], split="stack", model_params=SMALL)
+    table = si.tl.cross_validate(stacks, ["ridge", "asign"], split="stack", model_params=quick_params)
     assert table.loc["asign", "n_spots"] == small_prepared.tables["stack"].obs["measured"].sum()
     # The stacks are copies, so what two of them teach holds on the third.
     assert table.loc["asign", "pearson_gene"] > 0.3
     with pytest.raises(ValueError, match="at least two others; 1 are left"):
-        si.tl.cross_validate(stacks[:2], ["asign"], split="stack", model_params=SMALL)
+        si.tl.cross_validate(stacks[:2], ["asign"], split="stack", model_params=quick_params)
     with pytest.raises(ValueError, match="pass several stacks"):
         si.tl.cross_validate(small_prepared, ["mean"], split="stack")
 
 
 @pytest.fixture(scope="module")
-def two_measured():
-    """Three small sections, two of them measured, with features."""
-    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
-    si.tl.register_stack(sdata, method="rigid")
-    si.pp.extract_features(sdata)
-    return sdata
+def two_measured(small_two_measured):
+    """Three small sections, two of them measured, to write to."""
+    return copy.deepcopy(small_two_measured)
 
 
 def test_cross_validate_compares_pixnet_with_what_reads_the_image(two_measured, octaves, pixnet_params):
@@ -151,7 +148,7 @@ def test_patients_as_stacks(two_measured, small_prepared, octaves, pixnet_params
         si.tl.cross_validate([two_measured, other], ["mean"])
 
 
-def test_leaks_are_reported(two_measured, caplog):
+def test_leaks_are_reported(two_measured, quick_search, caplog):
     sdata = copy.deepcopy(two_measured)
     table = sdata.tables["stack"]
     with caplog.at_level("WARNING", "spatial_impute"):
@@ -173,7 +170,7 @@ def test_leaks_are_reported(two_measured, caplog):
     set_transformation(sdata.images["s2_image"], transformation, "s2")
     with pytest.raises(ValueError, match="image of section 's2' is not the one that was registered"):
         si.tl.cross_validate(sdata, ["mean"], split="section")
-    si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+    si.tl.register_stack(sdata, method="rigid", on_failure="warn", registration_params=quick_search)
     with caplog.at_level("WARNING", "spatial_impute"):
         si.tl.cross_validate(sdata, ["mean"], split="section")
     assert "Sections 's0' and 's2' have the same image" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,10 @@ import spatial_impute as si
 
 
 @pytest.fixture(scope="module")
-def stack():
+def stack(quick_search):
     """Four measured sections; the second lies higher in half of the genes. Shared: never write to its table."""
     sdata = si.datasets.synthetic_stack(5, measured=["s0", "s1", "s2", "s4"], extent=1400.0, n_genes=9)
-    si.tl.register_stack(sdata, method="rigid")
+    si.tl.register_stack(sdata, method="rigid", registration_params=quick_search)
     table = sdata.tables["stack"]
     own = (table.obs["section"] == "s1").to_numpy() & table.obs["measured"].to_numpy()
     table.layers["measured"][np.ix_(own, np.arange(0, 9, 2))] += 1.5
@@ -46,8 +48,6 @@ def test_matched_sections_can_be_imputed_from_and_are_not_scored(stack, tmp_path
 
 
 def test_a_match_of_an_earlier_measurement_is_reported(stack, caplog, monkeypatch):
-    import copy
-
     from spatial_impute._settings import logger
 
     sdata = copy.deepcopy(stack)
@@ -99,11 +99,10 @@ def test_a_held_out_section_has_no_part_in_the_match_that_it_judges(stack, monke
     assert predicted[-4:] == matched[1:]
 
 
-def test_two_sections_stay_as_they_are(caplog, monkeypatch):
+def test_two_sections_stay_as_they_are(small_two_measured, caplog, monkeypatch):
     from spatial_impute._settings import logger
 
-    sdata = si.datasets.synthetic_stack(3, measured=["s0", "s2"], extent=1400.0, n_genes=9)
-    si.tl.register_stack(sdata, method="rigid")
+    sdata = copy.deepcopy(small_two_measured)
     monkeypatch.setattr(logger, "propagate", True)
     si.tl.match_sections(sdata)
     record = sdata.tables["stack"].uns["matched"]

@@ -59,6 +59,12 @@ def rows(sdata) -> dict:
     return load_record(sdata).registration["sections"]
 
 
+@pytest.fixture
+def s2_known(affine) -> dict[str, np.ndarray]:
+    """`transformations` for tests of section s0 alone."""
+    return {"s2": np.array(rows(affine)["s2"]["matrix"])}
+
+
 def test_affine_finds_the_sections(affine, made):
     found = errors(affine, made[1])
     assert found["s1"] == 0
@@ -136,28 +142,30 @@ def test_given_matrix_is_the_answer(sdata):
 
 
 @pytest.mark.parametrize("mistake", ["pixels", "opposite direction"])
-def test_given_place_beside_the_tissue_is_weak(sdata, affine, mistake):
+def test_given_place_beside_the_tissue_is_weak(sdata, affine, s2_known, mistake):
     place = np.array(rows(affine)["s0"]["matrix"]) @ np.array([[0.0, -1, 1500], [1, 0, 200], [0, 0, 1]])
     wrong = np.diag([0.3, 0.3, 1]) @ place if mistake == "pixels" else np.linalg.inv(place)
     with pytest.warns(
         UserWarning,
         match=r"s0: The place is given, but the tissue there overlaps that of 's1' by a Dice of 0\.\d\d only",
     ):
-        si.tl.register_stack(sdata, registration_params=QUICK, transformations={"s0": wrong})
+        si.tl.register_stack(sdata, registration_params=QUICK, transformations=s2_known | {"s0": wrong})
     assert rows(sdata)["s0"]["verdict"] == "weak"
     np.testing.assert_array_equal(rows(sdata)["s0"]["matrix"], wrong)  # used as it is
 
 
-def test_landmarks_as_answer_and_as_start(sdata, affine, made):
+def test_landmarks_as_answer_and_as_start(sdata, affine, s2_known):
     matrix = np.array(rows(affine)["s0"]["matrix"])
     here = np.array([[300.0, 400], [900, 350], [700, 1000], [400, 900]])
     there = here @ matrix[:2, :2].T + matrix[:2, 2]
     answer = si.tl.register_stack(
-        sdata, registration_params=QUICK, transformations={"s0": (here, there)}, inplace=False
+        sdata, registration_params=QUICK, transformations=s2_known | {"s0": (here, there)}, inplace=False
     )
     np.testing.assert_allclose(answer.matrices["s0"], matrix, atol=1e-6)
     off = there + np.random.default_rng(0).normal(0, 40, there.shape)
-    started = si.tl.register_stack(sdata, registration_params=QUICK, initial={"s0": (here, off)}, inplace=False)
+    started = si.tl.register_stack(
+        sdata, registration_params=QUICK, transformations=s2_known, initial={"s0": (here, off)}, inplace=False
+    )
     assert np.linalg.norm(here @ started.matrices["s0"][:2, :2].T + started.matrices["s0"][:2, 2] - there) < 30
     row = started.quality.set_index("moving").loc["s0"]
     assert row["margin"] == row["score"]  # no other pose was looked at
@@ -316,19 +324,20 @@ def place_of(sdata, **kwargs) -> np.ndarray:
     return si.tl.register_stack(sdata, registration_params=QUICK, inplace=False, **kwargs).matrices["s0"]
 
 
-def test_tissue_of_the_user_counts(sdata, affine):
+def test_tissue_of_the_user_counts(sdata, s2_known):
     """Labels and outlines that say what the image says give the same place; a pen on the slide does no harm with them."""
     si.pp.segment_tissue(sdata)
-    expected = place_of(sdata)
+    expected = place_of(sdata, transformations=s2_known)
     corners = np.array([[300.0, 300, 1], [1100, 300, 1], [700, 1100, 1]]).T
     image = sdata.images["s0_image"]
     pen = np.asarray(image.data).copy()
     pen[:, :, : pen.shape[2] // 16] = np.array([40, 60, 160])[:, None, None]
     image.data = pen
     for key in ("{section}_tissue", {"s0": "s0_tissue_outline", "s1": "s1_tissue"}):
-        found = place_of(sdata, tissue_key=key, on_failure="warn")
+        found = place_of(sdata, tissue_key=key, on_failure="warn", transformations=s2_known)
         assert np.linalg.norm(((found - expected) @ corners)[:2], axis=0).max() < 25
-    si.tl.register_stack(sdata, registration_params=QUICK, tissue_key={"s0": "s0_tissue"}, on_failure="warn")
+    known = s2_known | {"s0": found}
+    si.tl.register_stack(sdata, registration_params=QUICK, tissue_key={"s0": "s0_tissue"}, transformations=known)
     assert load_record(sdata).registration["tissue"] == {"s0": "s0_tissue"}
 
 

@@ -62,8 +62,8 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
-    >>> si.tl.register_stack(sdata, show_progress_bar=False)
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
+    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> list(si.metrics.registration_quality(sdata)["verdict"])
     ['ok', 'ok']
     """

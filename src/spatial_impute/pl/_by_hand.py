@@ -229,7 +229,7 @@ def place_by_hand(sdata: SpatialData, section: str, *, resolution: float | None 
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> viewer = si.pl.place_by_hand(sdata, "s0")  # doctest: +SKIP
     >>> si.tl.register_stack(sdata, initial={"s0": si.tl.read_placement(viewer, "s0")})  # doctest: +SKIP
     """

@@ -113,7 +113,7 @@ def gene_report(
     --------
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, n_genes=9)
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid")
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
@@ -125,7 +125,7 @@ def gene_report(
     as measured
     >>> axes = si.pl.gene_overview(sdata, return_ax=True)
     >>> axes[0].get_images()[0].get_array().shape
-    (9, 3)
+    (36, 3)
     >>> si.settings.show_progress_bar = True
     """
     record, table = load_record(sdata), stack_table(sdata, table_key)

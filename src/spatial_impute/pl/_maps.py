@@ -160,7 +160,7 @@ def imputed(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.impute_baseline(sdata, "kernel")
     >>> axes = si.pl.imputed(sdata, ["smooth_0", "texture_12"], layer="baseline_kernel", return_ax=True)
@@ -321,7 +321,7 @@ def dense(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
     >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_dense(sdata, "s0_image", model)

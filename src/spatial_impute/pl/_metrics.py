@@ -125,7 +125,7 @@ def metrics(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, n_genes=9, truth=True)
+    >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, truth=True)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> for method in ("mean", "kernel"):
     ...     si.tl.impute_baseline(sdata, method)
@@ -327,7 +327,7 @@ def training(
     --------
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, n_genes=9)
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid")
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)

@@ -120,7 +120,7 @@ def registration(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.pl.registration(sdata, return_ax=True).shape
     (2, 3)

@@ -139,7 +139,7 @@ def stack(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> axes = si.pl.stack(sdata, color="smooth_0", return_ax=True)
     >>> [ax.get_title() for ax in axes]
     ['s0, z = 0 µm', 's1 (measured), z = 20 µm', 's2, z = 40 µm']

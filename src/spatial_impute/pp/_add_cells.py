@@ -87,7 +87,7 @@ def add_cells(
     >>> import geopandas as gpd
     >>> from shapely.geometry import Point
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> cells = gpd.GeoDataFrame(geometry=[Point(200, 200).buffer(2), Point(220, 200).buffer(3)])
     >>> si.pp.add_cells(sdata, "s1", cells)
     >>> len(sdata.shapes["s1_cells"])

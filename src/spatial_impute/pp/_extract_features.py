@@ -145,7 +145,7 @@ def extract_features(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.pp.extract_features(sdata, show_progress_bar=False)
     >>> sdata.tables["stack"].obsm["X_spot"].shape[1]
     50

@@ -83,7 +83,7 @@ def pool_features(
     --------
     >>> import numpy as np
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> rng = np.random.default_rng(0)
     >>> features = {s: rng.normal(size=(len(sdata.shapes[f"{s}_spots"]), 8)) for s in sdata.coordinate_systems}
     >>> si.pp.pool_features(sdata, features, name="my-encoder")

@@ -50,7 +50,7 @@ def segment_tissue(sdata: SpatialData, *, sections: str | Sequence[str] | None =
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.pp.segment_tissue(sdata)
     >>> "s0_tissue" in sdata.labels
     True

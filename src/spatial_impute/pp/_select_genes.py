@@ -133,7 +133,7 @@ def select_genes(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.pp.select_genes(sdata, n_top_genes=5)
     >>> sdata.tables["stack"].layers["measured"].shape[1]
     5

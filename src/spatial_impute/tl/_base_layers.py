@@ -86,7 +86,7 @@ def add_prediction(
     >>> import numpy as np
     >>> from anndata import AnnData
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> table = sdata.tables["stack"]
     >>> found = AnnData(np.ones((table.n_obs, 2)), obs=table.obs[[]])
     >>> found.var_names = [table.var_names[0], "another gene"]

@@ -99,7 +99,7 @@ def points_3d(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.points_3d(sdata, ["smooth_0"], layer="measured")
     >>> sdata.points["stack_points"].compute()["z"].nunique()
@@ -179,7 +179,7 @@ def write_geojson(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.pp.segment_tissue(sdata, sections="s1")
     >>> si.tl.write_geojson(sdata, "s1_tissue_outline", "s1.geojson")
     >>> si.pp.add_cells(sdata, "s1", "s1.geojson", key_added="s1_again")
@@ -285,7 +285,7 @@ def write_ome_tiff(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.write_ome_tiff(sdata, "s0_image", "s0.ome.tif")
     """

@@ -129,7 +129,7 @@ def fit_pixnet(
     --------
     >>> import torch
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> class Blur(torch.nn.Module):  # any module that returns feature maps, finest first
     ...     def forward(self, x):
     ...         return [torch.nn.functional.avg_pool2d(x, k) for k in (2, 4)]

@@ -159,7 +159,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.write_transformation(sdata, "s0", "s0.mat")
     >>> si.tl.read_transformation("s0.mat").shape

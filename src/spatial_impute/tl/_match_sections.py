@@ -86,11 +86,11 @@ def match_sections(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack(4, extent=1400.0, measured=["s0", "s1", "s3"])
-    >>> si.tl.register_stack(sdata, show_progress_bar=False)
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, measured=["s1", "s2"])
+    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.match_sections(sdata, choose=False)
     >>> sdata.tables["stack"].varm["matched_shift"].shape
-    (36, 3)
+    (36, 2)
     """
     require_slot_key(key_added, name="key_added", taken=(layer, *Keys.NO_RESULT, Keys.ASIGN, Keys.PIXNET))
     if not isinstance(choose, bool):

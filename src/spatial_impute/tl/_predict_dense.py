@@ -274,7 +274,7 @@ def genes_from_features(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
     >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_dense(sdata, "s0_image", model, features=True, key_added="s0_features")

@@ -106,7 +106,7 @@ def predict_regions(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> params = {"n_steps": 2, "width": 8, "resolution": 8.0, "crop": 64}
     >>> model = si.tl.fit_pixnet(sdata, "s1_image", "s1_spots", model_params=params, show_progress_bar=False)
     >>> si.tl.predict_regions(sdata, "s0_spots", model, show_progress_bar=False)

@@ -97,7 +97,7 @@ def warp_element(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.tl.warp_element(sdata, "s0_spots")
     >>> "s0_spots_aligned" in sdata.shapes
@@ -277,7 +277,7 @@ def transfer_shapes(
     Examples
     --------
     >>> import spatial_impute as si
-    >>> sdata = si.datasets.synthetic_stack()
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
     >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
     >>> si.pp.segment_tissue(sdata, sections="s1")
     >>> si.tl.transfer_shapes(sdata, "s1_tissue_outline")

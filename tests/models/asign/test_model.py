@@ -300,15 +300,12 @@ def test_load_refuses_what_is_no_model(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fit_on_several_stacks_and_several_sections(small_prepared, caplog, monkeypatch):
+def test_fit_on_several_stacks_and_several_sections(small_prepared, small_two_measured, caplog, monkeypatch):
     both = [copy.deepcopy(small_prepared), copy.deepcopy(small_prepared)]
     model = si.tl.fit_asign(both, model_params=SMALL)
     assert model.config["n_measured_spots"] == [int(both[0].tables["stack"].obs["measured"].sum())] * 2
 
-    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
-    si.tl.register_stack(sdata, method="rigid", on_failure="warn")  # the fit is tested here, not the pose
-    si.pp.extract_features(sdata)
-    si.tl.build_3d_graph(sdata)
+    sdata = copy.deepcopy(small_two_measured)
     model = si.tl.fit_asign(sdata, model_params=SMALL)
     assert model.config["sections"] == [["s0", "s2"]]
     assert set(model.history["network"]) == {0, 1}  # each measured section is held out once
@@ -481,8 +478,8 @@ def cohort():
     """Three measured stacks, and one that is not measured."""
     stacks = []
     for seed in range(4):
-        sdata = si.datasets.synthetic_stack(2, extent=1400.0, n_genes=9, seed=seed)
-        si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+        sdata = si.datasets.synthetic_stack(2, extent=1400.0, n_genes=9, seed=seed, max_rotation=0.0, max_shift=0.0)
+        si.tl.register_stack(sdata, transformations={"s0": np.eye(3)})
         si.pp.extract_features(sdata)
         si.tl.build_3d_graph(sdata)
         stacks.append(sdata)
@@ -493,6 +490,11 @@ def cohort():
         section["counts"] = None
     bare.tables["stack"].obs["measured"] = False
     return stacks[:-1], bare
+
+
+@pytest.fixture(scope="module")
+def cohort_model(cohort):
+    return si.tl.fit_asign(cohort[0], model_params=SMALL)
 
 
 def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
@@ -534,7 +536,7 @@ def random_stack(seed: int) -> tuple[Spots, np.ndarray]:
 def test_what_several_stacks_teach_holds_on_another_one():
     """The image of the spot by the base, that of its neighbors by the networks alone; nothing is found in noise."""
     stacks, truths = zip(*(random_stack(seed) for seed in range(4)), strict=True)
-    params = AsignParams(width=32, dropout=0.2, learning_rate=3e-3, n_steps=80)
+    params = AsignParams(width=32, dropout=0.2, weight_decay=0.05, learning_rate=3e-3, n_steps=25, n_folds=2)
     model = fit(stacks[:3], ["own", "around", "noise"], FitSettings(params, 0, "cpu"))
     bare = stacks[3].hide(stacks[3].known)
     found = model._impute(bare, parts=True)
@@ -548,9 +550,8 @@ def test_what_several_stacks_teach_holds_on_another_one():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, tmp_path):
-    stacks, bare = cohort
-    model = si.tl.fit_asign(stacks, model_params=SMALL)
+def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, cohort_model, tmp_path):
+    bare, model = cohort[1], cohort_model
     scores = model.cohort.cross_validation
     assert list(scores.index) == ["mean", "ridge", "network alone", "asign", "without network", "base"]
     si.pp.select_genes(bare, genes=model.var_names)
@@ -566,9 +567,8 @@ def test_a_model_of_several_stacks_predicts_a_stack_without_measurement(cohort, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_images_unlike_those_of_the_training_are_named_and_intervals_widened(cohort, caplog, monkeypatch):
-    stacks, bare = cohort
-    model = si.tl.fit_asign(stacks, model_params=SMALL)
+def test_images_unlike_those_of_the_training_are_named_and_intervals_widened(cohort, cohort_model, caplog, monkeypatch):
+    bare, model = cohort[1], cohort_model
     before = si.tl.impute_3d(bare, model, inplace=False).layers["asign_sd"]
     monkeypatch.setattr(logger, "propagate", True)
     caplog.clear()

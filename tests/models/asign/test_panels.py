@@ -17,12 +17,9 @@ SMALL = {"n_steps": 5, "width": 8, "n_heads": 2, "n_folds": 2}
 
 
 @pytest.fixture(scope="module")
-def two_panels():
+def two_panels(small_two_measured):
     """Sections s0 and s2 are measured; s0 lacks the last three of nine genes, s2 the first three."""
-    sdata = si.datasets.synthetic_stack(3, extent=1400.0, n_genes=9, measured=["s0", "s2"])
-    si.tl.register_stack(sdata, method="rigid", on_failure="warn")  # panels are tested here, not the pose
-    si.pp.extract_features(sdata)
-    si.tl.build_3d_graph(sdata)
+    sdata = copy.deepcopy(small_two_measured)
     genes = list(sdata.tables["stack"].var_names)
     for name, own in {"s0": genes[:6], "s2": genes[3:]}.items():
         sdata.tables[f"{name}_counts"] = sdata.tables[f"{name}_counts"][:, own].copy()

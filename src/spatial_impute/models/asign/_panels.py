@@ -59,15 +59,15 @@ class AsignPanels:
     --------
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
-    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, n_genes=9, measured=["s0", "s2"])
+    >>> sdata = si.datasets.synthetic_stack(extent=1400.0, measured=["s1", "s2"])
     >>> genes = list(sdata.tables["stack"].var_names)
-    >>> sdata.tables["s0_counts"] = sdata.tables["s0_counts"][:, genes[:6]].copy()  # a smaller panel
+    >>> sdata.tables["s1_counts"] = sdata.tables["s1_counts"][:, genes[:24]].copy()  # a smaller panel
     >>> si.pp.select_genes(sdata, genes=genes, join="outer")
-    >>> si.tl.register_stack(sdata, method="rigid", on_failure="warn")
+    >>> si.tl.register_stack(sdata, method="rigid")
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
     >>> si.tl.fit_asign(sdata, model_params={"n_steps": 1})
-    AsignPanels(9 genes in 2 panels)
+    AsignPanels(36 genes in 2 panels)
     >>> si.settings.show_progress_bar = True
     """
 
