@@ -127,7 +127,9 @@ def test_same_seed_gives_the_same_bits(still, asign, pixnet):
     assert a.tobytes() == b.tobytes()
 
 
-def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(small_stack, quick_params, quick_search, caplog):
+def test_another_section_on_the_same_image_is_not_taken_for_the_measured_one(
+    small_stack, quick_params, quick_search, caplog
+):
     """E.g. every other row of one array as a section of its own."""
     sdata = small_stack
     image, place = copy.deepcopy(sdata.images["s1_image"]), get_transformation(sdata.images["s0_image"], get_all=True)
