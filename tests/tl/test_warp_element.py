@@ -62,8 +62,8 @@ def register_as(sdata, transform: SectionTransform) -> None:
     for key, element in displacement_elements(transform, "s0", "aligned").items():
         sdata.images[key] = element
     rows = {
-        "s0": {"matrix": transform.matrix.tolist(), "deformed": transform.deforms},
-        "s1": {"matrix": np.eye(3).tolist(), "deformed": False},
+        "s0": {"route": "direct", "matrix": transform.matrix.tolist(), "deformed": transform.deforms},
+        "s1": {"route": "direct", "matrix": np.eye(3).tolist(), "deformed": False},
     }
     sdata.attrs[Keys.ATTRS]["stack"]["registration"] = {"coordinate_system": "aligned", "sections": rows}
 

@@ -129,7 +129,7 @@ def evaluate(
     --------
     >>> import spatial_impute as si
     >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, truth=True)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> for method in ("mean", "kernel"):
     ...     si.tl.impute_baseline(sdata, method)
     >>> scores = si.metrics.evaluate(sdata, truth)
@@ -375,7 +375,7 @@ def predictability(
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> found = si.metrics.predictability(sdata)
     >>> bool(found.loc["smooth_0", "position"] > found.loc["noise_24", "position"])

@@ -63,7 +63,7 @@ def registration_quality(sdata: SpatialData) -> pd.DataFrame:
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> list(si.metrics.registration_quality(sdata)["verdict"])
     ['ok', 'ok']
     """

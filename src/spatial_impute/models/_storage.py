@@ -63,7 +63,7 @@ def save_model(
 def _entry_hashes(content: Mapping[str, Any]) -> dict[str, str]:
     """Hash of each entry of a configuration, so that users may add entries of their own to its ``config``."""
     entries = {key: value for key, value in content.items() if key not in ("config", _ENTRIES)}
-    entries |= {f"config.{key}": value for key, value in content["config"].items()}
+    entries |= {f"config.{key}": value for key, value in content.get("config", {}).items()}
     return {
         key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
         for key, value in entries.items()

@@ -130,7 +130,7 @@ def registration_page(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.pl.registration_page(sdata, "check.html")
     """
     record = load_record(sdata)

@@ -179,7 +179,7 @@ def graph_3d(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.build_3d_graph(sdata, use_rep=None)
     >>> axes = si.pl.graph_3d(sdata, n_spots=3, return_ax=True)
     >>> len(axes[0].get_legend().get_texts())

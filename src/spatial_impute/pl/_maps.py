@@ -161,7 +161,7 @@ def imputed(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.impute_baseline(sdata, "kernel")
     >>> axes = si.pl.imputed(sdata, ["smooth_0", "texture_12"], layer="baseline_kernel", return_ax=True)
     >>> axes.shape

@@ -126,7 +126,7 @@ def metrics(
     --------
     >>> import spatial_impute as si
     >>> sdata, truth = si.datasets.synthetic_stack(extent=1400.0, truth=True)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> for method in ("mean", "kernel"):
     ...     si.tl.impute_baseline(sdata, method)
     >>> axes = si.pl.metrics(sdata, si.metrics.evaluate(sdata, truth), metric=["pearson_gene", "mse"], return_ax=True)
@@ -328,7 +328,7 @@ def training(
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
     >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 5})

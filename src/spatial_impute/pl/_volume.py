@@ -144,7 +144,7 @@ def volume(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.impute_baseline(sdata, "kernel")
     >>> axes = si.pl.volume(sdata, "smooth_0", layer="baseline_kernel", return_ax=True)
     >>> axes.shape

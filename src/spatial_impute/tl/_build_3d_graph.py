@@ -111,7 +111,7 @@ def build_3d_graph(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.build_3d_graph(sdata, use_rep=None)
     >>> sdata.tables["stack"].obsp["spatial_3d_connectivities"].nnz > 0
     True

@@ -100,7 +100,7 @@ def points_3d(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.points_3d(sdata, ["smooth_0"], layer="measured")
     >>> sdata.points["stack_points"].compute()["z"].nunique()
     3
@@ -286,7 +286,7 @@ def write_ome_tiff(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.write_ome_tiff(sdata, "s0_image", "s0.ome.tif")
     """
     record = load_record(sdata)

@@ -104,7 +104,7 @@ def fit_asign(
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
     >>> model = si.tl.fit_asign(sdata, model_params={"n_steps": 20})

@@ -160,7 +160,7 @@ def write_transformation(sdata: SpatialData, section: str, path: str | Path, *, 
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.write_transformation(sdata, "s0", "s0.mat")
     >>> si.tl.read_transformation("s0.mat").shape
     (3, 3)

@@ -221,7 +221,7 @@ def impute_baseline(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.impute_baseline(sdata, "kernel")
     >>> sdata.tables["stack"].layers["baseline_kernel"].shape == sdata.tables["stack"].shape
     True

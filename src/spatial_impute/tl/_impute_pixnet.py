@@ -113,7 +113,7 @@ def impute_pixnet(
     >>> import spatial_impute as si
     >>> si.settings.show_progress_bar = False
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.tl.register_stack(sdata)
     >>> params = {"n_steps": 0, "resolution": 8.0, "crop": 64}
     >>> si.tl.impute_pixnet(sdata, model_params=params, n_folds=2)
     >>> sorted(int(k) for k in sdata.tables["stack"].obs["pixnet_fold"].unique())

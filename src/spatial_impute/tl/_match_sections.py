@@ -87,7 +87,7 @@ def match_sections(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0, measured=["s1", "s2"])
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.match_sections(sdata, choose=False)
     >>> sdata.tables["stack"].varm["matched_shift"].shape
     (36, 2)

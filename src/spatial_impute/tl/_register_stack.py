@@ -194,7 +194,7 @@ def register_stack(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> sdata.tables["stack"].obsm["spatial_3d"].shape[1]
     3
     """

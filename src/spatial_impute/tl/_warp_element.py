@@ -98,7 +98,7 @@ def warp_element(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.tl.warp_element(sdata, "s0_spots")
     >>> "s0_spots_aligned" in sdata.shapes
     True
@@ -278,7 +278,7 @@ def transfer_shapes(
     --------
     >>> import spatial_impute as si
     >>> sdata = si.datasets.synthetic_stack(extent=1400.0)
-    >>> si.tl.register_stack(sdata, method="rigid", show_progress_bar=False)
+    >>> si.tl.register_stack(sdata, show_progress_bar=False)
     >>> si.pp.segment_tissue(sdata, sections="s1")
     >>> si.tl.transfer_shapes(sdata, "s1_tissue_outline")
     >>> sorted(name for name in sdata.shapes if "_on_" in name)

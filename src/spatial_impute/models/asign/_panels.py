@@ -63,7 +63,7 @@ class AsignPanels:
     >>> genes = list(sdata.tables["stack"].var_names)
     >>> sdata.tables["s1_counts"] = sdata.tables["s1_counts"][:, genes[:24]].copy()  # a smaller panel
     >>> si.pp.select_genes(sdata, genes=genes, join="outer")
-    >>> si.tl.register_stack(sdata, method="rigid")
+    >>> si.tl.register_stack(sdata)
     >>> si.pp.extract_features(sdata)
     >>> si.tl.build_3d_graph(sdata)
     >>> si.tl.fit_asign(sdata, model_params={"n_steps": 1})
